@@ -1,0 +1,33 @@
+"""Mixture-of-Experts layers on the CPU as ordinary PyTorch operators: training (LoRA and full) and inference."""
+
+import importlib
+
+from ktops import _library  # noqa: F401  (registers the kt operators)
+from ktops._version import __version__
+from ktops.ops import checkpoint_context_fn, cpu_capabilities, cpu_capability, moe_sft, use_isa
+
+_LAZY = {
+    "disable": "ktops.integrations",
+    "enable": "ktops.integrations",
+    "swap_experts": "ktops.integrations.swap",
+    "unswap_experts": "ktops.integrations.swap",
+}
+
+__all__ = [
+    "__version__",
+    "checkpoint_context_fn",
+    "cpu_capabilities",
+    "cpu_capability",
+    "disable",
+    "enable",
+    "moe_sft",
+    "swap_experts",
+    "unswap_experts",
+    "use_isa",
+]
+
+
+def __getattr__(name: str):
+    if name in _LAZY:
+        return getattr(importlib.import_module(_LAZY[name]), name)
+    raise AttributeError(f"module 'ktops' has no attribute {name!r}")

@@ -1,0 +1,6 @@
+"""The operators of the kt namespace, one file each: docstring, fake kernel, autograd, FLOP formula."""
+
+from ktops.ops.cpu_capability import cpu_capabilities, cpu_capability, use_isa
+from ktops.ops.moe_sft import checkpoint_context_fn, moe_sft
+
+__all__ = ["checkpoint_context_fn", "cpu_capabilities", "cpu_capability", "moe_sft", "use_isa"]

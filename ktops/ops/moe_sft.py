@@ -1,0 +1,190 @@
+"""kt::moe_sft_fwd and kt::moe_sft_bwd: one MoE layer, differentiable."""
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import create_selective_checkpoint_contexts
+from torch.utils.flop_counter import register_flop_formula
+
+from ktops.ops.moe_fwd import forward_flops
+
+ARGUMENTS = (
+    "hidden_states", "topk_ids", "topk_weights", "gate_up_proj", "down_proj",
+    "gate_up_scale", "gate_up_zero", "down_scale", "down_zero", "gate_up_bias", "down_bias",
+    "gate_up_lora_A", "gate_up_lora_B", "down_lora_A", "down_lora_B",
+    "num_experts", "intermediate_size", "weight_format", "group_size", "gate_up_scaling", "down_scaling",
+    "activation", "activation_args", "save",
+)  # fmt: skip
+"""The arguments of kt::moe_sft_fwd in schema order; kt::moe_fwd takes all but the last."""
+
+GRADIENTS = (
+    "hidden_states", "topk_weights", "gate_up_proj", "down_proj", "gate_up_bias", "down_bias",
+    "gate_up_lora_A", "gate_up_lora_B", "down_lora_A", "down_lora_B",
+)  # fmt: skip
+"""What kt::moe_sft_bwd returns: bit i of grad_mask asks for the gradient of GRADIENTS[i]."""
+
+_GRADIENT_ARGUMENTS = tuple(ARGUMENTS.index(name) for name in GRADIENTS)
+_NUM_TENSORS = ARGUMENTS.index("num_experts")
+
+
+@torch.library.register_fake("kt::moe_sft_fwd")
+def _forward_fake(hidden_states: Tensor, topk_ids: Tensor, *args) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    named = dict(zip(ARGUMENTS[2:], args, strict=True))
+    num_routes = topk_ids.shape[0] * topk_ids.shape[1]
+
+    def saved(rows, columns):
+        return hidden_states.new_empty(rows, columns, device="cpu" if hidden_states.is_cuda else None)
+
+    def rank(lora_a):
+        return 0 if lora_a is None else lora_a.shape[1]
+
+    return (
+        torch.empty_like(hidden_states, memory_format=torch.contiguous_format),
+        saved(0 if named["save"] == "recompute" else num_routes, 2 * named["intermediate_size"]),
+        saved(num_routes, rank(named["gate_up_lora_A"])),
+        saved(num_routes, rank(named["down_lora_A"])),
+    )
+
+
+@torch.library.register_fake("kt::moe_sft_bwd")
+def _backward_fake(grad_output: Tensor, *args) -> tuple[Tensor | None, ...]:
+    grad_mask = args[-1]
+    return tuple(
+        torch.empty_like(args[i], memory_format=torch.contiguous_format) if grad_mask >> bit & 1 else None
+        for bit, i in enumerate(_GRADIENT_ARGUMENTS)
+    )
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.save_for_backward(*inputs[:_NUM_TENSORS], *output[1:])
+    ctx.attributes = inputs[_NUM_TENSORS:]
+
+
+def _backward(ctx, grad_output: Tensor | None, *_) -> tuple[Tensor | None, ...]:
+    grads: list[Tensor | None] = [None] * len(ARGUMENTS)
+    if grad_output is None:
+        return tuple(grads)
+    grad_mask = sum(ctx.needs_input_grad[i] << bit for bit, i in enumerate(_GRADIENT_ARGUMENTS))
+    tensors = ctx.saved_tensors
+    results = torch.ops.kt.moe_sft_bwd(
+        grad_output, *tensors[:_NUM_TENSORS], *ctx.attributes, *tensors[_NUM_TENSORS:], grad_mask
+    )
+    for i, grad in zip(_GRADIENT_ARGUMENTS, results, strict=True):
+        grads[i] = grad
+    return tuple(grads)
+
+
+def _double_backward(ctx, *_):
+    raise RuntimeError("kt::moe_sft_bwd has no derivative: ktops does not support double backward")
+
+
+torch.library.register_autograd("kt::moe_sft_fwd", _backward, setup_context=_setup_context)
+torch.library.register_autograd("kt::moe_sft_bwd", _double_backward)
+
+
+@register_flop_formula(torch.ops.kt.moe_sft_fwd)
+def _forward_flops(*args, out_shape=None, **kwargs) -> int:
+    return forward_flops(args[0], args[1], args[16], args[11], args[13])
+
+
+@register_flop_formula(torch.ops.kt.moe_sft_bwd)
+def _backward_flops(grad_output, *args, out_shape=None, **kwargs) -> int:
+    """Each gradient of a product costs as much as the product: one share for grad_input, one for grad_weight."""
+    hidden_states, topk_ids, intermediate_size, grad_mask = args[0], args[1], args[16], args[-1]
+    asked = {name for bit, name in enumerate(GRADIENTS) if grad_mask >> bit & 1}
+    base = forward_flops(hidden_states, topk_ids, intermediate_size)
+    lora = forward_flops(hidden_states, topk_ids, intermediate_size, args[11], args[13]) - base
+    flops = base + lora
+    flops += lora if asked & {"gate_up_lora_A", "gate_up_lora_B", "down_lora_A", "down_lora_B"} else 0
+    flops += base * 2 // 3 if "gate_up_proj" in asked else 0
+    flops += base // 3 if "down_proj" in asked else 0
+    return flops + (base * 2 // 3 if args[23] == "recompute" else 0)
+
+
+def moe_sft(
+    hidden_states: Tensor,
+    topk_ids: Tensor,
+    topk_weights: Tensor,
+    gate_up_proj: Tensor,
+    down_proj: Tensor,
+    *,
+    gate_up_bias: Tensor | None = None,
+    down_bias: Tensor | None = None,
+    gate_up_lora_A: Tensor | None = None,
+    gate_up_lora_B: Tensor | None = None,
+    down_lora_A: Tensor | None = None,
+    down_lora_B: Tensor | None = None,
+    gate_up_scaling: float = 1.0,
+    down_scaling: float = 1.0,
+    activation: str = "silu",
+    save: str = "activations",
+) -> Tensor:
+    """The routed experts of a Mixture-of-Experts layer, with optional LoRA, on the CPU; differentiable.
+
+    With T tokens, K = top_k, E experts, H hidden_size, I intermediate_size, r LoRA rank and e = topk_ids[t, j]::
+
+        [g | u] = x Wgu[e]^T + bgu[e] + s1 (x A1[e]^T) B1[e]^T
+        h       = act(g) * u
+        y       = h Wd[e]^T + bd[e] + s2 (h A2[e]^T) B2[e]^T
+        out[t] += topk_weights[t, j] * y
+
+    The LoRA form is PEFT's for fused experts (one A for gate and up). The sum runs in float32 (float64 for float64
+    inputs) and is rounded once. The result does not depend on the number of threads.
+
+    Args:
+        hidden_states: [T, H], float32, bfloat16 or float64.
+        topk_ids: [T, K], int32 or int64. Ids outside [0, E) contribute nothing.
+        topk_weights: [T, K], any of the three dtypes.
+        gate_up_proj: [E, 2I, H] in the dtype of hidden_states; the first I rows of an expert are the gate.
+        down_proj: [E, H, I] in the dtype of hidden_states.
+        gate_up_bias, down_bias: [E, 2I] and [E, H].
+        gate_up_lora_A, gate_up_lora_B: [E, r, H] and [E, 2I, r]; both or neither.
+        down_lora_A, down_lora_B: [E, r, I] and [E, H, r]; both or neither, the rank may differ from gate_up's.
+        gate_up_scaling, down_scaling: s1 and s2, usually lora_alpha / r.
+        activation: "silu", "gelu" (exact) or "gelu_tanh".
+        save: what backward needs. "activations" keeps [g | u] of every route; "recompute" computes it again in
+            backward for one more gate_up product and 2·T·K·I fewer saved elements.
+
+    Returns:
+        [T, H] in the dtype of hidden_states.
+
+    Raises:
+        RuntimeError: an argument has the wrong shape, dtype, device or value; the message names it.
+
+    Biases and LoRA tensors may have the dtype of hidden_states or float32; gradients come in the dtype of their
+    tensor. Without any tensor that requires a gradient this is kt::moe_fwd and nothing is saved. torch.func.grad and
+    double backward are not supported.
+
+    Example:
+        >>> T, K, E, H, I = 4, 2, 8, 64, 32
+        >>> x = torch.randn(T, H, requires_grad=True)
+        >>> ids = torch.randint(E, (T, K))
+        >>> w = torch.full((T, K), 1 / K)
+        >>> y = ktops.moe_sft(x, ids, w, torch.randn(E, 2 * I, H), torch.randn(E, H, I))
+        >>> y.sum().backward()
+    """
+    arguments = (
+        hidden_states, topk_ids, topk_weights, gate_up_proj, down_proj,
+        None, None, None, None, gate_up_bias, down_bias,
+        gate_up_lora_A, gate_up_lora_B, down_lora_A, down_lora_B,
+        gate_up_proj.shape[0], down_proj.shape[-1], "dense", 0, gate_up_scaling, down_scaling,
+        activation, [],
+    )  # fmt: skip
+    if torch.is_grad_enabled() and any(
+        isinstance(t, Tensor) and t.requires_grad for t in arguments[:_NUM_TENSORS]
+    ):
+        return torch.ops.kt.moe_sft_fwd(*arguments, save)[0]
+    return torch.ops.kt.moe_fwd(*arguments)
+
+
+def checkpoint_context_fn():
+    """``context_fn`` for ``torch.utils.checkpoint.checkpoint(..., use_reentrant=False)``.
+
+    Keeps the outputs of the experts' forward, so that the recompute of a checkpointed block runs everything but the
+    experts.
+
+    Example:
+        >>> checkpoint(block, x, use_reentrant=False, context_fn=ktops.checkpoint_context_fn)
+    """
+    return create_selective_checkpoint_contexts([torch.ops.kt.moe_sft_fwd.default])

@@ -1,0 +1,1 @@
+"""Inputs, reference runs and comparison budgets, shared by test/ and bench/."""

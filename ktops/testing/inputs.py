@@ -1,0 +1,169 @@
+"""Inputs for ktops.moe_sft: random, reproducible, and awkward on request."""
+
+import torch
+from torch import Tensor
+
+from ktops.ops.moe_sft import ARGUMENTS
+
+ROUTINGS = ("random", "skewed", "one_expert", "empty_experts", "repeated")
+
+FLOATING = (
+    "hidden_states", "topk_weights", "gate_up_proj", "down_proj", "gate_up_bias", "down_bias",
+    "gate_up_lora_A", "gate_up_lora_B", "down_lora_A", "down_lora_B",
+)  # fmt: skip
+"""The tensor arguments of ktops.moe_sft that may require a gradient."""
+
+
+def route(num_tokens: int, num_experts: int, top_k: int, routing: str, generator: torch.Generator) -> Tensor:
+    """topk_ids [num_tokens, top_k], int64.
+
+    ``routing``: "random" and "skewed" (probability ~ 1/(e+1)²) give distinct experts to a token where top_k
+    allows; "one_expert" sends every route to one expert; "empty_experts" uses the odd experts only;
+    "repeated" draws with replacement and gives the first two slots of every token the same expert.
+    """
+    shape = (num_tokens, top_k)
+    if routing == "one_expert":
+        return torch.full(shape, num_experts // 2)
+    if routing == "repeated" or top_k > num_experts:
+        ids = torch.randint(num_experts, shape, generator=generator)
+        ids[:, 1:2] = ids[:, :1]
+        return ids
+    if routing == "empty_experts":
+        odd = max(num_experts // 2, 1)
+        return (torch.randint(odd, shape, generator=generator) * 2 + 1).clamp(max=num_experts - 1)
+    if routing not in ("random", "skewed"):
+        raise ValueError(f"routing must be one of {', '.join(ROUTINGS)}, got {routing!r}")
+    probability = torch.ones(num_experts)
+    if routing == "skewed":
+        probability = 1 / (torch.arange(num_experts) + 1.0) ** 2
+    if num_tokens == 0:
+        return torch.zeros(shape, dtype=torch.int64)
+    return torch.multinomial(probability.expand(num_tokens, -1), top_k, generator=generator)
+
+
+def spoil_ids(ids: Tensor, num_experts: int, generator: torch.Generator) -> Tensor:
+    """A copy of ids with every third route out of [0, num_experts), the whole second token among them.
+
+    Some ids are 0 in their low 32 bits, so a truncating conversion would make them valid.
+    """
+    bad = [-1, num_experts, num_experts + 7, torch.iinfo(ids.dtype).min]
+    if ids.dtype == torch.int64:
+        bad += [1 << 32, -(1 << 32)]
+    bad = torch.tensor(bad, dtype=ids.dtype)
+    values = bad[torch.randint(len(bad), ids.shape, generator=generator)]
+    mask = torch.arange(ids.numel()).view(ids.shape) % 3 == 1
+    mask[1:2] = True
+    return torch.where(mask, values, ids)
+
+
+def moe_inputs(
+    num_tokens: int,
+    hidden_size: int,
+    intermediate_size: int,
+    num_experts: int,
+    top_k: int,
+    *,
+    dtype: torch.dtype = torch.float32,
+    lora_rank: int | tuple[int, int] = 0,
+    lora_dtype: torch.dtype | None = None,
+    bias: bool = False,
+    ids_dtype: torch.dtype = torch.int64,
+    weights_dtype: torch.dtype | None = None,
+    invalid_ids: bool = False,
+    routing: str = "random",
+    seed: int = 0,
+    scale: float = 1.0,
+) -> dict:
+    """Keyword arguments for :func:`ktops.moe_sft`, reproducible from ``seed``.
+
+    hidden_states are N(0, scale²), weights N(0, 1/fan_in), so gates are about N(0, scale²). The LoRA
+    factors are all non-zero and as large as the base weights' product; the two scalings differ, so that a
+    swap shows.
+
+    Args:
+        dtype: of hidden_states, gate_up_proj and down_proj.
+        lora_rank: r for both adapters or (gate_up's, down's); 0 leaves an adapter out.
+        lora_dtype, weights_dtype: of the LoRA tensors and biases, and of topk_weights; default ``dtype``.
+        bias: with gate_up_bias and down_bias.
+        invalid_ids: every third id lies outside [0, num_experts).
+        routing: one of ROUTINGS, see :func:`route`.
+
+    Example:
+        >>> y = ktops.moe_sft(**moe_inputs(4, 64, 32, num_experts=8, top_k=2, lora_rank=4))
+    """
+    gen = torch.Generator().manual_seed(seed)
+    lora_dtype, weights_dtype = lora_dtype or dtype, weights_dtype or dtype
+    ranks = (lora_rank, lora_rank) if isinstance(lora_rank, int) else lora_rank
+
+    def normal(*shape: int, std: float, to: torch.dtype) -> Tensor:
+        return torch.randn(shape, generator=gen).mul_(std).to(to)
+
+    def lora(prefix: str, rank: int, fan_in: int, fan_out: int) -> dict:
+        if rank == 0:
+            return {}
+        return {
+            f"{prefix}_lora_A": normal(num_experts, rank, fan_in, std=fan_in**-0.5, to=lora_dtype),
+            f"{prefix}_lora_B": normal(num_experts, fan_out, rank, std=rank**-0.5, to=lora_dtype),
+        }
+
+    ids = route(num_tokens, num_experts, top_k, routing, gen).to(ids_dtype)
+    inputs = {
+        "hidden_states": normal(num_tokens, hidden_size, std=scale, to=dtype),
+        "topk_ids": spoil_ids(ids, num_experts, gen) if invalid_ids else ids,
+        "topk_weights": torch.randn(num_tokens, top_k, generator=gen).softmax(-1).to(weights_dtype),
+        "gate_up_proj": normal(
+            num_experts, 2 * intermediate_size, hidden_size, std=hidden_size**-0.5, to=dtype
+        ),
+        "down_proj": normal(
+            num_experts, hidden_size, intermediate_size, std=intermediate_size**-0.5, to=dtype
+        ),
+    }
+    if bias:
+        inputs["gate_up_bias"] = normal(num_experts, 2 * intermediate_size, std=0.5, to=lora_dtype)
+        inputs["down_bias"] = normal(num_experts, hidden_size, std=0.5, to=lora_dtype)
+    inputs |= lora("gate_up", ranks[0], hidden_size, 2 * intermediate_size)
+    inputs |= lora("down", ranks[1], intermediate_size, hidden_size)
+    return inputs | {"gate_up_scaling": 0.75, "down_scaling": 1.25}
+
+
+def upcast(inputs: dict, dtype: torch.dtype = torch.float64) -> dict:
+    """The same inputs with every floating tensor in ``dtype``, detached copies."""
+    return {
+        name: value.detach().to(dtype, copy=True)
+        if isinstance(value, Tensor) and value.is_floating_point()
+        else value
+        for name, value in inputs.items()
+    }
+
+
+def floating(inputs: dict) -> tuple[str, ...]:
+    """Names of the differentiable tensors among the inputs, in FLOATING's order."""
+    return tuple(name for name in FLOATING if isinstance(inputs.get(name), Tensor))
+
+
+def require_grad(inputs: dict, *names: str) -> dict:
+    """The same inputs, sharing storage, with ``requires_grad`` on the named tensors (none named: on all)."""
+    names = names or floating(inputs)
+    missing = set(names) - set(floating(inputs))
+    if missing:
+        raise KeyError(f"no such tensor among the inputs: {', '.join(sorted(missing))}")
+    return {
+        name: value.detach().requires_grad_(name in names) if isinstance(value, Tensor) else value
+        for name, value in inputs.items()
+    }
+
+
+def op_arguments(inputs: dict, *, activation: str = "silu", save: str | None = "activations") -> tuple:
+    """The positional arguments of kt::moe_sft_fwd and its reference; with ``save=None`` of kt::moe_fwd."""
+    given = {
+        "num_experts": inputs["gate_up_proj"].shape[0],
+        "intermediate_size": inputs["down_proj"].shape[-1],
+        "weight_format": "dense",
+        "group_size": 0,
+        "gate_up_scaling": 1.0,
+        "down_scaling": 1.0,
+        "activation": activation,
+        "activation_args": [],
+        "save": save,
+    } | inputs
+    return tuple(given.get(name) for name in ARGUMENTS if name != "save" or save is not None)

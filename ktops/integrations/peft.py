@@ -1,0 +1,186 @@
+"""PEFT's LoRA on stacked expert parameters, computed by the op instead of through dense deltas.
+
+PEFT nests one ``ParamWrapper`` per adapted parameter around an experts module and, in every forward, builds
+``W + scaling * B A`` for the whole stack. With ``enable()`` a wrapper whose experts run through ktops hands its two
+factors on instead, as keyword arguments of the module it wraps; the experts module receives those of every wrapper
+around it and passes them to ``ktops.moe_sft``. Nothing else of PEFT changes: parameters, names, files, adapters.
+"""
+
+import functools
+import re
+import warnings
+
+import torch
+from torch import Tensor, nn
+
+PREFIXES = {"gate_up_proj": "gate_up", "down_proj": "down"}
+"""Adapted parameter -> prefix of its keyword arguments: ``<prefix>_lora_A``, ``<prefix>_lora_B``, ``<prefix>_scaling``."""
+
+_STACKED = ("gate_up_proj", "gate_proj", "up_proj", "down_proj")
+
+
+_peft: dict = {}
+"""What ``enable`` replaced: method name -> PEFT's own."""
+
+
+def enable() -> None:
+    """Route PEFT's LoRA on expert parameters into the op, for models whose experts run through ktops.
+
+    Other models, and parameters other than ``gate_up_proj`` and ``down_proj``, keep PEFT's own forward. Applies to
+    models with adapters that exist already and to later ones. Called by ``ktops.enable()``.
+
+    Raises:
+        ImportError: PEFT is not installed.
+    """
+    from peft.tuners.lora import LoraModel
+    from peft.tuners.lora.layer import ParamWrapper
+
+    if _peft:
+        return
+    _peft.update(forward=ParamWrapper.forward, inject_adapter=LoraModel.inject_adapter)
+    ParamWrapper.forward = functools.wraps(_peft["forward"])(_forward)
+    LoraModel.inject_adapter = functools.wraps(_peft["inject_adapter"])(_inject_adapter)
+
+
+def disable() -> None:
+    """Give PEFT its own methods back."""
+    from peft.tuners.lora import LoraModel
+    from peft.tuners.lora.layer import ParamWrapper
+
+    if not _peft:
+        return
+    ParamWrapper.forward = _peft.pop("forward")
+    LoraModel.inject_adapter = _peft.pop("inject_adapter")
+
+
+def expert_target_parameters(model: nn.Module) -> list[str]:
+    """The ``LoraConfig(target_parameters=...)`` that reach every routed expert of a model.
+
+    Args:
+        model: a transformers model, with or without PEFT adapters, with its experts swapped or not.
+
+    Returns:
+        Suffixes of parameter names below the layers, e.g. ``["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]``;
+        empty when no experts are stored as stacked ``[num_experts, ...]`` parameters.
+
+    Example:
+        >>> LoraConfig(r=16, target_modules=["q_proj", "v_proj"], target_parameters=expert_target_parameters(model))
+    """
+    found: dict[str, None] = {}
+    for name, module in _experts(model):
+        path = name.removeprefix("base_model.model.").replace(".base_layer", "")
+        suffix = re.split(r"(?:^|\.)\d+\.", path)[-1]
+        for parameter in _STACKED:
+            if _is_stack(module, parameter):
+                found[f"{suffix}.{parameter}" if suffix else parameter] = None
+    return list(found)
+
+
+def _is_stack(module: nn.Module, parameter: str) -> bool:
+    tensor = module._parameters.get(parameter)
+    return tensor is not None and tensor.dim() == 3
+
+
+def _experts(model: nn.Module):
+    for name, module in model.named_modules():
+        if _is_stack(module, "down_proj"):
+            yield name, module
+
+
+def _lora_arguments(wrapper: nn.Module, adapters: list[str]) -> dict[str, Tensor | float]:
+    """The keyword arguments of one wrapper: A [E, r, in], B [E, out, r] and the scaling of the active adapters.
+
+    PEFT keeps ``lora_A.weight [r * E, in]`` with the expert outermost and ``lora_B.weight [out, r * E]`` with the
+    expert innermost; both are passed on as views. Several adapters are one adapter of the summed rank, each with its
+    own scaling in its columns of B.
+    """
+    lora_a, lora_b = [], []
+    for name in adapters:
+        a, b = wrapper.lora_A[name].weight, wrapper.lora_B[name].weight
+        lora_a.append(a.reshape(wrapper.num_experts, -1, a.shape[1]))
+        lora_b.append(b.reshape(b.shape[0], -1, wrapper.num_experts).permute(2, 0, 1))
+    prefix = PREFIXES[wrapper.parameter_name]
+    if len(adapters) == 1:
+        a, b, scaling = lora_a[0], lora_b[0], wrapper.scaling[adapters[0]]
+    else:
+        a = torch.cat(lora_a, dim=1)
+        b = torch.cat([wrapper.scaling[name] * b for name, b in zip(adapters, lora_b, strict=True)], dim=2)
+        scaling = 1.0
+    return {f"{prefix}_lora_A": a, f"{prefix}_lora_B": b, f"{prefix}_scaling": scaling}
+
+
+def _takes_factors(wrapper: nn.Module, kwargs: dict) -> bool:
+    """Whether PEFT's own forward, which builds the dense delta or refuses, may be left out for this call."""
+    return (
+        wrapper.parameter_name in PREFIXES
+        and wrapper._did_swap_in_out_features  # False: stored as [E, in, out]
+        and "adapter_names" not in kwargs
+        and runs_ktops(wrapper.get_base_layer())
+    )
+
+
+def runs_ktops(experts: nn.Module) -> bool:
+    """Whether an experts module runs through the op, and so takes LoRA factors as keyword arguments."""
+    return getattr(getattr(experts, "config", None), "_experts_implementation", None) == "ktops"
+
+
+def _forward(wrapper: nn.Module, x: Tensor, *args, **kwargs) -> Tensor:
+    """``ParamWrapper.forward``, with factors in place of the dense delta where the experts run through ktops."""
+    if not _takes_factors(wrapper, kwargs):
+        return _peft["forward"](wrapper, x, *args, **kwargs)
+    if wrapper.disable_adapters:
+        if wrapper.merged:
+            wrapper.unmerge()
+    elif not wrapper.merged:
+        adapters = [name for name in wrapper.active_adapters if name in wrapper.lora_A]
+        if any(name in wrapper.lora_variant for name in adapters):
+            _warn_variant(", ".join(type(v).__name__ for v in wrapper.lora_variant.values()))
+            return _peft["forward"](wrapper, x, *args, **kwargs)
+        if adapters:
+            kwargs = {**kwargs, **_lora_arguments(wrapper, adapters)}
+    return wrapper.base_layer(x, *args, **kwargs)
+
+
+@functools.cache
+def _warn_variant(variant: str) -> None:
+    warnings.warn(
+        f"ktops does not compute the LoRA variant {variant} on expert parameters; PEFT computes it, with a dense "
+        "delta of all experts in every forward.",
+        stacklevel=2,
+    )
+
+
+_MLP_NAMES = {"experts", "gate_proj", "up_proj", "down_proj", "gate_up_proj", "w1", "w2", "w3", "all-linear"}
+
+
+def _asks_for_experts(target_modules: str | set[str] | list[str] | None) -> bool:
+    """Whether the names are those of a model's MLP projections, without a word about shared experts."""
+    names = [target_modules] if isinstance(target_modules, str) else target_modules or []
+    return any(
+        "shared" not in name and _MLP_NAMES.intersection(re.findall(r"[\w-]+", name)) for name in names
+    )
+
+
+def _inject_adapter(self, model: nn.Module, adapter_name: str, *args, **kwargs) -> None:
+    """``LoraModel.inject_adapter``, with a word when the targets were meant to reach the experts and do not."""
+    asked = _asks_for_experts(self.peft_config[adapter_name].target_modules)
+    _peft["inject_adapter"](self, model, adapter_name, *args, **kwargs)
+    _warn_if_experts_missed(model, adapter_name, self.peft_config[adapter_name], asked)
+
+
+def _warn_if_experts_missed(model: nn.Module, adapter_name: str, config, asked: bool) -> None:
+    if config.inference_mode or not (asked or config.target_parameters):
+        return
+    experts = dict(_experts(model))
+    if not experts or any(
+        getattr(module, "parameter_name", None) in _STACKED and adapter_name in module.lora_A
+        for module in model.modules()
+        if hasattr(module, "lora_A")
+    ):
+        return
+    warnings.warn(
+        f"LoRA adapter {adapter_name!r} does not reach the routed experts of {type(model).__name__} "
+        f"({len(experts)} layers): their weights are stacked parameters, not linear modules. To train them, use "
+        f"LoraConfig(target_parameters={expert_target_parameters(model)}).",
+        stacklevel=3,
+    )

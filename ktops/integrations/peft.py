@@ -1,9 +1,10 @@
 """PEFT's LoRA on stacked expert parameters, computed by the op instead of through dense deltas.
 
-PEFT nests one ``ParamWrapper`` per adapted parameter around an experts module and, in every forward, builds
-``W + scaling * B A`` for the whole stack. With ``enable()`` a wrapper whose experts run through ktops hands its two
-factors on instead, as keyword arguments of the module it wraps; the experts module receives those of every wrapper
-around it and passes them to ``ktops.moe_sft``. Nothing else of PEFT changes: parameters, names, files, adapters.
+PEFT nests one ``ParamWrapper`` per adapted parameter around an experts module and, in every forward,
+builds ``W + scaling * B A`` for the whole stack. With ``enable()`` a wrapper whose experts run through ktops
+hands its two factors on instead, as keyword arguments of the module it wraps; the experts module receives
+those of every wrapper around it and passes them to ``ktops.moe_sft``. Nothing else of PEFT changes:
+parameters, names, files.
 """
 
 import functools
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 PREFIXES = {"gate_up_proj": "gate_up", "down_proj": "down"}
-"""Adapted parameter -> prefix of its keyword arguments: ``<prefix>_lora_A``, ``<prefix>_lora_B``, ``<prefix>_scaling``."""
+"""Adapted parameter -> what its keyword arguments start with: ``gate_up_lora_A``, ``gate_up_scaling``, ..."""
 
 _STACKED = ("gate_up_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -26,8 +27,8 @@ _peft: dict = {}
 def enable() -> None:
     """Route PEFT's LoRA on expert parameters into the op, for models whose experts run through ktops.
 
-    Other models, and parameters other than ``gate_up_proj`` and ``down_proj``, keep PEFT's own forward. Applies to
-    models with adapters that exist already and to later ones. Called by ``ktops.enable()``.
+    Other models, and parameters other than ``gate_up_proj`` and ``down_proj``, keep PEFT's own forward.
+    Holds for models that have adapters already and for later ones. Called by ``ktops.enable()``.
 
     Raises:
         ImportError: PEFT is not installed.
@@ -60,11 +61,11 @@ def expert_target_parameters(model: nn.Module) -> list[str]:
         model: a transformers model, with or without PEFT adapters, with its experts swapped or not.
 
     Returns:
-        Suffixes of parameter names below the layers, e.g. ``["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]``;
-        empty when no experts are stored as stacked ``[num_experts, ...]`` parameters.
+        Parameter names within a layer, e.g. ``["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]``.
+        Empty when no experts are stored as stacked ``[num_experts, ...]`` parameters.
 
     Example:
-        >>> LoraConfig(r=16, target_modules=["q_proj", "v_proj"], target_parameters=expert_target_parameters(model))
+        >>> LoraConfig(r=16, target_modules=["q_proj"], target_parameters=expert_target_parameters(model))
     """
     found: dict[str, None] = {}
     for name, module in _experts(model):
@@ -88,11 +89,11 @@ def _experts(model: nn.Module):
 
 
 def _lora_arguments(wrapper: nn.Module, adapters: list[str]) -> dict[str, Tensor | float]:
-    """The keyword arguments of one wrapper: A [E, r, in], B [E, out, r] and the scaling of the active adapters.
+    """The keyword arguments of one wrapper: A [E, r, in], B [E, out, r], scaling.
 
-    PEFT keeps ``lora_A.weight [r * E, in]`` with the expert outermost and ``lora_B.weight [out, r * E]`` with the
-    expert innermost; both are passed on as views. Several adapters are one adapter of the summed rank, each with its
-    own scaling in its columns of B.
+    PEFT keeps ``lora_A.weight [r * E, in]`` with the expert outermost and ``lora_B.weight [out, r * E]`` with
+    the expert innermost; both are passed on as views. Several adapters are one adapter of the summed rank,
+    each with its own scaling in its columns of B.
     """
     lora_a, lora_b = [], []
     for name in adapters:
@@ -125,7 +126,7 @@ def runs_ktops(experts: nn.Module) -> bool:
 
 
 def _forward(wrapper: nn.Module, x: Tensor, *args, **kwargs) -> Tensor:
-    """``ParamWrapper.forward``, with factors in place of the dense delta where the experts run through ktops."""
+    """``ParamWrapper.forward``, with factors in place of the dense delta if the experts run through ktops."""
     if not _takes_factors(wrapper, kwargs):
         return _peft["forward"](wrapper, x, *args, **kwargs)
     if wrapper.disable_adapters:
@@ -144,7 +145,7 @@ def _forward(wrapper: nn.Module, x: Tensor, *args, **kwargs) -> Tensor:
 @functools.cache
 def _warn_variant(variant: str) -> None:
     warnings.warn(
-        f"ktops does not compute the LoRA variant {variant} on expert parameters; PEFT computes it, with a dense "
+        f"ktops does not compute the LoRA variant {variant} on expert parameters; PEFT does, with a dense "
         "delta of all experts in every forward.",
         stacklevel=2,
     )
@@ -162,7 +163,7 @@ def _asks_for_experts(target_modules: str | set[str] | list[str] | None) -> bool
 
 
 def _inject_adapter(self, model: nn.Module, adapter_name: str, *args, **kwargs) -> None:
-    """``LoraModel.inject_adapter``, with a word when the targets were meant to reach the experts and do not."""
+    """``LoraModel.inject_adapter``, with a warning when targets meant for the experts do not reach them."""
     asked = _asks_for_experts(self.peft_config[adapter_name].target_modules)
     _peft["inject_adapter"](self, model, adapter_name, *args, **kwargs)
     _warn_if_experts_missed(model, adapter_name, self.peft_config[adapter_name], asked)
@@ -180,7 +181,7 @@ def _warn_if_experts_missed(model: nn.Module, adapter_name: str, config, asked: 
         return
     warnings.warn(
         f"LoRA adapter {adapter_name!r} does not reach the routed experts of {type(model).__name__} "
-        f"({len(experts)} layers): their weights are stacked parameters, not linear modules. To train them, use "
-        f"LoraConfig(target_parameters={expert_target_parameters(model)}).",
+        f"({len(experts)} layers): their weights are stacked parameters, not linear modules. To train them, "
+        f"use LoraConfig(target_parameters={expert_target_parameters(model)}).",
         stacklevel=3,
     )

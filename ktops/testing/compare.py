@@ -1,0 +1,123 @@
+"""Runs of ktops.moe_sft and of its reference on the same inputs, and the comparison of the two."""
+
+import math
+
+import torch
+from torch import Tensor
+
+import ktops
+from ktops import reference
+from ktops.ops.moe_sft import GRADIENTS
+from ktops.testing.budgets import relative_error, rms, rounding_level, safety
+from ktops.testing.inputs import floating, op_arguments, require_grad, upcast
+
+
+def random_grad_output(inputs: dict, seed: int = 1) -> Tensor:
+    """A gradient N(0, 1) for the output of ktops.moe_sft(**inputs)."""
+    hidden_states = inputs["hidden_states"]
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(hidden_states.shape, generator=generator).to(hidden_states.dtype)
+
+
+def run(
+    inputs: dict, grad_output: Tensor, names: tuple[str, ...] | None = None, **options
+) -> dict[str, Tensor]:
+    """{"output": ..., "hidden_states": its gradient, ...} of ktops.moe_sft for the named tensors (None: all).
+
+    ``options`` are activation and save.
+    """
+    names = floating(inputs) if names is None else names
+    inputs = require_grad(inputs, *names)
+    output = ktops.moe_sft(**inputs, **options)
+    gradients = torch.autograd.grad(output, [inputs[name] for name in names], grad_output)
+    return {"output": output.detach()} | dict(zip(names, gradients, strict=True))
+
+
+def run_reference(
+    inputs: dict, grad_output: Tensor, names: tuple[str, ...] | None = None, activation: str = "silu"
+) -> dict[str, Tensor]:
+    """What :func:`run` returns, from ktops.reference in float64."""
+    names = floating(inputs) if names is None else names
+    arguments = op_arguments(upcast(inputs), activation=activation)
+    output, *saved = reference.moe_sft_fwd(*arguments)
+    mask = sum(1 << GRADIENTS.index(name) for name in names)
+    gradients = reference.moe_sft_bwd(grad_output.double(), *arguments, *saved, mask)
+    return {"output": output} | {name: gradients[GRADIENTS.index(name)] for name in names}
+
+
+def inner_size(inputs: dict) -> int:
+    """The longest sum in forward or backward: over H, 2I or the routes."""
+    return max(
+        inputs["hidden_states"].shape[1], 2 * inputs["down_proj"].shape[-1], inputs["topk_ids"].numel()
+    )
+
+
+def sensitivity(
+    inputs: dict, grad_output: Tensor, expected: dict[str, Tensor], activation: str = "silu"
+) -> dict[str, tuple[float, float]]:
+    """How far each result moves when every element of every input is wrong by rounding_level.
+
+    (Frobenius norm, largest element) of the movement, RMS over random errors. The results of a
+    backward-stable computation lie about as far from the exact ones; ill-conditioned cases (a sum that
+    cancels) are allowed what they deserve and no more.
+    """
+    level = rounding_level(inputs["hidden_states"].dtype, inner_size(inputs))
+    names = tuple(name for name in expected if name != "output")
+    samples = 16 if expected["output"].numel() < 256 else 4
+    generator = torch.Generator().manual_seed(2)
+
+    def perturbed(x: Tensor) -> Tensor:
+        return x * (1 + level * torch.randn(x.shape, generator=generator, dtype=torch.float64))
+
+    exact = upcast(inputs)
+    moves: dict[str, list[Tensor]] = {name: [] for name in expected}
+    for _ in range(samples):
+        moved = exact | {name: perturbed(exact[name]) for name in floating(exact)}
+        for name, value in run_reference(moved, perturbed(grad_output.double()), names, activation).items():
+            difference = (value - expected[name]).abs()
+            largest = difference.max() if difference.numel() else difference.sum()
+            moves[name].append(torch.stack([difference.norm(), largest]))
+    return {name: tuple(torch.stack(m).square().mean(0).sqrt().tolist()) for name, m in moves.items()}
+
+
+def _assert_close(what: str, actual: Tensor, expected: Tensor, move: tuple[float, float], allowed: float):
+    rounding = rms(actual.dtype)
+    difference = (actual.double() - expected).abs()
+    error, usual = difference.norm().item(), math.hypot(move[0], rounding * expected.norm().item())
+    assert error <= allowed * usual, (
+        f"{what}: relative error {relative_error(actual, expected):.3e}, which is "
+        f"{error / usual if usual else math.inf:.2f} times the expected one; {allowed:.2f} times is allowed"
+    )
+    if actual.numel():
+        position = int(difference.argmax())
+        bound = 2 * allowed * (move[1] + rounding * expected.abs().max().item())
+        assert difference.max().item() <= bound, (
+            f"{what}: element {position} is {actual.flatten()[position]} instead of "
+            f"{expected.flatten()[position]}, a difference of {bound:.3e} is allowed"
+        )
+
+
+def assert_matches_reference(
+    actual: dict[str, Tensor], inputs: dict, grad_output: Tensor, activation: str = "silu"
+) -> None:
+    """Asserts that what :func:`run` returned lies within the budget around the float64 reference.
+
+    Shapes and dtypes are checked too: the gradient of a tensor has its dtype.
+    """
+    names = tuple(name for name in actual if name != "output")
+    expected = run_reference(inputs, grad_output, names, activation)
+    moves = sensitivity(inputs, grad_output, expected, activation)
+    num_errors = inputs["topk_ids"].numel() * min(inputs["down_proj"].shape[1:])
+    for name, exact in expected.items():
+        what = "output" if name == "output" else f"gradient of {name}"
+        like = inputs["hidden_states" if name == "output" else name]
+        assert actual[name].dtype == like.dtype, f"{what}: {actual[name].dtype} instead of {like.dtype}"
+        assert actual[name].shape == exact.shape, f"{what}: shape {list(actual[name].shape)}"
+        _assert_close(what, actual[name], exact, moves[name], safety(min(num_errors, exact.numel())))
+
+
+def check_against_reference(inputs: dict, *, activation: str = "silu", save: str = "activations") -> None:
+    """Runs ktops.moe_sft forward and backward for every floating input and asserts that it matches."""
+    grad_output = random_grad_output(inputs)
+    actual = run(inputs, grad_output, activation=activation, save=save)
+    assert_matches_reference(actual, inputs, grad_output, activation)

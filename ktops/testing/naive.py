@@ -1,0 +1,113 @@
+"""One MoE layer one route at a time, for autograd: the formula and nothing else.
+
+Independent of ktops.reference, which it checks. Hooks turn it into a model of a kernel that rounds: see
+:class:`Arithmetic`.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+ACTIVATIONS = {
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda g: F.gelu(g, approximate="tanh"),
+}
+
+
+class _Round(torch.autograd.Function):
+    """Rounds to dtype, and the gradient on its way back as well."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, dtype: torch.dtype) -> Tensor:
+        ctx.dtype = dtype
+        return x.to(dtype).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+        return grad.to(ctx.dtype).to(grad.dtype), None
+
+
+@dataclass
+class Arithmetic:
+    """Exact as the inputs' dtype allows; subclasses round."""
+
+    def value(self, x: Tensor) -> Tensor:
+        """A factor of a product, or a result."""
+        return x
+
+    def product(self, weight: Tensor, x: Tensor) -> Tensor:
+        return weight @ x
+
+
+@dataclass
+class Rounded(Arithmetic):
+    """One rounding to ``dtype`` of every factor and result, none inside a product."""
+
+    dtype: torch.dtype = torch.bfloat16
+
+    def value(self, x: Tensor) -> Tensor:
+        return _Round.apply(x, self.dtype)
+
+
+@dataclass
+class RoundedAccumulation(Rounded):
+    """Also rounds the running sum of every product each ``step`` terms: what a kernel must not do."""
+
+    step: int = 2
+
+    def product(self, weight: Tensor, x: Tensor) -> Tensor:
+        total = torch.zeros_like(weight[:, 0])
+        for w, v in zip(weight.split(self.step, dim=1), x.split(self.step), strict=True):
+            total = self.value(total + w @ v)
+        return total
+
+
+def _product_with_lora(arithmetic: Arithmetic, x, weight, bias, lora_a, lora_b, scaling):
+    y = arithmetic.product(weight, x)
+    if lora_a is not None:
+        xa = arithmetic.value(scaling * arithmetic.product(arithmetic.value(lora_a), x))
+        y = y + arithmetic.product(arithmetic.value(lora_b), xa)
+    return y if bias is None else y + bias
+
+
+def moe_naive(
+    inputs: dict, *, activation: str = "silu", arithmetic: Arithmetic | None = None, skip: str = ""
+) -> Tensor:
+    """output [num_tokens, hidden_size] for the keyword arguments of ktops.moe_sft, differentiable.
+
+    ``skip`` names an input to leave out as if it were None (1.0 for a scaling): a wrong result on purpose.
+    """
+    arithmetic = arithmetic or Arithmetic()
+    inputs = {name: value for name, value in inputs.items() if name != skip}
+    num_experts = inputs["gate_up_proj"].shape[0]
+
+    def expert(name: str, e: int) -> Tensor | None:
+        return None if inputs.get(name) is None else inputs[name][e]
+
+    def layer(x: Tensor, prefix: str, e: int) -> Tensor:
+        lora_b = expert(f"{prefix}_lora_B", e)
+        lora_a = None if lora_b is None else expert(f"{prefix}_lora_A", e)
+        return _product_with_lora(
+            arithmetic,
+            arithmetic.value(x),
+            inputs[f"{prefix}_proj"][e],
+            expert(f"{prefix}_bias", e),
+            lora_a,
+            lora_b,
+            inputs.get(f"{prefix}_scaling", 1.0),
+        )
+
+    rows = []
+    for x, ids, weights in zip(
+        inputs["hidden_states"], inputs["topk_ids"].tolist(), inputs["topk_weights"], strict=True
+    ):
+        row = torch.zeros_like(x)
+        for e, w in zip(ids, weights, strict=True):
+            if 0 <= e < num_experts:
+                gate, up = arithmetic.value(layer(x, "gate_up", e)).chunk(2)
+                row = row + w * layer(ACTIVATIONS[activation](gate) * up, "down", e)
+        rows.append(arithmetic.value(row))
+    return torch.stack(rows) if rows else 0 * inputs["hidden_states"]

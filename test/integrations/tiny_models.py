@@ -1,7 +1,7 @@
 """Tiny random Mixture-of-Experts language models, one per architecture.
 
-The routers are spread out, so that rounding does not move a token to another expert, and the experts' weights are
-as large as their fan-in allows, so that their share of the output and their gradients are well above the noise.
+The routers are spread out, so that rounding does not move a token to another expert, and the experts' weights
+are as large as their fan-in allows, so that their share of output and gradients is far above rounding.
 """
 
 import math
@@ -78,7 +78,7 @@ ARCHITECTURES = {
 
 
 def tiny_config(architecture: str, **overrides) -> transformers.PreTrainedConfig:
-    """The configuration of a tiny model; the experts run eagerly unless ``experts_implementation`` says otherwise."""
+    """The configuration of a tiny model, with eager experts unless ``experts_implementation`` is given."""
     _, config_class, keys = ARCHITECTURES[architecture]
     known = getattr(transformers, config_class).__dataclass_fields__
     common = {name: value for name, value in _COMMON.items() if name in known}
@@ -93,9 +93,9 @@ def tiny_model(
 
     Args:
         architecture: a key of ``ARCHITECTURES``.
-        dtype: of the parameters; two models that differ only in dtype hold the same weights, rounded.
+        dtype: of the parameters; models that differ only in dtype hold the same weights, rounded.
         seed: two models with the same seed hold the same weights.
-        overrides: configuration keys, e.g. ``output_router_logits=True`` or ``experts_implementation="ktops"``.
+        overrides: configuration keys: ``output_router_logits=True``, ``experts_implementation="ktops"``, ...
     """
     model_class = getattr(transformers, ARCHITECTURES[architecture][0])
     with torch.random.fork_rng(devices=[]):

@@ -1,0 +1,37 @@
+"""Other libraries, each imported only when used."""
+
+import importlib.util
+
+__all__ = ["disable", "enable"]
+
+
+def enable() -> None:
+    """Register the experts implementation "ktops" in transformers, and route PEFT's expert LoRA into the op.
+
+    To be called once, before a model is made; a second call does nothing. PEFT is optional.
+
+    Raises:
+        ImportError: transformers is not installed, or has no experts interface.
+
+    Example:
+        >>> ktops.enable()
+        >>> model = AutoModelForCausalLM.from_pretrained("Qwen/Qwen3-30B-A3B", experts_implementation="ktops")
+    """
+    from ktops.integrations import transformers
+
+    transformers.enable()
+    if importlib.util.find_spec("peft") is not None:
+        from ktops.integrations import peft
+
+        peft.enable()
+
+
+def disable() -> None:
+    """Undo :func:`enable`. Models that still ask for "ktops" raise in forward: set another implementation."""
+    from ktops.integrations import transformers
+
+    transformers.disable()
+    if importlib.util.find_spec("peft") is not None:
+        from ktops.integrations import peft
+
+        peft.disable()

@@ -1,0 +1,91 @@
+"""Which experts modules of transformers the op computes.
+
+An experts module declares its layout in attributes (``has_gate``, ``is_transposed``, ...), so most
+architectures need nothing here. One that looks special but computes the same is a row of ``GATES``.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ktops.nn.experts import DTYPES
+
+TESTED = (
+    "Qwen2-MoE", "Qwen3-MoE", "Qwen3.5-MoE", "Qwen3-Next", "Mixtral", "DeepSeek-V2", "DeepSeek-V3",
+    "GLM4-MoE", "OLMoE",
+)  # fmt: skip
+"""Architectures compared with their eager implementation in the tests."""
+
+GATES = {
+    "modeling_beam.BeamExperts._apply_gate": "act_fn",  # act_fn(gate) * up in float32, as the op always does
+}
+"""``_apply_gate`` of special architectures: the attribute that holds the activation of ``act(gate) * up``."""
+
+ACTIVATIONS = {
+    "torch.nn.modules.activation.SiLU": "silu",
+    "transformers.activations.SiLUActivation": "silu",
+    "transformers.activations.GELUActivation": "gelu",
+    "transformers.activations.GELUTanh": "gelu_tanh",
+    "transformers.activations.NewGELUActivation": "gelu_tanh",
+    "transformers.activations.FastGELUActivation": "gelu_tanh",
+    "transformers.activations.AccurateGELUActivation": "gelu_tanh",
+}
+"""Class of an activation module -> activation of the op. By name: transformers need not be imported."""
+
+
+def activation_name(act_fn) -> str | None:
+    """The op's name for an activation module or function, None if it has none.
+
+    Example:
+        >>> activation_name(ACT2FN["gelu_pytorch_tanh"])
+        'gelu_tanh'
+    """
+    if act_fn is F.silu:
+        return "silu"
+    if act_fn is F.gelu:
+        return "gelu"
+    if isinstance(act_fn, nn.GELU):
+        return "gelu_tanh" if act_fn.approximate == "tanh" else "gelu"
+    return ACTIVATIONS.get(f"{type(act_fn).__module__}.{type(act_fn).__qualname__}")
+
+
+def unsupported_layout(experts: nn.Module) -> str | None:
+    """Why the op cannot compute an experts module of transformers, None if it can. Reads no weight."""
+    if not getattr(experts, "has_gate", True):
+        return "its experts have no gate projection"
+    if getattr(experts, "is_transposed", False):
+        return "its weights are stored as [num_experts, in_features, out_features]"
+    if not getattr(experts, "is_concatenated", True):
+        return "its gate and up rows are interleaved"
+    if getattr(experts, "has_post_expert_norm", False):
+        return "it normalises the output of every expert"
+    gate = getattr(experts, "_apply_gate", None)
+    if gate is not None and gate.__module__ != "transformers.integrations.moe":
+        attribute = GATES.get(f"{gate.__module__.rpartition('.')[2]}.{gate.__qualname__}")
+        if attribute is None:
+            return "its own _apply_gate is not act(gate) * up with an activation that ktops has"
+    else:
+        attribute = "act_fn"
+    act_fn = getattr(experts, attribute, None)
+    if activation_name(act_fn) is None:
+        return f"ktops has no activation {getattr(act_fn, '__name__', type(act_fn).__name__)}"
+    return None
+
+
+def unsupported_tensors(gate_up_proj: Tensor, down_proj: Tensor) -> str | None:
+    """Why the op cannot read these weights, None if it can."""
+    if gate_up_proj.dtype not in DTYPES:
+        return f"its weights are stored in {gate_up_proj.dtype}"
+    if gate_up_proj.dtype != down_proj.dtype:
+        return f"gate_up_proj is {gate_up_proj.dtype} and down_proj {down_proj.dtype}"
+    if gate_up_proj.dim() != 3 or down_proj.dim() != 3:
+        return "its weights are not [num_experts, out_features, in_features]"
+    num_experts, hidden_size, intermediate_size = down_proj.shape
+    if gate_up_proj.shape != torch.Size([num_experts, 2 * intermediate_size, hidden_size]):
+        return (
+            f"gate_up_proj {list(gate_up_proj.shape)} and down_proj {list(down_proj.shape)} are not "
+            "[E, 2I, H] and [E, H, I]"
+        )
+    if gate_up_proj.device.type != "cpu":
+        return f"its weights are on {gate_up_proj.device.type}"
+    return None

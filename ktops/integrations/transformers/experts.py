@@ -1,0 +1,132 @@
+"""The entry "ktops" of transformers' experts interface."""
+
+import functools
+import warnings
+
+import torch
+from torch import Tensor, nn
+
+from ktops.integrations.transformers.architectures import (
+    activation_name,
+    unsupported_layout,
+    unsupported_tensors,
+)
+from ktops.nn.experts import KTExperts, run_experts
+
+NAME = "ktops"
+"""The name of the implementation: ``experts_implementation=NAME``."""
+
+
+def enable() -> None:
+    """Register "ktops" as an experts implementation; a second call does nothing.
+
+    Raises:
+        ImportError: transformers is not installed, or has no experts interface.
+    """
+    for registry in _registries():
+        registry.register(NAME, experts_forward)
+
+
+def disable() -> None:
+    """Take the implementation out again."""
+    for registry in _registries():
+        registry._global_mapping.pop(NAME, None)
+    _warn_once.cache_clear()
+
+
+def runs_ktops(experts: nn.Module) -> bool:
+    """Whether this experts module runs through the op: a KTExperts, or one that is asked to and supported."""
+    if isinstance(experts, KTExperts):
+        return True
+    implementation = getattr(getattr(experts, "config", None), "_experts_implementation", None)
+    return implementation == NAME and unsupported_layout(experts) is None
+
+
+def experts_forward(
+    experts: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor, **lora
+) -> Tensor:
+    """What an experts module runs with ``experts_implementation="ktops"``.
+
+    Args:
+        experts: the module, with the attributes that ``use_experts_implementation`` gives it.
+        hidden_states, top_k_index, top_k_weights: [T, H], [T, K], [T, K].
+        lora: the LoRA arguments of :func:`ktops.moe_sft`.
+
+    Returns:
+        [T, H] in the dtype of hidden_states.
+
+    Raises:
+        NotImplementedError: LoRA arguments for a module that the op does not support.
+    """
+    reason = unsupported_layout(experts)
+    if reason is not None:
+        return _own_forward(experts, reason, lora, hidden_states, top_k_index, top_k_weights)
+    gate_up_proj, down_proj = experts.gate_up_proj, experts.down_proj
+    reason = unsupported_tensors(gate_up_proj, down_proj)
+    if reason is not None:
+        return _own_forward(experts, reason, lora, hidden_states, top_k_index, top_k_weights)
+    has_bias = getattr(experts, "has_bias", False)
+    return run_experts(
+        hidden_states,
+        top_k_index,
+        top_k_weights,
+        gate_up_proj,
+        down_proj,
+        gate_up_bias=experts.gate_up_proj_bias if has_bias else None,
+        down_bias=experts.down_proj_bias if has_bias else None,
+        activation=activation_name(experts.act_fn),
+        **lora,
+    )
+
+
+def _own_forward(experts: nn.Module, reason: str, lora: dict, *args: Tensor) -> Tensor:
+    """The model's own implementation: "grouped_mm", transformers' default, or for quantised experts eager."""
+    name = f"{type(experts).__module__}.{type(experts).__qualname__}"
+    if lora:
+        raise NotImplementedError(f"ktops: LoRA on {name} cannot be computed: {reason}")
+    _warn(f"ktops does not run {name}: {reason}. It runs with the implementation of transformers instead.")
+    if experts.down_proj.element_size() == 1:
+        return _eager_forward(type(experts))(experts, *args)
+    return _grouped_mm()(experts, *args)
+
+
+def _eager_forward(experts_class: type[nn.Module]):
+    """The forward under every layer of ``use_experts_implementation``: one per fp8 layer stacks up."""
+    forward = experts_class.forward
+    while hasattr(forward, "__wrapped__"):
+        forward = forward.__wrapped__
+    return forward
+
+
+@torch.compiler.assume_constant_result
+def _warn(message: str) -> None:
+    """Once per message; under torch.compile while tracing."""
+    _warn_once(message)
+
+
+@functools.cache
+def _warn_once(message: str) -> None:
+    warnings.warn(message, stacklevel=2)
+
+
+def _grouped_mm():
+    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+    return ALL_EXPERTS_FUNCTIONS["grouped_mm"]
+
+
+def _registries() -> list:
+    """The experts interface and its sibling for fp8 checkpoints, where "ktops" is a warning and eager."""
+    try:
+        from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+    except ImportError as error:
+        raise ImportError(
+            "ktops.enable() needs transformers>=5.7: pip install 'ktops[transformers]'. "
+            "Without its experts interface, ktops.swap_experts(model) does the same."
+        ) from error
+    registries = [ALL_EXPERTS_FUNCTIONS]
+    try:
+        from transformers.integrations.finegrained_fp8 import ALL_FP8_EXPERTS_FUNCTIONS
+    except ImportError:
+        return registries
+    return [*registries, ALL_FP8_EXPERTS_FUNCTIONS]

@@ -1,0 +1,5 @@
+"""Modules over the operators."""
+
+from ktops.nn.experts import KTExperts
+
+__all__ = ["KTExperts"]

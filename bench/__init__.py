@@ -1,0 +1,1 @@
+"""Measures the operators as a fraction of what this machine can do: ``python -m bench.run``."""

@@ -1,0 +1,147 @@
+"""What this machine can do right now: peak of a row of kernels, read bandwidth; and who else uses it."""
+
+import os
+import platform
+import threading
+import time
+from pathlib import Path
+
+import torch
+
+from bench.roofline import Limits
+
+_CALL_SECONDS = 0.02  # one measurement of the peak; far above the skew between starting threads
+_REPEATS = 3
+_MIN_BUFFER_BYTES = 256 << 20
+
+
+def cpu_model() -> str:
+    """Name of the processor as the kernel gives it."""
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.split(":", 1)[1].strip()
+    return platform.processor() or "unknown"
+
+
+def last_level_cache_bytes() -> int:
+    """Size of the largest cache that CPU 0 sees, in bytes; 0 if the kernel does not say."""
+    sizes = [0]
+    for file in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
+        text = file.read_text().strip()
+        sizes.append(int(text[:-1]) * {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}[text[-1]])
+    return max(sizes)
+
+
+def _busy_seconds() -> float:
+    """CPU seconds spent by anybody, the hypervisor's other guests included, since boot."""
+    fields = [int(x) for x in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]]
+    user, nice, system, _idle, _iowait, irq, softirq, steal = fields
+    return (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
+
+
+class OtherLoad:
+    """Cores used by other processes during a ``with`` block, in ``cores`` afterwards.
+
+    The kernel counts in ticks of 10 ms, so blocks under 0.2 s say little.
+
+    Example:
+        >>> with OtherLoad() as load:
+        ...     work()
+        >>> load.cores < 0.15
+        True
+    """
+
+    cores: float = 0.0
+
+    def __enter__(self) -> "OtherLoad":
+        self._start = (time.perf_counter(), _busy_seconds(), time.process_time())
+        return self
+
+    def __exit__(self, *_) -> None:
+        wall, busy, own = self._start
+        wall = time.perf_counter() - wall
+        others = (_busy_seconds() - busy) - (time.process_time() - own)
+        self.cores = max(0.0, others / wall)
+
+
+def run_on_threads(num_threads: int, function) -> list:
+    """Results of ``function()`` called by num_threads Python threads that start together.
+
+    They overlap as far as the function releases the interpreter lock, which every PyTorch operator does.
+
+    Raises:
+        Exception: the first one that a thread raised.
+    """
+    barrier = threading.Barrier(num_threads)
+    results: list = [None] * num_threads
+    errors: list[Exception] = []
+
+    def body(index: int) -> None:
+        barrier.wait()
+        try:
+            results[index] = function()
+        except Exception as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=body, args=(i,)) for i in range(num_threads)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if errors:
+        raise errors[0]
+    return results
+
+
+class Calibration:
+    """Measures :class:`Limits` again and again with the same buffer and iteration counts.
+
+    Args:
+        num_threads: threads that compute and read at once.
+        buffer_bytes: read for the bandwidth; default four times the last-level cache, at least 256 MiB.
+    """
+
+    def __init__(self, num_threads: int, buffer_bytes: int | None = None) -> None:
+        self.num_threads = num_threads
+        size = buffer_bytes or max(_MIN_BUFFER_BYTES, 4 * last_level_cache_bytes())
+        self._buffer = torch.ones(size // 8, dtype=torch.int64)
+        self._iterations: dict[tuple[str, str], int] = {}
+
+    def peak(self, isa: str, dtype: str, num_threads: int | None = None) -> float:
+        """FLOP/s of num_threads threads that issue nothing but the row's multiply-adds; the best of three."""
+        if (isa, dtype) not in self._iterations:
+            self._iterations[isa, dtype] = self._find_iterations(isa, dtype)
+        iterations = self._iterations[isa, dtype]
+        measure = torch.ops.kt.measure_peak
+        return max(
+            sum(run_on_threads(num_threads or self.num_threads, lambda: measure(isa, dtype, iterations)))
+            for _ in range(_REPEATS)
+        )
+
+    def bandwidth(self, num_threads: int | None = None) -> float:
+        """Bytes/s of num_threads threads that sum a buffer larger than the caches; the best of three."""
+        previous = torch.get_num_threads()
+        torch.set_num_threads(num_threads or self.num_threads)
+        try:
+            seconds = []
+            for _ in range(_REPEATS):
+                start = time.perf_counter()
+                self._buffer.sum()
+                seconds.append(time.perf_counter() - start)
+            return self._buffer.numel() * 8 / min(seconds)
+        finally:
+            torch.set_num_threads(previous)
+
+    def limits(self, isa: str, dtype: str) -> Limits:
+        """Peak and bandwidth of all threads."""
+        return Limits(self.peak(isa, dtype), self.bandwidth())
+
+    def _find_iterations(self, isa: str, dtype: str) -> int:
+        iterations = 1024
+        while iterations < 1 << 40:
+            start = time.perf_counter()
+            torch.ops.kt.measure_peak(isa, dtype, iterations)
+            if time.perf_counter() - start >= _CALL_SECONDS:
+                break
+            iterations *= 2
+        return iterations

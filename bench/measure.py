@@ -1,0 +1,167 @@
+"""Times every configuration in turn, round after round, next to a fresh calibration of the machine."""
+
+import statistics
+import sys
+import time
+from dataclasses import dataclass, field
+from types import ModuleType
+
+import torch
+
+import ktops
+from bench.layer import Layer
+from bench.machine import Calibration, OtherLoad, cpu_model, last_level_cache_bytes
+from bench.roofline import Limits
+from bench.shapes import Shape
+from bench.verify import WrongResult
+
+_PAUSE_SECONDS = 0.02  # lets the thread pool of the contestant before fall asleep
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How long to measure: rounds with a kept sample each, seconds a sample, and when to drop one."""
+
+    rounds: int
+    sample_seconds: float
+    max_load: float
+    max_attempts: int
+
+
+@dataclass
+class Configuration:
+    """One row of the report, with the calls measured so far."""
+
+    op: ModuleType
+    isa: str
+    layer: Layer
+    tokens: int
+    rank: int
+    seconds: list[float] = field(default_factory=list)
+    fractions: list[float] = field(default_factory=list)
+    limit_seconds: list[float] = field(default_factory=list)
+    flop_rates: list[float] = field(default_factory=list)
+    bounds: list[str] = field(default_factory=list)
+    samples: int = 0
+    dropped: int = 0
+    error: float | None = None
+    wrong: str | None = None
+
+    @property
+    def shape(self) -> Shape:
+        return self.layer.shape
+
+    @property
+    def name(self) -> str:
+        return f"{self.shape.name} T={self.tokens} {self.op.MODE} r={self.rank} {self.isa}"
+
+    def record(self) -> dict:
+        """The row as plain values: a wrong or never quiet configuration has no figures."""
+        row = {
+            "op": self.op.__name__.rsplit(".", 1)[-1],
+            "mode": self.op.MODE,
+            "shape": self.shape.name,
+            "tokens": self.tokens,
+            "lora_rank": self.rank,
+            "isa": self.isa,
+            "dtype": str(self.layer.dtype).removeprefix("torch."),
+            "status": "wrong" if self.wrong else "ok" if self.seconds else "busy",
+            "samples": self.samples,
+            "dropped_samples": self.dropped,
+        }
+        if self.wrong:
+            row["message"] = self.wrong
+        elif self.seconds:
+            row |= {
+                "seconds": statistics.median(self.seconds),
+                "seconds_min": min(self.seconds),
+                "seconds_max": max(self.seconds),
+                "limit_seconds": statistics.median(self.limit_seconds),
+                "bound": statistics.mode(self.bounds),
+                "fraction": statistics.median(self.fractions),
+                "flop_per_second": statistics.median(self.flop_rates),
+                "relative_error": self.error,
+            }
+        return row
+
+
+def _time_calls(config: Configuration, seconds: float) -> tuple[list[tuple[float, object]], object, object]:
+    """([(seconds, work) of each call], inputs and result of the last)"""
+    calls, total = [], 0.0
+    while not calls or total < seconds:
+        inputs = config.layer.inputs(config.tokens)
+        start = time.perf_counter()
+        result = config.op.call(config.layer, config.rank, inputs)
+        elapsed = time.perf_counter() - start
+        total += elapsed
+        work = config.op.work(config.shape, config.tokens, inputs.distinct_experts, config.rank)
+        calls.append((elapsed, work))
+    return calls, inputs, result
+
+
+def _mean(a: Limits, b: Limits) -> Limits:
+    return Limits((a.peak + b.peak) / 2, (a.bandwidth + b.bandwidth) / 2)
+
+
+def _sample(config: Configuration, calibration: Calibration, plan: Plan) -> None:
+    """One sample: calibrate, time calls for a while, calibrate; kept if the machine was quiet throughout."""
+    with OtherLoad() as load:
+        before = calibration.limits(config.isa, "bfloat16")
+        time.sleep(_PAUSE_SECONDS)
+        calls, inputs, result = _time_calls(config, plan.sample_seconds)
+        time.sleep(_PAUSE_SECONDS)
+        limits = _mean(before, calibration.limits(config.isa, "bfloat16"))
+    if config.error is None:
+        config.error = config.op.check(config.layer, config.rank, inputs, result)
+    if load.cores > plan.max_load:
+        config.dropped += 1
+        return
+    config.samples += 1
+    for elapsed, work in calls:
+        limit = work.seconds(limits)
+        config.seconds.append(elapsed)
+        config.limit_seconds.append(limit)
+        config.fractions.append(limit / elapsed)
+        config.flop_rates.append(work.flops / elapsed)
+        config.bounds.append(work.bound(limits))
+
+
+def measure(configurations: list[Configuration], calibration: Calibration, plan: Plan) -> None:
+    """Fills the configurations: a warm-up call each, then rounds in which every configuration has its turn.
+
+    A dropped sample is tried again in later rounds, plan.max_attempts times in all. The first result that was
+    timed is checked; a configuration whose result is wrong is not timed again.
+    """
+    for attempt in range(plan.max_attempts):
+        pending = [c for c in configurations if c.samples < plan.rounds and not c.wrong]
+        if not pending:
+            break
+        print(f"round {attempt + 1}: {len(pending)} configurations", file=sys.stderr, flush=True)
+        for config in pending:
+            with ktops.use_isa(config.isa):
+                try:
+                    if attempt == 0:
+                        config.op.call(config.layer, config.rank, config.layer.inputs(config.tokens))
+                    _sample(config, calibration, plan)
+                except WrongResult as wrong:
+                    config.wrong = str(wrong)
+                    print(f"WRONG {config.name}: {wrong}", file=sys.stderr, flush=True)
+
+
+def machine_record(calibration: Calibration) -> dict:
+    """Peak of every row this CPU can run and read bandwidth, for one thread and for all."""
+    threads = sorted({1, calibration.num_threads})
+    return {
+        "cpu": cpu_model(),
+        "last_level_cache_bytes": last_level_cache_bytes(),
+        "threads": calibration.num_threads,
+        "ktops": ktops.__version__,
+        "torch": torch.__version__,
+        "peak_flop_per_second": {
+            f"{isa} {dtype}": {n: calibration.peak(isa, dtype, n) for n in threads}
+            for isa, available in ktops.cpu_capabilities().items()
+            if available
+            for dtype in ("bfloat16", "float32")
+        },
+        "read_bytes_per_second": {n: calibration.bandwidth(n) for n in threads},
+    }

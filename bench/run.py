@@ -1,0 +1,145 @@
+"""Measures kt::moe_fwd and kt::moe_sft against the limits of this machine.
+
+    python -m bench.run --quick
+    python -m bench.run --shape qwen3_30b --tokens 1 2048 --mode forward --json rows.jsonl --plot rows.png
+
+Every row is one layer in bfloat16: the median time of a call, and the roofline max(flops / peak,
+bytes / bandwidth) of that call divided by its time. Peak and bandwidth are measured before and after every
+sample, configurations take turns, weights are cold and inputs fresh. Samples during which other processes
+used more than --max-load cores are dropped and repeated. A row whose result differs from the reference has no
+figure and says WRONG.
+
+Exit status: 0, or 1 if a result was wrong, or 3 if a configuration never had a quiet sample.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+
+import ktops
+from bench import moe_fwd, moe_sft, report
+from bench.layer import Layer
+from bench.machine import Calibration, OtherLoad, last_level_cache_bytes
+from bench.measure import Configuration, Plan, machine_record, measure
+from bench.shapes import QUICK_TOKENS, SHAPES, TOKENS, Shape, parse_shape
+
+OPS = {op.MODE: op for op in (moe_fwd, moe_sft)}
+DEFAULT_RANKS = {"forward": [0], "training": [16]}
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise ValueError(f"must be at least 1, got {value}")
+    return value
+
+
+def _rank(text: str) -> int:
+    value = int(text)
+    if value < 0:
+        raise ValueError(f"must be at least 0, got {value}")
+    return value
+
+
+def _shape(text: str) -> Shape:
+    try:
+        return parse_shape(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.run", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--quick", action="store_true", help=f"T in {QUICK_TOKENS} and fewer, shorter samples")
+    add("--shape", type=_shape, nargs="+", default=list(SHAPES.values()), metavar="NAME",
+        help=f"{', '.join(SHAPES)} or H,I,E,K (default: all three)")  # fmt: skip
+    add("--tokens", type=_positive, nargs="+", metavar="T", help=f"default: {' '.join(map(str, TOKENS))}")
+    add("--mode", choices=list(OPS), nargs="+", default=list(OPS), help="default: both")
+    add(
+        "--rank",
+        type=_rank,
+        nargs="+",
+        metavar="R",
+        help="LoRA ranks (default: forward 0, training 16)",
+    )
+    add("--isa", nargs="+", default=[ktops.cpu_capability()], help="rows (default: the one in use)")
+    add("--threads", type=_positive, default=torch.get_num_threads(), help="default: %(default)s")
+    add(
+        "--rounds",
+        type=_positive,
+        metavar="N",
+        help="samples of each row (default: 7, with --quick 3)",
+    )
+    add("--max-load", type=float, default=0.15, metavar="CORES",
+        help="drop samples during which other processes used more (default: %(default)s)")  # fmt: skip
+    add("--json", type=Path, metavar="FILE", help="write JSON lines")
+    add("--plot", type=Path, metavar="FILE", help="write a plot (needs matplotlib)")
+    add("--seed", type=int, default=0)
+    return parser.parse_args(argv)
+
+
+def _configurations(args: argparse.Namespace) -> list[Configuration]:
+    tokens = args.tokens or (QUICK_TOKENS if args.quick else TOKENS)
+    layers = [Layer(shape, args.seed) for shape in args.shape]
+    return [
+        Configuration(OPS[mode], isa, layer, num_tokens, rank)
+        for layer in layers
+        for num_tokens in tokens
+        for mode in args.mode
+        for rank in (args.rank if args.rank is not None else DEFAULT_RANKS[mode])
+        for isa in args.isa
+    ]
+
+
+def _plan(args: argparse.Namespace) -> Plan:
+    rounds = args.rounds or (3 if args.quick else 7)
+    return Plan(rounds, 0.3 if args.quick else 0.5, args.max_load, max_attempts=3 * rounds)
+
+
+def _remarks(rows: list[dict], configurations: list[Configuration], plan: Plan, load: float) -> None:
+    dropped = sum(row["dropped_samples"] for row in rows)
+    kept = sum(row["samples"] for row in rows)
+    print(
+        f"{kept} samples kept, {dropped} dropped because other processes used more than {plan.max_load:g} "
+        f"of a core; over the whole run they used {load:.2f} cores"
+    )
+    cache = last_level_cache_bytes()
+    for layer in dict.fromkeys(config.layer for config in configurations):
+        size = layer.gate_up_proj.nbytes + layer.down_proj.nbytes
+        if size < 2 * cache:
+            print(f"{layer.shape.name}: weights of {size / 2**20:.1f} MiB fit in the caches: not cold")
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse_arguments(argv)
+    unavailable = [isa for isa in args.isa if not ktops.cpu_capabilities().get(isa)]
+    if unavailable:
+        have = ", ".join(name for name, ok in ktops.cpu_capabilities().items() if ok)
+        print(f"--isa: {', '.join(unavailable)} cannot run here; this machine has {have}", file=sys.stderr)
+        return 2
+    torch.set_num_threads(args.threads)
+    calibration = Calibration(args.threads)
+    machine = machine_record(calibration)
+    report.print_machine(machine)
+
+    configurations, plan = _configurations(args), _plan(args)
+    with OtherLoad() as load:
+        measure(configurations, calibration, plan)
+    rows = [config.record() for config in configurations]
+    report.print_table(rows)
+    _remarks(rows, configurations, plan, load.cores)
+    if args.json:
+        report.write_json(args.json, machine, rows)
+    if args.plot:
+        report.write_plot(args.plot, machine, rows)
+    status = {row["status"] for row in rows}
+    return 1 if "wrong" in status else 3 if "busy" in status else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

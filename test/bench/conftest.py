@@ -1,0 +1,6 @@
+"""Makes ``import bench`` find the folder at the root of the tree, wherever pytest is started."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[2]))

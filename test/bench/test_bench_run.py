@@ -1,0 +1,192 @@
+"""``python -m bench.run`` end to end on a tiny layer, and what it does with a wrong result."""
+
+import json
+import subprocess
+import sys
+import threading
+
+import pytest
+import torch
+
+import ktops
+from bench import machine, measure, run
+from bench.layer import Layer
+from bench.machine import Calibration, OtherLoad, run_on_threads
+from bench.shapes import Shape
+
+ARGUMENTS = ["--quick", "--shape", "64,32,8,2", "--tokens", "1", "40", "--rounds", "1", "--max-load", "inf"]
+
+
+@pytest.fixture(autouse=True)
+def _small(monkeypatch):
+    """Short samples and a small buffer: the figures mean nothing here."""
+    create = Calibration.__init__
+    monkeypatch.setattr(Calibration, "__init__", lambda self, threads: create(self, threads, 1 << 20))
+    plan = run._plan
+    monkeypatch.setattr(run, "_plan", lambda args: measure.Plan(plan(args).rounds, 0.0, args.max_load, 2))
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+def run_bench(tmp_path, *arguments) -> tuple[int, dict, list[dict]]:
+    """(exit status, machine record, rows)"""
+    file = tmp_path / "rows.jsonl"
+    status = run.main([*ARGUMENTS, "--json", str(file), *arguments])
+    limits, *rows = [json.loads(line) for line in file.read_text().splitlines()]
+    return status, limits, rows
+
+
+def test_reports_every_configuration(tmp_path, capsys):
+    status, limits, rows = run_bench(tmp_path, "--threads", "2", "--plot", str(tmp_path / "rows.png"))
+    assert status == 0
+    assert [(r["tokens"], r["mode"], r["lora_rank"]) for r in rows] == [
+        (1, "forward", 0), (1, "training", 16), (40, "forward", 0), (40, "training", 16),
+    ]  # fmt: skip
+    for row in rows:
+        assert row["status"] == "ok"
+        assert row["samples"] == 1
+        assert row["limit_seconds"] > 0
+        assert row["seconds_min"] <= row["seconds"] <= row["seconds_max"]
+        assert 0 < row["relative_error"] < 0.02
+    available = {name for name, ok in ktops.cpu_capabilities().items() if ok}
+    assert {key.split()[0] for key in limits["peak_flop_per_second"]} == available
+    assert set(limits["read_bytes_per_second"]) == {"1", "2"}
+    assert (tmp_path / "rows.png").read_bytes().startswith(b"\x89PNG")
+    printed = capsys.readouterr().out
+    assert "fraction" in printed
+    assert "WRONG" not in printed
+
+
+def _drop_a_route(moe_sft):
+    def broken(x, ids, weights, *args, **kwargs):
+        return moe_sft(
+            x, torch.cat([ids[:, :-1], torch.full_like(ids[:, -1:], -1)], 1), weights, *args, **kwargs
+        )
+
+    return broken
+
+
+def _scale_the_output(moe_sft):
+    return lambda *args, **kwargs: moe_sft(*args, **kwargs) * 1.05
+
+
+def _return_nan(moe_sft):
+    return lambda *args, **kwargs: moe_sft(*args, **kwargs) * float("nan")
+
+
+@pytest.mark.parametrize("breakage", [_drop_a_route, _scale_the_output, _return_nan])
+def test_refuses_a_wrong_output(tmp_path, capsys, monkeypatch, breakage):
+    monkeypatch.setattr(ktops, "moe_sft", breakage(ktops.moe_sft))
+    status, _, rows = run_bench(tmp_path)
+    assert status == 1
+    for row in rows:
+        assert row["status"] == "wrong"
+        assert "output" in row["message"]
+        assert not {"seconds", "fraction", "flop_per_second"} & set(row)
+    assert capsys.readouterr().out.count("WRONG") == len(rows)
+
+
+class _BadGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, tensor):
+        return tensor.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad * 1.1
+
+
+@pytest.mark.parametrize("argument", ["gate_up_lora_A", "gate_up_lora_B", "down_lora_A", "down_lora_B"])
+def test_refuses_a_wrong_adapter_gradient(tmp_path, monkeypatch, argument):
+    moe_sft = ktops.moe_sft
+
+    def broken(*args, **kwargs):
+        if argument in kwargs and torch.is_grad_enabled():
+            kwargs[argument] = _BadGradient.apply(kwargs[argument])
+        return moe_sft(*args, **kwargs)
+
+    monkeypatch.setattr(ktops, "moe_sft", broken)
+    status, _, rows = run_bench(tmp_path)
+    assert status == 1
+    assert {row["mode"]: row["status"] for row in rows} == {"forward": "ok", "training": "wrong"}
+    assert all(argument in row["message"] for row in rows if row["mode"] == "training")
+
+
+@pytest.mark.parametrize("position", [0, 2])
+def test_refuses_a_wrong_token_gradient(tmp_path, monkeypatch, position):
+    moe_sft = ktops.moe_sft
+
+    def broken(*args, **kwargs):
+        args = [_BadGradient.apply(a) if i == position and a.requires_grad else a for i, a in enumerate(args)]
+        return moe_sft(*args, **kwargs)
+
+    monkeypatch.setattr(ktops, "moe_sft", broken)
+    status, _, rows = run_bench(tmp_path, "--mode", "training")
+    assert status == 1
+    assert [row["status"] for row in rows] == ["wrong", "wrong"]
+
+
+def test_drops_samples_while_others_compute(tmp_path, capsys):
+    status, _, rows = run_bench(tmp_path, "--max-load", "-1", "--tokens", "1")
+    assert status == 3
+    assert [(row["status"], row["samples"], row["dropped_samples"]) for row in rows] == [("busy", 0, 2)] * 2
+    assert "4 dropped" in capsys.readouterr().out
+
+
+def test_other_load_sees_another_process():
+    command = [sys.executable, "-c", "print(flush=True)\nwhile True: pass"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as other:
+        other.stdout.readline()
+        with OtherLoad() as load:
+            threading.Event().wait(0.5)
+        other.kill()
+    assert load.cores > 0.2
+
+
+def test_other_load_leaves_out_this_process(monkeypatch):
+    busy, own, wall = iter([10.0, 13.0]), iter([1.0, 3.0]), iter([100.0, 102.0])
+    monkeypatch.setattr(machine, "_busy_seconds", lambda: next(busy))
+    monkeypatch.setattr(machine.time, "process_time", lambda: next(own))
+    monkeypatch.setattr(machine.time, "perf_counter", lambda: next(wall))
+    with OtherLoad() as load:
+        pass
+    monkeypatch.undo()
+    assert load.cores == 0.5
+
+
+def test_unknown_isa_is_an_error(capsys):
+    assert run.main([*ARGUMENTS, "--isa", "sparc"]) == 2
+    assert "sparc cannot run here" in capsys.readouterr().err
+
+
+def test_threads_overlap():
+    """Both calls must be inside the function at once, or the inner barrier times out."""
+    meeting = threading.Barrier(2)
+    assert run_on_threads(2, lambda: meeting.wait(timeout=30) is not None) == [True, True]
+
+
+def test_measure_peak_releases_the_interpreter_lock():
+    calibration = Calibration(1)
+    calibration.peak(ktops.cpu_capability(), "float32")
+    iterations = 20 * calibration._iterations[ktops.cpu_capability(), "float32"]
+    done = threading.Event()
+
+    def measure_peak():
+        torch.ops.kt.measure_peak(ktops.cpu_capability(), "float32", iterations)
+        done.set()
+
+    thread = threading.Thread(target=measure_peak)
+    thread.start()
+    turns = 0
+    while not done.wait(0.005):
+        turns += 1
+    thread.join()
+    assert turns > 3
+
+
+def test_few_routes_come_back_late():
+    layer = Layer(Shape("deck", 8, 8, 12, 3), seed=0)
+    dealt = torch.cat([layer.inputs(2).topk_ids.flatten() for _ in range(2)])
+    assert dealt.unique().numel() == 12
+    assert layer.inputs(100).distinct_experts == 12

@@ -61,6 +61,20 @@ def relative_error(actual: Tensor, reference: Tensor) -> float:
     return difference / norm if norm > 0 and math.isfinite(difference) else math.inf
 
 
+def max_row_error(actual: Tensor, reference: Tensor) -> float:
+    """Largest |actual - reference| over the RMS value of its row, rows along the last dimension; inf for NaN.
+
+    Shows a single wrong element, which the norm of a large tensor hides.
+    """
+    if actual.numel() == 0:
+        return 0.0
+    reference = reference.detach().double()
+    difference = (actual.detach().double() - reference).abs().amax(-1)
+    scale = reference.square().mean(-1).sqrt()
+    error = torch.where(difference == 0, 0.0, difference / scale).max().item()
+    return error if math.isfinite(error) else math.inf
+
+
 def forward_budget(dtype: torch.dtype, inner_size: int = 2048) -> float:
     """Largest relative_error of the forward output for well-conditioned inputs: random and not tiny.
 

@@ -1,0 +1,29 @@
+"""Uninitialised memory made visible."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+
+@contextmanager
+def poisoned_memory() -> Iterator[None]:
+    """Inside, every tensor from torch.empty (and from aten::empty in an extension) is full of NaN.
+
+    Integers are filled with their largest value. An operator that returns or reads an element that it never
+    wrote then gives NaN, always, where it would otherwise give whatever the allocator had at hand.
+
+    Example:
+        >>> with poisoned_memory():
+        ...     assert torch.empty(3).isnan().all()
+    """
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    fill = torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    try:
+        yield
+    finally:
+        torch.utils.deterministic.fill_uninitialized_memory = fill
+        torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)

@@ -14,6 +14,9 @@ import warnings
 import torch
 from torch import Tensor, nn
 
+from ktops.integrations.transformers import runs_ktops, unsupported_tensors
+from ktops.nn import KTExperts
+
 PREFIXES = {"gate_up_proj": "gate_up", "down_proj": "down"}
 """Adapted parameter -> what its keyword arguments start with: ``gate_up_lora_A``, ``gate_up_scaling``, ..."""
 
@@ -33,25 +36,24 @@ def enable() -> None:
     Raises:
         ImportError: PEFT is not installed.
     """
-    from peft.tuners.lora import LoraModel
     from peft.tuners.lora.layer import ParamWrapper
+    from peft.tuners.tuners_utils import BaseTuner
 
     if _peft:
         return
-    _peft.update(forward=ParamWrapper.forward, inject_adapter=LoraModel.inject_adapter)
-    ParamWrapper.forward = functools.wraps(_peft["forward"])(_forward)
-    LoraModel.inject_adapter = functools.wraps(_peft["inject_adapter"])(_inject_adapter)
+    _peft.update(forward=ParamWrapper.forward, inject_adapter=BaseTuner.inject_adapter)
+    ParamWrapper.forward = functools.wraps(ParamWrapper.forward)(_forward)
+    BaseTuner.inject_adapter = functools.wraps(BaseTuner.inject_adapter)(_inject_adapter)
 
 
 def disable() -> None:
     """Give PEFT its own methods back."""
-    from peft.tuners.lora import LoraModel
     from peft.tuners.lora.layer import ParamWrapper
+    from peft.tuners.tuners_utils import BaseTuner
 
-    if not _peft:
-        return
-    ParamWrapper.forward = _peft.pop("forward")
-    LoraModel.inject_adapter = _peft.pop("inject_adapter")
+    if _peft:
+        ParamWrapper.forward = _peft.pop("forward")
+        BaseTuner.inject_adapter = _peft.pop("inject_adapter")
 
 
 def expert_target_parameters(model: nn.Module) -> list[str]:
@@ -112,17 +114,12 @@ def _lora_arguments(wrapper: nn.Module, adapters: list[str]) -> dict[str, Tensor
 
 def _takes_factors(wrapper: nn.Module, kwargs: dict) -> bool:
     """Whether PEFT's own forward, which builds the dense delta or refuses, may be left out for this call."""
-    return (
-        wrapper.parameter_name in PREFIXES
-        and wrapper._did_swap_in_out_features  # False: stored as [E, in, out]
-        and "adapter_names" not in kwargs
-        and runs_ktops(wrapper.get_base_layer())
-    )
-
-
-def runs_ktops(experts: nn.Module) -> bool:
-    """Whether an experts module runs through the op, and so takes LoRA factors as keyword arguments."""
-    return getattr(getattr(experts, "config", None), "_experts_implementation", None) == "ktops"
+    if wrapper.parameter_name not in PREFIXES or "adapter_names" in kwargs:
+        return False
+    experts = wrapper.get_base_layer()
+    if isinstance(experts, KTExperts):
+        return True
+    return runs_ktops(experts) and unsupported_tensors(experts.gate_up_proj, experts.down_proj) is None
 
 
 def _forward(wrapper: nn.Module, x: Tensor, *args, **kwargs) -> Tensor:
@@ -163,15 +160,16 @@ def _asks_for_experts(target_modules: str | set[str] | list[str] | None) -> bool
 
 
 def _inject_adapter(self, model: nn.Module, adapter_name: str, *args, **kwargs) -> None:
-    """``LoraModel.inject_adapter``, with a warning when targets meant for the experts do not reach them."""
-    asked = _asks_for_experts(self.peft_config[adapter_name].target_modules)
+    """``BaseTuner.inject_adapter``, with a warning when LoRA meant for the experts does not reach them."""
+    config = self.peft_config[adapter_name]
+    asked = config.peft_type == "LORA" and not config.inference_mode
+    asked = asked and (config.target_parameters or _asks_for_experts(config.target_modules))
     _peft["inject_adapter"](self, model, adapter_name, *args, **kwargs)
-    _warn_if_experts_missed(model, adapter_name, self.peft_config[adapter_name], asked)
+    if asked:
+        _warn_if_experts_missed(model, adapter_name)
 
 
-def _warn_if_experts_missed(model: nn.Module, adapter_name: str, config, asked: bool) -> None:
-    if config.inference_mode or not (asked or config.target_parameters):
-        return
+def _warn_if_experts_missed(model: nn.Module, adapter_name: str) -> None:
     experts = dict(_experts(model))
     if not experts or any(
         getattr(module, "parameter_name", None) in _STACKED and adapter_name in module.lora_A

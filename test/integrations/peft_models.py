@@ -1,0 +1,113 @@
+"""Tiny models with PEFT adapters on their experts, their gradients, and a record of the operators run."""
+
+import warnings
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from tiny_models import NUM_EXPERTS, tiny_batch, tiny_model
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from ktops.integrations.peft import expert_target_parameters
+from ktops.testing.budgets import gradient_budget, relative_error
+
+ROUTERS = (".gate.weight", ".router.weight")
+
+
+def randomize(model: torch.nn.Module, seed: int = 1) -> None:
+    """Gives every LoRA factor, B too, a value that depends on the seed and on the order of the factors."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
+
+
+def adapted(
+    architecture: str,
+    implementation: str = "ktops",
+    *,
+    dtype: torch.dtype = torch.float32,
+    compute_dtype: torch.dtype | None = None,
+    train_routers: bool = False,
+    lora: dict | None = None,
+    **overrides,
+) -> PeftModel:
+    """A tiny model with random LoRA, r = 4, on o_proj and the experts; equal arguments, equal weights.
+
+    Args:
+        dtype: of the base weights; the adapters are float32, or float64 under a float64 compute_dtype.
+        compute_dtype: widens the base weights, after they were rounded to dtype.
+        lora: LoraConfig keys that replace the defaults.
+        overrides: keys of the model's configuration.
+    """
+    model = tiny_model(architecture, dtype=dtype, experts_implementation=implementation, **overrides)
+    model = model if compute_dtype is None else model.to(compute_dtype)
+    keys = {
+        "r": 4,
+        "lora_alpha": 6,
+        "target_modules": ["o_proj"],
+        "target_parameters": expert_target_parameters(model),
+    }
+    with warnings.catch_warnings():
+        # PEFT looks for the names of rank_pattern among modules only, and misreports those of parameters.
+        warnings.filterwarnings("ignore", message="The following (rank|alpha)_pattern keys did not match")
+        model = get_peft_model(model, LoraConfig(**{**keys, **(lora or {})}))
+    randomize(model)
+    for name, parameter in model.named_parameters():
+        if train_routers and name.endswith(ROUTERS):
+            parameter.requires_grad_()
+    return model
+
+
+def loss_and_gradients(model: torch.nn.Module, batch: dict | None = None) -> dict[str, torch.Tensor]:
+    """{"loss": ..., parameter name: its gradient} of one forward and backward."""
+    model.zero_grad()
+    loss = model(**(tiny_batch() if batch is None else batch)).loss
+    loss.backward()
+    named = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    assert all(p.grad is not None for p in named.values())
+    return {"loss": loss.detach()} | {name: p.grad for name, p in named.items()}
+
+
+def assert_as_close(actual: dict, plain: dict, exact: dict, dtype: torch.dtype) -> None:
+    """Asserts that actual lies as close to the float64 result as plain PEFT does in the same dtype.
+
+    A gradient's error is that of the whole model, so plain PEFT's is the yardstick: twice that, and the
+    budget of the op on top for gradients whose error happens to be small.
+    """
+    assert actual.keys() == plain.keys() == exact.keys()
+    for name, reference in exact.items():
+        budget = 2 * relative_error(plain[name], reference) + gradient_budget(dtype, inner_size=64)
+        error = relative_error(actual[name], reference)
+        assert error <= budget, f"{name}: relative error {error:.2e}, budget {budget:.2e}"
+        if dtype == torch.float32:
+            cosine = torch.nn.functional.cosine_similarity(
+                actual[name].double().flatten(), reference.double().flatten(), dim=0
+            )
+            assert cosine > 0.999, f"{name}: cosine {cosine}"
+
+
+class Recorder(TorchDispatchMode):
+    """Counts calls of kt operators and keeps the shapes of all floating-point tensors that operators made."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: dict[str, int] = {}
+        self.shapes: set[tuple[int, ...]] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if func.namespace == "kt":
+            name = func.overloadpacket.__name__
+            self.calls[name] = self.calls.get(name, 0) + 1
+        if not func.is_view:
+            for tensor in result if isinstance(result, (tuple, list)) else [result]:
+                if isinstance(tensor, torch.Tensor) and tensor.is_floating_point():
+                    self.shapes.add(tuple(tensor.shape))
+        return result
+
+    def made_expert_stack(self, model: torch.nn.Module) -> bool:
+        """Whether a tensor was made in the shape of an expert parameter of the model, or its transpose."""
+        stacks = {p.shape for p in model.parameters() if p.dim() == 3 and p.shape[0] == NUM_EXPERTS}
+        assert stacks
+        return any(shape in self.shapes or (shape[0], shape[2], shape[1]) in self.shapes for shape in stacks)

@@ -1,0 +1,276 @@
+"""PEFT's LoRA on experts through the op, against PEFT's own path on the eager model: values and gradients."""
+
+import pytest
+import torch
+from peft_models import Recorder, adapted, assert_as_close, loss_and_gradients, randomize
+from tiny_models import ARCHITECTURES, tiny_batch, tiny_model
+
+import ktops
+from ktops.integrations.peft import expert_target_parameters
+from ktops.testing.budgets import forward_budget, relative_error
+
+EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+
+
+@pytest.fixture(autouse=True)
+def enabled():
+    ktops.enable()
+    yield
+    ktops.disable()
+
+
+def compare(architecture: str, dtype: torch.dtype = torch.float32, change=None, **keys) -> None:
+    """Loss and gradients of the ktops model against plain PEFT's in the same dtype and in float64."""
+    results = []
+    for implementation, compute_dtype in (("ktops", None), ("eager", None), ("eager", torch.float64)):
+        model = adapted(architecture, implementation, dtype=dtype, compute_dtype=compute_dtype, **keys)
+        if change is not None:
+            change(model)
+        with Recorder() as recorder:
+            results.append(loss_and_gradients(model))
+        assert ("moe_sft_fwd" in recorder.calls) == (implementation == "ktops")
+        assert recorder.made_expert_stack(model) == (implementation != "ktops")
+    assert_as_close(*results, dtype)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_same_as_plain_peft(architecture):
+    compare(architecture, train_routers=True)
+
+
+@pytest.mark.parametrize("architecture", ["qwen3_moe", "mixtral", "deepseek_v3", "olmoe"])
+def test_bfloat16_base_with_float32_adapters(architecture):
+    model = adapted(architecture, dtype=torch.bfloat16)
+    dtypes = {p.dtype for name, p in model.named_parameters() if "lora_" in name}
+    assert dtypes == {torch.float32}
+    assert model(**tiny_batch()).logits.dtype == torch.bfloat16
+    compare(architecture, torch.bfloat16, train_routers=True)
+
+
+def test_bfloat16_adapters():
+    compare("qwen3_moe", torch.bfloat16, change=lambda model: model.to(next(model.parameters()).dtype))
+
+
+def test_one_call_a_layer_and_no_dense_delta():
+    model = adapted("qwen3_moe")
+    with Recorder() as recorder:
+        loss_and_gradients(model)
+    layers = model.config.num_hidden_layers
+    assert recorder.calls == {"moe_sft_fwd": layers, "moe_sft_bwd": layers}
+    assert not recorder.made_expert_stack(model)
+    with Recorder() as recorder, torch.no_grad():
+        model(**tiny_batch())
+    assert recorder.calls == {"moe_fwd": layers}
+    assert not recorder.made_expert_stack(model)
+
+
+@pytest.mark.parametrize("parameter", EXPERTS)
+def test_adapter_on_one_of_the_parameters(parameter):
+    compare("qwen3_moe", lora={"target_parameters": [parameter]})
+
+
+@pytest.mark.parametrize(
+    "lora",
+    [
+        {"r": 1},
+        {"r": 5, "use_rslora": True, "lora_alpha": 3},
+        {"rank_pattern": {".*down_proj": 3}, "alpha_pattern": {".*gate_up_proj": 11}},
+        {"target_modules": []},
+    ],
+    ids=["rank 1", "rslora", "patterns", "experts only"],
+)
+def test_ranks_and_scalings(lora):
+    compare("mixtral", lora=lora)
+
+
+@pytest.mark.parametrize("architecture", ["qwen3_moe", "deepseek_v3"])
+def test_names_of_transformers_4(architecture):
+    lora = {"target_modules": ["o_proj", "gate_proj", "up_proj", "down_proj"], "target_parameters": None}
+    model = adapted(architecture, lora=lora)
+    ranks = {w.parameter_name: w.r["default"] for w in model.modules() if hasattr(w, "parameter_name")}
+    assert ranks == {"gate_up_proj": 8, "down_proj": 4}
+    compare(architecture, lora=lora)
+
+
+def test_all_linear_adapts_the_router_too():
+    lora = {"target_modules": "all-linear", "target_parameters": None}
+    modules = adapted("qwen3_moe", lora=lora).modules()
+    names = {module.parameter_name for module in modules if hasattr(module, "parameter_name")}
+    assert names == {"gate_up_proj", "down_proj", "weight"}
+    compare("qwen3_moe", lora=lora)
+
+
+def add_second_adapter(model) -> None:
+    from peft import LoraConfig
+
+    config = LoraConfig(r=3, lora_alpha=7, target_modules=["o_proj"], target_parameters=EXPERTS)
+    model.add_adapter("second", config)
+    randomize(model, seed=2)
+
+
+def test_several_active_adapters():
+    def both(model):
+        add_second_adapter(model)
+        model.base_model.set_adapter(["default", "second"])
+
+    compare("qwen3_moe", change=both)
+
+
+def test_set_adapter_switches():
+    def second(model):
+        add_second_adapter(model)
+        model.set_adapter("second")
+
+    compare("qwen3_moe", change=second)
+    model = adapted("qwen3_moe")
+    first = model(**tiny_batch()).logits
+    second(model)
+    assert relative_error(model(**tiny_batch()).logits, first) > 0.05
+
+
+def test_scale_of_an_adapter_can_be_changed():
+    def scale(model):
+        for module in model.modules():
+            if hasattr(module, "parameter_name"):
+                module.set_scale("default", 0.5)
+
+    compare("olmoe", change=scale)
+
+
+def logits(model) -> torch.Tensor:
+    with torch.no_grad():
+        return model(**tiny_batch()).logits
+
+
+def test_disable_adapter():
+    model = adapted("qwen3_moe")
+    base = logits(tiny_model("qwen3_moe", experts_implementation="ktops"))
+    with_adapter = logits(model)
+    with model.disable_adapter():
+        assert torch.equal(logits(model), base)
+    assert torch.equal(logits(model), with_adapter)
+    assert relative_error(with_adapter, base) > 0.05
+
+
+def test_merge_and_unmerge():
+    model, plain = adapted("qwen3_moe"), adapted("qwen3_moe", "eager")
+    unmerged, budget = logits(model), forward_budget(torch.float32)
+    for each in (model, plain):
+        each.merge_adapter()
+    assert_same_parameters(model, plain)
+    with Recorder() as recorder:
+        merged = logits(model)
+    assert recorder.calls["moe_fwd"] == 2 and not recorder.made_expert_stack(model)
+    assert relative_error(merged, unmerged) < budget
+    with model.disable_adapter():
+        base = logits(model)
+    assert relative_error(base, logits(tiny_model("qwen3_moe"))) < budget
+    assert relative_error(logits(model), unmerged) < budget, "PEFT unmerges where adapters are disabled"
+
+
+def assert_same_parameters(model, other) -> None:
+    for (name, actual), (expected_name, expected) in zip(
+        model.named_parameters(), other.named_parameters(), strict=True
+    ):
+        assert name == expected_name
+        assert torch.equal(actual, expected), name
+
+
+def test_merge_and_unload():
+    model, plain = adapted("qwen3_moe"), adapted("qwen3_moe", "eager")
+    unmerged = logits(model)
+    model, plain = model.merge_and_unload(), plain.merge_and_unload()
+    assert_same_parameters(model, plain)
+    assert not any("lora" in name for name, _ in model.named_parameters())
+    assert relative_error(logits(model), unmerged) < forward_budget(torch.float32)
+
+
+def test_unload():
+    model = adapted("qwen3_moe").unload()
+    assert torch.equal(logits(model), logits(tiny_model("qwen3_moe", experts_implementation="ktops")))
+
+
+def test_frozen_adapter_gets_no_gradient():
+    model = adapted("qwen3_moe", lora={"inference_mode": True})
+    assert not any(p.requires_grad for p in model.parameters())
+    with Recorder() as recorder:
+        model(**tiny_batch())
+    assert recorder.calls == {"moe_fwd": 2}
+
+
+def test_expert_base_weights_train_beside_the_adapter():
+    def unfreeze(model):
+        for name, parameter in model.named_parameters():
+            if "experts" in name:
+                parameter.requires_grad_()
+
+    results = []
+    for implementation, dtype in (("ktops", None), ("eager", None), ("eager", torch.float64)):
+        model = adapted("qwen3_moe", implementation, compute_dtype=dtype)
+        unfreeze(model)
+        results.append(loss_and_gradients(model))
+    assert any(name.endswith("gate_up_proj") for name in results[0])
+    assert_as_close(*results, torch.float32)
+
+
+def test_swapped_experts():
+    model = adapted("qwen3_moe", "eager")
+    expected = loss_and_gradients(model)
+    ktops.swap_experts(model)
+    with Recorder() as recorder:
+        actual = loss_and_gradients(model)
+    assert recorder.calls == {"moe_sft_fwd": 2, "moe_sft_bwd": 2}
+    assert not recorder.made_expert_stack(model)
+    exact = loss_and_gradients(adapted("qwen3_moe", "eager", compute_dtype=torch.float64))
+    assert_as_close(actual, expected, exact, torch.float32)
+    swapped_first = ktops.swap_experts(tiny_model("qwen3_moe"))
+    assert expert_target_parameters(swapped_first) == EXPERTS
+
+
+def test_other_models_keep_the_path_of_peft():
+    model = adapted("qwen3_moe", "eager")
+    with Recorder() as recorder:
+        before = loss_and_gradients(model)
+    assert not recorder.calls
+    ktops.disable()
+    after = loss_and_gradients(model)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_disable_gives_peft_its_methods_back():
+    from peft.tuners.lora.layer import ParamWrapper
+    from peft.tuners.tuners_utils import BaseTuner
+
+    methods = ParamWrapper.forward, BaseTuner.inject_adapter
+    ktops.enable()
+    assert (ParamWrapper.forward, BaseTuner.inject_adapter) == methods, "a second enable does nothing"
+    ktops.disable()
+    assert (ParamWrapper.forward, BaseTuner.inject_adapter) == tuple(m.__wrapped__ for m in methods)
+    ktops.disable()
+
+
+def test_weights_the_op_does_not_read_take_the_path_of_peft():
+    model = adapted("qwen3_moe", dtype=torch.float16)
+    with Recorder() as recorder, pytest.warns(UserWarning, match="Qwen3MoeExperts: .*float16"):
+        actual = logits(model)
+    assert not recorder.calls
+    assert torch.equal(actual, logits(adapted("qwen3_moe", "grouped_mm", dtype=torch.float16)))
+
+
+@pytest.mark.parametrize(
+    ("lora", "message"),
+    [
+        ({"lora_dropout": 0.1}, "lora_dropout != 0"),
+        ({"use_dora": True}, "use_dora"),
+        ({"lora_bias": True}, "lora_bias"),
+    ],
+)
+def test_errors_of_peft(lora, message):
+    with pytest.raises(ValueError, match=message):
+        adapted("qwen3_moe", lora={"target_modules": [], **lora})
+
+
+def test_mixed_batches_are_refused():
+    model = adapted("qwen3_moe").eval()
+    with pytest.raises(ValueError, match="does not support mixed adapter batches"):
+        model(**tiny_batch(), adapter_names=["default", "__base__"])

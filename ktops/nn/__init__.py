@@ -1,5 +1,6 @@
 """Modules over the operators."""
 
+from ktops.nn.expert_list import KTExpertList
 from ktops.nn.experts import KTExperts
 
-__all__ = ["KTExperts"]
+__all__ = ["KTExpertList", "KTExperts"]

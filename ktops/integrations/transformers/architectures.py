@@ -51,6 +51,9 @@ def activation_name(act_fn) -> str | None:
 
 def unsupported_layout(experts: nn.Module) -> str | None:
     """Why the op cannot compute an experts module of transformers, None if it can. Reads no weight."""
+    weight = experts._parameters.get("down_proj")
+    if weight is not None and weight.element_size() == 1:
+        return f"its weights are quantised, {weight.dtype}"
     if not getattr(experts, "has_gate", True):
         return "its experts have no gate projection"
     if getattr(experts, "is_transposed", False):

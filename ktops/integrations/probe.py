@@ -1,0 +1,59 @@
+"""Tries on random rows whether an experts module computes what the op computes, before it is exchanged."""
+
+import copy
+
+import torch
+from torch import Tensor, nn
+
+from ktops.nn.expert_list import KTExpert, KTExpertList
+from ktops.nn.experts import KTExperts
+
+_SCALES = (0.1, 1.0, 10.0, 100.0)
+"""Rows of very different size: a clamped activation shows in the large ones."""
+
+_TOLERANCE = {torch.bfloat16: 0.05, torch.float32: 1e-3, torch.float64: 1e-9}
+"""Relative error per row. Another formula is wrong by about 1; the roundings of intermediate results in the
+weights' dtype cost a few eps."""
+
+
+def disagreement_of_experts(module: nn.Module, experts: KTExperts) -> str | None:
+    """What speaks against ``experts`` in place of ``module``, None if their results agree."""
+    rows = _rows(experts.hidden_size, experts.down_proj.dtype)
+    top_k = min(2, experts.num_experts)
+    ids = torch.arange(len(rows) * top_k).reshape(len(rows), top_k) % experts.num_experts
+    weights = torch.rand(ids.shape, generator=torch.Generator().manual_seed(1)).to(rows.dtype)
+    return _disagreement(module, experts, rows, ids, weights)
+
+
+def disagreement_of_expert(module: nn.Module, expert: KTExpert) -> str | None:
+    """What speaks against ``expert`` in place of ``module``; tried on a float32 copy with random weights."""
+    module, expert = copy.deepcopy((module, expert))
+    module.float().train()
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            size = parameter.shape[-1] ** -0.5
+            parameter.copy_(size * torch.randn(parameter.shape, generator=generator))
+    [expert] = KTExpertList([expert])
+    gate, _, _ = expert.projections()
+    return _disagreement(module, expert, _rows(gate.in_features, gate.weight.dtype))
+
+
+def _rows(hidden_size: int, dtype: torch.dtype) -> Tensor:
+    rows = torch.randn(len(_SCALES), hidden_size, generator=torch.Generator().manual_seed(0))
+    return (rows * torch.tensor(_SCALES)[:, None]).to(dtype)
+
+
+@torch.no_grad()
+def _disagreement(module: nn.Module, replacement: nn.Module, rows: Tensor, *routes: Tensor) -> str | None:
+    try:
+        expected = module(rows.clone(), *routes)
+    except Exception as error:
+        return f"it cannot be called as {'experts(x, ids, weights)' if routes else 'expert(x)'}: {error}"
+    if not isinstance(expected, Tensor) or expected.shape != rows.shape:
+        return "it returns something else than one tensor of the shape of its input"
+    expected, actual = expected.double(), replacement(rows, *routes).double()
+    error = (actual - expected).norm(dim=-1) / expected.norm(dim=-1)
+    if not bool((error < _TOLERANCE[rows.dtype]).all()):  # NaN too: rows of zeros prove nothing
+        return f"it computes something else: relative errors {error.tolist()} on random rows"
+    return None

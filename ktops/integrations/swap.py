@@ -1,0 +1,252 @@
+"""swap_experts: the op in models without transformers' experts interface, by exchanging experts modules."""
+
+import inspect
+import warnings
+from collections import defaultdict
+
+from torch import nn
+
+from ktops.integrations.probe import disagreement_of_expert, disagreement_of_experts
+from ktops.integrations.transformers.architectures import (
+    TESTED,
+    activation_name,
+    unsupported_layout,
+    unsupported_tensors,
+)
+from ktops.nn.expert_list import ACTIVATION_NAMES, PROJECTIONS, KTExpert, KTExpertList, is_plain_linear
+from ktops.nn.experts import KTExperts
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+class Unsupported(Exception):
+    """Why an experts module is left as it is."""
+
+
+def swap_experts(model: nn.Module, *, save: str = "activations") -> list[str]:
+    """Puts modules that run the op in place of every experts module of a model, in place.
+
+    * Experts with stacked parameters ``gate_up_proj [E, 2I, H]`` and ``down_proj [E, H, I]`` become a
+      :class:`ktops.nn.KTExperts` over the very same Parameters.
+    * A ModuleList of experts (gate_proj, up_proj, down_proj or w1, w3, w2) becomes a
+      :class:`ktops.nn.KTExpertList` of the same modules: the Parameters stay the same objects, their storage
+      moves, expert by expert, into one stacked tensor. The MoE block goes on iterating it, one op per expert;
+      blocks with DeepSeek's ``moe_infer(x, topk_ids, topk_weight)`` run one op per layer in evaluation mode.
+
+    Routers and MoE blocks are untouched, state-dict keys and Parameters are the same. Whether a module that
+    does not declare its layout computes what the op computes is tried on random rows first. An experts module
+    that the op does not support stays, and one warning names it and the reason.
+
+    Args:
+        model: on the CPU, float32, bfloat16 or float64. May have PEFT adapters.
+        save: what a forward keeps for backward, "activations" or "recompute", see :func:`ktops.moe_sft`.
+
+    Returns:
+        The names of the modules that were exchanged; those that were before are not among them.
+
+    Raises:
+        ValueError: the model has no experts; unknown ``save``.
+
+    Example:
+        >>> ktops.swap_experts(model)
+        ['model.layers.0.mlp.experts', 'model.layers.1.mlp.experts']
+    """
+    found = _find(model)
+    if not found:
+        raise ValueError(
+            f"swap_experts: model must have Mixture-of-Experts layers, got {type(model).__name__} without "
+            "modules named `experts` and without stacked `gate_up_proj` and `down_proj` parameters. "
+            f"Architectures tested: {', '.join(TESTED)}."
+        )
+    swapped, refused = [], defaultdict(list)
+    for name, module in found.items():
+        if isinstance(module, (KTExperts, KTExpertList)):
+            continue
+        try:
+            replacement = _replacement(module, save)
+        except Unsupported as reason:
+            refused[f"{type(module).__module__}.{type(module).__qualname__}", str(reason)].append(name)
+            continue
+        _replace(model, module, replacement)
+        swapped.append(name)
+    if refused:
+        _warn_refused(model, refused)
+    return swapped
+
+
+def unswap_experts(model: nn.Module) -> list[str]:
+    """Puts the modules that :func:`swap_experts` took out back in, with the Parameters as they are now.
+
+    Returns:
+        The names of the modules put back.
+
+    Example:
+        >>> ktops.swap_experts(model)
+        >>> trainer.train()
+        >>> ktops.unswap_experts(model)
+    """
+    names = []
+    for name, module in list(model.named_modules()):
+        replaced = module.__dict__.get("_replaced")
+        if replaced is None:
+            continue
+        (original,) = replaced
+        if isinstance(module, KTExpertList):
+            for expert, child in zip(original, module, strict=True):
+                expert._modules.update(child._modules)
+        else:
+            original._parameters.update(module._parameters)
+        original.train(module.training)
+        _exchange(model, module, original)
+        names.append(name)
+    return names
+
+
+def _find(model: nn.Module) -> dict[str, nn.Module]:
+    """Experts modules by name, outermost first, nothing inside of them."""
+    found: dict[str, nn.Module] = {}
+    for name, module in model.named_modules():
+        if name and any(name.startswith(f"{outer}.") for outer in found):
+            continue
+        is_named_so = name.rpartition(".")[2] == "experts" and not hasattr(module, "base_layer")
+        if is_named_so or isinstance(module, (KTExperts, KTExpertList)) or _has_stacks(module):
+            found[name] = module
+    return found
+
+
+def _has_stacks(module: nn.Module) -> bool:
+    stacks = [module._parameters.get(name) for name in ("gate_up_proj", "down_proj")]
+    return all(stack is not None and stack.dim() == 3 for stack in stacks)
+
+
+def _replacement(module: nn.Module, save: str) -> nn.Module:
+    if any(getattr(module, hooks) for hooks in _HOOKS):
+        raise Unsupported("it has hooks")
+    if "forward" in module.__dict__:
+        raise Unsupported("its forward was replaced, by accelerate or another library")
+    if isinstance(module, nn.ModuleList):
+        return _expert_list(module, save)
+    if not _has_stacks(module):
+        raise Unsupported(
+            "its weights are neither gate_up_proj and down_proj nor a ModuleList of gated experts"
+        )
+    return _stacked_experts(module, save)
+
+
+def _stacked_experts(module: nn.Module, save: str) -> KTExperts:
+    reason = unsupported_layout(module)
+    reason = reason or unsupported_tensors(module.gate_up_proj, module.down_proj)
+    if reason is not None:
+        raise Unsupported(reason)
+    biases = {
+        name: module._parameters.get(name)
+        for name in ("gate_up_proj_bias", "down_proj_bias")
+        if module._parameters.get(name) is not None
+    }
+    others = set(dict(module.named_parameters())) - {"gate_up_proj", "down_proj", *biases}
+    if others:
+        raise Unsupported(f"it has other parameters: {', '.join(sorted(others))}")
+    experts = KTExperts.from_parameters(
+        module.gate_up_proj, module.down_proj, **biases, activation=activation_name(module.act_fn), save=save
+    )
+    if not hasattr(module, "has_gate"):
+        difference = disagreement_of_experts(module, experts)
+        if difference:
+            raise Unsupported(difference)
+    return experts.train(module.training)
+
+
+def _expert_list(experts: nn.ModuleList, save: str) -> KTExpertList:
+    names, attribute, activation = _check_experts(list(experts))
+    made = [KTExpert(expert, names, attribute, activation, save) for expert in experts]
+    difference = disagreement_of_expert(experts[0], made[0])
+    if difference:
+        raise Unsupported(difference)
+    return KTExpertList(made)
+
+
+def _check_experts(experts: list[nn.Module]) -> tuple[tuple[str, str, str], str, str]:
+    """Names of the projections, attribute and name of the activation: the same for every expert of a list."""
+    if not experts or any(expert is None or type(expert) is not type(experts[0]) for expert in experts):
+        raise Unsupported("its experts are not all modules of one class")
+    first = type(experts[0]).__qualname__
+    names = next((names for names in PROJECTIONS if all(hasattr(experts[0], name) for name in names)), None)
+    if names is None:
+        raise Unsupported(f"its experts, {first}, have no {' or '.join('/'.join(p) for p in PROJECTIONS)}")
+    attribute = next((name for name in ACTIVATION_NAMES if hasattr(experts[0], name)), None)
+    if attribute is None:
+        raise Unsupported(f"its experts, {first}, have no {' or '.join(ACTIVATION_NAMES)}")
+    described = {_describe(expert, names, attribute) for expert in experts}
+    if len(described) != 1:
+        raise Unsupported(f"its experts, {first}, differ in shape, dtype, bias or activation")
+    activation, plain, biased, _ = described.pop()
+    if activation is None:
+        raise Unsupported(f"ktops has no activation {type(getattr(experts[0], attribute)).__name__}")
+    if not plain:
+        raise Unsupported(f"its experts, {first}, are more than three nn.Linear without hooks")
+    if len(set(biased)) != 1:
+        raise Unsupported(f"only some projections of its experts, {first}, have a bias")
+    gate, up, down = (getattr(experts[0], name).weight for name in names)
+    if gate.shape != up.shape or gate.shape != down.shape[::-1]:
+        raise Unsupported(f"the projections of its experts, {first}, do not fit together")
+    gate_up = gate.new_empty(1, 1, 1).expand(1, 2 * gate.shape[0], gate.shape[1])
+    reason = unsupported_tensors(gate_up, down.unsqueeze(0))
+    if reason is not None:
+        raise Unsupported(reason)
+    return names, attribute, activation
+
+
+def _describe(expert: nn.Module, names: tuple[str, str, str], attribute: str) -> tuple:
+    """What all experts of a list must have in common: activation, plainness, biases, shapes and dtypes."""
+    projections = [getattr(expert, name) for name in names]
+    parameters = dict(expert.named_parameters())
+    own = {f"{name}.{kind}" for name in names for kind in ("weight", "bias")}
+    plain = (
+        all(map(is_plain_linear, projections))
+        and parameters.keys() <= own
+        and not any(getattr(expert, hooks) for hooks in _HOOKS)
+        and "forward" not in expert.__dict__
+    )
+    biased = tuple(getattr(projection, "bias", None) is not None for projection in projections)
+    layout = tuple((name, tuple(tensor.shape), tensor.dtype) for name, tensor in parameters.items())
+    return activation_name(getattr(expert, attribute)), plain, biased, layout
+
+
+def _replace(model: nn.Module, module: nn.Module, replacement: nn.Module) -> None:
+    replacement.__dict__["_replaced"] = (module,)
+    _exchange(model, module, replacement)
+
+
+def _exchange(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
+    """Puts ``new`` wherever ``old`` is a child, and its ``moe_infer`` into blocks that have one."""
+    for parent in list(model.modules()):
+        for name, child in list(parent._modules.items()):
+            if child is not old:
+                continue
+            setattr(parent, name, new)
+            if isinstance(new, KTExpertList) and _has_moe_infer(parent):
+                parent.__dict__["moe_infer"] = new.moe_infer
+            elif isinstance(old, KTExpertList):
+                parent.__dict__.pop("moe_infer", None)
+
+
+def _has_moe_infer(block: nn.Module) -> bool:
+    method = getattr(type(block), "moe_infer", None)
+    return method is not None and list(inspect.signature(method).parameters) == [
+        "self",
+        "x",
+        "topk_ids",
+        "topk_weight",
+    ]
+
+
+def _warn_refused(model: nn.Module, refused: dict[tuple[str, str], list[str]]) -> None:
+    lines = [
+        f"{kind} ({names[0]}{f' and {len(names) - 1} more' if len(names) > 1 else ''}): {reason}"
+        for (kind, reason), names in refused.items()
+    ]
+    warnings.warn(
+        f"ktops.swap_experts leaves experts of {type(model).__name__} as they are: {'; '.join(lines)}. "
+        f"Architectures tested: {', '.join(TESTED)}.",
+        stacklevel=3,
+    )

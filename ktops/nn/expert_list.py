@@ -1,0 +1,252 @@
+"""KTExpertList: experts that are modules of their own, over one stacked copy of their weights.
+
+The Parameters stay as they are, objects and names; their storage becomes slices of two stacked tensors, so
+that the op reads every expert of the layer, and gate and up of one expert, as one tensor.
+"""
+
+import functools
+import warnings
+
+import torch
+from torch import Tensor, nn
+
+from ktops.nn.experts import DTYPES, run_experts
+
+PROJECTIONS = (("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2"))
+"""What the gate, up and down projections of an expert module may be called."""
+
+ACTIVATION_NAMES = ("act_fn", "activation_fn", "act")
+"""What the activation of an expert module may be called."""
+
+Packed = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
+"""gate_up_proj [E, 2I, H], down_proj [E, H, I], gate_up_bias [E, 2I], down_bias [E, H]."""
+
+
+def is_plain_linear(module: nn.Module) -> bool:
+    """An ``nn.Linear`` and nothing else: no subclass, parametrization, hook or replaced forward."""
+    return (
+        type(module) is nn.Linear
+        and "forward" not in module.__dict__
+        and not module._forward_hooks
+        and not module._forward_pre_hooks
+        and not module._backward_hooks
+        and not module._backward_pre_hooks
+    )
+
+
+class KTExpert(nn.Module):
+    """One expert of a :class:`KTExpertList`: the child modules of the expert it replaces, computed by the op.
+
+    Where a projection is no longer a plain ``nn.Linear`` (an adapter was put around it, it has hooks), or the
+    weights have left the CPU, the projections are called one by one instead.
+
+    Args:
+        expert: the module replaced; its children are shared.
+        names: of its gate, up and down projections.
+        activation_attribute: where it has its activation.
+        activation, save: as in :class:`ktops.nn.KTExperts`.
+    """
+
+    packed: Packed | None
+    """This expert's slices, [1, ...], of the list's stacked tensors."""
+
+    def __init__(
+        self,
+        expert: nn.Module,
+        names: tuple[str, str, str],
+        activation_attribute: str,
+        activation: str,
+        save: str,
+    ) -> None:
+        super().__init__()
+        for name, child in expert.named_children():
+            self.add_module(name, child)
+        if not hasattr(self, activation_attribute):
+            setattr(self, activation_attribute, getattr(expert, activation_attribute))
+        self.names = names
+        self.activation_attribute = activation_attribute
+        self.activation = activation
+        self.save = save
+        self.training = expert.training
+        self.packed = None
+
+    def projections(self) -> tuple[nn.Module, nn.Module, nn.Module]:
+        """gate, up and down."""
+        return tuple(getattr(self, name) for name in self.names)
+
+    def is_plain(self) -> bool:
+        """Whether the op may compute this expert: packed, and with nothing around its projections."""
+        return self.packed is not None and all(map(is_plain_linear, self.projections())) and self.is_packed()
+
+    def is_packed(self) -> bool:
+        """Whether the parameters still are the slices; taken for granted while compiling."""
+        if torch.compiler.is_compiling():
+            return True
+        return all(
+            part.data_ptr() == place.data_ptr() and part.dtype == place.dtype
+            for part, place in self.places(self.packed)
+        )
+
+    def places(self, packed: Packed) -> list[tuple[nn.Parameter, Tensor]]:
+        """Every parameter and the slice where it belongs."""
+        gate, up, down = self.projections()
+        found = []
+        for kind, gate_up, single in (("weight", *packed[:2]), ("bias", *packed[2:])):
+            if gate_up is not None:
+                parts = [getattr(projection, kind) for projection in (gate, up, down)]
+                found += zip(parts, (*gate_up[0].chunk(2), single[0]), strict=True)
+        return found
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """[..., H] -> [..., H]"""
+        if not self.is_plain():
+            gate, up, down = self.projections()
+            if self.packed is not None and not torch.compiler.is_compiling():
+                _warn_once(f"are {type(gate).__name__} with hooks or adapters")
+            act_fn = getattr(self, self.activation_attribute)
+            return down(act_fn(gate(hidden_states)) * up(hidden_states))
+        num_tokens = hidden_states.numel() // hidden_states.shape[-1]
+        ids = torch.zeros(num_tokens, 1, dtype=torch.int64)
+        weights = torch.ones(num_tokens, 1)
+        return _run(hidden_states, ids, weights, self.packed, [self])
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "packed": None}
+
+    def extra_repr(self) -> str:
+        return f"activation={self.activation!r}"
+
+
+class KTExpertList(nn.ModuleList):
+    """The experts of one layer as a ModuleList of :class:`KTExpert`: for models whose MoE block iterates it.
+
+    A block that calls ``experts[i](rows)`` runs one op per expert. Called itself, with the routes of all
+    tokens, the list runs one op for all experts.
+
+    Making the list moves the weights, expert by expert, into the stacked tensors: there is one copy
+    throughout. The Parameters are the same objects, and a slice each. ``.to()``, deepcopy, pickling and
+    load_state_dict keep it so.
+    """
+
+    def __init__(self, experts: list[KTExpert]) -> None:
+        super().__init__(experts)
+        self.register_load_state_dict_post_hook(_pack_after_loading)
+        self.pack()
+
+    @torch.no_grad()
+    def pack(self) -> None:
+        """Makes every parameter a slice of the stacked tensors again; does nothing if they are."""
+        if all(expert.packed is not None and expert.is_packed() for expert in self):
+            return
+        self.packed = None
+        for expert in self:
+            expert.packed = None
+        weights = [projection.weight for expert in self for projection in expert.projections()]
+        if {weight.device.type for weight in weights} != {"cpu"} or weights[0].dtype not in DTYPES:
+            _warn_once(f"are {weights[0].dtype} on {weights[0].device.type}")
+            return
+        gate, up, down = self[0].projections()
+
+        def empty(*shape: int) -> Tensor:
+            return torch.empty(len(self), *shape, dtype=gate.weight.dtype)
+
+        width = gate.out_features + up.out_features
+        biased = gate.bias is not None
+        self.packed = (
+            empty(width, gate.in_features),
+            empty(down.out_features, down.in_features),
+            empty(width) if biased else None,
+            empty(down.out_features) if biased else None,
+        )
+        for index, expert in enumerate(self):
+            packed = tuple(None if stack is None else stack[index : index + 1] for stack in self.packed)
+            for part, place in expert.places(packed):
+                part.data = place.copy_(part)
+            expert.packed = packed
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """[T, H], [T, K], [T, K] -> [T, H], see :class:`ktops.nn.KTExperts`."""
+        experts = list(self)
+        if not all(expert.is_plain() for expert in experts):
+            raise RuntimeError(
+                "KTExpertList: the projections of the experts must be plain nn.Linear on the CPU, got "
+                f"{sorted({type(p).__name__ for expert in experts for p in expert.projections()})}"
+            )
+        return _run(hidden_states, top_k_index, top_k_weights, self.packed, experts)
+
+    @torch.no_grad()
+    def moe_infer(self, x: Tensor, topk_ids: Tensor, topk_weight: Tensor) -> Tensor:
+        """The method that MoE blocks of the DeepSeek family call in evaluation mode."""
+        if all(expert.is_plain() for expert in self):
+            return self(x, topk_ids, topk_weight)
+        output = torch.zeros_like(x, dtype=torch.float32)
+        for index, expert in enumerate(self):
+            token, slot = torch.where(topk_ids == index)
+            output.index_add_(0, token, (expert(x[token]) * topk_weight[token, slot, None]).float())
+        return output.to(x.dtype)
+
+    def _apply(self, fn, recurse: bool = True):
+        super()._apply(fn, recurse)
+        self.pack()
+        return self
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "packed": None}
+
+    def __setstate__(self, state: dict) -> None:
+        super().__setstate__(state)
+        self.pack()
+
+
+def _pack_after_loading(experts: KTExpertList, _) -> None:
+    experts.pack()
+
+
+@functools.cache
+def _warn_once(what: str) -> None:
+    warnings.warn(
+        f"ktops: projections of experts {what}; ktops does not run these experts, their projections are "
+        "called one by one.",
+        stacklevel=2,
+    )
+
+
+class _Stacked(torch.autograd.Function):
+    """A stacked tensor [E, R, ...] as a function of the parameters whose storage it is, R / n rows each."""
+
+    @staticmethod
+    def forward(ctx, stacked: Tensor, *parts: Tensor) -> Tensor:
+        ctx.parts_per_expert = len(parts) // stacked.shape[0]
+        return stacked.view_as(stacked)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        parts = [part for expert in grad for part in expert.chunk(ctx.parts_per_expert)]
+        needed = ctx.needs_input_grad[1:]
+        return None, *(part if need else None for part, need in zip(parts, needed, strict=True))
+
+
+def _differentiable(stacked: Tensor | None, parts: list[Tensor]) -> Tensor | None:
+    if stacked is None or not (torch.is_grad_enabled() and any(part.requires_grad for part in parts)):
+        return stacked
+    return _Stacked.apply(stacked, *parts)
+
+
+def _run(
+    hidden_states: Tensor, ids: Tensor, weights: Tensor, packed: Packed, experts: list[KTExpert]
+) -> Tensor:
+    rows = [expert.projections() for expert in experts]
+    gate_up = [projection for gate, up, _ in rows for projection in (gate, up)]
+    down = [projection for _, _, projection in rows]
+    weight, down_weight, bias, down_bias = packed
+    return run_experts(
+        hidden_states,
+        ids,
+        weights,
+        _differentiable(weight, [projection.weight for projection in gate_up]),
+        _differentiable(down_weight, [projection.weight for projection in down]),
+        gate_up_bias=_differentiable(bias, [projection.bias for projection in gate_up]),
+        down_bias=_differentiable(down_bias, [projection.bias for projection in down]),
+        activation=experts[0].activation,
+        save=experts[0].save,
+    )

@@ -1,0 +1,98 @@
+"""Results are a function of the inputs alone: not of the number of threads, nor of who else is calling."""
+
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+
+import ktops
+from ktops.testing.compare import random_grad_output, run
+from ktops.testing.inputs import moe_inputs, op_arguments
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float64]
+
+
+@pytest.fixture
+def threads():
+    """Restores the number of threads."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def cases(dtype: torch.dtype):
+    yield moe_inputs(70, 96, 80, 6, 3, dtype=dtype, lora_rank=(5, 18), bias=True, routing="skewed")
+    yield moe_inputs(1, 160, 40, 8, 4, dtype=dtype, lora_rank=4)
+    yield moe_inputs(33, 17, 130, 2, 2, dtype=dtype, lora_rank=1, routing="repeated", invalid_ids=True)
+
+
+def assert_bitwise(actual: dict, expected: dict) -> None:
+    for name, value in actual.items():
+        assert torch.equal(value, expected[name]), name
+
+
+@pytest.mark.parametrize("save", ["activations", "recompute"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_any_number_of_threads(isa, threads, dtype, save):
+    for inputs in cases(dtype):
+        grad_output = random_grad_output(inputs)
+        torch.set_num_threads(1)
+        expected = run(inputs, grad_output, save=save)
+        for num_threads in (1, 2, 3, 4, 7):
+            torch.set_num_threads(num_threads)
+            assert_bitwise(run(inputs, grad_output, save=save), expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_inference_with_any_number_of_threads(isa, threads, dtype):
+    for inputs in cases(dtype):
+        torch.set_num_threads(1)
+        expected = torch.ops.kt.moe_fwd(*op_arguments(inputs, save=None))
+        for num_threads in (2, 3, 7):
+            torch.set_num_threads(num_threads)
+            assert torch.equal(torch.ops.kt.moe_fwd(*op_arguments(inputs, save=None)), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_repeated_calls(isa, dtype):
+    for inputs in cases(dtype):
+        grad_output = random_grad_output(inputs)
+        expected = run(inputs, grad_output)
+        for _ in range(3):
+            assert_bitwise(run(inputs, grad_output), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_token_does_not_depend_on_its_company(isa, dtype):
+    """Batch invariance: the row of a token is the same alone and among others."""
+    inputs = moe_inputs(40, 96, 80, 4, 2, dtype=dtype, lora_rank=4, bias=True)
+    together = ktops.moe_sft(**inputs)
+    for t in (0, 7, 39):
+        alone = {
+            name: value[t : t + 1] if name in ("hidden_states", "topk_ids", "topk_weights") else value
+            for name, value in inputs.items()
+        }
+        assert torch.equal(ktops.moe_sft(**alone)[0], together[t])
+
+
+def test_concurrent_calls_from_python_threads(isa):
+    jobs = [
+        moe_inputs(1 + 7 * i, 40 + i, 24, 4, 2, dtype=dtype, lora_rank=3, bias=True, seed=i)
+        for i, dtype in enumerate(DTYPES * 3)
+    ]
+    grad_outputs = [random_grad_output(inputs) for inputs in jobs]
+    expected = [run(inputs, grad) for inputs, grad in zip(jobs, grad_outputs, strict=True)]
+    with ThreadPoolExecutor(4) as pool:
+        for _ in range(4):
+            for actual, value in zip(pool.map(run, jobs, grad_outputs), expected, strict=True):
+                assert_bitwise(actual, value)
+
+
+def test_calls_inside_an_intra_op_region(isa, threads):
+    """autograd runs backward in its own threads, each with its own pool."""
+    torch.set_num_threads(3)
+    inputs = moe_inputs(20, 40, 24, 4, 2, dtype=torch.bfloat16, lora_rank=3)
+    grad_output = random_grad_output(inputs)
+    expected = run(inputs, grad_output)
+    with ThreadPoolExecutor(1) as pool:
+        assert_bitwise(pool.submit(run, inputs, grad_output).result(), expected)

@@ -1,0 +1,309 @@
+"""kt::moe_sft_fwd and kt::moe_sft_bwd: output and every gradient against the float64 reference."""
+
+import math
+from itertools import product
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import ktops
+from ktops import reference
+from ktops.ops.moe_sft import ARGUMENTS, GRADIENTS
+from ktops.reference.activation import ACTIVATIONS
+from ktops.testing.budgets import forward_budget, relative_error
+from ktops.testing.compare import check_against_reference, random_grad_output, run
+from ktops.testing.inputs import ROUTINGS, moe_inputs, op_arguments, upcast
+from ktops.testing.isa import available_isas
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float64]
+SIZES = (1, 3, 8, 16, 17, 64)
+ALL_GRADIENTS = (1 << len(GRADIENTS)) - 1
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("gate_up_bias,down_bias", list(product([False, True], repeat=2)))
+@pytest.mark.parametrize("lora_rank", [0, (3, 0), (0, 3), (3, 2)])
+def test_subsets_of_lora_and_bias(isa, lora_rank, gate_up_bias, down_bias, dtype):
+    inputs = moe_inputs(9, 24, 20, 4, 2, dtype=dtype, lora_rank=lora_rank, bias=True)
+    if not gate_up_bias:
+        del inputs["gate_up_bias"]
+    if not down_bias:
+        del inputs["down_bias"]
+    check_against_reference(inputs)
+
+
+@pytest.mark.parametrize("weights_dtype", DTYPES)
+@pytest.mark.parametrize("lora_dtype", DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_mixed_dtypes(isa, dtype, lora_dtype, weights_dtype):
+    check_against_reference(
+        moe_inputs(
+            9,
+            24,
+            20,
+            4,
+            2,
+            dtype=dtype,
+            lora_rank=4,
+            bias=True,
+            lora_dtype=lora_dtype,
+            weights_dtype=weights_dtype,
+        )
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("save", ["activations", "recompute"])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_activations(isa, activation, save, dtype):
+    inputs = moe_inputs(17, 24, 20, 4, 2, dtype=dtype, lora_rank=4, bias=True, invalid_ids=True)
+    check_against_reference(inputs, activation=activation, save=save)
+
+
+@pytest.mark.parametrize("scale", [1e-3, 30.0, 300.0])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_saturated_gates(isa, activation, scale):
+    inputs = moe_inputs(17, 24, 20, 4, 2, lora_rank=4, bias=True, scale=scale)
+    check_against_reference(inputs, activation=activation)
+    outputs = run(inputs, random_grad_output(inputs), activation=activation)
+    assert all(value.isfinite().all() for value in outputs.values())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("num_tokens", [0, 1, 2, 7, 33, 130])
+def test_numbers_of_tokens(isa, num_tokens, dtype):
+    check_against_reference(moe_inputs(num_tokens, 40, 24, 5, 3, dtype=dtype, lora_rank=4, bias=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("hidden_size", SIZES)
+def test_odd_sizes(isa, hidden_size, dtype):
+    for intermediate_size in SIZES:
+        check_against_reference(moe_inputs(7, hidden_size, intermediate_size, 3, 2, dtype=dtype, lora_rank=2))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rank", SIZES)
+def test_ranks(isa, rank, dtype):
+    for ranks in ((rank, 5), (5, rank)):
+        inputs = moe_inputs(9, 17, 33, 3, 2, dtype=dtype, lora_rank=ranks, lora_dtype=torch.float32)
+        check_against_reference(inputs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("num_tokens,hidden_size,intermediate_size", [(70, 528, 272), (150, 136, 200)])
+def test_several_tiles(isa, num_tokens, hidden_size, intermediate_size, dtype):
+    """More than one tile along every dimension, none a multiple of the tile."""
+    check_against_reference(
+        moe_inputs(
+            num_tokens,
+            hidden_size,
+            intermediate_size,
+            3,
+            2,
+            dtype=dtype,
+            lora_rank=(18, 35),
+            bias=True,
+            routing="skewed",
+        )
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("num_experts", [1, 2, 5, 70])
+def test_numbers_of_experts_and_slots(isa, num_experts, dtype):
+    for top_k in sorted({1, 2, num_experts // 2, num_experts - 1, num_experts} - {0}):
+        if top_k <= num_experts:
+            check_against_reference(moe_inputs(5, 16, 8, num_experts, top_k, dtype=dtype, lora_rank=2))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("ids_dtype", [torch.int32, torch.int64])
+@pytest.mark.parametrize("invalid_ids", [False, True])
+@pytest.mark.parametrize("routing", ROUTINGS)
+def test_routings(isa, routing, invalid_ids, ids_dtype, dtype):
+    check_against_reference(
+        moe_inputs(
+            19,
+            24,
+            20,
+            6,
+            3,
+            dtype=dtype,
+            lora_rank=4,
+            bias=True,
+            routing=routing,
+            invalid_ids=invalid_ids,
+            ids_dtype=ids_dtype,
+        )
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_no_valid_id_at_all(isa, dtype):
+    inputs = moe_inputs(5, 16, 8, 4, 2, dtype=dtype, lora_rank=2, bias=True)
+    inputs["topk_ids"].fill_(-1)
+    for name, value in run(inputs, random_grad_output(inputs)).items():
+        assert torch.equal(value, torch.zeros_like(value)), name
+
+
+def test_experts_without_tokens_have_zero_gradients(isa):
+    inputs = moe_inputs(9, 16, 8, 6, 2, dtype=torch.bfloat16, lora_rank=2, bias=True, routing="empty_experts")
+    results = run(inputs, random_grad_output(inputs))
+    for name in GRADIENTS[2:]:
+        assert torch.equal(results[name][::2], torch.zeros_like(results[name][::2])), name
+        assert all(results[name][e].abs().max() > 0 for e in inputs["topk_ids"].unique()), name
+
+
+def test_default_scalings_are_one(isa):
+    inputs = moe_inputs(9, 16, 8, 6, 2, lora_rank=2)
+    expected = ktops.moe_sft(**inputs | {"gate_up_scaling": 1.0, "down_scaling": 1.0})
+    del inputs["gate_up_scaling"], inputs["down_scaling"]
+    assert torch.equal(ktops.moe_sft(**inputs), expected)
+    check_against_reference(inputs)
+
+
+@pytest.mark.parametrize("scaling", [0.0, -2.0, 16.0])
+def test_scalings(isa, scaling):
+    inputs = moe_inputs(9, 16, 8, 6, 2, lora_rank=2)
+    check_against_reference(inputs | {"gate_up_scaling": scaling, "down_scaling": scaling / 2})
+
+
+@pytest.mark.parametrize("save", ["activations", "recompute"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_each_gradient_alone_is_the_one_from_all(isa, dtype, save):
+    inputs = moe_inputs(9, 24, 20, 4, 2, dtype=dtype, lora_rank=3, bias=True, lora_dtype=torch.float32)
+    arguments = op_arguments(inputs, save=save)
+    _, *saved = torch.ops.kt.moe_sft_fwd(*arguments)
+
+    def backward(grad_mask):
+        return torch.ops.kt.moe_sft_bwd(random_grad_output(inputs), *arguments, *saved, grad_mask)
+
+    everything = backward(ALL_GRADIENTS)
+    assert all(gradient is not None for gradient in everything)
+    assert backward(0) == (None,) * len(GRADIENTS)
+    for bit, name in enumerate(GRADIENTS):
+        alone = backward(1 << bit)
+        assert torch.equal(alone[bit], everything[bit]), name
+        assert [i for i, gradient in enumerate(alone) if gradient is not None] == [bit]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("save", ["activations", "recompute"])
+def test_saved_tensors(isa, save, dtype):
+    """Rows of the routes in order of expert, then of position, in the dtype of hidden_states."""
+    inputs = moe_inputs(9, 24, 20, 4, 2, dtype=dtype, lora_rank=(3, 5), bias=True, routing="skewed")
+    output, gate_up, xa, ha = torch.ops.kt.moe_sft_fwd(*op_arguments(inputs, save=save))
+    assert output.shape == (9, 24)
+    assert gate_up.shape == ((18, 40) if save == "activations" else (0, 40))
+    assert (xa.shape, ha.shape) == ((18, 3), (18, 5))
+    assert {t.dtype for t in (output, gate_up, xa, ha)} == {dtype}
+    assert all(t.is_contiguous() for t in (output, gate_up, xa, ha))
+    exact = reference.moe_sft_fwd(*op_arguments(upcast(inputs), save=save))
+    for actual, expected in zip((output, gate_up, xa, ha), exact, strict=True):
+        assert relative_error(actual, expected) <= forward_budget(dtype)
+    without = torch.ops.kt.moe_sft_fwd(*op_arguments(moe_inputs(9, 24, 20, 4, 2, dtype=dtype), save=save))
+    assert (without[2].shape, without[3].shape) == ((18, 0), (18, 0))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("num_tokens", [0, 1, 2, 33])
+def test_inference_equals_training_bitwise(isa, num_tokens, dtype):
+    inputs = moe_inputs(num_tokens, 40, 24, 5, 3, dtype=dtype, lora_rank=4, bias=True, invalid_ids=True)
+    inference = torch.ops.kt.moe_fwd(*op_arguments(inputs, save=None))
+    for save in ("activations", "recompute"):
+        assert torch.equal(inference, torch.ops.kt.moe_sft_fwd(*op_arguments(inputs, save=save))[0])
+
+
+def calls(function) -> list[str]:
+    """Names of the kt operators that function() calls."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        function()
+    return [event.name for event in profile.events() if event.name.startswith("kt::")]
+
+
+def test_nothing_is_saved_when_nothing_needs_a_gradient():
+    inputs = moe_inputs(3, 8, 4, 4, 2, lora_rank=2)
+    trained = inputs | {"gate_up_lora_A": inputs["gate_up_lora_A"].clone().requires_grad_()}
+    assert calls(lambda: ktops.moe_sft(**inputs)) == ["kt::moe_fwd"]
+    with torch.no_grad():
+        assert calls(lambda: ktops.moe_sft(**trained)) == ["kt::moe_fwd"]
+    with torch.inference_mode():
+        assert calls(lambda: ktops.moe_sft(**trained)) == ["kt::moe_fwd"]
+    assert calls(lambda: ktops.moe_sft(**trained)) == ["kt::moe_sft_fwd"]
+
+
+def test_arguments_are_in_schema_order():
+    for op, names in (("moe_sft_fwd", ARGUMENTS), ("moe_fwd", ARGUMENTS[:-1])):
+        schema = getattr(torch.ops.kt, op).default._schema
+        assert tuple(argument.name for argument in schema.arguments) == names
+    schema = torch.ops.kt.moe_sft_bwd.default._schema
+    saved = ("saved_gate_up", "saved_gate_up_xa", "saved_down_ha")
+    assert tuple(a.name for a in schema.arguments) == ("grad_output", *ARGUMENTS, *saved, "grad_mask")
+    assert tuple(r.name for r in schema.returns) == tuple(f"grad_{name}" for name in GRADIENTS)
+
+
+@st.composite
+def cases(draw):
+    num_experts = draw(st.integers(1, 9))
+    dtypes = st.sampled_from(DTYPES)
+    ranks = st.integers(0, 20)
+    return moe_inputs(
+        draw(st.integers(0, 40)),
+        draw(st.integers(1, 70)),
+        draw(st.integers(1, 70)),
+        num_experts,
+        draw(st.integers(1, num_experts)),
+        dtype=draw(dtypes),
+        lora_rank=(draw(ranks), draw(ranks)),
+        lora_dtype=draw(dtypes),
+        weights_dtype=draw(dtypes),
+        bias=draw(st.booleans()),
+        ids_dtype=draw(st.sampled_from([torch.int32, torch.int64])),
+        invalid_ids=draw(st.booleans()),
+        routing=draw(st.sampled_from(ROUTINGS)),
+        seed=draw(st.integers(0, 1 << 16)),
+    )
+
+
+@pytest.mark.parametrize("isa", available_isas())
+@settings(max_examples=120)
+@given(inputs=cases(), activation=st.sampled_from(list(ACTIVATIONS)), recompute=st.booleans())
+def test_any_case(isa, inputs, activation, recompute):
+    with ktops.use_isa(isa):
+        save = "recompute" if recompute else "activations"
+        check_against_reference(inputs, activation=activation, save=save)
+
+
+@pytest.mark.parametrize("isa", available_isas())
+@settings(max_examples=60)
+@given(ids=st.lists(st.integers(-(1 << 63), (1 << 63) - 1) | st.integers(-2, 5), min_size=12, max_size=12))
+def test_any_id(isa, ids):
+    inputs = moe_inputs(4, 8, 4, 4, 3, dtype=torch.bfloat16, lora_rank=2, bias=True)
+    inputs["topk_ids"] = torch.tensor(ids).view(4, 3)
+    with ktops.use_isa(isa):
+        check_against_reference(inputs)
+
+
+def test_a_non_finite_input_stays_in_its_row(isa):
+    inputs = moe_inputs(9, 24, 20, 4, 2, dtype=torch.bfloat16, lora_rank=3, bias=True)
+    expected = ktops.moe_sft(**inputs)
+    inputs["hidden_states"][3] = math.nan
+    output = ktops.moe_sft(**inputs)
+    assert output[3].isnan().all()
+    keep = torch.arange(9) != 3
+    assert torch.equal(output[keep], expected[keep])
+
+
+def test_weights_of_unused_experts_are_not_read_into_results(isa):
+    inputs = moe_inputs(
+        9, 24, 20, 4, 2, dtype=torch.bfloat16, lora_rank=3, bias=True, routing="empty_experts"
+    )
+    grad_output = random_grad_output(inputs)
+    expected = run(inputs, grad_output)
+    for name in GRADIENTS[2:]:
+        inputs[name][::2] = math.nan
+    for name, value in run(inputs, grad_output).items():
+        assert torch.equal(value, expected[name]), name

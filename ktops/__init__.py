@@ -2,7 +2,7 @@
 
 import importlib
 
-from ktops import _library  # noqa: F401  (registers the kt operators)
+from ktops import _library, nn  # noqa: F401  (_library registers the kt operators)
 from ktops._version import __version__
 from ktops.ops import checkpoint_context_fn, cpu_capabilities, cpu_capability, moe_sft, use_isa
 

@@ -1,0 +1,113 @@
+"""README.md and docs/ say what is so: examples run, commands are those of CI, tables match the tree."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import ktops
+from ktops.integrations.transformers.architectures import TESTED
+from ktops.reference.activation import ACTIVATIONS
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("**/*.md"))]
+EXAMPLES = re.findall(r"^```python\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
+OPS = (
+    "moe_fwd", "moe_sft_fwd", "moe_sft_bwd", "cpu_capability", "cpu_capabilities", "set_cpu_capability",
+    "measure_peak",
+)  # fmt: skip
+
+
+def test_there_are_three_examples_of_about_15_lines():
+    lines = [[line for line in example.splitlines() if line.strip()] for example in EXAMPLES]
+    assert len(EXAMPLES) == 3
+    assert all(len(example) <= 15 for example in lines)
+
+
+def run_example(number: int, directory: Path) -> str:
+    """What an example prints; it must not warn about ktops."""
+    command = [sys.executable, "-W", "error::UserWarning:ktops", "-c", EXAMPLES[number]]
+    result = subprocess.run(command, cwd=directory, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def test_example_of_plain_python(tmp_path):
+    shape, *_ = run_example(0, tmp_path).split("]")
+    assert shape == "torch.Size([16, 64"
+
+
+def test_example_of_transformers_and_peft_trains_every_expert_factor(tmp_path):
+    printed = run_example(1, tmp_path)
+    assert printed.count("lora_A") == printed.count("lora_B") == 4
+
+
+def test_example_of_torch_compile(tmp_path):
+    run_example(2, tmp_path)
+
+
+def test_ci_runs_the_test_command_of_the_readme():
+    printed = subprocess.run(
+        [ROOT / ".ci" / "run", "--print"], capture_output=True, text=True, check=True
+    ).stdout
+    blocks = re.findall(r"^<!-- command: test -->\n```bash\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
+    assert blocks == [printed]
+    assert printed.endswith("pytest test\n")
+
+
+@pytest.mark.parametrize("command", re.findall(r"^python3 -m venv.*$", README, re.MULTILINE))
+def test_commands_name_a_torch_and_build_against_it(command):
+    assert re.search(r"pip install torch==\d+\.\d+\.\d+ ", command)
+    assert all("--no-build-isolation" in part for part in command.split("&&") if "[" in part)
+    assert "index-url" not in command
+
+
+def test_the_support_table_is_complete():
+    rows = dict(re.findall(r"^\| ([A-Z][^|]+) \| (.+) \|$", README, re.MULTILINE))
+    assert set(re.findall(r"`(\w+)`", rows["Kernels (ISA rows)"])) - {"KTOPS_ISA"} == set(
+        ktops.cpu_capabilities()
+    )
+    assert set(re.findall(r"`(\w+)`", rows["Activations"])) == set(ACTIVATIONS)
+    assert rows["Architectures tested"] == ", ".join(TESTED)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text()):
+        assert target.startswith("https://") or (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+def test_the_map_of_the_tree():
+    block = README.split("## The tree")[1].split("```")[1]
+    top = ""
+    for line in block.strip().splitlines():
+        for folder in line.split("  ")[0 if not line.startswith(" ") else 1].split():
+            top = top if line.startswith(" ") else folder
+            assert (ROOT / (top if line.startswith(" ") else "") / folder).is_dir(), line
+    described = set(re.findall(r"^(?:  )?(\w+)/", block, re.MULTILINE))
+    for package in ("ktops", "ktops_csrc"):
+        folders = {
+            path.parent.name for path in (ROOT / package).glob("*/*") if path.suffix in (".py", ".cpp", ".h")
+        }
+        assert folders - {"__pycache__"} <= described
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_the_ops_page_gives_the_schema(op):
+    page = (ROOT / "docs" / "ops.md").read_text()
+    fenced = re.findall(r"^```(\w*)\n(.*?)^```$", page, re.DOTALL | re.MULTILINE)
+    blocks = [text for language, text in fenced if not language]
+    arguments, *schemas = (" ".join(block.split()) for block in blocks)
+    page = "\n".join(schemas).replace("ARGUMENTS", arguments)
+    assert str(getattr(torch.ops.kt, op).default._schema) in page
+
+
+def test_every_op_is_in_the_list_above():
+    registered = {
+        name.split("::")[1] for name in torch._C._dispatch_get_all_op_names() if name.startswith("kt::")
+    }
+    assert registered == set(OPS)

@@ -1,0 +1,101 @@
+"""A small Mixture-of-Experts language model, made and pretrained on the spot from the packaged corpus."""
+
+from pathlib import Path
+
+from ktops.cli import corpus
+from ktops.cli.data import from_alpaca
+from ktops.cli.encoding import CHAT_TEMPLATE
+
+VOCAB_SIZE = 2048
+BLOCK = 128
+"""Tokens in one sequence of pretraining."""
+
+NUM_STORIES = 2500
+END, PAD = "<|endoftext|>", "<|pad|>"
+
+
+def train_tokenizer(documents: list[str], vocab_size: int = VOCAB_SIZE):
+    """A byte-level BPE tokenizer trained on documents, as a transformers tokenizer with the default chat
+    template."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END, PAD],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(documents, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token=END, pad_token=PAD, chat_template=CHAT_TEMPLATE
+    )
+
+
+def config(tokenizer):
+    """A Qwen3-MoE configuration of 4 million parameters: 4 layers of 16 experts, 4 of them for each token."""
+    from transformers import Qwen3MoeConfig
+
+    return Qwen3MoeConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=192,
+        num_hidden_layers=4,
+        num_attention_heads=6,
+        num_key_value_heads=2,
+        head_dim=32,
+        num_experts=16,
+        num_experts_per_tok=4,
+        moe_intermediate_size=96,
+        norm_topk_prob=True,
+        router_aux_loss_coef=0.01,
+        max_position_embeddings=1024,
+        tie_word_embeddings=True,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+
+
+def create(tokenizer, dtype, experts_implementation: str):
+    """A randomly initialised model whose routers already tell tokens apart: their logits have unit
+    variance."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_config(
+        config(tokenizer), dtype=dtype, experts_implementation=experts_implementation
+    )
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.mlp.gate.weight.normal_(std=model.config.hidden_size**-0.5)
+    return model
+
+
+def pretraining_blocks(documents: list[str], tokenizer) -> list[dict[str, list[int]]]:
+    """The documents one after another, each ended by the end-of-text token, cut into blocks of BLOCK
+    tokens."""
+    tokens = [token for ids in tokenizer(documents)["input_ids"] for token in (*ids, tokenizer.eos_token_id)]
+    starts = range(0, len(tokens) - BLOCK + 1, BLOCK)
+    return [{"input_ids": tokens[i : i + BLOCK], "labels": tokens[i : i + BLOCK]} for i in starts]
+
+
+def make_tokenizer():
+    """(the pretraining documents, a tokenizer trained on them and on the text of the instructions)"""
+    documents = corpus.stories(NUM_STORIES)
+    train, _ = corpus.instructions()
+    conversations = [
+        "### Instruction:\n{}\n\n### Response:\n{}".format(
+            *(message["content"] for message in from_alpaca(record))
+        )
+        for record in train
+    ]
+    return documents, train_tokenizer(documents + conversations)
+
+
+def save(model, tokenizer, directory: Path) -> None:
+    """Writes the model and its tokenizer as any Hugging Face model directory."""
+    model.config.output_router_logits = False
+    model.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)

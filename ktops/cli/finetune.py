@@ -1,0 +1,181 @@
+"""`ktops finetune`: from a model and a data file to a LoRA adapter that was saved, loaded again and
+compared."""
+
+import gc
+import random
+import shlex
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import transformers
+from rich.console import Console
+
+from ktops.cli import corpus, lora, metrics, pretrain, run_directory, training, verify
+from ktops.cli import options as options_file
+from ktops.cli.data import Conversation, from_alpaca, load_conversations
+from ktops.cli.encoding import Encoded, encode, prepare_tokenizer
+from ktops.cli.errors import UserError
+from ktops.cli.models import check_directory, load_model, load_tokenizer
+from ktops.cli.options import Options
+from ktops.cli.plot import plot_loss
+from ktops.cli.report import Report
+
+NEW_TOKENS = 40
+"""Length of a generated sample."""
+
+
+@dataclass
+class Split:
+    """Examples to train on and to evaluate with, and conversations whose questions become samples."""
+
+    train: list[dict]
+    held_out: list[dict]
+    samples: list[Conversation]
+
+
+def finetune(options: Options, directory: Path, console: Console) -> dict:
+    """Runs `ktops finetune` in a directory that run_directory.choose has returned, resuming what is there.
+
+    Returns:
+        What was written to metrics.json.
+
+    Raises:
+        UserError: something is wrong with the model, the data, or the reloaded adapter.
+        Interrupted: Ctrl-C; a checkpoint has been saved.
+    """
+    report = Report(console)
+    resume_command = f"ktops finetune --resume --output-dir {shlex.quote(str(directory))}"
+    pretraining = None
+    if options.is_demo:
+        conversations = _packaged()
+        base, pretraining = pretrain.base_model(options, directory, report, resume_command)
+    else:
+        check_directory(options.model)
+        conversations = _split(load_conversations(Path(options.data)), options)
+        base = options.model
+    options_file.save(options, directory)
+    tokenizer = load_tokenizer(base)
+    prepare_tokenizer(tokenizer)
+    split = _encode(conversations, tokenizer, options, report)
+
+    transformers.set_seed(options.seed)
+    model = load_model(base, options.torch_dtype, options.experts_implementation)
+    model = lora.add_adapters(model, options.target, options.lora_rank, options.lora_alpha)
+    report.model(model, options, split)
+    args = _training_arguments(options, directory)
+    trainer, timer, kt = training.make_trainer(
+        model, tokenizer, split.train, split.held_out, args, console, "fine-tuning"
+    )
+    before = training.evaluate(trainer)
+    samples = [{"prompt": _last_question(c), "before": _sample(model, tokenizer, c)} for c in split.samples]
+    training.train(trainer, directory / run_directory.CHECKPOINTS, console, resume_command)
+    after = training.evaluate(trainer)
+    for sample, conversation in zip(samples, split.samples, strict=True):
+        sample["after"] = _sample(model, tokenizer, conversation)
+    report.result(before, after, samples)
+
+    model.save_pretrained(directory)
+    result = metrics.collect(
+        options,
+        trainer,
+        timer,
+        kt,
+        held_out={"before": before, "after": after},
+        pretraining=pretraining,
+        samples=samples,
+    )
+    report.cost(result)
+    with tempfile.TemporaryDirectory() as scratch:
+        record = _record(model, base, directory, options, split.held_out[0]["input_ids"], Path(scratch))
+        del model, trainer
+        gc.collect()
+        result["reload"] = verify.run(record)
+    metrics.write(result, directory / "metrics.json")
+    plot_loss(result, directory / "loss.png")
+    verify.require(result["reload"])
+    report.reload(result["reload"], directory)
+    return result
+
+
+def _packaged() -> tuple[list[Conversation], list[Conversation]]:
+    train, held_out = corpus.instructions()
+    return [from_alpaca(record) for record in train], [from_alpaca(record) for record in held_out]
+
+
+def _split(
+    conversations: list[Conversation], options: Options
+) -> tuple[list[Conversation], list[Conversation]]:
+    """A random share of the user's examples is held out; which ones depends on the seed only."""
+    if len(conversations) < 2:
+        raise UserError(
+            f"--data: {options.data} has one example; at least two are needed, one of them held out"
+        )
+    shuffled = random.Random(options.seed).sample(conversations, len(conversations))
+    held_out = min(max(1, round(options.eval_fraction * len(shuffled))), len(shuffled) - 1)
+    return shuffled[held_out:], shuffled[:held_out]
+
+
+def _encode(conversations, tokenizer, options: Options, report: Report) -> Split:
+    train, held_out = (encode(part, tokenizer, options.max_length) for part in conversations)
+    for encoded in (train, held_out):
+        if not encoded.examples:
+            raise UserError(
+                f"--max-length {options.max_length}: no example has its answer within that many tokens"
+            )
+    both = Encoded([], train.truncated + held_out.truncated, train.dropped + held_out.dropped)
+    report.shortened(both, options.max_length)
+    rng = random.Random(1)
+    return Split(
+        train.examples, held_out.examples, rng.sample(conversations[1], min(3, len(conversations[1])))
+    )
+
+
+def _training_arguments(options: Options, directory: Path):
+    steps = {"max_steps": options.max_steps} if options.max_steps else {"num_train_epochs": options.epochs}
+    return training.training_arguments(
+        options,
+        directory / run_directory.CHECKPOINTS,
+        learning_rate=options.learning_rate,
+        per_device_train_batch_size=options.batch_size,
+        per_device_eval_batch_size=options.batch_size,
+        gradient_accumulation_steps=options.gradient_accumulation_steps,
+        **steps,
+    )
+
+
+def _last_question(conversation: Conversation) -> str:
+    return next(m["content"] for m in reversed(conversation) if m["role"] != "assistant")
+
+
+@torch.no_grad()
+def _sample(model, tokenizer, conversation: Conversation) -> str:
+    """What the model answers, by greedy decoding, where the conversation has its last answer."""
+    last = max(i for i, message in enumerate(conversation) if message["role"] == "assistant")
+    prompt = tokenizer.apply_chat_template(
+        conversation[:last], add_generation_prompt=True, return_dict=True, return_tensors="pt"
+    )
+    model.eval()
+    output = model.generate(
+        **prompt,
+        max_new_tokens=NEW_TOKENS,
+        do_sample=False,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    return tokenizer.decode(output[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+
+
+def _record(model, base: str, directory: Path, options: Options, input_ids: list[int], scratch: Path) -> Path:
+    record = verify.Record(
+        base=str(Path(base).resolve()),
+        adapter=str(directory.resolve()),
+        tensors=str(scratch / "logits.safetensors"),
+        dtype=str(options.torch_dtype).removeprefix("torch."),
+        experts_implementation=options.experts_implementation,
+        num_threads=torch.get_num_threads(),
+    )
+    tokens = torch.tensor([input_ids])
+    verify.write(record, tokens, verify.logits(model, tokens), scratch / "record.json")
+    return scratch / "record.json"

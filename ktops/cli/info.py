@@ -1,0 +1,68 @@
+"""`ktops info`: what ktops finds on this machine."""
+
+import json
+import platform
+from pathlib import Path
+
+import torch
+
+import ktops
+from ktops.cli.versions import versions
+
+
+def collect() -> dict:
+    """Versions, CPU, rows of kernels, threads, NUMA nodes and memory of this machine; sizes in bytes."""
+    import psutil
+
+    memory = psutil.virtual_memory()
+    return {
+        "versions": versions(),
+        "cpu": cpu_name(),
+        "cpu_capabilities": ktops.cpu_capabilities(),
+        "cpu_capability": ktops.cpu_capability(),
+        "threads": torch.get_num_threads(),
+        "logical_cpus": psutil.cpu_count(),
+        "numa_nodes": numa_nodes(),
+        "memory_total_bytes": memory.total,
+        "memory_available_bytes": memory.available,
+    }
+
+
+def cpu_name() -> str:
+    """The name of the CPU as it gives it itself."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def numa_nodes() -> int:
+    """How many NUMA nodes have CPUs or memory; 1 where the system does not say."""
+    return len(list(Path("/sys/devices/system/node").glob("node[0-9]*"))) or 1
+
+
+def show(info: dict, as_json: bool) -> None:
+    """Prints what collect returns, as JSON or for people."""
+    if as_json:
+        print(json.dumps(info, indent=2))
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    rows = [
+        f"{name} (in use)" if name == info["cpu_capability"] else f"{name} ({'yes' if runs else 'no'})"
+        for name, runs in info["cpu_capabilities"].items()
+    ]
+    total, available = (info[f"memory_{part}_bytes"] / 2**30 for part in ("total", "available"))
+    table = Table.grid(padding=(0, 2))
+    for name, version in info["versions"].items():
+        table.add_row(name, version or "not installed")
+    table.add_row("CPU", info["cpu"])
+    table.add_row("kernels", ", ".join(rows))
+    table.add_row("threads", f"{info['threads']} of {info['logical_cpus']} logical CPUs")
+    table.add_row("NUMA nodes", str(info["numa_nodes"]))
+    table.add_row("memory", f"{total:.1f} GiB, {available:.1f} GiB available")
+    Console(highlight=False).print(table)

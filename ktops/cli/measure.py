@@ -1,0 +1,82 @@
+"""Measures a training while it runs: tokens per second, share of the time inside kt ops, peak memory."""
+
+import resource
+import sys
+import time
+
+import torch
+from transformers import TrainerCallback
+
+
+def peak_rss_bytes() -> int:
+    """The most memory this process has had resident so far."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+class StepTimer(TrainerCallback):
+    """Adds ``seconds`` (one optimizer step, without evaluation and saving) and ``tokens`` (without padding)
+    to every entry of the log. Needs ``include_num_input_tokens_seen="non_padding"`` and logging at each
+    step."""
+
+    def __init__(self):
+        self.seconds = 0.0
+        self.tokens = 0
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self._start, self._seen = time.perf_counter(), state.num_input_tokens_seen
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self._step = time.perf_counter() - self._start
+        self._new_tokens = int(state.num_input_tokens_seen - self._seen)
+        self.seconds += self._step
+        self.tokens += self._new_tokens
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if "loss" in (logs or {}):
+            state.log_history[-1].update(seconds=round(self._step, 4), tokens=self._new_tokens)
+
+
+class _TimedOp:
+    """An operator that adds up the time from its calls to their returns."""
+
+    def __init__(self, op):
+        self.op, self.calls, self.seconds = op, 0, 0.0
+
+    def __call__(self, *args, **kwargs):
+        start = time.perf_counter()
+        try:
+            return self.op(*args, **kwargs)
+        finally:
+            self.seconds += time.perf_counter() - start
+            self.calls += 1
+
+    def __getattr__(self, name):
+        return getattr(self.op, name)
+
+
+class KtTime(TrainerCallback):
+    """Adds up the time inside the operators of the kt namespace during training.
+
+    While training runs, ``torch.ops.kt.moe_sft_fwd`` and the others are replaced by wrappers that read the clock
+    before and after the call: unlike a profiler this costs nothing, so every step counts. The time includes the
+    dispatcher and autograd's bookkeeping of the op, not the Python of PEFT and transformers around it.
+    """
+
+    NAMES = ("moe_sft_fwd", "moe_sft_bwd", "moe_fwd")
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.ops = {name: _TimedOp(getattr(torch.ops.kt, name)) for name in self.NAMES}
+        for name, op in self.ops.items():
+            setattr(torch.ops.kt, name, op)
+
+    def on_train_end(self, args, state, control, **kwargs):
+        for name, op in self.ops.items():
+            setattr(torch.ops.kt, name, op.op)
+
+    def summary(self, seconds: float) -> dict | None:
+        """``share`` of ``seconds`` spent in kt ops, and calls and seconds of each; None if no time has passed."""
+        if not seconds:
+            return None
+        ops = {name: {"calls": op.calls, "seconds": round(op.seconds, 4)} for name, op in self.ops.items()}
+        return {"share": round(sum(op.seconds for op in self.ops.values()) / seconds, 4), "ops": ops}

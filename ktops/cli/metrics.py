@@ -1,0 +1,44 @@
+"""What metrics.json says about a run."""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import ktops
+from ktops.cli.measure import KtTime, StepTimer, peak_rss_bytes
+from ktops.cli.options import Options
+from ktops.cli.versions import versions
+
+
+def training_log(trainer) -> list[dict]:
+    """step, loss, learning_rate, grad_norm, seconds and tokens of every step, those before a resume
+    included."""
+    names = ("step", "loss", "learning_rate", "grad_norm", "seconds", "tokens")
+    return [
+        {name: entry.get(name) for name in names} for entry in trainer.state.log_history if "loss" in entry
+    ]
+
+
+def collect(options: Options, trainer, timer: StepTimer, kt: KtTime, **parts) -> dict:
+    """The contents of metrics.json.
+
+    Throughput, peak memory and the share of the kt ops are those of this process, so of the steps since the
+    last resume; the losses are those of the whole run.
+    """
+    parameters = list(trainer.model.parameters())
+    return {
+        "versions": versions(),
+        "cpu_capability": ktops.cpu_capability(),
+        "options": asdict(options),
+        "parameters": sum(p.numel() for p in parameters),
+        "trainable_parameters": sum(p.numel() for p in parameters if p.requires_grad),
+        "steps": training_log(trainer),
+        "tokens_per_second": round(timer.tokens / timer.seconds, 1) if timer.seconds else None,
+        "kt_time": kt.summary(timer.seconds),
+        "peak_rss_bytes": peak_rss_bytes(),
+        **parts,
+    }
+
+
+def write(metrics: dict, path: Path) -> None:
+    path.write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")

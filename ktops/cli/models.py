@@ -1,0 +1,73 @@
+"""Loads a model directory of the user, with errors that say what is wrong with it."""
+
+from pathlib import Path
+
+from ktops.cli.errors import UserError
+
+
+def check_directory(directory: str) -> None:
+    """Raises UserError unless the directory holds a causal language model that transformers knows, with its
+    files."""
+    from transformers import AutoConfig
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    path = Path(directory)
+    if not path.is_dir():
+        raise UserError(
+            f"--model: there is no directory {path}. Give the folder of a downloaded Hugging Face model"
+        )
+    if not (path / "config.json").is_file():
+        raise UserError(f"--model: {path} has no config.json, so it is not a Hugging Face model directory")
+    try:
+        config = AutoConfig.from_pretrained(path, local_files_only=True)
+    except (ValueError, KeyError, OSError) as error:
+        raise UserError(
+            f"--model: unsupported architecture or broken config.json in {path}: {error}"
+        ) from None
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise UserError(
+            f"--model: unsupported architecture {config.model_type!r} in {path}: not a causal language model"
+        )
+    if not list(path.glob("*.safetensors")):
+        raise UserError(f"--model: {path} has no *.safetensors file")
+    if not (path / "tokenizer.json").is_file() and not (path / "tokenizer_config.json").is_file():
+        raise UserError(f"--model: {path} has no tokenizer.json")
+
+
+def load_tokenizer(directory: str):
+    """The tokenizer of a model directory.
+
+    Raises:
+        UserError: its files cannot be read.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(directory, local_files_only=True)
+    except (ValueError, OSError, ImportError) as error:
+        raise UserError(f"--model: the tokenizer in {directory} cannot be loaded: {error}") from None
+
+
+def load_model(directory: str, dtype, experts_implementation: str):
+    """The causal language model of a directory, its experts run by the given implementation.
+
+    Args:
+        directory: a Hugging Face model directory.
+        dtype: torch.bfloat16 or torch.float32, of the weights in memory.
+        experts_implementation: "ktops", or one of transformers' own ("eager", "grouped_mm", "batched_mm").
+
+    Raises:
+        UserError: transformers cannot load it, or does not know the implementation for this architecture.
+    """
+    from transformers import AutoModelForCausalLM
+
+    import ktops
+
+    if experts_implementation == "ktops":
+        ktops.enable()
+    try:
+        return AutoModelForCausalLM.from_pretrained(
+            directory, dtype=dtype, experts_implementation=experts_implementation, local_files_only=True
+        )
+    except (ValueError, KeyError, OSError) as error:
+        raise UserError(f"--model: {directory} cannot be loaded: {error}") from None

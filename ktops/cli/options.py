@@ -1,0 +1,117 @@
+"""The settings of one `ktops finetune` run."""
+
+import json
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+
+from ktops.cli.errors import UserError
+
+FILE = "options.json"
+
+
+@dataclass(frozen=True)
+class Options:
+    """Everything that decides the result of a run; written to ``options.json`` so that it can be resumed.
+
+    None stands for a value that depends on others: see :func:`complete`.
+    """
+
+    model: str | None = None
+    data: str | None = None
+    eval_fraction: float = 0.05
+    max_steps: int | None = None
+    epochs: float | None = None
+    lora_rank: int = 16
+    lora_alpha: float | None = None
+    target: str = "attention,experts"
+    learning_rate: float | None = None
+    batch_size: int | None = None
+    gradient_accumulation_steps: int = 1
+    max_length: int = 1024
+    dtype: str = "bf16"
+    experts_implementation: str = "ktops"
+    save_steps: int = 50
+    pretrain_steps: int | None = None
+    seed: int = 0
+
+    @property
+    def is_demo(self) -> bool:
+        return self.model is None
+
+    @property
+    def torch_dtype(self):
+        import torch
+
+        return {"bf16": torch.bfloat16, "f32": torch.float32}[self.dtype]
+
+
+DEMO = {"max_steps": 120, "learning_rate": 3e-3, "batch_size": 16, "pretrain_steps": 150}
+USER = {"epochs": 3.0, "learning_rate": 2e-4, "batch_size": 4}
+
+
+def complete(options: Options) -> Options:
+    """Checks the options and fills in those left open.
+
+    Raises:
+        UserError: a value is out of range, or an option was given without the one it belongs to.
+    """
+    if (options.model is None) != (options.data is None):
+        given, missing = ("--model", "--data") if options.data is None else ("--data", "--model")
+        raise UserError(
+            f"{given} needs {missing} beside it. Without both, a small model and its data are made"
+        )
+    if options.pretrain_steps is not None and not options.is_demo:
+        raise UserError("--pretrain-steps is for the small model only: your own --model is not pretrained")
+    defaults = DEMO if options.is_demo else USER
+    if options.max_steps is None and options.epochs is not None:
+        defaults = {name: value for name, value in defaults.items() if name != "max_steps"}
+    open_ = {name: value for name, value in defaults.items() if getattr(options, name) is None}
+    options = replace(options, **open_)
+    if options.lora_alpha is None:
+        options = replace(options, lora_alpha=2.0 * options.lora_rank)
+    for name in ("max_steps", "epochs", "lora_rank", "learning_rate", "batch_size", "pretrain_steps"):
+        _require_positive(name, getattr(options, name))
+    for name in ("lora_alpha", "gradient_accumulation_steps", "max_length", "save_steps"):
+        _require_positive(name, getattr(options, name))
+    if not 0 < options.eval_fraction < 1:
+        raise UserError(f"--eval-fraction must lie between 0 and 1, got {options.eval_fraction}")
+    if options.dtype not in ("bf16", "f32"):
+        raise UserError(f"--dtype must be bf16 or f32, got {options.dtype!r}")
+    return options
+
+
+def _require_positive(name: str, value: float | None) -> None:
+    if value is not None and not 0 < value < float("inf"):
+        raise UserError(f"--{name.replace('_', '-')} must be positive, got {value}")
+
+
+def save(options: Options, directory: Path) -> None:
+    (directory / FILE).write_text(json.dumps(asdict(options), indent=2) + "\n", encoding="utf-8")
+
+
+def load(directory: Path) -> Options:
+    """The options of the run in a directory.
+
+    Raises:
+        UserError: there is no run in it.
+    """
+    path = directory / FILE
+    if not path.is_file():
+        raise UserError(f"--resume: there is no run in {directory} (no {FILE})")
+    known = {field.name for field in fields(Options)}
+    return Options(**{k: v for k, v in json.loads(path.read_text(encoding="utf-8")).items() if k in known})
+
+
+def resumed(recorded: Options, given: dict[str, object]) -> Options:
+    """The options to continue a run with: those recorded, and the ``--max-steps`` given now, if any.
+
+    Raises:
+        UserError: another option was given with a value that differs from the recorded one.
+    """
+    for name, value in given.items():
+        if name != "max_steps" and value != getattr(recorded, name):
+            raise UserError(
+                f"--resume: --{name.replace('_', '-')} is {getattr(recorded, name)} in the run to resume and "
+                f"can't become {value}. Leave it out, or start another run"
+            )
+    return replace(recorded, max_steps=given.get("max_steps", recorded.max_steps))

@@ -1,0 +1,69 @@
+"""Pretraining of the small model: there is something to adapt afterwards."""
+
+import json
+import shutil
+from pathlib import Path
+
+import torch
+import transformers
+
+from ktops.cli import demo_model, metrics, run_directory, training
+from ktops.cli import options as options_file
+from ktops.cli.measure import peak_rss_bytes
+from ktops.cli.options import Options
+from ktops.cli.report import Report
+
+LEARNING_RATE = 3e-3
+BATCH_SIZE = 16
+DTYPE = torch.float32
+"""AdamW on bfloat16 weights loses most updates to rounding; the small model is kept in float32 while it is
+made."""
+
+
+def base_model(options: Options, directory: Path, report: Report, resume_command: str) -> tuple[str, dict]:
+    """The directory of the pretrained small model, made now unless an earlier run of this directory finished
+    it.
+
+    Returns:
+        (model directory, {"steps": log, "tokens_per_second": ..., "kt_time": ...} of its pretraining).
+
+    Raises:
+        Interrupted: Ctrl-C; a checkpoint has been saved.
+    """
+    base, log = directory / run_directory.BASE, directory / run_directory.BASE / "pretraining.json"
+    if log.is_file():
+        return str(base), json.loads(log.read_text(encoding="utf-8"))
+    options_file.save(options, directory)
+    transformers.set_seed(options.seed)
+    documents, tokenizer = demo_model.make_tokenizer()
+    blocks = demo_model.pretraining_blocks(documents, tokenizer)
+    if options.experts_implementation == "ktops":
+        import ktops
+
+        ktops.enable()
+    model = demo_model.create(tokenizer, DTYPE, options.experts_implementation)
+    model.config.output_router_logits = True
+    report.pretraining(model, blocks)
+    work = directory / run_directory.PRETRAINING
+    args = training.training_arguments(
+        options,
+        work,
+        max_steps=options.pretrain_steps,
+        learning_rate=LEARNING_RATE,
+        per_device_train_batch_size=BATCH_SIZE,
+        weight_decay=0.01,
+    )
+    trainer, timer, kt = training.make_trainer(
+        model, tokenizer, blocks, [], args, report.console, "pretraining"
+    )
+    training.train(trainer, work, report.console, resume_command)
+    demo_model.save(model, tokenizer, base)
+    result = {
+        "steps": metrics.training_log(trainer),
+        "tokens_per_second": round(timer.tokens / timer.seconds, 1) if timer.seconds else None,
+        "kt_time": kt.summary(timer.seconds),
+        "peak_rss_bytes": peak_rss_bytes(),
+    }
+    log.write_text(json.dumps(result), encoding="utf-8")
+    shutil.rmtree(work)
+    return str(base), result

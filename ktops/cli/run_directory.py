@@ -1,0 +1,78 @@
+"""Where a run writes, and what is there already."""
+
+import shutil
+from pathlib import Path
+
+from ktops.cli import options as options_file
+from ktops.cli.errors import UserError
+
+DEFAULT = Path("ktops-finetune")
+CHECKPOINTS, PRETRAINING, BASE = "checkpoints", "pretraining", "base"
+OWN = (
+    CHECKPOINTS,
+    PRETRAINING,
+    BASE,
+    options_file.FILE,
+    "metrics.json",
+    "loss.png",
+    "adapter_config.json",
+    "adapter_model.safetensors",
+    "README.md",
+)
+"""What a run leaves in its directory; --overwrite deletes these and nothing else."""
+
+
+def choose(output_dir: Path | None, resume: bool, overwrite: bool) -> Path:
+    """The directory of this run.
+
+    A directory that the user named is taken if it holds no run yet; otherwise --resume or --overwrite must
+    say what to do with the one it holds. Without a name it is ktops-finetune, or ktops-finetune-2, -3, ...
+    when there are runs
+    already: the next free one for a new run, the last one to resume.
+
+    Raises:
+        UserError: there is a run where none should be, or none where one should be.
+    """
+    if resume and overwrite:
+        raise UserError("--resume and --overwrite exclude each other")
+    if output_dir is None:
+        output_dir = _default(resume or overwrite)
+    if output_dir.exists() and not output_dir.is_dir():
+        raise UserError(f"--output-dir: {output_dir} is not a directory")
+    if resume and not holds_run(output_dir):
+        raise UserError(f"--resume: there is no run in {output_dir}")
+    if overwrite:
+        _clear(output_dir)
+    if not resume and holds_run(output_dir):
+        raise UserError(
+            f"--output-dir: {output_dir} holds a run already. Add --resume to continue it, --overwrite to replace "
+            "it, or name another directory"
+        )
+    output_dir.mkdir(parents=True, exist_ok=True)
+    return output_dir
+
+
+def holds_run(directory: Path) -> bool:
+    return any((directory / name).exists() for name in OWN if name != "README.md")
+
+
+def last_checkpoint(directory: Path) -> Path | None:
+    """The newest complete checkpoint-N below a directory."""
+    complete = [path.parent for path in directory.glob("checkpoint-*/trainer_state.json")]
+    return max(complete, key=lambda path: int(path.name.split("-")[1]), default=None)
+
+
+def _default(existing: bool) -> Path:
+    last, candidate, number = None, DEFAULT, 2
+    while holds_run(candidate):
+        last, candidate, number = candidate, DEFAULT.with_name(f"{DEFAULT.name}-{number}"), number + 1
+    return last if existing and last is not None else candidate
+
+
+def _clear(directory: Path) -> None:
+    for name in OWN:
+        path = directory / name
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)

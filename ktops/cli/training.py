@@ -1,0 +1,128 @@
+"""The Hugging Face Trainer as both phases use it: pretraining of the small model, and LoRA fine-tuning."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from rich.console import Console
+from transformers import DataCollatorForSeq2Seq, PrinterCallback, Trainer, TrainingArguments
+from transformers.trainer_pt_utils import LengthGroupedSampler, get_length_grouped_indices
+
+from ktops.cli import run_directory
+from ktops.cli.encoding import IGNORED
+from ktops.cli.errors import Interrupted
+from ktops.cli.interrupt import StopOnInterrupt
+from ktops.cli.measure import KtTime, StepTimer
+from ktops.cli.options import Options
+from ktops.cli.progress import ProgressCallback
+
+
+def training_arguments(options: Options, directory: Path, **kwargs) -> TrainingArguments:
+    """The settings that both phases share; a phase passes its own learning rate, batch size and number of
+    steps."""
+    return TrainingArguments(
+        output_dir=str(directory),
+        use_cpu=True,
+        seed=options.seed,
+        optim="adamw_torch_fused",
+        lr_scheduler_type="cosine",
+        warmup_steps=0.05,
+        train_sampling_strategy="group_by_length",
+        logging_steps=1,
+        logging_nan_inf_filter=False,
+        include_num_input_tokens_seen="non_padding",
+        save_steps=options.save_steps,
+        save_total_limit=1,
+        report_to="none",
+        disable_tqdm=True,
+        dataloader_pin_memory=False,
+        **kwargs,
+    )
+
+
+class _LengthGroupedSampler(LengthGroupedSampler):
+    """Batches of similar length in an order that depends on the seed and the epoch only, so that a resumed
+    run sees the batches that an uninterrupted one would have seen."""
+
+    def __init__(self, seed: int, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.seed, self.epoch = seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __iter__(self):
+        generator = torch.Generator().manual_seed(self.seed + 1_000_003 * self.epoch)
+        return iter(get_length_grouped_indices(self.lengths, self.batch_size, generator=generator))
+
+
+class _Trainer(Trainer):
+    def _get_train_sampler(self, train_dataset=None):
+        dataset = self.train_dataset if train_dataset is None else train_dataset
+        batch_size = self.args.train_batch_size * self.args.gradient_accumulation_steps
+        lengths = [len(example["input_ids"]) for example in dataset]
+        return _LengthGroupedSampler(self.args.seed, batch_size, lengths=lengths)
+
+
+def make_trainer(
+    model,
+    tokenizer,
+    train: list[dict],
+    held_out: list[dict],
+    args: TrainingArguments,
+    console: Console,
+    name: str,
+) -> tuple[Trainer, StepTimer, KtTime]:
+    """A Trainer on examples of encoding.encode, and what measures it while it runs."""
+    timer, kt = StepTimer(), KtTime()
+    trainer = _Trainer(
+        model=model,
+        args=args,
+        train_dataset=train,
+        eval_dataset=sorted(held_out, key=lambda example: len(example["input_ids"])),
+        data_collator=DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=IGNORED),
+        processing_class=tokenizer,
+        preprocess_logits_for_metrics=lambda logits, labels: logits.argmax(-1),
+        compute_metrics=_count_right,
+        callbacks=[timer, kt, ProgressCallback(console, name)],
+    )
+    trainer.remove_callback(PrinterCallback)
+    return trainer, timer, kt
+
+
+def _count_right(prediction) -> dict[str, float]:
+    """Share of the answer tokens that are the most likely ones, and of the answers in which every token
+    is."""
+    guesses, labels = prediction.predictions[:, :-1], prediction.label_ids[:, 1:]
+    asked = labels != IGNORED
+    right = (guesses == labels) & asked
+    return {
+        "token_accuracy": float(right.sum() / asked.sum()),
+        "answer_accuracy": float(np.mean((right == asked).all(axis=1))),
+    }
+
+
+def evaluate(trainer: Trainer) -> dict[str, float]:
+    """``loss`` (mean over the answer tokens of a batch, then over batches), ``token_accuracy``,
+    ``answer_accuracy``."""
+    metrics = trainer.evaluate()
+    return {name: round(metrics[f"eval_{name}"], 5) for name in ("loss", "token_accuracy", "answer_accuracy")}
+
+
+def train(trainer: Trainer, directory: Path, console: Console, resume_command: str) -> None:
+    """Trains to the end, from the newest checkpoint in the trainer's directory if there is one.
+
+    Raises:
+        Interrupted: Ctrl-C; a checkpoint has been saved.
+    """
+    interrupt = StopOnInterrupt(lambda: console.print("  Ctrl-C: saving a checkpoint after this step ..."))
+    trainer.add_callback(interrupt)
+    checkpoint = run_directory.last_checkpoint(directory)
+    if checkpoint is not None:
+        console.print(f"  continuing from {checkpoint}")
+    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    if interrupt.stopped and trainer.state.global_step < trainer.state.max_steps:
+        raise Interrupted(
+            f"Stopped after step {trainer.state.global_step} of {trainer.state.max_steps}. To continue:\n"
+            f"  {resume_command}"
+        )

@@ -1,0 +1,121 @@
+"""Loads a base model and a saved adapter in a process of its own and compares its logits with recorded ones.
+
+    python -m ktops.cli.verify RECORD.json
+
+The record says what to load and how; the logits lie beside it in a safetensors file.
+"""
+
+import json
+import subprocess
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ktops.cli.errors import UserError
+
+
+@dataclass(frozen=True)
+class Record:
+    """Where a model lies, how it was loaded, and the file with its ``input_ids`` [1, T] and ``logits`` [1, T,
+    V]."""
+
+    base: str
+    adapter: str
+    tensors: str
+    dtype: str
+    experts_implementation: str
+    num_threads: int
+
+
+@torch.no_grad()
+def logits(model, input_ids: Tensor) -> Tensor:
+    """[1, T, V] in float32, with the model in evaluation mode."""
+    model.eval()
+    return model(input_ids=input_ids).logits.float()
+
+
+def tolerance(dtype: torch.dtype, num_layers: int) -> float:
+    """Largest accepted ||a - b|| / ||b|| of the logits of the same model in two processes.
+
+    The same kernels on the same machine give the same bits, unless a library picks another kernel for a
+    buffer that happens to be aligned otherwise. That reorders sums, which can flip the last rounding of a
+    result: a relative error of eps in each of the ~8 tensors that a layer rounds, independent, so they add up
+    as the square root of their number.
+    """
+    return torch.finfo(dtype).eps * (8 * num_layers) ** 0.5
+
+
+def write(record: Record, input_ids: Tensor, values: Tensor, path: Path) -> None:
+    """Writes the record and its tensors."""
+    from safetensors.torch import save_file
+
+    save_file({"input_ids": input_ids, "logits": values.contiguous()}, record.tensors)
+    path.write_text(json.dumps(asdict(record)), encoding="utf-8")
+
+
+def run(path: Path) -> dict[str, float]:
+    """Runs :func:`check` in a fresh Python process.
+
+    Returns:
+        What check returns.
+
+    Raises:
+        UserError: the process failed; the message holds its last words.
+    """
+    result = subprocess.run(
+        [sys.executable, "-m", "ktops.cli.verify", str(path)], capture_output=True, text=True, check=False
+    )
+    if result.returncode != 0:
+        raise UserError(
+            f"the saved adapter could not be loaded in a fresh process:\n{result.stderr.strip()[-2000:]}"
+        )
+    return json.loads(result.stdout.splitlines()[-1])
+
+
+def check(record: Record) -> dict[str, float]:
+    """Loads base and adapter from disk and compares.
+
+    Returns:
+        ``max_abs_difference`` and ``relative_difference`` to the recorded logits, the ``tolerance`` of the
+        latter, and ``adapter_effect``, the relative difference when the adapter is switched off: a check that
+        passes while the adapter does nothing would say little.
+    """
+    from peft import PeftModel
+    from safetensors.torch import load_file
+
+    from ktops.cli.models import load_model
+
+    torch.set_num_threads(record.num_threads)
+    tensors = load_file(record.tensors)
+    base = load_model(record.base, getattr(torch, record.dtype), record.experts_implementation)
+    model = PeftModel.from_pretrained(base, record.adapter)
+    expected = tensors["logits"]
+    difference = logits(model, tensors["input_ids"]) - expected
+    with model.disable_adapter():
+        without = logits(model, tensors["input_ids"]) - expected
+    return {
+        "max_abs_difference": float(difference.abs().max()),
+        "relative_difference": float(difference.norm() / expected.norm()),
+        "tolerance": tolerance(
+            getattr(torch, record.dtype), model.config.get_text_config().num_hidden_layers
+        ),
+        "adapter_effect": float(without.norm() / expected.norm()),
+    }
+
+
+def require(result: dict[str, float]) -> None:
+    """Raises UserError unless a result of :func:`check` says that the reloaded model is the trained one."""
+    if not result["relative_difference"] <= result["tolerance"]:
+        raise UserError(
+            "the reloaded adapter gives other logits: relative difference "
+            f"{result['relative_difference']:.2e}, accepted {result['tolerance']:.2e}"
+        )
+    if result["adapter_effect"] == 0:
+        raise UserError("the adapter does not change the model at all: training did not update it")
+
+
+if __name__ == "__main__":
+    print(json.dumps(check(Record(**json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))))))

@@ -1,0 +1,104 @@
+"""One training step of a model, the operators that it ran, and the comparison with the eager model."""
+
+from collections import Counter
+from dataclasses import dataclass
+
+import torch
+import transformers
+from tiny_models import tiny_batch, tiny_model
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from ktops.testing.budgets import SAFETY, gradient_budget, relative_error
+
+MIN_COSINE = 0.999
+
+
+class CountOps(TorchDispatchMode):
+    """Counts the kt operators that run inside the ``with`` block: ``{"moe_sft_fwd": 2, ...}``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "kt":
+            self.counts[func._schema.name.removeprefix("kt::")] += 1
+        return func(*args, **(kwargs or {}))
+
+
+@dataclass
+class Run:
+    """What one step gave, and how many kt operators it ran."""
+
+    logits: Tensor
+    loss: Tensor
+    aux_loss: Tensor | None
+    gradients: dict[str, Tensor]
+    ops: Counter
+
+
+def step(model: torch.nn.Module, batch: dict[str, Tensor] | None = None) -> Run:
+    """Forward and backward; the model's gradients are taken and cleared."""
+    model.zero_grad()
+    with CountOps() as ops:
+        output = model(**(tiny_batch() if batch is None else batch))
+        output.loss.backward()
+    gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
+    model.zero_grad()
+    aux_loss = getattr(output, "aux_loss", None)
+    return Run(output.logits.detach(), output.loss.detach(), aux_loss, gradients, ops.counts)
+
+
+def experts_modules(model: torch.nn.Module) -> list[str]:
+    """Names of the experts modules of a tiny model."""
+    return [name for name, _ in model.named_modules() if name.endswith(".experts")]
+
+
+def assert_close(actual: Run, eager: Run, exact: Run) -> None:
+    """``actual`` is as near to float64 as eager is, and what the op may add; gradients point the same way."""
+    dtype = actual.logits.dtype
+    added = gradient_budget(dtype, inner_size=40)
+    results = {"logits": (actual.logits, eager.logits, exact.logits)}
+    for name, gradient in exact.gradients.items():
+        results[name] = (actual.gradients[name], eager.gradients[name], gradient)
+    if exact.aux_loss is not None:
+        results["aux_loss"] = (actual.aux_loss, eager.aux_loss, exact.aux_loss)
+    results["loss"] = (actual.loss, eager.loss, exact.loss)
+    assert actual.gradients.keys() == eager.gradients.keys() == exact.gradients.keys()
+    for name, (value, eager_value, exact_value) in results.items():
+        assert value is not None, f"no {name}"
+        error, allowed = relative_error(value, exact_value), SAFETY * relative_error(eager_value, exact_value)
+        assert error <= allowed + added, f"{name}: error {error:.2e}, allowed {allowed + added:.2e}"
+        if dtype == torch.float32:
+            cosine = torch.nn.functional.cosine_similarity(value.double().ravel(), exact_value.ravel(), dim=0)
+            assert cosine > MIN_COSINE, f"{name}: cosine {cosine:.5f}"
+
+
+def stable_seed(architecture: str) -> int:
+    """The first seed whose model sends every token to the same experts in bfloat16 as in float64.
+
+    A token whose experts change has another loss, with any implementation.
+    """
+    for seed in range(50):
+        model = tiny_model(architecture, dtype=torch.bfloat16, seed=seed)
+        routes = [_routes(model), _routes(model, "grouped_mm"), _routes(model.double())]
+        if all(torch.equal(a, b) for route in routes for a, b in zip(route, routes[0], strict=True)):
+            return seed
+    raise AssertionError(f"no stable seed for {architecture}")
+
+
+@torch.no_grad()
+def _routes(model: transformers.PreTrainedModel, implementation: str = "eager") -> list[Tensor]:
+    found = []
+
+    def record(module, args):
+        found.append(args[1].sort(dim=-1).values)
+
+    model.set_experts_implementation(implementation)
+    modules = dict(model.named_modules())
+    handles = [modules[name].register_forward_pre_hook(record) for name in experts_modules(model)]
+    model(input_ids=tiny_batch()["input_ids"])
+    for handle in handles:
+        handle.remove()
+    return found

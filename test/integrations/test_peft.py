@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from peft_models import Recorder, adapted, assert_as_close, loss_and_gradients, randomize
 from tiny_models import ARCHITECTURES, tiny_batch, tiny_model
 
@@ -101,8 +102,6 @@ def test_all_linear_adapts_the_router_too():
 
 
 def add_second_adapter(model) -> None:
-    from peft import LoraConfig
-
     config = LoraConfig(r=3, lora_alpha=7, target_modules=["o_proj"], target_parameters=EXPERTS)
     model.add_adapter("second", config)
     randomize(model, seed=2)
@@ -216,15 +215,37 @@ def test_expert_base_weights_train_beside_the_adapter():
 def test_swapped_experts():
     model = adapted("qwen3_moe", "eager")
     expected = loss_and_gradients(model)
-    ktops.swap_experts(model)
+    assert len(ktops.swap_experts(model)) == 2
     with Recorder() as recorder:
         actual = loss_and_gradients(model)
     assert recorder.calls == {"moe_sft_fwd": 2, "moe_sft_bwd": 2}
     assert not recorder.made_expert_stack(model)
     exact = loss_and_gradients(adapted("qwen3_moe", "eager", compute_dtype=torch.float64))
     assert_as_close(actual, expected, exact, torch.float32)
-    swapped_first = ktops.swap_experts(tiny_model("qwen3_moe"))
-    assert expert_target_parameters(swapped_first) == EXPERTS
+    ktops.unswap_experts(model)
+    with Recorder() as recorder:
+        loss_and_gradients(model)
+    assert not recorder.calls
+
+
+def test_swapped_before_the_adapters():
+    model = tiny_model("mixtral")
+    ktops.swap_experts(model)
+    assert expert_target_parameters(model) == EXPERTS
+    config = LoraConfig(r=4, lora_alpha=6, target_modules=["o_proj"], target_parameters=EXPERTS)
+    model = get_peft_model(model, config)
+    randomize(model)
+    assert torch.equal(logits(model), logits(adapted("mixtral")))
+    assert model.state_dict().keys() == adapted("mixtral", "eager").state_dict().keys()
+
+
+def test_autocast():
+    results = []
+    for implementation, dtype in (("ktops", None), ("eager", None), ("eager", torch.float64)):
+        model = adapted("qwen3_moe", implementation, compute_dtype=dtype)
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype is None):
+            results.append(loss_and_gradients(model))
+    assert_as_close(*results, torch.bfloat16)
 
 
 def test_other_models_keep_the_path_of_peft():

@@ -5,8 +5,19 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 
+def check_devices(op: torch._ops.OpOverload, *args) -> None:
+    """Raises if a tensor on the meta device stands among real ones: the dispatcher would run the fake kernel."""
+    names = (argument.name for argument in op._schema.arguments)
+    devices = {name: x.device for name, x in zip(names, args, strict=True) if isinstance(x, Tensor)}
+    real = next((device for device in devices.values() if device.type != "meta"), None)
+    for name, device in devices.items():
+        if real is not None and device.type == "meta":
+            raise RuntimeError(f"{op._schema.name}: {name} must be on {real}, got meta")
+
+
 @torch.library.register_fake("kt::moe_fwd")
 def _fake(hidden_states: Tensor, *args) -> Tensor:
+    check_devices(torch.ops.kt.moe_fwd.default, hidden_states, *args)
     return torch.empty_like(hidden_states, memory_format=torch.contiguous_format)
 
 

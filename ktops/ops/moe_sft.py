@@ -5,7 +5,7 @@ from torch import Tensor
 from torch.utils.checkpoint import create_selective_checkpoint_contexts
 from torch.utils.flop_counter import register_flop_formula
 
-from ktops.ops.moe_fwd import forward_flops
+from ktops.ops.moe_fwd import check_devices, forward_flops
 
 ARGUMENTS = (
     "hidden_states", "topk_ids", "topk_weights", "gate_up_proj", "down_proj",
@@ -28,6 +28,7 @@ _NUM_TENSORS = ARGUMENTS.index("num_experts")
 
 @torch.library.register_fake("kt::moe_sft_fwd")
 def _forward_fake(hidden_states: Tensor, topk_ids: Tensor, *args) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    check_devices(torch.ops.kt.moe_sft_fwd.default, hidden_states, topk_ids, *args)
     named = dict(zip(ARGUMENTS[2:], args, strict=True))
     num_routes = topk_ids.shape[0] * topk_ids.shape[1]
 
@@ -47,6 +48,7 @@ def _forward_fake(hidden_states: Tensor, topk_ids: Tensor, *args) -> tuple[Tenso
 
 @torch.library.register_fake("kt::moe_sft_bwd")
 def _backward_fake(grad_output: Tensor, *args) -> tuple[Tensor | None, ...]:
+    check_devices(torch.ops.kt.moe_sft_bwd.default, grad_output, *args)
     grad_mask = args[-1]
     return tuple(
         torch.empty_like(args[i], memory_format=torch.contiguous_format) if grad_mask >> bit & 1 else None

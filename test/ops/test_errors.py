@@ -1,0 +1,314 @@
+"""Invalid arguments: the error names the operator, the argument, what it must be and what it is."""
+
+import math
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import ktops
+from ktops.ops.moe_sft import ARGUMENTS, GRADIENTS
+from ktops.testing.inputs import FLOATING, moe_inputs, op_arguments, require_grad
+
+OPS = ["moe_fwd", "moe_sft_fwd", "moe_sft_bwd"]
+T, H, I, E, K, R1, R2 = 5, 8, 6, 3, 2, 2, 4  # noqa: E741
+
+
+def valid() -> dict:
+    return moe_inputs(T, H, I, E, K, lora_rank=(R1, R2), bias=True)
+
+
+def call(op: str, **changes):
+    """Calls the operator with valid arguments, some replaced; for backward the saved ones stay valid."""
+    own = {name: changes.pop(name) for name in list(changes) if name not in ARGUMENTS}
+    inputs = valid() | changes
+    if op != "moe_sft_bwd":
+        return getattr(torch.ops.kt, op)(
+            *op_arguments(inputs, save=None if op == "moe_fwd" else "activations")
+        )
+    output, *saved = torch.ops.kt.moe_sft_fwd(*op_arguments(valid()))
+    names = ("saved_gate_up", "saved_gate_up_xa", "saved_down_ha")
+    own = {"grad_output": output, "grad_mask": 1} | dict(zip(names, saved, strict=True)) | own
+    return torch.ops.kt.moe_sft_bwd(
+        own["grad_output"], *op_arguments(inputs), *(own[name] for name in names), own["grad_mask"]
+    )
+
+
+def raises(op: str, argument: str, must: str, got: object):
+    """Expects ``kt::<op>: <argument> must <must>, got <got>``; ``must`` is a pattern, ``got`` literal."""
+    return pytest.raises(RuntimeError, match=rf"kt::{op}: {argument} must {must}, got {re.escape(str(got))}")
+
+
+WRONG_SHAPES = [
+    ("hidden_states", (H,), r"\[num_tokens, hidden_size\]"),
+    ("hidden_states", (T, H, 1), r"\[num_tokens, hidden_size\]"),
+    ("topk_ids", (T,), rf"\[num_tokens={T}, top_k\]"),
+    ("topk_ids", (T + 1, K), rf"\[num_tokens={T}, top_k\]"),
+    ("topk_weights", (T, K + 1), rf"\[num_tokens={T}, top_k={K}\]"),
+    ("topk_weights", (T - 1, K), rf"\[num_tokens={T}, top_k={K}\]"),
+    ("gate_up_proj", (E, 2 * I - 1, H), None),
+    ("gate_up_proj", (E, 2 * I, H + 1), None),
+    ("gate_up_proj", (E + 1, 2 * I, H), None),
+    ("gate_up_proj", (2 * I, H), None),
+    ("down_proj", (E, H - 1, I), None),
+    ("down_proj", (E, H, I + 1), None),
+    ("down_proj", (E + 1, H, I), None),
+    ("down_proj", (E * H, I), None),
+    ("gate_up_bias", (E, I), None),
+    ("gate_up_bias", (2 * I,), None),
+    ("down_bias", (E + 1, H), None),
+    ("down_bias", (E, H, 1), None),
+    ("gate_up_lora_A", (E, R1, H + 1), None),
+    ("gate_up_lora_A", (R1, H), None),
+    ("gate_up_lora_B", (E, 2 * I, R1 + 1), None),
+    ("gate_up_lora_B", (E, I, R1), None),
+    ("down_lora_A", (E + 1, R2, I), None),
+    ("down_lora_A", (E, R2, I - 1), None),
+    ("down_lora_B", (E, H, R2 - 1), None),
+    ("down_lora_B", (E, H + 1, R2), None),
+]
+
+
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("argument,shape,expected", WRONG_SHAPES)
+def test_wrong_shape(op, argument, shape, expected):
+    wrong = torch.zeros(shape, dtype=valid()[argument].dtype)
+    sizes = {"num_experts": E, "intermediate_size": I}
+    with raises(op, argument, f"have shape {expected or '.*'}", list(shape)):
+        call(op, **{argument: wrong}, **sizes)
+
+
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("argument", FLOATING)
+@pytest.mark.parametrize("dtype,name", [(torch.float16, "Half"), (torch.int32, "Int"), (torch.complex64, "")])
+def test_wrong_dtype(op, argument, dtype, name):
+    with raises(op, argument, ".*(float|dtype).*", name):
+        call(op, **{argument: valid()[argument].to(dtype)})
+
+
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("argument", ["gate_up_proj", "down_proj"])
+def test_weights_in_another_dtype_than_hidden_states(op, argument):
+    with raises(op, argument, ".*(hidden_states|Float|float32).*", "BFloat16"):
+        call(op, **{argument: valid()[argument].bfloat16()})
+
+
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize(
+    "dtype,name", [(torch.float32, "Float"), (torch.int16, "Short"), (torch.bool, "Bool")]
+)
+def test_wrong_dtype_of_ids(op, dtype, name):
+    with raises(op, "topk_ids", "be int32 or int64", name):
+        call(op, topk_ids=valid()["topk_ids"].to(dtype))
+
+
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("argument", ["topk_ids", *FLOATING])
+def test_one_argument_on_another_device(op, argument):
+    with pytest.raises(RuntimeError, match=rf"kt::{op}: {argument} must be on (cpu|meta), got (cpu|meta)"):
+        call(op, **{argument: valid()[argument].to("meta")})
+
+
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("argument", ["gate_up_scaling", "down_scaling"])
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_non_finite_scaling(op, argument, value):
+    with raises(op, argument, "be finite", value):
+        call(op, **{argument: value})
+
+
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("value", ["relu", "", "SiLU"])
+def test_unknown_activation(op, value):
+    with raises(op, "activation", "be one of silu, gelu, gelu_tanh", f"'{value}'"):
+        call(op, activation=value)
+
+
+@pytest.mark.parametrize("op", OPS[1:])
+def test_unknown_save(op):
+    with raises(op, "save", ".*activations.*recompute.*", "'everything'"):
+        call(op, save="everything")
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_unknown_weight_format(op):
+    with raises(op, "weight_format", ".*dense.*", "'int3'"):
+        call(op, weight_format="int3")
+
+
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("argument", ["gate_up_scale", "gate_up_zero", "down_scale", "down_zero"])
+def test_scales_of_dense_weights(op, argument):
+    with pytest.raises(RuntimeError, match=rf"kt::{op}: {argument} must .*dense"):
+        call(op, **{argument: torch.ones(E)})
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_group_size_of_dense_weights(op):
+    with raises(op, "group_size", "be 0 .*dense", 32):
+        call(op, group_size=32)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_arguments_of_an_activation_that_takes_none(op):
+    with pytest.raises(RuntimeError, match=rf"kt::{op}: activation_args must be empty.*, got .*1"):
+        call(op, activation_args=[7.0])
+
+
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("prefix", ["gate_up", "down"])
+@pytest.mark.parametrize("given,missing", ["AB", "BA"])
+def test_half_an_adapter(op, prefix, given, missing):
+    message = rf"kt::{op}: {prefix}_lora_{missing} must be given together with {prefix}_lora_{given}"
+    with pytest.raises(RuntimeError, match=message):
+        call(op, **{f"{prefix}_lora_{missing}": None})
+
+
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("prefix,sizes", [("gate_up", (H, 2 * I)), ("down", (I, H))])
+def test_rank_zero(op, prefix, sizes):
+    shapes = {f"{prefix}_lora_A": (E, 0, sizes[0]), f"{prefix}_lora_B": (E, sizes[1], 0)}
+    with raises(op, f"{prefix}_lora_A", ".*rank.*", [E, 0, sizes[0]]):
+        call(op, **{name: torch.zeros(shape) for name, shape in shapes.items()})
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_no_experts(op):
+    empty = {name: valid()[name][:0] for name in FLOATING if name not in ("hidden_states", "topk_weights")}
+    with raises(op, "num_experts", "be .*", 0):
+        call(op, **empty)
+
+
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("argument,value", [("num_experts", -1), ("intermediate_size", -1)])
+def test_negative_sizes(op, argument, value):
+    with raises(op, argument, "be .*", value):
+        call(op, **{argument: value})
+
+
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("argument,value", [("num_experts", E + 1), ("intermediate_size", I + 1)])
+def test_sizes_that_contradict_the_weights(op, argument, value):
+    with raises(op, "gate_up_proj", rf"have shape \[.*{argument}={value}.*\]", [E, 2 * I, H]):
+        call(op, **{argument: value})
+
+
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("argument", ["hidden_size", "intermediate_size"])
+def test_empty_dimensions(op, argument):
+    hidden, inner = (0, I) if argument == "hidden_size" else (H, 0)
+    inputs = {
+        "hidden_states": torch.zeros(T, hidden),
+        "gate_up_proj": torch.zeros(E, 2 * inner, hidden),
+        "down_proj": torch.zeros(E, hidden, inner),
+    }
+    name = "hidden_states" if argument == "hidden_size" else "intermediate_size"
+    with raises(op, name, ".*", [T, 0] if argument == "hidden_size" else 0):
+        call(op, **inputs | dict.fromkeys(FLOATING[4:]))
+
+
+def test_no_tokens_and_no_slots_are_fine():
+    inputs = moe_inputs(0, H, I, E, K, lora_rank=2, bias=True)
+    assert ktops.moe_sft(**inputs).shape == (0, H)
+    inputs = valid() | {"topk_ids": torch.zeros(T, 0, dtype=torch.int64), "topk_weights": torch.zeros(T, 0)}
+    assert torch.equal(ktops.moe_sft(**inputs), torch.zeros(T, H))
+    output = ktops.moe_sft(**require_grad(inputs))
+    assert torch.equal(output, torch.zeros(T, H))
+    output.sum().backward()
+
+
+@pytest.mark.parametrize("shape", [(T, H + 1), (T + 1, H), (T * H,)])
+def test_wrong_shape_of_grad_output(shape):
+    with raises(
+        "moe_sft_bwd", "grad_output", rf"have shape \[num_tokens={T}, hidden_size={H}\]", list(shape)
+    ):
+        call("moe_sft_bwd", grad_output=torch.zeros(shape))
+
+
+def test_wrong_dtype_of_grad_output():
+    with raises("moe_sft_bwd", "grad_output", ".*", "Double"):
+        call("moe_sft_bwd", grad_output=torch.zeros(T, H, dtype=torch.float64))
+
+
+@pytest.mark.parametrize(
+    "argument,shape",
+    [
+        ("saved_gate_up", (T * K - 1, 2 * I)),
+        ("saved_gate_up", (0, 2 * I)),
+        ("saved_gate_up_xa", (T * K, R1 + 1)),
+        ("saved_down_ha", (T * K + 1, R2)),
+        ("saved_down_ha", (R2,)),
+    ],
+)
+def test_wrong_shape_of_saved_tensors(argument, shape):
+    with raises("moe_sft_bwd", argument, "have shape .*", list(shape)):
+        call("moe_sft_bwd", **{argument: torch.zeros(shape)})
+
+
+@pytest.mark.parametrize("argument", ["saved_gate_up", "saved_gate_up_xa", "saved_down_ha"])
+def test_wrong_dtype_of_saved_tensors(argument):
+    shape = {"saved_gate_up": (T * K, 2 * I), "saved_gate_up_xa": (T * K, R1), "saved_down_ha": (T * K, R2)}
+    with raises("moe_sft_bwd", argument, ".*", "Double"):
+        call("moe_sft_bwd", **{argument: torch.zeros(shape[argument], dtype=torch.float64)})
+
+
+@pytest.mark.parametrize("grad_mask", [1 << len(GRADIENTS), -1])
+def test_unknown_gradients(grad_mask):
+    with raises("moe_sft_bwd", "grad_mask", ".*", grad_mask):
+        call("moe_sft_bwd", grad_mask=grad_mask)
+
+
+@pytest.mark.parametrize("name", ["gate_up_bias", "down_bias"])
+def test_gradient_of_an_absent_tensor(name):
+    with pytest.raises(RuntimeError, match=rf"kt::moe_sft_bwd: grad_mask must .*{name}"):
+        call("moe_sft_bwd", grad_mask=1 << GRADIENTS.index(name), **{name: None})
+
+
+def test_public_function_passes_the_errors_on():
+    for inputs, op in ((valid(), "moe_fwd"), (require_grad(valid()), "moe_sft_fwd")):
+        with raises(op, "activation", ".*", "'relu'"):
+            ktops.moe_sft(**inputs, activation="relu")
+        with raises(op, "topk_ids", "have shape .*", [T - 1, K]):
+            ktops.moe_sft(**inputs | {"topk_ids": inputs["topk_ids"][1:]})
+    with pytest.raises(TypeError, match="gate_up_lora_C"):
+        ktops.moe_sft(**valid(), gate_up_lora_C=None)
+
+
+def test_unknown_isa():
+    before = ktops.cpu_capability()
+    rows = ", ".join(ktops.cpu_capabilities())
+    with pytest.raises(RuntimeError, match=rf"one of {rows}, got 'sse9'"), ktops.use_isa("sse9"):
+        raise AssertionError("not reached")
+    assert ktops.cpu_capability() == before
+
+
+def test_isa_that_this_cpu_lacks():
+    before = ktops.cpu_capability()
+    for name, supported in ktops.cpu_capabilities().items():
+        if not supported:
+            with pytest.raises(RuntimeError, match=rf"{name}"), ktops.use_isa(name):
+                raise AssertionError("not reached")
+    assert ktops.cpu_capability() == before
+
+
+def test_use_isa_restores_after_an_error():
+    before = ktops.cpu_capability()
+    with pytest.raises(ZeroDivisionError), ktops.use_isa("scalar"):
+        assert ktops.cpu_capability() == "scalar"
+        raise ZeroDivisionError
+    assert ktops.cpu_capability() == before
+
+
+def python(code: str, **env: str) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, "-c", code], env=os.environ | env, capture_output=True, text=True)
+
+
+def test_isa_from_the_environment():
+    result = python("import ktops; print(ktops.cpu_capability())", KTOPS_ISA="scalar")
+    assert result.stdout.strip() == "scalar", result.stderr
+    result = python("import ktops", KTOPS_ISA="sse9")
+    assert result.returncode != 0
+    assert re.search(r"KTOPS_ISA.*sse9", result.stderr), result.stderr

@@ -2,7 +2,6 @@
 
 import os
 import shutil
-import sys
 from pathlib import Path
 
 from setuptools import setup
@@ -27,7 +26,7 @@ SOURCES = sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("ktops_csrc/*
 SANITIZE = os.environ.get("KTOPS_SANITIZE")  # e.g. "address,undefined"
 
 compile_args = ["-std=c++17", "-O3", "-fvisibility=hidden", "-fno-math-errno", "-Wall", "-Wextra", "-Wno-psabi"]
-link_args = ["-Wl,-z,defs", "-ltorch_cpu", "-lc10"] if sys.platform == "linux" else []
+link_args = []
 if SANITIZE:
     compile_args += [f"-fsanitize={SANITIZE}", "-fno-omit-frame-pointer", "-g", "-O1"]
     link_args += [f"-fsanitize={SANITIZE}"]

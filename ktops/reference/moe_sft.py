@@ -97,7 +97,7 @@ def moe_sft_fwd(
         gate_up = x @ gate_up_proj[e].to(dtype).T + low_rank
         if gate_up_bias is not None:
             gate_up = gate_up + gate_up_bias[e].to(dtype)
-        g, u = gate_up.split(intermediate_size, dim=1)
+        g, u = gate_up.tensor_split(2, dim=1)
         h = act(g)[0] * u
 
         low_rank, ha = _lora(h, _at(down_lora_A, e, dtype), _at(down_lora_B, e, dtype), down_scaling)
@@ -194,7 +194,7 @@ def moe_sft_bwd(
             gate_up = x @ gate_up_proj[e].to(dtype).T + low_rank + (0 if bgu is None else bgu)
         else:
             gate_up = saved_gate_up[span]
-        g, u = gate_up.split(intermediate_size, dim=1)
+        g, u = gate_up.tensor_split(2, dim=1)
         a, da = act(g)
         h = a * u
 

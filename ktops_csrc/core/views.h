@@ -1,0 +1,75 @@
+#pragma once
+
+#include <cstdint>
+
+#include "core/bfloat16.h"
+
+namespace kt {
+
+enum class DType { kFloat32, kBFloat16, kFloat64 };
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
+inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+inline int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
+
+// A tensor of up to three dimensions, any floating dtype, any strides (in elements). data is null for an absent one.
+struct StridedTensor {
+    const void* data = nullptr;
+    DType dtype = DType::kFloat32;
+    int64_t stride[3] = {0, 0, 0};
+
+    explicit operator bool() const { return data != nullptr; }
+
+    double at(int64_t i, int64_t j, int64_t k = 0) const {
+        const int64_t offset = i * stride[0] + j * stride[1] + k * stride[2];
+        switch (dtype) {
+            case DType::kFloat32:
+                return read(static_cast<const float*>(data) + offset);
+            case DType::kBFloat16:
+                return to_float(read(static_cast<const bfloat16*>(data) + offset));
+            case DType::kFloat64:
+                break;
+        }
+        return read(static_cast<const double*>(data) + offset);
+    }
+};
+
+// A freshly allocated result of up to three dimensions, contiguous. data is null for one that was not asked for.
+struct Result {
+    void* data = nullptr;
+    DType dtype = DType::kFloat32;
+    int64_t size[3] = {1, 1, 1};
+
+    explicit operator bool() const { return data != nullptr; }
+
+    void put(int64_t i, int64_t j, int64_t k, double value) const {
+        const int64_t offset = (i * size[1] + j) * size[2] + k;
+        switch (dtype) {
+            case DType::kFloat32:
+                static_cast<float*>(data)[offset] = static_cast<float>(value);
+                return;
+            case DType::kBFloat16:
+                static_cast<bfloat16*>(data)[offset] = from_float<bfloat16>(value);
+                return;
+            case DType::kFloat64:
+                break;
+        }
+        static_cast<double*>(data)[offset] = value;
+    }
+};
+
+// Row i is base + index[i] * stride, or base + i * stride without an index. Elements of a row are contiguous.
+template <class T>
+struct Rows {
+    const T* base = nullptr;
+    int64_t stride = 0;
+    const int32_t* index = nullptr;
+
+    const T* row(int64_t i) const { return base + (index ? index[i] : i) * stride; }
+    Rows from(int64_t i) const {
+        return index ? Rows{base, stride, index + i} : Rows{base + i * stride, stride, nullptr};
+    }
+};
+
+}  // namespace kt

@@ -1,0 +1,50 @@
+// AVX-512 with VDPBF16PS: Cooper Lake, Sapphire Rapids and later, Zen 4 and later.
+
+#pragma GCC diagnostic ignored "-Wuninitialized"  // GCC 12 on its own _mm512_undefined: bug 105593
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#include <immintrin.h>
+
+#include <chrono>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <new>
+#include <utility>
+
+#include "dispatch/table.h"
+#include "isa/cpu_features.h"
+#include "moe/routing.h"
+
+#define KT_ISA avx512_bf16
+#define KT_VECTOR_BYTES 64
+#define KT_GENERIC_ROWS 6
+#define KT_GENERIC_PANELS 4
+#define KT_TRANSPOSE_16X16 transpose_16x16_avx512
+
+#pragma GCC push_options
+#pragma GCC target("avx2,fma,avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")
+
+#include "isa/micro_gemm_avx512_bf16-inl.h"
+#include "isa/peak_avx512_bf16-inl.h"
+#include "isa/transpose_avx512-inl.h"
+#include "moe/backward-inl.h"
+#include "moe/forward-inl.h"
+
+#pragma GCC pop_options
+
+namespace kt {
+
+static void forward64(const Problem& problem, const ForwardResults& results) {
+    scalar_row.float64.forward(problem, results);
+}
+static void backward64(const BackwardProblem& problem) { scalar_row.float64.backward(problem); }
+
+const IsaRow avx512_bf16_row = {
+    "avx512_bf16",
+    cpu::has_avx512_bf16,
+    {avx512_bf16::Forward<bfloat16>::run, avx512_bf16::Backward<bfloat16>::run, avx512_bf16::peak_bfloat16_dot},
+    {avx512_bf16::Forward<float>::run, avx512_bf16::Backward<float>::run, avx512_bf16::peak_float32},
+    {forward64, backward64, avx512_bf16::peak_float32},
+};
+
+}  // namespace kt

@@ -1,0 +1,33 @@
+// Any x86-64: the compiler's vector extension on SSE2, and float64 for every row.
+
+#include <chrono>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <new>
+#include <utility>
+
+#include "dispatch/table.h"
+#include "isa/cpu_features.h"
+#include "moe/routing.h"
+
+#define KT_ISA scalar
+#define KT_VECTOR_BYTES 16
+#define KT_GENERIC_ROWS 2
+#define KT_GENERIC_PANELS 1
+
+#include "isa/peak-inl.h"
+#include "moe/backward-inl.h"
+#include "moe/forward-inl.h"
+
+namespace kt {
+
+const IsaRow scalar_row = {
+    "scalar",
+    cpu::has_x86_64,
+    {scalar::Forward<bfloat16>::run, scalar::Backward<bfloat16>::run, scalar::peak_float32},
+    {scalar::Forward<float>::run, scalar::Backward<float>::run, scalar::peak_float32},
+    {scalar::Forward<double>::run, scalar::Backward<double>::run, scalar::peak_float32},
+};
+
+}  // namespace kt

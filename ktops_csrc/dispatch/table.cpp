@@ -1,0 +1,60 @@
+#include "dispatch/table.h"
+
+#include <atomic>
+#include <stdexcept>
+
+#include "core/environment.h"
+
+namespace kt::dispatch {
+namespace {
+
+const IsaRow* const kRows[] = {&avx512_bf16_row, &scalar_row};
+
+std::atomic<const IsaRow*> chosen{nullptr};
+
+std::string names() {
+    std::string list;
+    for (const IsaRow* row : kRows) list += (list.empty() ? "" : ", ") + std::string(row->name);
+    return list;
+}
+
+const IsaRow* first_choice() {
+    const std::string name = environment::isa();
+    if (!name.empty()) return &find(name);
+    for (const IsaRow* row : kRows) {
+        if (row->supported()) return row;
+    }
+    return &scalar_row;
+}
+
+}  // namespace
+
+const IsaRow& find(const std::string& name) {
+    for (const IsaRow* row : kRows) {
+        if (name != row->name) continue;
+        if (row->supported() || environment::isa_unchecked()) return *row;
+        throw std::runtime_error("isa '" + name + "' is not supported by this CPU; supported: " + describe());
+    }
+    throw std::runtime_error("isa must be one of " + names() + ", got '" + name + "'");
+}
+
+const IsaRow& current() {
+    const IsaRow* row = chosen.load(std::memory_order_acquire);
+    if (!row) {
+        row = first_choice();
+        chosen.store(row, std::memory_order_release);
+    }
+    return *row;
+}
+
+void use(const std::string& name) { chosen.store(&find(name), std::memory_order_release); }
+
+std::string describe() {
+    std::string list;
+    for (const IsaRow* row : kRows) {
+        list += (list.empty() ? "" : ",") + std::string(row->name) + "=" + (row->supported() ? "1" : "0");
+    }
+    return list;
+}
+
+}  // namespace kt::dispatch

@@ -1,0 +1,44 @@
+#pragma once
+
+// One row of kernels for each ISA. `ls dispatch` is the support matrix; the first row that the CPU supports is used.
+
+#include <string>
+
+#include "moe/problem.h"
+
+namespace kt {
+
+// Kernels for one element type.
+struct MoeKernels {
+    void (*forward)(const Problem&, const ForwardResults&);
+    void (*backward)(const BackwardProblem&);
+    double (*peak)(int64_t iterations);  // FLOP/s of one thread
+};
+
+struct IsaRow {
+    const char* name;
+    bool (*supported)();
+    MoeKernels bfloat16, float32, float64;
+
+    const MoeKernels& kernels(DType dtype) const {
+        return dtype == DType::kBFloat16 ? bfloat16 : dtype == DType::kFloat32 ? float32 : float64;
+    }
+};
+
+extern const IsaRow scalar_row;
+extern const IsaRow avx512_bf16_row;
+
+namespace dispatch {
+
+// The row in use. The first call chooses it: KTOPS_ISA, else the first supported one.
+const IsaRow& current();
+
+// Throws std::runtime_error for an unknown row or one that this CPU lacks.
+const IsaRow& find(const std::string& name);
+void use(const std::string& name);
+
+// "name=1,name=0,...": every row, best first, and whether this CPU can run it.
+std::string describe();
+
+}  // namespace dispatch
+}  // namespace kt

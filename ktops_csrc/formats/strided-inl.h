@@ -1,0 +1,68 @@
+#pragma once
+
+// Small matrices [E, rows, columns] of any dtype and strides, times a constant: the LoRA factors.
+// (PEFT keeps lora_B as [rows, r, E], the expert innermost, and both factors in float32 beside bfloat16 weights.)
+
+#include "core/views.h"
+#include "isa/pack-inl.h"
+
+namespace kt::KT_ISA {
+
+template <class T>
+struct StridedWeight {
+    static constexpr bool kDirect = false;
+
+    StridedTensor tensor;
+    double scale = 1;
+
+    void decode_nt(int64_t e, int64_t row, int64_t n, int64_t k, int64_t kn, T* panels, int64_t stride) const {
+        decode(e, row, n, tensor.stride[1], k, kn, tensor.stride[2], panels, stride);
+    }
+
+    void decode_nn(int64_t e, int64_t k, int64_t kn, int64_t column, int64_t n, T* panels, int64_t stride) const {
+        decode(e, column, n, tensor.stride[2], k, kn, tensor.stride[1], panels, stride);
+    }
+
+private:
+    void decode(int64_t e, int64_t j0, int64_t n, int64_t j_stride, int64_t k0, int64_t kn, int64_t k_stride, T* panels,
+                int64_t stride) const {
+        const int64_t offset = e * tensor.stride[0] + j0 * j_stride + k0 * k_stride;
+        switch (tensor.dtype) {
+            case DType::kFloat32:
+                return copy(static_cast<const float*>(tensor.data) + offset, n, j_stride, kn, k_stride, panels, stride);
+            case DType::kBFloat16:
+                return copy(static_cast<const bfloat16*>(tensor.data) + offset, n, j_stride, kn, k_stride, panels,
+                            stride);
+            case DType::kFloat64:
+                return copy(static_cast<const double*>(tensor.data) + offset, n, j_stride, kn, k_stride, panels,
+                            stride);
+        }
+    }
+
+    template <class S>
+    void copy(const S* source, int64_t n, int64_t j_stride, int64_t kn, int64_t k_stride, T* panels,
+              int64_t stride) const {
+        constexpr int64_t P = kPack<T>;
+        const Acc<T> factor = static_cast<Acc<T>>(scale);
+        for (int64_t panel = 0; panel < ceil_div(n, kPanelColumns); ++panel) {
+            for (int64_t j = 0; j < kPanelColumns; ++j) {
+                const int64_t column = panel * kPanelColumns + j;
+                const S* from = source + column * j_stride;
+                T* to = panels + panel * stride + j * P;
+                for (int64_t k = 0; k < round_up(kn, P); ++k) {
+                    const bool inside = column < n && k < kn;
+                    to[k / P * P * kPanelColumns + k % P] =
+                        inside ? from_float<T>(static_cast<Acc<T>>(to_float(read(from + k * k_stride))) * factor) : T{};
+                }
+            }
+        }
+    }
+};
+
+// One row of a bias [E, columns], as accumulators.
+template <class A>
+inline void load_bias(const StridedTensor& bias, int64_t e, int64_t column, int64_t n, A* out) {
+    for (int64_t j = 0; j < n; ++j) out[j] = bias ? static_cast<A>(bias.at(e, column + j)) : A{};
+}
+
+}  // namespace kt::KT_ISA

@@ -1,0 +1,43 @@
+#include "isa/cpu_features.h"
+
+#include <cpuid.h>
+
+#include <cstdint>
+
+namespace kt::cpu {
+namespace {
+
+struct Leaf {
+    uint32_t eax = 0, ebx = 0, ecx = 0, edx = 0;
+};
+
+Leaf cpuid(uint32_t leaf, uint32_t subleaf) {
+    Leaf r;
+    if (!__get_cpuid_count(leaf, subleaf, &r.eax, &r.ebx, &r.ecx, &r.edx)) return {};
+    return r;
+}
+
+bool bit(uint32_t word, int i) { return (word >> i) & 1; }
+
+// The registers that the operating system saves at a context switch.
+uint64_t xcr0() {
+    if (!bit(cpuid(1, 0).ecx, 27)) return 0;  // OSXSAVE
+    uint32_t low, high;
+    __asm__("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
+    return static_cast<uint64_t>(high) << 32 | low;
+}
+
+constexpr uint64_t kZmmState = 0xe6;  // xmm, ymm, opmask, upper halves of zmm0-15, zmm16-31
+
+}  // namespace
+
+bool has_x86_64() { return true; }
+
+bool has_avx512_bf16() {
+    const Leaf seven = cpuid(7, 0);
+    const bool avx512 =
+        bit(seven.ebx, 16) && bit(seven.ebx, 17) && bit(seven.ebx, 30) && bit(seven.ebx, 31);  // F DQ BW VL
+    return (xcr0() & kZmmState) == kZmmState && avx512 && bit(cpuid(7, 1).eax, 5);
+}
+
+}  // namespace kt::cpu

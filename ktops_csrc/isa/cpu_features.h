@@ -1,0 +1,9 @@
+#pragma once
+
+namespace kt::cpu {
+
+// Each asks CPUID for the instructions of one row of kernels and XCR0 for the registers they need.
+bool has_x86_64();
+bool has_avx512_bf16();
+
+}  // namespace kt::cpu

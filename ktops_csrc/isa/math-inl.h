@@ -1,0 +1,54 @@
+#pragma once
+
+#include <cmath>
+
+#include "isa/vec-inl.h"
+
+namespace kt::KT_ISA {
+
+// e^x to about one unit in the last place: x = n ln 2 + r with |r| <= ln 2 / 2, e^r by its Taylor polynomial
+// (degree 7: 0.347^8 / 8! = 5e-9), ln 2 split in two so that n ln 2 is exact (Cody and Waite, 1980).
+inline Vec<float> exp(Vec<float> x) {
+    const Vec<float> lowest = broadcast(-87.0f), highest = broadcast(88.0f);
+    x = x < lowest ? lowest : x;
+    x = x > highest ? highest : x;
+    const float round = 12582912.0f;  // 1.5 * 2^23: adding it leaves the nearest integer in the low bits
+    const Vec<float> shifted = x * 1.44269504088896341f + round;
+    const Vec<float> n = shifted - round;
+    Vec<float> r = x - n * 0.693359375f;
+    r = r - n * -2.12194440e-4f;
+    Vec<float> p = r * (1.0f / 5040) + 1.0f / 720;
+    p = p * r + 1.0f / 120;
+    p = p * r + 1.0f / 24;
+    p = p * r + 1.0f / 6;
+    p = p * r + 0.5f;
+    p = p * r + 1.0f;
+    p = p * r + 1.0f;
+    const VecI32 exponent = (bit_cast<VecI32>(shifted) - 0x4b400000 + 127) << 23;
+    return p * bit_cast<Vec<float>>(exponent);
+}
+
+inline Vec<double> exp(Vec<double> x) {
+    for (int i = 0; i < kLanes<double>; ++i) x[i] = std::exp(x[i]);
+    return x;
+}
+
+// erf to 1.5e-7 (Abramowitz and Stegun, 7.1.26); exp_minus_x2 is e^(-x^2), which callers have at hand.
+inline Vec<float> erf(Vec<float> x, Vec<float> exp_minus_x2) {
+    const Vec<float> zero{};
+    const Vec<float> a = x < zero ? -x : x;
+    const Vec<float> t = 1.0f / (1.0f + 0.3275911f * a);
+    Vec<float> p = t * 1.061405429f - 1.453152027f;
+    p = p * t + 1.421413741f;
+    p = p * t - 0.284496736f;
+    p = p * t + 0.254829592f;
+    const Vec<float> y = 1.0f - p * t * exp_minus_x2;
+    return x < zero ? -y : y;
+}
+
+inline Vec<double> erf(Vec<double> x, Vec<double>) {
+    for (int i = 0; i < kLanes<double>; ++i) x[i] = std::erf(x[i]);
+    return x;
+}
+
+}  // namespace kt::KT_ISA

@@ -1,0 +1,109 @@
+#pragma once
+
+// Vectors of one register, written with the compiler's vector extension: the same source compiles to SSE2, AVX2 or
+// AVX-512 by the target in force and KT_VECTOR_BYTES.
+
+#include <cstdint>
+#include <cstring>
+
+#include "core/bfloat16.h"
+#include "core/views.h"
+
+namespace kt::KT_ISA {
+
+template <class A>
+struct VecOf {
+    typedef A type __attribute__((vector_size(KT_VECTOR_BYTES)));
+};
+template <class A>
+using Vec = typename VecOf<A>::type;
+
+template <class A>
+constexpr int kLanes = KT_VECTOR_BYTES / static_cast<int>(sizeof(A));
+
+typedef uint32_t VecU32 __attribute__((vector_size(KT_VECTOR_BYTES)));
+typedef int32_t VecI32 __attribute__((vector_size(KT_VECTOR_BYTES)));
+typedef uint16_t VecU16 __attribute__((vector_size(KT_VECTOR_BYTES / 2)));  // as many lanes as VecU32
+
+template <class V, class P>
+inline V load_bits(const P* p) {
+    V v;
+    std::memcpy(&v, p, sizeof(V));
+    return v;
+}
+
+template <class To, class From>
+inline To bit_cast(From from) {
+    static_assert(sizeof(To) == sizeof(From));
+    To to;
+    std::memcpy(&to, &from, sizeof(to));
+    return to;
+}
+
+template <class A>
+inline Vec<A> broadcast(A x) {
+    return x - Vec<A>{};
+}
+
+inline Vec<float> load(const float* p) { return load_bits<Vec<float>>(p); }
+inline Vec<double> load(const double* p) { return load_bits<Vec<double>>(p); }
+inline Vec<float> load(const bfloat16* p) {
+    return bit_cast<Vec<float>>(__builtin_convertvector(load_bits<VecU16>(p), VecU32) << 16);
+}
+
+inline void store(float* p, Vec<float> v) { std::memcpy(p, &v, sizeof(v)); }
+inline void store(double* p, Vec<double> v) { std::memcpy(p, &v, sizeof(v)); }
+inline void store(bfloat16* p, Vec<float> v) {
+    const VecU32 bits = bit_cast<VecU32>(v);
+    const VecU32 rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+    const VecU32 nan = VecU32{} + 0x7fc0;
+    const VecU16 out = __builtin_convertvector(v == v ? rounded : nan, VecU16);
+    std::memcpy(p, &out, sizeof(out));
+}
+
+// The first n lanes only; the others read as zero.
+template <class T>
+inline auto load_partial(const T* p, int64_t n) {
+    T lanes[kLanes<Acc<T>>] = {};
+    std::memcpy(lanes, p, static_cast<size_t>(n) * sizeof(T));
+    return load(lanes);
+}
+template <class T>
+inline void store_partial(T* p, Vec<Acc<T>> v, int64_t n) {
+    T lanes[kLanes<Acc<T>>];
+    store(lanes, v);
+    std::memcpy(p, lanes, static_cast<size_t>(n) * sizeof(T));
+}
+
+// f(i, n) for consecutive pieces [i, i + n) of [0, count), with n = kLanes but for the last.
+template <class A, class F>
+inline void for_each_vector(int64_t count, F f) {
+    constexpr int64_t step = kLanes<A>;
+    int64_t i = 0;
+    for (; i + step <= count; i += step) f(i, step);
+    if (i < count) f(i, count - i);
+}
+template <class T>
+inline auto load_n(const T* p, int64_t n) {
+    return n == kLanes<Acc<T>> ? load(p) : load_partial(p, n);
+}
+template <class T>
+inline void store_n(T* p, Vec<Acc<T>> v, int64_t n) {
+    if (n == kLanes<Acc<T>>) {
+        store(p, v);
+    } else {
+        store_partial(p, v, n);
+    }
+}
+
+template <class A>
+inline A sum_lanes(Vec<A> v) {
+    A lanes[kLanes<A>];
+    store(lanes, v);
+    for (int width = kLanes<A> / 2; width; width /= 2) {
+        for (int i = 0; i < width; ++i) lanes[i] += lanes[i + width];
+    }
+    return lanes[0];
+}
+
+}  // namespace kt::KT_ISA

@@ -1,0 +1,280 @@
+#pragma once
+
+// The backward half of kt::moe_sft. d = grad_output[token], w = the routing weight:
+//
+//   project_d      db2 = s2 d B2                                    [R, r2]
+//   activate       dh = d Wd + db2 A2;  grad_w = <h, dh>;  dg = w dh u act'(g);  du = w dh act(g)
+//                  grad_A2 = (w db2)^T h;  grad_Wd = (w d)^T h      a slab of I at a time, h recomputed
+//   project_grad   dgub = s1 [dg|du] B1                             [R, r1]
+//   combine_x      grad_x = sum of [dg|du] Wgu + dgub A1
+//   weights        grad_A1 = dgub^T x;  grad_B1 = s1 [dg|du]^T xa;  grad_B2 = s2 (w d)^T ha;  grad_Wgu = [dg|du]^T x
+
+#include "moe/layer-inl.h"
+
+namespace kt::KT_ISA {
+
+template <class T>
+struct AddRows {
+    void start(int64_t, int64_t, int64_t) const {}
+    void operator()(Acc<T>* sums, int64_t, const Acc<T>* c, int64_t n) const {
+        for (int64_t j = 0; j < round_up(n, kPanelColumns); j += kLanes<Acc<T>>)
+            store(sums + j, load(sums + j) + load(c + j));
+    }
+};
+
+template <class T>
+class Backward {
+    using A = Acc<T>;
+
+public:
+    static void run(const BackwardProblem& b) {
+        const Problem& p = b.forward;
+        Workspace routes(Routing::workspace_bytes(p));
+        const Routing routing(p, routes);
+        Workspace workspace(Layer<T>::bytes(routing) + bytes(b, routing) + Thread<T>::bytes(p, routing));
+        const Layer<T> layer(p, routing, workspace);
+        Backward(b, layer, workspace).run();
+    }
+
+private:
+    static size_t bytes(const BackwardProblem& b, const Routing& routing) {
+        const Problem& p = b.forward;
+        const int64_t R = routing.num_routes;
+        return Workspace::padded<T>(R * 2 * p.intermediate_size) * (b.saved_gate_up ? 1 : 2) +
+               Workspace::padded<T>(R * p.gate_up_rank) + Workspace::padded<T>(R * p.down_rank) +
+               Workspace::padded<A>(R * ceil_div(p.intermediate_size, kSlab));
+    }
+
+    Backward(const BackwardProblem& b, const Layer<T>& layer, Workspace& workspace)
+        : b_(b), layer_(layer), p_(layer.p), routing_(layer.routing), I_(layer.I), H_(layer.H) {
+        const int64_t R = routing_.num_routes;
+        gate_up_ = static_cast<const T*>(b.saved_gate_up);
+        if (!gate_up_) gate_up_ = recomputed_ = workspace.take<T>(R * 2 * I_);
+        grad_gate_up_ = workspace.take<T>(R * 2 * I_);
+        dgub_ = workspace.take<T>(R * p_.gate_up_rank);
+        db2_ = workspace.take<T>(R * p_.down_rank);
+        i_slabs_ = ceil_div(I_, kSlab);  // fixed: it is the order in which grad_w is summed
+        grad_w_ = workspace.take<A>(R * i_slabs_);
+        threads_ = Thread<T>::take(workspace, p_, routing_);
+    }
+
+    void run() {
+        const int64_t active = routing_.num_active, E = p_.num_experts;
+        const int64_t blocks = ceil_div(p_.num_tokens, kTokenBlock);
+        const int64_t h_slab = slab_width(H_, blocks, p_.num_threads), h_slabs = ceil_div(H_, h_slab);
+        const int64_t h_pieces = ceil_div(H_, kMaxColumns), i_pieces = ceil_div(2 * I_, kMaxColumns);
+
+        const auto recompute_slab = [&](int64_t task, int thread) {
+            const ExpertTask at(routing_, task, i_slabs_);
+            recompute(threads_[thread], at.expert, at.piece * kSlab);
+        };
+        const auto project_d = [&](int64_t task, int thread) {
+            const int64_t e = routing_.active[task], first = routing_.offsets[e];
+            low_rank_product<false>(threads_[thread].gemm, layer_, e, layer_.by_token(b_.grad_output, first), H_,
+                                    layer_.B2, p_.down_rank, db2_ + first * p_.down_rank);
+        };
+        const auto activate_slab = [&](int64_t task, int thread) {
+            activate(threads_[thread], task / i_slabs_, task % i_slabs_);
+        };
+        const auto project_grad = [&](int64_t task, int thread) {
+            const int64_t e = routing_.active[task], first = routing_.offsets[e];
+            low_rank_product<false>(threads_[thread].gemm, layer_, e, grad_gate_up(first), 2 * I_, layer_.B1,
+                                    p_.gate_up_rank, dgub_ + first * p_.gate_up_rank);
+        };
+        const auto combine_slab = [&](int64_t task, int thread) {
+            const int64_t column = task % h_slabs * h_slab;
+            combine_x(threads_[thread], task / h_slabs * kTokenBlock, column, smaller(h_slab, H_ - column));
+        };
+        const auto weight_columns_h = [&](int64_t task, int thread) {
+            weight_gradients_h(threads_[thread], task / h_pieces, task % h_pieces * kMaxColumns);
+        };
+        const auto weight_columns_i = [&](int64_t task, int thread) {
+            weight_gradients_i(threads_[thread], task / i_pieces, task % i_pieces * kMaxColumns);
+        };
+        const auto routing_weights = [&](int64_t task, int) { finish_grad_w(task * kMaxRows); };
+
+        const bool wants_b2_product = p_.down_rank && (wants_grad_h() || b_.grad_down_lora_A);
+        const bool wants_b1_product = p_.gate_up_rank && (b_.grad_hidden_states || b_.grad_gate_up_lora_A);
+        Schedule schedule;
+        if (recomputed_) schedule.add(active * i_slabs_, recompute_slab);
+        if (wants_b2_product) schedule.add(active, project_d);
+        if (wants_grad_h()) schedule.add(E * i_slabs_, activate_slab);
+        if (wants_b1_product) schedule.add(active, project_grad);
+        if (b_.grad_hidden_states) schedule.add(blocks * h_slabs, combine_slab);
+        if (b_.grad_gate_up_lora_A || b_.grad_gate_up_proj || b_.grad_down_lora_B || b_.grad_down_bias) {
+            schedule.add(E * h_pieces, weight_columns_h);
+        }
+        if (b_.grad_gate_up_lora_B) schedule.add(E * i_pieces, weight_columns_i);
+        if (b_.grad_topk_weights) {
+            for (int64_t t = 0; t < p_.num_tokens; ++t) {
+                for (int64_t j = 0; j < p_.top_k; ++j) b_.grad_topk_weights.put(0, t, j, 0);
+            }
+            schedule.add(ceil_div(routing_.num_routes, kMaxRows), routing_weights);
+        }
+        schedule.run(p_.num_threads, p_.launch);
+    }
+
+    bool wants_grad_h() const {
+        return b_.grad_hidden_states || b_.grad_topk_weights || b_.grad_gate_up_proj || b_.grad_gate_up_bias ||
+               b_.grad_gate_up_lora_A || b_.grad_gate_up_lora_B || b_.grad_down_lora_A || b_.grad_down_proj;
+    }
+
+    Rows<T> grad_gate_up(int64_t route) const { return {grad_gate_up_ + route * 2 * I_, 2 * I_}; }
+
+    void recompute(const Thread<T>& thread, int64_t expert, int64_t column) {
+        const int64_t n = smaller(kSlab, I_ - column);
+        const T* xa = static_cast<const T*>(b_.saved_xa);
+        gate_up_product(thread, layer_, expert, column, n, xa, [&](int64_t route, const A* g, const A* u) {
+            T* to = recomputed_ + route * 2 * I_ + column;
+            for_each_vector<A>(n, [&](int64_t j, int64_t count) {
+                store_n(to + j, load(g + j), count);
+                store_n(to + I_ + j, load(u + j), count);
+            });
+        });
+    }
+
+    void activate(const Thread<T>& thread, int64_t expert, int64_t slab) {
+        const int64_t column = slab * kSlab, n = smaller(kSlab, I_ - column);
+        const int64_t begin = routing_.offsets[expert], rows = routing_.rows(expert), rank = p_.down_rank;
+        const Columns columns{column, n};
+        A sum_g[kSlab] = {}, sum_u[kSlab] = {};
+        for_each_row_block(rows, [&](int64_t row, int64_t count) {
+            const int64_t first = begin + row;
+            BlockGemm<T> block(thread.gemm, count, columns.padded());
+            block.multiply_nn(layer_.by_token(b_.grad_output, first), H_, layer_.down, expert, columns);
+            if (rank) block.multiply_nn({db2_ + first * rank, rank}, rank, layer_.A2, expert, columns);
+            with_activation(p_.activation, [&](auto activation) {
+                for (int64_t i = 0; i < count; ++i) {
+                    T* h = thread.activations + (row + i) * kSlab;
+                    grad_w_[slab * routing_.num_routes + first + i] =
+                        activation_gradient(activation, first + i, column, n, block.row(i), h, sum_g, sum_u);
+                }
+            });
+        });
+        if (b_.grad_gate_up_bias) {
+            put_row(b_.grad_gate_up_bias, 0, expert, column, n, sum_g, A{1});
+            put_row(b_.grad_gate_up_bias, 0, expert, I_ + column, n, sum_u, A{1});
+        }
+        const Operand<T> h{{thread.activations, kSlab}, 0, n};
+        const A* weights = layer_.route_weights + begin;
+        if (b_.grad_down_lora_A) {
+            const Operand<T> db2{{db2_ + begin * rank, rank}, 0, rank, weights};
+            outer_product(thread.gemm, rows, db2, h,
+                          [&](int64_t i, const A* c) { put_row(b_.grad_down_lora_A, expert, i, column, n, c, A{1}); });
+        }
+        if (b_.grad_down_proj) {
+            const Operand<T> d{layer_.by_token(b_.grad_output, begin), 0, H_, weights};
+            outer_product(thread.gemm, rows, d, h,
+                          [&](int64_t i, const A* c) { put_row(b_.grad_down_proj, expert, i, column, n, c, A{1}); });
+        }
+    }
+
+    // One row of a slab: from dh to [dg | du]; h for the weight gradients. Returns its part of <h, dh>.
+    template <class Activation>
+    A activation_gradient(Activation, int64_t route, int64_t column, int64_t n, const A* dh, T* h, A* sum_g, A* sum_u) {
+        const T* g = gate_up_ + route * 2 * I_ + column;
+        T* dg = grad_gate_up_ + route * 2 * I_ + column;
+        const A w = layer_.route_weights[route];
+        Vec<A> dot{};
+        for_each_vector<A>(n, [&](int64_t j, int64_t count) {
+            const Vec<A> uj = load_n(g + I_ + j, count), dhj = load_n(dh + j, count);
+            const Gate<A> gate = Activation::template gate<A>(load_n(g + j, count));
+            const Vec<A> hj = gate.value * uj, wdh = w * dhj;
+            dot += hj * dhj;
+            const Vec<A> dgj = wdh * uj * gate.derivative, duj = wdh * gate.value;
+            store_n(h + j, hj, count);
+            store_n(dg + j, dgj, count);
+            store_n(dg + I_ + j, duj, count);
+            store(sum_g + j, load(sum_g + j) + dgj);
+            store(sum_u + j, load(sum_u + j) + duj);
+        });
+        return sum_lanes<A>(dot);
+    }
+
+    void combine_x(const Thread<T>& thread, int64_t first_token, int64_t column, int64_t n) {
+        const int64_t rank = p_.gate_up_rank;
+        const auto multiply = [&](BlockGemm<T>& block, int64_t expert, int64_t route, const Columns& columns) {
+            block.multiply_nn(grad_gate_up(route), 2 * I_, layer_.gate_up, expert, columns);
+            if (rank) block.multiply_nn({dgub_ + route * rank, rank}, rank, layer_.A1, expert, columns);
+        };
+        combine(thread, layer_, first_token, column, n, static_cast<T*>(b_.grad_hidden_states.data), multiply,
+                AddRows<T>{});
+    }
+
+    // The gradients whose rows or columns run along H: one read of x or d for each.
+    void weight_gradients_h(const Thread<T>& thread, int64_t expert, int64_t column) {
+        const int64_t begin = routing_.offsets[expert], rows = routing_.rows(expert);
+        const int64_t n = smaller(kMaxColumns, H_ - column), r1 = p_.gate_up_rank, r2 = p_.down_rank;
+        const Operand<T> x{layer_.by_token(p_.hidden_states, begin), column, n};
+        const Operand<T> d{layer_.by_token(b_.grad_output, begin), column, n};
+        const A* weights = layer_.route_weights + begin;
+        if (b_.grad_gate_up_lora_A) {
+            const Operand<T> dgub{{dgub_ + begin * r1, r1}, 0, r1};
+            outer_product(thread.gemm, rows, dgub, x, [&](int64_t i, const A* c) {
+                put_row(b_.grad_gate_up_lora_A, expert, i, column, n, c, A{1});
+            });
+        }
+        if (b_.grad_gate_up_proj) {
+            const Operand<T> grad{grad_gate_up(begin), 0, 2 * I_};
+            outer_product(thread.gemm, rows, grad, x,
+                          [&](int64_t i, const A* c) { put_row(b_.grad_gate_up_proj, expert, i, column, n, c, A{1}); });
+        }
+        if (b_.grad_down_lora_B) {
+            const Operand<T> ha{{static_cast<const T*>(b_.saved_ha) + begin * r2, r2}, 0, r2, weights};
+            outer_product(thread.gemm, rows, ha, d, [&](int64_t i, const A* c) {
+                put_column(b_.grad_down_lora_B, expert, i, column, n, c, static_cast<A>(p_.down_scaling));
+            });
+        }
+        if (b_.grad_down_bias) {
+            A sum[kMaxColumns] = {};
+            for (int64_t i = 0; i < rows; ++i) {
+                const T* row = d.rows.row(i) + column;
+                for_each_vector<A>(n, [&](int64_t j, int64_t count) {
+                    store(sum + j, load(sum + j) + weights[i] * load_n(row + j, count));
+                });
+            }
+            put_row(b_.grad_down_bias, 0, expert, column, n, sum, A{1});
+        }
+    }
+
+    void weight_gradients_i(const Thread<T>& thread, int64_t expert, int64_t column) {
+        const int64_t begin = routing_.offsets[expert], n = smaller(kMaxColumns, 2 * I_ - column), r1 = p_.gate_up_rank;
+        const Operand<T> xa{{static_cast<const T*>(b_.saved_xa) + begin * r1, r1}, 0, r1};
+        const Operand<T> grad{grad_gate_up(begin), column, n};
+        outer_product(thread.gemm, routing_.rows(expert), xa, grad, [&](int64_t i, const A* c) {
+            put_column(b_.grad_gate_up_lora_B, expert, i, column, n, c, static_cast<A>(p_.gate_up_scaling));
+        });
+    }
+
+    // grad_w = <h, dh> + <d, bd>, the slabs added in order
+    void finish_grad_w(int64_t first) {
+        for (int64_t i = first; i < smaller(first + kMaxRows, routing_.num_routes); ++i) {
+            A sum = 0;
+            for (int64_t slab = 0; slab < i_slabs_; ++slab) sum += grad_w_[slab * routing_.num_routes + i];
+            const int64_t token = routing_.token[i], slot = routing_.route[i] % p_.top_k;
+            if (p_.down_bias) sum += bias_product(token, p_.id(token, slot));
+            b_.grad_topk_weights.put(0, token, slot, sum);
+        }
+    }
+
+    A bias_product(int64_t token, int64_t expert) const {
+        const T* d = static_cast<const T*>(b_.grad_output) + token * H_;
+        A sum = 0;
+        for (int64_t j = 0; j < H_; ++j)
+            sum += static_cast<A>(to_float(read(d + j))) * static_cast<A>(p_.down_bias.at(expert, j));
+        return sum;
+    }
+
+    const BackwardProblem& b_;
+    const Layer<T>& layer_;
+    const Problem& p_;
+    const Routing& routing_;
+    int64_t I_, H_, i_slabs_;
+    const T* gate_up_;
+    T* recomputed_ = nullptr;
+    T *grad_gate_up_, *dgub_, *db2_;
+    A* grad_w_;  // [slabs, R]
+    const Thread<T>* threads_;
+};
+
+}  // namespace kt::KT_ISA

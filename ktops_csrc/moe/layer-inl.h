@@ -1,0 +1,197 @@
+#pragma once
+
+// What forward and backward share: the layer's operands in their types, and the three products they are built from.
+
+#include <new>
+
+#include "formats/dense-inl.h"
+#include "gemm/block_gemm-inl.h"
+#include "gemm/outer_product-inl.h"
+#include "moe/activation-inl.h"
+#include "moe/routing.h"
+
+namespace kt::KT_ISA {
+
+// Columns of one task: of I for products with g and u (twice as many columns of C), of H where rows are combined.
+// Fewer when there are not enough tasks for the threads; the results do not depend on it.
+constexpr int64_t kSlab = 64;
+
+// Tokens whose sums one task of combine() holds in L2: 64 columns of float32 are 512 KiB.
+constexpr int64_t kTokenBlock = 2048;
+
+inline int64_t slab_width(int64_t columns, int64_t tasks_a_slab, int num_threads) {
+    int64_t width = kSlab;
+    while (width > kPanelColumns && ceil_div(columns, width) * tasks_a_slab < 4 * num_threads) width /= 2;
+    return width;
+}
+
+// First i in [begin, end) with sorted[i] >= value, else end.
+inline int64_t lower_bound(const int32_t* sorted, int64_t begin, int64_t end, int64_t value) {
+    while (begin < end) {
+        const int64_t middle = begin + (end - begin) / 2;
+        if (sorted[middle] < value) {
+            begin = middle + 1;
+        } else {
+            end = middle;
+        }
+    }
+    return begin;
+}
+
+template <class T>
+struct Thread {
+    GemmScratch<T> gemm;
+    Acc<T>* sums;    // [min(T, kTokenBlock), kSlab]
+    T* activations;  // [most rows of an expert, kSlab]
+    Acc<T>* bias;    // [2 * kSlab]
+
+    Thread(Workspace& w, const Problem& p, const Routing& routing)
+        : gemm(w),
+          sums(w.take<Acc<T>>(sum_elements(p))),
+          activations(w.take<T>(routing.most_rows * kSlab)),
+          bias(w.take<Acc<T>>(2 * kSlab)) {}
+
+    static Thread* take(Workspace& w, const Problem& p, const Routing& routing) {
+        auto* threads = w.take<Thread>(p.num_threads);
+        for (int i = 0; i < p.num_threads; ++i) new (threads + i) Thread(w, p, routing);
+        return threads;
+    }
+
+    static size_t bytes(const Problem& p, const Routing& routing) {
+        const size_t one = GemmScratch<T>::bytes() + Workspace::padded<Acc<T>>(sum_elements(p)) +
+                           Workspace::padded<T>(routing.most_rows * kSlab) + Workspace::padded<Acc<T>>(2 * kSlab);
+        return Workspace::padded<Thread>(p.num_threads) + static_cast<size_t>(p.num_threads) * one;
+    }
+
+private:
+    static int64_t sum_elements(const Problem& p) { return smaller(p.num_tokens, kTokenBlock) * kSlab; }
+};
+
+template <class T>
+struct Layer {
+    const Problem& p;
+    const Routing& routing;
+    const Acc<T>* route_weights;  // [num_routes]
+    DenseWeight<T> gate_up, down;
+    StridedWeight<T> A1, B1, A2, B2;  // the scalings are folded into B
+    int64_t I, H;
+
+    Layer(const Problem& problem, const Routing& routing, Workspace& workspace)
+        : p(problem),
+          routing(routing),
+          gate_up{problem.gate_up_proj},
+          down{problem.down_proj},
+          A1{problem.gate_up_lora_A, 1},
+          B1{problem.gate_up_lora_B, problem.gate_up_scaling},
+          A2{problem.down_lora_A, 1},
+          B2{problem.down_lora_B, problem.down_scaling},
+          I(problem.intermediate_size),
+          H(problem.hidden_size) {
+        auto* weights = workspace.take<Acc<T>>(routing.num_routes);
+        for (int64_t i = 0; i < routing.num_routes; ++i) {
+            weights[i] = static_cast<Acc<T>>(p.topk_weights.at(routing.token[i], routing.route[i] % p.top_k));
+        }
+        route_weights = weights;
+    }
+    static size_t bytes(const Routing& routing) { return Workspace::padded<Acc<T>>(routing.num_routes); }
+
+    // Rows of a [T, H] tensor for the routes from `first` on.
+    Rows<T> by_token(const void* tensor, int64_t first) const {
+        return {static_cast<const T*>(tensor), H, routing.token + first};
+    }
+};
+
+// A loop over (expert, piece) tasks: active experts times `pieces`.
+struct ExpertTask {
+    int64_t expert, piece;
+    ExpertTask(const Routing& routing, int64_t task, int64_t pieces)
+        : expert(routing.active[task / pieces]), piece(task % pieces) {}
+};
+
+// out[row][0 .. rank) = a . A^T (transposed) or a . B, for all rows of one expert.
+template <bool kTransposed, class T>
+inline void low_rank_product(const GemmScratch<T>& scratch, const Layer<T>& layer, int64_t expert, const Rows<T>& a,
+                             int64_t k, const StridedWeight<T>& factor, int64_t rank, T* out) {
+    const int64_t rows = layer.routing.rows(expert);
+    for (int64_t j = 0; j < rank; j += kMaxColumns) {
+        const Columns columns{j, smaller(kMaxColumns, rank - j)};
+        for_each_row_block(rows, [&](int64_t row, int64_t n) {
+            BlockGemm<T> block(scratch, n, columns.padded());
+            if constexpr (kTransposed) {
+                block.multiply_nt(a.from(row), k, factor, expert, columns);
+            } else {
+                block.multiply_nn(a.from(row), k, factor, expert, columns);
+            }
+            for (int64_t i = 0; i < n; ++i) {
+                T* to = out + (row + i) * rank + j;
+                const Acc<T>* c = block.row(i);
+                for_each_vector<Acc<T>>(columns.count,
+                                        [&](int64_t v, int64_t count) { store_n(to + v, load(c + v), count); });
+            }
+        });
+    }
+}
+
+// [g | u] = x Wgu^T + s1 xa B1^T + bgu for columns [column, column + n) of g and of u; epilogue(row, g, u) gets
+// pointers to n accumulators of each.
+template <class T, class Epilogue>
+inline void gate_up_product(const Thread<T>& thread, const Layer<T>& layer, int64_t expert, int64_t column, int64_t n,
+                            const T* xa, Epilogue epilogue) {
+    const Problem& p = layer.p;
+    const Columns columns{column, n, layer.I + column};
+    Acc<T>* bias_g = thread.bias;
+    Acc<T>* bias_u = thread.bias + kSlab;
+    load_bias(p.gate_up_bias, expert, column, n, bias_g);
+    load_bias(p.gate_up_bias, expert, layer.I + column, n, bias_u);
+    const int64_t begin = layer.routing.offsets[expert];
+    for_each_row_block(layer.routing.rows(expert), [&](int64_t row, int64_t count) {
+        const int64_t first = begin + row;
+        BlockGemm<T> block(thread.gemm, count, columns.total());
+        block.multiply_nt(layer.by_token(p.hidden_states, first), layer.H, layer.gate_up, expert, columns);
+        if (p.gate_up_rank) {
+            block.multiply_nt({xa + first * p.gate_up_rank, p.gate_up_rank}, p.gate_up_rank, layer.B1, expert, columns);
+        }
+        for (int64_t i = 0; i < count; ++i) {
+            Acc<T>* g = block.row(i);
+            Acc<T>* u = g + columns.padded();
+            if (p.gate_up_bias) {
+                for (int64_t j = 0; j < n; ++j) g[j] += bias_g[j], u[j] += bias_u[j];
+            }
+            epilogue(first + i, g, u);
+        }
+    });
+}
+
+// out[t][column .. column + n) = sum over the routes of t, experts in ascending order, of what add(sum, route, c) adds
+// for each row c of the block that multiply(block, expert, first_route, columns) makes.
+template <class T, class Multiply, class Add>
+inline void combine(const Thread<T>& thread, const Layer<T>& layer, int64_t first_token, int64_t column, int64_t n,
+                    T* out, Multiply multiply, Add add) {
+    const Routing& routing = layer.routing;
+    const int64_t tokens = smaller(kTokenBlock, layer.p.num_tokens - first_token);
+    const Columns columns{column, n};
+    for (int64_t i = 0; i < tokens * kSlab; ++i) thread.sums[i] = 0;
+    for (int64_t a = 0; a < routing.num_active; ++a) {
+        const int64_t expert = routing.active[a];
+        int64_t begin = routing.offsets[expert], end = routing.offsets[expert + 1];
+        begin = lower_bound(routing.token, begin, end, first_token);
+        end = lower_bound(routing.token, begin, end, first_token + tokens);
+        if (begin == end) continue;
+        add.start(expert, column, n);
+        for_each_row_block(end - begin, [&](int64_t row, int64_t count) {
+            BlockGemm<T> block(thread.gemm, count, columns.padded());
+            multiply(block, expert, begin + row, columns);
+            for (int64_t i = 0; i < count; ++i) {
+                const int64_t route = begin + row + i;
+                add(thread.sums + (routing.token[route] - first_token) * kSlab, route, block.row(i), n);
+            }
+        });
+    }
+    for (int64_t t = 0; t < tokens; ++t) {
+        T* to = out + (first_token + t) * layer.H + column;
+        const Acc<T>* sum = thread.sums + t * kSlab;
+        for_each_vector<Acc<T>>(n, [&](int64_t v, int64_t count) { store_n(to + v, load(sum + v), count); });
+    }
+}
+
+}  // namespace kt::KT_ISA

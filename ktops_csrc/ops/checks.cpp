@@ -1,0 +1,118 @@
+#include "ops/checks.h"
+
+#include <cmath>
+
+namespace kt::ops {
+
+using torch::headeronly::ScalarType;
+
+namespace {
+
+constexpr struct {
+    ScalarType type;
+    DType dtype;
+    const char* name;
+} kFloating[] = {
+    {ScalarType::Float, DType::kFloat32, "float32"},
+    {ScalarType::BFloat16, DType::kBFloat16, "bfloat16"},
+    {ScalarType::Double, DType::kFloat64, "float64"},
+};
+
+// PyTorch's name of a dtype.
+std::string dtype_name(ScalarType type) {
+    for (const auto& known : kFloating) {
+        if (known.type == type) return known.name;
+    }
+    switch (type) {
+        case ScalarType::Half:
+            return "float16";
+        case ScalarType::Byte:
+            return "uint8";
+        case ScalarType::Char:
+            return "int8";
+        case ScalarType::Short:
+            return "int16";
+        case ScalarType::Int:
+            return "int32";
+        case ScalarType::Long:
+            return "int64";
+        case ScalarType::Bool:
+            return "bool";
+        default:
+            return torch::headeronly::toString(type);
+    }
+}
+
+const char* dtype_name(DType dtype) {
+    for (const auto& known : kFloating) {
+        if (known.dtype == dtype) return known.name;
+    }
+    return "";
+}
+
+}  // namespace
+
+void Checker::fail(const std::string& message) const {
+    STD_TORCH_CHECK(false, op_, ": ", message);
+    __builtin_unreachable();
+}
+
+std::string shape_text(const Tensor& tensor) {
+    std::string text = "[";
+    for (int64_t i = 0; i < tensor.dim(); ++i) text += (i ? ", " : "") + std::to_string(tensor.size(i));
+    return text + "]";
+}
+
+void Checker::shape(const char* name, const Tensor& tensor, std::initializer_list<Size> expected) const {
+    require(tensor.is_cpu(), std::string(name) + " must be on the cpu, got another device");
+    bool matches = tensor.dim() == static_cast<int64_t>(expected.size());
+    std::string text = "[";
+    int64_t i = 0;
+    for (const Size& size : expected) {
+        matches = matches && (size.value < 0 || tensor.size(i) == size.value);
+        text += (i++ ? ", " : "") + std::string(size.name);
+        if (size.value >= 0) text += "=" + std::to_string(size.value);
+    }
+    require(matches, std::string(name) + " must have shape " + text + "], got " + shape_text(tensor));
+}
+
+DType Checker::floating(const char* name, const Tensor& tensor) const {
+    for (const auto& known : kFloating) {
+        if (known.type == tensor.scalar_type()) return known.dtype;
+    }
+    fail(std::string(name) + " must be float32, bfloat16 or float64, got " + dtype_name(tensor.scalar_type()));
+}
+
+void Checker::same_dtype(const char* name, const Tensor& tensor, const char* other_name, DType dtype) const {
+    const std::string actual = dtype_name(tensor.scalar_type());
+    require(actual == dtype_name(dtype),
+            std::string(name) + " must be " + dtype_name(dtype) + " like " + other_name + ", got " + actual);
+}
+
+bool Checker::is_int64_ids(const char* name, const Tensor& tensor) const {
+    const ScalarType type = tensor.scalar_type();
+    require(type == ScalarType::Long || type == ScalarType::Int,
+            std::string(name) + " must be int32 or int64, got " + dtype_name(type));
+    return type == ScalarType::Long;
+}
+
+void Checker::finite(const char* name, double value) const {
+    require(std::isfinite(value), std::string(name) + " must be finite, got " +
+                                      (std::isnan(value) ? "nan"
+                                       : value > 0       ? "inf"
+                                                         : "-inf"));
+}
+
+void Checker::absent(const char* name, const OptionalTensor& tensor, const std::string& weight_format) const {
+    require(!tensor, std::string(name) + " must be None for weight_format '" + weight_format + "', got a tensor");
+}
+
+StridedTensor strided(const Tensor& tensor, DType dtype) {
+    StridedTensor view;
+    view.data = tensor.const_data_ptr();
+    view.dtype = dtype;
+    for (int64_t i = 0; i < tensor.dim(); ++i) view.stride[i] = tensor.stride(i);
+    return view;
+}
+
+}  // namespace kt::ops

@@ -1,0 +1,50 @@
+#pragma once
+
+// Errors that name the argument, what was expected and what came:
+//   kt::moe_sft_fwd: topk_ids must have shape [num_tokens=128, top_k], got [64, 8]
+
+#include <initializer_list>
+#include <string>
+
+#include "core/views.h"
+#include "ops/ops.h"
+
+namespace kt::ops {
+
+// One expected size: a name, and a value unless any will do (-1).
+struct Size {
+    const char* name;
+    int64_t value = -1;
+};
+
+class Checker {
+public:
+    explicit Checker(const char* op) : op_(op) {}
+
+    [[noreturn]] void fail(const std::string& message) const;
+    void require(bool condition, const std::string& message) const {
+        if (!condition) fail(message);
+    }
+
+    // On the CPU, with this shape.
+    void shape(const char* name, const Tensor& tensor, std::initializer_list<Size> expected) const;
+    // Of one of the three floating types, of exactly `dtype`, of an integer id type.
+    DType floating(const char* name, const Tensor& tensor) const;
+    void same_dtype(const char* name, const Tensor& tensor, const char* other_name, DType dtype) const;
+    bool is_int64_ids(const char* name, const Tensor& tensor) const;
+    void finite(const char* name, double value) const;
+    void absent(const char* name, const OptionalTensor& tensor, const std::string& weight_format) const;
+
+private:
+    const char* op_;
+};
+
+std::string shape_text(const Tensor& tensor);
+
+// Views for the kernels.
+StridedTensor strided(const Tensor& tensor, DType dtype);
+inline StridedTensor strided(const OptionalTensor& tensor, DType dtype) {
+    return tensor ? strided(*tensor, dtype) : StridedTensor{};
+}
+
+}  // namespace kt::ops

@@ -1,0 +1,38 @@
+#include "dispatch/table.h"
+#include "ops/checks.h"
+
+namespace kt::ops {
+namespace {
+
+// Runs f and gives its error the name of the op.
+template <class F>
+decltype(auto) named(const char* op, F f) {
+    try {
+        return f();
+    } catch (const std::runtime_error& error) {
+        Checker(op).fail(error.what());
+    }
+}
+
+}  // namespace
+
+std::string cpu_capability() {
+    return named("kt::cpu_capability", [] { return std::string(dispatch::current().name); });
+}
+
+std::string cpu_capabilities() { return dispatch::describe(); }
+
+void set_cpu_capability(std::string name) {
+    named("kt::set_cpu_capability", [&] { dispatch::use(name); });
+}
+
+double measure_peak(std::string isa, std::string dtype, int64_t iterations) {
+    const Checker check("kt::measure_peak");
+    check.require(dtype == "bfloat16" || dtype == "float32",
+                  "dtype must be one of bfloat16, float32, got '" + dtype + "'");
+    check.require(iterations > 0, "iterations must be positive, got " + std::to_string(iterations));
+    const IsaRow& row = named("kt::measure_peak", [&]() -> const IsaRow& { return dispatch::find(isa); });
+    return row.kernels(dtype == "bfloat16" ? DType::kBFloat16 : DType::kFloat32).peak(iterations);
+}
+
+}  // namespace kt::ops

@@ -1,0 +1,128 @@
+#include "ops/moe_arguments.h"
+
+#include <limits>
+
+namespace kt::ops {
+namespace {
+
+Activation parse_activation(const Checker& check, const std::string& name) {
+    if (name == "silu") return Activation::kSilu;
+    if (name == "gelu") return Activation::kGelu;
+    if (name == "gelu_tanh") return Activation::kGeluTanh;
+    check.fail("activation must be one of silu, gelu, gelu_tanh, got '" + name + "'");
+}
+
+// The threads of the calling thread's pool: torch.set_num_threads holds here too.
+void launch(int64_t n, void (*body)(void* context), void* context) {
+    if (n <= 1) return body(context);
+    torch::stable::parallel_for(0, n, 1, [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; ++i) body(context);
+    });
+}
+
+// Checks one pair of LoRA factors, A [E, r, in] and B [E, out, r], and returns r; 0 without them.
+int64_t lora_rank(const Checker& check, const char* a_name, const OptionalTensor& a, Size in, const char* b_name,
+                  const OptionalTensor& b, Size out, Size experts) {
+    if (!a && !b) return 0;
+    check.require(a.has_value(), std::string(a_name) + " must be given together with " + b_name + ", got None");
+    check.require(b.has_value(), std::string(b_name) + " must be given together with " + a_name + ", got None");
+    check.shape(a_name, *a, {experts, {"rank"}, in});
+    const int64_t rank = a->size(1);
+    check.require(rank > 0, std::string(a_name) + " must have a rank of at least 1, got shape " + shape_text(*a));
+    check.shape(b_name, *b, {experts, out, {"rank", rank}});
+    check.floating(a_name, *a);
+    check.floating(b_name, *b);
+    return rank;
+}
+
+}  // namespace
+
+MoeArguments::MoeArguments(const char* op, KT_MOE_PARAMETERS)
+    : topk_ids(topk_ids),
+      topk_weights(topk_weights),
+      gate_up_proj(gate_up_proj),
+      down_proj(down_proj),
+      gate_up_bias(gate_up_bias),
+      down_bias(down_bias),
+      gate_up_lora_A(gate_up_lora_A),
+      gate_up_lora_B(gate_up_lora_B),
+      down_lora_A(down_lora_A),
+      down_lora_B(down_lora_B) {
+    const Checker check(op);
+    Problem& p = problem;
+
+    check.shape("hidden_states", hidden_states, {{"num_tokens"}, {"hidden_size"}});
+    dtype = check.floating("hidden_states", hidden_states);
+    p.num_tokens = hidden_states.size(0);
+    p.hidden_size = hidden_states.size(1);
+    check.shape("topk_ids", topk_ids, {{"num_tokens", p.num_tokens}, {"top_k"}});
+    p.ids_are_int64 = check.is_int64_ids("topk_ids", topk_ids);
+    p.top_k = topk_ids.size(1);
+    check.shape("topk_weights", topk_weights, {{"num_tokens", p.num_tokens}, {"top_k", p.top_k}});
+    const DType weights_dtype = check.floating("topk_weights", topk_weights);
+    check.require(p.num_tokens * p.top_k <= std::numeric_limits<int32_t>::max(),
+                  "topk_ids must have at most 2^31 - 1 elements, got shape " + shape_text(topk_ids));
+
+    check.require(weight_format == "dense", "weight_format must be one of dense, got '" + weight_format + "'");
+    check.require(group_size == 0, "group_size must be 0 for weight_format 'dense', got " + std::to_string(group_size));
+    check.absent("gate_up_scale", gate_up_scale, weight_format);
+    check.absent("gate_up_zero", gate_up_zero, weight_format);
+    check.absent("down_scale", down_scale, weight_format);
+    check.absent("down_zero", down_zero, weight_format);
+    check.require(num_experts > 0, "num_experts must be at least 1, got " + std::to_string(num_experts) +
+                                       " (gate_up_proj has shape " + shape_text(gate_up_proj) + ")");
+    check.require(intermediate_size >= 0,
+                  "intermediate_size must not be negative, got " + std::to_string(intermediate_size));
+    p.num_experts = num_experts;
+    p.intermediate_size = intermediate_size;
+    const Size experts{"num_experts", num_experts}, I{"intermediate_size", intermediate_size},
+        two_I{"2*intermediate_size", 2 * intermediate_size}, H{"hidden_size", p.hidden_size};
+    check.shape("gate_up_proj", gate_up_proj, {experts, two_I, H});
+    check.same_dtype("gate_up_proj", gate_up_proj, "hidden_states", dtype);
+    check.shape("down_proj", down_proj, {experts, H, I});
+    check.same_dtype("down_proj", down_proj, "hidden_states", dtype);
+    if (gate_up_bias) check.shape("gate_up_bias", *gate_up_bias, {experts, two_I});
+    if (down_bias) check.shape("down_bias", *down_bias, {experts, H});
+    p.gate_up_rank =
+        lora_rank(check, "gate_up_lora_A", gate_up_lora_A, H, "gate_up_lora_B", gate_up_lora_B, two_I, experts);
+    p.down_rank = lora_rank(check, "down_lora_A", down_lora_A, I, "down_lora_B", down_lora_B, H, experts);
+    check.finite("gate_up_scaling", gate_up_scaling);
+    check.finite("down_scaling", down_scaling);
+    p.activation = parse_activation(check, activation);
+    check.require(activation_args.empty(), "activation_args must be empty for activation '" + activation + "', got " +
+                                               std::to_string(activation_args.size()) + " values");
+
+    auto view = [&](const char* name, const OptionalTensor& t) {
+        return t ? strided(*t, check.floating(name, *t)) : StridedTensor{};
+    };
+    this->hidden_states = torch::stable::contiguous(hidden_states);
+    p.hidden_states = this->hidden_states.const_data_ptr();
+    p.topk_ids = topk_ids.const_data_ptr();
+    p.ids_stride[0] = topk_ids.stride(0);
+    p.ids_stride[1] = topk_ids.stride(1);
+    p.topk_weights = strided(topk_weights, weights_dtype);
+    p.gate_up_proj = strided(gate_up_proj, dtype);
+    p.down_proj = strided(down_proj, dtype);
+    p.gate_up_bias = view("gate_up_bias", gate_up_bias);
+    p.down_bias = view("down_bias", down_bias);
+    p.gate_up_lora_A = view("gate_up_lora_A", gate_up_lora_A);
+    p.gate_up_lora_B = view("gate_up_lora_B", gate_up_lora_B);
+    p.down_lora_A = view("down_lora_A", down_lora_A);
+    p.down_lora_B = view("down_lora_B", down_lora_B);
+    p.gate_up_scaling = gate_up_scaling;
+    p.down_scaling = down_scaling;
+    p.num_threads = static_cast<int>(torch::stable::get_num_threads());
+    p.launch = launch;
+}
+
+Tensor MoeArguments::empty(std::initializer_list<int64_t> size) const {
+    return torch::stable::empty({size.begin(), size.size()}, hidden_states.scalar_type());
+}
+
+bool keeps_activations(const char* op, const std::string& save) {
+    Checker(op).require(save == "activations" || save == "recompute",
+                        "save must be one of activations, recompute, got '" + save + "'");
+    return save == "activations";
+}
+
+}  // namespace kt::ops

@@ -1,0 +1,29 @@
+#pragma once
+
+// The shared arguments of the MoE operators, checked and turned into what the kernels take.
+
+#include "moe/problem.h"
+#include "ops/checks.h"
+
+namespace kt::ops {
+
+struct MoeArguments {
+    // Throws the errors of the op named `op` before anything is allocated.
+    MoeArguments(const char* op, KT_MOE_PARAMETERS);
+
+    Problem problem;
+    DType dtype;           // of hidden_states, the weights, the output and the saved tensors
+    Tensor hidden_states;  // contiguous
+    Tensor topk_ids, topk_weights, gate_up_proj, down_proj;
+    OptionalTensor gate_up_bias, down_bias, gate_up_lora_A, gate_up_lora_B, down_lora_A, down_lora_B;
+
+    int64_t num_routes() const { return problem.num_tokens * problem.top_k; }
+
+    // A new tensor like hidden_states.
+    Tensor empty(std::initializer_list<int64_t> size) const;
+};
+
+// Whether [g | u] is kept ("activations") or computed again ("recompute").
+bool keeps_activations(const char* op, const std::string& save);
+
+}  // namespace kt::ops

@@ -1,0 +1,15 @@
+#include "dispatch/table.h"
+#include "ops/moe_arguments.h"
+
+namespace kt::ops {
+
+Tensor moe_fwd(KT_MOE_PARAMETERS) {
+    const MoeArguments arguments("kt::moe_fwd", KT_MOE_NAMES);
+    Tensor output = arguments.empty({arguments.problem.num_tokens, arguments.problem.hidden_size});
+    dispatch::current()
+        .kernels(arguments.dtype)
+        .forward(arguments.problem, {output.mutable_data_ptr(), nullptr, nullptr, nullptr});
+    return output;
+}
+
+}  // namespace kt::ops

@@ -1,0 +1,99 @@
+#include "dispatch/table.h"
+#include "ops/moe_arguments.h"
+
+namespace kt::ops {
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> moe_sft_fwd(KT_MOE_PARAMETERS, std::string save) {
+    const char* op = "kt::moe_sft_fwd";
+    const bool keep = keeps_activations(op, save);
+    const MoeArguments arguments(op, KT_MOE_NAMES);
+    const Problem& p = arguments.problem;
+    const int64_t R = arguments.num_routes();
+
+    Tensor output = arguments.empty({p.num_tokens, p.hidden_size});
+    Tensor saved_gate_up = arguments.empty({keep ? R : 0, 2 * p.intermediate_size});
+    Tensor saved_xa = arguments.empty({R, p.gate_up_rank});
+    Tensor saved_ha = arguments.empty({R, p.down_rank});
+    dispatch::current()
+        .kernels(arguments.dtype)
+        .forward(p, {output.mutable_data_ptr(), keep ? saved_gate_up.mutable_data_ptr() : nullptr,
+                     saved_xa.mutable_data_ptr(), saved_ha.mutable_data_ptr()});
+    return {output, saved_gate_up, saved_xa, saved_ha};
+}
+
+namespace {
+
+// A contiguous tensor like `like` and the kernels' view of it, [1, rows, columns] or [E, rows, columns].
+Result make_result(const Checker& check, const char* name, const Tensor& like, OptionalTensor& out) {
+    out = torch::stable::empty(like.sizes(), like.scalar_type());
+    Result result;
+    result.data = out->mutable_data_ptr();
+    result.dtype = check.floating(name, like);
+    for (int64_t i = 0, skip = 3 - like.dim(); i < like.dim(); ++i) result.size[skip + i] = like.size(i);
+    return result;
+}
+
+}  // namespace
+
+Gradients moe_sft_bwd(Tensor grad_output, KT_MOE_PARAMETERS, std::string save, Tensor saved_gate_up,
+                      Tensor saved_gate_up_xa, Tensor saved_down_ha, int64_t grad_mask) {
+    const char* op = "kt::moe_sft_bwd";
+    const Checker check(op);
+    const bool keep = keeps_activations(op, save);
+    const MoeArguments arguments(op, KT_MOE_NAMES);
+    const Problem& p = arguments.problem;
+    const int64_t R = arguments.num_routes();
+
+    check.shape("grad_output", grad_output, {{"num_tokens", p.num_tokens}, {"hidden_size", p.hidden_size}});
+    const Size routes{"num_tokens*top_k", R};
+    check.shape("saved_gate_up", saved_gate_up,
+                {keep ? routes : Size{"0", 0}, {"2*intermediate_size", 2 * p.intermediate_size}});
+    check.shape("saved_gate_up_xa", saved_gate_up_xa, {routes, {"rank", p.gate_up_rank}});
+    check.shape("saved_down_ha", saved_down_ha, {routes, {"rank", p.down_rank}});
+    check.same_dtype("grad_output", grad_output, "hidden_states", arguments.dtype);
+    check.same_dtype("saved_gate_up", saved_gate_up, "hidden_states", arguments.dtype);
+    check.same_dtype("saved_gate_up_xa", saved_gate_up_xa, "hidden_states", arguments.dtype);
+    check.same_dtype("saved_down_ha", saved_down_ha, "hidden_states", arguments.dtype);
+    check.require(grad_mask >= 0 && grad_mask < 1 << 10,
+                  "grad_mask must be in [0, 1024), got " + std::to_string(grad_mask));
+
+    grad_output = torch::stable::contiguous(grad_output);
+    saved_gate_up = torch::stable::contiguous(saved_gate_up);
+    saved_gate_up_xa = torch::stable::contiguous(saved_gate_up_xa);
+    saved_down_ha = torch::stable::contiguous(saved_down_ha);
+    BackwardProblem b;
+    b.forward = p;
+    b.grad_output = grad_output.const_data_ptr();
+    b.saved_gate_up = keep ? saved_gate_up.const_data_ptr() : nullptr;
+    b.saved_xa = saved_gate_up_xa.const_data_ptr();
+    b.saved_ha = saved_down_ha.const_data_ptr();
+
+    OptionalTensor out[10];
+    const struct {
+        const char* name;
+        OptionalTensor like;
+        Result& result;
+    } wanted[10] = {
+        {"hidden_states", arguments.hidden_states, b.grad_hidden_states},
+        {"topk_weights", topk_weights, b.grad_topk_weights},
+        {"gate_up_proj", gate_up_proj, b.grad_gate_up_proj},
+        {"down_proj", down_proj, b.grad_down_proj},
+        {"gate_up_bias", gate_up_bias, b.grad_gate_up_bias},
+        {"down_bias", down_bias, b.grad_down_bias},
+        {"gate_up_lora_A", gate_up_lora_A, b.grad_gate_up_lora_A},
+        {"gate_up_lora_B", gate_up_lora_B, b.grad_gate_up_lora_B},
+        {"down_lora_A", down_lora_A, b.grad_down_lora_A},
+        {"down_lora_B", down_lora_B, b.grad_down_lora_B},
+    };
+    for (int i = 0; i < 10; ++i) {
+        if (!(grad_mask >> i & 1)) continue;
+        check.require(wanted[i].like.has_value(), "grad_mask must not ask for the gradient of " +
+                                                      std::string(wanted[i].name) + ", which is None, got " +
+                                                      std::to_string(grad_mask));
+        wanted[i].result = make_result(check, wanted[i].name, *wanted[i].like, out[i]);
+    }
+    dispatch::current().kernels(arguments.dtype).backward(b);
+    return {out[0], out[1], out[2], out[3], out[4], out[5], out[6], out[7], out[8], out[9]};
+}
+
+}  // namespace kt::ops

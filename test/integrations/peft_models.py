@@ -8,7 +8,7 @@ from tiny_models import NUM_EXPERTS, tiny_batch, tiny_model
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ktops.integrations.peft import expert_target_parameters
-from ktops.testing.budgets import gradient_budget, relative_error
+from ktops.testing.budgets import SAFETY, gradient_budget, relative_error
 
 ROUTERS = (".gate.weight", ".router.weight")
 
@@ -28,6 +28,7 @@ def adapted(
     *,
     dtype: torch.dtype = torch.float32,
     compute_dtype: torch.dtype | None = None,
+    seed: int = 0,
     train_routers: bool = False,
     lora: dict | None = None,
     **overrides,
@@ -36,11 +37,14 @@ def adapted(
 
     Args:
         dtype: of the base weights; the adapters are float32, or float64 under a float64 compute_dtype.
+        seed: of the base weights.
         compute_dtype: widens the base weights, after they were rounded to dtype.
         lora: LoraConfig keys that replace the defaults.
         overrides: keys of the model's configuration.
     """
-    model = tiny_model(architecture, dtype=dtype, experts_implementation=implementation, **overrides)
+    model = tiny_model(
+        architecture, dtype=dtype, seed=seed, experts_implementation=implementation, **overrides
+    )
     model = model if compute_dtype is None else model.to(compute_dtype)
     keys = {
         "r": 4,
@@ -60,7 +64,7 @@ def adapted(
 
 
 def loss_and_gradients(model: torch.nn.Module, batch: dict | None = None) -> dict[str, torch.Tensor]:
-    """{"loss": ..., parameter name: its gradient} of one forward and backward."""
+    """{"loss": ..., parameter name: its gradient} of one forward and backward, from gradients of None."""
     model.zero_grad()
     loss = model(**(tiny_batch() if batch is None else batch)).loss
     loss.backward()
@@ -69,15 +73,43 @@ def loss_and_gradients(model: torch.nn.Module, batch: dict | None = None) -> dic
     return {"loss": loss.detach()} | {name: p.grad for name, p in named.items()}
 
 
+def stable_seed(architecture: str) -> int:
+    """The first seed with which bfloat16 sends every token to the experts that float64 sends it to.
+
+    A token whose experts change has another loss and other gradients, with any implementation.
+    """
+    for seed in range(50):
+        routes = [
+            _routes(
+                adapted(architecture, implementation, dtype=torch.bfloat16, compute_dtype=wide, seed=seed)
+            )
+            for implementation, wide in (("eager", None), ("grouped_mm", None), ("eager", torch.float64))
+        ]
+        if all(torch.equal(route[0], other) for route in zip(*routes, strict=True) for other in route):
+            return seed
+    raise AssertionError(f"no stable seed for {architecture}")
+
+
+@torch.no_grad()
+def _routes(model: PeftModel) -> list[torch.Tensor]:
+    """top_k_index of every layer, sorted."""
+    found: list[torch.Tensor] = []
+    for name, module in model.named_modules():
+        if name.endswith(".experts"):
+            module.register_forward_pre_hook(lambda _, args: found.append(args[1].sort(dim=-1).values))
+    model(input_ids=tiny_batch()["input_ids"])
+    return found
+
+
 def assert_as_close(actual: dict, plain: dict, exact: dict, dtype: torch.dtype) -> None:
     """Asserts that actual lies as close to the float64 result as plain PEFT does in the same dtype.
 
-    A gradient's error is that of the whole model, so plain PEFT's is the yardstick: twice that, and the
-    budget of the op on top for gradients whose error happens to be small.
+    A gradient's error is that of the whole model, so plain PEFT's is the yardstick: SAFETY times that, and
+    the budget of the op on top for gradients whose error happens to be small.
     """
     assert actual.keys() == plain.keys() == exact.keys()
     for name, reference in exact.items():
-        budget = 2 * relative_error(plain[name], reference) + gradient_budget(dtype, inner_size=64)
+        budget = SAFETY * relative_error(plain[name], reference) + gradient_budget(dtype, inner_size=64)
         error = relative_error(actual[name], reference)
         assert error <= budget, f"{name}: relative error {error:.2e}, budget {budget:.2e}"
         if dtype == torch.float32:

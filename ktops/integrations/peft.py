@@ -20,6 +20,9 @@ from ktops.nn import KTExperts
 PREFIXES = {"gate_up_proj": "gate_up", "down_proj": "down"}
 """Adapted parameter -> what its keyword arguments start with: ``gate_up_lora_A``, ``gate_up_scaling``, ..."""
 
+MIN_VERSION = "0.21"
+"""The layout of the factors read here is that of this version of PEFT and later."""
+
 _STACKED = ("gate_up_proj", "gate_proj", "up_proj", "down_proj")
 
 
@@ -36,11 +39,21 @@ def enable() -> None:
     Raises:
         ImportError: PEFT is not installed.
     """
-    from peft.tuners.lora.layer import ParamWrapper
-    from peft.tuners.tuners_utils import BaseTuner
+    import peft
+    from packaging.version import Version
 
     if _peft:
         return
+    if Version(peft.__version__) < Version(MIN_VERSION):
+        warnings.warn(
+            f"ktops needs peft>={MIN_VERSION} for LoRA on experts, found {peft.__version__}, which keeps its own "
+            "path with dense deltas: pip install -U peft",
+            stacklevel=2,
+        )
+        return
+    from peft.tuners.lora.layer import ParamWrapper
+    from peft.tuners.tuners_utils import BaseTuner
+
     _peft.update(forward=ParamWrapper.forward, inject_adapter=BaseTuner.inject_adapter)
     ParamWrapper.forward = functools.wraps(ParamWrapper.forward)(_forward)
     BaseTuner.inject_adapter = functools.wraps(BaseTuner.inject_adapter)(_inject_adapter)
@@ -48,10 +61,10 @@ def enable() -> None:
 
 def disable() -> None:
     """Give PEFT its own methods back."""
-    from peft.tuners.lora.layer import ParamWrapper
-    from peft.tuners.tuners_utils import BaseTuner
-
     if _peft:
+        from peft.tuners.lora.layer import ParamWrapper
+        from peft.tuners.tuners_utils import BaseTuner
+
         ParamWrapper.forward = _peft.pop("forward")
         BaseTuner.inject_adapter = _peft.pop("inject_adapter")
 

@@ -3,6 +3,8 @@
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from peft.tuners.lora.layer import LoraVariant, ParamWrapper
+from peft.tuners.tuners_utils import BaseTuner
 from peft_models import Recorder, adapted, assert_as_close, loss_and_gradients, randomize, stable_seed
 from tiny_models import ARCHITECTURES, tiny_batch, tiny_model
 
@@ -260,15 +262,35 @@ def test_other_models_keep_the_path_of_peft():
 
 
 def test_disable_gives_peft_its_methods_back():
-    from peft.tuners.lora.layer import ParamWrapper
-    from peft.tuners.tuners_utils import BaseTuner
-
     methods = ParamWrapper.forward, BaseTuner.inject_adapter
     ktops.enable()
     assert (ParamWrapper.forward, BaseTuner.inject_adapter) == methods, "a second enable does nothing"
     ktops.disable()
     assert (ParamWrapper.forward, BaseTuner.inject_adapter) == tuple(m.__wrapped__ for m in methods)
     ktops.disable()
+
+
+def test_an_older_peft_keeps_its_path(monkeypatch):
+    ktops.disable()
+    forward = ParamWrapper.forward
+    monkeypatch.setattr("peft.__version__", "0.20.1")
+    with pytest.warns(UserWarning, match=r"peft>=0.21 for LoRA on experts, found 0\.20\.1"):
+        ktops.enable()
+    assert ParamWrapper.forward is forward
+
+
+def test_variants_take_the_path_of_peft():
+    model = adapted("qwen3_moe")
+    for module in model.modules():
+        if hasattr(module, "parameter_name"):
+            module.lora_variant["default"] = LoraVariant()
+    with (
+        Recorder() as recorder,
+        pytest.warns(UserWarning, match="does not compute the LoRA variant LoraVariant"),
+    ):
+        actual = logits(model)
+    assert recorder.made_expert_stack(model)
+    assert relative_error(actual, logits(adapted("qwen3_moe", "eager"))) < 2 * forward_budget(torch.float32)
 
 
 def test_weights_the_op_does_not_read_take_the_path_of_peft():

@@ -1,10 +1,12 @@
 """Adapter files: those of plain PEFT to the byte, loaded by it and from it; and what an adapter targets."""
 
 import json
+import re
 import subprocess
 import sys
 import textwrap
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -175,3 +177,14 @@ def test_targets_that_hit_or_mean_something_else_are_not(architecture, targets):
         warnings.simplefilter("always")
         get_peft_model(tiny_model(architecture), LoraConfig(**targets))
     assert not [w for w in caught if "routed experts" in str(w.message)]
+
+
+def test_example_of_the_documentation():
+    text = (Path(__file__).parents[2] / "docs" / "peft.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    names: dict = {}
+    with Recorder() as recorder:
+        exec(compile(code, "docs/peft.md", "exec"), names)
+    assert recorder.calls == {"moe_sft_fwd": 2, "moe_sft_bwd": 2}
+    trained = {name for name, p in names["model"].named_parameters() if p.grad is not None}
+    assert any("experts" in name for name in trained) and any("q_proj" in name for name in trained)

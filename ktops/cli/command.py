@@ -1,5 +1,6 @@
 """What `ktops finetune` does before it starts: the directory, the options, the console."""
 
+import json
 import os
 import warnings
 from pathlib import Path
@@ -8,7 +9,9 @@ from rich.console import Console
 
 from ktops.cli import options as options_file
 from ktops.cli import run_directory
+from ktops.cli.errors import Interrupted, UserError
 from ktops.cli.options import Options
+from ktops.cli.packages import require_packages
 
 
 def run_finetune(given: dict[str, object]) -> None:
@@ -18,6 +21,7 @@ def run_finetune(given: dict[str, object]) -> None:
     Raises:
         UserError, Interrupted: see finetune.finetune.
     """
+    require_packages("accelerate", "matplotlib", "peft", "safetensors", "tokenizers", "transformers")
     given = dict(given)
     output_dir, resume, overwrite = (
         given.pop("output_dir", None), given.pop("resume", False), given.pop("overwrite", False)
@@ -28,6 +32,7 @@ def run_finetune(given: dict[str, object]) -> None:
     if resume:
         directory = run_directory.choose(output_dir, resume=True, overwrite=overwrite)
         options = options_file.resumed(options_file.load(directory), given)
+        _require_unfinished(directory, options)
     else:
         options = options_file.complete(Options(**given))
         directory = run_directory.choose(output_dir, resume=False, overwrite=overwrite)
@@ -41,4 +46,18 @@ def run_finetune(given: dict[str, object]) -> None:
     set_verbosity_error()
     disable_progress_bar()
 
-    finetune(options, directory, Console(highlight=False))
+    try:
+        finetune(options, directory, Console(highlight=False), overwrite=overwrite)
+    except KeyboardInterrupt:
+        raise Interrupted("Interrupted.") from None
+
+
+def _require_unfinished(directory: Path, options: Options) -> None:
+    metrics = directory / "metrics.json"
+    if not metrics.is_file():
+        return
+    done = json.loads(metrics.read_text(encoding="utf-8"))["steps"][-1]["step"]
+    if options.max_steps is None or options.max_steps <= done:
+        raise UserError(
+            f"--resume: the run in {directory} is complete after {done} steps; a larger --max-steps goes on"
+        )

@@ -126,9 +126,9 @@ def instructions(seed: int = 0) -> tuple[list[dict], list[dict]]:
     village, rng = _read("village.json"), random.Random(f"instructions {seed}")
     train, held_out, seen = [], [], set()
     for kind, questions in _read("instructions.json").items():
-        for question in questions:
-            for subject in _subjects(kind, village, rng):
-                target = held_out if rng.random() < HELD_OUT else train
+        for subject in _subjects(kind, village, rng):
+            target = held_out if rng.random() < HELD_OUT else train
+            for question in questions:
                 for pattern in question["ask"]:
                     instruction, _, context = pattern.format(**subject).partition("|")
                     if (instruction, context) in seen:

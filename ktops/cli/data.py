@@ -68,14 +68,17 @@ def _conversation(record: object, where: str) -> Conversation:
     if "instruction" in record and "output" in record:
         return from_alpaca(record, where)
     raise UserError(
-        f"--data: {where}: unknown layout with the keys {sorted(record)}. Known layouts: "
-        "alpaca (instruction, output, and optionally input, system, history) and messages (a list of {role, content})"
+        f"--data: {where}: unknown layout with the keys {sorted(record)}. Known layouts: alpaca "
+        "(instruction, output, optionally input, system, history) and messages (a list of {role, content})"
     )
 
 
 def from_alpaca(record: dict, where: str = "example") -> Conversation:
     """The conversation of an alpaca example: instruction and input are the user's turn, output is the
     answer."""
+    for key in ("instruction", "input", "system"):
+        if not isinstance(record.get(key) or "", str):
+            raise UserError(f"--data: {where}: {key} must be a string, got {record[key]!r}")
     question = "\n\n".join(part for part in (record["instruction"], record.get("input")) if part)
     turns = [*(record.get("history") or []), (question, record["output"])]
     conversation = []

@@ -2,6 +2,7 @@
 compared."""
 
 import gc
+import math
 import random
 import shlex
 import tempfile
@@ -35,8 +36,8 @@ class Split:
     samples: list[Conversation]
 
 
-def finetune(options: Options, directory: Path, console: Console) -> dict:
-    """Runs `ktops finetune` in a directory that run_directory.choose has returned, resuming what is there.
+def finetune(options: Options, directory: Path, console: Console, overwrite: bool = False) -> dict:
+    """Runs `ktops finetune` in a directory that run_directory.choose has returned, continuing what is there.
 
     Returns:
         What was written to metrics.json.
@@ -47,15 +48,12 @@ def finetune(options: Options, directory: Path, console: Console) -> dict:
     """
     report = Report(console)
     resume_command = f"ktops finetune --resume --output-dir {shlex.quote(str(directory))}"
-    pretraining = None
-    if options.is_demo:
-        conversations = _packaged()
-        base, pretraining = pretrain.base_model(options, directory, report, resume_command)
-    else:
-        check_directory(options.model)
-        conversations = _split(load_conversations(Path(options.data)), options)
-        base = options.model
+    conversations = _packaged() if options.is_demo else _user_data(options)
+    run_directory.prepare(directory, overwrite)
     options_file.save(options, directory)
+    base, pretraining = options.model, None
+    if options.is_demo:
+        base, pretraining = pretrain.base_model(options, directory, report, resume_command)
     tokenizer = load_tokenizer(base)
     prepare_tokenizer(tokenizer)
     split = _encode(conversations, tokenizer, options, report)
@@ -64,7 +62,7 @@ def finetune(options: Options, directory: Path, console: Console) -> dict:
     model = load_model(base, options.torch_dtype, options.experts_implementation)
     model = lora.add_adapters(model, options.target, options.lora_rank, options.lora_alpha)
     report.model(model, options, split)
-    args = _training_arguments(options, directory)
+    args = _training_arguments(options, directory, len(split.train))
     trainer, timer, kt = training.make_trainer(
         model, tokenizer, split.train, split.held_out, args, console, "fine-tuning"
     )
@@ -104,10 +102,10 @@ def _packaged() -> tuple[list[Conversation], list[Conversation]]:
     return [from_alpaca(record) for record in train], [from_alpaca(record) for record in held_out]
 
 
-def _split(
-    conversations: list[Conversation], options: Options
-) -> tuple[list[Conversation], list[Conversation]]:
-    """A random share of the user's examples is held out; which ones depends on the seed only."""
+def _user_data(options: Options) -> tuple[list[Conversation], list[Conversation]]:
+    """(training, held-out) examples of --data; which ones are held out depends on the seed only."""
+    check_directory(options.model)
+    conversations = load_conversations(Path(options.data))
     if len(conversations) < 2:
         raise UserError(
             f"--data: {options.data} has one example; at least two are needed, one of them held out"
@@ -132,16 +130,17 @@ def _encode(conversations, tokenizer, options: Options, report: Report) -> Split
     )
 
 
-def _training_arguments(options: Options, directory: Path):
-    steps = {"max_steps": options.max_steps} if options.max_steps else {"num_train_epochs": options.epochs}
+def _training_arguments(options: Options, directory: Path, num_examples: int):
+    batches = math.ceil(num_examples / options.batch_size)
+    steps_per_epoch = math.ceil(batches / options.gradient_accumulation_steps)
     return training.training_arguments(
         options,
         directory / run_directory.CHECKPOINTS,
+        max_steps=options.max_steps or math.ceil(options.epochs * steps_per_epoch),
         learning_rate=options.learning_rate,
         per_device_train_batch_size=options.batch_size,
         per_device_eval_batch_size=options.batch_size,
         gradient_accumulation_steps=options.gradient_accumulation_steps,
-        **steps,
     )
 
 

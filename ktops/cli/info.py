@@ -7,11 +7,13 @@ from pathlib import Path
 import torch
 
 import ktops
+from ktops.cli.packages import require_packages
 from ktops.cli.versions import versions
 
 
 def collect() -> dict:
     """Versions, CPU, rows of kernels, threads, NUMA nodes and memory of this machine; sizes in bytes."""
+    require_packages("psutil")
     import psutil
 
     memory = psutil.virtual_memory()

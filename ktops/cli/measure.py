@@ -58,9 +58,9 @@ class _TimedOp:
 class KtTime(TrainerCallback):
     """Adds up the time inside the operators of the kt namespace during training.
 
-    While training runs, ``torch.ops.kt.moe_sft_fwd`` and the others are replaced by wrappers that read the clock
-    before and after the call: unlike a profiler this costs nothing, so every step counts. The time includes the
-    dispatcher and autograd's bookkeeping of the op, not the Python of PEFT and transformers around it.
+    While training runs, ``torch.ops.kt.moe_sft_fwd`` and the others are replaced by wrappers that read the
+    clock before and after the call: unlike a profiler this costs nothing, so every step counts. The time
+    includes the dispatcher and autograd's bookkeeping, not the Python of PEFT and transformers around the op.
     """
 
     NAMES = ("moe_sft_fwd", "moe_sft_bwd", "moe_fwd")
@@ -75,7 +75,7 @@ class KtTime(TrainerCallback):
             setattr(torch.ops.kt, name, op.op)
 
     def summary(self, seconds: float) -> dict | None:
-        """``share`` of ``seconds`` spent in kt ops, and calls and seconds of each; None if no time has passed."""
+        """``share`` of ``seconds`` inside kt ops, calls and seconds of each; None if no time has passed."""
         if not seconds:
             return None
         ops = {name: {"calls": op.calls, "seconds": round(op.seconds, 4)} for name, op in self.ops.items()}

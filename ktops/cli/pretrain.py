@@ -8,7 +8,6 @@ import torch
 import transformers
 
 from ktops.cli import demo_model, metrics, run_directory, training
-from ktops.cli import options as options_file
 from ktops.cli.measure import peak_rss_bytes
 from ktops.cli.options import Options
 from ktops.cli.report import Report
@@ -33,7 +32,6 @@ def base_model(options: Options, directory: Path, report: Report, resume_command
     base, log = directory / run_directory.BASE, directory / run_directory.BASE / "pretraining.json"
     if log.is_file():
         return str(base), json.loads(log.read_text(encoding="utf-8"))
-    options_file.save(options, directory)
     transformers.set_seed(options.seed)
     documents, tokenizer = demo_model.make_tokenizer()
     blocks = demo_model.pretraining_blocks(documents, tokenizer)

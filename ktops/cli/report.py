@@ -46,12 +46,11 @@ class Report:
         trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
         self.heading("LoRA fine-tuning on instructions")
         self.line(
-            f"{type(model.get_base_model()).__name__}, {_millions(model)} parameters, {trainable / 1e6:.2f} M in "
-            f"adapters of rank {options.lora_rank} on {options.target}"
+            f"{type(model.get_base_model()).__name__}, {_millions(model)} parameters, "
+            f"{trainable / 1e6:.2f} M in adapters of rank {options.lora_rank} on {options.target}"
         )
-        self.line(
-            f"{options.dtype}, experts run by {options.experts_implementation}, kernels {ktops.cpu_capability()}"
-        )
+        kernels = f"kernels {ktops.cpu_capability()}"
+        self.line(f"{options.dtype}, experts run by {options.experts_implementation}, {kernels}")
         self.line(f"{len(split.train):,} examples, {len(split.held_out):,} held out")
 
     def result(self, before: dict, after: dict, samples: list[dict]) -> None:

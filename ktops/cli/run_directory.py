@@ -23,7 +23,7 @@ OWN = (
 
 
 def choose(output_dir: Path | None, resume: bool, overwrite: bool) -> Path:
-    """The directory of this run.
+    """The directory of this run; nothing is changed yet.
 
     A directory that the user named is taken if it holds no run yet; otherwise --resume or --overwrite must
     say what to do with the one it holds. Without a name it is ktops-finetune, or ktops-finetune-2, -3, ...
@@ -41,15 +41,26 @@ def choose(output_dir: Path | None, resume: bool, overwrite: bool) -> Path:
         raise UserError(f"--output-dir: {output_dir} is not a directory")
     if resume and not holds_run(output_dir):
         raise UserError(f"--resume: there is no run in {output_dir}")
-    if overwrite:
-        _clear(output_dir)
-    if not resume and holds_run(output_dir):
+    if not resume and not overwrite and holds_run(output_dir):
         raise UserError(
-            f"--output-dir: {output_dir} holds a run already. Add --resume to continue it, --overwrite to replace "
-            "it, or name another directory"
+            f"--output-dir: {output_dir} holds a run already. Add --resume to continue it, --overwrite to "
+            "replace it, or name another directory"
         )
-    output_dir.mkdir(parents=True, exist_ok=True)
     return output_dir
+
+
+def prepare(directory: Path, overwrite: bool) -> None:
+    """Makes the directory; with ``overwrite``, deletes the run in it (and no other file)."""
+    for name in OWN if overwrite else ():
+        path = directory / name
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--output-dir: {directory} cannot be made: {error.strerror}") from None
 
 
 def holds_run(directory: Path) -> bool:
@@ -67,12 +78,3 @@ def _default(existing: bool) -> Path:
     while holds_run(candidate):
         last, candidate, number = candidate, DEFAULT.with_name(f"{DEFAULT.name}-{number}"), number + 1
     return last if existing and last is not None else candidate
-
-
-def _clear(directory: Path) -> None:
-    for name in OWN:
-        path = directory / name
-        if path.is_dir():
-            shutil.rmtree(path)
-        else:
-            path.unlink(missing_ok=True)

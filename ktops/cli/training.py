@@ -16,8 +16,11 @@ from ktops.cli.measure import KtTime, StepTimer
 from ktops.cli.options import Options
 from ktops.cli.progress import ProgressCallback
 
+WARM_UP = 0.05
+"""Share of the steps in which the learning rate rises to its peak; it falls along a cosine from there."""
 
-def training_arguments(options: Options, directory: Path, **kwargs) -> TrainingArguments:
+
+def training_arguments(options: Options, directory: Path, max_steps: int, **kwargs) -> TrainingArguments:
     """The settings that both phases share; a phase passes its own learning rate, batch size and number of
     steps."""
     return TrainingArguments(
@@ -26,7 +29,8 @@ def training_arguments(options: Options, directory: Path, **kwargs) -> TrainingA
         seed=options.seed,
         optim="adamw_torch_fused",
         lr_scheduler_type="cosine",
-        warmup_steps=0.05,
+        max_steps=max_steps,
+        warmup_steps=int(WARM_UP * max_steps),
         train_sampling_strategy="group_by_length",
         logging_steps=1,
         logging_nan_inf_filter=False,

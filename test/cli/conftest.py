@@ -1,0 +1,99 @@
+"""A tiny model directory, and the command run in this process or in one of its own."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from ktops.cli import corpus, demo_model, main, verify
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    return demo_model.train_tokenizer(corpus.stories(50), vocab_size=400)
+
+
+@pytest.fixture(scope="session")
+def model_directory(tmp_path_factory, tokenizer) -> Path:
+    """A random Qwen3-MoE model of 2 layers and 8 experts, with a tokenizer that has no chat template."""
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    directory = tmp_path_factory.mktemp("model")
+    torch.manual_seed(0)
+    config = Qwen3MoeConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=16,
+        num_experts=8,
+        num_experts_per_tok=2,
+        moe_intermediate_size=16,
+        max_position_embeddings=256,
+    )
+    model = Qwen3MoeForCausalLM(config)
+    with torch.no_grad():
+        model.lm_head.weight.normal_(std=0.3)
+        for layer in model.model.layers:
+            layer.mlp.gate.weight.normal_(std=config.hidden_size**-0.5)
+    model.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    (directory / "chat_template.jinja").unlink()
+    return directory
+
+
+@pytest.fixture(scope="session")
+def data_file(tmp_path_factory) -> Path:
+    """24 examples in the alpaca layout, one JSON object a line."""
+    path = tmp_path_factory.mktemp("data") / "train.jsonl"
+    records = corpus.instructions()[0][:24]
+    path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def ktops_command(monkeypatch, capfd, tmp_path):
+    """``run(*arguments) -> (exit status, stdout, stderr)`` of the command, in this process, in tmp_path."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["ktops", *map(str, arguments)])
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            main.main()
+        out, err = capfd.readouterr()
+        return stop.value.code or 0, out, err
+
+    return run
+
+
+@pytest.fixture
+def reload_here(monkeypatch):
+    """The check of the reloaded adapter runs in this process: for tests of other things, as it is faster."""
+
+    def run(path: Path) -> dict[str, float]:
+        return verify.check(verify.Record(**json.loads(path.read_text())))
+
+    monkeypatch.setattr(verify, "run", run)
+
+
+@pytest.fixture
+def start_command(tmp_path):
+    """``start(*arguments) -> Popen`` of the command in a process of its own, its output readable by lines."""
+
+    def start(*arguments: object) -> subprocess.Popen:
+        return subprocess.Popen(
+            [sys.executable, "-m", "ktops.cli.main", *map(str, arguments)],
+            cwd=tmp_path,
+            env={**os.environ, "PYTHONUNBUFFERED": "1"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    return start

@@ -1,0 +1,152 @@
+"""`ktops finetune` from the command line to the files it leaves."""
+
+import json
+import socket
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+
+from ktops.cli import verify
+from ktops.cli.errors import UserError
+from ktops.cli.models import load_model
+
+STEPS = 16
+
+
+@pytest.fixture
+def finetune(ktops_command, model_directory, data_file):
+    def run(*arguments):
+        return ktops_command(
+            "finetune", "--model", model_directory, "--data", data_file, "--max-length", 96,
+            "--lora-rank", 4, "--learning-rate", 0.05, "--eval-fraction", 0.2, *arguments,
+        )  # fmt: skip
+
+    return run
+
+
+def expected_adapter(model_directory, rank: int) -> dict[str, torch.Size]:
+    """Names and shapes that plain PEFT writes for the same targets."""
+    from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(model_directory, experts_implementation="eager")
+    config = LoraConfig(
+        r=rank,
+        target_modules=["q_proj", "k_proj", "v_proj", "o_proj"],
+        target_parameters=["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
+    )
+    state = get_peft_model_state_dict(get_peft_model(model, config))
+    return {name: tensor.shape for name, tensor in state.items()}
+
+
+def test_own_model_and_data(finetune, model_directory, tmp_path):
+    status, out, err = finetune("--max-steps", STEPS, "--output-dir", "out")
+    assert (status, err) == (0, "")
+    assert "reloaded in a fresh process" in out
+    metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert [entry["step"] for entry in metrics["steps"]] == list(range(1, STEPS + 1))
+    assert all(entry["seconds"] > 0 and entry["tokens"] > 0 for entry in metrics["steps"])
+    assert metrics["held_out"]["after"]["loss"] < metrics["held_out"]["before"]["loss"] - 0.5
+    assert metrics["tokens_per_second"] > 0 and metrics["peak_rss_bytes"] > 50 * 2**20
+    assert 0 < metrics["kt_time"]["share"] < 1
+    calls = {name: op["calls"] for name, op in metrics["kt_time"]["ops"].items()}
+    assert calls == {"moe_sft_fwd": 2 * STEPS, "moe_sft_bwd": 2 * STEPS, "moe_fwd": 0}
+    assert metrics["options"]["dtype"] == "bf16" and metrics["options"]["lora_alpha"] == 8
+    assert set(metrics["versions"]) >= {"ktops", "python", "torch", "transformers", "peft"}
+    assert metrics["reload"]["relative_difference"] <= metrics["reload"]["tolerance"] < 0.05
+    assert metrics["reload"]["adapter_effect"] > metrics["reload"]["tolerance"]
+    assert (tmp_path / "out" / "loss.png").read_bytes().startswith(b"\x89PNG")
+    adapter = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    assert {name: tensor.shape for name, tensor in adapter.items()} == expected_adapter(model_directory, 4)
+    assert all(tensor.abs().sum() > 0 for name, tensor in adapter.items() if "lora_B" in name)
+
+
+def test_epochs_f32_accumulation_targets_and_other_experts(finetune, reload_here, tmp_path):
+    status, _, err = finetune(
+        "--epochs", 2, "--batch-size", 2, "--gradient-accumulation-steps", 5, "--dtype", "f32",
+        "--target", "experts,q_proj", "--experts-implementation", "grouped_mm", "--lora-alpha", 4,
+    )  # fmt: skip
+    assert (status, err) == (0, "")
+    metrics = json.loads((tmp_path / "ktops-finetune" / "metrics.json").read_text())
+    assert len(metrics["steps"]) == 2 * 2  # 19 examples: 10 batches, 2 optimizer steps an epoch
+    assert metrics["kt_time"]["share"] == 0
+    adapter = load_file(tmp_path / "ktops-finetune" / "adapter_model.safetensors")
+    assert {name.split(".lora_")[0].split(".")[-1] for name in adapter} == {"q_proj", "experts", "base_layer"}
+    config = json.loads((tmp_path / "ktops-finetune" / "adapter_config.json").read_text())
+    assert (config["r"], config["lora_alpha"]) == (4, 4)
+
+
+def test_small_model_without_arguments_but_the_number_of_steps(
+    ktops_command, reload_here, tmp_path, monkeypatch
+):
+    def refuse(*arguments):
+        raise OSError("no network here")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    status, out, err = ktops_command("finetune", "--pretrain-steps", 2, "--max-steps", 2)
+    assert (status, err) == (0, "")
+    for words in (
+        "pretraining step 2/2",
+        "fine-tuning step 2/2",
+        "tokens/s, peak memory",
+        "inside kt ops",
+        "before",
+        "after",
+    ):
+        assert words in out
+    metrics = json.loads((tmp_path / "ktops-finetune" / "metrics.json").read_text())
+    assert len(metrics["pretraining"]["steps"]) == len(metrics["steps"]) == 2
+    assert metrics["pretraining"]["kt_time"]["share"] > 0
+    assert len(metrics["samples"]) == 3 and set(metrics["samples"][0]) == {"prompt", "before", "after"}
+    assert (tmp_path / "ktops-finetune" / "base" / "model.safetensors").is_file()
+
+
+def test_reload_check_tells_a_damaged_adapter(finetune, reload_here, model_directory, tmp_path):
+    assert finetune("--max-steps", 3, "--dtype", "f32", "--output-dir", "out")[0] == 0
+    base = load_model(str(model_directory), torch.float32, "ktops")
+    model = PeftModel.from_pretrained(base, tmp_path / "out")
+    record = verify.Record(
+        base=str(model_directory),
+        adapter=str(tmp_path / "out"),
+        tensors=str(tmp_path / "logits.safetensors"),
+        dtype="float32",
+        experts_implementation="ktops",
+        num_threads=torch.get_num_threads(),
+    )
+    tokens = torch.arange(20)[None]
+    verify.write(record, tokens, verify.logits(model, tokens), tmp_path / "record.json")
+    verify.require(verify.run(tmp_path / "record.json"))
+    file = tmp_path / "out" / "adapter_model.safetensors"
+    adapter = load_file(file)
+    name = next(name for name in adapter if "experts" in name and "lora_B" in name)
+    save_file({**adapter, name: adapter[name] * 1.01}, file)
+    with pytest.raises(UserError, match="the reloaded adapter gives other logits"):
+        verify.require(verify.run(tmp_path / "record.json"))
+    save_file({name: torch.zeros_like(tensor) for name, tensor in adapter.items()}, file)
+    unchanged = PeftModel.from_pretrained(
+        load_model(str(model_directory), torch.float32, "ktops"), tmp_path / "out"
+    )
+    verify.write(record, tokens, verify.logits(unchanged, tokens), tmp_path / "record.json")
+    with pytest.raises(UserError, match="the adapter does not change the model"):
+        verify.require(verify.run(tmp_path / "record.json"))
+
+
+def test_failing_reload_ends_with_status_1(finetune, monkeypatch):
+    different = {
+        "max_abs_difference": 1.0,
+        "relative_difference": 0.5,
+        "tolerance": 0.1,
+        "adapter_effect": 1.0,
+    }
+    monkeypatch.setattr(verify, "run", lambda path: different)
+    status, _, err = finetune("--max-steps", 1)
+    assert status == 1 and "the reloaded adapter gives other logits: relative difference 5.00e-01" in err
+
+
+def test_fresh_process_that_fails_is_told(tmp_path):
+    record = verify.Record("nowhere", "nowhere", str(tmp_path / "t.safetensors"), "float32", "ktops", 1)
+    verify.write(record, torch.zeros(1, 1, dtype=torch.int64), torch.zeros(1, 1, 1), tmp_path / "record.json")
+    with pytest.raises(UserError, match="could not be loaded in a fresh process"):
+        verify.run(tmp_path / "record.json")

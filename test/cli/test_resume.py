@@ -1,0 +1,88 @@
+"""Ctrl-C saves a checkpoint; --resume ends where an uninterrupted run would have ended."""
+
+import json
+import signal
+
+import torch
+from safetensors.torch import load_file
+
+STEPS = 60
+
+
+def options(model_directory, data_file) -> list[object]:
+    return [
+        "--model", model_directory, "--data", data_file, "--max-length", 96, "--lora-rank", 4,
+        "--learning-rate", 0.01, "--max-steps", STEPS, "--save-steps", 1000, "--batch-size", 4,
+    ]  # fmt: skip
+
+
+def losses(directory) -> list[float]:
+    metrics = json.loads((directory / "metrics.json").read_text())
+    return [entry["loss"] for entry in metrics["steps"]]
+
+
+def test_interrupted_and_resumed_run_equals_an_uninterrupted_one(
+    ktops_command, start_command, reload_here, model_directory, data_file, tmp_path
+):
+    arguments = options(model_directory, data_file)
+    process = start_command("finetune", *arguments, "--output-dir", "stopped")
+    for line in process.stdout:
+        if f"step {STEPS // 10}/{STEPS}" in line:
+            process.send_signal(signal.SIGINT)
+            break
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    assert "saving a checkpoint" in out
+    assert "ktops finetune --resume --output-dir stopped" in err and "Traceback" not in err
+    (checkpoint,) = (tmp_path / "stopped" / "checkpoints").iterdir()
+    assert STEPS // 10 <= int(checkpoint.name.split("-")[1]) < STEPS
+    assert not (tmp_path / "stopped" / "metrics.json").exists()
+
+    status, out, err = ktops_command("finetune", "--resume", "--output-dir", "stopped")
+    assert (status, err) == (0, "")
+    assert f"continuing from stopped/checkpoints/{checkpoint.name}" in out
+    assert ktops_command("finetune", *arguments, "--output-dir", "whole")[0] == 0
+    assert losses(tmp_path / "stopped") == losses(tmp_path / "whole")
+    stopped, whole = (
+        load_file(tmp_path / name / "adapter_model.safetensors") for name in ("stopped", "whole")
+    )
+    assert all(torch.equal(stopped[name], tensor) for name, tensor in whole.items())
+
+    status, _, err = ktops_command("finetune", "--resume", "--output-dir", "stopped")
+    assert (status, err) == (
+        1,
+        "ktops: --resume: the run in stopped is complete after "
+        f"{STEPS} steps; a larger --max-steps goes on\n",
+    )
+    assert ktops_command("finetune", "--resume", "--output-dir", "stopped", "--max-steps", STEPS + 2)[0] == 0
+    assert len(losses(tmp_path / "stopped")) == STEPS + 2
+
+
+def test_interrupted_pretraining_is_resumed(ktops_command, start_command, reload_here, tmp_path):
+    process = start_command("finetune", "--pretrain-steps", 4, "--max-steps", 1)
+    for line in process.stdout:
+        if "step 1/4" in line:
+            process.send_signal(signal.SIGINT)
+            break
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130 and "--resume" in err
+    assert ktops_command("finetune", "--resume")[0] == 0
+    metrics = json.loads((tmp_path / "ktops-finetune" / "metrics.json").read_text())
+    assert [entry["step"] for entry in metrics["pretraining"]["steps"]] == [1, 2, 3, 4]
+    assert not (tmp_path / "ktops-finetune" / "pretraining").exists()
+
+
+def test_resume_takes_no_other_options(ktops_command, model_directory, data_file, tmp_path):
+    from ktops.cli import options as options_file
+
+    (tmp_path / "run").mkdir()
+    options_file.save(
+        options_file.complete(options_file.Options(model=str(model_directory), data=str(data_file))),
+        tmp_path / "run",
+    )
+    status, _, err = ktops_command("finetune", "--resume", "--output-dir", "run", "--lora-rank", 8)
+    assert (status, err) == (
+        1,
+        "ktops: --resume: --lora-rank is 16 in the run to resume and can't become 8. "
+        "Leave it out, or start another run\n",
+    )

@@ -1,0 +1,150 @@
+"""Exit statuses and messages: every mistake is told in words, without a traceback."""
+
+import json
+import sys
+
+import pytest
+
+import ktops
+from ktops.cli import run_directory
+from ktops.cli.errors import UserError
+
+
+@pytest.fixture
+def refused(ktops_command, model_directory, data_file, tmp_path):
+    """Runs a finetune that must fail with status 1 and leave nothing; returns its message."""
+
+    def run(*arguments, model=model_directory, data=data_file) -> str:
+        status, out, err = ktops_command(
+            "finetune", "--model", model, "--data", data, "--output-dir", "refused", *arguments
+        )
+        assert (status, out) == (1, "")
+        assert err.startswith("ktops: ") and "Traceback" not in err
+        return err
+
+    return run
+
+
+def model_with(tmp_path, **config):
+    directory = tmp_path / "model"
+    directory.mkdir()
+    (directory / "config.json").write_text(json.dumps(config))
+    return directory
+
+
+def test_version_and_help(ktops_command):
+    assert ktops_command("--version") == (0, f"ktops {ktops.__version__}\n", "")
+    status, out, _ = ktops_command("--help")
+    assert status == 0 and "finetune" in out and "info" in out
+    status, out, _ = ktops_command("finetune", "--help")
+    assert status == 0 and "--resume" in out and "--lora-rank" in out
+
+
+@pytest.mark.parametrize(
+    "arguments", [["nonsense"], ["finetune", "--nonsense"], ["finetune", "--max-steps", "x"]]
+)
+def test_wrong_usage_has_status_2(ktops_command, arguments):
+    status, _, err = ktops_command(*arguments)
+    assert status == 2 and "Traceback" not in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--max-steps", 0], "--max-steps must be positive, got 0"),
+        (["--lora-rank", -1], "--lora-rank must be positive, got -1"),
+        (["--learning-rate", "nan"], "--learning-rate must be positive, got nan"),
+        (["--lora-alpha", "inf"], "--lora-alpha must be positive, got inf"),
+        (["--eval-fraction", 1], "--eval-fraction must lie between 0 and 1, got 1.0"),
+        (["--dtype", "int8"], "--dtype must be bf16 or f32, got 'int8'"),
+        (["--pretrain-steps", 3], "--pretrain-steps is for the small model only"),
+        (["--resume", "--overwrite"], "--resume and --overwrite exclude each other"),
+        (["--resume"], "--resume: there is no run in refused"),
+        (["--max-length", 3], "--max-length 3: no example has its answer within that many tokens"),
+        (["--target", "q_proj,nonsense"], "Qwen3MoeForCausalLM has no linear layers named 'nonsense'"),
+        (["--target", ","], "--target: ',' reaches nothing"),
+        (["--experts-implementation", "nonsense"], "nonsense"),
+    ],
+)
+def test_bad_options(refused, arguments, message):
+    assert message in refused(*arguments)
+
+
+def test_model_and_data_need_each_other(ktops_command, model_directory):
+    status, _, err = ktops_command("finetune", "--model", model_directory)
+    assert status == 1 and "--model needs --data beside it" in err
+
+
+def test_bad_model_directories(refused, tmp_path):
+    assert "there is no directory" in refused(model=tmp_path / "nowhere")
+    assert "has no config.json" in refused(model=tmp_path)
+    assert not (tmp_path / "refused").exists()
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"model_type": "nonsense"}, "unsupported architecture"),
+        ({"model_type": "vit"}, "unsupported architecture 'vit' in .*: not a causal language model"),
+        ({"model_type": "qwen3_moe"}, "has no *.safetensors file"),
+    ],
+)
+def test_bad_models(refused, tmp_path, config, message):
+    import re
+
+    err = refused(model=model_with(tmp_path, **config))
+    assert re.search(message.replace("*.s", r"\*\.s"), err)
+
+
+def test_model_without_experts(refused, tmp_path, tokenizer):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=1,
+    )
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "dense")
+    tokenizer.save_pretrained(tmp_path / "dense")
+    assert "LlamaForCausalLM has no routed experts" in refused(model=tmp_path / "dense")
+
+
+def test_bad_data_leaves_an_old_run_alone(ktops_command, model_directory, tmp_path):
+    old = tmp_path / "old"
+    old.mkdir()
+    (old / "metrics.json").write_text("{}")
+    status, _, err = ktops_command(
+        "finetune", "--model", model_directory, "--data", "nowhere.json", "--output-dir", old, "--overwrite"
+    )
+    assert status == 1 and "there is no file" in err
+    assert (old / "metrics.json").read_text() == "{}"
+
+
+def test_output_directory(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    first = run_directory.choose(None, resume=False, overwrite=False)
+    assert str(first) == "ktops-finetune"
+    run_directory.prepare(first, overwrite=False)
+    (first / "metrics.json").write_text("{}")
+    (first / "notes.txt").write_text("mine")
+    second = run_directory.choose(None, resume=False, overwrite=False)
+    assert str(second) == "ktops-finetune-2"
+    assert run_directory.choose(None, resume=True, overwrite=False) == first
+    with pytest.raises(UserError, match=r"holds a run already\. Add --resume"):
+        run_directory.choose(first, resume=False, overwrite=False)
+    run_directory.prepare(run_directory.choose(first, resume=False, overwrite=True), overwrite=True)
+    assert [path.name for path in first.iterdir()] == ["notes.txt"]
+    with pytest.raises(UserError, match="is not a directory"):
+        run_directory.choose(first / "notes.txt", resume=False, overwrite=False)
+
+
+@pytest.mark.parametrize(
+    ("command", "package"), [("info", "typer"), ("finetune", "peft"), ("info", "psutil")]
+)
+def test_missing_packages(ktops_command, monkeypatch, command, package):
+    monkeypatch.setitem(sys.modules, package, None)
+    status, out, err = ktops_command(command)
+    assert (status, out) == (1, "")
+    assert f"needs {package}" in err and "pip install 'ktops[cli]'" in err

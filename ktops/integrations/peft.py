@@ -25,7 +25,6 @@ MIN_VERSION = "0.21"
 
 _STACKED = ("gate_up_proj", "gate_proj", "up_proj", "down_proj")
 
-
 _peft: dict = {}
 """What ``enable`` replaced: method name -> PEFT's own."""
 
@@ -46,8 +45,8 @@ def enable() -> None:
         return
     if Version(peft.__version__) < Version(MIN_VERSION):
         warnings.warn(
-            f"ktops needs peft>={MIN_VERSION} for LoRA on experts, found {peft.__version__}, which keeps its own "
-            "path with dense deltas: pip install -U peft",
+            f"ktops needs peft>={MIN_VERSION} for LoRA on experts, found {peft.__version__}, which keeps its "
+            "own path with dense deltas: pip install -U peft",
             stacklevel=2,
         )
         return
@@ -55,8 +54,7 @@ def enable() -> None:
     from peft.tuners.tuners_utils import BaseTuner
 
     _peft.update(forward=ParamWrapper.forward, inject_adapter=BaseTuner.inject_adapter)
-    ParamWrapper.forward = functools.wraps(ParamWrapper.forward)(_forward)
-    BaseTuner.inject_adapter = functools.wraps(BaseTuner.inject_adapter)(_inject_adapter)
+    ParamWrapper.forward, BaseTuner.inject_adapter = _forward, _inject_adapter
 
 
 def disable() -> None:

@@ -262,12 +262,18 @@ def test_other_models_keep_the_path_of_peft():
 
 
 def test_disable_gives_peft_its_methods_back():
-    methods = ParamWrapper.forward, BaseTuner.inject_adapter
+    def methods():
+        return ParamWrapper.forward, BaseTuner.inject_adapter
+
+    patched = methods()
     ktops.enable()
-    assert (ParamWrapper.forward, BaseTuner.inject_adapter) == methods, "a second enable does nothing"
-    ktops.disable()
-    assert (ParamWrapper.forward, BaseTuner.inject_adapter) == tuple(m.__wrapped__ for m in methods)
-    ktops.disable()
+    assert methods() == patched, "a second enable does nothing"
+    for _ in range(2):
+        ktops.disable()
+        assert [method.__module__ for method in methods()] == [
+            "peft.tuners.lora.layer",
+            "peft.tuners.tuners_utils",
+        ]
 
 
 def test_an_older_peft_keeps_its_path(monkeypatch):

@@ -9,12 +9,14 @@
 
 namespace kt::KT_ISA {
 
-// Independent accumulators: enough to hide the latency of two multiply-add units, few enough for 16 registers.
-constexpr int kPeakChains = 12;
+// Independent accumulators: enough to hide the latency of two multiply-add units, few enough for the registers.
+constexpr int kPeakChains = KT_VECTOR_BYTES == 64 ? 24 : 12;
 
 template <class V, class Step, int... Is>
-inline double peak_flops(int64_t iterations, double flops_a_step, V one, Step step, std::integer_sequence<int, Is...>) {
-    V acc[sizeof...(Is)] = {((void)Is, one)...};
+inline double peak_flops(int64_t iterations, double flops_a_step, Step step, std::integer_sequence<int, Is...>) {
+    float start_values[] = {static_cast<float>(Is)...};
+    __asm__ volatile("" : "+m"(start_values));  // opaque and different, so that no two chains are merged into one
+    V acc[] = {(V)broadcast(start_values[Is])...};
     const auto start = std::chrono::steady_clock::now();
     for (int64_t i = 0; i < iterations; ++i) ((acc[Is] = step(acc[Is])), ...);
     V sum = (acc[Is] + ...);
@@ -24,11 +26,10 @@ inline double peak_flops(int64_t iterations, double flops_a_step, V one, Step st
 }
 
 inline double peak_float32(int64_t iterations) {
-    const Vec<float> one = broadcast(1.0f);
-    Vec<float> a = one, b = one;
+    Vec<float> a = broadcast(1.0f), b = a;
     __asm__ volatile("" : "+m"(a), "+m"(b));  // opaque, so that nothing is folded
-    return peak_flops(
-        iterations, 2.0 * kLanes<float>, one, [a, b](Vec<float> c) { return c + a * b; },
+    return peak_flops<Vec<float>>(
+        iterations, 2.0 * kLanes<float>, [a, b](Vec<float> c) { return c + a * b; },
         std::make_integer_sequence<int, kPeakChains>());
 }
 

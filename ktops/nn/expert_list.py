@@ -74,18 +74,33 @@ class KTExpert(nn.Module):
         """gate, up and down."""
         return tuple(getattr(self, name) for name in self.names)
 
-    def is_plain(self) -> bool:
-        """Whether the op may compute this expert: packed, and with nothing around its projections."""
-        return self.packed is not None and all(map(is_plain_linear, self.projections())) and self.is_packed()
+    def runs_op(self) -> bool:
+        """Whether the op may compute this expert: packed, and with nothing around its projections.
+
+        A parameter that was given other storage is copied back into its slice.
+        """
+        if self.packed is None or not all(map(is_plain_linear, self.projections())):
+            return False
+        return torch.compiler.is_compiling() or self.is_packed() or self.put(self.packed)
 
     def is_packed(self) -> bool:
-        """Whether the parameters still are the slices; taken for granted while compiling."""
-        if torch.compiler.is_compiling():
-            return True
-        return all(
+        """Whether the parameters are the slices."""
+        return self.packed is not None and all(
             part.data_ptr() == place.data_ptr() and part.dtype == place.dtype
             for part, place in self.places(self.packed)
         )
+
+    @torch.no_grad()
+    def put(self, packed: Packed) -> bool:
+        """Makes the parameters these slices, with the values that they have; False if of another dtype."""
+        places = self.places(packed)
+        if any(part.dtype != place.dtype or part.device != place.device for part, place in places):
+            return False
+        for part, place in places:
+            place.data.copy_(part)  # .data: other slices of the stack may be saved for a backward already
+            part.data = place
+        self.packed = packed
+        return True
 
     def places(self, packed: Packed) -> list[tuple[nn.Parameter, Tensor]]:
         """Every parameter and the slice where it belongs."""
@@ -99,7 +114,7 @@ class KTExpert(nn.Module):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """[..., H] -> [..., H]"""
-        if not self.is_plain():
+        if not self.runs_op():
             gate, up, down = self.projections()
             if self.packed is not None and not torch.compiler.is_compiling():
                 _warn_once(f"are {type(gate).__name__} with hooks or adapters")
@@ -136,14 +151,15 @@ class KTExpertList(nn.ModuleList):
     @torch.no_grad()
     def pack(self) -> None:
         """Makes every parameter a slice of the stacked tensors again; does nothing if they are."""
-        if all(expert.packed is not None and expert.is_packed() for expert in self):
+        if all(expert.is_packed() for expert in self):
             return
         self.packed = None
         for expert in self:
             expert.packed = None
         weights = [projection.weight for expert in self for projection in expert.projections()]
-        if {weight.device.type for weight in weights} != {"cpu"} or weights[0].dtype not in DTYPES:
-            _warn_once(f"are {weights[0].dtype} on {weights[0].device.type}")
+        kinds = {(weight.dtype, weight.device.type) for weight in weights}
+        if len(kinds) > 1 or weights[0].dtype not in DTYPES or weights[0].device.type != "cpu":
+            _warn_once("are " + ", ".join(sorted(f"{dtype} on {device}" for dtype, device in kinds)))
             return
         gate, up, down = self[0].projections()
 
@@ -159,15 +175,12 @@ class KTExpertList(nn.ModuleList):
             empty(down.out_features) if biased else None,
         )
         for index, expert in enumerate(self):
-            packed = tuple(None if stack is None else stack[index : index + 1] for stack in self.packed)
-            for part, place in expert.places(packed):
-                part.data = place.copy_(part)
-            expert.packed = packed
+            expert.put(tuple(None if stack is None else stack[index : index + 1] for stack in self.packed))
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """[T, H], [T, K], [T, K] -> [T, H], see :class:`ktops.nn.KTExperts`."""
         experts = list(self)
-        if not all(expert.is_plain() for expert in experts):
+        if not all(expert.runs_op() for expert in experts):
             raise RuntimeError(
                 "KTExpertList: the projections of the experts must be plain nn.Linear on the CPU, got "
                 f"{sorted({type(p).__name__ for expert in experts for p in expert.projections()})}"
@@ -177,7 +190,7 @@ class KTExpertList(nn.ModuleList):
     @torch.no_grad()
     def moe_infer(self, x: Tensor, topk_ids: Tensor, topk_weight: Tensor) -> Tensor:
         """The method that MoE blocks of the DeepSeek family call in evaluation mode."""
-        if all(expert.is_plain() for expert in self):
+        if all(expert.runs_op() for expert in self):
             return self(x, topk_ids, topk_weight)
         output = torch.zeros_like(x, dtype=torch.float32)
         for index, expert in enumerate(self):

@@ -6,7 +6,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 
 def check_devices(op: torch._ops.OpOverload, *args) -> None:
-    """Raises if a tensor on the meta device stands among real ones: the dispatcher would run the fake kernel."""
+    """Raises if a meta tensor stands among real ones: the dispatcher would run the fake kernel for them."""
     names = (argument.name for argument in op._schema.arguments)
     devices = {name: x.device for name, x in zip(names, args, strict=True) if isinstance(x, Tensor)}
     real = next((device for device in devices.values() if device.type != "meta"), None)

@@ -44,7 +44,7 @@ def rounding_level(dtype: torch.dtype, inner_size: int) -> float:
     return rms(dtype) * math.sqrt(FLOAT_STEPS + inner_size / 2)
 
 
-def safety(num_errors: int) -> float:
+def safety(num_errors: float) -> float:
     """How many times the expected norm the norm of ``num_errors`` independent errors may be."""
     return SAFETY + FEW_SAMPLES / math.sqrt(max(num_errors, 1))
 

@@ -1,6 +1,7 @@
 """Runs of ktops.moe_sft and of its reference on the same inputs, and the comparison of the two."""
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -52,14 +53,28 @@ def inner_size(inputs: dict) -> int:
     )
 
 
+class Movement(NamedTuple):
+    """How far a result moves: the norm, the largest element, and how many elements make up the norm."""
+
+    norm: float
+    largest: float
+    num_elements: float
+
+    @classmethod
+    def of(cls, squares: Tensor) -> "Movement":
+        """From the mean squares of the elements' movements."""
+        total, fourth = squares.sum().item(), squares.square().sum().item()
+        largest = squares.max().item() if squares.numel() else 0.0
+        return cls(total**0.5, largest**0.5, total**2 / fourth if fourth else 1.0)
+
+
 def sensitivity(
     inputs: dict, grad_output: Tensor, expected: dict[str, Tensor], activation: str = "silu"
-) -> dict[str, tuple[float, float]]:
+) -> dict[str, Movement]:
     """How far each result moves when every element of every input is wrong by rounding_level.
 
-    (Frobenius norm, largest element) of the movement, RMS over random errors. The results of a
-    backward-stable computation lie about as far from the exact ones; ill-conditioned cases (a sum that
-    cancels) are allowed what they deserve and no more.
+    The results of a backward-stable computation lie about as far from the exact ones; ill-conditioned cases
+    (a sum that cancels) are allowed what they deserve and no more.
     """
     level = rounding_level(inputs["hidden_states"].dtype, inner_size(inputs))
     names = tuple(name for name in expected if name != "output")
@@ -70,27 +85,26 @@ def sensitivity(
         return x * (1 + level * torch.randn(x.shape, generator=generator, dtype=torch.float64))
 
     exact = upcast(inputs)
-    moves: dict[str, list[Tensor]] = {name: [] for name in expected}
+    squares = {name: torch.zeros_like(value) for name, value in expected.items()}
     for _ in range(samples):
         moved = exact | {name: perturbed(exact[name]) for name in floating(exact)}
         for name, value in run_reference(moved, perturbed(grad_output.double()), names, activation).items():
-            difference = (value - expected[name]).abs()
-            largest = difference.max() if difference.numel() else difference.sum()
-            moves[name].append(torch.stack([difference.norm(), largest]))
-    return {name: tuple(torch.stack(m).square().mean(0).sqrt().tolist()) for name, m in moves.items()}
+            squares[name] += (value - expected[name]).square() / samples
+    return {name: Movement.of(value) for name, value in squares.items()}
 
 
-def _assert_close(what: str, actual: Tensor, expected: Tensor, move: tuple[float, float], allowed: float):
+def _assert_close(what: str, actual: Tensor, expected: Tensor, move: Movement, num_errors: int):
+    allowed = safety(min(num_errors, move.num_elements))
     rounding = rms(actual.dtype)
     difference = (actual.double() - expected).abs()
-    error, usual = difference.norm().item(), math.hypot(move[0], rounding * expected.norm().item())
+    error, usual = difference.norm().item(), math.hypot(move.norm, rounding * expected.norm().item())
     assert error <= allowed * usual, (
         f"{what}: relative error {relative_error(actual, expected):.3e}, which is "
         f"{error / usual if usual else math.inf:.2f} times the expected one; {allowed:.2f} times is allowed"
     )
     if actual.numel():
         position = int(difference.argmax())
-        bound = 2 * allowed * (move[1] + rounding * expected.abs().max().item())
+        bound = 2 * allowed * (move.largest + rounding * expected.abs().max().item())
         assert difference.max().item() <= bound, (
             f"{what}: element {position} is {actual.flatten()[position]} instead of "
             f"{expected.flatten()[position]}, a difference of {bound:.3e} is allowed"
@@ -113,7 +127,7 @@ def assert_matches_reference(
         like = inputs["hidden_states" if name == "output" else name]
         assert actual[name].dtype == like.dtype, f"{what}: {actual[name].dtype} instead of {like.dtype}"
         assert actual[name].shape == exact.shape, f"{what}: shape {list(actual[name].shape)}"
-        _assert_close(what, actual[name], exact, moves[name], safety(min(num_errors, exact.numel())))
+        _assert_close(what, actual[name], exact, moves[name], num_errors)
 
 
 def check_against_reference(inputs: dict, *, activation: str = "silu", save: str = "activations") -> None:

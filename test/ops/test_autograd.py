@@ -46,7 +46,7 @@ def test_gradcheck_of_routings(isa, routing):
     assert torch.autograd.gradcheck(function, [inputs[name] for name in names], fast_mode=True)
 
 
-def test_double_backward_raises(isa):
+def test_double_backward_raises():
     inputs = require_grad(tiny())
     output = ktops.moe_sft(**inputs)
     (gradient,) = torch.autograd.grad(output.sum(), inputs["hidden_states"], create_graph=True)
@@ -54,7 +54,7 @@ def test_double_backward_raises(isa):
         gradient.sum().backward()
 
 
-def test_backward_of_inference_raises(isa):
+def test_backward_of_inference_raises():
     inputs = require_grad(tiny())
     output = torch.ops.kt.moe_fwd(*op_arguments(inputs, save=None))
     with pytest.raises(RuntimeError, match=r"kt::moe_fwd is for inference and has no gradient"):
@@ -173,23 +173,22 @@ def test_a_chain_of_two_layers(isa):
     torch.testing.assert_close(gradient, expected)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("with_grad", [False, True])
 @pytest.mark.parametrize("save", ["activations", "recompute"])
-def test_opcheck_forward(isa, save, with_grad, dtype):
-    inputs = tiny(dtype)
+def test_opcheck_forward(save, with_grad):
+    inputs = tiny(torch.bfloat16)
     inputs = require_grad(inputs) if with_grad else inputs
     torch.library.opcheck(torch.ops.kt.moe_sft_fwd.default, op_arguments(inputs, save=save))
 
 
 @pytest.mark.parametrize("names", [("hidden_states",), ("gate_up_lora_A", "down_lora_B"), ("gate_up_proj",)])
-def test_opcheck_forward_with_some_gradients(isa, names):
+def test_opcheck_forward_with_some_gradients(names):
     inputs = require_grad(tiny(torch.float32), *names)
     torch.library.opcheck(torch.ops.kt.moe_sft_fwd.default, op_arguments(inputs))
 
 
 @pytest.mark.parametrize("lora_rank", [0, 2])
-def test_opcheck_inference(isa, lora_rank):
+def test_opcheck_inference(lora_rank):
     inputs = moe_inputs(3, 4, 3, 3, 2, lora_rank=lora_rank)
     arguments = op_arguments(inputs, save=None)
     torch.library.opcheck(torch.ops.kt.moe_fwd.default, arguments)
@@ -198,9 +197,9 @@ def test_opcheck_inference(isa, lora_rank):
     torch.library.opcheck(torch.ops.kt.moe_fwd.default, arguments, test_utils=tests)
 
 
-@pytest.mark.parametrize("grad_mask", [0, 1, 2, 0b1111000000, ALL_GRADIENTS])
+@pytest.mark.parametrize("grad_mask", [0, 1, 0b1111000000, ALL_GRADIENTS])
 @pytest.mark.parametrize("save", ["activations", "recompute"])
-def test_opcheck_backward(isa, save, grad_mask):
+def test_opcheck_backward(save, grad_mask):
     arguments = op_arguments(tiny(torch.float32), save=save)
     output, *saved = torch.ops.kt.moe_sft_fwd(*arguments)
     backward = torch.ops.kt.moe_sft_bwd.default

@@ -41,8 +41,18 @@ def case():
     return inputs, random_grad_output(inputs)
 
 
-def test_one_rounding_per_factor_passes(case):
-    assert_matches_reference(modelled(*case, Rounded()), *case)
+@pytest.fixture(scope="module")
+def good(case):
+    return modelled(*case, Rounded())
+
+
+@pytest.fixture(scope="module")
+def careless(case):
+    return modelled(*case, RoundedAccumulation())
+
+
+def test_one_rounding_per_factor_passes(case, good):
+    assert_matches_reference(good, *case)
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -55,10 +65,9 @@ def test_one_rounding_per_factor_passes_where_sums_cancel(seed):
 
 
 @pytest.mark.parametrize("result", ["output", "hidden_states", "down_proj", "gate_up_lora_A", "down_lora_B"])
-def test_rounded_sums_fail(case, result):
-    careless = modelled(*case, RoundedAccumulation())
+def test_rounded_sums_fail(case, good, careless, result):
     with pytest.raises(AssertionError, match=f"{result}: relative error"):
-        assert_matches_reference(modelled(*case, Rounded()) | {result: careless[result]}, *case)
+        assert_matches_reference(good | {result: careless[result]}, *case)
 
 
 FORGOTTEN = ("gate_up_bias", "down_bias", "gate_up_lora_B", "down_lora_B", "gate_up_scaling", "down_scaling")
@@ -71,33 +80,30 @@ def test_missing_terms_fail(case, skip):
 
 
 @pytest.mark.parametrize("name", ["output", "hidden_states", "gate_up_lora_A"])
-def test_one_wrong_element_fails(case, name):
-    results = modelled(*case, Rounded())
-    results[name] = results[name].clone()
+def test_one_wrong_element_fails(case, good, name):
+    results = good | {name: good[name].clone()}
     results[name].view(-1)[5] += 0.2 * results[name].float().abs().max()
     with pytest.raises(AssertionError, match=name.replace("output", "output: ")):
         assert_matches_reference(results, *case)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_one_non_finite_element_fails(case, value):
-    results = modelled(*case, Rounded())
+def test_one_non_finite_element_fails(case, good, value):
+    results = good | {"down_proj": good["down_proj"].clone()}
     results["down_proj"].view(-1)[7] = value
     with pytest.raises(AssertionError, match="gradient of down_proj"):
         assert_matches_reference(results, *case)
 
 
-def test_wrong_dtype_and_shape_fail(case):
-    results = modelled(*case, Rounded())
+def test_wrong_dtype_and_shape_fail(case, good):
     with pytest.raises(AssertionError, match=r"output: torch\.float32 instead of torch\.bfloat16"):
-        assert_matches_reference(results | {"output": results["output"].float()}, *case)
+        assert_matches_reference(good | {"output": good["output"].float()}, *case)
     with pytest.raises(AssertionError, match="gradient of hidden_states: shape"):
-        assert_matches_reference(results | {"hidden_states": results["hidden_states"][:-1]}, *case)
+        assert_matches_reference(good | {"hidden_states": good["hidden_states"][:-1]}, *case)
 
 
-def test_budgets_without_a_case(case):
+def test_budgets_without_a_case(case, good, careless):
     expected = run_reference(*case)
-    good, careless = modelled(*case, Rounded()), modelled(*case, RoundedAccumulation())
     for name, value in expected.items():
         budget = forward_budget if name == "output" else gradient_budget
         assert relative_error(good[name], value) <= budget(torch.bfloat16)

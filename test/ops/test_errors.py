@@ -83,22 +83,24 @@ def test_wrong_shape(op, argument, shape, expected):
 
 @pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize("argument", FLOATING)
-@pytest.mark.parametrize("dtype,name", [(torch.float16, "Half"), (torch.int32, "Int"), (torch.complex64, "")])
+@pytest.mark.parametrize(
+    "dtype,name", [(torch.float16, "float16"), (torch.int32, "int32"), (torch.complex64, "")]
+)
 def test_wrong_dtype(op, argument, dtype, name):
-    with raises(op, argument, ".*(float|dtype).*", name):
+    with raises(op, argument, "be .*float32.*", name):
         call(op, **{argument: valid()[argument].to(dtype)})
 
 
 @pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize("argument", ["gate_up_proj", "down_proj"])
 def test_weights_in_another_dtype_than_hidden_states(op, argument):
-    with raises(op, argument, ".*(hidden_states|Float|float32).*", "BFloat16"):
+    with raises(op, argument, "be float32 like hidden_states", "bfloat16"):
         call(op, **{argument: valid()[argument].bfloat16()})
 
 
 @pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize(
-    "dtype,name", [(torch.float32, "Float"), (torch.int16, "Short"), (torch.bool, "Bool")]
+    "dtype,name", [(torch.float32, "float32"), (torch.int16, "int16"), (torch.bool, "bool")]
 )
 def test_wrong_dtype_of_ids(op, dtype, name):
     with raises(op, "topk_ids", "be int32 or int64", name):
@@ -108,7 +110,7 @@ def test_wrong_dtype_of_ids(op, dtype, name):
 @pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize("argument", ["topk_ids", *FLOATING])
 def test_one_argument_on_another_device(op, argument):
-    with pytest.raises(RuntimeError, match=rf"kt::{op}: {argument} must be on (cpu|meta), got (cpu|meta)"):
+    with pytest.raises(RuntimeError, match=rf"kt::{op}: {argument} must be on cpu, got meta"):
         call(op, **{argument: valid()[argument].to("meta")})
 
 
@@ -148,7 +150,7 @@ def test_scales_of_dense_weights(op, argument):
 
 @pytest.mark.parametrize("op", OPS)
 def test_group_size_of_dense_weights(op):
-    with raises(op, "group_size", "be 0 .*dense", 32):
+    with raises(op, "group_size", "be 0 for weight_format 'dense'", 32):
         call(op, group_size=32)
 
 
@@ -171,43 +173,32 @@ def test_half_an_adapter(op, prefix, given, missing):
 @pytest.mark.parametrize("prefix,sizes", [("gate_up", (H, 2 * I)), ("down", (I, H))])
 def test_rank_zero(op, prefix, sizes):
     shapes = {f"{prefix}_lora_A": (E, 0, sizes[0]), f"{prefix}_lora_B": (E, sizes[1], 0)}
-    with raises(op, f"{prefix}_lora_A", ".*rank.*", [E, 0, sizes[0]]):
+    with raises(op, f"{prefix}_lora_A", "have a rank of at least 1", f"shape {[E, 0, sizes[0]]}"):
         call(op, **{name: torch.zeros(shape) for name, shape in shapes.items()})
 
 
 @pytest.mark.parametrize("op", OPS)
 def test_no_experts(op):
     empty = {name: valid()[name][:0] for name in FLOATING if name not in ("hidden_states", "topk_weights")}
-    with raises(op, "num_experts", "be .*", 0):
+    with raises(op, "num_experts", "be at least 1", 0):
         call(op, **empty)
 
 
 @pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize("argument,value", [("num_experts", -1), ("intermediate_size", -1)])
 def test_negative_sizes(op, argument, value):
-    with raises(op, argument, "be .*", value):
+    with raises(op, argument, ".*", value):
         call(op, **{argument: value})
 
 
 @pytest.mark.parametrize("op", OPS)
-@pytest.mark.parametrize("argument,value", [("num_experts", E + 1), ("intermediate_size", I + 1)])
-def test_sizes_that_contradict_the_weights(op, argument, value):
-    with raises(op, "gate_up_proj", rf"have shape \[.*{argument}={value}.*\]", [E, 2 * I, H]):
+@pytest.mark.parametrize(
+    "argument,value,expected",
+    [("num_experts", E + 1, f"num_experts={E + 1}"), ("intermediate_size", I + 1, f"={2 * (I + 1)}")],
+)
+def test_sizes_that_contradict_the_weights(op, argument, value, expected):
+    with raises(op, "gate_up_proj", rf"have shape \[.*{expected}.*\]", [E, 2 * I, H]):
         call(op, **{argument: value})
-
-
-@pytest.mark.parametrize("op", OPS)
-@pytest.mark.parametrize("argument", ["hidden_size", "intermediate_size"])
-def test_empty_dimensions(op, argument):
-    hidden, inner = (0, I) if argument == "hidden_size" else (H, 0)
-    inputs = {
-        "hidden_states": torch.zeros(T, hidden),
-        "gate_up_proj": torch.zeros(E, 2 * inner, hidden),
-        "down_proj": torch.zeros(E, hidden, inner),
-    }
-    name = "hidden_states" if argument == "hidden_size" else "intermediate_size"
-    with raises(op, name, ".*", [T, 0] if argument == "hidden_size" else 0):
-        call(op, **inputs | dict.fromkeys(FLOATING[4:]))
 
 
 def test_no_tokens_and_no_slots_are_fine():
@@ -229,7 +220,7 @@ def test_wrong_shape_of_grad_output(shape):
 
 
 def test_wrong_dtype_of_grad_output():
-    with raises("moe_sft_bwd", "grad_output", ".*", "Double"):
+    with raises("moe_sft_bwd", "grad_output", ".*", "float64"):
         call("moe_sft_bwd", grad_output=torch.zeros(T, H, dtype=torch.float64))
 
 
@@ -251,7 +242,7 @@ def test_wrong_shape_of_saved_tensors(argument, shape):
 @pytest.mark.parametrize("argument", ["saved_gate_up", "saved_gate_up_xa", "saved_down_ha"])
 def test_wrong_dtype_of_saved_tensors(argument):
     shape = {"saved_gate_up": (T * K, 2 * I), "saved_gate_up_xa": (T * K, R1), "saved_down_ha": (T * K, R2)}
-    with raises("moe_sft_bwd", argument, ".*", "Double"):
+    with raises("moe_sft_bwd", argument, ".*", "float64"):
         call("moe_sft_bwd", **{argument: torch.zeros(shape[argument], dtype=torch.float64)})
 
 
@@ -302,13 +293,11 @@ def test_use_isa_restores_after_an_error():
     assert ktops.cpu_capability() == before
 
 
-def python(code: str, **env: str) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, "-c", code], env=os.environ | env, capture_output=True, text=True)
-
-
-def test_isa_from_the_environment():
-    result = python("import ktops; print(ktops.cpu_capability())", KTOPS_ISA="scalar")
-    assert result.stdout.strip() == "scalar", result.stderr
-    result = python("import ktops", KTOPS_ISA="sse9")
-    assert result.returncode != 0
-    assert re.search(r"KTOPS_ISA.*sse9", result.stderr), result.stderr
+@pytest.mark.parametrize("isa,expected", [("scalar", r"^scalar\n"), ("sse9", r"KTOPS_ISA.*got 'sse9'")])
+def test_isa_from_the_environment(isa, expected):
+    """Read at the first use; an unknown one is an error that names the variable."""
+    code = "import ktops; print(ktops.cpu_capability())"
+    env = os.environ | {"KTOPS_ISA": isa}
+    result = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+    assert (result.returncode == 0) == (isa == "scalar")
+    assert re.search(expected, result.stdout + result.stderr), result.stderr

@@ -112,9 +112,9 @@ def test_several_tiles(isa, num_tokens, hidden_size, intermediate_size, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("num_experts", [1, 2, 5, 70])
+@pytest.mark.parametrize("num_experts", [1, 2, 5, 40])
 def test_numbers_of_experts_and_slots(isa, num_experts, dtype):
-    for top_k in sorted({1, 2, num_experts // 2, num_experts - 1, num_experts} - {0}):
+    for top_k in sorted({1, 2, num_experts // 2, num_experts} - {0}):
         if top_k <= num_experts:
             check_against_reference(moe_inputs(5, 16, 8, num_experts, top_k, dtype=dtype, lora_rank=2))
 
@@ -139,6 +139,21 @@ def test_routings(isa, routing, invalid_ids, ids_dtype, dtype):
             ids_dtype=ids_dtype,
         )
     )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("hidden_size,intermediate_size", [(0, 6), (8, 0)])
+def test_empty_dimensions(isa, hidden_size, intermediate_size, dtype):
+    """Nothing to add up: zeros, or the bias."""
+    inputs = {
+        "hidden_states": torch.ones(5, hidden_size, dtype=dtype),
+        "topk_ids": torch.zeros(5, 2, dtype=torch.int64),
+        "topk_weights": torch.ones(5, 2, dtype=dtype),
+        "gate_up_proj": torch.ones(3, 2 * intermediate_size, hidden_size, dtype=dtype),
+        "down_proj": torch.ones(3, hidden_size, intermediate_size, dtype=dtype),
+        "down_bias": torch.ones(3, hidden_size, dtype=dtype),
+    }
+    check_against_reference(inputs)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -269,7 +284,7 @@ def cases(draw):
 
 
 @pytest.mark.parametrize("isa", available_isas())
-@settings(max_examples=120)
+@settings(max_examples=60)
 @given(inputs=cases(), activation=st.sampled_from(list(ACTIVATIONS)), recompute=st.booleans())
 def test_any_case(isa, inputs, activation, recompute):
     with ktops.use_isa(isa):
@@ -278,7 +293,7 @@ def test_any_case(isa, inputs, activation, recompute):
 
 
 @pytest.mark.parametrize("isa", available_isas())
-@settings(max_examples=60)
+@settings(max_examples=25)
 @given(ids=st.lists(st.integers(-(1 << 63), (1 << 63) - 1) | st.integers(-2, 5), min_size=12, max_size=12))
 def test_any_id(isa, ids):
     inputs = moe_inputs(4, 8, 4, 4, 3, dtype=torch.bfloat16, lora_rank=2, bias=True)

@@ -13,6 +13,11 @@ from ktops.ops.moe_sft import GRADIENTS
 from ktops.testing.compare import random_grad_output, run
 from ktops.testing.inputs import floating, moe_inputs, op_arguments, require_grad
 
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:Your compiler for AOTAutograd is returning a function"),
+    pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning"),
+]
+
 
 @pytest.fixture(autouse=True)
 def fresh_dynamo():

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 
 from ktops.integrations.transformers import runs_ktops, unsupported_tensors
-from ktops.nn import KTExperts
 
 PREFIXES = {"gate_up_proj": "gate_up", "down_proj": "down"}
 """Adapted parameter -> what its keyword arguments start with: ``gate_up_lora_A``, ``gate_up_scaling``, ..."""
@@ -128,8 +127,6 @@ def _takes_factors(wrapper: nn.Module, kwargs: dict) -> bool:
     if wrapper.parameter_name not in PREFIXES or "adapter_names" in kwargs:
         return False
     experts = wrapper.get_base_layer()
-    if isinstance(experts, KTExperts):
-        return True
     return runs_ktops(experts) and unsupported_tensors(experts.gate_up_proj, experts.down_proj) is None
 
 

@@ -96,6 +96,21 @@ def test_names_of_transformers_4(architecture):
     compare(architecture, lora=lora)
 
 
+def test_a_parameter_the_op_takes_no_factors_for():
+    """Biases: PEFT's own path on a module that runs the op."""
+    torch.manual_seed(0)
+    block = torch.nn.ModuleDict({"experts": ktops.nn.KTExperts(8, 32, 24, bias=True)})
+    x, ids, weights = torch.randn(5, 32), torch.randint(8, (5, 2)), torch.rand(5, 2)
+    names = ["experts.down_proj", "experts.gate_up_proj", "experts.gate_up_proj_bias"]
+    model = get_peft_model(block, LoraConfig(r=2, target_modules=[], target_parameters=names))
+    randomize(model)
+    with Recorder() as recorder:
+        actual = model.base_model.model["experts"](x, ids, weights)
+    assert recorder.calls == {"moe_sft_fwd": 1} and not recorder.made_expert_stack(model)
+    merged = model.merge_and_unload()["experts"]
+    assert relative_error(actual, merged(x, ids, weights)) < 2 * forward_budget(torch.float32)
+
+
 def test_all_linear_adapts_the_router_too():
     lora = {"target_modules": "all-linear", "target_parameters": None}
     modules = adapted("qwen3_moe", lora=lora).modules()

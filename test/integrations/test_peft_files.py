@@ -167,6 +167,7 @@ def test_targets_that_miss_the_experts_are_reported(architecture, target_modules
         ("qwen2_moe", {"target_modules": ["q_proj", "v_proj"]}),
         ("qwen2_moe", {"target_modules": ["shared_expert.down_proj"]}),
         ("qwen2_moe", {"target_modules": ["down_proj"], "target_parameters": EXPERTS[:1]}),
+        ("qwen2_moe", {"target_modules": "all-linear", "inference_mode": True}),
         ("qwen3_moe", {"target_modules": "all-linear"}),
         ("qwen3_moe", {"target_modules": ["gate_proj", "up_proj", "down_proj"]}),
     ],

@@ -91,7 +91,7 @@ def finetune(
     max_steps: Annotated[
         int | None,
         typer.Option(
-            help="Optimizer steps; goes before --epochs. (small model: 120)", rich_help_panel=_TRAINING
+            help="Optimizer steps; goes before --epochs. (small model: 200)", rich_help_panel=_TRAINING
         ),
     ] = None,
     epochs: Annotated[
@@ -100,7 +100,7 @@ def finetune(
     learning_rate: Annotated[
         float | None,
         typer.Option(
-            help="Peak learning rate. (default: 2e-4; small model: 3e-3)", rich_help_panel=_TRAINING
+            help="Peak learning rate. (default: 2e-4; small model: 1e-3)", rich_help_panel=_TRAINING
         ),
     ] = None,
     batch_size: Annotated[
@@ -123,7 +123,7 @@ def finetune(
     ] = "ktops",
     pretrain_steps: Annotated[
         int | None,
-        typer.Option(help="Pretraining steps of the small model. (default: 150)", rich_help_panel=_TRAINING),
+        typer.Option(help="Pretraining steps of the small model. (default: 500)", rich_help_panel=_TRAINING),
     ] = None,
     seed: Annotated[int, typer.Option(help="Of everything random.", rich_help_panel=_TRAINING)] = 0,
     output_dir: Annotated[

@@ -58,7 +58,7 @@ def _three(rng: random.Random, village: dict) -> dict[str, str]:
 
 
 def stories(num_stories: int, seed: int = 0) -> list[str]:
-    """Documents of 30 to 120 words to pretrain on: stories, portraits of one person, and lists.
+    """Documents of 30 to 120 words to pretrain on: stories, portraits of one person, lists, questions.
 
     Example:
         >>> stories(1)[0]
@@ -91,10 +91,13 @@ def stories(num_stories: int, seed: int = 0) -> list[str]:
     def lists(a, b) -> list[str]:
         return rng.choices(grammar["lists"], k=6)
 
+    def questions(a, b) -> list[str]:
+        return rng.sample(grammar["questions"], 5)
+
     documents = []
     for _ in range(num_stories):
         a, b = rng.sample(people, 2)
-        kind = rng.choices((story, portrait, lists), weights=(5, 4, 1))[0]
+        kind = rng.choices((story, portrait, lists, questions), weights=(8, 8, 3, 1))[0]
         documents.append(" ".join(fill(pattern, a, b) for pattern in kind(a, b)))
     return documents
 

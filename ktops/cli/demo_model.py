@@ -36,18 +36,18 @@ def train_tokenizer(documents: list[str], vocab_size: int = VOCAB_SIZE):
 
 
 def config(tokenizer):
-    """A Qwen3-MoE configuration of 4 million parameters: 4 layers of 16 experts, 4 of them for each token."""
+    """A Qwen3-MoE configuration of 4 million parameters: 3 layers of 32 experts, 2 of them for each token."""
     from transformers import Qwen3MoeConfig
 
     return Qwen3MoeConfig(
         vocab_size=len(tokenizer),
-        hidden_size=192,
-        num_hidden_layers=4,
-        num_attention_heads=6,
+        hidden_size=128,
+        num_hidden_layers=3,
+        num_attention_heads=4,
         num_key_value_heads=2,
         head_dim=32,
-        num_experts=16,
-        num_experts_per_tok=4,
+        num_experts=32,
+        num_experts_per_tok=2,
         moe_intermediate_size=96,
         norm_topk_prob=True,
         router_aux_loss_coef=0.01,

@@ -13,7 +13,7 @@ from ktops.cli.options import Options
 from ktops.cli.report import Report
 
 LEARNING_RATE = 3e-3
-BATCH_SIZE = 16
+BATCH_SIZE = 8
 DTYPE = torch.float32
 """AdamW on bfloat16 weights loses most updates to rounding; the small model is kept in float32 while it is
 made."""

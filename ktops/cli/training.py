@@ -1,12 +1,12 @@
 """The Hugging Face Trainer as both phases use it: pretraining of the small model, and LoRA fine-tuning."""
 
+import random
 from pathlib import Path
 
 import numpy as np
 import torch
 from rich.console import Console
 from transformers import DataCollatorForSeq2Seq, PrinterCallback, Trainer, TrainingArguments
-from transformers.trainer_pt_utils import LengthGroupedSampler, get_length_grouped_indices
 
 from ktops.cli import run_directory
 from ktops.cli.encoding import IGNORED
@@ -31,7 +31,6 @@ def training_arguments(options: Options, directory: Path, max_steps: int, **kwar
         lr_scheduler_type="cosine",
         max_steps=max_steps,
         warmup_steps=int(WARM_UP * max_steps),
-        train_sampling_strategy="group_by_length",
         logging_steps=1,
         logging_nan_inf_filter=False,
         include_num_input_tokens_seen="non_padding",
@@ -44,28 +43,42 @@ def training_arguments(options: Options, directory: Path, max_steps: int, **kwar
     )
 
 
-class _LengthGroupedSampler(LengthGroupedSampler):
-    """Batches of similar length in an order that depends on the seed and the epoch only, so that a resumed
-    run sees the batches that an uninterrupted one would have seen."""
+class BatchOrder(torch.utils.data.Sampler):
+    """The order of the examples: batches of similar length, as padding costs as much as text, and shuffled.
 
-    def __init__(self, seed: int, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        self.seed, self.epoch = seed, 0
+    It depends on the seed and the epoch only: a resumed run sees the batches that an uninterrupted one sees.
+    """
+
+    POOL = 8
+    """Batches whose examples are sorted together: enough for little padding, few enough to stay mixed."""
+
+    def __init__(self, lengths: list[int], batch_size: int, seed: int):
+        self.lengths, self.batch_size, self.seed = lengths, batch_size, seed
+        self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
 
+    def __len__(self) -> int:
+        return len(self.lengths)
+
     def __iter__(self):
-        generator = torch.Generator().manual_seed(self.seed + 1_000_003 * self.epoch)
-        return iter(get_length_grouped_indices(self.lengths, self.batch_size, generator=generator))
+        rng = random.Random(f"{self.seed} {self.epoch}")
+        order = rng.sample(range(len(self.lengths)), len(self.lengths))
+        pool = self.POOL * self.batch_size
+        for start in range(0, len(order), pool):
+            order[start : start + pool] = sorted(order[start : start + pool], key=self.lengths.__getitem__)
+        batches = [order[i : i + self.batch_size] for i in range(0, len(order), self.batch_size)]
+        last = [batches.pop()] if len(batches[-1]) < self.batch_size else []
+        rng.shuffle(batches)
+        return iter([example for batch in batches + last for example in batch])
 
 
 class _Trainer(Trainer):
     def _get_train_sampler(self, train_dataset=None):
         dataset = self.train_dataset if train_dataset is None else train_dataset
-        batch_size = self.args.train_batch_size * self.args.gradient_accumulation_steps
         lengths = [len(example["input_ids"]) for example in dataset]
-        return _LengthGroupedSampler(self.args.seed, batch_size, lengths=lengths)
+        return BatchOrder(lengths, self.args.train_batch_size, self.args.seed)
 
 
 def make_trainer(

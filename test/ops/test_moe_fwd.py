@@ -1,0 +1,53 @@
+"""kt::moe_fwd: the forward of kt::moe_sft_fwd and nothing else."""
+
+import pytest
+import torch
+
+import ktops
+from ktops import reference
+from ktops.reference.activation import ACTIVATIONS
+from ktops.testing.budgets import forward_budget, relative_error
+from ktops.testing.inputs import moe_inputs, op_arguments, upcast
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float64]
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("num_tokens", [0, 1, 2, 33])
+def test_equals_training_bitwise(isa, num_tokens, dtype, activation):
+    inputs = moe_inputs(num_tokens, 40, 24, 5, 3, dtype=dtype, lora_rank=4, bias=True, invalid_ids=True)
+    inference = torch.ops.kt.moe_fwd(*op_arguments(inputs, activation=activation, save=None))
+    for save in ("activations", "recompute"):
+        arguments = op_arguments(inputs, activation=activation, save=save)
+        assert torch.equal(inference, torch.ops.kt.moe_sft_fwd(*arguments)[0])
+
+
+@pytest.mark.parametrize("lora_rank", [0, 4])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("num_tokens", [1, 5, 80])
+def test_against_the_reference(isa, num_tokens, dtype, lora_rank):
+    """One token, few and many take different paths."""
+    inputs = moe_inputs(num_tokens, 136, 72, 8, 4, dtype=dtype, lora_rank=lora_rank, routing="skewed")
+    exact = reference.moe_fwd(*op_arguments(upcast(inputs), save=None))
+    output = torch.ops.kt.moe_fwd(*op_arguments(inputs, save=None))
+    assert relative_error(output, exact) <= forward_budget(dtype, inner_size=144)
+    assert output.dtype == dtype and output.is_contiguous()
+
+
+def calls(function) -> list[str]:
+    """Names of the kt operators that function() calls."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        function()
+    return [event.name for event in profile.events() if event.name.startswith("kt::")]
+
+
+def test_chosen_when_nothing_needs_a_gradient():
+    inputs = moe_inputs(3, 8, 4, 4, 2, lora_rank=2)
+    trained = inputs | {"gate_up_lora_A": inputs["gate_up_lora_A"].clone().requires_grad_()}
+    assert calls(lambda: ktops.moe_sft(**inputs)) == ["kt::moe_fwd"]
+    with torch.no_grad():
+        assert calls(lambda: ktops.moe_sft(**trained)) == ["kt::moe_fwd"]
+    with torch.inference_mode():
+        assert calls(lambda: ktops.moe_sft(**trained)) == ["kt::moe_fwd"]
+    assert set(calls(lambda: ktops.moe_sft(**trained))) == {"kt::moe_sft_fwd"}

@@ -1,0 +1,232 @@
+"""The rules of docs/contributing.md that a machine can check."""
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import ktops
+from ktops import reference
+
+ROOT = Path(__file__).parent.parent
+FOLDERS = ("ktops", "ktops_csrc", "test", "bench", "docs", ".ci")
+TOP_LEVEL = {
+    "setup.py",
+    "pyproject.toml",
+    "README.md",
+    "LICENSE",
+    "ktops",
+    "ktops_csrc",
+    "test",
+    "bench",
+    "docs",
+}
+
+MAX_FILE_LINES = 400
+MAX_FUNCTION_LINES = 80
+
+CSRC_LAYERS = ("ops", "dispatch", "moe", "gemm", "formats", "isa", "parallel", "core")
+"""A folder of ktops_csrc includes only itself and the folders after it."""
+
+
+def project_files() -> list[str]:
+    """Paths, relative to the root, of the files of the project: tracked, or new and not ignored."""
+    if (ROOT / ".git").exists():
+        command = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
+        listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+        return [line for line in listed.splitlines() if (ROOT / line).exists()]
+    paths = [path for folder in FOLDERS for path in (ROOT / folder).rglob("*")]
+    paths += [ROOT / name for name in TOP_LEVEL]
+    return [
+        str(path.relative_to(ROOT))
+        for path in paths
+        if path.is_file() and "__pycache__" not in path.parts and path.suffix != ".so"
+    ]
+
+
+FILES = project_files()
+PYTHON = [name for name in FILES if name.endswith(".py")]
+CPP = [name for name in FILES if name.startswith("ktops_csrc/") and name.endswith((".cpp", ".h", ".def"))]
+TEXT = [
+    name
+    for name in FILES
+    if name.endswith((".py", ".cpp", ".h", ".def", ".md", ".toml", ".yml", ".yaml", ".sh"))
+]
+
+
+def read(name: str) -> str:
+    return (ROOT / name).read_text()
+
+
+def stem(op: str) -> str:
+    """The name that the files of an operator share: forward and backward have the same."""
+    return op if (ROOT / "ktops_csrc" / "ops" / f"{op}.cpp").exists() else re.sub("_(fwd|bwd)$", "", op)
+
+
+OPS = re.findall(r'm\.def\("(moe_\w+)\(', read("ktops_csrc/ops/schemas.cpp"))
+
+
+def test_the_lists_above_are_not_empty():
+    assert {"moe_fwd", "moe_sft_fwd", "moe_sft_bwd"} <= set(OPS)
+    assert "ktops/ops/moe_sft.py" in PYTHON and "ktops_csrc/ops/schemas.cpp" in CPP
+    assert {Path(name).parts[1] for name in CPP} <= set(CSRC_LAYERS)
+
+
+def test_top_level():
+    visible = {Path(name).parts[0] for name in FILES if not name.startswith(".")}
+    assert visible == TOP_LEVEL
+
+
+@pytest.mark.parametrize("name", PYTHON + CPP)
+def test_file_length(name):
+    assert len(read(name).splitlines()) <= MAX_FILE_LINES
+
+
+def python_functions(source: str):
+    """(name, lines of the body without the docstring) of every function: signatures follow schemas."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            body = node.body[1:] if ast.get_docstring(node) is not None else node.body
+            yield node.name, body[-1].end_lineno - body[0].lineno + 1 if body else 0
+
+
+def cpp_functions(source: str):
+    """(first line, lines) of each block that begins and ends at the left margin; namespaces do not indent."""
+    start, previous = None, ""
+    for number, line in enumerate(source.splitlines()):
+        begins = line[:1].isalpha() and not line.startswith(("namespace", "using"))
+        if begins and (not previous or previous.startswith(("}", "#", "//", "namespace"))):
+            start = number, line
+        if line == "}" and start:
+            yield start[1], number - start[0] + 1
+            start = None
+        previous = line
+
+
+@pytest.mark.parametrize("name", PYTHON)
+def test_python_function_length(name):
+    long = {f: lines for f, lines in python_functions(read(name)) if lines > MAX_FUNCTION_LINES}
+    assert not long
+
+
+@pytest.mark.parametrize("name", CPP)
+def test_cpp_function_length(name):
+    long = {f: lines for f, lines in cpp_functions(read(name)) if lines > MAX_FUNCTION_LINES}
+    assert not long
+
+
+PYTHON_SAMPLE = '''
+def f(a,
+      b):
+    """Doc.
+
+    More.
+    """
+    x = a
+
+    return x
+'''
+
+CPP_SAMPLE = """
+namespace kt {
+
+int f(int a,
+      int b) {
+    return a;
+
+}
+
+struct S {
+    int x;
+};
+
+}  // namespace kt
+"""
+
+
+def test_function_lengths_are_seen():
+    assert dict(python_functions(PYTHON_SAMPLE)) == {"f": 3}
+    assert dict(cpp_functions(CPP_SAMPLE)) == {"int f(int a,": 5}
+    assert len([function for name in CPP for function in cpp_functions(read(name))]) > 20
+
+
+@pytest.mark.parametrize("name", CPP)
+def test_includes_point_downwards(name):
+    layer = CSRC_LAYERS.index(Path(name).parts[1])
+    for included in re.findall(r'#include "([^"]+)"', read(name)):
+        assert (ROOT / "ktops_csrc" / included).exists(), included
+        assert CSRC_LAYERS.index(included.split("/")[0]) >= layer, included
+
+
+@pytest.mark.parametrize("name", CPP)
+def test_only_ops_know_torch_and_only_its_stable_abi(name):
+    for included in re.findall(r"#include <((?:torch|ATen|c10|pybind11)/[^>]+|Python\.h)>", read(name)):
+        assert name.startswith("ktops_csrc/ops/"), included
+        assert included == "Python.h" or included.startswith(("torch/csrc/stable/", "torch/headeronly/")), (
+            included
+        )
+
+
+@pytest.mark.parametrize("name", CPP)
+def test_machine_specific_code_stays_in_its_folder(name):
+    source = read(name)
+    if name != "ktops_csrc/core/environment.cpp":
+        assert "getenv" not in source
+    if not name.startswith("ktops_csrc/dispatch/"):
+        assert "GCC target" not in source
+    if not name.startswith(("ktops_csrc/isa/", "ktops_csrc/dispatch/")):
+        assert "immintrin.h" not in source
+        assert not re.search(r"\b_mm\d*_", source)
+    assert "#pragma omp" not in source
+
+
+def test_build_flags():
+    source = read("setup.py")
+    assert not re.search(r"-march|-mavx|-mamx|-fopenmp|-ffast-math", source)
+    assert "py_limited_api=True" in source and "TORCH_TARGET_VERSION" in source
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_every_op_has_its_files(op):
+    name = stem(op)
+    for path in (f"ktops_csrc/ops/{name}.cpp", f"ktops/ops/{name}.py", f"bench/{name}.py"):
+        assert (ROOT / path).exists(), path
+    assert (ROOT / f"test/ops/test_{name}.py").exists()
+    assert f'register_fake("kt::{op}")' in read(f"ktops/ops/{name}.py")
+    assert f'register_autograd("kt::{op}"' in read(f"ktops/ops/{name}.py")
+    assert f"register_flop_formula(torch.ops.kt.{op})" in read(f"ktops/ops/{name}.py")
+    assert callable(getattr(reference, op))
+    assert op in read("docs/ops.md")
+    assert any(f"kt.{op}" in read(path) for path in PYTHON if path.startswith("test/ops/"))
+
+
+def test_public_names_have_docstrings():
+    for name in ktops.__all__:
+        if not name.startswith("__"):
+            assert getattr(ktops, name).__doc__, name
+
+
+@pytest.mark.parametrize("name", TEXT)
+def test_no_leftovers(name):
+    source = read(name)
+    marks = "|".join(("TO" + "DO", "FIX" + "ME", "XX" + "X", "HA" + "CK"))
+    assert not re.search(rf"\b({marks})\b", source)
+    assert not re.search(r"^(<{7}|={7}|>{7})( |$)", source, re.MULTILINE)
+    assert not re.search(r"/(?:root|home)/\w", source)
+
+
+@pytest.mark.parametrize("name", [name for name in PYTHON if name.startswith("test/")])
+def test_no_test_is_switched_off(name):
+    off = "|".join(("mark" + r"\.skip", "mark" + r"\.xfail", r"pytest\." + "xfail", "import" + "orskip"))
+    assert not re.search(off, read(name))
+
+
+@pytest.mark.parametrize("command", [["check"], ["format", "--check"]])
+def test_ruff(command):
+    result = subprocess.run(
+        [sys.executable, "-m", "ruff", *command, "--no-cache", "."], cwd=ROOT, capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stdout + result.stderr

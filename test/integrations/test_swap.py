@@ -183,6 +183,15 @@ def test_module_list_stays_right_when(change, mode):
     assert actual[2]
 
 
+def test_module_list_loaded_in_another_dtype():
+    model, expected = make("loop"), make("loop").double()
+    ktops.swap_experts(model)
+    model.load_state_dict({k: v.double() for k, v in model.state_dict().items()}, assign=True)
+    actual = train_step(model)
+    assert actual[0].dtype == torch.float64 and actual[2]["moe_sft_fwd"] > E
+    assert_same_step(actual, train_step(expected))
+
+
 def assert_same_step_where_given(actual, expected):
     """In evaluation mode moe_infer gives the experts no gradient."""
     given = {name: gradient for name, gradient in expected[1].items() if gradient is not None}
@@ -242,6 +251,9 @@ def test_adapters_around_projections_are_not_skipped():
     assert_same_step(actual, train_step(plain))
     with pytest.raises(RuntimeError, match=r"must be plain nn\.Linear"):
         model.layers[0].experts(torch.randn(1, H), torch.zeros(1, 1, dtype=torch.int64), torch.ones(1, 1))
+    ktops.unswap_experts(model)
+    assert isinstance(model.layers[0].experts[1].up_proj, Adapter)
+    assert_same_step(train_step(model), train_step(plain))
 
 
 def test_half_precision_module_list_calls_its_projections():

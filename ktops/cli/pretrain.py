@@ -34,14 +34,14 @@ def base_model(options: Options, directory: Path, report: Report, resume_command
         return str(base), json.loads(log.read_text(encoding="utf-8"))
     transformers.set_seed(options.seed)
     documents, tokenizer = demo_model.make_tokenizer()
-    blocks = demo_model.pretraining_blocks(documents, tokenizer)
+    examples = demo_model.pretraining_examples(documents, tokenizer)
     if options.experts_implementation == "ktops":
         import ktops
 
         ktops.enable()
     model = demo_model.create(tokenizer, DTYPE, options.experts_implementation)
     model.config.output_router_logits = True
-    report.pretraining(model, blocks)
+    report.pretraining(model, examples)
     work = directory / run_directory.PRETRAINING
     args = training.training_arguments(
         options,
@@ -50,9 +50,10 @@ def base_model(options: Options, directory: Path, report: Report, resume_command
         learning_rate=LEARNING_RATE,
         per_device_train_batch_size=BATCH_SIZE,
         weight_decay=0.01,
+        adam_beta2=0.95,
     )
     trainer, timer, kt = training.make_trainer(
-        model, tokenizer, blocks, [], args, report.console, "pretraining"
+        model, tokenizer, examples, [], args, report.console, "pretraining"
     )
     training.train(trainer, work, report.console, resume_command)
     demo_model.save(model, tokenizer, base)

@@ -24,8 +24,8 @@ class Report:
     def line(self, text: str, style: str | None = None) -> None:
         self.console.print(f"  {text}", style=style, soft_wrap=True)
 
-    def pretraining(self, model, blocks: list[dict]) -> None:
-        tokens = sum(len(block["input_ids"]) for block in blocks)
+    def pretraining(self, model, examples: list[dict]) -> None:
+        tokens = sum(len(example["input_ids"]) for example in examples)
         config = model.config
         self.heading("A small Mixture-of-Experts model, pretrained on short stories")
         self.line(

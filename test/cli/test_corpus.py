@@ -56,12 +56,16 @@ def test_tokenizer_round_trip_and_vocabulary():
     assert len(tokenizer(documents[0])["input_ids"]) < 1.5 * len(words)
 
 
-def test_blocks_hold_the_corpus_in_order(tokenizer):
+def test_pretraining_examples_are_documents_with_an_end(tokenizer):
     documents = corpus.stories(30)
-    blocks = demo_model.pretraining_blocks(documents, tokenizer)
-    tokens = [token for block in blocks for token in block["input_ids"]]
-    assert all(len(block["input_ids"]) == demo_model.BLOCK for block in blocks)
-    assert (tokenizer.eos_token.join(documents) + tokenizer.eos_token).startswith(tokenizer.decode(tokens))
+    examples = demo_model.pretraining_examples(documents, tokenizer)
+    assert len(examples) == len(documents)
+    for document, example in zip(documents, examples, strict=True):
+        text = document + tokenizer.eos_token
+        length = len(example["input_ids"])
+        assert text.startswith(tokenizer.decode(example["input_ids"]))
+        assert length == demo_model.MAX_LENGTH or example["input_ids"][-1] == tokenizer.eos_token_id
+        assert example["labels"] == example["input_ids"] and example["attention_mask"] == [1] * length
 
 
 def test_model_has_a_few_million_parameters_and_spread_out_routers(tokenizer):

@@ -123,7 +123,7 @@ def finetune(
     ] = "ktops",
     pretrain_steps: Annotated[
         int | None,
-        typer.Option(help="Pretraining steps of the small model. (default: 500)", rich_help_panel=_TRAINING),
+        typer.Option(help="Pretraining steps of the small model. (default: 600)", rich_help_panel=_TRAINING),
     ] = None,
     seed: Annotated[int, typer.Option(help="Of everything random.", rich_help_panel=_TRAINING)] = 0,
     output_dir: Annotated[

@@ -23,7 +23,7 @@ ATTRIBUTES = {
 """Attribute of a person -> its word list in village.json."""
 
 HELD_OUT = 1 / 8
-"""Share of the subjects of each kind of instruction that is kept for evaluation."""
+"""Share of the facts asked for that is kept for evaluation."""
 
 
 def _read(name: str) -> dict:
@@ -119,8 +119,8 @@ def instructions(seed: int = 0) -> tuple[list[dict], list[dict]]:
     """The instruction set in the alpaca layout, split into (training, held-out).
 
     Returns:
-        Two lists of ``{"instruction": str, "input": str, "output": str}``. Every phrasing of a held-out
-        question is held out.
+        Two lists of ``{"instruction": str, "input": str, "output": str}``. Every phrasing of a
+        question about a held-out fact is held out.
 
     Example:
         >>> instructions()[0][0]
@@ -129,9 +129,10 @@ def instructions(seed: int = 0) -> tuple[list[dict], list[dict]]:
     village, rng = _read("village.json"), random.Random(f"instructions {seed}")
     train, held_out, seen = [], [], set()
     for kind, questions in _read("instructions.json").items():
-        for subject in _subjects(kind, village, rng):
-            target = held_out if rng.random() < HELD_OUT else train
-            for question in questions:
+        subjects = list(_subjects(kind, village, rng))
+        for question in questions:
+            for subject in subjects:
+                target = held_out if rng.random() < HELD_OUT else train
                 for pattern in question["ask"]:
                     instruction, _, context = pattern.format(**subject).partition("|")
                     if (instruction, context) in seen:

@@ -83,13 +83,14 @@ def check(record: Record) -> dict[str, float]:
         latter, and ``adapter_effect``, the relative difference when the adapter is switched off: a check that
         passes while the adapter does nothing would say little.
     """
-    from peft import PeftModel
     from safetensors.torch import load_file
+
+    tensors = load_file(record.tensors)
+    from peft import PeftModel
 
     from ktops.cli.models import load_model
 
     torch.set_num_threads(record.num_threads)
-    tensors = load_file(record.tensors)
     base = load_model(record.base, getattr(torch, record.dtype), record.experts_implementation)
     model = PeftModel.from_pretrained(base, record.adapter)
     expected = tensors["logits"]

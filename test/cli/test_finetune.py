@@ -2,6 +2,7 @@
 
 import json
 import socket
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -146,7 +147,7 @@ def test_failing_reload_ends_with_status_1(finetune, monkeypatch):
 
 
 def test_fresh_process_that_fails_is_told(tmp_path):
-    record = verify.Record("nowhere", "nowhere", str(tmp_path / "t.safetensors"), "float32", "ktops", 1)
-    verify.write(record, torch.zeros(1, 1, dtype=torch.int64), torch.zeros(1, 1, 1), tmp_path / "record.json")
-    with pytest.raises(UserError, match="could not be loaded in a fresh process"):
+    record = verify.Record("nowhere", "nowhere", str(tmp_path / "none.safetensors"), "float32", "ktops", 1)
+    (tmp_path / "record.json").write_text(json.dumps(asdict(record)))
+    with pytest.raises(UserError, match=r"could not be loaded in a fresh process:(.|\n)*none\.safetensors"):
         verify.run(tmp_path / "record.json")

@@ -1,4 +1,4 @@
-"""Builds ktops._C, the one extension module: stable ABI of torch 2.10, limited Python API, no per-file flags."""
+"""Builds ktops._C, the one extension module: stable ABI of torch 2.10, limited Python API."""
 
 import os
 import shutil
@@ -25,7 +25,15 @@ ROOT = Path(__file__).parent
 SOURCES = sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("ktops_csrc/**/*.cpp"))
 SANITIZE = os.environ.get("KTOPS_SANITIZE")  # e.g. "address,undefined"
 
-compile_args = ["-std=c++17", "-O3", "-fvisibility=hidden", "-fno-math-errno", "-Wall", "-Wextra", "-Wno-psabi"]
+compile_args = [
+    "-std=c++17",
+    "-O3",
+    "-fvisibility=hidden",
+    "-fno-math-errno",
+    "-Wall",
+    "-Wextra",
+    "-Wno-psabi",
+]
 link_args = []
 if SANITIZE:
     compile_args += [f"-fsanitize={SANITIZE}", "-fno-omit-frame-pointer", "-g", "-O1"]

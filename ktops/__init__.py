@@ -1,4 +1,4 @@
-"""Mixture-of-Experts layers on the CPU as ordinary PyTorch operators: training (LoRA and full) and inference."""
+"""Mixture-of-Experts layers on the CPU as PyTorch operators: LoRA and full fine-tuning, inference."""
 
 import importlib
 

@@ -92,7 +92,7 @@ def _forward_flops(*args, out_shape=None, **kwargs) -> int:
 
 @register_flop_formula(torch.ops.kt.moe_sft_bwd)
 def _backward_flops(grad_output, *args, out_shape=None, **kwargs) -> int:
-    """Each gradient of a product costs as much as the product: one share for grad_input, one for grad_weight."""
+    """Each gradient of a product, by its input or by its weight, costs as much as the product."""
     hidden_states, topk_ids, intermediate_size, grad_mask = args[0], args[1], args[16], args[-1]
     asked = {name for bit, name in enumerate(GRADIENTS) if grad_mask >> bit & 1}
     base = forward_flops(hidden_states, topk_ids, intermediate_size)
@@ -124,15 +124,15 @@ def moe_sft(
 ) -> Tensor:
     """The routed experts of a Mixture-of-Experts layer, with optional LoRA, on the CPU; differentiable.
 
-    With T tokens, K = top_k, E experts, H hidden_size, I intermediate_size, r LoRA rank and e = topk_ids[t, j]::
+    T tokens, K = top_k, E experts, H hidden_size, I intermediate_size, r LoRA rank. With e = topk_ids[t, j]::
 
         [g | u] = x Wgu[e]^T + bgu[e] + s1 (x A1[e]^T) B1[e]^T
         h       = act(g) * u
         y       = h Wd[e]^T + bd[e] + s2 (h A2[e]^T) B2[e]^T
         out[t] += topk_weights[t, j] * y
 
-    The LoRA form is PEFT's for fused experts (one A for gate and up). The sum runs in float32 (float64 for float64
-    inputs) and is rounded once. The result does not depend on the number of threads.
+    The LoRA form is PEFT's for fused experts (one A for gate and up). The sum runs in float32 (float64 for
+    float64 inputs) and is rounded once. The result does not depend on the number of threads.
 
     Args:
         hidden_states: [T, H], float32, bfloat16 or float64.
@@ -142,11 +142,11 @@ def moe_sft(
         down_proj: [E, H, I] in the dtype of hidden_states.
         gate_up_bias, down_bias: [E, 2I] and [E, H].
         gate_up_lora_A, gate_up_lora_B: [E, r, H] and [E, 2I, r]; both or neither.
-        down_lora_A, down_lora_B: [E, r, I] and [E, H, r]; both or neither, the rank may differ from gate_up's.
+        down_lora_A, down_lora_B: [E, r, I] and [E, H, r]; both or neither, of a rank of their own.
         gate_up_scaling, down_scaling: s1 and s2, usually lora_alpha / r.
         activation: "silu", "gelu" (exact) or "gelu_tanh".
-        save: what backward needs. "activations" keeps [g | u] of every route; "recompute" computes it again in
-            backward for one more gate_up product and 2·T·K·I fewer saved elements.
+        save: what backward needs. "activations" keeps [g | u] of every route; "recompute" computes it again
+            in backward for one more gate_up product and 2·T·K·I fewer saved elements.
 
     Returns:
         [T, H] in the dtype of hidden_states.
@@ -154,8 +154,8 @@ def moe_sft(
     Raises:
         RuntimeError: an argument has the wrong shape, dtype, device or value; the message names it.
 
-    Biases and LoRA tensors may have the dtype of hidden_states or float32; gradients come in the dtype of their
-    tensor. Without any tensor that requires a gradient this is kt::moe_fwd and nothing is saved. torch.func.grad and
+    Biases and LoRA tensors may have any of the three dtypes; gradients come in the dtype of their tensor.
+    Without any tensor that requires a gradient this is kt::moe_fwd and nothing is saved. torch.func.grad and
     double backward are not supported.
 
     Example:
@@ -183,8 +183,8 @@ def moe_sft(
 def checkpoint_context_fn():
     """``context_fn`` for ``torch.utils.checkpoint.checkpoint(..., use_reentrant=False)``.
 
-    Keeps the outputs of the experts' forward, so that the recompute of a checkpointed block runs everything but the
-    experts.
+    Keeps the outputs of the experts' forward, so that the recompute of a checkpointed block runs everything but
+    the experts.
 
     Example:
         >>> checkpoint(block, x, use_reentrant=False, context_fn=ktops.checkpoint_context_fn)

@@ -1,6 +1,7 @@
 """kt::moe_sft_fwd, kt::moe_sft_bwd and kt::moe_fwd in plain PyTorch.
 
-The arguments are those of the ops. T tokens, K = top_k, E experts, H hidden_size, I intermediate_size, r LoRA rank.
+The arguments are those of the ops. T tokens, K = top_k, E experts, H hidden_size, I intermediate_size, r LoRA
+rank.
 For token t and slot j, with e = topk_ids[t, j]:
 
     [g | u] = x Wgu[e]^T + bgu[e] + s1 (x A1[e]^T) B1[e]^T
@@ -31,7 +32,9 @@ def sort_routes(topk_ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
     return order[: int(offsets[-1])], offsets
 
 
-def _lora(x: Tensor, a: Tensor | None, b: Tensor | None, scaling: float) -> tuple[Tensor | float, Tensor | None]:
+def _lora(
+    x: Tensor, a: Tensor | None, b: Tensor | None, scaling: float
+) -> tuple[Tensor | float, Tensor | None]:
     """(s (x A^T) B^T, x A^T) for one expert"""
     if a is None or b is None:
         return 0.0, None
@@ -71,8 +74,8 @@ def moe_sft_fwd(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(output [T, H], saved_gate_up [T*K, 2I], saved_gate_up_xa [T*K, r1], saved_down_ha [T*K, r2])
 
-    The saved tensors hold one row per route in the order of :func:`sort_routes`; rows beyond the last route are
-    unspecified (zero here). ``save="recompute"`` returns saved_gate_up as [0, 2I].
+    The saved tensors hold one row per route in the order of :func:`sort_routes`; rows beyond the last route
+    are unspecified (zero here). ``save="recompute"`` returns saved_gate_up as [0, 2I].
     """
     dtype = hidden_states.dtype
     (num_tokens, hidden_size), top_k = hidden_states.shape, topk_ids.shape[1]
@@ -154,7 +157,7 @@ def moe_sft_bwd(
 ) -> tuple[Tensor | None, ...]:
     """The gradients named by ``ktops.ops.moe_sft.GRADIENTS``, in that order; None where grad_mask has no bit.
 
-    d = grad_output[t], w = topk_weights[t, j]; dh is unweighted until grad_topk_weights has been taken from it:
+    d = grad_output[t], w = topk_weights[t, j]; dh is unweighted until grad_topk_weights is taken from it:
 
         dh = d Wd + s2 (d B2) A2            grad_w = <h, dh> + <d, bd>
         [dg | du] = (act'(g) u, act(g)) * (w dh)

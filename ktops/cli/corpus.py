@@ -124,7 +124,7 @@ def instructions(seed: int = 0) -> tuple[list[dict], list[dict]]:
 
     Example:
         >>> instructions()[0][0]
-        {'instruction': 'Where does Mira live?', 'input': '', 'output': 'Mira lives in the old mill.'}
+        {'instruction': 'Where does Mira live?', 'input': '', 'output': 'The home is the boat in ...'}
     """
     village, rng = _read("village.json"), random.Random(f"instructions {seed}")
     train, held_out, seen = [], [], set()

@@ -183,7 +183,7 @@ def moe_sft(
 def checkpoint_context_fn():
     """``context_fn`` for ``torch.utils.checkpoint.checkpoint(..., use_reentrant=False)``.
 
-    Keeps the outputs of the experts' forward, so that the recompute of a checkpointed block runs everything but
+    Keeps the outputs of the experts' forward: the recompute of a checkpointed block runs everything but
     the experts.
 
     Example:

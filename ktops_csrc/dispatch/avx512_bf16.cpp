@@ -19,14 +19,16 @@
 #define KT_VECTOR_BYTES 64
 #define KT_GENERIC_ROWS 6
 #define KT_GENERIC_PANELS 4
+#define KT_BFLOAT16_DOT
 #define KT_TRANSPOSE_16X16 transpose_16x16_avx512
 
 #pragma GCC push_options
 #pragma GCC target("avx2,fma,avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")
 
+#include "isa/transpose_avx512-inl.h"
+
 #include "isa/micro_gemm_avx512_bf16-inl.h"
 #include "isa/peak_avx512_bf16-inl.h"
-#include "isa/transpose_avx512-inl.h"
 #include "moe/backward-inl.h"
 #include "moe/forward-inl.h"
 
@@ -34,17 +36,12 @@
 
 namespace kt {
 
-static void forward64(const Problem& problem, const ForwardResults& results) {
-    scalar_row.float64.forward(problem, results);
-}
-static void backward64(const BackwardProblem& problem) { scalar_row.float64.backward(problem); }
-
 const IsaRow avx512_bf16_row = {
     "avx512_bf16",
     cpu::has_avx512_bf16,
     {avx512_bf16::Forward<bfloat16>::run, avx512_bf16::Backward<bfloat16>::run, avx512_bf16::peak_bfloat16_dot},
     {avx512_bf16::Forward<float>::run, avx512_bf16::Backward<float>::run, avx512_bf16::peak_float32},
-    {forward64, backward64, avx512_bf16::peak_float32},
+    {forward_float64, backward_float64, avx512_bf16::peak_float32},
 };
 
 }  // namespace kt

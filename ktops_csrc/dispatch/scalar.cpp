@@ -22,12 +22,17 @@
 
 namespace kt {
 
+void forward_float64(const Problem& problem, const ForwardResults& results) {
+    scalar::Forward<double>::run(problem, results);
+}
+void backward_float64(const BackwardProblem& problem) { scalar::Backward<double>::run(problem); }
+
 const IsaRow scalar_row = {
     "scalar",
     cpu::has_x86_64,
     {scalar::Forward<bfloat16>::run, scalar::Backward<bfloat16>::run, scalar::peak_float32},
     {scalar::Forward<float>::run, scalar::Backward<float>::run, scalar::peak_float32},
-    {scalar::Forward<double>::run, scalar::Backward<double>::run, scalar::peak_float32},
+    {forward_float64, backward_float64, scalar::peak_float32},
 };
 
 }  // namespace kt

@@ -8,7 +8,7 @@
 namespace kt::dispatch {
 namespace {
 
-const IsaRow* const kRows[] = {&avx512_bf16_row, &scalar_row};
+const IsaRow* const kRows[] = {&avx512_bf16_row, &avx512_row, &avx2_row, &scalar_row};
 
 std::atomic<const IsaRow*> chosen{nullptr};
 

@@ -25,7 +25,13 @@ struct IsaRow {
     }
 };
 
+// float64 is computed by the scalar row on every machine.
+void forward_float64(const Problem& problem, const ForwardResults& results);
+void backward_float64(const BackwardProblem& problem);
+
 extern const IsaRow scalar_row;
+extern const IsaRow avx2_row;
+extern const IsaRow avx512_row;
 extern const IsaRow avx512_bf16_row;
 
 namespace dispatch {

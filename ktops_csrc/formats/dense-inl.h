@@ -5,7 +5,8 @@
 // A weight format is a type with
 //   decode_nt(e, row, n, k, kn, panels, stride)     panels of rows [row, row + n), k in [k, k + kn) along a row
 //   decode_nn(e, k, kn, column, n, panels, stride)  panels of columns [column, column + n), k down the rows
-// each writing ceil(n / 16) panels `stride` elements apart, zero beyond the block. With kDirect it also has
+// each writing ceil(n / 16) panels of Compute<T>, `stride` elements apart, zero beyond the block. With kDirect it also
+// has
 //   direct(e)                                       the rows as they lie, row_stride apart; null if not contiguous
 
 #include "formats/strided-inl.h"
@@ -27,7 +28,7 @@ struct DenseWeight {
         return tensor.stride[2] == 1 ? static_cast<const T*>(tensor.data) + e * tensor.stride[0] : nullptr;
     }
 
-    void decode_nt(int64_t e, int64_t row, int64_t n, int64_t k, int64_t kn, T* panels, int64_t stride) const {
+    void decode_nt(int64_t e, int64_t row, int64_t n, int64_t k, int64_t kn, Compute<T>* panels, int64_t stride) const {
         const T* w = direct(e);
         if (!w) return strided.decode_nt(e, row, n, k, kn, panels, stride);
         w += row * row_stride + k;
@@ -36,7 +37,8 @@ struct DenseWeight {
         }
     }
 
-    void decode_nn(int64_t e, int64_t k, int64_t kn, int64_t column, int64_t n, T* panels, int64_t stride) const {
+    void decode_nn(int64_t e, int64_t k, int64_t kn, int64_t column, int64_t n, Compute<T>* panels,
+                   int64_t stride) const {
         const T* w = direct(e);
         if (!w) return strided.decode_nn(e, k, kn, column, n, panels, stride);
         const Rows<T> rows{w + k * row_stride, row_stride, nullptr};

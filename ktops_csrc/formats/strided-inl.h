@@ -10,21 +10,22 @@ namespace kt::KT_ISA {
 
 template <class T>
 struct StridedWeight {
+    using C = Compute<T>;
     static constexpr bool kDirect = false;
 
     StridedTensor tensor;
     double scale = 1;
 
-    void decode_nt(int64_t e, int64_t row, int64_t n, int64_t k, int64_t kn, T* panels, int64_t stride) const {
+    void decode_nt(int64_t e, int64_t row, int64_t n, int64_t k, int64_t kn, C* panels, int64_t stride) const {
         decode(e, row, n, tensor.stride[1], k, kn, tensor.stride[2], panels, stride);
     }
 
-    void decode_nn(int64_t e, int64_t k, int64_t kn, int64_t column, int64_t n, T* panels, int64_t stride) const {
+    void decode_nn(int64_t e, int64_t k, int64_t kn, int64_t column, int64_t n, C* panels, int64_t stride) const {
         decode(e, column, n, tensor.stride[2], k, kn, tensor.stride[1], panels, stride);
     }
 
 private:
-    void decode(int64_t e, int64_t j0, int64_t n, int64_t j_stride, int64_t k0, int64_t kn, int64_t k_stride, T* panels,
+    void decode(int64_t e, int64_t j0, int64_t n, int64_t j_stride, int64_t k0, int64_t kn, int64_t k_stride, C* panels,
                 int64_t stride) const {
         const int64_t offset = e * tensor.stride[0] + j0 * j_stride + k0 * k_stride;
         switch (tensor.dtype) {
@@ -40,19 +41,19 @@ private:
     }
 
     template <class S>
-    void copy(const S* source, int64_t n, int64_t j_stride, int64_t kn, int64_t k_stride, T* panels,
+    void copy(const S* source, int64_t n, int64_t j_stride, int64_t kn, int64_t k_stride, C* panels,
               int64_t stride) const {
-        constexpr int64_t P = kPack<T>;
+        constexpr int64_t P = kPack<C>;
         const Acc<T> factor = static_cast<Acc<T>>(scale);
         for (int64_t panel = 0; panel < ceil_div(n, kPanelColumns); ++panel) {
             for (int64_t j = 0; j < kPanelColumns; ++j) {
                 const int64_t column = panel * kPanelColumns + j;
                 const S* from = source + column * j_stride;
-                T* to = panels + panel * stride + j * P;
-                for (int64_t k = 0; k < round_up(kn, P); ++k) {
+                C* to = panels + panel * stride + j * P;
+                for (int64_t k = 0; k < round_up(kn, kKMultiple<C>); ++k) {
                     const bool inside = column < n && k < kn;
                     to[k / P * P * kPanelColumns + k % P] =
-                        inside ? from_float<T>(static_cast<Acc<T>>(to_float(read(from + k * k_stride))) * factor) : T{};
+                        inside ? from_float<C>(static_cast<Acc<T>>(to_float(read(from + k * k_stride))) * factor) : C{};
                 }
             }
         }

@@ -26,26 +26,33 @@ struct Columns {
 
 template <class T>
 struct GemmScratch {
-    static constexpr int64_t kMaxK = kPanelBytes / (kMaxColumns * static_cast<int64_t>(sizeof(T)));
+    using C = Compute<T>;
+    static constexpr int64_t kMaxK = kPanelBytes / (kMaxColumns * static_cast<int64_t>(sizeof(C)));
+    static constexpr int64_t kLeftElements = (256 << 10) / static_cast<int64_t>(sizeof(C));
+    static constexpr int64_t kStageElements = MicroGemm<C>::kRows * kMaxK;
 
-    T* panels;
-    T* left;  // panels of A for products of two row-major operands
+    C* panels;
+    C* left;   // panels of A for products of two row-major operands
+    C* stage;  // rows of A, where the micro-kernel can't read them as they lie
     Acc<T>* c;
 
     static size_t bytes() {
-        return Workspace::padded<T>(kMaxK * kMaxColumns) + Workspace::padded<T>(kLeftElements) +
-               Workspace::padded<Acc<T>>(kMaxRows * kMaxColumns);
+        return Workspace::padded<C>(kMaxK * kMaxColumns) + Workspace::padded<C>(kLeftElements) +
+               Workspace::padded<C>(kStageElements) + Workspace::padded<Acc<T>>(kMaxRows * kMaxColumns);
     }
     explicit GemmScratch(Workspace& workspace)
-        : panels(workspace.take<T>(kMaxK * kMaxColumns)),
-          left(workspace.take<T>(kLeftElements)),
+        : panels(workspace.take<C>(kMaxK * kMaxColumns)),
+          left(workspace.take<C>(kLeftElements)),
+          stage(workspace.take<C>(kStageElements)),
           c(workspace.take<Acc<T>>(kMaxRows * kMaxColumns)) {}
-
-    static constexpr int64_t kLeftElements = (256 << 10) / static_cast<int64_t>(sizeof(T));
 };
 
 template <class T>
 class BlockGemm {
+    using C = Compute<T>;
+    using Micro = MicroGemm<C>;
+    static constexpr int64_t P = kPack<C>;
+
 public:
     BlockGemm(const GemmScratch<T>& scratch, int64_t rows, int64_t columns)
         : scratch_(scratch), rows_(rows), columns_(columns) {}
@@ -53,16 +60,16 @@ public:
     // C += A . W^T over the given rows of W.
     template <class Weight>
     void multiply_nt(const Rows<T>& a, int64_t k, const Weight& weight, int64_t expert, const Columns& columns) {
-        if constexpr (Weight::kDirect && MicroGemm<T>::kDirectRows > 0) {
+        if constexpr (Weight::kDirect && Micro::kDirectRows > 0 && std::is_same_v<T, C>) {
             const T* w = weight.direct(expert);
-            if (first_ && rows_ <= MicroGemm<T>::kDirectRows && w) {
+            if (first_ && rows_ <= Micro::kDirectRows && w) {
                 return multiply_direct(a, k, w, weight.row_stride, columns);
             }
         }
-        multiply(a, k, [&](int64_t k0, int64_t kn, T* panels, int64_t stride) {
+        multiply(a, k, [&](int64_t k0, int64_t kn, C* panels, int64_t stride) {
             weight.decode_nt(expert, columns.first, columns.count, k0, kn, panels, stride);
             if (columns.second >= 0) {
-                T* second = panels + columns.padded() / kPanelColumns * stride;
+                C* second = panels + columns.padded() / kPanelColumns * stride;
                 weight.decode_nt(expert, columns.second, columns.count, k0, kn, second, stride);
             }
         });
@@ -71,7 +78,7 @@ public:
     // C += A . W over the given columns of W.
     template <class Weight>
     void multiply_nn(const Rows<T>& a, int64_t k, const Weight& weight, int64_t expert, const Columns& columns) {
-        multiply(a, k, [&](int64_t k0, int64_t kn, T* panels, int64_t stride) {
+        multiply(a, k, [&](int64_t k0, int64_t kn, C* panels, int64_t stride) {
             weight.decode_nn(expert, k0, kn, columns.first, columns.count, panels, stride);
         });
     }
@@ -79,34 +86,32 @@ public:
     // C += A . B with B given by decode(k0, kn, panels, stride).
     template <class Decode>
     void multiply(const Rows<T>& a, int64_t k, Decode decode) {
-        constexpr int64_t P = kPack<T>;
         for (int64_t k0 = 0; k0 < k; k0 += GemmScratch<T>::kMaxK) {
-            const int64_t kn = smaller(GemmScratch<T>::kMaxK, k - k0), whole = kn / P;
-            const int64_t stride = round_up(kn, P) * kPanelColumns;
+            const int64_t kn = smaller(GemmScratch<T>::kMaxK, k - k0), stride = panel_elements<C>(kn);
             decode(k0, kn, scratch_.panels, stride);
-            for (int64_t i = 0; i < rows_; i += MicroGemm<T>::kRows) {
-                const int64_t m = smaller(MicroGemm<T>::kRows, rows_ - i);
-                const T* pointers[MicroGemm<T>::kRows];
-                for (int64_t j = 0; j < m; ++j) pointers[j] = a.row(i + j) + k0;
-                if (whole) micro(pointers, m, P, scratch_.panels, stride, whole, i);
-                if (kn % P)
-                    multiply_tail(pointers, m, kn - 1, scratch_.panels + whole * P * kPanelColumns, stride, i,
-                                  whole == 0);
+            for (int64_t i = 0; i < rows_; i += Micro::kRows) {
+                const int64_t m = smaller(Micro::kRows, rows_ - i);
+                const T* rows[Micro::kRows];
+                for (int64_t j = 0; j < m; ++j) rows[j] = a.row(i + j) + k0;
+                multiply_rows(rows, m, kn, stride, i);
             }
             first_ = false;
         }
     }
 
-    // C += A . B with both operands in panels over the same k_steps: row i of A is column i of its panels.
-    void multiply_panels(const T* a, const T* b, int64_t k_steps) {
-        constexpr int64_t step = kPack<T> * kPanelColumns;
-        for (int64_t i = 0; i < rows_; i += MicroGemm<T>::kRows) {
-            const int64_t m = smaller(MicroGemm<T>::kRows, rows_ - i);
-            const T* pointers[MicroGemm<T>::kRows];
-            for (int64_t j = 0; j < m; ++j) {
-                pointers[j] = a + (i + j) / kPanelColumns * k_steps * step + (i + j) % kPanelColumns * kPack<T>;
+    // C += A . B with both operands in panels over the same k: row i of A is column i of its panels.
+    void multiply_panels(const C* a, const C* b, int64_t k) {
+        const int64_t stride = panel_elements<C>(k);
+        for (int64_t i = 0; i < rows_; i += Micro::kRows) {
+            const int64_t m = smaller(Micro::kRows, rows_ - i);
+            const C* pointers[Micro::kRows];
+            if constexpr (Micro::kStaged) {
+                Micro::stage_panels(a, stride, i, m, scratch_.stage, pointers);
+                micro(pointers, m, P, b, stride, i);
+            } else {
+                point_into_panels(a, stride, i, m, pointers);
+                micro(pointers, m, P * kPanelColumns, b, stride, i);
             }
-            micro(pointers, m, step, b, k_steps * step, k_steps, i);
         }
         first_ = false;
     }
@@ -121,37 +126,36 @@ public:
     }
 
 private:
-    void micro(const T* const* a, int64_t m, int64_t a_step, const T* b, int64_t b_stride, int64_t k_steps, int64_t i) {
-        for (int64_t p = 0; p < columns_ / kPanelColumns; p += MicroGemm<T>::kPanels) {
-            const int64_t panels = smaller(MicroGemm<T>::kPanels, columns_ / kPanelColumns - p);
-            MicroGemm<T>::gemm({static_cast<int>(m), static_cast<int>(panels), a, a_step, b + p * b_stride, b_stride,
-                                k_steps, scratch_.c + i * columns_ + p * kPanelColumns, columns_, !first_});
+    // Rows that the micro-kernel can't read as they lie are staged: of another type, or with an end that needs zeros.
+    void multiply_rows(const T* const* rows, int64_t m, int64_t k, int64_t stride, int64_t i) {
+        const C* staged[Micro::kRows];
+        if constexpr (Micro::kStaged) {
+            Micro::stage(rows, m, k, scratch_.stage, staged);
+        } else if constexpr (std::is_same_v<T, C>) {
+            if (k % P == 0) return micro(rows, m, P, scratch_.panels, stride, i);
+            stage_rows(rows, m, k, scratch_.stage, staged);
+        } else {
+            stage_rows(rows, m, k, scratch_.stage, staged);
         }
+        micro(staged, m, P, scratch_.panels, stride, i);
     }
 
-    // The last element of an odd k: a pair with zero, so that nothing beyond the row is read.
-    void multiply_tail(const T* const* a, int64_t m, int64_t k, const T* b, int64_t stride, int64_t i, bool alone) {
-        constexpr int64_t P = kPack<T>;
-        T tail[MicroGemm<T>::kRows][P] = {};
-        const T* pointers[MicroGemm<T>::kRows];
-        for (int64_t j = 0; j < m; ++j) {
-            tail[j][0] = read(a[j] + k);
-            pointers[j] = tail[j];
+    void micro(const C* const* a, int64_t m, int64_t a_step, const C* b, int64_t b_stride, int64_t i) {
+        const int64_t k_steps = b_stride / kPanelColumns / P;
+        for (int64_t p = 0; p < columns_ / kPanelColumns; p += Micro::kPanels) {
+            const int64_t panels = smaller(Micro::kPanels, columns_ / kPanelColumns - p);
+            Micro::gemm({static_cast<int>(m), static_cast<int>(panels), a, a_step, b + p * b_stride, b_stride, k_steps,
+                         scratch_.c + i * columns_ + p * kPanelColumns, columns_, !first_});
         }
-        const bool first = first_;
-        first_ = first_ && alone;
-        micro(pointers, m, P, b, stride, 1, i);
-        first_ = first;
     }
 
     void multiply_direct(const Rows<T>& a, int64_t k, const T* w, int64_t stride, const Columns& columns) {
-        const T* pointers[MicroGemm<T>::kDirectRows];
+        const T* pointers[Micro::kDirectRows];
         for (int64_t i = 0; i < rows_; ++i) pointers[i] = a.row(i);
-        MicroGemm<T>::direct(pointers, rows_, w + columns.first * stride, stride, columns.count, k, scratch_.c,
-                             columns_);
+        Micro::direct(pointers, rows_, w + columns.first * stride, stride, columns.count, k, scratch_.c, columns_);
         if (columns.second >= 0) {
-            MicroGemm<T>::direct(pointers, rows_, w + columns.second * stride, stride, columns.count, k,
-                                 scratch_.c + columns.padded(), columns_);
+            Micro::direct(pointers, rows_, w + columns.second * stride, stride, columns.count, k,
+                          scratch_.c + columns.padded(), columns_);
         }
         first_ = false;
     }

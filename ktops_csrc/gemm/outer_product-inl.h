@@ -13,8 +13,8 @@ struct Operand {
     int64_t first, count;
     const Acc<T>* scale = nullptr;
 
-    void pack(int64_t row, int64_t n, int64_t column, int64_t count, T* panels) const {
-        const int64_t stride = round_up(n, kPack<T>) * kPanelColumns;
+    void pack(int64_t row, int64_t n, int64_t column, int64_t count, Compute<T>* panels) const {
+        const int64_t stride = panel_elements<Compute<T>>(n);
         for (int64_t j = 0; j < count; j += kPanelColumns, panels += stride) {
             pack_nn(rows.from(row), first + column + j, smaller(kPanelColumns, count - j), n, panels,
                     scale ? scale + row : nullptr);
@@ -34,7 +34,7 @@ inline void outer_product(const GemmScratch<T>& scratch, int64_t rows, const Ope
         for_each_row_block(rows, [&](int64_t row, int64_t n) {
             left.pack(row, n, i, m, scratch.left);
             right.pack(row, n, 0, right.count, scratch.panels);
-            block.multiply_panels(scratch.left, scratch.panels, ceil_div(n, kPack<T>));
+            block.multiply_panels(scratch.left, scratch.panels, n);
         });
         for (int64_t j = 0; j < m; ++j) put(i + j, block.row(j));
     }

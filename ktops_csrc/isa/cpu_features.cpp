@@ -27,17 +27,25 @@ uint64_t xcr0() {
     return static_cast<uint64_t>(high) << 32 | low;
 }
 
+constexpr uint64_t kYmmState = 0x06;  // xmm, ymm
 constexpr uint64_t kZmmState = 0xe6;  // xmm, ymm, opmask, upper halves of zmm0-15, zmm16-31
 
 }  // namespace
 
 bool has_x86_64() { return true; }
 
-bool has_avx512_bf16() {
+bool has_avx2() {
+    const bool fma = bit(cpuid(1, 0).ecx, 12), avx2 = bit(cpuid(7, 0).ebx, 5), bmi2 = bit(cpuid(7, 0).ebx, 8);
+    return (xcr0() & kYmmState) == kYmmState && fma && avx2 && bmi2;
+}
+
+bool has_avx512() {
     const Leaf seven = cpuid(7, 0);
     const bool avx512 =
         bit(seven.ebx, 16) && bit(seven.ebx, 17) && bit(seven.ebx, 30) && bit(seven.ebx, 31);  // F DQ BW VL
-    return (xcr0() & kZmmState) == kZmmState && avx512 && bit(cpuid(7, 1).eax, 5);
+    return has_avx2() && (xcr0() & kZmmState) == kZmmState && avx512;
 }
+
+bool has_avx512_bf16() { return has_avx512() && bit(cpuid(7, 1).eax, 5); }
 
 }  // namespace kt::cpu

@@ -4,6 +4,8 @@ namespace kt::cpu {
 
 // Each asks CPUID for the instructions of one row of kernels and XCR0 for the registers they need.
 bool has_x86_64();
+bool has_avx2();
+bool has_avx512();
 bool has_avx512_bf16();
 
 }  // namespace kt::cpu

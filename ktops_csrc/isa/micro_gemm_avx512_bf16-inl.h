@@ -17,6 +17,7 @@ struct MicroGemm<bfloat16> {
     static constexpr int kRows = 6;
     static constexpr int kPanels = 4;
     static constexpr int64_t kDirectRows = 8;
+    static constexpr bool kStaged = false;
 
     static void gemm(const MicroArguments<bfloat16>& g) {
         call_micro_kernel<MicroGemm>(g, std::make_integer_sequence<int, kRows * kPanels>());

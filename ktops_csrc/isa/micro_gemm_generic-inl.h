@@ -1,63 +1,78 @@
 #pragma once
 
-// The micro-kernel contract, and a version for any ISA.
+// The micro-kernel contract, and a version for float32 and float64 on any ISA.
 //
 //   C[i][j] (+)= sum over s of A[i][s] . B[s][j]     i < m <= kRows, j < 16 * panels, panels <= kPanels
 //
-// A k-step s is kPack consecutive elements of k: a pair for bfloat16, one element otherwise.
-//   a[i] + s * a_step           the kPack elements of row i at step s
-//   b + p * b_stride            panel p: [k_steps][16][kPack]
-//   c + i * ldc                 row i of C, 16 * panels columns, in Acc<T>
+//   a[i] + s * a_step       the kPack elements of row i at k-step s
+//   b + p * b_stride        panel p
+//   c + i * ldc             row i of C, 16 * panels columns, accumulators
 
-#include <cstdint>
 #include <utility>
 
-#include "isa/vec-inl.h"
+#include "isa/panel-inl.h"
 
 namespace kt::KT_ISA {
 
-constexpr int kPanelColumns = 16;
-
-template <class T>
-constexpr int kPack = 1;
-template <>
-constexpr int kPack<bfloat16> = 2;
-
-template <class T>
+template <class C>
 struct MicroArguments {
     int m, panels;
-    const T* const* a;
+    const C* const* a;
     int64_t a_step;
-    const T* b;
+    const C* b;
     int64_t b_stride;
     int64_t k_steps;
-    Acc<T>* c;
+    Acc<C>* c;
     int64_t ldc;
     bool accumulate;
 };
 
 // Table of kernel<M, P> for M <= kRows, P <= kPanels.
-template <class Kernels, class T, int... Is>
-inline void call_micro_kernel(const MicroArguments<T>& g, std::integer_sequence<int, Is...>) {
-    using Function = void (*)(const MicroArguments<T>&);
+template <class Kernels, class C, int... Is>
+inline void call_micro_kernel(const MicroArguments<C>& g, std::integer_sequence<int, Is...>) {
+    using Function = void (*)(const MicroArguments<C>&);
     static constexpr Function table[] = {
         &Kernels::template kernel<Is / Kernels::kPanels + 1, Is % Kernels::kPanels + 1>...};
     table[(g.m - 1) * Kernels::kPanels + g.panels - 1](g);
 }
 
-template <class T>
+// m rows of k elements as contiguous rows of C, zero up to a multiple of kKMultiple; a[i] is set to row i of out.
+template <class C, class T>
+inline void stage_rows(const T* const* rows, int64_t m, int64_t k, C* out, const C** a) {
+    const int64_t padded = round_up(k, kKMultiple<C>);
+    for (int64_t i = 0; i < m; ++i, out += padded) {
+        a[i] = out;
+        if constexpr (std::is_same_v<C, T>) {
+            std::memcpy(out, rows[i], static_cast<size_t>(k) * sizeof(C));
+        } else {
+            for_each_vector<Acc<C>>(k, [&](int64_t j, int64_t n) { store_n(out + j, load_n(rows[i] + j, n), n); });
+        }
+        for (int64_t j = k; j < padded; ++j) out[j] = C{};
+    }
+}
+
+// Row i of A is column i of its panels: where the micro-kernel finds it.
+template <class C>
+inline void point_into_panels(const C* panels, int64_t stride, int64_t i, int64_t m, const C** a) {
+    for (int64_t j = i; j < i + m; ++j) {
+        a[j - i] = panels + j / kPanelColumns * stride + j % kPanelColumns * kPack<C>;
+    }
+}
+
+template <class C>
 struct MicroGemm {
     static constexpr int kRows = KT_GENERIC_ROWS;
     static constexpr int kPanels = KT_GENERIC_PANELS;
     static constexpr int64_t kDirectRows = 0;  // no kernel that reads B where it lies
+    static constexpr bool kStaged = false;     // takes rows of A anywhere in memory
 
-    static void gemm(const MicroArguments<T>& g) {
+    static void gemm(const MicroArguments<C>& g) {
         call_micro_kernel<MicroGemm>(g, std::make_integer_sequence<int, kRows * kPanels>());
     }
 
     template <int M, int P>
-    static void kernel(const MicroArguments<T>& g) {
-        using A = Acc<T>;
+    static void kernel(const MicroArguments<C>& g) {
+        using A = Acc<C>;
         constexpr int V = kPanelColumns / kLanes<A>;  // vectors a panel
         Vec<A> acc[M][P * V];
 #pragma GCC unroll 8
@@ -65,14 +80,20 @@ struct MicroGemm {
 #pragma GCC unroll 8
             for (int j = 0; j < P * V; ++j) acc[i][j] = g.accumulate ? load(g.c + i * g.ldc + j * kLanes<A>) : Vec<A>{};
         }
-        const T* a[M];
+        const C* a[M];
+#pragma GCC unroll 8
         for (int i = 0; i < M; ++i) a[i] = g.a[i];
-        for (int64_t s = 0; s < g.k_steps; ++s) {
+        const C* b = g.b;
+        const int64_t a_step = g.a_step, b_stride = g.b_stride, a_end = g.k_steps * a_step;
+        for (int64_t s = 0; s < a_end; s += a_step, b += kPanelColumns) {
+            Vec<A> panel[P * V];
 #pragma GCC unroll 8
-            for (int j = 0; j < P * V; ++j) {
-                const T* b = g.b + (j / V) * g.b_stride + (s * kPanelColumns + (j % V) * kLanes<A>)*kPack<T>;
+            for (int j = 0; j < P * V; ++j) panel[j] = load(b + (j / V) * b_stride + (j % V) * kLanes<A>);
 #pragma GCC unroll 8
-                for (int i = 0; i < M; ++i) multiply_add(acc[i][j], a[i] + s * g.a_step, b);
+            for (int i = 0; i < M; ++i) {
+                const Vec<A> x = broadcast(read(a[i] + s));
+#pragma GCC unroll 8
+                for (int j = 0; j < P * V; ++j) acc[i][j] += x * panel[j];
             }
         }
 #pragma GCC unroll 8
@@ -81,17 +102,12 @@ struct MicroGemm {
             for (int j = 0; j < P * V; ++j) store(g.c + i * g.ldc + j * kLanes<A>, acc[i][j]);
         }
     }
-
-private:
-    template <class A>
-    static void multiply_add(Vec<A>& acc, const A* a, const A* b) {
-        acc += broadcast(read(a)) * load(b);
-    }
-    static void multiply_add(Vec<float>& acc, const bfloat16* a, const bfloat16* b) {
-        const VecU32 pairs = load_bits<VecU32>(b);
-        acc += broadcast(to_float(read(a))) * bit_cast<Vec<float>>(pairs << 16);
-        acc += broadcast(to_float(read(a + 1))) * bit_cast<Vec<float>>(pairs & 0xffff0000u);
-    }
 };
+
+// What a thread sets up for a region of work and takes down at its end: nothing, but for AMX.
+#ifndef KT_REGION
+struct NoRegion {};
+#define KT_REGION NoRegion
+#endif
 
 }  // namespace kt::KT_ISA

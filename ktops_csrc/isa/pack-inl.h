@@ -1,9 +1,8 @@
 #pragma once
 
-// Re-orders a block of a dense row-major matrix into one panel: [k_steps][16][kPack], zero beyond the block.
+// Re-orders a block of a dense row-major matrix into one panel, zero beyond the block.
 
-#include "isa/micro_gemm_generic-inl.h"
-#include "isa/vec-inl.h"
+#include "isa/panel-inl.h"
 
 namespace kt::KT_ISA {
 
@@ -18,45 +17,60 @@ inline void transpose_16x16(const char* rows, int64_t stride, uint32_t* out) {
 #define KT_TRANSPOSE_16X16 transpose_16x16
 #endif
 
-// Columns of the panel are n <= 16 rows of the matrix; k runs along a row (y = x W^T). w: first row; stride: of rows.
-template <class T>
-inline void pack_nt(const T* w, int64_t stride, int64_t n, int64_t kn, T* panel) {
-    constexpr int64_t P = kPack<T>;
-    int64_t k = 0;
-    if constexpr (sizeof(T) * P == 4) {
-        if (n == kPanelColumns) {
-            for (; k + 16 * P <= kn; k += 16 * P) {
-                KT_TRANSPOSE_16X16(reinterpret_cast<const char*>(w + k), stride * static_cast<int64_t>(sizeof(T)),
-                                   reinterpret_cast<uint32_t*>(panel + k * kPanelColumns));
+// 64 bytes of each of 16 rows: 16 k-steps of float32 or of pairs of bfloat16 as they are, or 32 of widened bfloat16.
+template <class T, class C>
+inline void transpose_block(const T* w, int64_t stride, C* out) {
+    const auto* rows = reinterpret_cast<const char*>(w);
+    const int64_t bytes = stride * static_cast<int64_t>(sizeof(T));
+    if constexpr (std::is_same_v<T, C>) {
+        KT_TRANSPOSE_16X16(rows, bytes, reinterpret_cast<uint32_t*>(out));
+    } else {
+        alignas(64) uint32_t pairs[16 * kPanelColumns];
+        KT_TRANSPOSE_16X16(rows, bytes, pairs);
+        for (int k = 0; k < 16; ++k, out += 2 * kPanelColumns) {
+            for (int j = 0; j < kPanelColumns; j += kLanes<float>) {
+                const VecU32 pair = load_bits<VecU32>(pairs + k * kPanelColumns + j);
+                store(out + j, bit_cast<Vec<float>>(pair << 16));
+                store(out + kPanelColumns + j, bit_cast<Vec<float>>(pair & 0xffff0000u));
             }
         }
     }
-    for (; k < kn; k += P) {
-        T* out = panel + k * kPanelColumns;
+}
+
+// Columns of the panel are n <= 16 rows of the matrix; k runs along a row (y = x W^T). w: first row; stride: of rows.
+template <class T>
+inline void pack_nt(const T* w, int64_t stride, int64_t n, int64_t kn, Compute<T>* panel) {
+    using C = Compute<T>;
+    constexpr int64_t P = kPack<C>, kBlock = 64 / static_cast<int64_t>(sizeof(T));
+    int64_t k = 0;
+    if constexpr (sizeof(T) <= 4) {
+        if (n == kPanelColumns) {
+            for (; k + kBlock <= kn; k += kBlock) transpose_block(w + k, stride, panel + k * kPanelColumns);
+        }
+    }
+    for (const int64_t end = round_up(kn, kKMultiple<C>); k < end; k += P) {
+        C* out = panel + k * kPanelColumns;
         for (int64_t j = 0; j < kPanelColumns; ++j) {
-            for (int64_t p = 0; p < P; ++p) out[j * P + p] = j < n && k + p < kn ? read(w + j * stride + k + p) : T{};
+            for (int64_t p = 0; p < P; ++p) {
+                out[j * P + p] = j < n && k + p < kn ? convert<C>(read(w + j * stride + k + p)) : C{};
+            }
         }
     }
 }
 
 // out = n elements of row times factor, then zeros.
-template <class T>
-inline void copy_row(const T* row, int64_t n, Acc<T> factor, T* out) {
+template <class C, class T>
+inline void copy_row(const T* row, int64_t n, Acc<T> factor, C* out) {
     for (int64_t j = 0; j < kPanelColumns; j += kLanes<Acc<T>>) {
         const int64_t count = row ? smaller(kLanes<Acc<T>>, n - j) : 0;
         store(out + j, count > 0 ? load_n(row + j, count) * factor : Vec<Acc<T>>{});
     }
 }
 
-// 16 columns of kPack rows, side by side.
-template <class T>
-inline void interleave(const T* const* rows, T* out) {
-    std::memcpy(out, rows[0], kPanelColumns * sizeof(T));
-}
-inline void interleave(const bfloat16* const* rows, bfloat16* out) {
+inline void interleave(const bfloat16* even, const bfloat16* odd, bfloat16* out) {
     for (int j = 0; j < kPanelColumns; j += kLanes<float>) {
-        const VecU32 low = __builtin_convertvector(load_bits<VecU16>(rows[0] + j), VecU32);
-        const VecU32 high = __builtin_convertvector(load_bits<VecU16>(rows[1] + j), VecU32);
+        const VecU32 low = __builtin_convertvector(load_bits<VecU16>(even + j), VecU32);
+        const VecU32 high = __builtin_convertvector(load_bits<VecU16>(odd + j), VecU32);
         const VecU32 pairs = low | high << 16;
         std::memcpy(static_cast<void*>(out + 2 * j), &pairs, sizeof(pairs));
     }
@@ -65,18 +79,23 @@ inline void interleave(const bfloat16* const* rows, bfloat16* out) {
 // Columns of the panel are n <= 16 columns of the matrix; k runs down the rows (dx = dy W), row k times scale[k] if
 // there is a scale.
 template <class T>
-inline void pack_nn(Rows<T> w, int64_t column, int64_t n, int64_t kn, T* panel, const Acc<T>* scale = nullptr) {
-    constexpr int64_t P = kPack<T>;
-    for (int64_t k = 0; k < kn; k += P, panel += P * kPanelColumns) {
-        T edge[P][kPanelColumns];
-        const T* rows[P];
-        for (int64_t p = 0; p < P; ++p) {
-            rows[p] = k + p < kn ? w.row(k + p) + column : edge[p];
-            if (k + p < kn && n == kPanelColumns && !scale) continue;
-            copy_row(k + p < kn ? rows[p] : nullptr, n, scale && k + p < kn ? scale[k + p] : Acc<T>{1}, edge[p]);
-            rows[p] = edge[p];
+inline void pack_nn(Rows<T> w, int64_t column, int64_t n, int64_t kn, Compute<T>* panel,
+                    const Acc<T>* scale = nullptr) {
+    using C = Compute<T>;
+    const int64_t end = round_up(kn, kKMultiple<C>);
+    const auto source = [&](int64_t k) { return k < kn ? w.row(k) + column : nullptr; };
+    const auto factor = [&](int64_t k) { return scale && k < kn ? scale[k] : Acc<T>{1}; };
+    for (int64_t k = 0; k < end; k += kPack<C>, panel += kPack<C> * kPanelColumns) {
+        if constexpr (kPack<C> == 1) {
+            copy_row(source(k), n, factor(k), panel);
+        } else if (k + 1 < kn && n == kPanelColumns && !scale) {
+            interleave(source(k), source(k + 1), panel);
+        } else {
+            C even[kPanelColumns], odd[kPanelColumns];
+            copy_row(source(k), n, factor(k), even);
+            copy_row(source(k + 1), n, factor(k + 1), odd);
+            interleave(even, odd, panel);
         }
-        interleave(rows, panel);
     }
 }
 

@@ -111,7 +111,7 @@ private:
             }
             schedule.add(ceil_div(routing_.num_routes, kMaxRows), routing_weights);
         }
-        schedule.run(p_.num_threads, p_.launch);
+        schedule.run<KT_REGION>(p_.num_threads, p_.launch);
     }
 
     bool wants_grad_h() const {

@@ -79,7 +79,7 @@ private:
         schedule.add(E * i_slabs, gate_up);
         if (p_.down_rank) schedule.add(E, project_h);
         schedule.add(blocks * h_slabs, down);
-        schedule.run(p_.num_threads, p_.launch);
+        schedule.run<KT_REGION>(p_.num_threads, p_.launch);
     }
 
     // h = act(g) u, and [g | u] for backward

@@ -25,8 +25,14 @@ public:
         phase.call = [](const void* t, int64_t i, int thread) { (*static_cast<const Task*>(t))(i, thread); };
     }
 
+    // Region: constructed and destroyed by every thread around its work.
+    template <class Region>
     void run(int num_threads, Launch launch) {
-        launch(num_threads, [](void* self) { static_cast<Schedule*>(self)->work(); }, this);
+        const auto work = [](void* self) {
+            [[maybe_unused]] const Region region{};
+            static_cast<Schedule*>(self)->work();
+        };
+        launch(num_threads, work, this);
     }
 
 private:

@@ -1,0 +1,56 @@
+#pragma once
+
+// Panels: how a block of a matrix is laid out for the micro-kernels, the same on every ISA.
+//
+//   [k_steps][16][kPack]    16 columns; a k-step is kPack consecutive elements of k: a pair for bfloat16, else one.
+//                           One AMX tile is 16 of these rows, one zmm register is one row.
+
+#include <cstdint>
+#include <type_traits>
+
+#include "isa/vec-inl.h"
+
+namespace kt::KT_ISA {
+
+constexpr int64_t kPanelColumns = 16;
+
+// What T is multiplied in: bfloat16 is widened to float32 on an ISA that has no dot product for it.
+template <class T>
+struct ComputeOf {
+    using type = T;
+};
+#ifndef KT_BFLOAT16_DOT
+template <>
+struct ComputeOf<bfloat16> {
+    using type = float;
+};
+#endif
+template <class T>
+using Compute = typename ComputeOf<T>::type;
+
+template <class C>
+constexpr int64_t kPack = std::is_same_v<C, bfloat16> ? 2 : 1;
+
+// Panels end with zeros up to a multiple of this many elements of k: a k-step, or a whole tile.
+template <class C>
+#ifdef KT_BFLOAT16_K_MULTIPLE
+constexpr int64_t kKMultiple = std::is_same_v<C, bfloat16> ? KT_BFLOAT16_K_MULTIPLE : 1;
+#else
+constexpr int64_t kKMultiple = kPack<C>;
+#endif
+
+template <class C>
+constexpr int64_t panel_elements(int64_t k) {
+    return round_up(k, kKMultiple<C>) * kPanelColumns;
+}
+
+template <class C, class T>
+inline C convert(T x) {
+    if constexpr (std::is_same_v<C, T>) {
+        return x;
+    } else {
+        return from_float<C>(static_cast<Acc<C>>(to_float(x)));
+    }
+}
+
+}  // namespace kt::KT_ISA

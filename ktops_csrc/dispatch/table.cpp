@@ -8,7 +8,7 @@
 namespace kt::dispatch {
 namespace {
 
-const IsaRow* const kRows[] = {&avx512_bf16_row, &avx512_row, &avx2_row, &scalar_row};
+const IsaRow* const kRows[] = {&amx_bf16_row, &avx512_bf16_row, &avx512_row, &avx2_row, &scalar_row};
 
 std::atomic<const IsaRow*> chosen{nullptr};
 
@@ -20,7 +20,7 @@ std::string names() {
 
 const IsaRow* first_choice() {
     const std::string name = environment::isa();
-    if (!name.empty()) return &find(name);
+    if (!name.empty()) return &find(name, "KTOPS_ISA");
     for (const IsaRow* row : kRows) {
         if (row->supported()) return row;
     }
@@ -29,13 +29,14 @@ const IsaRow* first_choice() {
 
 }  // namespace
 
-const IsaRow& find(const std::string& name) {
+const IsaRow& find(const std::string& name, const char* argument) {
     for (const IsaRow* row : kRows) {
         if (name != row->name) continue;
         if (row->supported() || environment::isa_unchecked()) return *row;
-        throw std::runtime_error("isa '" + name + "' is not supported by this CPU; supported: " + describe());
+        throw std::runtime_error(std::string(argument) + " must be supported by this CPU (" + describe() + "), got '" +
+                                 name + "'");
     }
-    throw std::runtime_error("isa must be one of " + names() + ", got '" + name + "'");
+    throw std::runtime_error(std::string(argument) + " must be one of " + names() + ", got '" + name + "'");
 }
 
 const IsaRow& current() {
@@ -47,7 +48,7 @@ const IsaRow& current() {
     return *row;
 }
 
-void use(const std::string& name) { chosen.store(&find(name), std::memory_order_release); }
+void use(const std::string& name) { chosen.store(&find(name, "name"), std::memory_order_release); }
 
 std::string describe() {
     std::string list;

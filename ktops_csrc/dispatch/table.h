@@ -33,14 +33,15 @@ extern const IsaRow scalar_row;
 extern const IsaRow avx2_row;
 extern const IsaRow avx512_row;
 extern const IsaRow avx512_bf16_row;
+extern const IsaRow amx_bf16_row;
 
 namespace dispatch {
 
 // The row in use. The first call chooses it: KTOPS_ISA, else the first supported one.
 const IsaRow& current();
 
-// Throws std::runtime_error for an unknown row or one that this CPU lacks.
-const IsaRow& find(const std::string& name);
+// Throws std::runtime_error, in the name of `argument`, for an unknown row or one that this CPU lacks.
+const IsaRow& find(const std::string& name, const char* argument);
 void use(const std::string& name);
 
 // "name=1,name=0,...": every row, best first, and whether this CPU can run it.

@@ -1,6 +1,8 @@
 #include "isa/cpu_features.h"
 
 #include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
 
 #include <cstdint>
 
@@ -30,6 +32,10 @@ uint64_t xcr0() {
 constexpr uint64_t kYmmState = 0x06;  // xmm, ymm
 constexpr uint64_t kZmmState = 0xe6;  // xmm, ymm, opmask, upper halves of zmm0-15, zmm16-31
 
+constexpr uint64_t kTileState = 0x60000;  // tile configuration, tile data
+
+constexpr int kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+
 }  // namespace
 
 bool has_x86_64() { return true; }
@@ -47,5 +53,13 @@ bool has_avx512() {
 }
 
 bool has_avx512_bf16() { return has_avx512() && bit(cpuid(7, 1).eax, 5); }
+
+bool has_amx_bf16() {
+    const Leaf seven = cpuid(7, 0);
+    const bool amx = bit(seven.edx, 22) && bit(seven.edx, 24);  // BF16, TILE
+    if (!has_avx512_bf16() || !amx || (xcr0() & kTileState) != kTileState) return false;
+    static const bool granted = syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+    return granted;
+}
 
 }  // namespace kt::cpu

@@ -104,10 +104,4 @@ struct MicroGemm {
     }
 };
 
-// What a thread sets up for a region of work and takes down at its end: nothing, but for AMX.
-#ifndef KT_REGION
-struct NoRegion {};
-#define KT_REGION NoRegion
-#endif
-
 }  // namespace kt::KT_ISA

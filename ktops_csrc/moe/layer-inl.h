@@ -12,6 +12,12 @@
 
 namespace kt::KT_ISA {
 
+// What a thread sets up for its work and takes down at the end: nothing, unless the ISA names it.
+#ifndef KT_REGION
+struct NoRegion {};
+#define KT_REGION NoRegion
+#endif
+
 // Columns of one task: of I for products with g and u (twice as many columns of C), of H where rows are combined.
 // Fewer when there are not enough tasks for the threads; the results do not depend on it.
 constexpr int64_t kSlab = 64;

@@ -1,0 +1,123 @@
+#pragma once
+
+// bfloat16 with AMX tiles: 32 rows x 2 panels, TDPBF16PS.
+//
+//   tmm0 tmm1    C: rows 0-15  x panel 0, 1        16 x 16 float32 each
+//   tmm2 tmm3       rows 16-31 x panel 0, 1
+//   tmm4 tmm5    A: rows 0-15, rows 16-31          16 x 32 bfloat16, staged as tiles
+//   tmm6 tmm7    B: panel 0, 1                     16 pairs of k x 16 columns: 16 rows of a panel as they lie
+//
+// A step is 32 elements of k: four tile loads and four products.
+
+#include <immintrin.h>
+
+#include "isa/direct_avx512_bf16-inl.h"
+#include "isa/micro_gemm_generic-inl.h"
+#include "isa/pack-inl.h"
+
+namespace kt::KT_ISA {
+
+// Eight tiles of 16 rows of 64 bytes, from construction to destruction, on this thread.
+struct TileRegion {
+    TileRegion() {
+        struct alignas(64) {
+            uint8_t palette = 1, start_row = 0, reserved[14] = {};
+            uint16_t bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+            uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+        } config;
+        settle(&config);
+        _tile_loadconfig(&config);
+    }
+    ~TileRegion() { _tile_release(); }
+
+    // Makes the compiler finish its stores: it does not know which memory tile instructions read.
+    static void settle(const void* p) { __asm__ volatile("" ::"r"(p) : "memory"); }
+};
+#define KT_REGION TileRegion
+
+template <>
+struct MicroGemm<bfloat16> : DirectGemm {
+    static constexpr int kRows = 32;
+    static constexpr int kPanels = 2;
+    static constexpr bool kStaged = true;
+    static constexpr int64_t kTileK = 32, kTileElements = 16 * kTileK;
+
+    // A in tiles: [rows / 16][k / 32][16][32], zero beyond the last element of k. Rows beyond m are left as they are:
+    // they only reach rows of C beyond m.
+    static void stage(const bfloat16* const* rows, int64_t m, int64_t k, bfloat16* out, const bfloat16** a) {
+        const int64_t tiles = ceil_div(k, kTileK);
+        for (int64_t i = 0; i < m; ++i) {
+            bfloat16* to = out + i / 16 * tiles * kTileElements + i % 16 * kTileK;
+            const bfloat16* row = rows[i];
+            for (int64_t t = 0; t + 1 < tiles; ++t) {
+                _mm512_store_si512(to + t * kTileElements, _mm512_loadu_si512(row + t * kTileK));
+            }
+            const auto left = static_cast<uint32_t>(k - (tiles - 1) * kTileK);
+            const __mmask32 mask = left == 32 ? 0xffffffffu : (1u << left) - 1;
+            _mm512_store_si512(to + (tiles - 1) * kTileElements,
+                               _mm512_maskz_loadu_epi16(mask, row + (tiles - 1) * kTileK));
+        }
+        a[0] = out;
+    }
+
+    // Rows i .. i + m of A are columns of panels: 16 pairs of k of a panel, transposed, are a tile.
+    static void stage_panels(const bfloat16* panels, int64_t stride, int64_t i, int64_t m, bfloat16* out,
+                             const bfloat16** a) {
+        a[0] = out;
+        for (int64_t p = i / kPanelColumns; p * kPanelColumns < i + m; ++p) {
+            const bfloat16* panel = panels + p * stride;
+            for (int64_t k = 0; k < stride; k += kTileElements, out += kTileElements) {
+                KT_TRANSPOSE_16X16(reinterpret_cast<const char*>(panel + k), 64, reinterpret_cast<uint32_t*>(out));
+            }
+        }
+    }
+
+    static void gemm(const MicroArguments<bfloat16>& g) {
+        const bool two_rows = g.m > 16, two_panels = g.panels > 1;
+        if (two_rows) {
+            two_panels ? kernel<2, 2>(g) : kernel<2, 1>(g);
+        } else {
+            two_panels ? kernel<1, 2>(g) : kernel<1, 1>(g);
+        }
+    }
+
+private:
+    template <int M, int P>
+    static void kernel(const MicroArguments<bfloat16>& g) {
+        const int64_t ldc = g.ldc * static_cast<int64_t>(sizeof(float)), tiles = g.k_steps / 16;
+        float* c00 = g.c;
+        float* c10 = g.c + 16 * g.ldc;
+        TileRegion::settle(c00);
+        if (g.accumulate) {
+            _tile_loadd(0, c00, ldc);
+            if constexpr (P > 1) _tile_loadd(1, c00 + 16, ldc);
+            if constexpr (M > 1) _tile_loadd(2, c10, ldc);
+            if constexpr (M > 1 && P > 1) _tile_loadd(3, c10 + 16, ldc);
+        } else {
+            _tile_zero(0);
+            _tile_zero(1);
+            _tile_zero(2);
+            _tile_zero(3);
+        }
+        const bfloat16* a0 = g.a[0];
+        const bfloat16* a1 = a0 + tiles * kTileElements;
+        const bfloat16* b0 = g.b;
+        const bfloat16* b1 = b0 + g.b_stride;
+        for (int64_t t = 0; t < tiles; ++t) {
+            _tile_loadd(4, a0 + t * kTileElements, 64);
+            _tile_loadd(6, b0 + t * kTileElements, 64);
+            _tile_dpbf16ps(0, 4, 6);
+            if constexpr (P > 1) _tile_loadd(7, b1 + t * kTileElements, 64);
+            if constexpr (P > 1) _tile_dpbf16ps(1, 4, 7);
+            if constexpr (M > 1) _tile_loadd(5, a1 + t * kTileElements, 64);
+            if constexpr (M > 1) _tile_dpbf16ps(2, 5, 6);
+            if constexpr (M > 1 && P > 1) _tile_dpbf16ps(3, 5, 7);
+        }
+        _tile_stored(0, c00, ldc);
+        if constexpr (P > 1) _tile_stored(1, c00 + 16, ldc);
+        if constexpr (M > 1) _tile_stored(2, c10, ldc);
+        if constexpr (M > 1 && P > 1) _tile_stored(3, c10 + 16, ldc);
+    }
+};
+
+}  // namespace kt::KT_ISA

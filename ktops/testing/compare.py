@@ -1,6 +1,8 @@
 """Runs of ktops.moe_sft and of its reference on the same inputs, and the comparison of the two."""
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -34,6 +36,18 @@ def run(
     return {"output": output.detach()} | dict(zip(names, gradients, strict=True))
 
 
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Inside, torch works in the calling thread only: small operators would wait longer than they work."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@one_thread()
 def run_reference(
     inputs: dict, grad_output: Tensor, names: tuple[str, ...] | None = None, activation: str = "silu"
 ) -> dict[str, Tensor]:
@@ -68,6 +82,7 @@ class Movement(NamedTuple):
         return cls(total**0.5, largest**0.5, total**2 / fourth if fourth else 1.0)
 
 
+@one_thread()
 def sensitivity(
     inputs: dict, grad_output: Tensor, expected: dict[str, Tensor], activation: str = "silu"
 ) -> dict[str, Movement]:

@@ -12,12 +12,13 @@ from ktops.testing.budgets import (
     relative_error,
     rms,
 )
-from ktops.testing.compare import assert_matches_reference, random_grad_output, run_reference
+from ktops.testing.compare import assert_matches_reference, one_thread, random_grad_output, run_reference
 from ktops.testing.inputs import floating, moe_inputs, require_grad, upcast
 from ktops.testing.naive import Rounded, RoundedAccumulation, moe_naive
 from ktops.testing.poison import poisoned_memory
 
 
+@one_thread()
 def modelled(inputs: dict, grad_output: torch.Tensor, arithmetic, skip: str = "") -> dict:
     """What a kernel with this arithmetic returns; ``skip`` names an input that it forgets."""
     names = floating(inputs)

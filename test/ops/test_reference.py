@@ -5,11 +5,12 @@ import torch
 
 from ktops import reference
 from ktops.testing.budgets import relative_error, rounding_level
-from ktops.testing.compare import assert_matches_reference, random_grad_output, run_reference
+from ktops.testing.compare import assert_matches_reference, one_thread, random_grad_output, run_reference
 from ktops.testing.inputs import ROUTINGS, floating, moe_inputs, op_arguments, require_grad
 from ktops.testing.naive import ACTIVATIONS, moe_naive
 
 
+@one_thread()
 def assert_reference_is_naive(inputs: dict, activation: str = "silu") -> None:
     grad_output = random_grad_output(inputs)
     names = floating(inputs)

@@ -1,6 +1,7 @@
 #include "ops/checks.h"
 
 #include <cmath>
+#include <stdexcept>
 
 namespace kt::ops {
 
@@ -52,10 +53,7 @@ const char* dtype_name(DType dtype) {
 
 }  // namespace
 
-void Checker::fail(const std::string& message) const {
-    STD_TORCH_CHECK(false, op_, ": ", message);
-    __builtin_unreachable();
-}
+void Checker::fail(const std::string& message) const { throw std::runtime_error(std::string(op_) + ": " + message); }
 
 std::string shape_text(const Tensor& tensor) {
     std::string text = "[";

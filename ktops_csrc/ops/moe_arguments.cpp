@@ -20,6 +20,15 @@ void launch(int64_t n, void (*body)(void* context), void* context) {
     });
 }
 
+// No more threads than the work is worth: waking one up costs about as much as this many FLOPs, or as many bytes of
+// weights when they are used once.
+int useful_threads(const Problem& p) {
+    constexpr int64_t kFlopsAThread = 1 << 19;
+    const int64_t flops = 6 * p.num_tokens * p.top_k * p.hidden_size * p.intermediate_size;
+    const auto available = static_cast<int64_t>(torch::stable::get_num_threads());
+    return static_cast<int>(larger(1, smaller(available, flops / kFlopsAThread)));
+}
+
 // Checks one pair of LoRA factors, A [E, r, in] and B [E, out, r], and returns r; 0 without them.
 int64_t lora_rank(const Checker& check, const char* a_name, const OptionalTensor& a, Size in, const char* b_name,
                   const OptionalTensor& b, Size out, Size experts) {
@@ -111,7 +120,7 @@ MoeArguments::MoeArguments(const char* op, KT_MOE_PARAMETERS)
     p.down_lora_B = view("down_lora_B", down_lora_B);
     p.gate_up_scaling = gate_up_scaling;
     p.down_scaling = down_scaling;
-    p.num_threads = static_cast<int>(torch::stable::get_num_threads());
+    p.num_threads = useful_threads(p);
     p.launch = launch;
 }
 

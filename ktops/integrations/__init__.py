@@ -20,6 +20,11 @@ def enable() -> None:
     from ktops.integrations import transformers
 
     transformers.enable()
+    enable_peft()
+
+
+def enable_peft() -> None:
+    """Route PEFT's expert LoRA into the op, if PEFT is installed."""
     if importlib.util.find_spec("peft") is not None:
         from ktops.integrations import peft
 

@@ -6,6 +6,7 @@ from collections import defaultdict
 
 from torch import nn
 
+from ktops.integrations import enable_peft
 from ktops.integrations.probe import disagreement_of_expert, disagreement_of_experts
 from ktops.integrations.transformers.architectures import (
     TESTED,
@@ -35,7 +36,8 @@ def swap_experts(model: nn.Module, *, save: str = "activations") -> list[str]:
 
     Routers and MoE blocks are untouched, state-dict keys and Parameters are the same. Whether a module that
     does not declare its layout computes what the op computes is tried on random rows first. An experts module
-    that the op does not support stays, and one warning names it and the reason.
+    that the op does not support stays, and one warning names it and the reason. PEFT's LoRA on stacked
+    parameters goes through the op as well, as after :func:`ktops.enable`.
 
     Args:
         model: on the CPU, float32, bfloat16 or float64. May have PEFT adapters.
@@ -71,6 +73,8 @@ def swap_experts(model: nn.Module, *, save: str = "activations") -> list[str]:
         swapped.append(name)
     if refused:
         _warn_refused(model, refused)
+    if swapped:
+        enable_peft()
     return swapped
 
 

@@ -246,6 +246,17 @@ def test_swapped_experts():
     assert not recorder.calls
 
 
+def test_swapping_is_enough():
+    """Without ktops.enable() too, LoRA on swapped experts goes through the op."""
+    ktops.disable()
+    model = adapted("qwen3_moe", "eager")
+    ktops.swap_experts(model)
+    with Recorder() as recorder:
+        loss_and_gradients(model)
+    assert recorder.calls == {"moe_sft_fwd": 2, "moe_sft_bwd": 2}
+    assert not recorder.made_expert_stack(model)
+
+
 def test_swapped_before_the_adapters():
     model = tiny_model("mixtral")
     ktops.swap_experts(model)

@@ -57,7 +57,8 @@ def write(record: Record, input_ids: Tensor, values: Tensor, path: Path) -> None
 
 
 def run(path: Path) -> dict[str, float]:
-    """Runs :func:`check` in a fresh Python process.
+    """Runs :func:`check` in a fresh Python process, in the directory of the record: Python looks for modules in
+    the working directory first, and that of the user may hold a ktops that is not the installed one.
 
     Returns:
         What check returns.
@@ -66,7 +67,11 @@ def run(path: Path) -> dict[str, float]:
         UserError: the process failed; the message holds its last words.
     """
     result = subprocess.run(
-        [sys.executable, "-m", "ktops.cli.verify", str(path)], capture_output=True, text=True, check=False
+        [sys.executable, "-m", "ktops.cli.verify", str(path.resolve())],
+        cwd=path.parent,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     if result.returncode != 0:
         raise UserError(

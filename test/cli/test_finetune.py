@@ -151,3 +151,16 @@ def test_fresh_process_that_fails_is_told(tmp_path):
     (tmp_path / "record.json").write_text(json.dumps(asdict(record)))
     with pytest.raises(UserError, match=r"could not be loaded in a fresh process:(.|\n)*none\.safetensors"):
         verify.run(tmp_path / "record.json")
+
+
+def test_fresh_process_takes_the_installed_ktops(tmp_path, monkeypatch):
+    """In a source tree whose extension is built elsewhere, say."""
+    (tmp_path / "tree" / "ktops").mkdir(parents=True)
+    (tmp_path / "tree" / "ktops" / "__init__.py").write_text("raise ImportError('not the installed one')")
+    (tmp_path / "record").mkdir()
+    monkeypatch.chdir(tmp_path / "tree")
+    record = verify.Record("nowhere", "nowhere", "none.safetensors", "float32", "ktops", 1)
+    path = tmp_path / "record" / "record.json"
+    path.write_text(json.dumps(asdict(record)))
+    with pytest.raises(UserError, match=r"none\.safetensors"):
+        verify.run(path)

@@ -59,8 +59,8 @@ def write(record: Record, input_ids: Tensor, values: Tensor, path: Path) -> None
 def run(path: Path) -> dict[str, float]:
     """Runs :func:`check` in a fresh Python process.
 
-    It runs in the directory of the record: Python looks for modules in the working directory first, and that of
-    the user may hold a ktops that is not the installed one.
+    It runs in the directory of the record: Python looks for modules in the working directory first, and that
+    of the user may hold a ktops that is not the installed one.
 
     Returns:
         What check returns.

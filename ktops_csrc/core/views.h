@@ -1,6 +1,7 @@
 #pragma once
 
 #include <cstdint>
+#include <cstring>
 
 #include "core/bfloat16.h"
 
@@ -42,6 +43,13 @@ struct Result {
     int64_t size[3] = {1, 1, 1};
 
     explicit operator bool() const { return data != nullptr; }
+
+    // Zeroes part i of n equal parts.
+    void clear(int64_t i, int64_t n) const {
+        const int64_t element = dtype == DType::kBFloat16 ? 2 : dtype == DType::kFloat32 ? 4 : 8;
+        const int64_t bytes = size[0] * size[1] * size[2] / n * element;
+        std::memset(static_cast<char*>(data) + i * bytes, 0, static_cast<size_t>(bytes));
+    }
 
     void put(int64_t i, int64_t j, int64_t k, double value) const {
         const int64_t offset = (i * size[1] + j) * size[2] + k;

@@ -59,7 +59,19 @@ inline void put_row(const Result& result, int64_t e, int64_t i, int64_t j, int64
 // result[e][j .. j + n)[i] = scale * values
 template <class A>
 inline void put_column(const Result& result, int64_t e, int64_t i, int64_t j, int64_t n, const A* values, A scale) {
-    for (int64_t k = 0; k < n; ++k) result.put(e, j + k, i, values[k] * scale);
+    const int64_t offset = (e * result.size[1] + j) * result.size[2] + i;
+    auto write = [&](auto* out) {
+        using S = std::remove_pointer_t<decltype(out)>;
+        for (int64_t k = 0; k < n; ++k) out[k * result.size[2]] = from_float<S>(values[k] * scale);
+    };
+    switch (result.dtype) {
+        case DType::kFloat32:
+            return write(static_cast<float*>(result.data) + offset);
+        case DType::kBFloat16:
+            return write(static_cast<bfloat16*>(result.data) + offset);
+        case DType::kFloat64:
+            return write(static_cast<double*>(result.data) + offset);
+    }
 }
 
 }  // namespace kt::KT_ISA

@@ -74,7 +74,8 @@ private:
                                     layer_.B2, p_.down_rank, db2_ + first * p_.down_rank);
         };
         const auto activate_slab = [&](int64_t task, int thread) {
-            activate(threads_[thread], task / i_slabs_, task % i_slabs_);
+            const ExpertTask at(routing_, task, i_slabs_);
+            activate(threads_[thread], at.expert, at.piece);
         };
         const auto project_grad = [&](int64_t task, int thread) {
             const int64_t e = routing_.active[task], first = routing_.offsets[e];
@@ -86,25 +87,29 @@ private:
             combine_x(threads_[thread], task / h_slabs * kTokenBlock, column, smaller(h_slab, H_ - column));
         };
         const auto weight_columns_h = [&](int64_t task, int thread) {
-            weight_gradients_h(threads_[thread], task / h_pieces, task % h_pieces * kMaxColumns);
+            const ExpertTask at(routing_, task, h_pieces);
+            weight_gradients_h(threads_[thread], at.expert, at.piece * kMaxColumns);
         };
         const auto weight_columns_i = [&](int64_t task, int thread) {
-            weight_gradients_i(threads_[thread], task / i_pieces, task % i_pieces * kMaxColumns);
+            const ExpertTask at(routing_, task, i_pieces);
+            weight_gradients_i(threads_[thread], at.expert, at.piece * kMaxColumns);
         };
+        const auto clear_idle = [&](int64_t expert, int) { clear_gradients(expert); };
         const auto routing_weights = [&](int64_t task, int) { finish_grad_w(task * kMaxRows); };
 
         const bool wants_b2_product = p_.down_rank && (wants_grad_h() || b_.grad_down_lora_A);
         const bool wants_b1_product = p_.gate_up_rank && (b_.grad_hidden_states || b_.grad_gate_up_lora_A);
         Schedule schedule;
+        if (active < E) schedule.add(E, clear_idle);
         if (recomputed_) schedule.add(active * i_slabs_, recompute_slab);
         if (wants_b2_product) schedule.add(active, project_d);
-        if (wants_grad_h()) schedule.add(E * i_slabs_, activate_slab);
+        if (wants_grad_h()) schedule.add(active * i_slabs_, activate_slab);
         if (wants_b1_product) schedule.add(active, project_grad);
         if (b_.grad_hidden_states) schedule.add(blocks * h_slabs, combine_slab);
         if (b_.grad_gate_up_lora_A || b_.grad_gate_up_proj || b_.grad_down_lora_B || b_.grad_down_bias) {
-            schedule.add(E * h_pieces, weight_columns_h);
+            schedule.add(active * h_pieces, weight_columns_h);
         }
-        if (b_.grad_gate_up_lora_B) schedule.add(E * i_pieces, weight_columns_i);
+        if (b_.grad_gate_up_lora_B) schedule.add(active * i_pieces, weight_columns_i);
         if (b_.grad_topk_weights) {
             for (int64_t t = 0; t < p_.num_tokens; ++t) {
                 for (int64_t j = 0; j < p_.top_k; ++j) b_.grad_topk_weights.put(0, t, j, 0);
@@ -117,6 +122,16 @@ private:
     bool wants_grad_h() const {
         return b_.grad_hidden_states || b_.grad_topk_weights || b_.grad_gate_up_proj || b_.grad_gate_up_bias ||
                b_.grad_gate_up_lora_A || b_.grad_gate_up_lora_B || b_.grad_down_lora_A || b_.grad_down_proj;
+    }
+
+    // The gradients of an expert without tokens.
+    void clear_gradients(int64_t expert) const {
+        if (routing_.rows(expert)) return;
+        for (const Result* result :
+             {&b_.grad_gate_up_proj, &b_.grad_down_proj, &b_.grad_gate_up_bias, &b_.grad_down_bias,
+              &b_.grad_gate_up_lora_A, &b_.grad_gate_up_lora_B, &b_.grad_down_lora_A, &b_.grad_down_lora_B}) {
+            if (*result) result->clear(expert, p_.num_experts);
+        }
     }
 
     Rows<T> grad_gate_up(int64_t route) const { return {grad_gate_up_ + route * 2 * I_, 2 * I_}; }

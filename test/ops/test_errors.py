@@ -294,10 +294,12 @@ def test_use_isa_restores_after_an_error():
 
 
 @pytest.mark.parametrize("isa,expected", [("scalar", r"^scalar\n"), ("sse9", r"KTOPS_ISA.*got 'sse9'")])
-def test_isa_from_the_environment(isa, expected):
+def test_isa_from_the_environment(isa, expected, tmp_path):
     """Read at the first use; an unknown one is an error that names the variable."""
     code = "import ktops; print(ktops.cpu_capability())"
     env = os.environ | {"KTOPS_ISA": isa}
-    result = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+    result = subprocess.run(
+        [sys.executable, "-c", code], env=env, cwd=tmp_path, capture_output=True, text=True
+    )
     assert (result.returncode == 0) == (isa == "scalar")
     assert re.search(expected, result.stdout + result.stderr), result.stderr

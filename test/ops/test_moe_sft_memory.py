@@ -191,12 +191,14 @@ for isa in available_isas():
 """
 
 
-def test_results_do_not_depend_on_what_malloc_returns():
+def test_results_do_not_depend_on_what_malloc_returns(tmp_path):
     """glibc fills fresh memory with the complement of MALLOC_PERTURB_: 0xfe is huge, 0x3f is about 0.7."""
 
     def report(fill: str) -> str:
         env = os.environ | {"MALLOC_PERTURB_": fill, "OMP_NUM_THREADS": "1"}
-        result = subprocess.run([sys.executable, "-c", SCRIPT], env=env, capture_output=True, text=True)
+        result = subprocess.run(
+            [sys.executable, "-c", SCRIPT], env=env, cwd=tmp_path, capture_output=True, text=True
+        )
         assert result.returncode == 0, result.stderr
         return result.stdout
 

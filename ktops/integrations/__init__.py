@@ -24,8 +24,8 @@ def enable() -> None:
 
 
 def enable_peft() -> None:
-    """Route PEFT's expert LoRA into the op, if PEFT is installed."""
-    if importlib.util.find_spec("peft") is not None:
+    """Route PEFT's expert LoRA into the op, if PEFT and the transformers that it needs are installed."""
+    if all(importlib.util.find_spec(name) is not None for name in ("transformers", "peft")):
         from ktops.integrations import peft
 
         peft.enable()

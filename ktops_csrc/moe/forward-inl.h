@@ -49,8 +49,8 @@ private:
     }
 
     void run() {
-        const int64_t E = routing_.num_active;
-        const int64_t i_slab = slab_width(layer_.I, E, p_.num_threads), i_slabs = ceil_div(layer_.I, i_slab);
+        const int64_t active = routing_.num_active;
+        const int64_t i_slab = slab_width(layer_.I, active, p_.num_threads), i_slabs = ceil_div(layer_.I, i_slab);
         const int64_t blocks = ceil_div(p_.num_tokens, kTokenBlock);
         const int64_t h_slab = slab_width(layer_.H, blocks, p_.num_threads), h_slabs = ceil_div(layer_.H, h_slab);
 
@@ -75,9 +75,9 @@ private:
         };
 
         Schedule schedule;
-        if (p_.gate_up_rank) schedule.add(E, project_x);
-        schedule.add(E * i_slabs, gate_up);
-        if (p_.down_rank) schedule.add(E, project_h);
+        if (p_.gate_up_rank) schedule.add(active, project_x);
+        schedule.add(active * i_slabs, gate_up);
+        if (p_.down_rank) schedule.add(active, project_h);
         schedule.add(blocks * h_slabs, down);
         schedule.run<KT_REGION>(p_.num_threads, p_.launch);
     }

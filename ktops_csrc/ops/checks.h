@@ -41,10 +41,7 @@ private:
 
 std::string shape_text(const Tensor& tensor);
 
-// Views for the kernels.
+// The kernels' view of a tensor.
 StridedTensor strided(const Tensor& tensor, DType dtype);
-inline StridedTensor strided(const OptionalTensor& tensor, DType dtype) {
-    return tensor ? strided(*tensor, dtype) : StridedTensor{};
-}
 
 }  // namespace kt::ops

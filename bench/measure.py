@@ -99,7 +99,8 @@ def _time_calls(config: Configuration, seconds: float) -> tuple[list[tuple[float
     return calls, inputs, result
 
 
-def _mean(a: Limits, b: Limits) -> Limits:
+def mean_limits(a: Limits, b: Limits) -> Limits:
+    """Between two measurements."""
     return Limits((a.peak + b.peak) / 2, (a.bandwidth + b.bandwidth) / 2)
 
 
@@ -110,7 +111,7 @@ def _sample(config: Configuration, calibration: Calibration, plan: Plan) -> None
         time.sleep(_PAUSE_SECONDS)
         calls, inputs, result = _time_calls(config, plan.sample_seconds)
         time.sleep(_PAUSE_SECONDS)
-        limits = _mean(before, calibration.limits(config.isa, "bfloat16"))
+        limits = mean_limits(before, calibration.limits(config.isa, "bfloat16"))
     if config.error is None:
         config.error = config.op.check(config.layer, config.rank, inputs, result)
     if load.cores > plan.max_load:

@@ -4,7 +4,16 @@ import importlib
 
 from ktops import _library, nn  # noqa: F401  (_library registers the kt operators)
 from ktops._version import __version__
-from ktops.ops import checkpoint_context_fn, cpu_capabilities, cpu_capability, moe_sft, use_isa
+from ktops.ops import (
+    Profile,
+    Step,
+    checkpoint_context_fn,
+    cpu_capabilities,
+    cpu_capability,
+    moe_sft,
+    profile,
+    use_isa,
+)
 
 _LAZY = {
     "disable": "ktops.integrations",
@@ -14,6 +23,8 @@ _LAZY = {
 }
 
 __all__ = [
+    "Profile",
+    "Step",
     "__version__",
     "checkpoint_context_fn",
     "cpu_capabilities",
@@ -21,6 +32,7 @@ __all__ = [
     "disable",
     "enable",
     "moe_sft",
+    "profile",
     "swap_experts",
     "unswap_experts",
     "use_isa",

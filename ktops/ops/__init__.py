@@ -2,5 +2,15 @@
 
 from ktops.ops.cpu_capability import cpu_capabilities, cpu_capability, use_isa
 from ktops.ops.moe_sft import checkpoint_context_fn, moe_sft
+from ktops.ops.profile import Profile, Step, profile
 
-__all__ = ["checkpoint_context_fn", "cpu_capabilities", "cpu_capability", "moe_sft", "use_isa"]
+__all__ = [
+    "Profile",
+    "Step",
+    "checkpoint_context_fn",
+    "cpu_capabilities",
+    "cpu_capability",
+    "moe_sft",
+    "profile",
+    "use_isa",
+]

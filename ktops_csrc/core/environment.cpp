@@ -13,4 +13,6 @@ std::string isa() { return variable("KTOPS_ISA"); }
 
 bool isa_unchecked() { return variable("KTOPS_ISA_UNCHECKED") == "1"; }
 
+bool profile() { return variable("KTOPS_PROFILE") == "1"; }
+
 }  // namespace kt::environment

@@ -100,21 +100,21 @@ private:
         const bool wants_b2_product = p_.down_rank && (wants_grad_h() || b_.grad_down_lora_A);
         const bool wants_b1_product = p_.gate_up_rank && (b_.grad_hidden_states || b_.grad_gate_up_lora_A);
         Schedule schedule;
-        if (active < E) schedule.add(E, clear_idle);
-        if (recomputed_) schedule.add(active * i_slabs_, recompute_slab);
-        if (wants_b2_product) schedule.add(active, project_d);
-        if (wants_grad_h()) schedule.add(active * i_slabs_, activate_slab);
-        if (wants_b1_product) schedule.add(active, project_grad);
-        if (b_.grad_hidden_states) schedule.add(blocks * h_slabs, combine_slab);
+        if (active < E) schedule.add("clear_idle", E, clear_idle);
+        if (recomputed_) schedule.add("recompute", active * i_slabs_, recompute_slab);
+        if (wants_b2_product) schedule.add("project_d", active, project_d);
+        if (wants_grad_h()) schedule.add("activate", active * i_slabs_, activate_slab);
+        if (wants_b1_product) schedule.add("project_grad", active, project_grad);
+        if (b_.grad_hidden_states) schedule.add("combine_x", blocks * h_slabs, combine_slab);
         if (b_.grad_gate_up_lora_A || b_.grad_gate_up_proj || b_.grad_down_lora_B || b_.grad_down_bias) {
-            schedule.add(active * h_pieces, weight_columns_h);
+            schedule.add("weights_h", active * h_pieces, weight_columns_h);
         }
-        if (b_.grad_gate_up_lora_B) schedule.add(active * i_pieces, weight_columns_i);
+        if (b_.grad_gate_up_lora_B) schedule.add("weights_i", active * i_pieces, weight_columns_i);
         if (b_.grad_topk_weights) {
             for (int64_t t = 0; t < p_.num_tokens; ++t) {
                 for (int64_t j = 0; j < p_.top_k; ++j) b_.grad_topk_weights.put(0, t, j, 0);
             }
-            schedule.add(ceil_div(routing_.num_routes, kMaxRows), routing_weights);
+            schedule.add("grad_topk_weights", ceil_div(routing_.num_routes, kMaxRows), routing_weights);
         }
         schedule.run<KT_REGION>(p_.num_threads, p_.launch);
     }

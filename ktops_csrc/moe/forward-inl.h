@@ -75,10 +75,10 @@ private:
         };
 
         Schedule schedule;
-        if (p_.gate_up_rank) schedule.add(active, project_x);
-        schedule.add(active * i_slabs, gate_up);
-        if (p_.down_rank) schedule.add(active, project_h);
-        schedule.add(blocks * h_slabs, down);
+        if (p_.gate_up_rank) schedule.add("project_x", active, project_x);
+        schedule.add("gate_up", active * i_slabs, gate_up);
+        if (p_.down_rank) schedule.add("project_h", active, project_h);
+        schedule.add("down", blocks * h_slabs, down);
         schedule.run<KT_REGION>(p_.num_threads, p_.launch);
     }
 

@@ -4,8 +4,10 @@
 namespace kt::ops {
 
 Tensor moe_fwd(KT_MOE_PARAMETERS) {
+    const profile::Call call("moe_fwd");
     const MoeArguments arguments("kt::moe_fwd", KT_MOE_NAMES);
     Tensor output = arguments.empty({arguments.problem.num_tokens, arguments.problem.hidden_size});
+    profile::mark("arguments");
     dispatch::current()
         .kernels(arguments.dtype)
         .forward(arguments.problem, {output.mutable_data_ptr(), nullptr, nullptr, nullptr});

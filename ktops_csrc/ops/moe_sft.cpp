@@ -5,6 +5,7 @@ namespace kt::ops {
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> moe_sft_fwd(KT_MOE_PARAMETERS, std::string save) {
     const char* op = "kt::moe_sft_fwd";
+    const profile::Call call("moe_sft_fwd");
     const bool keep = keeps_activations(op, save);
     const MoeArguments arguments(op, KT_MOE_NAMES);
     const Problem& p = arguments.problem;
@@ -14,6 +15,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> moe_sft_fwd(KT_MOE_PARAMETERS, std::s
     Tensor saved_gate_up = arguments.empty({keep ? R : 0, 2 * p.intermediate_size});
     Tensor saved_xa = arguments.empty({R, p.gate_up_rank});
     Tensor saved_ha = arguments.empty({R, p.down_rank});
+    profile::mark("arguments");
     dispatch::current()
         .kernels(arguments.dtype)
         .forward(p, {output.mutable_data_ptr(), keep ? saved_gate_up.mutable_data_ptr() : nullptr,
@@ -38,6 +40,7 @@ Result make_result(const Checker& check, const char* name, const Tensor& like, O
 Gradients moe_sft_bwd(Tensor grad_output, KT_MOE_PARAMETERS, std::string save, Tensor saved_gate_up,
                       Tensor saved_gate_up_xa, Tensor saved_down_ha, int64_t grad_mask) {
     const char* op = "kt::moe_sft_bwd";
+    const profile::Call call("moe_sft_bwd");
     const Checker check(op);
     const bool keep = keeps_activations(op, save);
     const MoeArguments arguments(op, KT_MOE_NAMES);
@@ -92,6 +95,7 @@ Gradients moe_sft_bwd(Tensor grad_output, KT_MOE_PARAMETERS, std::string save, T
                                                       std::to_string(grad_mask));
         wanted[i].result = make_result(check, wanted[i].name, *wanted[i].like, out[i]);
     }
+    profile::mark("arguments");
     dispatch::current().kernels(arguments.dtype).backward(b);
     return {out[0], out[1], out[2], out[3], out[4], out[5], out[6], out[7], out[8], out[9]};
 }

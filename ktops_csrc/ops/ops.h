@@ -44,4 +44,8 @@ std::string cpu_capabilities();
 void set_cpu_capability(std::string name);
 double measure_peak(std::string isa, std::string dtype, int64_t iterations);
 
+bool set_profiling(bool enabled);
+bool profiling();
+std::string profiled_steps();
+
 }  // namespace kt::ops

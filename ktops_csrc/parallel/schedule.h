@@ -5,6 +5,8 @@
 #include <atomic>
 #include <cstdint>
 
+#include "parallel/profile.h"
+
 namespace kt {
 
 // Runs body(context) on up to n threads at once, at least once. Supplied by the caller of the kernels.
@@ -17,9 +19,11 @@ public:
     static constexpr int kMaxPhases = 12;
 
     // task(i, thread) for i in [0, num_tasks) and thread in [0, num_threads). The task is referenced, not copied.
+    // name: of the step in profiles, a literal.
     template <class Task>
-    void add(int64_t num_tasks, const Task& task) {
+    void add(const char* name, int64_t num_tasks, const Task& task) {
         Phase& phase = phases_[num_phases_++];
+        phase.name = name;
         phase.num_tasks = num_tasks;
         phase.task = &task;
         phase.call = [](const void* t, int64_t i, int thread) { (*static_cast<const Task*>(t))(i, thread); };
@@ -32,29 +36,54 @@ public:
             [[maybe_unused]] const Region region{};
             static_cast<Schedule*>(self)->work();
         };
+        call_ = profile::Call::current();
+        if (call_) call_->mark("prepare");
         launch(num_threads, work, this);
+        if (call_) record();
     }
 
 private:
     struct Phase {
+        const char* name = nullptr;
         int64_t num_tasks = 0;
         const void* task = nullptr;
         void (*call)(const void*, int64_t, int) = nullptr;
         alignas(64) std::atomic<int64_t> next{0};
         alignas(64) std::atomic<int64_t> done{0};
+        alignas(64) std::atomic<int64_t> busy{0};  // nanoseconds, if the call is profiled
+        std::atomic<int64_t> wait{0};
+        int64_t wall = 0;  // of the first worker, which is there from the beginning
     };
 
     void work() {
         const int thread = num_workers_.fetch_add(1);
         for (int p = 0; p < num_phases_; ++p) {
             Phase& phase = phases_[p];
+            const int64_t begin = call_ ? profile::now() : 0;
             int64_t finished = 0;
             for (int64_t i; (i = phase.next.fetch_add(1, std::memory_order_relaxed)) < phase.num_tasks; ++finished) {
                 phase.call(phase.task, i, thread);
             }
+            const int64_t end = call_ ? profile::now() : 0;
             if (finished) phase.done.fetch_add(finished, std::memory_order_release);
             wait(phase);
+            if (call_) count(phase, thread, begin, end);
         }
+    }
+
+    static void count(Phase& phase, int thread, int64_t begin, int64_t end) {
+        const int64_t left = profile::now();
+        phase.busy.fetch_add(end - begin, std::memory_order_relaxed);
+        phase.wait.fetch_add(left - end, std::memory_order_relaxed);
+        if (thread == 0) phase.wall = left - begin;
+    }
+
+    void record() {
+        for (int p = 0; p < num_phases_; ++p) {
+            const Phase& phase = phases_[p];
+            call_->add(phase.name, {1, phase.num_tasks, phase.busy, phase.wait, phase.wall});
+        }
+        call_->mark("launch", false);
     }
 
     static void wait(const Phase& phase) {
@@ -70,6 +99,7 @@ private:
 
     Phase phases_[kMaxPhases];
     int num_phases_ = 0;
+    profile::Call* call_ = nullptr;
     std::atomic<int> num_workers_{0};
 };
 

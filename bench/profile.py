@@ -1,0 +1,134 @@
+"""Where the time of one layer goes: the steps of forward and backward, next to what each must cost.
+
+    python -m bench.profile --shape qwen3_30b --tokens 128
+    python -m bench.profile --tokens 2048 --isa amx_bf16 avx512_bf16 --rank 0 --mode forward
+
+busy: milliseconds in tasks, all threads together; share: of all busy time; wait: for other threads' last
+tasks; wall: on the clock. limit: the roofline of the step's own FLOPs and weights at the peak and bandwidth
+measured before and after; fraction: limit / wall. Medians of the calls; weights cold, inputs fresh.
+"""
+
+import argparse
+import statistics
+import sys
+
+import torch
+
+import ktops
+from bench import moe_fwd, moe_sft
+from bench.layer import Layer
+from bench.machine import Calibration, cpu_model
+from bench.measure import mean_limits
+from bench.roofline import Limits, Work
+from bench.shapes import SHAPES, Shape, parse_shape
+
+OPS = {op.MODE: op for op in (moe_fwd, moe_sft)}
+
+
+def step_work(shape: Shape, tokens: int, distinct_experts: int, rank: int) -> dict[tuple[str, str], Work]:
+    """FLOPs and bytes of bfloat16 weights and LoRA gradients of the steps that have any, by (operator, step).
+
+    The FLOPs add up to those of ``bench.roofline``. Activations are left out of the bytes.
+    """
+    h, i, r = shape.hidden_size, shape.intermediate_size, rank
+    routes = tokens * shape.top_k
+
+    def work(*elements: int, gradients: bool = False) -> Work:
+        """Products of each route with that many elements of its expert's weights, read once."""
+        n = sum(elements)
+        return Work(2 * routes * n, 2 * distinct_experts * n if not gradients else 2 * shape.num_experts * n)
+
+    forward = {
+        "project_x": work(h * r),
+        "gate_up": work(2 * i * h, 2 * i * r),
+        "project_h": work(i * r),
+        "down": work(i * h, h * r),
+    }
+    backward = {
+        "project_d": work(h * r),
+        "activate": work(i * h, i * r, i * r),
+        "project_grad": work(2 * i * r),
+        "combine_x": work(2 * i * h, h * r),
+        "weights_h": work(h * r, h * r, gradients=True),
+        "weights_i": work(2 * i * r, gradients=True),
+    }
+    by_op = {"moe_fwd": forward, "moe_sft_fwd": forward, "moe_sft_bwd": backward}
+    return {(op, step): w for op, steps in by_op.items() for step, w in steps.items()}
+
+
+def profile_calls(mode: str, layer: Layer, tokens: int, rank: int, calls: int) -> tuple[list, int]:
+    """([median Step of each step], distinct experts of the last call)"""
+    op = OPS[mode]
+    op.call(layer, rank, layer.inputs(tokens))
+    profiles = []
+    for _ in range(calls):
+        inputs = layer.inputs(tokens)
+        with ktops.profile() as profile:
+            op.call(layer, rank, inputs)
+        profiles.append({(step.op, step.name): step for step in profile.steps})
+    medians = []
+    for op_name, name in profiles[0]:
+        samples = [profile[op_name, name] for profile in profiles if (op_name, name) in profile]
+        values = (statistics.median(getattr(s, what) for s in samples) for what in ("busy", "wait", "wall"))
+        medians.append(ktops.Step(op_name, name, 1, samples[0].tasks, *values))
+    return medians, inputs.distinct_experts
+
+
+def print_steps(steps: list, work: dict[tuple[str, str], Work], limits: Limits) -> None:
+    """One line a step, and their sum."""
+    busy = sum(step.busy for step in steps)
+    print(
+        f"{'operator':12} {'step':18} {'tasks':>7} {'busy ms':>10} {'share':>6} "
+        f"{'wait ms':>9} {'wall ms':>10} {'GFLOP/s':>8} {'limit ms':>9} {'fraction':>8}"
+    )
+    for step in steps:
+        line = (
+            f"{step.op:12} {step.name:18} {step.tasks:7} {step.busy * 1e3:10.3f} {step.busy / busy:6.1%} "
+            f"{step.wait * 1e3:9.3f} {step.wall * 1e3:10.3f}"
+        )
+        if w := work.get((step.op, step.name)):
+            limit = w.seconds(limits)
+            line += f" {w.flops / step.wall / 1e9:8.1f} {limit * 1e3:9.3f} {limit / step.wall:8.3f}"
+        print(line)
+    wall, wait = (sum(getattr(step, what) for step in steps) for what in ("wall", "wait"))
+    print(f"{'':12} {'sum':18} {'':7} {busy * 1e3:10.3f} {1:6.1%} {wait * 1e3:9.3f} {wall * 1e3:10.3f}")
+
+
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        "python -m bench.profile", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--shape", type=parse_shape, default=SHAPES["qwen3_30b"], help=f"{', '.join(SHAPES)} or H,I,E,K")
+    add("--tokens", type=int, nargs="+", default=[128], metavar="T")
+    add("--mode", choices=list(OPS), default="training")
+    add("--rank", type=int, default=16, metavar="R")
+    add("--isa", nargs="+", default=[ktops.cpu_capability()])
+    add("--threads", type=int, default=torch.get_num_threads())
+    add("--calls", type=int, default=5, help="default: %(default)s")
+    add("--seed", type=int, default=0)
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse_arguments(argv)
+    torch.set_num_threads(args.threads)
+    calibration = Calibration(args.threads)
+    layer = Layer(args.shape, args.seed)
+    print(f"{cpu_model()}, {args.threads} threads, {args.shape.name}, {args.mode}, LoRA r={args.rank}")
+    for tokens in args.tokens:
+        for isa in args.isa:
+            with ktops.use_isa(isa):
+                before = calibration.limits(isa, "bfloat16")
+                steps, experts = profile_calls(args.mode, layer, tokens, args.rank, args.calls)
+                limits = mean_limits(before, calibration.limits(isa, "bfloat16"))
+            print(
+                f"\nT={tokens} {isa}: {limits.peak / 1e9:.1f} GFLOP/s, {limits.bandwidth / 1e9:.1f} GB/s, "
+                f"{experts} experts with tokens"
+            )
+            print_steps(steps, step_work(args.shape, tokens, experts, args.rank), limits)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,101 @@
+"""Where the time of the operators goes, step by step."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step of an operator, summed over its calls.
+
+    Attributes:
+        op: "moe_fwd", "moe_sft_fwd" or "moe_sft_bwd".
+        name: "arguments" (checks, results), "prepare" (routing, workspace), a phase of the parallel region,
+            "launch" (start and end of its threads), "finish".
+        calls, tasks: how often it ran, and the number of tasks it was divided into.
+        busy: seconds in tasks, all threads together.
+        wait: seconds of waiting for the last tasks of other threads, all threads together.
+        wall: seconds on the clock. Every moment of a call belongs to one step.
+    """
+
+    op: str
+    name: str
+    calls: int
+    tasks: int
+    busy: float
+    wait: float
+    wall: float
+
+
+@dataclass
+class Profile:
+    """The steps that ran, in the order of their first appearance; filled at the end of the ``with`` block."""
+
+    steps: list[Step] = field(default_factory=list)
+
+    @property
+    def busy(self) -> float:
+        """Seconds of work, all threads together."""
+        return sum(step.busy for step in self.steps)
+
+    def __str__(self) -> str:
+        head = f"{'operator':12} {'step':18} {'calls':>6} {'tasks':>8} {'busy ms':>10} {'share':>6}"
+        lines = [f"{head} {'wait ms':>10} {'wall ms':>10}"]
+        for step in self.steps:
+            lines.append(
+                f"{step.op:12} {step.name:18} {step.calls:6} {step.tasks:8} {step.busy * 1e3:10.3f} "
+                f"{step.busy / (self.busy or 1):6.1%} {step.wait * 1e3:10.3f} {step.wall * 1e3:10.3f}"
+            )
+        return "\n".join(lines)
+
+
+def _recorded() -> dict[tuple[str, str], tuple[int, ...]]:
+    lines = (line.split() for line in torch.ops.kt.profiled_steps().splitlines())
+    return {(op, name): tuple(map(int, values)) for op, name, *values in lines}
+
+
+def _since(before: dict[tuple[str, str], tuple[int, ...]]) -> list[Step]:
+    steps = []
+    for (op, name), values in _recorded().items():
+        earlier = before.get((op, name), (0,) * len(values))
+        calls, tasks, busy, wait, wall = (b - a for a, b in zip(earlier, values, strict=True))
+        if calls:
+            steps.append(Step(op, name, calls, tasks, busy / 1e9, wait / 1e9, wall / 1e9))
+    return steps
+
+
+@contextmanager
+def profile() -> Iterator[Profile]:
+    """Records the time of every step of the operators, of all threads of the process.
+
+    A step costs three readings of a clock in each thread while it is on, one comparison while it is off.
+    ``KTOPS_PROFILE=1`` records from the start and prints the table to stderr when Python exits. In
+    torch.profiler the operators appear as kt::moe_sft_fwd and so on, without their steps.
+
+    Example:
+        >>> with ktops.profile() as p:
+        ...     ktops.moe_sft(x, ids, w, gate_up_proj, down_proj).sum().backward()
+        >>> print(p)
+    """
+    result, before = Profile(), _recorded()
+    previous = torch.ops.kt.set_profiling(True)
+    try:
+        yield result
+    finally:
+        torch.ops.kt.set_profiling(previous)
+        result.steps = _since(before)
+
+
+def print_at_exit() -> None:
+    """Prints everything recorded to stderr when Python exits."""
+    import atexit
+    import sys
+
+    atexit.register(lambda: print(Profile(_since({})), file=sys.stderr))
+
+
+if torch.ops.kt.profiling():
+    print_at_exit()

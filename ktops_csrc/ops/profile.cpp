@@ -1,0 +1,13 @@
+#include "parallel/profile.h"
+
+#include "ops/ops.h"
+
+namespace kt::ops {
+
+bool set_profiling(bool enabled) { return profile::set_enabled(enabled); }
+
+bool profiling() { return profile::enabled(); }
+
+std::string profiled_steps() { return profile::describe(); }
+
+}  // namespace kt::ops

@@ -1,0 +1,65 @@
+#pragma once
+
+#include <chrono>
+#include <cstdint>
+#include <string>
+
+namespace kt::profile {
+
+// One step of an operator, summed over its calls. Times in nanoseconds. Every moment of a call belongs to one step,
+// so the `wall` of an operator's steps add up to its time.
+struct Step {
+    int64_t calls = 0;
+    int64_t tasks = 0;
+    int64_t busy = 0;  // in tasks, all threads together
+    int64_t wait = 0;  // for the other threads' last tasks, all threads together
+    int64_t wall = 0;
+};
+
+// Off at first, unless KTOPS_PROFILE=1. Returns what it was. Calls under way keep to what they began with.
+bool set_enabled(bool enabled);
+bool enabled();
+
+// A line for each step so far, in the order of first appearance: "operator step calls tasks busy wait wall\n".
+std::string describe();
+
+inline int64_t now() {
+    const auto time = std::chrono::steady_clock::now().time_since_epoch();
+    return std::chrono::duration_cast<std::chrono::nanoseconds>(time).count();
+}
+
+// The profile of one call of an operator, from construction to destruction, on the calling thread.
+class Call {
+public:
+    explicit Call(const char* op) {
+        if (enabled()) begin(op);
+    }
+    ~Call() {
+        if (op_) end();
+    }
+    Call(const Call&) = delete;
+    Call& operator=(const Call&) = delete;
+
+    // The call that this thread is in, null if it is not profiled.
+    static Call* current();
+
+    // Gives the time since the last mark to `step`, as busy or as waiting.
+    void mark(const char* step, bool busy = true);
+    // A step that counted its threads itself; its `wall` is no longer there for the next mark.
+    void add(const char* step, const Step& values);
+
+private:
+    void begin(const char* op);
+    void end();
+
+    const char* op_ = nullptr;
+    Call* outer_ = nullptr;
+    int64_t last_ = 0;
+    int64_t accounted_ = 0;
+};
+
+inline void mark(const char* step) {
+    if (Call* call = Call::current()) call->mark(step);
+}
+
+}  // namespace kt::profile

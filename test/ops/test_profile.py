@@ -1,0 +1,121 @@
+"""ktops.profile: every moment of a call belongs to one step."""
+
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+import ktops
+from ktops.testing.compare import random_grad_output, run
+from ktops.testing.inputs import moe_inputs
+
+
+@pytest.fixture
+def inputs():
+    return moe_inputs(200, 96, 80, 6, 2, dtype=torch.bfloat16, lora_rank=4)
+
+
+def steps_of(op: str, profile: ktops.Profile) -> list[ktops.Step]:
+    return [step for step in profile.steps if step.op == op]
+
+
+def test_steps_account_for_the_time_of_a_call():
+    """The best of some calls: what lies outside of the steps is PyTorch's way to the operator."""
+    inputs = moe_inputs(200, 512, 256, 6, 2, dtype=torch.bfloat16)
+    outside = []
+    for _ in range(5):
+        with ktops.profile() as profile:
+            start = time.perf_counter()
+            ktops.moe_sft(**inputs)
+            elapsed = time.perf_counter() - start
+        outside.append(elapsed - sum(step.wall for step in profile.steps))
+    assert 0 <= min(outside) < 1e-3
+    assert sum(step.wall for step in profile.steps if step.name in ("gate_up", "down")) > 2 * min(outside)
+
+
+def test_steps_of_forward_and_backward(isa, inputs):
+    with ktops.profile() as profile:
+        run(inputs, random_grad_output(inputs))
+        run(inputs, random_grad_output(inputs))
+    forward = [step.name for step in steps_of("moe_sft_fwd", profile)]
+    assert forward[:2] == ["arguments", "prepare"] and forward[-2:] == ["launch", "finish"]
+    assert len(forward) > 4 and len(steps_of("moe_sft_bwd", profile)) > len(forward)
+    assert all(step.calls == 2 and step.tasks >= 2 for step in profile.steps)
+    assert len({(step.op, step.name) for step in profile.steps}) == len(profile.steps)
+
+
+@pytest.mark.parametrize("num_threads", [1, 3])
+def test_threads_add_up(num_threads):
+    inputs = moe_inputs(400, 256, 128, 6, 2, dtype=torch.bfloat16)
+    previous = torch.get_num_threads()
+    torch.set_num_threads(num_threads)
+    try:
+        start = time.perf_counter()
+        with ktops.profile() as profile:
+            ktops.moe_sft(**inputs)
+        elapsed = time.perf_counter() - start
+    finally:
+        torch.set_num_threads(previous)
+    assert all(step.busy + step.wait > 0.999 * step.wall for step in profile.steps)
+    in_threads = [step for step in profile.steps if step.name != "launch"]
+    assert sum(step.busy + step.wait for step in in_threads) <= num_threads * elapsed
+    if num_threads == 1:
+        assert sum(step.wait for step in in_threads) < 1e-4
+
+
+def test_off_again_and_nothing_recorded(inputs):
+    with ktops.profile() as outer:
+        with ktops.profile() as inner:
+            ktops.moe_sft(**inputs)
+        ktops.moe_sft(**inputs)
+    recorded = torch.ops.kt.profiled_steps()
+    ktops.moe_sft(**inputs)
+    assert torch.ops.kt.profiled_steps() == recorded
+    assert not torch.ops.kt.profiling()
+    assert {step.calls for step in inner.steps} == {1} and {step.calls for step in outer.steps} == {2}
+    assert inner.busy < outer.busy
+
+
+def test_a_call_that_fails_does_not_disturb_the_next(inputs):
+    with ktops.profile() as profile:
+        with pytest.raises(RuntimeError, match="down_proj"):
+            ktops.moe_sft(**inputs | {"down_proj": inputs["down_proj"][:, 1:]})
+        ktops.moe_sft(**inputs)
+    calls = {step.name: step.calls for step in steps_of("moe_fwd", profile)}
+    assert calls["finish"] == 2 and calls["gate_up"] == 1
+
+
+def test_table(inputs):
+    with ktops.profile() as profile:
+        ktops.moe_sft(**inputs)
+    lines = str(profile).splitlines()
+    assert len(lines) == 1 + len(profile.steps)
+    shares = [float(line.split()[5].rstrip("%")) for line in lines[1:]]
+    assert abs(sum(shares) - 100) < 1
+
+
+def test_environment(tmp_path):
+    code = (
+        "import ktops\n"
+        "from ktops.testing.inputs import moe_inputs\n"
+        "ktops.moe_sft(**moe_inputs(3, 8, 4, 4, 2))\n"
+    )
+
+    def stderr(value: str) -> str:
+        env = os.environ | {"KTOPS_PROFILE": value}
+        result = subprocess.run(
+            [sys.executable, "-c", code], env=env, cwd=tmp_path, capture_output=True, text=True
+        )
+        assert result.returncode == 0, result.stderr
+        return result.stderr
+
+    assert "gate_up" in stderr("1") and "gate_up" not in stderr("0")
+
+
+def test_torch_profiler_sees_the_operators(inputs):
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+        run(inputs, random_grad_output(inputs))
+    assert {"kt::moe_sft_fwd", "kt::moe_sft_bwd"} <= {event.key for event in profiler.key_averages()}

@@ -1,6 +1,7 @@
 """The weights of one measured layer and the inputs of its calls."""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -8,6 +9,22 @@ from torch import Tensor
 from bench.shapes import Shape
 
 _POOL = 1_000_003  # prime: no two rows of a weight start at the same place of the pool
+
+ROUTINGS = ("random", "skewed")
+"""How tokens choose experts: evenly, or half of the tokens with expert 0 among theirs."""
+
+
+@dataclass(frozen=True)
+class Variant:
+    """How a layer is called: LoRA rank of both adapters (0: none), what forward saves, what is trained.
+
+    full asks for the gradients of gate_up_proj and down_proj as well.
+    """
+
+    rank: int = 0
+    save: str = "activations"
+    full: bool = False
+    routing: str = "random"
 
 
 def random_(tensor: Tensor, scale: float, generator: torch.Generator) -> Tensor:
@@ -47,14 +64,41 @@ class Layer:
     """
 
     def __init__(self, shape: Shape, seed: int, dtype: torch.dtype = torch.bfloat16) -> None:
-        self.shape, self.dtype = shape, dtype
-        self.generator = torch.Generator().manual_seed(seed)
+        self._start(shape, seed, dtype)
         h, i, e = shape.hidden_size, shape.intermediate_size, shape.num_experts
         self.gate_up_proj = self._random((e, 2 * i, h), h**-0.5)
         self.down_proj = self._random((e, h, i), i**-0.5)
+
+    def _start(self, shape: Shape, seed: int, dtype: torch.dtype) -> None:
+        self.shape, self.dtype = shape, dtype
+        self.generator = torch.Generator().manual_seed(seed)
         self._adapters: dict[int, dict[str, Tensor]] = {}
-        self._deck = torch.randperm(e, generator=self.generator)
+        self._deck = torch.randperm(shape.num_experts, generator=self.generator)
         self._dealt = 0
+
+    def write(self, file: Path, rank: int) -> None:
+        """Weights and the adapters of a rank, for :meth:`read` in another process."""
+        weights = {"gate_up_proj": self.gate_up_proj, "down_proj": self.down_proj}
+        adapters = {name: tensor.detach() for name, tensor in self.adapters(rank).items()}
+        state = {"shape": asdict(self.shape), "rank": rank, "weights": weights, "adapters": adapters}
+        torch.save(state, file)
+
+    @classmethod
+    def read(cls, file: Path, *, seed: int = 0, copy: bool = False) -> "Layer":
+        """The layer that :meth:`write` wrote: mapped from the file, or copied to memory of this process."""
+        state = torch.load(file, mmap=True, weights_only=True)
+
+        def take(tensor: Tensor) -> Tensor:
+            return tensor.clone() if copy else tensor
+
+        layer = cls.__new__(cls)
+        layer._start(Shape(**state["shape"]), seed, state["weights"]["down_proj"].dtype)
+        layer.gate_up_proj = take(state["weights"]["gate_up_proj"])
+        layer.down_proj = take(state["weights"]["down_proj"])
+        if state["rank"]:
+            adapters = {name: take(tensor).requires_grad_() for name, tensor in state["adapters"].items()}
+            layer._adapters[state["rank"]] = adapters
+        return layer
 
     def _random(self, size: tuple[int, ...], scale: float) -> Tensor:
         return random_(torch.empty(size, dtype=self.dtype), scale, self.generator)
@@ -73,20 +117,24 @@ class Layer:
             }
         return self._adapters[rank]
 
-    def inputs(self, tokens: int) -> Inputs:
-        """Inputs that no call has seen before."""
+    def inputs(self, tokens: int, routing: str = "random") -> Inputs:
+        """Inputs that no call has seen before; routing is one of ROUTINGS."""
         h = self.shape.hidden_size
         logits = torch.randn(tokens, self.shape.top_k, generator=self.generator)
         return Inputs(
             self._random((tokens, h), 1.0),
-            self._topk_ids(tokens),
+            self._topk_ids(tokens, routing),
             logits.softmax(1).to(self.dtype),
             self._random((tokens, h), 1.0),
         )
 
-    def _topk_ids(self, tokens: int) -> Tensor:
+    def _topk_ids(self, tokens: int, routing: str) -> Tensor:
         experts, top_k = self.shape.num_experts, self.shape.top_k
         routes = tokens * top_k
+        if routing == "skewed":
+            scores = torch.rand(tokens, experts, generator=self.generator)
+            scores[:, 0] = torch.where(torch.arange(tokens) % 2 == 0, 2.0, -1.0)
+            return scores.topk(top_k, dim=1).indices
         if routes <= experts:
             cards = (self._dealt + torch.arange(routes)) % experts
             self._dealt = (self._dealt + routes) % experts

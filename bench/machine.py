@@ -23,6 +23,15 @@ def cpu_model() -> str:
     return platform.processor() or "unknown"
 
 
+def cpu_features() -> list[str]:
+    """The kernel's names for the vector and tile instructions that the processor has."""
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("flags"):
+            wanted = ("fma", "avx", "f16c", "amx")
+            return sorted(flag for flag in line.split(":", 1)[1].split() if flag.startswith(wanted))
+    return []
+
+
 def last_level_cache_bytes() -> int:
     """Size of the largest cache that CPU 0 sees, in bytes; 0 if the kernel does not say."""
     sizes = [0]
@@ -55,12 +64,17 @@ class OtherLoad:
 
     def __enter__(self) -> "OtherLoad":
         self._start = (time.perf_counter(), _busy_seconds(), time.process_time())
+        self._left_out = 0.0
         return self
+
+    def leave_out(self, cpu_seconds: float) -> None:
+        """CPU time of other processes within the block that belongs to the measurement."""
+        self._left_out += cpu_seconds
 
     def __exit__(self, *_) -> None:
         wall, busy, own = self._start
         wall = time.perf_counter() - wall
-        others = (_busy_seconds() - busy) - (time.process_time() - own)
+        others = (_busy_seconds() - busy) - (time.process_time() - own) - self._left_out
         self.cores = max(0.0, others / wall)
 
 

@@ -1,16 +1,15 @@
 """Times every configuration in turn, round after round, next to a fresh calibration of the machine."""
 
+import math
 import statistics
 import sys
 import time
 from dataclasses import dataclass, field
 from types import ModuleType
 
-import torch
-
 import ktops
-from bench.layer import Layer
-from bench.machine import Calibration, OtherLoad, cpu_model, last_level_cache_bytes
+from bench.layer import Layer, Variant
+from bench.machine import Calibration, OtherLoad
 from bench.roofline import Limits
 from bench.shapes import Shape
 from bench.verify import WrongResult
@@ -20,12 +19,16 @@ _PAUSE_SECONDS = 0.02  # lets the thread pool of the contestant before fall asle
 
 @dataclass(frozen=True)
 class Plan:
-    """How long to measure: rounds with a kept sample each, seconds a sample, and when to drop one."""
+    """How long to measure: rounds with a kept sample each, seconds a sample, and when to drop one.
+
+    A configuration whose first call takes longer than slow_seconds has a single round.
+    """
 
     rounds: int
     sample_seconds: float
     max_load: float
     max_attempts: int
+    slow_seconds: float = math.inf
 
 
 @dataclass
@@ -36,7 +39,7 @@ class Configuration:
     isa: str
     layer: Layer
     tokens: int
-    rank: int
+    variant: Variant
     seconds: list[float] = field(default_factory=list)
     fractions: list[float] = field(default_factory=list)
     limit_seconds: list[float] = field(default_factory=list)
@@ -44,6 +47,7 @@ class Configuration:
     bounds: list[str] = field(default_factory=list)
     samples: int = 0
     dropped: int = 0
+    slow: bool = False
     error: float | None = None
     wrong: str | None = None
 
@@ -53,7 +57,11 @@ class Configuration:
 
     @property
     def name(self) -> str:
-        return f"{self.shape.name} T={self.tokens} {self.op.MODE} r={self.rank} {self.isa}"
+        return f"{self.shape.name} T={self.tokens} {self.op.MODE} r={self.variant.rank} {self.isa}"
+
+    @property
+    def dtype(self) -> str:
+        return str(self.layer.dtype).removeprefix("torch.")
 
     def record(self) -> dict:
         """The row as plain values: a wrong or never quiet configuration has no figures."""
@@ -62,9 +70,12 @@ class Configuration:
             "mode": self.op.MODE,
             "shape": self.shape.name,
             "tokens": self.tokens,
-            "lora_rank": self.rank,
+            "lora_rank": self.variant.rank,
+            "save": self.variant.save,
+            "full": self.variant.full,
+            "routing": self.variant.routing,
             "isa": self.isa,
-            "dtype": str(self.layer.dtype).removeprefix("torch."),
+            "dtype": self.dtype,
             "status": "wrong" if self.wrong else "ok" if self.seconds else "busy",
             "samples": self.samples,
             "dropped_samples": self.dropped,
@@ -89,14 +100,24 @@ def _time_calls(config: Configuration, seconds: float) -> tuple[list[tuple[float
     """([(seconds, work) of each call], inputs and result of the last)"""
     calls, total = [], 0.0
     while not calls or total < seconds:
-        inputs = config.layer.inputs(config.tokens)
+        inputs = config.layer.inputs(config.tokens, config.variant.routing)
         start = time.perf_counter()
-        result = config.op.call(config.layer, config.rank, inputs)
+        result = config.op.call(config.layer, config.variant, inputs)
         elapsed = time.perf_counter() - start
         total += elapsed
-        work = config.op.work(config.shape, config.tokens, inputs.distinct_experts, config.rank)
+        work = config.op.work(
+            config.shape, config.tokens, inputs.distinct_experts, config.variant, config.layer.dtype.itemsize
+        )
         calls.append((elapsed, work))
     return calls, inputs, result
+
+
+def _warm_up(config: Configuration) -> float:
+    """Seconds of a first call."""
+    inputs = config.layer.inputs(config.tokens, config.variant.routing)
+    start = time.perf_counter()
+    config.op.call(config.layer, config.variant, inputs)
+    return time.perf_counter() - start
 
 
 def mean_limits(a: Limits, b: Limits) -> Limits:
@@ -107,13 +128,13 @@ def mean_limits(a: Limits, b: Limits) -> Limits:
 def _sample(config: Configuration, calibration: Calibration, plan: Plan) -> None:
     """One sample: calibrate, time calls for a while, calibrate; kept if the machine was quiet throughout."""
     with OtherLoad() as load:
-        before = calibration.limits(config.isa, "bfloat16")
+        before = calibration.limits(config.isa, config.dtype)
         time.sleep(_PAUSE_SECONDS)
         calls, inputs, result = _time_calls(config, plan.sample_seconds)
         time.sleep(_PAUSE_SECONDS)
-        limits = mean_limits(before, calibration.limits(config.isa, "bfloat16"))
+        limits = mean_limits(before, calibration.limits(config.isa, config.dtype))
     if config.error is None:
-        config.error = config.op.check(config.layer, config.rank, inputs, result)
+        config.error = config.op.check(config.layer, config.variant, inputs, result)
     if load.cores > plan.max_load:
         config.dropped += 1
         return
@@ -134,35 +155,17 @@ def measure(configurations: list[Configuration], calibration: Calibration, plan:
     timed is checked; a configuration whose result is wrong is not timed again.
     """
     for attempt in range(plan.max_attempts):
-        pending = [c for c in configurations if c.samples < plan.rounds and not c.wrong]
+        pending = [c for c in configurations if c.samples < (1 if c.slow else plan.rounds) and not c.wrong]
         if not pending:
             break
-        print(f"round {attempt + 1}: {len(pending)} configurations", file=sys.stderr, flush=True)
-        for config in pending:
+        for number, config in enumerate(pending, 1):
+            progress = f"round {attempt + 1}, {number} of {len(pending)}: {config.name}"
+            print(progress, file=sys.stderr, flush=True)
             with ktops.use_isa(config.isa):
                 try:
                     if attempt == 0:
-                        config.op.call(config.layer, config.rank, config.layer.inputs(config.tokens))
+                        config.slow = _warm_up(config) > plan.slow_seconds
                     _sample(config, calibration, plan)
                 except WrongResult as wrong:
                     config.wrong = str(wrong)
                     print(f"WRONG {config.name}: {wrong}", file=sys.stderr, flush=True)
-
-
-def machine_record(calibration: Calibration) -> dict:
-    """Peak of every row this CPU can run and read bandwidth, for one thread and for all."""
-    threads = sorted({1, calibration.num_threads})
-    return {
-        "cpu": cpu_model(),
-        "last_level_cache_bytes": last_level_cache_bytes(),
-        "threads": calibration.num_threads,
-        "ktops": ktops.__version__,
-        "torch": torch.__version__,
-        "peak_flop_per_second": {
-            f"{isa} {dtype}": {n: calibration.peak(isa, dtype, n) for n in threads}
-            for isa, available in ktops.cpu_capabilities().items()
-            if available
-            for dtype in ("bfloat16", "float32")
-        },
-        "read_bytes_per_second": {n: calibration.bandwidth(n) for n in threads},
-    }

@@ -16,7 +16,7 @@ import torch
 
 import ktops
 from bench import moe_fwd, moe_sft
-from bench.layer import Layer
+from bench.layer import Layer, Variant
 from bench.machine import Calibration, cpu_model
 from bench.measure import mean_limits
 from bench.roofline import Limits, Work
@@ -59,12 +59,12 @@ def step_work(shape: Shape, tokens: int, distinct_experts: int, rank: int) -> di
 def profile_calls(mode: str, layer: Layer, tokens: int, rank: int, calls: int) -> tuple[list, int]:
     """([median Step of each step], distinct experts of the last call)"""
     op = OPS[mode]
-    op.call(layer, rank, layer.inputs(tokens))
+    op.call(layer, Variant(rank), layer.inputs(tokens))
     profiles = []
     for _ in range(calls):
         inputs = layer.inputs(tokens)
         with ktops.profile() as profile:
-            op.call(layer, rank, inputs)
+            op.call(layer, Variant(rank), inputs)
         profiles.append({(step.op, step.name): step for step in profile.steps})
     medians = []
     for op_name, name in profiles[0]:

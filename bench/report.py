@@ -8,8 +8,14 @@ _COLUMNS = (
 )  # fmt: skip
 
 
+def mode(row: dict) -> str:
+    """The mode of a row with whatever is not the default: "training full recompute float32 skewed"."""
+    words = [row["mode"], "full" * row["full"], row["save"], row["dtype"], row["routing"]]
+    return " ".join(word for word in words if word and word not in ("activations", "bfloat16", "random"))
+
+
 def _cells(row: dict) -> tuple[str, ...]:
-    head = (row["shape"], str(row["tokens"]), row["mode"], str(row["lora_rank"]), row["isa"])
+    head = (row["shape"], str(row["tokens"]), mode(row), str(row["lora_rank"]), row["isa"])
     samples = f"{row['samples']}-{row['dropped_samples']}" if row["dropped_samples"] else str(row["samples"])
     if row["status"] != "ok":
         word = "WRONG" if row["status"] == "wrong" else "busy"
@@ -39,24 +45,73 @@ def print_machine(machine: dict) -> None:
     )
 
 
-def print_table(rows: list[dict]) -> None:
-    """One line a configuration; through rich if it is installed."""
-    table = [_cells(row) for row in rows]
+def _print(columns: tuple[str, ...], table: list[tuple[str, ...]]) -> None:
+    """A table; through rich if it is installed."""
     try:
         from rich.console import Console
         from rich.table import Table
     except ImportError:
-        widths = [max(len(line[i]) for line in [_COLUMNS, *table]) for i in range(len(_COLUMNS))]
-        for line in [_COLUMNS, *table]:
+        widths = [max(len(line[i]) for line in [columns, *table]) for i in range(len(columns))]
+        for line in [columns, *table]:
             print("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)))
         return
-    view = Table(*_COLUMNS, pad_edge=False)
+    view = Table(*columns, pad_edge=False)
     for line in table:
         view.add_row(*line, style="bold red" if "WRONG" in line else None)
     console = Console()
     if not console.is_terminal:
         console = Console(width=160)
     console.print(view)
+
+
+def print_table(rows: list[dict]) -> None:
+    """One line a configuration."""
+    _print(_COLUMNS, [_cells(row) for row in rows])
+
+
+def contest_cases(rows: list[dict]) -> dict[tuple, dict[str, dict]]:
+    """{(shape, mode, LoRA rank, tokens): {contestant: row}}, in the order of the rows."""
+    cases: dict[tuple, dict[str, dict]] = {}
+    for row in rows:
+        key = (row["shape"], row["mode"], row["lora_rank"], row["tokens"])
+        cases.setdefault(key, {})[row["contestant"]] = row
+    return cases
+
+
+def best_peer(case: dict[str, dict]) -> dict | None:
+    """The fastest row of a case that is not of ktops."""
+    peers = [row for name, row in case.items() if name != "ktops" and row["status"] == "ok"]
+    return min(peers, key=lambda row: row["seconds"], default=None)
+
+
+def _figure(row: dict | None) -> str:
+    if row is None:
+        return "-"
+    if row["status"] != "ok":
+        return "WRONG" if row["status"] == "wrong" else row["status"]
+    return f"{row['seconds'] * 1e3:.3g} ({row['fraction']:.2f})"
+
+
+def contest_table(rows: list[dict]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """(columns, lines): milliseconds (fraction of the roofline) of every contestant, a line a case."""
+    cases = contest_cases(rows)
+    names = list(dict.fromkeys(row["contestant"] for row in rows))
+    lines = []
+    for (shape, mode, rank, tokens), case in cases.items():
+        ours, best = case.get("ktops"), best_peer(case)
+        both = best is not None and ours is not None and ours["status"] == "ok"
+        ratio = f"{best['seconds'] / ours['seconds']:.2f}" if both else "-"
+        limit = next((f"{r['limit_seconds'] * 1e3:.3g}" for r in case.values() if r["status"] == "ok"), "-")
+        figures = [_figure(case.get(name)) for name in names]
+        lines.append((shape, f"{mode} r={rank}" if rank else mode, str(tokens), limit, *figures, ratio))
+    return ("shape", "mode", "T", "limit", *names, "best peer / ktops"), lines
+
+
+def print_contest(rows: list[dict]) -> None:
+    """A table for each mode: milliseconds (fraction of the roofline), and how much faster ktops is."""
+    for mode in dict.fromkeys(row["mode"] for row in rows):
+        print("milliseconds (fraction of the roofline)")
+        _print(*contest_table([row for row in rows if row["mode"] == mode]))
 
 
 def write_json(file: Path, machine: dict, rows: list[dict]) -> None:
@@ -80,7 +135,7 @@ def write_plot(file: Path, machine: dict, rows: list[dict]) -> None:
     rows = [row for row in rows if row["status"] == "ok"][::-1]
     colours = {"compute": "tab:blue", "memory": "tab:orange"}
     figure, axes = pyplot.subplots(figsize=(8, 1.2 + 0.28 * len(rows)), layout="constrained")
-    labels = [f"{r['shape']}  T={r['tokens']}  {r['mode']}  r={r['lora_rank']}  {r['isa']}" for r in rows]
+    labels = [f"{r['shape']}  T={r['tokens']}  {mode(r)}  r={r['lora_rank']}  {r['isa']}" for r in rows]
     places = range(len(rows))
     bars = axes.barh(places, [r["fraction"] for r in rows], color=[colours[r["bound"]] for r in rows])
     axes.bar_label(bars, fmt="%.2f", padding=2, fontsize=8)

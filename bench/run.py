@@ -2,12 +2,13 @@
 
     python -m bench.run --quick
     python -m bench.run --shape qwen3_30b --tokens 1 2048 --mode forward --json rows.jsonl --plot rows.png
+    python -m bench.run --isa all --rank 8 16 64 128 --mode training --tokens 512 --save
 
-Every row is one layer in bfloat16: the median time of a call, and the roofline max(flops / peak,
-bytes / bandwidth) of that call divided by its time. Peak and bandwidth are measured before and after every
-sample, configurations take turns, weights are cold and inputs fresh. Samples during which other processes
-used more than --max-load cores are dropped and repeated. A row whose result differs from the reference has no
-figure and says WRONG.
+Every row is one layer: the median time of a call, and the roofline max(flops / peak, bytes / bandwidth) of
+that call divided by its time. Peak and bandwidth are measured before and after every sample, configurations
+take turns, weights are cold and inputs fresh. Samples during which other processes used more than --max-load
+cores are dropped and repeated. A row whose result differs from the reference has no figure and says WRONG.
+With --save the rows go to bench/results, where rows of other configurations stay.
 
 Exit status: 0, or 1 if a result was wrong, or 3 if a configuration never had a quiet sample.
 """
@@ -19,17 +20,19 @@ from pathlib import Path
 import torch
 
 import ktops
-from bench import moe_fwd, moe_sft, report
-from bench.layer import Layer
+from bench import moe_fwd, moe_sft, report, results
+from bench.layer import ROUTINGS, Layer, Variant
 from bench.machine import Calibration, OtherLoad, last_level_cache_bytes
-from bench.measure import Configuration, Plan, machine_record, measure
+from bench.measure import Configuration, Plan, measure
 from bench.shapes import QUICK_TOKENS, SHAPES, TOKENS, Shape, parse_shape
 
 OPS = {op.MODE: op for op in (moe_fwd, moe_sft)}
 DEFAULT_RANKS = {"forward": [0], "training": [16]}
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+SLOW_SECONDS = 5.0
 
 
-def _positive(text: str) -> int:
+def positive(text: str) -> int:
     value = int(text)
     if value < 1:
         raise ValueError(f"must be at least 1, got {value}")
@@ -43,7 +46,7 @@ def _rank(text: str) -> int:
     return value
 
 
-def _shape(text: str) -> Shape:
+def shape(text: str) -> Shape:
     try:
         return parse_shape(text)
     except ValueError as error:
@@ -56,9 +59,9 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--quick", action="store_true", help=f"T in {QUICK_TOKENS} and fewer, shorter samples")
-    add("--shape", type=_shape, nargs="+", default=list(SHAPES.values()), metavar="NAME",
+    add("--shape", type=shape, nargs="+", default=list(SHAPES.values()), metavar="NAME",
         help=f"{', '.join(SHAPES)} or H,I,E,K (default: all three)")  # fmt: skip
-    add("--tokens", type=_positive, nargs="+", metavar="T", help=f"default: {' '.join(map(str, TOKENS))}")
+    add("--tokens", type=positive, nargs="+", metavar="T", help=f"default: {' '.join(map(str, TOKENS))}")
     add("--mode", choices=list(OPS), nargs="+", default=list(OPS), help="default: both")
     add(
         "--rank",
@@ -67,16 +70,23 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         metavar="R",
         help="LoRA ranks (default: forward 0, training 16)",
     )
-    add("--isa", nargs="+", default=[ktops.cpu_capability()], help="rows (default: the one in use)")
-    add("--threads", type=_positive, default=torch.get_num_threads(), help="default: %(default)s")
+    add("--isa", nargs="+", default=[ktops.cpu_capability()], metavar="ROW",
+        help="rows of kernels, or all (default: the one in use)")  # fmt: skip
+    add("--dtype", choices=list(DTYPES), default="bfloat16", help="default: %(default)s")
+    add("--routing", choices=ROUTINGS, default="random",
+        help="skewed: expert 0 gets half of the tokens (default: %(default)s)")  # fmt: skip
+    add("--full", action="store_true", help="train the weights as well (their gradients take as much memory)")
+    add("--recompute", action="store_true", help='train with save="recompute"')
+    add("--threads", type=positive, default=torch.get_num_threads(), help="default: %(default)s")
     add(
         "--rounds",
-        type=_positive,
+        type=positive,
         metavar="N",
         help="samples of each row (default: 7, with --quick 3)",
     )
     add("--max-load", type=float, default=0.15, metavar="CORES",
         help="drop samples during which other processes used more (default: %(default)s)")  # fmt: skip
+    add("--save", action="store_true", help="write the rows to bench/results")
     add("--json", type=Path, metavar="FILE", help="write JSON lines")
     add("--plot", type=Path, metavar="FILE", help="write a plot (needs matplotlib)")
     add("--seed", type=int, default=0)
@@ -85,9 +95,16 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 
 def _configurations(args: argparse.Namespace) -> list[Configuration]:
     tokens = args.tokens or (QUICK_TOKENS if args.quick else TOKENS)
-    layers = [Layer(shape, args.seed) for shape in args.shape]
+    layers = [Layer(shape, args.seed, DTYPES[args.dtype]) for shape in args.shape]
+    save = "recompute" if args.recompute else "activations"
+
+    def variant(mode: str, rank: int) -> Variant:
+        if mode == "forward":
+            return Variant(rank, routing=args.routing)
+        return Variant(rank, save, args.full, args.routing)
+
     return [
-        Configuration(OPS[mode], isa, layer, num_tokens, rank)
+        Configuration(OPS[mode], isa, layer, num_tokens, variant(mode, rank))
         for layer in layers
         for num_tokens in tokens
         for mode in args.mode
@@ -96,9 +113,15 @@ def _configurations(args: argparse.Namespace) -> list[Configuration]:
     ]
 
 
+def row_key(row: dict) -> tuple:
+    """What distinguishes the rows of one result file."""
+    names = ("shape", "dtype", "mode", "routing", "save", "full", "lora_rank", "tokens")
+    return tuple(row[name] for name in names)
+
+
 def _plan(args: argparse.Namespace) -> Plan:
     rounds = args.rounds or (3 if args.quick else 7)
-    return Plan(rounds, 0.3 if args.quick else 0.5, args.max_load, max_attempts=3 * rounds)
+    return Plan(rounds, 0.3 if args.quick else 0.5, args.max_load, 3 * rounds, SLOW_SECONDS)
 
 
 def _remarks(rows: list[dict], configurations: list[Configuration], plan: Plan, load: float) -> None:
@@ -117,14 +140,14 @@ def _remarks(rows: list[dict], configurations: list[Configuration], plan: Plan, 
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_arguments(argv)
-    unavailable = [isa for isa in args.isa if not ktops.cpu_capabilities().get(isa)]
-    if unavailable:
-        have = ", ".join(name for name, ok in ktops.cpu_capabilities().items() if ok)
-        print(f"--isa: {', '.join(unavailable)} cannot run here; this machine has {have}", file=sys.stderr)
+    try:
+        args.isa = results.isas_to_measure(args.isa)
+    except ValueError as error:
+        print(error, file=sys.stderr)
         return 2
     torch.set_num_threads(args.threads)
     calibration = Calibration(args.threads)
-    machine = machine_record(calibration)
+    machine = results.machine_record(calibration)
     report.print_machine(machine)
 
     configurations, plan = _configurations(args), _plan(args)
@@ -133,6 +156,10 @@ def main(argv: list[str] | None = None) -> int:
     rows = [config.record() for config in configurations]
     report.print_table(rows)
     _remarks(rows, configurations, plan, load.cores)
+    if args.save:
+        for isa in args.isa:
+            kept = [row for row in rows if row["isa"] == isa]
+            print(f"saved {results.save('run', machine, isa, kept, row_key)}")
     if args.json:
         report.write_json(args.json, machine, rows)
     if args.plot:

@@ -4,16 +4,18 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from bench.layer import Variant
 from bench.roofline import Limits, Work, forward_work, training_work
 from bench.shapes import SHAPES, Shape, parse_shape
 
 TOKENS = 5
 
 
-def count_flops(hidden_size: int, intermediate_size: int, rank: int, training: bool) -> int:
-    """FLOPs of one expert in plain PyTorch with frozen base weights."""
+def count_flops(hidden_size: int, intermediate_size: int, rank: int, training: bool, full=False) -> int:
+    """FLOPs of one expert in plain PyTorch with frozen base weights, or with full all trained."""
     x = torch.randn(TOKENS, hidden_size, requires_grad=training)
-    base = [torch.randn(2 * intermediate_size, hidden_size), torch.randn(hidden_size, intermediate_size)]
+    sizes = (2 * intermediate_size, hidden_size), (hidden_size, intermediate_size)
+    base = [torch.randn(size, requires_grad=full) for size in sizes]
     lora = [
         torch.randn(size, requires_grad=training)
         for size in (
@@ -39,27 +41,42 @@ def count_flops(hidden_size: int, intermediate_size: int, rank: int, training: b
 @pytest.mark.parametrize(("training", "work"), [(False, forward_work), (True, training_work)])
 def test_flops_match_the_counter_of_pytorch(training, work, rank):
     shape = Shape("one expert", 24, 10, 1, 1)
-    assert work(shape, TOKENS, 1, rank).flops == count_flops(24, 10, rank, training)
+    assert work(shape, TOKENS, 1, Variant(rank)).flops == count_flops(24, 10, rank, training)
+
+
+@pytest.mark.parametrize("rank", [0, 7])
+def test_full_fine_tuning_adds_the_gradients_of_the_weights(rank):
+    shape = Shape("one expert", 24, 10, 1, 1)
+    work = training_work(shape, TOKENS, 1, Variant(rank, full=True))
+    assert work.flops == count_flops(24, 10, rank, training=True, full=True)
+    assert work.bytes - training_work(shape, TOKENS, 1, Variant(rank)).bytes == 2 * 3 * 24 * 10
+
+
+def test_recompute_adds_the_product_with_gate_up():
+    shape = Shape("small", 10, 4, 8, 2)
+    recompute, activations = (training_work(shape, 7, 5, Variant(3, save)) for save in ("recompute", ""))
+    assert recompute.flops - activations.flops == 2 * 14 * 8 * 10
+    assert recompute.bytes - activations.bytes == 2 * 5 * 8 * 10
 
 
 def test_flops_of_the_base_weights():
     for shape in SHAPES.values():
         thi = 128 * shape.top_k * shape.hidden_size * shape.intermediate_size
-        assert forward_work(shape, 128, 1, 0).flops == 6 * thi
-        assert training_work(shape, 128, 1, 0).flops == 12 * thi
+        assert forward_work(shape, 128, 1, Variant()).flops == 6 * thi
+        assert training_work(shape, 128, 1, Variant()).flops == 12 * thi
 
 
 def test_bytes_count_every_routed_expert_once():
     shape = Shape("small", 10, 4, 8, 2)
     weights, lora = 3 * 10 * 4, 3 * (10 + 8) + 3 * (4 + 10)
-    assert forward_work(shape, 7, 5, 0, itemsize=4).bytes == 4 * (5 * weights + 2 * 7 * 10)
-    assert forward_work(shape, 7, 5, 3).bytes == 2 * (5 * (weights + lora) + 2 * 7 * 10)
+    assert forward_work(shape, 7, 5, Variant(), itemsize=4).bytes == 4 * (5 * weights + 2 * 7 * 10)
+    assert forward_work(shape, 7, 5, Variant(3)).bytes == 2 * (5 * (weights + lora) + 2 * 7 * 10)
 
 
 def test_training_reads_the_weights_twice_and_writes_the_adapter_gradients():
     shape = Shape("small", 10, 4, 8, 2)
     weights, lora = 3 * 10 * 4, 3 * (10 + 8) + 3 * (4 + 10)
-    assert training_work(shape, 7, 5, 3).bytes == 2 * (5 * (2 * weights + 3 * lora) + 5 * 7 * 10)
+    assert training_work(shape, 7, 5, Variant(3)).bytes == 2 * (5 * (2 * weights + 3 * lora) + 5 * 7 * 10)
 
 
 def test_roofline_is_the_longer_of_the_two():

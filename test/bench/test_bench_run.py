@@ -9,10 +9,11 @@ import pytest
 import torch
 
 import ktops
-from bench import machine, measure, run
-from bench.layer import Layer
+from bench import machine, measure, moe_sft, results, run
+from bench.layer import Layer, Variant
 from bench.machine import Calibration, OtherLoad, run_on_threads
 from bench.shapes import Shape
+from bench.verify import WrongResult
 
 ARGUMENTS = ["--quick", "--shape", "64,32,8,2", "--tokens", "1", "40", "--rounds", "1", "--max-load", "inf"]
 
@@ -22,6 +23,7 @@ def _small(monkeypatch):
     """Short samples and a small buffer: the figures mean nothing here."""
     create = Calibration.__init__
     monkeypatch.setattr(Calibration, "__init__", lambda self, threads: create(self, threads, 1 << 20))
+    monkeypatch.setattr(machine, "_CALL_SECONDS", 0.001)
     plan = run._plan
     monkeypatch.setattr(run, "_plan", lambda args: measure.Plan(plan(args).rounds, 0.0, args.max_load, 2))
     threads = torch.get_num_threads()
@@ -190,3 +192,74 @@ def test_few_routes_come_back_late():
     dealt = torch.cat([layer.inputs(2).topk_ids.flatten() for _ in range(2)])
     assert dealt.unique().numel() == 12
     assert layer.inputs(100).distinct_experts == 12
+
+
+def test_half_of_the_tokens_choose_one_expert():
+    ids = Layer(Shape("skewed", 8, 8, 12, 3), seed=0).inputs(100, "skewed").topk_ids
+    assert (ids == 0).any(dim=1).sum() == 50
+    assert all(row.unique().numel() == 3 for row in ids)
+
+
+def test_variants_are_rows_of_their_own(tmp_path):
+    _, _, rows = run_bench(
+        tmp_path, "--mode", "training", "--tokens", "40", "--rank", "0", "8",
+        "--full", "--recompute", "--dtype", "float32", "--routing", "skewed",
+    )  # fmt: skip
+    assert [(r["status"], r["lora_rank"], r["full"], r["save"], r["dtype"], r["routing"]) for r in rows] == [
+        ("ok", 0, True, "recompute", "float32", "skewed"), ("ok", 8, True, "recompute", "float32", "skewed"),
+    ]  # fmt: skip
+    assert all(row["relative_error"] < 1e-5 for row in rows)
+
+
+@pytest.mark.parametrize("name", ["gate_up_proj", "down_proj"])
+def test_refuses_a_wrong_weight_gradient(name):
+    layer, variant = Layer(Shape("small", 64, 32, 8, 2), seed=0), Variant(rank=4, full=True)
+    inputs = layer.inputs(40)
+    output, grads = moe_sft.call(layer, variant, inputs)
+    assert 0 < moe_sft.check(layer, variant, inputs, (output, grads)) < 0.02
+    grads[name] = grads[name] * 1.05
+    with pytest.raises(WrongResult, match=name):
+        moe_sft.check(layer, variant, inputs, (output, grads))
+
+
+def test_a_layer_comes_back_from_its_file(tmp_path):
+    layer = Layer(Shape("small", 64, 32, 8, 2), seed=0)
+    layer.write(tmp_path / "layer.pt", rank=4)
+    for copy in (False, True):
+        back = Layer.read(tmp_path / "layer.pt", copy=copy)
+        assert back.shape == layer.shape
+        assert torch.equal(back.gate_up_proj, layer.gate_up_proj)
+        assert torch.equal(back.down_proj, layer.down_proj)
+        assert back.adapters(4).keys() == layer.adapters(4).keys()
+        assert all(torch.equal(back.adapters(4)[k], v) for k, v in layer.adapters(4).items())
+
+
+def test_slow_configurations_have_one_round(monkeypatch):
+    plan = measure.Plan(3, 0.0, float("inf"), 3, slow_seconds=0.0)
+    row = measure.Configuration(
+        moe_sft, ktops.cpu_capability(), Layer(Shape("s", 64, 32, 8, 2), 0), 4, Variant(4)
+    )
+    measure.measure([row], Calibration(1), plan)
+    assert row.samples == 1
+
+
+def test_saved_rows_join_those_of_other_configurations(tmp_path, monkeypatch):
+    monkeypatch.setattr(results, "RESULTS", tmp_path)
+    isa = ktops.cpu_capability()
+    arguments = [*ARGUMENTS, "--save", "--isa", isa, "--mode", "forward"]
+    assert run.main(arguments) == 0
+    [record] = results.load("run", tmp_path)
+    assert [row["tokens"] for row in record["rows"]] == [1, 40]
+    assert record["isa"] == isa
+    assert {"cpu", "features", "torch", "revision", "peak_flop_per_second"} <= set(record["machine"])
+    kept = record["rows"][0]
+    assert run.main([*arguments, "--tokens", "40", "64"]) == 0
+    [record] = results.load("run", tmp_path)
+    assert [row["tokens"] for row in record["rows"]] == [1, 40, 64]
+    assert record["rows"][0] == kept
+    assert list(tmp_path.iterdir()) == [results.result_file("run", record["machine"], isa)]
+
+
+def test_isa_all_is_every_row_of_this_machine():
+    have = [name for name, available in ktops.cpu_capabilities().items() if available]
+    assert results.isas_to_measure(["all"]) == have

@@ -1,0 +1,195 @@
+"""Contestants in worker processes take turns, round after round: A B A B, in one run, on the same inputs."""
+
+import contextlib
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+
+from bench.layer import Inputs, Layer
+from bench.machine import OtherLoad
+from bench.verify import WrongResult
+
+ROOT = Path(__file__).parent.parent
+_PAUSE_SECONDS = 0.05  # a spinning thread pool that has just finished would take a core from the next one
+
+
+class ContestError(Exception):
+    """A worker could not do what it was asked to."""
+
+
+class Worker:
+    """A process of ``python -m bench.worker``; call its requests with :meth:`ask`.
+
+    Args:
+        python: the interpreter of its environment.
+        environment: variables that it gets in addition.
+        ktops: folder whose package ktops it imports; default: what its interpreter finds.
+        log: file for what it prints.
+    """
+
+    def __init__(
+        self, python: str, environment: dict[str, str], log: Path, ktops: Path | None = None
+    ) -> None:
+        command = [python, "-m", "bench.worker", *(["--ktops", str(ktops)] if ktops else [])]
+        self._log = log
+        with log.open("w") as stderr:
+            self.process = subprocess.Popen(
+                command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=stderr, text=True,
+                env={**os.environ, **environment},
+            )  # fmt: skip
+
+    def ask(self, do: str, **arguments) -> dict:
+        """The reply to a request.
+
+        Raises:
+            ContestError: the request failed, or the process ended.
+        """
+        try:
+            self.process.stdin.write(json.dumps({"do": do, **arguments}) + "\n")
+            self.process.stdin.flush()
+            line = self.process.stdout.readline()
+        except BrokenPipeError:
+            line = ""
+        if not line:
+            last = (self._log.read_text().strip() or "no output").splitlines()[-1]
+            raise ContestError(f"the process ended with status {self.process.wait()}: {last}")
+        reply = json.loads(line)
+        if "error" in reply:
+            raise ContestError(reply["error"])
+        return reply
+
+    def close(self) -> None:
+        """Ends the process and waits for it."""
+        with contextlib.suppress(BrokenPipeError):
+            self.process.stdin.close()
+        self.process.stdout.close()
+        try:
+            self.process.wait(timeout=10)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+
+
+@dataclass
+class Entrant:
+    """A contestant of one case and its samples so far: {round: seconds of its calls}."""
+
+    name: str
+    worker: Worker
+    samples: dict[int, list[float]] = field(default_factory=dict)
+    dropped: int = 0
+    error: float | None = None
+    failure: str | None = None
+    wrong: bool = False
+    slow: bool = False
+
+    @property
+    def seconds(self) -> float | None:
+        """Median over all calls; None without a sample, or if the result was wrong."""
+        calls = [s for sample in self.samples.values() for s in sample]
+        return statistics.median(calls) if calls and not self.failure else None
+
+    @property
+    def status(self) -> str:
+        """ "ok", "wrong", "failed", or "busy" if no sample was quiet."""
+        if self.failure:
+            return "wrong" if self.wrong else "failed"
+        return "ok" if self.samples else "busy"
+
+    def spread(self) -> tuple[float, float]:
+        """Smallest and largest median of a round."""
+        medians = [statistics.median(sample) for sample in self.samples.values()]
+        return min(medians), max(medians)
+
+
+@dataclass(frozen=True)
+class Turns:
+    """How long to measure: rounds, seconds a sample, when to drop one; and what is too slow to repeat."""
+
+    rounds: int
+    seconds: float
+    max_load: float
+    max_attempts: int
+    slow_factor: float = 10.0
+
+
+def inputs_around(layer: Layer, tokens: int) -> list[Inputs]:
+    """Inputs that together use every expert, so that weights are cold when they come again."""
+    calls = max(1, -(-layer.shape.num_experts // (tokens * layer.shape.top_k)))
+    return [layer.inputs(tokens) for _ in range(min(max(calls, 2), 32))]
+
+
+def _turn(entrant: Entrant, mode: str, turns: Turns, number: int) -> int:
+    """One sample; the index of the input of the last call."""
+    time.sleep(_PAUSE_SECONDS)
+    with OtherLoad() as load:
+        reply = entrant.worker.ask(
+            "run", contestant=entrant.name, mode=mode, seconds=turns.seconds, max_calls=1000
+        )
+        load.leave_out(reply["cpu_seconds"])
+    if load.cores > turns.max_load:
+        entrant.dropped += 1
+    else:
+        entrant.samples[number] = reply["seconds"]
+    return reply["last"]
+
+
+def _warm_up(entrant: Entrant, mode: str, calls: list[Inputs], check, scratch: Path) -> float:
+    """One call, checked; its seconds."""
+    reply = entrant.worker.ask("run", contestant=entrant.name, mode=mode, seconds=0.0, max_calls=1)
+    file = scratch / "result.pt"
+    entrant.worker.ask("result", file=str(file))
+    entrant.error = check(entrant, calls[reply["last"]], torch.load(file, weights_only=True))
+    file.unlink()
+    return reply["seconds"][0]
+
+
+def contest(
+    entrants: list[Entrant], mode: str, calls: list[Inputs], check, turns: Turns, scratch: Path
+) -> None:
+    """Fills the entrants' samples: a checked call each, then rounds in which everybody has a turn.
+
+    The order is reversed in every other round. An entrant that raises, or whose result ``check(entrant,
+    inputs, result)`` refuses by raising WrongResult, has its failure noted and takes no part. One that is
+    slow_factor times slower than the fastest has a single round.
+    """
+    file = scratch / "inputs.pt"
+    torch.save([asdict(inputs) for inputs in calls], file)
+    for worker in dict.fromkeys(entrant.worker for entrant in entrants):
+        try:
+            worker.ask("inputs", file=str(file))
+        except ContestError as error:
+            for entrant in (e for e in entrants if e.worker is worker):
+                entrant.failure = str(error)
+    first = {}
+    for entrant in (e for e in entrants if not e.failure):
+        try:
+            _warm_up(entrant, mode, calls, check, scratch)
+            reply = entrant.worker.ask("run", contestant=entrant.name, mode=mode, seconds=0.0, max_calls=1)
+            first[entrant.name] = reply["seconds"][0]
+        except ContestError as error:
+            entrant.failure = str(error)
+        except WrongResult as error:
+            entrant.failure, entrant.wrong = str(error), True
+    for entrant in entrants:
+        if entrant.name in first:
+            entrant.slow = first[entrant.name] > turns.slow_factor * min(first.values())
+    for attempt in range(turns.max_attempts):
+        for entrant in entrants if attempt % 2 == 0 else entrants[::-1]:
+            if not entrant.failure and len(entrant.samples) < (1 if entrant.slow else turns.rounds):
+                try:
+                    _turn(entrant, mode, turns, attempt)
+                except ContestError as error:
+                    entrant.failure = str(error)
+
+
+def say(text: str) -> None:
+    """A line of progress on standard error."""
+    print(text, file=sys.stderr, flush=True)

@@ -1,0 +1,225 @@
+"""ktops next to its peers: the same layer and inputs, turn by turn in one run, every result checked.
+
+    python -m bench.peers --shape qwen3_30b
+    python -m bench.peers --isa avx512_bf16 --tokens 1 16 --mode forward --save
+    python -m bench.peers --peer zentorch=VENV/bin/python --peer kt-kernel=VENV/bin/python
+
+Forward runs without LoRA, training (forward and backward) with LoRA on both projections. Contestants live in
+worker processes: ktops, what needs torch alone, and one for every environment given by --peer; others are
+left out with a word. The figures are milliseconds of the median call, with the fraction of the roofline of
+the row of ktops, and at the end how many times faster than the best peer ktops is. On a row below the best
+of the machine, peers are kept to the same instructions as far as they can be told. A wrong result has no
+figure.
+
+Exit status: 0, or 1 if a result was wrong, or 3 if ktops never had a quiet sample.
+"""
+
+import argparse
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+
+import ktops
+from bench import report, results
+from bench.contest import ContestError, Entrant, Turns, Worker, contest, inputs_around, say
+from bench.layer import Layer, Variant
+from bench.machine import Calibration
+from bench.measure import mean_limits
+from bench.peers import CONTESTANTS, HOMES, OBEYS, PARITY, TUNED_MALLOC
+from bench.run import OPS, positive, shape
+from bench.shapes import QUICK_TOKENS, SHAPES, TOKENS
+
+PEER_BUDGETS = 2.0
+"""Peers round every intermediate result to bfloat16: ktops.testing.budgets calls that 1.5 to 2 times."""
+
+
+def _environment(text: str) -> tuple[str, str]:
+    name, _, python = text.partition("=")
+    if name not in HOMES or not Path(python).exists():
+        expected = f"NAME=PYTHON with NAME one of {', '.join(HOMES)} and an interpreter that exists"
+        raise argparse.ArgumentTypeError(f"must be {expected}, got {text!r}")
+    return name, python
+
+
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.peers",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--quick", action="store_true", help=f"T in {QUICK_TOKENS}, two short rounds")
+    add("--shape", type=shape, nargs="+", default=list(SHAPES.values()), metavar="NAME",
+        help=f"{', '.join(SHAPES)} or H,I,E,K (default: all three)")  # fmt: skip
+    add("--tokens", type=positive, nargs="+", metavar="T", help=f"default: {' '.join(map(str, TOKENS))}")
+    add("--mode", choices=list(OPS), nargs="+", default=list(OPS), help="default: both")
+    add("--rank", type=positive, default=16, metavar="R", help="LoRA rank of training (default: %(default)s)")
+    add("--isa", default=ktops.cpu_capability(), metavar="ROW", help="row of ktops (default: %(default)s)")
+    add("--peer", type=_environment, action="append", default=[], metavar="NAME=PYTHON",
+        help=f"interpreter of the environment of a peer: {', '.join(HOMES)}")  # fmt: skip
+    names = [entry.name for entry in CONTESTANTS]
+    add("--only", choices=names, nargs="+", metavar="NAME", help=f"ktops and these of {', '.join(names)}")
+    add("--malloc", choices=("tuned", "default"), default="tuned",
+        help="of the torch peers; tuned keeps freed blocks: faster (default: %(default)s)")  # fmt: skip
+    add("--threads", type=positive, default=torch.get_num_threads(), help="default: %(default)s")
+    add("--rounds", type=positive, metavar="N", help="samples of each (default: 3, with --quick 2)")
+    add("--max-load", type=float, default=0.15, metavar="CORES",
+        help="drop samples during which other processes used more (default: %(default)s)")  # fmt: skip
+    add("--save", action="store_true", help="write the rows to bench/results")
+    add("--seed", type=int, default=0)
+    return parser.parse_args(argv)
+
+
+def _entries(args: argparse.Namespace) -> dict[str, list]:
+    """{home: contestants in it}, of those that are asked for and have an environment."""
+    pythons = {"ktops": sys.executable, "torch": sys.executable, **dict(args.peer)}
+    homes: dict[str, list] = {}
+    for entry in CONTESTANTS:
+        if args.only and entry.name not in {"ktops", *args.only}:
+            continue
+        if not set(entry.modes) & set(args.mode):
+            continue
+        if entry.home in pythons:
+            homes.setdefault(entry.home, []).append(entry)
+        else:
+            say(f"{entry.name}: left out, no environment (--peer {entry.home}=PYTHON)")
+    return homes
+
+
+def _start(home: str, args: argparse.Namespace, scratch: Path) -> Worker:
+    environment = {"OMP_NUM_THREADS": str(args.threads)}
+    if home == "ktops":
+        return Worker(sys.executable, {**environment, "KTOPS_ISA": args.isa}, scratch / "ktops.log",
+                      Path(ktops.__file__).parents[1])  # fmt: skip
+    environment |= PARITY[args.isa]
+    if home == "torch" and args.malloc == "tuned":
+        environment |= TUNED_MALLOC
+    return Worker(dict(args.peer).get(home, sys.executable), environment, scratch / f"{home}.log")
+
+
+def _load(homes: dict, layer: Layer, args: argparse.Namespace, scratch: Path) -> tuple[dict, list[Worker]]:
+    """({contestant: its worker}, workers) with the layer in every worker; what cannot run is left out."""
+    file = scratch / "layer.pt"
+    layer.write(file, args.rank)
+    holders: dict[str, Worker] = {}
+    workers = []
+    for home, entries in homes.items():
+        say(f"{layer.shape.name}: loading {', '.join(entry.name for entry in entries)}")
+        worker = _start(home, args, scratch)
+        workers.append(worker)
+        modules = {e.name: {"module": e.module, "options": e.options} for e in entries}
+        try:
+            reply = worker.ask(
+                "load", file=str(file), rank=args.rank, threads=args.threads, contestants=modules
+            )
+        except ContestError as error:
+            reply = {"unavailable": {entry.name: str(error) for entry in entries}}
+        for name, missing in reply["unavailable"].items():
+            if missing:
+                say(f"{name}: left out, {missing}")
+            else:
+                holders[name] = worker
+    return holders, workers
+
+
+def _row(entrant: Entrant, case: dict, limit: float) -> dict:
+    row = case | {
+        "contestant": entrant.name,
+        "status": entrant.status,
+        "samples": len(entrant.samples),
+        "dropped_samples": entrant.dropped,
+    }
+    if entrant.failure:
+        row["message"] = entrant.failure
+    elif entrant.samples:
+        low, high = entrant.spread()
+        row |= {
+            "seconds": entrant.seconds,
+            "seconds_min": low,
+            "seconds_max": high,
+            "limit_seconds": limit,
+            "fraction": limit / entrant.seconds,
+            "relative_error": entrant.error,
+        }
+    return row
+
+
+def _case(layer: Layer, mode: str, tokens: int, holders: dict, args, calibration, scratch) -> list[dict]:
+    """The rows of one shape, mode and number of tokens."""
+    rank = args.rank if mode == "training" else 0
+    op, variant, calls = OPS[mode], Variant(rank), inputs_around(layer, tokens)
+    modes = {entry.name: entry.modes for entry in CONTESTANTS}
+    entrants = [Entrant(name, worker) for name, worker in holders.items() if mode in modes[name]]
+    say(f"{layer.shape.name} T={tokens} {mode}: {', '.join(entrant.name for entrant in entrants)}")
+
+    def check(entrant: Entrant, inputs, result) -> float:
+        return op.check(layer, variant, inputs, result, 1.0 if entrant.name == "ktops" else PEER_BUDGETS)
+
+    rounds = args.rounds or (2 if args.quick else 3)
+    turns = Turns(rounds, 0.1 if args.quick else 0.3, args.max_load, 3 * rounds)
+    before = calibration.limits(args.isa, "bfloat16")
+    contest(entrants, mode, calls, check, turns, scratch)
+    after = calibration.limits(args.isa, "bfloat16")
+    limits = mean_limits(before, after)
+    experts = sum(inputs.distinct_experts for inputs in calls) // len(calls)
+    work = op.work(layer.shape, tokens, experts, variant)
+    case = {"shape": layer.shape.name, "mode": mode, "tokens": tokens, "lora_rank": rank, "isa": args.isa}
+    case |= {"bound": work.bound(limits), "malloc": args.malloc}
+    for entrant in entrants:
+        if entrant.failure:
+            say(f"{'WRONG' if entrant.wrong else 'failed'} {entrant.name}: {entrant.failure}")
+    return [_row(entrant, case, work.seconds(limits)) for entrant in entrants]
+
+
+def row_key(row: dict) -> tuple:
+    """What distinguishes the rows of one result file."""
+    return tuple(row[name] for name in ("shape", "mode", "lora_rank", "tokens", "contestant"))
+
+
+def _parity_remark(homes: dict, isa: str) -> str:
+    held = [f"{home}: {OBEYS[home]}" for home in homes if home in OBEYS]
+    variables = " ".join(f"{name}={value}" for name, value in PARITY[isa].items())
+    return f"peers beside row {isa} run with {variables} ({'; '.join(held)})"
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse_arguments(argv)
+    try:
+        [args.isa] = results.isas_to_measure([args.isa])
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        return 2
+    torch.set_num_threads(args.threads)
+    calibration = Calibration(args.threads)
+    machine = results.machine_record(calibration)
+    report.print_machine(machine)
+    homes = _entries(args)
+    machine["parity"] = _parity_remark(homes, args.isa)
+    print(machine["parity"])
+    rows: list[dict] = []
+    with tempfile.TemporaryDirectory() as folder:
+        scratch = Path(folder)
+        for size in args.shape:
+            layer = Layer(size, args.seed)
+            holders, workers = _load(homes, layer, args, scratch)
+            layer = Layer.read(scratch / "layer.pt", seed=args.seed)
+            try:
+                for mode in args.mode:
+                    for tokens in args.tokens or (QUICK_TOKENS if args.quick else TOKENS):
+                        rows += _case(layer, mode, tokens, holders, args, calibration, scratch)
+                        if args.save:
+                            results.save("peers", machine, args.isa, rows, row_key)
+            finally:
+                for worker in workers:
+                    worker.close()
+    report.print_contest(rows)
+    if args.save:
+        print(f"saved {results.result_file('peers', machine, args.isa)}")
+    busy = any(row["contestant"] == "ktops" and row["status"] == "busy" for row in rows)
+    return 1 if any(row["status"] == "wrong" for row in rows) else 3 if busy else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,88 @@
+"""kt-kernel: its inference class AMXBF16_MOE, and KTMoEWrapper in SFT mode."""
+
+import torch
+from kt_kernel import KTMoEWrapper, kt_kernel_ext
+from torch import Tensor
+
+from bench.layer import Inputs, Layer
+
+_MAX_TOKENS = 4096
+
+
+class Contestant:
+    """forward is the C++ inference class, which has no LoRA; training the SFT wrapper.
+
+    A wrapper has an A for gate and one for up, so both get the layer's one and their gradients are added.
+    """
+
+    def __init__(self, layer: Layer, rank: int) -> None:
+        self.layer, self.rank = layer, rank
+        shape = layer.shape
+        self.sizes = (shape.num_experts, shape.top_k, shape.hidden_size, shape.intermediate_size)
+        self.gate, self.up = (half.contiguous() for half in layer.gate_up_proj.chunk(2, dim=1))
+        self.down = layer.down_proj
+        self.experts = torch.arange(shape.num_experts)
+        layer.gate_up_proj = None
+        self._inference = self._wrapper = None
+
+    def _make_inference(self):
+        num_experts, top_k, hidden_size, intermediate_size = self.sizes
+        pool = kt_kernel_ext.WorkerPoolConfig()
+        pool.subpool_count, pool.subpool_numa_map = 1, [0]
+        pool.subpool_thread_count = [torch.get_num_threads()]
+        self._cpu = kt_kernel_ext.CPUInfer(pool)
+        config = kt_kernel_ext.moe.MOEConfig(num_experts, top_k, hidden_size, intermediate_size, 0)
+        config.layer_idx, config.pool, config.max_len = 0, self._cpu.backend_, _MAX_TOKENS
+        for name in ("gate", "up", "down"):
+            setattr(config, f"{name}_proj", getattr(self, name).data_ptr())
+        moe = kt_kernel_ext.moe.AMXBF16_MOE(config)
+        self._cpu.submit(moe.load_weights_task(self.experts.data_ptr()))
+        self._cpu.sync()
+        return moe
+
+    def forward(self, inputs: Inputs) -> Tensor:
+        if self._inference is None:
+            self._inference = self._make_inference()
+        tokens, top_k = inputs.topk_ids.shape
+        output, weights = torch.empty_like(inputs.hidden_states), inputs.topk_weights.float()
+        size = torch.tensor([tokens], dtype=torch.int32)
+        task = self._inference.forward_task(
+            size.data_ptr(), top_k, inputs.topk_ids.data_ptr(), weights.data_ptr(),
+            inputs.hidden_states.data_ptr(), output.data_ptr(), False,
+        )  # fmt: skip
+        self._cpu.submit(task)
+        self._cpu.sync()
+        return output
+
+    def _make_wrapper(self):
+        num_experts, top_k, hidden_size, intermediate_size = self.sizes
+        wrapper = KTMoEWrapper(
+            layer_idx=0, num_experts=num_experts, num_experts_per_tok=top_k, hidden_size=hidden_size,
+            moe_intermediate_size=intermediate_size, gpu_experts_mask=None,
+            cpuinfer_threads=torch.get_num_threads(), threadpool_count=1, weight_path="",
+            chunked_prefill_size=_MAX_TOKENS, mode="sft", method="AMXBF16_SFT", lora_rank=self.rank,
+            lora_alpha=float(self.rank),
+        )  # fmt: skip
+        wrapper.load_weights_from_tensors(self.gate, self.up, self.down, self.experts)
+        a1, b1, a2, b2 = (factor.detach() for factor in self.layer.adapters(self.rank).values())
+        gate_b, up_b = (half.contiguous() for half in b1.chunk(2, dim=1))
+        self.factors = [a1, gate_b, a1.clone(), up_b, a2, b2]
+        self.grads = [torch.zeros_like(factor) for factor in self.factors]
+        wrapper.init_lora_weights(*self.factors, *self.grads)
+        return wrapper
+
+    def training(self, inputs: Inputs) -> tuple[Tensor, dict[str, Tensor]]:
+        """Output and gradients by the names of ktops.ops.moe_sft.GRADIENTS."""
+        if self._wrapper is None:
+            self._wrapper = self._make_wrapper()
+        output = self._wrapper.forward(inputs.hidden_states, inputs.topk_ids, inputs.topk_weights)
+        grad_input, grad_weights = self._wrapper.backward(inputs.grad_output)
+        gate_a, gate_b, up_a, up_b, down_a, down_b = self.grads
+        return output, {
+            "hidden_states": grad_input,
+            "topk_weights": grad_weights,
+            "gate_up_lora_A": gate_a + up_a,
+            "gate_up_lora_B": torch.cat([gate_b, up_b], dim=1),
+            "down_lora_A": down_a,
+            "down_lora_B": down_b,
+        }

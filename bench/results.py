@@ -1,0 +1,119 @@
+"""What a measurement was taken on; and the files of bench/results: one a bench, machine and ISA row."""
+
+import datetime
+import json
+import re
+import subprocess
+from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+
+import ktops
+from bench.machine import Calibration, cpu_features, cpu_model, last_level_cache_bytes
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "bench" / "results"
+
+
+def revision(root: Path = ROOT) -> str | None:
+    """Commit of the tree, with "+" if what is measured differs from it; None outside of a git checkout."""
+
+    def git(*arguments: str) -> str:
+        command = ["git", *arguments]
+        return subprocess.run(command, cwd=root, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        changed = git("status", "--porcelain", "--", "ktops", "ktops_csrc")
+        return git("rev-parse", "--short=12", "HEAD") + ("+" if changed else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def machine_record(calibration: Calibration) -> dict:
+    """CPU, versions, peak of every row this CPU can run and read bandwidth, for one thread and for all."""
+    threads = sorted({1, calibration.num_threads})
+    return {
+        "cpu": cpu_model(),
+        "features": cpu_features(),
+        "last_level_cache_bytes": last_level_cache_bytes(),
+        "threads": calibration.num_threads,
+        "ktops": ktops.__version__,
+        "revision": revision(),
+        "date": datetime.date.today().isoformat(),
+        "torch": torch.__version__,
+        "transformers": _version("transformers"),
+        "peft": _version("peft"),
+        "peak_flop_per_second": {
+            f"{isa} {dtype}": {str(n): calibration.peak(isa, dtype, n) for n in threads}
+            for isa, available in ktops.cpu_capabilities().items()
+            if available
+            for dtype in ("bfloat16", "float32")
+        },
+        "read_bytes_per_second": {str(n): calibration.bandwidth(n) for n in threads},
+    }
+
+
+def result_file(bench: str, machine: dict, isa: str) -> Path:
+    """bench/results/<bench>-<cpu>-<threads>-<isa>.json"""
+    cpu = re.sub(r"\((r|tm)\)|\bcpu\b|@.*", "", machine["cpu"].lower())
+    cpu = re.sub(r"[^a-z0-9]+", "-", cpu).strip("-")
+    return RESULTS / f"{bench}-{cpu}-{machine['threads']}threads-{isa}.json"
+
+
+def _rounded(value):
+    """Floats with six significant digits, everywhere inside."""
+    if isinstance(value, float):
+        return float(f"{value:.6g}")
+    if isinstance(value, dict):
+        return {k: _rounded(v) for k, v in value.items()}
+    return [_rounded(v) for v in value] if isinstance(value, list | tuple) else value
+
+
+def save(bench: str, machine: dict, isa: str, rows: list[dict], key: Callable[[dict], tuple]) -> Path:
+    """Writes rows to the file of the bench; rows in it with other keys stay, so a run may be a part.
+
+    Every row carries the revision that it was measured at.
+    """
+    file = result_file(bench, machine, isa)
+    rows = [{**row, "revision": machine["revision"]} for row in rows]
+    if file.exists():
+        replaced = {key(row) for row in rows}
+        rows = [row for row in json.loads(file.read_text())["rows"] if key(row) not in replaced] + rows
+    record = {"bench": bench, "isa": isa, "machine": machine}
+    head = json.dumps(_rounded(record), indent=1).removesuffix("\n}")
+    lines = ",\n".join("  " + json.dumps(_rounded(row)) for row in sorted(rows, key=key))
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(f'{head},\n "rows": [\n{lines}\n ]\n}}\n')
+    return file
+
+
+def load(bench: str, folder: Path | None = None) -> list[dict]:
+    """Every file of a bench: {"bench", "isa", "machine", "rows"}, by name."""
+    files = sorted((folder or RESULTS).glob(f"{bench}-*.json"))
+    return [json.loads(file.read_text()) for file in files]
+
+
+def isas_to_measure(names: list[str]) -> list[str]:
+    """The rows asked for; "all" is every one that this machine can run.
+
+    Raises:
+        ValueError: one cannot run here.
+    """
+    have = [name for name, available in ktops.cpu_capabilities().items() if available]
+    if "all" in names:
+        return have
+    unavailable = [name for name in names if name not in have]
+    if unavailable:
+        raise ValueError(
+            f"--isa: {', '.join(unavailable)} cannot run here; this machine has {', '.join(have)}"
+        )
+    return names

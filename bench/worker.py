@@ -1,0 +1,100 @@
+"""The process of one or more contestants: ``python -m bench.worker [--ktops FOLDER]``, spoken to over pipes.
+
+A request is one line of JSON on standard input, its reply one line on what was standard output; anything
+that libraries print goes to standard error. Tensors travel through files. The requests are the methods of
+:class:`Host`. Needs torch, and whatever its contestants import: another environment may lack ktops.
+"""
+
+import argparse
+import importlib
+import json
+import os
+import sys
+import time
+import traceback
+from pathlib import Path
+
+import torch
+
+from bench.layer import Inputs, Layer
+
+
+class Host:
+    """Holds a layer of its own and the contestants that share it."""
+
+    def load(self, file: str, rank: int, threads: int, contestants: dict[str, dict]) -> dict:
+        """Copies the layer of a file and makes the contestants: {name: {"module": ..., "options": {...}}}.
+
+        Replies with what each lacks, or None: {"unavailable": {name: "ImportError: ..." or None}}.
+        """
+        torch.set_num_threads(threads)
+        layer = Layer.read(Path(file), copy=True)
+        self.contestants, unavailable = {}, {}
+        for name, entry in contestants.items():
+            try:
+                module = importlib.import_module(f"bench.peers.{entry['module']}")
+                self.contestants[name] = module.Contestant(layer, rank, **entry["options"])
+                unavailable[name] = None
+            except Exception as error:
+                traceback.print_exc()
+                unavailable[name] = f"{type(error).__name__}: {error}".split("\n")[0]
+        return {"unavailable": unavailable, "torch": torch.__version__}
+
+    def inputs(self, file: str) -> dict:
+        """Takes the inputs of the calls to come, a list of Inputs as dictionaries."""
+        self.calls = [Inputs(**fields) for fields in torch.load(file, weights_only=True)]
+        self.next = 0
+        return {}
+
+    def run(self, contestant: str, mode: str, seconds: float, max_calls: int) -> dict:
+        """Calls with one input after the other for so long, at least once.
+
+        Replies {"seconds": of each call, "cpu_seconds": of this process, "last": index of the last input}.
+        """
+        call = getattr(self.contestants[contestant], mode)
+        times: list[float] = []
+        cpu = time.process_time()
+        while not times or (sum(times) < seconds and len(times) < max_calls):
+            index = self.next % len(self.calls)
+            self.next += 1
+            inputs = self.calls[index]
+            start = time.perf_counter()
+            result = call(inputs)
+            times.append(time.perf_counter() - start)
+        self.last = result
+        return {"seconds": times, "cpu_seconds": time.process_time() - cpu, "last": index}
+
+    def result(self, file: str) -> dict:
+        """Writes what the last call returned."""
+        torch.save(self.last, file)
+        self.last = None
+        return {}
+
+    def handle(self, request: dict) -> dict:
+        """The reply to {"do": method, **arguments}; {"error": ...} if it raised."""
+        try:
+            return getattr(self, request.pop("do"))(**request)
+        except Exception as error:
+            traceback.print_exc()
+            return {"error": f"{type(error).__name__}: {error}".split("\n")[0]}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m bench.worker", description=__doc__)
+    parser.add_argument("--ktops", metavar="FOLDER", help="folder whose package ktops is to be imported")
+    folder = parser.parse_args().ktops
+    if folder:
+        sys.path.insert(0, folder)
+        import ktops
+
+        if not Path(ktops.__file__).is_relative_to(Path(folder).resolve()):
+            raise ImportError(f"ktops must come from {folder}, got {ktops.__file__}")
+    replies = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)
+    host = Host()
+    for line in sys.stdin:
+        replies.write(json.dumps(host.handle(json.loads(line))) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -171,7 +171,7 @@ def test_threads_overlap():
 def test_measure_peak_releases_the_interpreter_lock():
     calibration = Calibration(1)
     calibration.peak(ktops.cpu_capability(), "float32")
-    iterations = 20 * calibration._iterations[ktops.cpu_capability(), "float32"]
+    iterations = 400 * calibration._iterations[ktops.cpu_capability(), "float32"]
     done = threading.Event()
 
     def measure_peak():

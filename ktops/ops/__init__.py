@@ -1,6 +1,7 @@
 """The operators of the kt namespace, one file each: docstring, fake kernel, autograd, FLOP formula."""
 
 from ktops.ops.cpu_capability import cpu_capabilities, cpu_capability, use_isa
+from ktops.ops.memory import empty_cache, memory_stats
 from ktops.ops.moe_sft import checkpoint_context_fn, moe_sft
 from ktops.ops.profile import Profile, Step, profile
 
@@ -10,6 +11,8 @@ __all__ = [
     "checkpoint_context_fn",
     "cpu_capabilities",
     "cpu_capability",
+    "empty_cache",
+    "memory_stats",
     "moe_sft",
     "profile",
     "use_isa",

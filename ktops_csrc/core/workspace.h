@@ -5,10 +5,12 @@
 
 namespace kt {
 
-// Scratch memory for one call of an op, carved from a block that is kept for the next call: fresh memory costs a page
-// fault every 4 KiB. At most one idle block is kept for each concurrent caller.
+// Scratch memory for one call of an op: a block that was kept from an earlier call where one is large enough, because
+// fresh memory costs a page fault every few KiB. Idle blocks are given back to the system, oldest first, as soon as all
+// blocks together exceed what calls in progress at once have used since the last empty_workspaces().
 class Workspace {
 public:
+    // Throws std::runtime_error if there is no such block and the system has no memory for one.
     explicit Workspace(size_t bytes);
     ~Workspace();
     Workspace(const Workspace&) = delete;
@@ -33,5 +35,15 @@ private:
     size_t capacity_;
     size_t used_ = 0;
 };
+
+// The blocks of the process. Bytes of those that calls use now, of those kept for later calls, and the most that were
+// in use at once since the last empty_workspaces(); blocks of both kinds; blocks obtained from the system so far.
+struct WorkspaceStats {
+    size_t in_use, idle, peak, blocks, allocations;
+};
+WorkspaceStats workspace_stats();
+
+// Gives all idle blocks back to the system.
+void empty_workspaces();
 
 }  // namespace kt

@@ -29,8 +29,7 @@ class Backward {
 public:
     static void run(const BackwardProblem& b) {
         const Problem& p = b.forward;
-        Workspace routes(Routing::workspace_bytes(p));
-        const Routing routing(p, routes);
+        const Routing routing(p);
         Workspace workspace(Layer<T>::bytes(routing) + bytes(b, routing) + Thread<T>::bytes(p, routing));
         const Layer<T> layer(p, routing, workspace);
         Backward(b, layer, workspace).run();

@@ -28,8 +28,7 @@ template <class T>
 class Forward {
 public:
     static void run(const Problem& p, const ForwardResults& results) {
-        Workspace routes(Routing::workspace_bytes(p));
-        const Routing routing(p, routes);
+        const Routing routing(p);
         const int64_t R = routing.num_routes;
         Workspace workspace(Layer<T>::bytes(routing) + Workspace::padded<T>(R * p.intermediate_size) +
                             Workspace::padded<T>(R * p.gate_up_rank) + Workspace::padded<T>(R * p.down_rank) +

@@ -2,18 +2,14 @@
 
 namespace kt {
 
-size_t Routing::workspace_bytes(const Problem& p) {
-    return 2 * Workspace::padded<int32_t>(p.num_tokens * p.top_k) + Workspace::padded<int32_t>(p.num_experts) +
-           2 * Workspace::padded<int64_t>(p.num_experts + 1);
-}
-
-Routing::Routing(const Problem& p, Workspace& workspace) {
-    const int64_t E = p.num_experts;
-    auto* offsets = workspace.take<int64_t>(E + 1);
-    auto* cursor = workspace.take<int64_t>(E + 1);
-    auto* active = workspace.take<int32_t>(E);
-    auto* route = workspace.take<int32_t>(p.num_tokens * p.top_k);
-    auto* token = workspace.take<int32_t>(p.num_tokens * p.top_k);
+Routing::Routing(const Problem& p) {
+    const int64_t E = p.num_experts, R = p.num_tokens * p.top_k;
+    memory_.reset(new int64_t[2 * (E + 1) + ceil_div(E + 2 * R, 2)]);
+    int64_t* offsets = memory_.get();
+    int64_t* cursor = offsets + E + 1;
+    auto* active = reinterpret_cast<int32_t*>(cursor + E + 1);
+    int32_t* route = active + E;
+    int32_t* token = route + R;
 
     for (int64_t e = 0; e <= E; ++e) offsets[e] = 0;
     for (int64_t t = 0; t < p.num_tokens; ++t) {

@@ -1,8 +1,8 @@
 #pragma once
 
 #include <cstdint>
+#include <memory>
 
-#include "core/workspace.h"
 #include "moe/problem.h"
 
 namespace kt {
@@ -19,8 +19,10 @@ struct Routing {
 
     int64_t rows(int64_t e) const { return offsets[e + 1] - offsets[e]; }
 
-    static size_t workspace_bytes(const Problem& problem);
-    Routing(const Problem& problem, Workspace& workspace);
+    explicit Routing(const Problem& problem);
+
+private:
+    std::unique_ptr<int64_t[]> memory_;
 };
 
 }  // namespace kt

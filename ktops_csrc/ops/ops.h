@@ -44,6 +44,9 @@ std::string cpu_capabilities();
 void set_cpu_capability(std::string name);
 double measure_peak(std::string isa, std::string dtype, int64_t iterations);
 
+void empty_cache();
+std::tuple<int64_t, int64_t, int64_t, int64_t, int64_t> memory_stats();
+
 bool set_profiling(bool enabled);
 bool profiling();
 std::string profiled_steps();

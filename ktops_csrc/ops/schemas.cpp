@@ -50,6 +50,10 @@ STABLE_TORCH_LIBRARY(kt, m) {
     // FLOP/s of one thread issuing nothing but the row's multiply-add instruction for dtype ("bfloat16", "float32")
     m.def("measure_peak(str isa, str dtype, int iterations) -> float");
 
+    // scratch memory kept between calls: release it; how much there is
+    m.def("empty_cache() -> ()");
+    m.def("memory_stats() -> (int bytes_in_use, int bytes_idle, int bytes_peak, int blocks, int allocations)");
+
     // record the time of every step or not (returns what it was); "operator step calls tasks busy wait wall\n" for every
     // step so far, times in nanoseconds
     m.def("set_profiling(bool enabled) -> bool");
@@ -69,6 +73,8 @@ STABLE_TORCH_LIBRARY_IMPL(kt, CompositeExplicitAutograd, m) {
     m.impl("cpu_capabilities", TORCH_BOX(&kt::ops::cpu_capabilities));
     m.impl("set_cpu_capability", TORCH_BOX(&kt::ops::set_cpu_capability));
     m.impl("measure_peak", TORCH_BOX(&kt::ops::measure_peak));
+    m.impl("empty_cache", TORCH_BOX(&kt::ops::empty_cache));
+    m.impl("memory_stats", TORCH_BOX(&kt::ops::memory_stats));
     m.impl("set_profiling", TORCH_BOX(&kt::ops::set_profiling));
     m.impl("profiling", TORCH_BOX(&kt::ops::profiling));
     m.impl("profiled_steps", TORCH_BOX(&kt::ops::profiled_steps));

@@ -1,0 +1,193 @@
+"""ktops.memory_stats and ktops.empty_cache: scratch memory is reused, bounded, and given back."""
+
+import os
+import subprocess
+import sys
+import threading
+
+import pytest
+import torch
+
+import ktops
+from ktops.testing.compare import random_grad_output, run
+from ktops.testing.inputs import moe_inputs
+
+SIZES = {"hidden_size": 96, "intermediate_size": 80, "num_experts": 6, "top_k": 2}
+
+
+def inputs_of(num_tokens: int, **options) -> dict:
+    return moe_inputs(num_tokens, *SIZES.values(), dtype=torch.bfloat16, lora_rank=4, **options)
+
+
+@pytest.fixture(autouse=True)
+def empty():
+    ktops.empty_cache()
+    yield
+    assert ktops.memory_stats()["bytes_in_use"] == 0
+    ktops.empty_cache()
+
+
+def train(num_tokens: int, save: str = "activations") -> None:
+    inputs = inputs_of(num_tokens)
+    run(inputs, random_grad_output(inputs), save=save)
+
+
+def test_empty():
+    train(20)
+    before = ktops.memory_stats()
+    assert before["bytes_idle"] > 0 and before["blocks"] > 0
+    ktops.empty_cache()
+    assert ktops.memory_stats() == {
+        "bytes_in_use": 0,
+        "bytes_idle": 0,
+        "bytes_peak": 0,
+        "blocks": 0,
+        "allocations": before["allocations"],
+    }
+
+
+def test_steady_state_allocates_nothing(isa):
+    lengths = (40, 300, 1)
+    for num_tokens in lengths:
+        train(num_tokens, save="recompute")
+        ktops.moe_sft(**inputs_of(num_tokens))
+    before = ktops.memory_stats()
+    for num_tokens in lengths[::-1]:
+        ktops.moe_sft(**inputs_of(num_tokens))
+        train(num_tokens)
+    assert ktops.memory_stats() == before
+
+
+def test_growing_calls_keep_one_block():
+    peaks = []
+    for num_tokens in (10, 100, 1000):
+        train(num_tokens)
+        stats = ktops.memory_stats()
+        assert stats["blocks"] == 1 and stats["bytes_idle"] == stats["bytes_peak"]
+        peaks.append(stats["bytes_peak"])
+    assert peaks == sorted(set(peaks))
+    inputs = inputs_of(1000)
+    routes, i = 1000 * SIZES["top_k"], SIZES["intermediate_size"]
+    assert stats["bytes_peak"] >= routes * 2 * i * inputs["hidden_states"].element_size()
+
+
+def test_large_blocks_go_back_to_the_system():
+    """20,000 tokens need more than 40 MB for [dg | du] alone."""
+
+    def resident() -> int:
+        with open("/proc/self/statm") as file:
+            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+    inputs = moe_inputs(20_000, 8, 512, 2, 1)
+    grad_output = random_grad_output(inputs)
+    run(inputs, grad_output, names=("hidden_states",))
+    before, idle = resident(), ktops.memory_stats()["bytes_idle"]
+    ktops.empty_cache()
+    assert idle > 40e6 and before - resident() > 0.9 * idle
+
+
+def test_threads_share_the_blocks():
+    """More blocks than threads are never needed, and later rounds find them again."""
+    num_threads, errors = 4, []
+
+    def work(barrier: threading.Barrier) -> None:
+        try:
+            torch.set_num_threads(1)
+            for num_tokens in (30, 200, 3):
+                inputs = inputs_of(num_tokens)
+                barrier.wait()
+                ktops.moe_sft(**inputs)
+                stats = ktops.memory_stats()
+                assert stats["bytes_in_use"] + stats["bytes_idle"] <= stats["bytes_peak"]
+        except Exception as error:
+            errors.append(error)
+            barrier.abort()
+
+    for _ in range(3):
+        barrier = threading.Barrier(num_threads)
+        threads = [threading.Thread(target=work, args=(barrier,)) for _ in range(num_threads)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert not errors
+    stats = ktops.memory_stats()
+    assert stats["bytes_in_use"] == 0 and stats["blocks"] <= num_threads
+
+
+def test_wrong_arguments_take_nothing():
+    inputs = inputs_of(20)
+    before = ktops.memory_stats()
+    for change in ({"activation": "relu"}, {"down_proj": inputs["down_proj"][:, 1:]}):
+        with pytest.raises(RuntimeError):
+            ktops.moe_sft(**inputs | change)
+    assert ktops.memory_stats() == before
+
+
+def python(code: str, tmp_path) -> str:
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    result = subprocess.run(
+        [sys.executable, "-c", code], env=env, cwd=tmp_path, capture_output=True, text=True, timeout=100
+    )
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+OUT_OF_MEMORY = """
+import resource, torch, ktops
+from ktops.testing.inputs import moe_inputs
+inputs = moe_inputs(50_000, 8, 512, 2, 1)
+small = moe_inputs(3, 8, 512, 2, 1)
+ktops.moe_sft(**small)
+hard = resource.getrlimit(resource.RLIMIT_AS)[1]
+with open("/proc/self/statm") as file:
+    used = int(file.read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + (60 << 20), hard))
+try:
+    ktops.moe_sft(**inputs)
+except RuntimeError as error:
+    print(error)
+print(ktops.memory_stats()["bytes_in_use"], ktops.moe_sft(**small).isfinite().all().item())
+resource.setrlimit(resource.RLIMIT_AS, (hard, hard))
+print(ktops.moe_sft(**inputs).isfinite().all().item())
+"""
+
+
+def test_out_of_memory_leaves_nothing_in_use(tmp_path):
+    *message, after, later = python(OUT_OF_MEMORY, tmp_path).splitlines()
+    assert "out of memory" in " ".join(message) and "MiB" in " ".join(message)
+    assert (after, later) == ("0 True", "True")
+
+
+FORK = """
+import os, threading, torch, ktops
+from ktops.testing.inputs import moe_inputs
+inputs = moe_inputs(400, 64, 64, 6, 2)
+expected = ktops.moe_sft(**inputs)
+stop = threading.Event()
+def busy():
+    while not stop.is_set():
+        ktops.moe_sft(**inputs)
+threads = [threading.Thread(target=busy) for _ in range(2)]
+for thread in threads:
+    thread.start()
+for _ in range(20):
+    child = os.fork()
+    if child == 0:
+        ok = ktops.memory_stats()["bytes_in_use"] == 0
+        ok = ok and torch.equal(ktops.moe_sft(**inputs), expected)
+        ktops.empty_cache()
+        ok = ok and ktops.memory_stats()["blocks"] == 0
+        os._exit(0 if ok else 1)
+    print(os.waitpid(child, 0)[1])
+stop.set()
+"""
+
+
+def test_fork_while_other_threads_work(tmp_path):
+    assert python(FORK, tmp_path).split() == ["0"] * 20
+
+
+def test_stats_in_a_fresh_process(tmp_path):
+    out = python("import ktops; print(list(ktops.memory_stats().values()))", tmp_path)
+    assert out.strip() == "[0, 0, 0, 0, 0]"

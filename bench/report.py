@@ -3,6 +3,8 @@
 import json
 from pathlib import Path
 
+from bench.peers import CONTESTANTS
+
 _COLUMNS = (
     "shape", "T", "mode", "LoRA r", "isa", "ms", "min..max", "GFLOP/s", "limit ms", "bound", "fraction", "n",
 )  # fmt: skip
@@ -95,7 +97,9 @@ def _figure(row: dict | None) -> str:
 def contest_table(rows: list[dict]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
     """(columns, lines): milliseconds (fraction of the roofline) of every contestant, a line a case."""
     cases = contest_cases(rows)
-    names = list(dict.fromkeys(row["contestant"] for row in rows))
+    order = [entry.name for entry in CONTESTANTS]
+    names = sorted({row["contestant"] for row in rows} - set(order))
+    names = [name for name in order if any(row["contestant"] == name for row in rows)] + names
     lines = []
     for (shape, mode, rank, tokens), case in cases.items():
         ours, best = case.get("ktops"), best_peer(case)
@@ -107,11 +111,70 @@ def contest_table(rows: list[dict]) -> tuple[tuple[str, ...], list[tuple[str, ..
     return ("shape", "mode", "T", "limit", *names, "best peer / ktops"), lines
 
 
+def contest_tables(rows: list[dict]) -> list[tuple[tuple[str, ...], list[tuple[str, ...]]]]:
+    """A table for each mode: not everybody trains."""
+    modes = dict.fromkeys(row["mode"] for row in rows)
+    return [contest_table([row for row in rows if row["mode"] == mode]) for mode in modes]
+
+
 def print_contest(rows: list[dict]) -> None:
-    """A table for each mode: milliseconds (fraction of the roofline), and how much faster ktops is."""
-    for mode in dict.fromkeys(row["mode"] for row in rows):
+    """Milliseconds (fraction of the roofline), and how much faster ktops is."""
+    for table in contest_tables(rows):
         print("milliseconds (fraction of the roofline)")
-        _print(*contest_table([row for row in rows if row["mode"] == mode]))
+        _print(*table)
+
+
+def print_regression(rows: list[dict], threshold: float) -> None:
+    """One line a case: milliseconds of A and B, and the ratio of B to A with its spread over rounds."""
+    lines = []
+    for row in rows:
+        head = (row["shape"], row["mode"], str(row["tokens"]))
+        if "ratio" in row:
+            times = (f"{row['A'] * 1e3:.3f}", f"{row['B'] * 1e3:.3f}", f"{row['ratio']:.3f}")
+            spread, word = f"{row['low']:.3f}..{row['high']:.3f}", row["status"].replace("slower", "SLOWER")
+            lines.append((*head, *times, spread, word))
+        else:
+            lines.append((*head, "", "", "", "", row.get("message", row["status"])))
+    _print(("shape", "mode", "T", "A ms", "B ms", "B / A", "middle half", f"at most {threshold:g}"), lines)
+
+
+def busy_core_table(rows: list[dict]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """(columns, lines): milliseconds alone and beside a process that burns a core, and their ratio."""
+    lines = [
+        (
+            row["shape"],
+            row["mode"],
+            str(row["tokens"]),
+            row["isa"],
+            f"{row['seconds'] * 1e3:.2f}",
+            f"{row['seconds_busy'] * 1e3:.2f}",
+            f"{row['ratio']:.2f}",
+            f"{row['ratio_min']:.2f}..{row['ratio_max']:.2f}",
+        )
+        for row in rows
+    ]
+    return ("shape", "mode", "T", "isa", "quiet ms", "busy ms", "ratio", "min..max"), lines
+
+
+def print_busy_core(rows: list[dict]) -> None:
+    """One line a case."""
+    _print(*busy_core_table(rows))
+
+
+def run_table(rows: list[dict]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """(columns, lines): milliseconds (fraction of the roofline), a line a variant, a column each T."""
+    tokens = sorted({row["tokens"] for row in rows})
+    variants: dict[tuple, dict[int, dict]] = {}
+    for row in rows:
+        variants.setdefault((row["shape"], mode(row), str(row["lora_rank"])), {})[row["tokens"]] = row
+    lines = [(*name, *(_figure(of.get(t)) for t in tokens)) for name, of in variants.items()]
+    return ("shape", "mode", "LoRA r", *(f"T={t}" for t in tokens)), lines
+
+
+def print_scaling(rows: list[dict]) -> None:
+    """One line a point."""
+    lines = [(r["sweep"], str(r["value"]), r["mode"], _figure(r)) for r in rows]
+    _print(("sweep", "value", "mode", "ms (fraction of the roofline)"), lines)
 
 
 def write_json(file: Path, machine: dict, rows: list[dict]) -> None:

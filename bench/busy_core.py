@@ -1,0 +1,161 @@
+"""How much slower a call becomes while another process burns one core.
+
+    python -m bench.busy_core
+    python -m bench.busy_core --shape dsv2_lite --tokens 512 --mode training
+
+Quiet and busy samples alternate: the burning process is stopped and continued. Per round, the ratio of the
+medians; reported are the smallest, the median and the largest of the rounds. With two threads on two cores
+a third runnable thread takes a third of the machine, so about 1.5 is the least that can be expected, and 2 if
+the scheduler leaves it a core; a division of the work that waits for its slowest thread is far above.
+
+Exit status: 0, or 1 if the median ratio exceeds --limit.
+"""
+
+import argparse
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+
+import torch
+
+import ktops
+from bench import report, results
+from bench.contest import say
+from bench.layer import Layer, Variant
+from bench.machine import Calibration
+from bench.run import OPS, positive, shape
+from bench.shapes import SHAPES
+
+LIMIT = 2.5
+_SETTLE_SECONDS = 0.05
+
+
+class Burner:
+    """A process that burns one core inside the ``with`` block while it is not paused; it starts paused.
+
+    Example:
+        >>> with Burner() as burner:
+        ...     burner.resume()
+        ...     work()
+        ...     burner.pause()
+    """
+
+    def __enter__(self) -> "Burner":
+        code = "print(1, flush=True)\nwhile True: pass"
+        self._process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
+        if not self._process.stdout.readline():
+            raise RuntimeError(f"the burning process ended with status {self._process.wait()}")
+        self.pause()
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._process.kill()
+        self._process.wait()
+        self._process.stdout.close()
+
+    def pause(self) -> None:
+        os.kill(self._process.pid, signal.SIGSTOP)
+        time.sleep(_SETTLE_SECONDS)
+
+    def resume(self) -> None:
+        os.kill(self._process.pid, signal.SIGCONT)
+        time.sleep(_SETTLE_SECONDS)
+
+
+def median_seconds(call: Callable[[], object], calls: int) -> float:
+    """Median time of so many calls."""
+    times = []
+    for _ in range(calls):
+        start = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)
+
+
+def slowdown(call: Callable[[], object], burner: Burner, calls: int) -> tuple[float, float]:
+    """(seconds quiet, seconds busy) of one round; quiet is the mean of before and after."""
+    before = median_seconds(call, calls)
+    burner.resume()
+    try:
+        busy = median_seconds(call, calls)
+    finally:
+        burner.pause()
+    return (before + median_seconds(call, calls)) / 2, busy
+
+
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.busy_core",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--shape", type=shape, default=SHAPES["qwen3_30b"], metavar="NAME",
+        help=f"{', '.join(SHAPES)} or H,I,E,K (default: qwen3_30b)")  # fmt: skip
+    add("--tokens", type=positive, nargs="+", metavar="T", default=[16, 512], help="default: %(default)s")
+    add("--mode", choices=list(OPS), nargs="+", default=list(OPS), help="default: both")
+    add("--isa", nargs="+", default=[ktops.cpu_capability()], metavar="ROW", help="rows, or all")
+    add("--threads", type=positive, default=torch.get_num_threads(), help="default: %(default)s")
+    add("--rounds", type=positive, default=5, help="default: %(default)s")
+    add("--calls", type=positive, default=5, help="of a sample (default: %(default)s)")
+    add("--limit", type=float, default=LIMIT, help="largest ratio that passes (default: %(default)s)")
+    add("--save", action="store_true", help="write the rows to bench/results")
+    add("--seed", type=int, default=0)
+    return parser.parse_args(argv)
+
+
+def row_key(row: dict) -> tuple:
+    """What distinguishes the rows of one result file."""
+    return tuple(row[name] for name in ("shape", "mode", "lora_rank", "tokens"))
+
+
+def _case(layer: Layer, mode: str, tokens: int, isa: str, burner: Burner, args) -> dict:
+    say(f"{layer.shape.name} T={tokens} {mode} {isa}")
+    variant = Variant(16 if mode == "training" else 0)
+
+    def call() -> None:
+        OPS[mode].call(layer, variant, layer.inputs(tokens))
+
+    with ktops.use_isa(isa):
+        call()
+        pairs = [slowdown(call, burner, args.calls) for _ in range(args.rounds)]
+    ratios = sorted(busy / quiet for quiet, busy in pairs)
+    return {
+        "shape": layer.shape.name, "mode": mode, "tokens": tokens, "lora_rank": variant.rank, "isa": isa,
+        "seconds": statistics.median(quiet for quiet, _ in pairs),
+        "seconds_busy": statistics.median(busy for _, busy in pairs),
+        "ratio": statistics.median(ratios), "ratio_min": ratios[0], "ratio_max": ratios[-1],
+    }  # fmt: skip
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse_arguments(argv)
+    try:
+        args.isa = results.isas_to_measure(args.isa)
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        return 2
+    torch.set_num_threads(args.threads)
+    layer = Layer(args.shape, args.seed)
+    with Burner() as burner:
+        rows = [
+            _case(layer, mode, tokens, isa, burner, args)
+            for isa in args.isa
+            for mode in args.mode
+            for tokens in args.tokens
+        ]
+    report.print_busy_core(rows)
+    if args.save:
+        machine = results.machine_record(Calibration(args.threads))
+        for isa in args.isa:
+            kept = [row for row in rows if row["isa"] == isa]
+            print(f"saved {results.save('busy_core', machine, isa, kept, row_key)}")
+    return 1 if any(row["ratio"] > args.limit for row in rows) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,148 @@
+"""How the cost of one layer grows with tokens, experts, intermediate size, LoRA rank and threads.
+
+    python -m bench.scaling --shape qwen3_30b --isa avx512_bf16 --save
+    python -m bench.scaling --sweep tokens threads --plot scaling.svg
+
+One size changes at a time, the others stay those of the shape, with --tokens tokens and LoRA rank 16. Samples
+are taken and checked as in bench.run. With --save the points go to bench/results, where those of other
+sweeps stay.
+
+Exit status: 0, or 1 if a result was wrong, or 3 if a point never had a quiet sample.
+"""
+
+import argparse
+import dataclasses
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+import ktops
+from bench import report, results
+from bench.contest import say
+from bench.layer import Layer, Variant
+from bench.machine import Calibration
+from bench.measure import Configuration, Plan, measure
+from bench.run import OPS, SLOW_SECONDS, positive, shape
+from bench.shapes import SHAPES, Shape
+
+RANK = 16
+SWEEPS = {
+    "tokens": (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048),
+    "num_experts": (8, 16, 32, 64, 128, 256),
+    "intermediate_size": (192, 384, 768, 1536),
+    "lora_rank": (4, 8, 16, 32, 64, 128, 256),
+    "threads": (),
+}
+"""What changes: its values; threads: powers of two up to --threads."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Point:
+    """What is measured: the value of the sweep, and everything else as it stands there."""
+
+    sweep: str
+    value: int
+    shape: Shape
+    tokens: int
+    rank: int
+    threads: int
+
+
+def values(sweep: str, base: Shape, threads: int) -> list[int]:
+    """The values of a sweep for a shape: at least top_k experts."""
+    if sweep == "threads":
+        return sorted({1 << i for i in range(threads.bit_length()) if 1 << i <= threads} | {threads})
+    return [value for value in SWEEPS[sweep] if sweep != "num_experts" or value >= base.top_k]
+
+
+def points(sweep: str, base: Shape, tokens: int, threads: int) -> Iterator[Point]:
+    """The points of a sweep, smallest value first."""
+    for value in values(sweep, base, threads):
+        point = Point(sweep, value, base, tokens, RANK, threads)
+        if sweep in ("num_experts", "intermediate_size"):
+            yield dataclasses.replace(point, shape=dataclasses.replace(base, **{sweep: value}))
+        else:
+            yield dataclasses.replace(point, **{"rank" if sweep == "lora_rank" else sweep: value})
+
+
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.scaling",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--shape", type=shape, default=SHAPES["qwen3_30b"], metavar="NAME",
+        help=f"{', '.join(SHAPES)} or H,I,E,K (default: qwen3_30b)")  # fmt: skip
+    add("--sweep", choices=list(SWEEPS), nargs="+", default=list(SWEEPS), help="default: all")
+    add("--tokens", type=positive, default=512, metavar="T", help="default: %(default)s")
+    add("--mode", choices=list(OPS), nargs="+", default=list(OPS), help="default: both")
+    add("--isa", default=ktops.cpu_capability(), metavar="ROW", help="default: %(default)s")
+    add("--threads", type=positive, default=torch.get_num_threads(), help="default: %(default)s")
+    add("--rounds", type=positive, default=3, help="samples of each point (default: %(default)s)")
+    add("--max-load", type=float, default=0.15, metavar="CORES",
+        help="drop samples during which other processes used more (default: %(default)s)")  # fmt: skip
+    add("--save", action="store_true", help="write the points to bench/results")
+    add("--plot", type=Path, metavar="FILE", help="write a plot (needs matplotlib)")
+    add("--seed", type=int, default=0)
+    return parser.parse_args(argv)
+
+
+def row_key(row: dict) -> tuple:
+    """What distinguishes the rows of one result file."""
+    return tuple(row[name] for name in ("shape", "mode", "sweep", "value"))
+
+
+def _measure(point: Point, layer: Layer, args: argparse.Namespace) -> list[dict]:
+    """The rows of one point, one a mode; the sweep of LoRA ranks is of training alone."""
+    modes = [mode for mode in args.mode if mode == "training" or point.sweep != "lora_rank"]
+    configurations = [
+        Configuration(
+            OPS[mode], args.isa, layer, point.tokens, Variant(point.rank if mode == "training" else 0)
+        )
+        for mode in modes
+    ]
+    torch.set_num_threads(point.threads)
+    plan = Plan(args.rounds, 0.3, args.max_load, 3 * args.rounds, SLOW_SECONDS)
+    measure(configurations, Calibration(point.threads), plan)
+    sizes = {name: getattr(point.shape, name) for name in ("num_experts", "intermediate_size")}
+    extra = {"sweep": point.sweep, "value": point.value, "threads": point.threads, **sizes}
+    return [{**c.record(), **extra, "shape": args.shape.name} for c in configurations]
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse_arguments(argv)
+    try:
+        [args.isa] = results.isas_to_measure([args.isa])
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        return 2
+    machine = results.machine_record(Calibration(args.threads))
+    report.print_machine(machine)
+    rows: list[dict] = []
+    layer = None
+    for sweep in args.sweep:
+        for point in points(sweep, args.shape, args.tokens, args.threads):
+            say(f"{sweep} = {point.value}")
+            if layer is None or layer.shape != point.shape:
+                layer = None
+                layer = Layer(point.shape, args.seed)
+            rows += _measure(point, layer, args)
+        if args.save:
+            results.save("scaling", machine, args.isa, rows, row_key)
+    torch.set_num_threads(args.threads)
+    report.print_scaling(rows)
+    if args.save:
+        print(f"saved {results.result_file('scaling', machine, args.isa)}")
+    if args.plot:
+        from bench.plots import write_scaling
+
+        write_scaling(args.plot, {"machine": machine, "isa": args.isa, "rows": rows})
+    status = {row["status"] for row in rows}
+    return 1 if "wrong" in status else 3 if "busy" in status else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -31,6 +31,8 @@ from bench.peers import CONTESTANTS, HOMES, OBEYS, PARITY, TUNED_MALLOC
 from bench.run import OPS, positive, shape
 from bench.shapes import QUICK_TOKENS, SHAPES, TOKENS
 
+_LAYER = "layer.pt"
+
 PEER_BUDGETS = 2.0
 """Peers round every intermediate result to bfloat16: ktops.testing.budgets calls that 1.5 to 2 times."""
 
@@ -72,14 +74,14 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def _entries(args: argparse.Namespace) -> dict[str, list]:
-    """{home: contestants in it}, of those that are asked for and have an environment."""
+def _entries(args: argparse.Namespace, mode: str) -> dict[str, list]:
+    """{home: contestants in it}, of those that can do the mode, are asked for and have an environment."""
     pythons = {"ktops": sys.executable, "torch": sys.executable, **dict(args.peer)}
     homes: dict[str, list] = {}
     for entry in CONTESTANTS:
         if args.only and entry.name not in {"ktops", *args.only}:
             continue
-        if not set(entry.modes) & set(args.mode):
+        if mode not in entry.modes:
             continue
         if entry.home in pythons:
             homes.setdefault(entry.home, []).append(entry)
@@ -101,8 +103,6 @@ def _start(home: str, args: argparse.Namespace, scratch: Path) -> Worker:
 
 def _load(homes: dict, layer: Layer, args: argparse.Namespace, scratch: Path) -> tuple[dict, list[Worker]]:
     """({contestant: its worker}, workers) with the layer in every worker; what cannot run is left out."""
-    file = scratch / "layer.pt"
-    layer.write(file, args.rank)
     holders: dict[str, Worker] = {}
     workers = []
     for home, entries in homes.items():
@@ -112,7 +112,7 @@ def _load(homes: dict, layer: Layer, args: argparse.Namespace, scratch: Path) ->
         modules = {e.name: {"module": e.module, "options": e.options} for e in entries}
         try:
             reply = worker.ask(
-                "load", file=str(file), rank=args.rank, threads=args.threads, contestants=modules
+                "load", file=str(scratch / _LAYER), rank=args.rank, threads=args.threads, contestants=modules
             )
         except ContestError as error:
             reply = {"unavailable": {entry.name: str(error) for entry in entries}}
@@ -178,10 +178,25 @@ def row_key(row: dict) -> tuple:
     return tuple(row[name] for name in ("shape", "mode", "lora_rank", "tokens", "contestant"))
 
 
-def _parity_remark(homes: dict, isa: str) -> str:
-    held = [f"{home}: {OBEYS[home]}" for home in homes if home in OBEYS]
+def _parity_remark(isa: str) -> str:
+    held = [f"{home}: {how}" for home, how in OBEYS.items()]
     variables = " ".join(f"{name}={value}" for name, value in PARITY[isa].items())
     return f"peers beside row {isa} run with {variables} ({'; '.join(held)})"
+
+
+def _mode_rows(layer: Layer, mode: str, args, calibration, scratch: Path, keep) -> list[dict]:
+    """The rows of one shape and mode, in worker processes that live no longer; keep(rows) after each case."""
+    holders, workers = _load(_entries(args, mode), layer, args, scratch)
+    rows: list[dict] = []
+    try:
+        for tokens in args.tokens or (QUICK_TOKENS if args.quick else TOKENS):
+            case = _case(layer, mode, tokens, holders, args, calibration, scratch)
+            keep(case)
+            rows += case
+    finally:
+        for worker in workers:
+            worker.close()
+    return rows
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -195,25 +210,21 @@ def main(argv: list[str] | None = None) -> int:
     calibration = Calibration(args.threads)
     machine = results.machine_record(calibration)
     report.print_machine(machine)
-    homes = _entries(args)
-    machine["parity"] = _parity_remark(homes, args.isa)
+    machine["parity"] = _parity_remark(args.isa)
     print(machine["parity"])
+
+    def keep(case: list[dict]) -> None:
+        if args.save:
+            results.save("peers", machine, args.isa, case, row_key)
+
     rows: list[dict] = []
     with tempfile.TemporaryDirectory() as folder:
         scratch = Path(folder)
         for size in args.shape:
-            layer = Layer(size, args.seed)
-            holders, workers = _load(homes, layer, args, scratch)
-            layer = Layer.read(scratch / "layer.pt", seed=args.seed)
-            try:
-                for mode in args.mode:
-                    for tokens in args.tokens or (QUICK_TOKENS if args.quick else TOKENS):
-                        rows += _case(layer, mode, tokens, holders, args, calibration, scratch)
-                        if args.save:
-                            results.save("peers", machine, args.isa, rows, row_key)
-            finally:
-                for worker in workers:
-                    worker.close()
+            Layer(size, args.seed).write(scratch / _LAYER, args.rank)
+            layer = Layer.read(scratch / _LAYER, seed=args.seed)
+            for mode in args.mode:
+                rows += _mode_rows(layer, mode, args, calibration, scratch, keep)
     report.print_contest(rows)
     if args.save:
         print(f"saved {results.result_file('peers', machine, args.isa)}")

@@ -39,17 +39,16 @@ private:
     static size_t bytes(const BackwardProblem& b, const Routing& routing) {
         const Problem& p = b.forward;
         const int64_t R = routing.num_routes;
-        return Workspace::padded<T>(R * 2 * p.intermediate_size) * (b.saved_gate_up ? 1 : 2) +
-               Workspace::padded<T>(R * p.gate_up_rank) + Workspace::padded<T>(R * p.down_rank) +
-               Workspace::padded<A>(R * ceil_div(p.intermediate_size, kSlab));
+        return Workspace::padded<T>(R * 2 * p.intermediate_size) + Workspace::padded<T>(R * p.gate_up_rank) +
+               Workspace::padded<T>(R * p.down_rank) + Workspace::padded<A>(R * ceil_div(p.intermediate_size, kSlab));
     }
 
     Backward(const BackwardProblem& b, const Layer<T>& layer, Workspace& workspace)
         : b_(b), layer_(layer), p_(layer.p), routing_(layer.routing), I_(layer.I), H_(layer.H) {
         const int64_t R = routing_.num_routes;
         gate_up_ = static_cast<const T*>(b.saved_gate_up);
-        if (!gate_up_) gate_up_ = recomputed_ = workspace.take<T>(R * 2 * I_);
         grad_gate_up_ = workspace.take<T>(R * 2 * I_);
+        if (!gate_up_) gate_up_ = recomputed_ = grad_gate_up_;  // [dg | du] takes the place of [g | u] in activate()
         dgub_ = workspace.take<T>(R * p_.gate_up_rank);
         db2_ = workspace.take<T>(R * p_.down_rank);
         i_slabs_ = ceil_div(I_, kSlab);  // fixed: it is the order in which grad_w is summed

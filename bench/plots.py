@@ -47,7 +47,7 @@ def _token_axis(axes, tokens: list[int]) -> None:
     axes.set_xscale("log", base=2)
     axes.set_xticks(tokens, [str(t) for t in tokens])
     axes.minorticks_off()
-    axes.set_ylim(bottom=0)
+    axes.set_ylim(0, max(1.05, axes.get_ylim()[1]))
     axes.axhline(1.0, color="black", linewidth=0.8)
     axes.grid(alpha=0.3)
 
@@ -150,7 +150,7 @@ def _provenance(result: dict) -> str:
 SECTIONS = {
     "run": (write_run, lambda rows: [report.run_table(rows)]),
     "peers": (write_peers, report.contest_tables),
-    "scaling": (write_scaling, lambda rows: []),
+    "scaling": (write_scaling, lambda rows: [report.scaling_table(rows)]),
     "busy_core": (None, lambda rows: [report.busy_core_table(rows)]),
 }
 """Bench: its figure, its tables."""

@@ -171,10 +171,20 @@ def run_table(rows: list[dict]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]
     return ("shape", "mode", "LoRA r", *(f"T={t}" for t in tokens)), lines
 
 
+def scaling_table(rows: list[dict]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """(columns, lines): milliseconds (fraction of the roofline), a line a point, a column a mode."""
+    modes = list(dict.fromkeys(row["mode"] for row in rows))
+    points: dict[tuple[str, str], dict[str, dict]] = {}
+    for row in rows:
+        points.setdefault((row["sweep"], str(row["value"])), {})[row["mode"]] = row
+    return ("changed", "to", *modes), [
+        (*name, *(_figure(of.get(m)) for m in modes)) for name, of in points.items()
+    ]
+
+
 def print_scaling(rows: list[dict]) -> None:
     """One line a point."""
-    lines = [(r["sweep"], str(r["value"]), r["mode"], _figure(r)) for r in rows]
-    _print(("sweep", "value", "mode", "ms (fraction of the roofline)"), lines)
+    _print(*scaling_table(rows))
 
 
 def write_json(file: Path, machine: dict, rows: list[dict]) -> None:

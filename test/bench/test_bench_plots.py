@@ -61,6 +61,7 @@ def test_the_page_shows_what_the_files_hold(folder):
     assert "| s | forward | 0 | 2 (0.50) | 5 (0.20) |" in rendered
     assert "| s | forward | 1 | 1 | 2 (0.50) | 2.5 (0.40) | WRONG | 3 (0.33) | 1.25 |" in rendered
     assert "| s | forward | 1 | scalar | 2.00 | 3.00 | 1.50 | 1.25..1.75 |" in rendered
+    assert "| tokens | 8 | 4 (0.25) |" in rendered
     assert "revision abc123, def456" in rendered and "30 GFLOP/s" in rendered and "25.0 GB/s" in rendered
     assert "Peers have A=B." in rendered
     for name in ("run", "peers", "scaling"):

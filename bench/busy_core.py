@@ -5,8 +5,8 @@
 
 Quiet and busy samples alternate: the burning process is stopped and continued. Per round, the ratio of the
 medians; reported are the smallest, the median and the largest of the rounds. With two threads on two cores
-a third runnable thread takes a third of the machine, so about 1.5 is the least that can be expected, and 2 if
-the scheduler leaves it a core; a division of the work that waits for its slowest thread is far above.
+the burning process takes a quarter to a third of the machine: 1.33 to 1.5 is what tasks taken one by one
+should cost. A fixed split costs about 2, and waiting for a thread that has lost its core at many barriers more.
 
 Exit status: 0, or 1 if the median ratio exceeds --limit.
 """

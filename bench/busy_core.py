@@ -6,7 +6,7 @@
 Quiet and busy samples alternate: the burning process is stopped and continued. Per round, the ratio of the
 medians; reported are the smallest, the median and the largest of the rounds. With two threads on two cores
 the burning process takes a quarter to a third of the machine: 1.33 to 1.5 is what tasks taken one by one
-should cost. A fixed split costs about 2, and waiting for a thread that has lost its core at many barriers more.
+should cost. A fixed split costs about 2, and losing time slices at many barriers more.
 
 Exit status: 0, or 1 if the median ratio exceeds --limit.
 """

@@ -1,0 +1,127 @@
+"""Programs that use AMX tiles, on any x86-64 CPU: a preloadable library that executes the tile instructions.
+
+The library (``emulator.cpp`` beside this file says how it works) is built with g++ on first use, into a
+temporary folder. It executes LDTILECFG, STTILECFG, TILERELEASE, TILEZERO, TILELOADD, TILELOADDT1, TILESTORED,
+TDPBF16PS, TDPBSSD, TDPBSUD, TDPBUSD and TDPBUUD bit for bit as the hardware does, counts them, and says on
+stderr what is wrong where the hardware would fault.
+
+Example:
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     subprocess.run(["./program"], env=environment(counts=folder), check=True)
+    ...     print(read_counts(folder)["tdpbf16ps"])
+"""
+
+import atexit
+import ctypes
+import functools
+import json
+import os
+import shutil
+import subprocess
+import tempfile
+from collections import Counter
+from pathlib import Path
+
+import ktops
+
+INSTRUCTIONS = (
+    "ldtilecfg", "sttilecfg", "tilerelease", "tilezero", "tileloadd", "tileloaddt1", "tilestored",
+    "tdpbf16ps", "tdpbssd", "tdpbsud", "tdpbusd", "tdpbuud",
+)  # fmt: skip
+"""What the emulator executes and counts."""
+
+DOT_PRODUCTS = ("tdpbf16ps", "tdpbssd", "tdpbsud", "tdpbusd", "tdpbuud")
+LOADS = ("tileloadd", "tileloaddt1")
+
+
+def compile_cpp(sources: list[Path], output: Path, *flags: str) -> Path:
+    """Builds one program or library with CXX (g++) for this machine's CPU.
+
+    Raises:
+        RuntimeError: the compiler is missing or fails; with what it said.
+    """
+    compiler = shutil.which(os.environ.get("CXX", "g++"))
+    if compiler is None:
+        raise RuntimeError(f"the AMX emulator needs {os.environ.get('CXX', 'g++')!r} to be built, not found")
+    command = [compiler, "-std=c++17", "-O3", "-march=native", "-ffp-contract=off", "-Wall", "-Wextra"]
+    command += [*flags, *map(str, sources), "-o", str(output)]
+    result = subprocess.run(command, capture_output=True, text=True)
+    if result.returncode != 0:
+        raise RuntimeError(f"the AMX emulator could not be built: {' '.join(command)}\n{result.stderr}")
+    return output
+
+
+@functools.cache
+def library() -> Path:
+    """The emulator as a shared library, built at the first call; gone when this process ends."""
+    folder = tempfile.mkdtemp(prefix="ktops-amx-emulator-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    source = Path(__file__).parent / "emulator.cpp"
+    flags = ("-fPIC", "-shared", "-fvisibility=hidden")
+    return compile_cpp([source], Path(folder) / "libamx_emulator.so", *flags)
+
+
+def environment(*, counts: str | os.PathLike | None = None, refuse: int | None = None) -> dict[str, str]:
+    """The environment of this process for one that runs under the emulator.
+
+    Args:
+        counts: an existing folder; every process writes its counts there when it exits
+            (:func:`read_counts`).
+        refuse: the errno with which the request for permission to use tiles fails; None grants it.
+    """
+    env = os.environ | {"LD_PRELOAD": " ".join([*os.environ.get("LD_PRELOAD", "").split(), str(library())])}
+    for name in ("KTOPS_AMX_EMULATOR_COUNTS", "KTOPS_AMX_EMULATOR_REFUSE"):
+        env.pop(name, None)
+    if counts is not None:
+        env["KTOPS_AMX_EMULATOR_COUNTS"] = os.path.join(counts, "%p.json")
+    if refuse is not None:
+        env["KTOPS_AMX_EMULATOR_REFUSE"] = str(refuse)
+    return env
+
+
+def row_environment(*, counts: str | os.PathLike | None = None) -> dict[str, str]:
+    """The environment in which a process computes with the row ``amx_bf16`` of ktops under the emulator.
+
+    PyTorch's own matrix products are kept from using tiles (ONEDNN_MAX_CPU_ISA), so that all tile
+    instructions are those of ktops.
+
+    Raises:
+        RuntimeError: this CPU lacks AVX512_BF16. The row uses those vectors too, and they are not emulated.
+    """
+    if not ktops.cpu_capabilities()["avx512_bf16"]:
+        raise RuntimeError(
+            "the row amx_bf16 cannot run here: besides tiles, which the emulator executes, it uses AVX-512 "
+            "with BF16, and this CPU lacks those"
+        )
+    return environment(counts=counts) | {
+        "KTOPS_ISA": "amx_bf16",
+        "KTOPS_ISA_UNCHECKED": "1",
+        "ONEDNN_MAX_CPU_ISA": "AVX512_CORE_BF16",
+    }
+
+
+def read_counts(folder: str | os.PathLike) -> Counter:
+    """Instructions executed by all processes that have written to ``folder``, by name."""
+    total: Counter = Counter()
+    for file in Path(folder).glob("*.json"):
+        total.update(json.loads(file.read_text()))
+    return total
+
+
+def counts() -> Counter:
+    """Instructions executed by this process so far, by name.
+
+    Raises:
+        RuntimeError: this process does not run under the emulator.
+
+    Example:
+        >>> before = counts()
+        ... # compute
+        ... print((counts() - before)["tdpbf16ps"])
+    """
+    try:
+        count = ctypes.CDLL(None).amx_emulator_count
+    except AttributeError as error:
+        raise RuntimeError("this process does not run under the AMX emulator") from error
+    count.restype = ctypes.c_int64
+    return Counter({name: count(name.encode()) for name in INSTRUCTIONS})

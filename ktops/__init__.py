@@ -15,6 +15,7 @@ from ktops.ops import (
     moe_sft,
     profile,
     use_isa,
+    warn_of_refused_rows,
 )
 
 _LAZY = {
@@ -41,6 +42,8 @@ __all__ = [
     "unswap_experts",
     "use_isa",
 ]
+
+warn_of_refused_rows()
 
 
 def __getattr__(name: str):

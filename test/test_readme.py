@@ -17,8 +17,8 @@ README = (ROOT / "README.md").read_text()
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("**/*.md"))]
 EXAMPLES = re.findall(r"^```python\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
 OPS = (
-    "moe_fwd", "moe_sft_fwd", "moe_sft_bwd", "cpu_capability", "cpu_capabilities", "set_cpu_capability",
-    "measure_peak",
+    "moe_fwd", "moe_sft_fwd", "moe_sft_bwd", "cpu_capability", "cpu_capabilities", "cpu_refusals",
+    "set_cpu_capability", "measure_peak", "set_profiling", "profiling", "profiled_steps",
 )  # fmt: skip
 
 

@@ -1,5 +1,6 @@
 """kt::cpu_capability: which kernels this machine runs."""
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -29,7 +30,8 @@ def use_isa(name: str) -> Iterator[None]:
     """Runs the kernels of row ``name`` inside the ``with`` block, in every thread of the process.
 
     Raises:
-        RuntimeError: there is no such row, or this CPU lacks its instructions.
+        RuntimeError: there is no such row, this CPU lacks its instructions, or the operating system does not
+            permit them; the message says which.
 
     Example:
         >>> with ktops.use_isa("scalar"):
@@ -41,3 +43,11 @@ def use_isa(name: str) -> Iterator[None]:
         yield
     finally:
         torch.ops.kt.set_cpu_capability(previous)
+
+
+def warn_of_refused_rows() -> None:
+    """Warns if a better row than the default one is out of reach only because of the operating system."""
+    refused = torch.ops.kt.cpu_refusals()
+    if refused:
+        message = f"ktops runs the kernels {cpu_capability()}, not the fastest ones. {refused}"
+        warnings.warn(message, RuntimeWarning, stacklevel=2)

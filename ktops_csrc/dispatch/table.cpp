@@ -18,6 +18,8 @@ std::string names() {
     return list;
 }
 
+std::string refusal(const IsaRow& row) { return row.refused ? row.refused() : std::string(); }
+
 const IsaRow* first_choice() {
     const std::string name = environment::isa();
     if (!name.empty()) return &find(name, "KTOPS_ISA");
@@ -33,8 +35,11 @@ const IsaRow& find(const std::string& name, const char* argument) {
     for (const IsaRow* row : kRows) {
         if (name != row->name) continue;
         if (row->supported() || environment::isa_unchecked()) return *row;
-        throw std::runtime_error(std::string(argument) + " must be supported by this CPU (" + describe() + "), got '" +
-                                 name + "'");
+        const std::string reason = refusal(*row), got = ", got '" + name + "'";
+        if (!reason.empty()) {
+            throw std::runtime_error(std::string(argument) + " must be a row that can run here" + got + ": " + reason);
+        }
+        throw std::runtime_error(std::string(argument) + " must be supported by this CPU (" + describe() + ")" + got);
     }
     throw std::runtime_error(std::string(argument) + " must be one of " + names() + ", got '" + name + "'");
 }
@@ -54,6 +59,17 @@ std::string describe() {
     std::string list;
     for (const IsaRow* row : kRows) {
         list += (list.empty() ? "" : ",") + std::string(row->name) + "=" + (row->supported() ? "1" : "0");
+    }
+    return list;
+}
+
+std::string refused() {
+    std::string list;
+    if (!environment::isa().empty()) return list;
+    for (const IsaRow* row : kRows) {
+        if (row->supported()) break;
+        const std::string reason = refusal(*row);
+        if (!reason.empty()) list += (list.empty() ? "" : "; ") + std::string(row->name) + ": " + reason;
     }
     return list;
 }

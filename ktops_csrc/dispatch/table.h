@@ -19,6 +19,8 @@ struct IsaRow {
     const char* name;
     bool (*supported)();
     MoeKernels bfloat16, float32, float64;
+    // Why the operating system forbids what the CPU could run; empty if it does not.
+    std::string (*refused)() = nullptr;
 
     const MoeKernels& kernels(DType dtype) const {
         return dtype == DType::kBFloat16 ? bfloat16 : dtype == DType::kFloat32 ? float32 : float64;
@@ -46,6 +48,10 @@ void use(const std::string& name);
 
 // "name=1,name=0,...": every row, best first, and whether this CPU can run it.
 std::string describe();
+
+// Which better rows than the one chosen without KTOPS_ISA the CPU could run if the operating system let it, and why it
+// does not: "name: reason". Empty if there are none, or KTOPS_ISA is set.
+std::string refused();
 
 }  // namespace dispatch
 }  // namespace kt

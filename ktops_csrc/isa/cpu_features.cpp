@@ -1,10 +1,12 @@
 #include "isa/cpu_features.h"
 
 #include <cpuid.h>
+#include <errno.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
 #include <cstdint>
+#include <cstring>
 
 namespace kt::cpu {
 namespace {
@@ -36,6 +38,14 @@ constexpr uint64_t kTileState = 0x60000;  // tile configuration, tile data
 
 constexpr int kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
 
+bool cpu_has_tiles() {
+    const Leaf seven = cpuid(7, 0);
+    return bit(seven.edx, 22) && bit(seven.edx, 24);  // AMX-BF16, AMX-TILE
+}
+
+// 0 or errno
+int request_tiles() { return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0 ? 0 : errno; }
+
 }  // namespace
 
 bool has_x86_64() { return true; }
@@ -54,12 +64,17 @@ bool has_avx512() {
 
 bool has_avx512_bf16() { return has_avx512() && bit(cpuid(7, 1).eax, 5); }
 
-bool has_amx_bf16() {
-    const Leaf seven = cpuid(7, 0);
-    const bool amx = bit(seven.edx, 22) && bit(seven.edx, 24);  // BF16, TILE
-    if (!has_avx512_bf16() || !amx || (xcr0() & kTileState) != kTileState) return false;
-    static const bool granted = syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
-    return granted;
+bool has_amx_bf16() { return has_avx512_bf16() && cpu_has_tiles() && tiles_refused().empty(); }
+
+std::string tiles_refused() {
+    if (!has_avx512_bf16() || !cpu_has_tiles()) return {};
+    if ((xcr0() & kTileState) != kTileState) {
+        return "this CPU has AMX, but the operating system does not keep tile registers (Linux does since 5.16)";
+    }
+    static const int error = request_tiles();
+    if (error == 0) return {};
+    return "this CPU has AMX, but the operating system refused permission to use it (arch_prctl: " +
+           std::string(std::strerror(error)) + ", errno " + std::to_string(error) + ")";
 }
 
 }  // namespace kt::cpu

@@ -22,6 +22,8 @@ std::string cpu_capability() {
 
 std::string cpu_capabilities() { return dispatch::describe(); }
 
+std::string cpu_refusals() { return dispatch::refused(); }
+
 void set_cpu_capability(std::string name) {
     named("kt::set_cpu_capability", [&] { dispatch::use(name); });
 }

@@ -41,6 +41,7 @@ Gradients moe_sft_bwd(Tensor grad_output, KT_MOE_PARAMETERS, std::string save, T
 
 std::string cpu_capability();
 std::string cpu_capabilities();
+std::string cpu_refusals();
 void set_cpu_capability(std::string name);
 double measure_peak(std::string isa, std::string dtype, int64_t iterations);
 

@@ -45,6 +45,8 @@ STABLE_TORCH_LIBRARY(kt, m) {
     // the row of kernels in use; "name=0|1,..." for every compiled row, 1 where this CPU can run it; choose one
     m.def("cpu_capability() -> str");
     m.def("cpu_capabilities() -> str");
+    // "name: reason" for better rows that the CPU could run and the operating system forbids; "" with KTOPS_ISA
+    m.def("cpu_refusals() -> str");
     m.def("set_cpu_capability(str name) -> ()");
 
     // FLOP/s of one thread issuing nothing but the row's multiply-add instruction for dtype ("bfloat16", "float32")
@@ -71,6 +73,7 @@ STABLE_TORCH_LIBRARY_IMPL(kt, CPU, m) {
 STABLE_TORCH_LIBRARY_IMPL(kt, CompositeExplicitAutograd, m) {
     m.impl("cpu_capability", TORCH_BOX(&kt::ops::cpu_capability));
     m.impl("cpu_capabilities", TORCH_BOX(&kt::ops::cpu_capabilities));
+    m.impl("cpu_refusals", TORCH_BOX(&kt::ops::cpu_refusals));
     m.impl("set_cpu_capability", TORCH_BOX(&kt::ops::set_cpu_capability));
     m.impl("measure_peak", TORCH_BOX(&kt::ops::measure_peak));
     m.impl("empty_cache", TORCH_BOX(&kt::ops::empty_cache));

@@ -23,7 +23,7 @@ extern void (*const cases[])(uint8_t* arena);  // written by the test
 
 namespace {
 
-constexpr uintptr_t kArena = 0x10000000;  // within 32 bits
+constexpr uintptr_t kArena = 0x60000000;  // within 31 bits, beyond the gigabyte where Linux puts the heap
 constexpr size_t kArenaBytes = 256 << 10;
 constexpr long kSetGs = 0x1001, kGetPermission = 0x1022, kRequestPermission = 0x1023, kTileData = 18;
 
@@ -119,10 +119,7 @@ void permission() {
     syscall(SYS_arch_prctl, kGetPermission, &mask);
     uint64_t real_mask = 0;
     long real_result = SYS_arch_prctl;
-    __asm__ volatile("syscall"
-                     : "+a"(real_result)
-                     : "D"(kGetPermission), "S"(&real_mask)
-                     : "rcx", "r11", "memory");
+    __asm__ volatile("syscall" : "+a"(real_result) : "D"(kGetPermission), "S"(&real_mask) : "rcx", "r11", "memory");
     const int has = static_cast<int>(mask >> kTileData & 1), really = static_cast<int>(real_mask >> kTileData & 1);
     std::printf("%ld %d %d %d\n", result, error, has, really);
     std::fflush(stdout);

@@ -38,13 +38,19 @@ def fused(total: numpy.ndarray, a: numpy.ndarray, b: numpy.ndarray) -> numpy.nda
         lost = (x - (result - back)) + (y - back)  # the error of the sum, exactly (Knuth)
         toward = numpy.where(lost > 0, numpy.inf, -numpy.inf)
         even = (result.view(numpy.int64) & 1) == 0
-        odd = numpy.where(even & (lost != 0) & numpy.isfinite(result), numpy.nextafter(result, toward), result)
+        odd = numpy.where(
+            even & (lost != 0) & numpy.isfinite(result), numpy.nextafter(result, toward), result
+        )
         rounded = odd.astype(numpy.float32)
         tiny = numpy.abs((odd * 2.0**60).astype(numpy.float32)) < SMALLEST_NORMAL * 2.0**60
     rounded = numpy.where(tiny, numpy.copysign(numpy.float32(0), odd), rounded).astype(numpy.float32)
     operands = numpy.broadcast_arrays(a, b, total)
     payload = numpy.select([numpy.isnan(v) for v in operands], [bits(v) for v in operands], DEFAULT_NAN)
-    return numpy.where(numpy.isnan(rounded), payload | QUIET, bits(rounded)).astype(numpy.uint32).view(numpy.float32)
+    return (
+        numpy.where(numpy.isnan(rounded), payload | QUIET, bits(rounded))
+        .astype(numpy.uint32)
+        .view(numpy.float32)
+    )
 
 
 def plus(x: numpy.ndarray, y: numpy.ndarray) -> numpy.ndarray:
@@ -68,7 +74,7 @@ def tdpbf16ps(c: numpy.ndarray, a: numpy.ndarray, b: numpy.ndarray) -> numpy.nda
 
 
 def int8_product(name: str, c: numpy.ndarray, a: numpy.ndarray, b: numpy.ndarray) -> numpy.ndarray:
-    """c [m, n] uint32 + a [m, 4k] . b [k, 4n] modulo 2^32; the fifth and sixth letter say how bytes are read."""
+    """c [m, n] uint32 + a [m, 4k] . b [k, 4n] modulo 2^32; letters 5 and 6 of the name: u or s bytes."""
     kinds = {"s": numpy.int8, "u": numpy.uint8}
     left = a.view(kinds[name[4]]).astype(numpy.int64)
     right = b.view(kinds[name[5]]).astype(numpy.int64).reshape(b.shape[0], -1, 4)

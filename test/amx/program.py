@@ -8,7 +8,7 @@ import numpy
 
 from ktops.testing import amx_emulator
 
-ARENA = 0x10000000
+ARENA = 0x60000000
 ARENA_BYTES = 256 << 10
 CONFIG, A, B, C, OUT, MIDDLE = 0x0, 0x1000, 0x2000, 0x3000, 0x4000, 0x20000
 """Offsets in the arena. Below MIDDLE there is room for a stack."""

@@ -1,5 +1,6 @@
-"""The AMX emulator: every instruction and addressing form, against formulas; the hardware too, where there is one."""
+"""The AMX emulator: instructions and addressing forms against formulas, and on hardware that has them."""
 
+import re
 import signal
 
 import numerics
@@ -74,14 +75,17 @@ def pieces() -> dict[str, str]:
         prefix = ".byte 0x3e; " if name == "ds prefix" else ""
         head, tail = f"ldtilecfg [rdi]; {setup}", f"{restore_stack(setup)}; {STANDARD}"
         for load in amx_emulator.LOADS:
-            code[f"{load} {name}"] = f"{head}; {prefix}{load} tmm3, {operand}; {tail}; tilestored [rsi + rdx], tmm3"
+            code[f"{load} {name}"] = (
+                f"{head}; {prefix}{load} tmm3, {operand}; {tail}; tilestored [rsi + rdx], tmm3"
+            )
         code[f"tilestored {name}"] = (
             f"{STANDARD}; ldtilecfg [rdi]; tileloadd tmm6, [rsi + rdx]; {setup}; "
             f"{prefix}tilestored {operand}, tmm6; {restore_stack(setup)}"
         )
     for name, (setup, operand) in CONFIG_FORMS.items():
-        code[f"ldtilecfg {name}"] = f"{setup}; ldtilecfg {operand}; {restore_stack(setup)}; sttilecfg [rdi + {OUT}]"
-        code[f"sttilecfg {name}"] = f"{setup}; ldtilecfg [rdi]; sttilecfg {operand}; {restore_stack(setup)}"
+        after = restore_stack(setup)
+        code[f"ldtilecfg {name}"] = f"{setup}; ldtilecfg {operand}; {after}; sttilecfg [rdi + {OUT}]"
+        code[f"sttilecfg {name}"] = f"{setup}; ldtilecfg [rdi]; sttilecfg {operand}; {after}"
     for kind in ("rip", "eip"):
         code[f"{kind}-relative"] = (
             f"ldtilecfg [rdi]; sttilecfg [{kind} + label]; tilerelease; sttilecfg [rdi + {OUT}]; "
@@ -95,22 +99,17 @@ def pieces() -> dict[str, str]:
                 f"tileloadd tmm{b}, [rcx + rdx]; {name} tmm{c}, tmm{a}, tmm{b}; "
                 f"lea rsi, [rdi + {OUT}]; tilestored [rsi + rdx], tmm{c}"
             )
-    code["zero"] = (
-        f"{STANDARD}; ldtilecfg [rdi]; tileloadd tmm2, [rdi + rdx + {A}]; tilezero tmm2; tilestored [rsi + rdx], tmm2"
-    )
-    code["release"] = f"ldtilecfg [rdi]; tilerelease; sttilecfg [rdi + {OUT}]"
-    code["reload"] = (
-        f"{STANDARD}; ldtilecfg [rdi]; tileloadd tmm2, [rdi + rdx + {A}]; ldtilecfg [rdi]; tilestored [rsi + rdx], tmm2"
-    )
-    code["start row of a load"] = f"{STANDARD}; ldtilecfg [rdi]; tileloadd tmm2, [rdi + rdx + {A}]; " + (
-        f"tilestored [rsi + rdx], tmm2; sttilecfg [rdi + {B}]"
-    )
-    code["start row of a store"] = f"{STANDARD}; ldtilecfg [rdi]; tilestored [rsi + rdx], tmm2; sttilecfg [rdi + {B}]"
+    load, store = f"tileloadd tmm2, [rdi + rdx + {A}]", f"tilestored [rdi + rdx + {OUT}], tmm2"
+    head = "mov rdx, 64; ldtilecfg [rdi]"
+    code["zero"] = f"{head}; {load}; tilezero tmm2; {store}"
+    code["release"] = f"{head}; tilerelease; sttilecfg [rdi + {OUT}]"
+    code["reload"] = f"{head}; {load}; ldtilecfg [rdi]; {store}"
+    code["start row of a load"] = f"{head}; {load}; {store}; sttilecfg [rdi + {B}]"
+    code["start row of a store"] = f"{head}; {store}; sttilecfg [rdi + {B}]"
     code["mxcsr"] = (
-        f"push 0xffa0; ldmxcsr [rsp]; ldtilecfg [rdi]; mov rdx, 64; tileloadd tmm1, [rdi + rdx + {A}]; "
-        f"tileloadd tmm2, [rdi + rdx + {B}]; tileloadd tmm0, [rdi + rdx + {C}]; tdpbf16ps tmm0, tmm1, tmm2; "
-        f"stmxcsr [rdi + {B}]; tilestored [rdi + rdx + {OUT}], tmm0; mov dword ptr [rsp], 0x1f80; ldmxcsr [rsp]; "
-        "pop rdx"
+        f"{head}; push 0xffa0; ldmxcsr [rsp]; {load}; tileloadd tmm1, [rdi + rdx + {B}]; "
+        f"tileloadd tmm0, [rdi + rdx + {C}]; tdpbf16ps tmm0, tmm2, tmm1; stmxcsr [rdi + {B}]; "
+        f"tilestored [rdi + rdx + {OUT}], tmm0; mov dword ptr [rsp], 0x1f80; ldmxcsr [rsp]; pop rdx"
     )
     return code
 
@@ -220,7 +219,7 @@ def operands(kind: str, seed: int) -> dict[int, numpy.ndarray]:
     return {A: a, B: b, C: c}
 
 
-def product_inputs(data: dict[int, numpy.ndarray], m: int, n: int, k: int, tiles: tuple[int, int, int]) -> dict:
+def product_inputs(data: dict[int, numpy.ndarray], m: int, n: int, k: int, tiles: tuple) -> dict[int, bytes]:
     c, a, b = tiles
     shapes = config({c: (m, 4 * n), a: (m, 4 * k), b: (k, 4 * n)})
     return {CONFIG: shapes} | {offset: x.tobytes() for offset, x in data.items()}
@@ -233,7 +232,8 @@ def test_bfloat16_product(program, way, kind):
     for seed, (m, n, k) in enumerate(SHAPES * 2):
         tiles = [(0, 1, 2), (7, 3, 5), (4, 6, 0)][seed % 3]
         data = operands(kind, seed)
-        after = program.run("tdpbf16ps {} {} {}".format(*tiles), way, product_inputs(data, m, n, k, tiles)).arena
+        memory = product_inputs(data, m, n, k, tiles)
+        after = program.run("tdpbf16ps {} {} {}".format(*tiles), way, memory).arena
         actual = tile(after, OUT, m, 4 * n).view(numpy.uint32)
         c = data[C][:m, :n].copy().view(numpy.float32)
         expected = numerics.tdpbf16ps(c, data[A][:m, : 2 * k], data[B][:k, : 2 * n])
@@ -247,7 +247,8 @@ def test_int8_product(program, way, name):
     for seed, (m, n, k) in enumerate(SHAPES):
         tiles = [(0, 1, 2), (7, 3, 5), (4, 6, 0)][seed % 3]
         data = operands("anything", seed)
-        after = program.run("{} {} {} {}".format(name, *tiles), way, product_inputs(data, m, n, k, tiles)).arena
+        memory = product_inputs(data, m, n, k, tiles)
+        after = program.run("{} {} {} {}".format(name, *tiles), way, memory).arena
         a, b = (numpy.ascontiguousarray(data[x]).view(numpy.uint8) for x in (A, B))
         expected = numerics.int8_product(name, data[C][:m, :n], a[:m, : 4 * k].copy(), b[:k, : 4 * n].copy())
         assert (tile(after, OUT, m, 4 * n).view(numpy.uint32) == expected).all(), (m, n, k)
@@ -256,7 +257,7 @@ def test_int8_product(program, way, name):
 @pytest.mark.parametrize("way", WAYS)
 def test_the_programs_rounding_mode_is_neither_used_nor_changed(program, way):
     data = operands("underflow", 9)
-    after = program.run("mxcsr", way, product_inputs(data, 16, 16, 16, (0, 1, 2))).arena
+    after = program.run("mxcsr", way, product_inputs(data, 16, 16, 16, (0, 2, 1))).arena
     expected = numerics.tdpbf16ps(data[C].view(numpy.float32), data[A], data[B])
     assert (tile(after, OUT, 16, 64).view(numpy.uint32) == numerics.bits(expected)).all()
     assert int(after[B : B + 4].view(numpy.uint32)[0]) == 0xFFA0
@@ -289,14 +290,13 @@ def test_every_thread_has_its_own_tiles(program, way):
 def test_a_thread_without_configuration(program, way):
     outcome = program.run("foreign_tiles", way)
     assert outcome.status == -signal.SIGILL
-    assert ("tilezero tmm0" in outcome.stderr and "no tiles are configured" in outcome.stderr) == (way == "emulated")
+    assert bool(re.search("tilezero tmm0 .*no tiles are configured", outcome.stderr)) == (way == "emulated")
 
 
 @pytest.mark.parametrize("way", WAYS)
 def test_other_illegal_instructions_are_the_programs_own(program, way):
     """A handler installed after the emulator's gets what is not the emulator's, and the faults."""
     first, second, *_ = program.run("own_handler", way).stdout.split(b"\n", 2)
-    # natively a handler starts with tiles in their initial state, and the program gets its own back
     assert first == b"1 2 1" and second == b"1"
 
 

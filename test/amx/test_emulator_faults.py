@@ -10,9 +10,13 @@ from program import CONFIG, WAYS, Program, config
 BAD_OPERANDS = {
     # configuration, assembler, what the emulator says
     "nothing configured": ({}, "tilezero tmm3", r"tilezero tmm3 at .*no tiles are configured"),
-    "load without configuration": ({}, "tileloadd tmm2, [rdi + rdx]", r"tileloadd tmm2 \[0x10000000\] at .*no tiles"),
+    "load without configuration": (
+        {}, "tileloadd tmm2, [rdi + rdx]", r"tileloadd tmm2 \[0x60000000\] at .*no tiles",
+    ),
     "store without configuration": ({}, "tilestored [rdi + rdx], tmm2", r"tilestored tmm2 .*no tiles"),
-    "product without configuration": ({}, "tdpbssd tmm0, tmm1, tmm2", r"tdpbssd tmm0, tmm1, tmm2 at .*no tiles"),
+    "product without configuration": (
+        {}, "tdpbssd tmm0, tmm1, tmm2", r"tdpbssd tmm0, tmm1, tmm2 at .*no tiles",
+    ),
     "tile without shape": ({0: (16, 64)}, "ldtilecfg [rdi]; tilezero tmm5", "tmm5 is not configured"),
     "product of a tile without shape": (
         {0: (16, 64), 1: (16, 64)}, "ldtilecfg [rdi]; tdpbf16ps tmm0, tmm1, tmm2", "tmm2 is not configured",

@@ -20,6 +20,7 @@ import shutil
 import subprocess
 import tempfile
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 import ktops
@@ -79,11 +80,13 @@ def environment(*, counts: str | os.PathLike | None = None, refuse: int | None =
     return env
 
 
-def row_environment(*, counts: str | os.PathLike | None = None) -> dict[str, str]:
+def row_environment(
+    *, counts: str | os.PathLike | None = None, path: Sequence[str | os.PathLike] = ()
+) -> dict[str, str]:
     """The environment in which a process computes with the row ``amx_bf16`` of ktops under the emulator.
 
-    PyTorch's own matrix products are kept from using tiles (ONEDNN_MAX_CPU_ISA), so that all tile
-    instructions are those of ktops.
+    ``path`` goes in front of PYTHONPATH. PyTorch's own matrix products are kept from using tiles
+    (ONEDNN_MAX_CPU_ISA), so that all tile instructions are those of ktops.
 
     Raises:
         RuntimeError: this CPU lacks AVX512_BF16. The row uses those vectors too, and they are not emulated.
@@ -93,7 +96,10 @@ def row_environment(*, counts: str | os.PathLike | None = None) -> dict[str, str
             "the row amx_bf16 cannot run here: besides tiles, which the emulator executes, it uses AVX-512 "
             "with BF16, and this CPU lacks those"
         )
-    return environment(counts=counts) | {
+    env = environment(counts=counts)
+    if path:
+        env["PYTHONPATH"] = os.pathsep.join([*map(str, path), *filter(None, [env.get("PYTHONPATH")])])
+    return env | {
         "KTOPS_ISA": "amx_bf16",
         "KTOPS_ISA_UNCHECKED": "1",
         "ONEDNN_MAX_CPU_ISA": "AVX512_CORE_BF16",

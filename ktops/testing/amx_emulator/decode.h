@@ -30,9 +30,9 @@ enum Op : uint8_t {
     kNumOps
 };
 
-inline constexpr const char* kNames[kNumOps] = {"ldtilecfg",   "sttilecfg",  "tilerelease", "tilezero",
-                                                "tileloadd",   "tileloaddt1", "tilestored",  "tdpbf16ps",
-                                                "tdpbssd",     "tdpbsud",     "tdpbusd",     "tdpbuud"};
+inline constexpr const char* kNames[kNumOps] = {"ldtilecfg", "sttilecfg",   "tilerelease", "tilezero",
+                                                "tileloadd", "tileloaddt1", "tilestored",  "tdpbf16ps",
+                                                "tdpbssd",   "tdpbsud",     "tdpbusd",     "tdpbuud"};
 
 // What an address is made of: general registers by their number in ModRM, rax = 0 ... r15 = 15.
 struct Registers {
@@ -45,10 +45,10 @@ struct Instruction {
     int length;             // bytes, prefixes included
     int dest, left, right;  // tile registers; left and right of products only
     bool memory;
-    uint64_t address;      // of the first row
-    uint64_t stride;       // from row to row
-    uint64_t mask;         // of addresses: 32 bits with the address-size prefix
-    uint64_t segment;      // added last
+    uint64_t address;  // of the first row
+    uint64_t stride;   // from row to row
+    uint64_t mask;     // of addresses: 32 bits with the address-size prefix
+    uint64_t segment;  // added last
     uint64_t row(int i) const { return ((address + static_cast<uint64_t>(i) * stride) & mask) + segment; }
 };
 

@@ -10,7 +10,8 @@
 // example, they run on the CPU: the configuration is then taken from the saved registers at the next instruction that
 // traps, and counted there, a TILERELEASE not at all.
 // Linux gives a new thread its parent's configuration; here it has none, since no program should rely on that.
-// A process that asks the kernel by a syscall instruction of its own gets real tiles, and nothing is emulated or counted.
+// A process that asks the kernel by a syscall instruction of its own gets real tiles, and nothing is emulated or
+// counted.
 
 #include <cpuid.h>
 #include <elf.h>

@@ -237,7 +237,8 @@ private:
             for (int k = 0; k < colsb(i.left); ++k) {
                 const int a = value(tile_[i.left].row[m][k], left_signed);
                 const uint8_t* b = tile_[i.right].row[k / 4] + k % 4;
-                for (int n = 0; n < kRowBytes / 4; ++n) c[n] += static_cast<uint32_t>(a * value(b[4 * n], right_signed));
+                for (int n = 0; n < kRowBytes / 4; ++n)
+                    c[n] += static_cast<uint32_t>(a * value(b[4 * n], right_signed));
             }
             std::memcpy(tile_[i.dest].row[m], c, sizeof c);
         }

@@ -177,7 +177,10 @@ def moe_sft(
         isinstance(t, Tensor) and t.requires_grad for t in arguments[:_NUM_TENSORS]
     ):
         return torch.ops.kt.moe_sft_fwd(*arguments, save)[0]
-    return torch.ops.kt.moe_fwd(*arguments)
+    if torch.compiler.is_compiling():
+        return torch.ops.kt.moe_fwd(*arguments)
+    with torch._C._AutoDispatchBelowAutograd():  # no gradient to refuse: that layer takes longer than the op
+        return torch.ops.kt.moe_fwd(*arguments)
 
 
 def checkpoint_context_fn():

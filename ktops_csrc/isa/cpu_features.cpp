@@ -51,8 +51,10 @@ int request_tiles() { return syscall(SYS_arch_prctl, kRequestPermission, kTileDa
 bool has_x86_64() { return true; }
 
 bool has_avx2() {
-    const bool fma = bit(cpuid(1, 0).ecx, 12), avx2 = bit(cpuid(7, 0).ebx, 5), bmi2 = bit(cpuid(7, 0).ebx, 8);
-    return (xcr0() & kYmmState) == kYmmState && fma && avx2 && bmi2;
+    const Leaf one = cpuid(1, 0), seven = cpuid(7, 0);
+    const bool fma = bit(one.ecx, 12), f16c = bit(one.ecx, 29);
+    const bool avx2 = bit(seven.ebx, 5), bmi = bit(seven.ebx, 3) && bit(seven.ebx, 8);
+    return (xcr0() & kYmmState) == kYmmState && fma && f16c && avx2 && bmi;
 }
 
 bool has_avx512() {

@@ -55,23 +55,27 @@ const char* dtype_name(DType dtype) {
 
 void Checker::fail(const std::string& message) const { throw std::runtime_error(std::string(op_) + ": " + message); }
 
-std::string shape_text(const Tensor& tensor) {
+std::string Checker::text(const Tensor& tensor) {
     std::string text = "[";
     for (int64_t i = 0; i < tensor.dim(); ++i) text += (i ? ", " : "") + std::to_string(tensor.size(i));
     return text + "]";
 }
 
 void Checker::shape(const char* name, const Tensor& tensor, std::initializer_list<Size> expected) const {
-    require(tensor.is_cpu(), std::string(name) + " must be on the cpu, got another device");
+    require(tensor.is_cpu(), name, " must be on the cpu, got another device");
     bool matches = tensor.dim() == static_cast<int64_t>(expected.size());
-    std::string text = "[";
     int64_t i = 0;
     for (const Size& size : expected) {
         matches = matches && (size.value < 0 || tensor.size(i) == size.value);
-        text += (i++ ? ", " : "") + std::string(size.name);
-        if (size.value >= 0) text += "=" + std::to_string(size.value);
+        ++i;
     }
-    require(matches, std::string(name) + " must have shape " + text + "], got " + shape_text(tensor));
+    if (matches) return;
+    std::string shape;
+    for (const Size& size : expected) {
+        shape += (shape.empty() ? "" : ", ") + std::string(size.name);
+        if (size.value >= 0) shape += "=" + std::to_string(size.value);
+    }
+    fail(std::string(name) + " must have shape [" + shape + "], got " + text(tensor));
 }
 
 DType Checker::floating(const char* name, const Tensor& tensor) const {
@@ -82,27 +86,32 @@ DType Checker::floating(const char* name, const Tensor& tensor) const {
 }
 
 void Checker::same_dtype(const char* name, const Tensor& tensor, const char* other_name, DType dtype) const {
-    const std::string actual = dtype_name(tensor.scalar_type());
-    require(actual == dtype_name(dtype),
-            std::string(name) + " must be " + dtype_name(dtype) + " like " + other_name + ", got " + actual);
+    const ScalarType type = tensor.scalar_type();
+    for (const auto& known : kFloating) {
+        if (known.type == type && known.dtype == dtype) return;
+    }
+    fail(std::string(name) + " must be " + dtype_name(dtype) + " like " + other_name + ", got " + dtype_name(type));
 }
 
 bool Checker::is_int64_ids(const char* name, const Tensor& tensor) const {
     const ScalarType type = tensor.scalar_type();
-    require(type == ScalarType::Long || type == ScalarType::Int,
-            std::string(name) + " must be int32 or int64, got " + dtype_name(type));
-    return type == ScalarType::Long;
+    if (type == ScalarType::Long || type == ScalarType::Int) return type == ScalarType::Long;
+    fail(std::string(name) + " must be int32 or int64, got " + dtype_name(type));
 }
 
 void Checker::finite(const char* name, double value) const {
-    require(std::isfinite(value), std::string(name) + " must be finite, got " +
-                                      (std::isnan(value) ? "nan"
-                                       : value > 0       ? "inf"
-                                                         : "-inf"));
+    require(std::isfinite(value), name, " must be finite, got ",
+            std::isnan(value) ? "nan"
+            : value > 0       ? "inf"
+                              : "-inf");
 }
 
 void Checker::absent(const char* name, const OptionalTensor& tensor, const std::string& weight_format) const {
-    require(!tensor, std::string(name) + " must be None for weight_format '" + weight_format + "', got a tensor");
+    require(!tensor, name, " must be None for weight_format '", weight_format, "', got a tensor");
+}
+
+Tensor as_contiguous(const Tensor& tensor) {
+    return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
 }
 
 StridedTensor strided(const Tensor& tensor, DType dtype) {

@@ -22,8 +22,10 @@ public:
     explicit Checker(const char* op) : op_(op) {}
 
     [[noreturn]] void fail(const std::string& message) const;
-    void require(bool condition, const std::string& message) const {
-        if (!condition) fail(message);
+    // The message is put together from texts, numbers and the shapes of tensors, only if it is needed.
+    template <class... Parts>
+    void require(bool condition, const Parts&... parts) const {
+        if (!condition) fail((text(parts) + ...));
     }
 
     // On the CPU, with this shape.
@@ -36,10 +38,15 @@ public:
     void absent(const char* name, const OptionalTensor& tensor, const std::string& weight_format) const;
 
 private:
+    static std::string text(const std::string& part) { return part; }
+    static std::string text(int64_t number) { return std::to_string(number); }
+    static std::string text(const Tensor& tensor);  // [64, 8]
+
     const char* op_;
 };
 
-std::string shape_text(const Tensor& tensor);
+// The tensor itself if it is contiguous: asking is much cheaper than PyTorch's operator.
+Tensor as_contiguous(const Tensor& tensor);
 
 // The kernels' view of a tensor.
 StridedTensor strided(const Tensor& tensor, DType dtype);

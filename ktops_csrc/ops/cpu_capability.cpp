@@ -30,9 +30,9 @@ void set_cpu_capability(std::string name) {
 
 double measure_peak(std::string isa, std::string dtype, int64_t iterations) {
     const Checker check("kt::measure_peak");
-    check.require(dtype == "bfloat16" || dtype == "float32",
-                  "dtype must be one of bfloat16, float32, got '" + dtype + "'");
-    check.require(iterations > 0, "iterations must be positive, got " + std::to_string(iterations));
+    check.require(dtype == "bfloat16" || dtype == "float32", "dtype must be one of bfloat16, float32, got '", dtype,
+                  "'");
+    check.require(iterations > 0, "iterations must be positive, got ", iterations);
     const IsaRow& row = named("kt::measure_peak", [&]() -> const IsaRow& { return dispatch::find(isa, "isa"); });
     return row.kernels(dtype == "bfloat16" ? DType::kBFloat16 : DType::kFloat32).peak(iterations);
 }

@@ -33,11 +33,11 @@ int useful_threads(const Problem& p) {
 int64_t lora_rank(const Checker& check, const char* a_name, const OptionalTensor& a, Size in, const char* b_name,
                   const OptionalTensor& b, Size out, Size experts) {
     if (!a && !b) return 0;
-    check.require(a.has_value(), std::string(a_name) + " must be given together with " + b_name + ", got None");
-    check.require(b.has_value(), std::string(b_name) + " must be given together with " + a_name + ", got None");
+    check.require(a.has_value(), a_name, " must be given together with ", b_name, ", got None");
+    check.require(b.has_value(), b_name, " must be given together with ", a_name, ", got None");
     check.shape(a_name, *a, {experts, {"rank"}, in});
     const int64_t rank = a->size(1);
-    check.require(rank > 0, std::string(a_name) + " must have a rank of at least 1, got shape " + shape_text(*a));
+    check.require(rank > 0, a_name, " must have a rank of at least 1, got shape ", *a);
     check.shape(b_name, *b, {experts, out, {"rank", rank}});
     check.floating(a_name, *a);
     check.floating(b_name, *b);
@@ -70,18 +70,17 @@ MoeArguments::MoeArguments(const char* op, KT_MOE_PARAMETERS)
     check.shape("topk_weights", topk_weights, {{"num_tokens", p.num_tokens}, {"top_k", p.top_k}});
     const DType weights_dtype = check.floating("topk_weights", topk_weights);
     check.require(p.num_tokens * p.top_k <= std::numeric_limits<int32_t>::max(),
-                  "topk_ids must have at most 2^31 - 1 elements, got shape " + shape_text(topk_ids));
+                  "topk_ids must have at most 2^31 - 1 elements, got shape ", topk_ids);
 
-    check.require(weight_format == "dense", "weight_format must be one of dense, got '" + weight_format + "'");
-    check.require(group_size == 0, "group_size must be 0 for weight_format 'dense', got " + std::to_string(group_size));
+    check.require(weight_format == "dense", "weight_format must be one of dense, got '", weight_format, "'");
+    check.require(group_size == 0, "group_size must be 0 for weight_format 'dense', got ", group_size);
     check.absent("gate_up_scale", gate_up_scale, weight_format);
     check.absent("gate_up_zero", gate_up_zero, weight_format);
     check.absent("down_scale", down_scale, weight_format);
     check.absent("down_zero", down_zero, weight_format);
-    check.require(num_experts > 0, "num_experts must be at least 1, got " + std::to_string(num_experts) +
-                                       " (gate_up_proj has shape " + shape_text(gate_up_proj) + ")");
-    check.require(intermediate_size >= 0,
-                  "intermediate_size must not be negative, got " + std::to_string(intermediate_size));
+    check.require(num_experts > 0, "num_experts must be at least 1, got ", num_experts, " (gate_up_proj has shape ",
+                  gate_up_proj, ")");
+    check.require(intermediate_size >= 0, "intermediate_size must not be negative, got ", intermediate_size);
     p.num_experts = num_experts;
     p.intermediate_size = intermediate_size;
     const Size experts{"num_experts", num_experts}, I{"intermediate_size", intermediate_size},
@@ -98,13 +97,13 @@ MoeArguments::MoeArguments(const char* op, KT_MOE_PARAMETERS)
     check.finite("gate_up_scaling", gate_up_scaling);
     check.finite("down_scaling", down_scaling);
     p.activation = parse_activation(check, activation);
-    check.require(activation_args.empty(), "activation_args must be empty for activation '" + activation + "', got " +
-                                               std::to_string(activation_args.size()) + " values");
+    check.require(activation_args.empty(), "activation_args must be empty for activation '", activation, "', got ",
+                  static_cast<int64_t>(activation_args.size()), " values");
 
     auto view = [&](const char* name, const OptionalTensor& t) {
         return t ? strided(*t, check.floating(name, *t)) : StridedTensor{};
     };
-    this->hidden_states = torch::stable::contiguous(hidden_states);
+    this->hidden_states = as_contiguous(hidden_states);
     p.hidden_states = this->hidden_states.const_data_ptr();
     p.topk_ids = topk_ids.const_data_ptr();
     p.ids_stride[0] = topk_ids.stride(0);
@@ -130,7 +129,7 @@ Tensor MoeArguments::empty(std::initializer_list<int64_t> size) const {
 
 bool keeps_activations(const char* op, const std::string& save) {
     Checker(op).require(save == "activations" || save == "recompute",
-                        "save must be one of activations, recompute, got '" + save + "'");
+                        "save must be one of activations, recompute, got '", save, "'");
     return save == "activations";
 }
 

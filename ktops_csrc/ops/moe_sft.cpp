@@ -57,13 +57,12 @@ Gradients moe_sft_bwd(Tensor grad_output, KT_MOE_PARAMETERS, std::string save, T
     check.same_dtype("saved_gate_up", saved_gate_up, "hidden_states", arguments.dtype);
     check.same_dtype("saved_gate_up_xa", saved_gate_up_xa, "hidden_states", arguments.dtype);
     check.same_dtype("saved_down_ha", saved_down_ha, "hidden_states", arguments.dtype);
-    check.require(grad_mask >= 0 && grad_mask < 1 << 10,
-                  "grad_mask must be in [0, 1024), got " + std::to_string(grad_mask));
+    check.require(grad_mask >= 0 && grad_mask < 1 << 10, "grad_mask must be in [0, 1024), got ", grad_mask);
 
-    grad_output = torch::stable::contiguous(grad_output);
-    saved_gate_up = torch::stable::contiguous(saved_gate_up);
-    saved_gate_up_xa = torch::stable::contiguous(saved_gate_up_xa);
-    saved_down_ha = torch::stable::contiguous(saved_down_ha);
+    grad_output = as_contiguous(grad_output);
+    saved_gate_up = as_contiguous(saved_gate_up);
+    saved_gate_up_xa = as_contiguous(saved_gate_up_xa);
+    saved_down_ha = as_contiguous(saved_down_ha);
     BackwardProblem b;
     b.forward = p;
     b.grad_output = grad_output.const_data_ptr();
@@ -90,9 +89,8 @@ Gradients moe_sft_bwd(Tensor grad_output, KT_MOE_PARAMETERS, std::string save, T
     };
     for (int i = 0; i < 10; ++i) {
         if (!(grad_mask >> i & 1)) continue;
-        check.require(wanted[i].like.has_value(), "grad_mask must not ask for the gradient of " +
-                                                      std::string(wanted[i].name) + ", which is None, got " +
-                                                      std::to_string(grad_mask));
+        check.require(wanted[i].like.has_value(), "grad_mask must not ask for the gradient of ", wanted[i].name,
+                      ", which is None, got ", grad_mask);
         wanted[i].result = make_result(check, wanted[i].name, *wanted[i].like, out[i]);
     }
     profile::mark("arguments");

@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
 
 import ktops
 from ktops import reference
@@ -51,3 +53,20 @@ def test_chosen_when_nothing_needs_a_gradient():
     with torch.inference_mode():
         assert calls(lambda: ktops.moe_sft(**trained)) == ["kt::moe_fwd"]
     assert set(calls(lambda: ktops.moe_sft(**trained))) == {"kt::moe_sft_fwd"}
+
+
+def test_modes_see_the_operator_without_gradients():
+    """The function skips PyTorch's autograd when there is nothing to differentiate, but nothing below it."""
+    inputs = moe_inputs(3, 8, 4, 4, 2)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        ktops.moe_sft(**inputs)
+    assert counter.get_total_flops() == 6 * 3 * 2 * 8 * 4
+    with torch.no_grad(), FakeTensorMode() as mode:
+        fake = {k: mode.from_tensor(v) if isinstance(v, torch.Tensor) else v for k, v in inputs.items()}
+        output = ktops.moe_sft(**fake)
+    assert isinstance(output, FakeTensor) and output.shape == (3, 8)
+    inputs["hidden_states"].requires_grad_()
+    with torch.no_grad():
+        output = ktops.moe_sft(**inputs)
+    assert not output.requires_grad
+    assert (output * inputs["hidden_states"]).sum().requires_grad

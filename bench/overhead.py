@@ -1,0 +1,89 @@
+"""What a call costs besides the work: one token, a tiny layer, one thread, no gradient.
+
+    python -m bench.overhead
+
+The thread's CPU time of a call, from Python to the kernels and back, the best of many series. "ktops.moe_sft"
+is the public function under torch.no_grad; "torch.ops.kt.moe_fwd" the operator below in torch.inference_mode
+(under torch.no_grad PyTorch asks the operator's autograd first, in Python). The steps are those of
+ktops.profile. F.linear and an operator without arguments stand beside them, because a shared machine is not
+always equally fast.
+
+Exit status: 1 if ktops.moe_sft takes longer than --limit.
+"""
+
+import argparse
+import sys
+import time
+from collections.abc import Callable
+
+import torch
+
+import ktops
+from bench.machine import cpu_model
+from bench.shapes import Shape
+
+_SERIES = 20
+_SHAPE = Shape("tiny", hidden_size=16, intermediate_size=16, num_experts=4, top_k=2)
+
+
+def best_seconds(function: Callable[[], object], calls: int = 500) -> float:
+    """CPU seconds of this thread for one call, in the fastest of some series of calls."""
+    seconds = []
+    for _ in range(_SERIES):
+        start = time.thread_time()
+        for _ in range(calls):
+            function()
+        seconds.append((time.thread_time() - start) / calls)
+    return min(seconds)
+
+
+def tiny_call(dtype: torch.dtype = torch.bfloat16) -> tuple[Callable[[], torch.Tensor], tuple]:
+    """(ktops.moe_sft of one token, the arguments of torch.ops.kt.moe_fwd)"""
+    h, i, e, k = _SHAPE.hidden_size, _SHAPE.intermediate_size, _SHAPE.num_experts, _SHAPE.top_k
+    x, gate_up, down = (torch.ones(size, dtype=dtype) for size in ((1, h), (e, 2 * i, h), (e, h, i)))
+    ids, weights = torch.arange(k).view(1, k), torch.full((1, k), 1 / k, dtype=dtype)
+    arguments = (x, ids, weights, gate_up, down, *(None,) * 10, e, i, "dense", 0, 1.0, 1.0, "silu", [])
+    return lambda: ktops.moe_sft(x, ids, weights, gate_up, down), arguments
+
+
+def overheads() -> dict[str, float]:
+    """Seconds a call, by name; the steps of the operator last, indented."""
+    function, arguments = tiny_call()
+    op = torch.ops.kt.moe_fwd.default
+    x = arguments[0]
+    rows = {}
+    with torch.no_grad():
+        rows["ktops.moe_sft"] = best_seconds(function)
+        rows["torch.nn.functional.linear"] = best_seconds(lambda: torch.nn.functional.linear(x, x))
+        rows["an operator without arguments"] = best_seconds(torch.ops.kt.profiling)
+    with torch.inference_mode():
+        rows["torch.ops.kt.moe_fwd"] = best_seconds(lambda: op(*arguments))
+    profiles = []
+    for _ in range(_SERIES):
+        with torch.inference_mode(), ktops.profile() as profile:
+            for _ in range(200):
+                op(*arguments)
+        profiles.append({step.name: step.wall / step.calls for step in profile.steps})
+    return rows | {f"  {name}": min(profile[name] for profile in profiles) for name in profiles[0]}
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        "python -m bench.overhead", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--limit", type=float, default=15, metavar="US", help="default: %(default)s")
+    args = parser.parse_args(argv)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        rows = overheads()
+    finally:
+        torch.set_num_threads(threads)
+    print(f"{cpu_model()}, {ktops.cpu_capability()}; {_SHAPE}, one token, bfloat16")
+    for name, seconds in rows.items():
+        print(f"{name:32} {seconds * 1e6:7.2f} us")
+    return 1 if rows["ktops.moe_sft"] * 1e6 > args.limit else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -24,6 +24,15 @@ struct StridedWeight {
         decode(e, column, n, tensor.stride[2], k, kn, tensor.stride[1], panels, stride);
     }
 
+    // Rows [row, row + n), columns [column, column + count), one after the other.
+    void copy_rows(int64_t e, int64_t row, int64_t n, int64_t column, int64_t count, T* out) const {
+        for (int64_t i = row; i < row + n; ++i) {
+            for (int64_t j = column; j < column + count; ++j) {
+                *out++ = from_float<T>(static_cast<Acc<T>>(tensor.at(e, i, j) * scale));
+            }
+        }
+    }
+
 private:
     void decode(int64_t e, int64_t j0, int64_t n, int64_t j_stride, int64_t k0, int64_t kn, int64_t k_stride, C* panels,
                 int64_t stride) const {
@@ -43,18 +52,35 @@ private:
     template <class S>
     void copy(const S* source, int64_t n, int64_t j_stride, int64_t kn, int64_t k_stride, C* panels,
               int64_t stride) const {
+        const Acc<T> factor = static_cast<Acc<T>>(scale);
+        for (int64_t j = 0; j < n; j += kPanelColumns, source += kPanelColumns * j_stride, panels += stride) {
+            const int64_t columns = smaller(kPanelColumns, n - j);
+            if constexpr (std::is_same_v<Acc<S>, Acc<T>> && sizeof(C) <= 4) {
+                if (k_stride == 1) {
+                    pack_nt_scaled(source, j_stride, columns, kn, panels, factor);
+                    continue;
+                }
+                if (j_stride == 1) {
+                    const Rows<S> rows{source, k_stride, nullptr};
+                    pack_nn_scaled(rows, 0, columns, kn, panels, [&](int64_t) { return factor; });
+                    continue;
+                }
+            }
+            copy_elements(source, columns, j_stride, kn, k_stride, panels);
+        }
+    }
+
+    template <class S>
+    void copy_elements(const S* source, int64_t n, int64_t j_stride, int64_t kn, int64_t k_stride, C* panel) const {
         constexpr int64_t P = kPack<C>;
         const Acc<T> factor = static_cast<Acc<T>>(scale);
-        for (int64_t panel = 0; panel < ceil_div(n, kPanelColumns); ++panel) {
-            for (int64_t j = 0; j < kPanelColumns; ++j) {
-                const int64_t column = panel * kPanelColumns + j;
-                const S* from = source + column * j_stride;
-                C* to = panels + panel * stride + j * P;
-                for (int64_t k = 0; k < round_up(kn, kKMultiple<C>); ++k) {
-                    const bool inside = column < n && k < kn;
-                    to[k / P * P * kPanelColumns + k % P] =
-                        inside ? from_float<C>(static_cast<Acc<T>>(to_float(read(from + k * k_stride))) * factor) : C{};
-                }
+        for (int64_t j = 0; j < kPanelColumns; ++j) {
+            const S* from = source + j * j_stride;
+            C* to = panel + j * P;
+            for (int64_t k = 0; k < round_up(kn, kKMultiple<C>); ++k) {
+                const bool inside = j < n && k < kn;
+                to[k / P * P * kPanelColumns + k % P] =
+                    inside ? from_float<C>(static_cast<Acc<T>>(to_float(read(from + k * k_stride))) * factor) : C{};
             }
         }
     }

@@ -1,19 +1,29 @@
 #pragma once
 
-// One block of C = A . B held in a thread's scratch: at most kMaxRows rows, kMaxColumns columns, any k.
+// One block of C = A . B held in a thread's scratch: at most kMaxRows rows and kMaxColumns columns, or kDirectRows rows
+// and kDirectColumns columns; any k.
 //
 //   k is walked in blocks: a panel block of B (kPanelBytes, sized for L2) is decoded once and used by every row.
 //   Each element of C is summed in the order of k whatever the shape of the block, so results do not depend on how
 //   the work is cut.
 
 #include "core/workspace.h"
+#include "isa/direct-inl.h"
 #include "isa/micro_gemm_generic-inl.h"
 
 namespace kt::KT_ISA {
 
-constexpr int64_t kMaxRows = 512;
-constexpr int64_t kMaxColumns = 128;
+constexpr int64_t kMaxRows = 256;
+constexpr int64_t kMaxColumns = 256;
+constexpr int64_t kMaxK = 2048;
 constexpr int64_t kPanelBytes = 512 << 10;
+
+// Up to this many rows of A, B is multiplied where it lies: a panel would not be used often enough to pay for itself.
+#ifndef KT_DIRECT_ROWS
+#define KT_DIRECT_ROWS 32
+#endif
+constexpr int64_t kDirectRows = KT_DIRECT_ROWS;
+constexpr int64_t kDirectColumns = kMaxRows * kMaxColumns / kDirectRows;
 
 // Up to two ranges of columns of B, one after the other: the gate and the up half of gate_up_proj.
 struct Columns {
@@ -27,8 +37,8 @@ struct Columns {
 template <class T>
 struct GemmScratch {
     using C = Compute<T>;
-    static constexpr int64_t kMaxK = kPanelBytes / (kMaxColumns * static_cast<int64_t>(sizeof(C)));
-    static constexpr int64_t kLeftElements = (256 << 10) / static_cast<int64_t>(sizeof(C));
+    static constexpr int64_t kPanelElements = kPanelBytes / static_cast<int64_t>(sizeof(C));
+    static constexpr int64_t kLeftElements = kPanelElements / 2;
     static constexpr int64_t kStageElements = MicroGemm<C>::kRows * kMaxK;
 
     C* panels;
@@ -37,11 +47,11 @@ struct GemmScratch {
     Acc<T>* c;
 
     static size_t bytes() {
-        return Workspace::padded<C>(kMaxK * kMaxColumns) + Workspace::padded<C>(kLeftElements) +
+        return Workspace::padded<C>(kPanelElements) + Workspace::padded<C>(kLeftElements) +
                Workspace::padded<C>(kStageElements) + Workspace::padded<Acc<T>>(kMaxRows * kMaxColumns);
     }
     explicit GemmScratch(Workspace& workspace)
-        : panels(workspace.take<C>(kMaxK * kMaxColumns)),
+        : panels(workspace.take<C>(kPanelElements)),
           left(workspace.take<C>(kLeftElements)),
           stage(workspace.take<C>(kStageElements)),
           c(workspace.take<Acc<T>>(kMaxRows * kMaxColumns)) {}
@@ -52,6 +62,8 @@ class BlockGemm {
     using C = Compute<T>;
     using Micro = MicroGemm<C>;
     static constexpr int64_t P = kPack<C>;
+    static constexpr int64_t kDotRows = Direct<T>::kDotRows, kRowsAhead = Direct<T>::kRowsAhead;
+    static constexpr int64_t kScratchElements = kPanelBytes / static_cast<int64_t>(sizeof(T));
 
 public:
     BlockGemm(const GemmScratch<T>& scratch, int64_t rows, int64_t columns)
@@ -60,10 +72,12 @@ public:
     // C += A . W^T over the given rows of W.
     template <class Weight>
     void multiply_nt(const Rows<T>& a, int64_t k, const Weight& weight, int64_t expert, const Columns& columns) {
-        if constexpr (Weight::kDirect && Micro::kDirectRows > 0 && std::is_same_v<T, C>) {
-            const T* w = weight.direct(expert);
-            if (first_ && rows_ <= Micro::kDirectRows && w) {
-                return multiply_direct(a, k, w, weight.row_stride, columns);
+        if constexpr (Weight::kDirect) {
+            if (first_ && rows_ <= kDirectRows && kDotRows * k <= kScratchElements) {
+                direct_nt(a, k, weight, expert, columns.first, columns.count, scratch_.c);
+                if (columns.second < 0) return;
+                first_ = true;
+                return direct_nt(a, k, weight, expert, columns.second, columns.count, scratch_.c + columns.padded());
             }
         }
         multiply(a, k, [&](int64_t k0, int64_t kn, C* panels, int64_t stride) {
@@ -78,6 +92,9 @@ public:
     // C += A . W over the given columns of W.
     template <class Weight>
     void multiply_nn(const Rows<T>& a, int64_t k, const Weight& weight, int64_t expert, const Columns& columns) {
+        if constexpr (Weight::kDirect) {
+            if (rows_ <= kDirectRows) return direct_nn(a, k, weight, expert, columns);
+        }
         multiply(a, k, [&](int64_t k0, int64_t kn, C* panels, int64_t stride) {
             weight.decode_nn(expert, k0, kn, columns.first, columns.count, panels, stride);
         });
@@ -86,8 +103,10 @@ public:
     // C += A . B with B given by decode(k0, kn, panels, stride).
     template <class Decode>
     void multiply(const Rows<T>& a, int64_t k, Decode decode) {
-        for (int64_t k0 = 0; k0 < k; k0 += GemmScratch<T>::kMaxK) {
-            const int64_t kn = smaller(GemmScratch<T>::kMaxK, k - k0), stride = panel_elements<C>(kn);
+        const int64_t most = smaller(kMaxK, GemmScratch<T>::kPanelElements / columns_ / 32 * 32);
+        const int64_t k_block = round_up(ceil_div(k, larger(1, ceil_div(k, most))), 32);
+        for (int64_t k0 = 0; k0 < k; k0 += k_block) {
+            const int64_t kn = smaller(k_block, k - k0), stride = panel_elements<C>(kn);
             decode(k0, kn, scratch_.panels, stride);
             for (int64_t i = 0; i < rows_; i += Micro::kRows) {
                 const int64_t m = smaller(Micro::kRows, rows_ - i);
@@ -149,15 +168,38 @@ private:
         }
     }
 
-    void multiply_direct(const Rows<T>& a, int64_t k, const T* w, int64_t stride, const Columns& columns) {
-        const T* pointers[Micro::kDirectRows];
-        for (int64_t i = 0; i < rows_; ++i) pointers[i] = a.row(i);
-        Micro::direct(pointers, rows_, w + columns.first * stride, stride, columns.count, k, scratch_.c, columns_);
-        if (columns.second >= 0) {
-            Micro::direct(pointers, rows_, w + columns.second * stride, stride, columns.count, k,
-                          scratch_.c + columns.padded(), columns_);
-        }
+    // Weights whose rows are not contiguous are copied, as many rows at once as the space for panels holds.
+    template <class Weight>
+    void direct_nt(const Rows<T>& a, int64_t k, const Weight& weight, int64_t expert, int64_t row, int64_t n,
+                   Acc<T>* c) {
+        const T* rows[kDirectRows];
+        for (int64_t i = 0; i < rows_; ++i) rows[i] = a.row(i);
         first_ = false;
+        const T* w = weight.direct(expert);
+        if (w) return Direct<T>::dots(rows, rows_, w + row * weight.row_stride, weight.row_stride, n, k, c, columns_);
+        T* copy = reinterpret_cast<T*>(scratch_.panels);
+        const int64_t most = kScratchElements / larger(k, 1) / kDotRows * kDotRows;
+        for (int64_t j = 0; j < n; j += most) {
+            const int64_t count = smaller(most, n - j);
+            weight.strided.copy_rows(expert, row + j, count, 0, k, copy);
+            Direct<T>::dots(rows, rows_, copy, k, count, k, c + j, columns_);
+        }
+    }
+
+    template <class Weight>
+    void direct_nn(const Rows<T>& a, int64_t k, const Weight& weight, int64_t expert, const Columns& columns) {
+        const T* w = weight.direct(expert);
+        T* copy = reinterpret_cast<T*>(scratch_.panels);
+        const int64_t most = w ? k : kScratchElements / columns.count / kRowsAhead * kRowsAhead;
+        for (int64_t k0 = 0; k0 < k; k0 += most) {
+            const T* rows[kDirectRows];
+            for (int64_t i = 0; i < rows_; ++i) rows[i] = a.row(i) + k0;
+            const int64_t kn = smaller(most, k - k0);
+            if (!w) weight.strided.copy_rows(expert, k0, kn, columns.first, columns.count, copy);
+            Direct<T>::columns(rows, rows_, w ? w + columns.first : copy, w ? weight.row_stride : columns.count,
+                               columns.count, kn, scratch_.c, columns_, !first_);
+            first_ = false;
+        }
     }
 
     const GemmScratch<T>& scratch_;

@@ -16,27 +16,34 @@ struct Operand {
     void pack(int64_t row, int64_t n, int64_t column, int64_t count, Compute<T>* panels) const {
         const int64_t stride = panel_elements<Compute<T>>(n);
         for (int64_t j = 0; j < count; j += kPanelColumns, panels += stride) {
-            pack_nn(rows.from(row), first + column + j, smaller(kPanelColumns, count - j), n, panels,
-                    scale ? scale + row : nullptr);
+            const int64_t columns = smaller(kPanelColumns, count - j);
+            if (scale) {
+                pack_nn_scaled(rows.from(row), first + column + j, columns, n, panels,
+                               [&](int64_t k) { return scale[row + k]; });
+            } else {
+                pack_nn(rows.from(row), first + column + j, columns, n, panels);
+            }
         }
     }
 };
 
-// put(i, c): row i of C, right.count <= kMaxColumns accumulators.
+// put(i, m, c, ldc): rows [i, i + m) of C, right.count accumulators each: at most kMaxColumns, or kDirectColumns if
+// rows <= kDirectRows.
 template <class T, class Put>
 inline void outer_product(const GemmScratch<T>& scratch, int64_t rows, const Operand<T>& left, const Operand<T>& right,
                           Put put) {
-    constexpr int64_t kBlock = GemmScratch<T>::kLeftElements / kMaxRows;  // columns of S whose panels fit in scratch
     const int64_t columns = round_up(right.count, kPanelColumns);
-    for (int64_t i = 0; i < left.count; i += kBlock) {
-        const int64_t m = smaller(kBlock, left.count - i);
+    // Columns of S whose panels, and whose rows of C, fit in scratch.
+    const int64_t most = smaller(kMaxRows * kMaxColumns / columns, GemmScratch<T>::kLeftElements / kMaxRows);
+    for (int64_t i = 0; i < left.count; i += most) {
+        const int64_t m = smaller(most, left.count - i);
         BlockGemm<T> block(scratch, m, columns);
         for_each_row_block(rows, [&](int64_t row, int64_t n) {
             left.pack(row, n, i, m, scratch.left);
             right.pack(row, n, 0, right.count, scratch.panels);
             block.multiply_panels(scratch.left, scratch.panels, n);
         });
-        for (int64_t j = 0; j < m; ++j) put(i + j, block.row(j));
+        put(i, m, block.row(0), columns);
     }
 }
 
@@ -56,22 +63,43 @@ inline void put_row(const Result& result, int64_t e, int64_t i, int64_t j, int64
     for (int64_t k = 0; k < n; ++k) result.put(e, i, j + k, values[k] * scale);
 }
 
-// result[e][j .. j + n)[i] = scale * values
+// Where outer_product() puts its rows: result[expert][i .. i + m)[column .. column + n) = scale * c
 template <class A>
-inline void put_column(const Result& result, int64_t e, int64_t i, int64_t j, int64_t n, const A* values, A scale) {
-    const int64_t offset = (e * result.size[1] + j) * result.size[2] + i;
-    auto write = [&](auto* out) {
-        using S = std::remove_pointer_t<decltype(out)>;
-        for (int64_t k = 0; k < n; ++k) out[k * result.size[2]] = from_float<S>(values[k] * scale);
-    };
-    switch (result.dtype) {
-        case DType::kFloat32:
-            return write(static_cast<float*>(result.data) + offset);
-        case DType::kBFloat16:
-            return write(static_cast<bfloat16*>(result.data) + offset);
-        case DType::kFloat64:
-            return write(static_cast<double*>(result.data) + offset);
+struct PutRows {
+    const Result& result;
+    int64_t expert, column, n;
+    A scale = 1;
+
+    void operator()(int64_t i, int64_t m, const A* c, int64_t ldc) const {
+        for (int64_t k = 0; k < m; ++k) put_row(result, expert, i + k, column, n, c + k * ldc, scale);
     }
-}
+};
+
+// The same, transposed: result[expert][column .. column + n)[i .. i + m) = scale * c
+template <class A>
+struct PutColumns {
+    const Result& result;
+    int64_t expert, column, n;
+    A scale = 1;
+
+    void operator()(int64_t i, int64_t m, const A* c, int64_t ldc) const {
+        for (int64_t i0 = 0; i0 < m; i0 += 16) {
+            for (int64_t j0 = 0; j0 < n; j0 += 16) {
+                const int64_t rows = smaller(16, m - i0), columns = smaller(16, n - j0);
+                alignas(64) A block[16 * 16], transposed[16 * 16];
+                for (int64_t k = 0; k < rows; ++k) {
+                    std::memcpy(block + 16 * k, c + (i0 + k) * ldc + j0, 16 * sizeof(A));
+                }
+                if constexpr (sizeof(A) == sizeof(uint32_t)) {
+                    KT_TRANSPOSE_16X16(reinterpret_cast<const char*>(block), 64,
+                                       reinterpret_cast<uint32_t*>(transposed));
+                } else {
+                    for (int64_t k = 0; k < 16 * 16; ++k) transposed[k % 16 * 16 + k / 16] = block[k];
+                }
+                PutRows<A>{result, expert, i + i0, rows, scale}(column + j0, columns, transposed, 16);
+            }
+        }
+    }
+};
 
 }  // namespace kt::KT_ISA

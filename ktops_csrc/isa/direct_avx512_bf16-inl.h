@@ -1,85 +1,55 @@
 #pragma once
 
-// Products for the few rows of an expert at decode: W is read once, where it lies, with no panel.
+// Steps of the direct kernels with VDPBF16PS.
 
 #include <immintrin.h>
 
-#include "isa/panel-inl.h"
+#include "isa/direct-inl.h"
 
 namespace kt::KT_ISA {
 
-struct DirectGemm {
-    static constexpr int64_t kDirectRows = 8;
+inline __mmask32 first_lanes(int64_t n) { return n < 32 ? (1u << n) - 1 : 0xffffffffu; }
 
-    // C[i][j] = a[i] . row j of W, for i < m <= kDirectRows and j < n. Rows of W are `stride` apart.
-    static void direct(const bfloat16* const* a, int64_t m, const bfloat16* w, int64_t stride, int64_t n, int64_t k,
-                       float* c, int64_t ldc) {
-        for (int64_t i = 0; i < m; i += 4) {
-            for (int64_t j = 0; j < n; j += 4) {
-                const bool whole = n - j >= 4;
-                switch (m - i < 4 ? m - i : 4) {
-                    case 1:
-                        whole ? dots<1, 4>(a + i, w + j * stride, stride, k, c + i * ldc + j, ldc)
-                              : dots_edge<1>(a + i, w + j * stride, stride, n - j, k, c + i * ldc + j, ldc);
-                        break;
-                    case 2:
-                        whole ? dots<2, 4>(a + i, w + j * stride, stride, k, c + i * ldc + j, ldc)
-                              : dots_edge<2>(a + i, w + j * stride, stride, n - j, k, c + i * ldc + j, ldc);
-                        break;
-                    case 3:
-                        whole ? dots<3, 4>(a + i, w + j * stride, stride, k, c + i * ldc + j, ldc)
-                              : dots_edge<3>(a + i, w + j * stride, stride, n - j, k, c + i * ldc + j, ldc);
-                        break;
-                    default:
-                        whole ? dots<4, 4>(a + i, w + j * stride, stride, k, c + i * ldc + j, ldc)
-                              : dots_edge<4>(a + i, w + j * stride, stride, n - j, k, c + i * ldc + j, ldc);
-                }
-            }
-        }
+template <>
+struct DotStep<bfloat16> {
+    static constexpr int64_t kWidth = 32;
+    static __m512bh load(const bfloat16* p) { return (__m512bh)_mm512_loadu_si512(p); }
+    static __m512bh load(const bfloat16* p, int64_t n) { return (__m512bh)_mm512_maskz_loadu_epi16(first_lanes(n), p); }
+    static __m512 add(__m512 sum, __m512bh x, __m512bh y) { return _mm512_dpbf16_ps(sum, x, y); }
+};
+
+// Two rows r, s of 32 columns are paired by 128-bit blocks, and so are the sums until they are stored:
+//
+//   unpacklo   r0 s0 .. r3 s3  | r8 s8 .. r11 s11  | r16 ..  | r24 ..     sums[0]: columns 0-3, 8-11, 16-19, 24-27
+//   unpackhi   r4 s4 .. r7 s7  | r12 ..            | r20 ..  | r28 ..     sums[1]: columns 4-7, 12-15, 20-23, 28-31
+template <>
+struct ColumnStep<bfloat16> {
+    using V = __m512bh;
+    static constexpr int64_t kRows = 2, kColumns = 32;
+    static constexpr int kVectors = 2;
+
+    static void load(const bfloat16* w, int64_t stride, int64_t rows, int64_t n, __m512bh* out) {
+        const __mmask32 mask = first_lanes(n);
+        const __m512i even = _mm512_maskz_loadu_epi16(mask, w);
+        const __m512i odd = rows > 1 ? _mm512_maskz_loadu_epi16(mask, w + stride) : _mm512_setzero_si512();
+        out[0] = (__m512bh)_mm512_unpacklo_epi16(even, odd);
+        out[1] = (__m512bh)_mm512_unpackhi_epi16(even, odd);
     }
-
-private:
-    template <int M, int N>
-    static void dots(const bfloat16* const* a, const bfloat16* w, int64_t stride, int64_t k, float* c, int64_t ldc) {
-        __m512 acc[M][N];
-#pragma GCC unroll 8
-        for (int i = 0; i < M; ++i) {
-#pragma GCC unroll 8
-            for (int j = 0; j < N; ++j) acc[i][j] = _mm512_setzero_ps();
-        }
-        auto step = [&](int64_t s, __mmask32 mask) __attribute__((always_inline)) {
-            __m512bh x[M];
-#pragma GCC unroll 8
-            for (int i = 0; i < M; ++i) x[i] = (__m512bh)_mm512_maskz_loadu_epi16(mask, a[i] + s);
-#pragma GCC unroll 8
-            for (int j = 0; j < N; ++j) {
-                const __m512bh y = (__m512bh)_mm512_maskz_loadu_epi16(mask, w + j * stride + s);
-#pragma GCC unroll 8
-                for (int i = 0; i < M; ++i) acc[i][j] = _mm512_dpbf16_ps(acc[i][j], x[i], y);
-            }
-        };
-        int64_t s = 0;
-        for (; s + 32 <= k; s += 32) {
-            // The next rows of W: far enough ahead to hide memory, near enough to stay in L1.
-#pragma GCC unroll 8
-            for (int j = 0; j < N; ++j) _mm_prefetch(w + j * stride + s + kPrefetch, _MM_HINT_T0);
-            step(s, 0xffffffffu);
-        }
-        if (s < k) step(s, (1u << (k - s)) - 1);
-#pragma GCC unroll 8
-        for (int i = 0; i < M; ++i) {
-#pragma GCC unroll 8
-            for (int j = 0; j < N; ++j) c[i * ldc + j] = _mm512_reduce_add_ps(acc[i][j]);
-        }
+    static __m512bh spread(const bfloat16* a, int64_t rows) {
+        return (__m512bh)_mm512_set1_epi32(rows > 1 ? read(reinterpret_cast<const int32_t*>(a)) : read(a).bits);
     }
-
-    template <int M>
-    static void dots_edge(const bfloat16* const* a, const bfloat16* w, int64_t stride, int64_t n, int64_t k, float* c,
-                          int64_t ldc) {
-        for (int64_t j = 0; j < n; ++j) dots<M, 1>(a, w + j * stride, stride, k, c + j, ldc);
+    static __m512 add(__m512 sum, __m512bh x, __m512bh y) { return _mm512_dpbf16_ps(sum, x, y); }
+    static void load_sums(const float* c, int64_t n, __m512* sums) {
+        const __m512 low = _mm512_loadu_ps(c), high = n > 16 ? _mm512_loadu_ps(c + 16) : _mm512_setzero_ps();
+        sums[0] = _mm512_shuffle_f32x4(low, high, 0x88);
+        sums[1] = _mm512_shuffle_f32x4(low, high, 0xdd);
     }
-
-    static constexpr int64_t kPrefetch = 512;  // elements: 1 KiB
+    static void store_sums(float* c, int64_t n, const __m512* sums) {
+        const __m512 low = _mm512_shuffle_f32x4(sums[0], sums[1], 0x44);
+        const __m512 high = _mm512_shuffle_f32x4(sums[0], sums[1], 0xee);
+        _mm512_storeu_ps(c, _mm512_shuffle_f32x4(low, low, 0xd8));
+        if (n > 16) _mm512_storeu_ps(c + 16, _mm512_shuffle_f32x4(high, high, 0xd8));
+    }
 };
 
 }  // namespace kt::KT_ISA

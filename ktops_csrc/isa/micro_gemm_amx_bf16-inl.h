@@ -36,7 +36,7 @@ struct TileRegion {
 #define KT_REGION TileRegion
 
 template <>
-struct MicroGemm<bfloat16> : DirectGemm {
+struct MicroGemm<bfloat16> {
     static constexpr int kRows = 32;
     static constexpr int kPanels = 2;
     static constexpr bool kStaged = true;

@@ -14,7 +14,7 @@ namespace kt::KT_ISA {
 inline __m512bh load_bf16(const bfloat16* p) { return (__m512bh)_mm512_loadu_si512(p); }
 
 template <>
-struct MicroGemm<bfloat16> : DirectGemm {
+struct MicroGemm<bfloat16> {
     static constexpr int kRows = 6;
     static constexpr int kPanels = 4;
     static constexpr bool kStaged = false;

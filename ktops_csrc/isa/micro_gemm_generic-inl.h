@@ -63,8 +63,7 @@ template <class C>
 struct MicroGemm {
     static constexpr int kRows = KT_GENERIC_ROWS;
     static constexpr int kPanels = KT_GENERIC_PANELS;
-    static constexpr int64_t kDirectRows = 0;  // no kernel that reads B where it lies
-    static constexpr bool kStaged = false;     // takes rows of A anywhere in memory
+    static constexpr bool kStaged = false;  // takes rows of A anywhere in memory
 
     static void gemm(const MicroArguments<C>& g) {
         call_micro_kernel<MicroGemm>(g, std::make_integer_sequence<int, kRows * kPanels>());
@@ -75,30 +74,30 @@ struct MicroGemm {
         using A = Acc<C>;
         constexpr int V = kPanelColumns / kLanes<A>;  // vectors a panel
         Vec<A> acc[M][P * V];
-#pragma GCC unroll 8
+#pragma GCC unroll 16
         for (int i = 0; i < M; ++i) {
-#pragma GCC unroll 8
+#pragma GCC unroll 16
             for (int j = 0; j < P * V; ++j) acc[i][j] = g.accumulate ? load(g.c + i * g.ldc + j * kLanes<A>) : Vec<A>{};
         }
         const C* a[M];
-#pragma GCC unroll 8
+#pragma GCC unroll 16
         for (int i = 0; i < M; ++i) a[i] = g.a[i];
         const C* b = g.b;
         const int64_t a_step = g.a_step, b_stride = g.b_stride, a_end = g.k_steps * a_step;
         for (int64_t s = 0; s < a_end; s += a_step, b += kPanelColumns) {
             Vec<A> panel[P * V];
-#pragma GCC unroll 8
+#pragma GCC unroll 16
             for (int j = 0; j < P * V; ++j) panel[j] = load(b + (j / V) * b_stride + (j % V) * kLanes<A>);
-#pragma GCC unroll 8
+#pragma GCC unroll 16
             for (int i = 0; i < M; ++i) {
                 const Vec<A> x = broadcast(read(a[i] + s));
-#pragma GCC unroll 8
+#pragma GCC unroll 16
                 for (int j = 0; j < P * V; ++j) acc[i][j] += x * panel[j];
             }
         }
-#pragma GCC unroll 8
+#pragma GCC unroll 16
         for (int i = 0; i < M; ++i) {
-#pragma GCC unroll 8
+#pragma GCC unroll 16
             for (int j = 0; j < P * V; ++j) store(g.c + i * g.ldc + j * kLanes<A>, acc[i][j]);
         }
     }

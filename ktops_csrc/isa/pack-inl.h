@@ -76,25 +76,56 @@ inline void interleave(const bfloat16* even, const bfloat16* odd, bfloat16* out)
     }
 }
 
-// Columns of the panel are n <= 16 columns of the matrix; k runs down the rows (dx = dy W), row k times scale[k] if
-// there is a scale.
-template <class T>
-inline void pack_nn(Rows<T> w, int64_t column, int64_t n, int64_t kn, Compute<T>* panel,
-                    const Acc<T>* scale = nullptr) {
-    using C = Compute<T>;
+// Columns of the panel are n <= 16 columns of the matrix; k runs down the rows (dx = dy W), row k times factor(k).
+// Starts at k, a multiple of kPack.
+template <class C, class S, class Factor>
+inline void pack_nn_scaled(Rows<S> w, int64_t column, int64_t n, int64_t kn, C* panel, Factor factor, int64_t k = 0) {
     const int64_t end = round_up(kn, kKMultiple<C>);
-    const auto source = [&](int64_t k) { return k < kn ? w.row(k) + column : nullptr; };
-    const auto factor = [&](int64_t k) { return scale && k < kn ? scale[k] : Acc<T>{1}; };
-    for (int64_t k = 0; k < end; k += kPack<C>, panel += kPack<C> * kPanelColumns) {
+    const auto copy = [&](int64_t k, C* out) {
+        const bool inside = k < kn;
+        copy_row(inside ? w.row(k) + column : nullptr, n, inside ? factor(k) : Acc<C>{}, out);
+    };
+    for (panel += k * kPanelColumns; k < end; k += kPack<C>, panel += kPack<C> * kPanelColumns) {
         if constexpr (kPack<C> == 1) {
-            copy_row(source(k), n, factor(k), panel);
-        } else if (k + 1 < kn && n == kPanelColumns && !scale) {
-            interleave(source(k), source(k + 1), panel);
+            copy(k, panel);
         } else {
             C even[kPanelColumns], odd[kPanelColumns];
-            copy_row(source(k), n, factor(k), even);
-            copy_row(source(k + 1), n, factor(k + 1), odd);
+            copy(k, even);
+            copy(k + 1, odd);
             interleave(even, odd, panel);
+        }
+    }
+}
+
+template <class T>
+inline void pack_nn(Rows<T> w, int64_t column, int64_t n, int64_t kn, Compute<T>* panel) {
+    using C = Compute<T>;
+    int64_t k = 0;
+    if constexpr (kPack<C> == 2) {
+        for (; n == kPanelColumns && k + 1 < kn; k += 2) {
+            interleave(w.row(k) + column, w.row(k + 1) + column, panel + k * kPanelColumns);
+        }
+    }
+    pack_nn_scaled(w, column, n, kn, panel, [](int64_t) { return Acc<C>{1}; }, k);
+}
+
+// As pack_nt, times a factor, from elements of another type.
+template <class C, class S>
+inline void pack_nt_scaled(const S* w, int64_t stride, int64_t n, int64_t kn, C* panel, Acc<C> factor) {
+    constexpr int64_t kBlock = 64 / static_cast<int64_t>(sizeof(C));
+    alignas(64) C rows[kPanelColumns * kBlock] = {};
+    for (int64_t k = 0; k < kn; k += kBlock, panel += kBlock * kPanelColumns) {
+        const int64_t count = smaller(kBlock, kn - k);
+        if (count < kBlock) std::memset(static_cast<void*>(rows), 0, sizeof(rows));
+        for (int64_t j = 0; j < n; ++j) {
+            for_each_vector<Acc<C>>(count, [&](int64_t i, int64_t lanes) {
+                store_n(rows + j * kBlock + i, load_n(w + j * stride + k + i, lanes) * factor, lanes);
+            });
+        }
+        if (count == kBlock || kKMultiple<C> == kBlock) {
+            KT_TRANSPOSE_16X16(reinterpret_cast<const char*>(rows), 64, reinterpret_cast<uint32_t*>(panel));
+        } else {
+            pack_nt(rows, kBlock, kPanelColumns, count, panel);
         }
     }
 }

@@ -9,22 +9,29 @@
 //   combine_x      grad_x = sum of [dg|du] Wgu + dgub A1
 //   weights        grad_A1 = dgub^T x;  grad_B1 = s1 [dg|du]^T xa;  grad_B2 = s2 (w d)^T ha;  grad_Wgu = [dg|du]^T x
 
-#include "moe/layer-inl.h"
+#include "moe/combine-inl.h"
 
 namespace kt::KT_ISA {
 
+// [dg|du] Wgu + dgub A1
 template <class T>
-struct AddRows {
-    void start(int64_t, int64_t, int64_t) const {}
-    void operator()(Acc<T>* sums, int64_t, const Acc<T>* c, int64_t n) const {
-        for (int64_t j = 0; j < round_up(n, kPanelColumns); j += kLanes<Acc<T>>)
-            store(sums + j, load(sums + j) + load(c + j));
+struct GradProduct {
+    const Layer<T>& layer;
+    const T *grad_gate_up, *dgub;
+
+    void multiply(BlockGemm<T>& block, int64_t expert, int64_t route, const Columns& columns) const {
+        const int64_t rank = layer.p.gate_up_rank, k = 2 * layer.I;
+        block.multiply_nn({grad_gate_up + route * k, k}, k, layer.gate_up, expert, columns);
+        if (rank) block.multiply_nn({dgub + route * rank, rank}, rank, layer.A1, expert, columns);
     }
+    void start(const Thread<T>&, int64_t, int64_t, int64_t) const {}
+    Vec<Acc<T>> value(const Thread<T>&, int64_t, Vec<Acc<T>> c, int64_t) const { return c; }
 };
 
 template <class T>
 class Backward {
     using A = Acc<T>;
+    using CombineX = Combine<T, GradProduct<T>>;
 
 public:
     static void run(const BackwardProblem& b) {
@@ -40,7 +47,8 @@ private:
         const Problem& p = b.forward;
         const int64_t R = routing.num_routes;
         return Workspace::padded<T>(R * 2 * p.intermediate_size) + Workspace::padded<T>(R * p.gate_up_rank) +
-               Workspace::padded<T>(R * p.down_rank) + Workspace::padded<A>(R * ceil_div(p.intermediate_size, kSlab));
+               Workspace::padded<T>(R * p.down_rank) + Workspace::padded<A>(R * ceil_div(p.intermediate_size, kSlab)) +
+               Workspace::padded<A>(CombineX::route_elements(p, routing));
     }
 
     Backward(const BackwardProblem& b, const Layer<T>& layer, Workspace& workspace)
@@ -53,13 +61,17 @@ private:
         db2_ = workspace.take<T>(R * p_.down_rank);
         i_slabs_ = ceil_div(I_, kSlab);  // fixed: it is the order in which grad_w is summed
         grad_w_ = workspace.take<A>(R * i_slabs_);
+        routes_ = workspace.take<A>(CombineX::route_elements(p_, routing_));
         threads_ = Thread<T>::take(workspace, p_, routing_);
     }
 
     void run() {
         const int64_t active = routing_.num_active, E = p_.num_experts;
-        const int64_t blocks = ceil_div(p_.num_tokens, kTokenBlock);
-        const int64_t h_slab = slab_width(H_, blocks, p_.num_threads), h_slabs = ceil_div(H_, h_slab);
+        const int64_t wide = larger(kSlab, slab_width(wide_slab(routing_), I_, active, p_.num_threads));
+        const int64_t wide_slabs = ceil_div(I_, wide);
+        const GradProduct<T> product{layer_, grad_gate_up_, dgub_};
+        const CombineX combine(layer_, threads_, product, routes_, static_cast<T*>(b_.grad_hidden_states.data),
+                               wide_slab(routing_));
         const int64_t h_pieces = ceil_div(H_, kMaxColumns), i_pieces = ceil_div(2 * I_, kMaxColumns);
 
         const auto recompute_slab = [&](int64_t task, int thread) {
@@ -72,18 +84,16 @@ private:
                                     layer_.B2, p_.down_rank, db2_ + first * p_.down_rank);
         };
         const auto activate_slab = [&](int64_t task, int thread) {
-            const ExpertTask at(routing_, task, i_slabs_);
-            activate(threads_[thread], at.expert, at.piece);
+            const ExpertTask at(routing_, task, wide_slabs);
+            activate(threads_[thread], at.expert, at.piece * wide, smaller(wide, I_ - at.piece * wide));
         };
         const auto project_grad = [&](int64_t task, int thread) {
             const int64_t e = routing_.active[task], first = routing_.offsets[e];
             low_rank_product<false>(threads_[thread].gemm, layer_, e, grad_gate_up(first), 2 * I_, layer_.B1,
                                     p_.gate_up_rank, dgub_ + first * p_.gate_up_rank);
         };
-        const auto combine_slab = [&](int64_t task, int thread) {
-            const int64_t column = task % h_slabs * h_slab;
-            combine_x(threads_[thread], task / h_slabs * kTokenBlock, column, smaller(h_slab, H_ - column));
-        };
+        const auto combine_x = [&](int64_t task, int thread) { combine.run(task, thread); };
+        const auto sum_x = [&](int64_t token, int) { combine.sum(token); };
         const auto weight_columns_h = [&](int64_t task, int thread) {
             const ExpertTask at(routing_, task, h_pieces);
             weight_gradients_h(threads_[thread], at.expert, at.piece * kMaxColumns);
@@ -101,9 +111,12 @@ private:
         if (active < E) schedule.add("clear_idle", E, clear_idle);
         if (recomputed_) schedule.add("recompute", active * i_slabs_, recompute_slab);
         if (wants_b2_product) schedule.add("project_d", active, project_d);
-        if (wants_grad_h()) schedule.add("activate", active * i_slabs_, activate_slab);
+        if (wants_grad_h()) schedule.add("activate", active * wide_slabs, activate_slab);
         if (wants_b1_product) schedule.add("project_grad", active, project_grad);
-        if (b_.grad_hidden_states) schedule.add("combine_x", blocks * h_slabs, combine_slab);
+        if (b_.grad_hidden_states) {
+            schedule.add("combine_x", combine.num_tasks(), combine_x);
+            schedule.add("sum_x", combine.num_sums(), sum_x);
+        }
         if (b_.grad_gate_up_lora_A || b_.grad_gate_up_proj || b_.grad_down_lora_B || b_.grad_down_bias) {
             schedule.add("weights_h", active * h_pieces, weight_columns_h);
         }
@@ -146,11 +159,13 @@ private:
         });
     }
 
-    void activate(const Thread<T>& thread, int64_t expert, int64_t slab) {
-        const int64_t column = slab * kSlab, n = smaller(kSlab, I_ - column);
+    // column: a multiple of kSlab
+    void activate(const Thread<T>& thread, int64_t expert, int64_t column, int64_t n) {
         const int64_t begin = routing_.offsets[expert], rows = routing_.rows(expert), rank = p_.down_rank;
         const Columns columns{column, n};
-        A sum_g[kSlab] = {}, sum_u[kSlab] = {};
+        A sum_g[kDirectColumns], sum_u[kDirectColumns];
+        for (int64_t j = 0; j < columns.padded(); ++j) sum_g[j] = sum_u[j] = 0;
+        const int64_t stride = wide_slab(routing_);
         for_each_row_block(rows, [&](int64_t row, int64_t count) {
             const int64_t first = begin + row;
             BlockGemm<T> block(thread.gemm, count, columns.padded());
@@ -158,9 +173,12 @@ private:
             if (rank) block.multiply_nn({db2_ + first * rank, rank}, rank, layer_.A2, expert, columns);
             with_activation(p_.activation, [&](auto activation) {
                 for (int64_t i = 0; i < count; ++i) {
-                    T* h = thread.activations + (row + i) * kSlab;
-                    grad_w_[slab * routing_.num_routes + first + i] =
-                        activation_gradient(activation, first + i, column, n, block.row(i), h, sum_g, sum_u);
+                    T* h = thread.activations + (row + i) * stride;
+                    for (int64_t j = 0; j < n; j += kSlab) {
+                        grad_w_[(column + j) / kSlab * routing_.num_routes + first + i] =
+                            activation_gradient(activation, first + i, column + j, smaller(kSlab, n - j),
+                                                block.row(i) + j, h + j, sum_g + j, sum_u + j);
+                    }
                 }
             });
         });
@@ -168,17 +186,15 @@ private:
             put_row(b_.grad_gate_up_bias, 0, expert, column, n, sum_g, A{1});
             put_row(b_.grad_gate_up_bias, 0, expert, I_ + column, n, sum_u, A{1});
         }
-        const Operand<T> h{{thread.activations, kSlab}, 0, n};
+        const Operand<T> h{{thread.activations, stride}, 0, n};
         const A* weights = layer_.route_weights + begin;
         if (b_.grad_down_lora_A) {
             const Operand<T> db2{{db2_ + begin * rank, rank}, 0, rank, weights};
-            outer_product(thread.gemm, rows, db2, h,
-                          [&](int64_t i, const A* c) { put_row(b_.grad_down_lora_A, expert, i, column, n, c, A{1}); });
+            outer_product(thread.gemm, rows, db2, h, PutRows<A>{b_.grad_down_lora_A, expert, column, n});
         }
         if (b_.grad_down_proj) {
             const Operand<T> d{layer_.by_token(b_.grad_output, begin), 0, H_, weights};
-            outer_product(thread.gemm, rows, d, h,
-                          [&](int64_t i, const A* c) { put_row(b_.grad_down_proj, expert, i, column, n, c, A{1}); });
+            outer_product(thread.gemm, rows, d, h, PutRows<A>{b_.grad_down_proj, expert, column, n});
         }
     }
 
@@ -204,16 +220,6 @@ private:
         return sum_lanes<A>(dot);
     }
 
-    void combine_x(const Thread<T>& thread, int64_t first_token, int64_t column, int64_t n) {
-        const int64_t rank = p_.gate_up_rank;
-        const auto multiply = [&](BlockGemm<T>& block, int64_t expert, int64_t route, const Columns& columns) {
-            block.multiply_nn(grad_gate_up(route), 2 * I_, layer_.gate_up, expert, columns);
-            if (rank) block.multiply_nn({dgub_ + route * rank, rank}, rank, layer_.A1, expert, columns);
-        };
-        combine(thread, layer_, first_token, column, n, static_cast<T*>(b_.grad_hidden_states.data), multiply,
-                AddRows<T>{});
-    }
-
     // The gradients whose rows or columns run along H: one read of x or d for each.
     void weight_gradients_h(const Thread<T>& thread, int64_t expert, int64_t column) {
         const int64_t begin = routing_.offsets[expert], rows = routing_.rows(expert);
@@ -223,20 +229,16 @@ private:
         const A* weights = layer_.route_weights + begin;
         if (b_.grad_gate_up_lora_A) {
             const Operand<T> dgub{{dgub_ + begin * r1, r1}, 0, r1};
-            outer_product(thread.gemm, rows, dgub, x, [&](int64_t i, const A* c) {
-                put_row(b_.grad_gate_up_lora_A, expert, i, column, n, c, A{1});
-            });
+            outer_product(thread.gemm, rows, dgub, x, PutRows<A>{b_.grad_gate_up_lora_A, expert, column, n});
         }
         if (b_.grad_gate_up_proj) {
             const Operand<T> grad{grad_gate_up(begin), 0, 2 * I_};
-            outer_product(thread.gemm, rows, grad, x,
-                          [&](int64_t i, const A* c) { put_row(b_.grad_gate_up_proj, expert, i, column, n, c, A{1}); });
+            outer_product(thread.gemm, rows, grad, x, PutRows<A>{b_.grad_gate_up_proj, expert, column, n});
         }
         if (b_.grad_down_lora_B) {
             const Operand<T> ha{{static_cast<const T*>(b_.saved_ha) + begin * r2, r2}, 0, r2, weights};
-            outer_product(thread.gemm, rows, ha, d, [&](int64_t i, const A* c) {
-                put_column(b_.grad_down_lora_B, expert, i, column, n, c, static_cast<A>(p_.down_scaling));
-            });
+            outer_product(thread.gemm, rows, ha, d,
+                          PutColumns<A>{b_.grad_down_lora_B, expert, column, n, static_cast<A>(p_.down_scaling)});
         }
         if (b_.grad_down_bias) {
             A sum[kMaxColumns] = {};
@@ -254,9 +256,8 @@ private:
         const int64_t begin = routing_.offsets[expert], n = smaller(kMaxColumns, 2 * I_ - column), r1 = p_.gate_up_rank;
         const Operand<T> xa{{static_cast<const T*>(b_.saved_xa) + begin * r1, r1}, 0, r1};
         const Operand<T> grad{grad_gate_up(begin), column, n};
-        outer_product(thread.gemm, routing_.rows(expert), xa, grad, [&](int64_t i, const A* c) {
-            put_column(b_.grad_gate_up_lora_B, expert, i, column, n, c, static_cast<A>(p_.gate_up_scaling));
-        });
+        outer_product(thread.gemm, routing_.rows(expert), xa, grad,
+                      PutColumns<A>{b_.grad_gate_up_lora_B, expert, column, n, static_cast<A>(p_.gate_up_scaling)});
     }
 
     // grad_w = <h, dh> + <d, bd>, the slabs added in order
@@ -287,6 +288,7 @@ private:
     T* recomputed_ = nullptr;
     T *grad_gate_up_, *dgub_, *db2_;
     A* grad_w_;  // [slabs, R]
+    A* routes_;
     const Thread<T>* threads_;
 };
 

@@ -2,36 +2,41 @@
 
 // kt::moe_fwd and the forward half of kt::moe_sft.
 
-#include "moe/layer-inl.h"
+#include "moe/combine-inl.h"
 
 namespace kt::KT_ISA {
 
-// sums += w (c + bias)
+// w (h Wd^T + s2 ha B2^T + bd)
 template <class T>
-struct AddWeighted {
+struct DownProduct {
     const Layer<T>& layer;
-    const Thread<T>& thread;
+    const T *h, *ha;
 
-    void start(int64_t expert, int64_t column, int64_t n) const {
-        load_bias(layer.p.down_bias, expert, column, n, thread.bias);
-        for (int64_t j = n; j < kSlab; ++j) thread.bias[j] = 0;
+    void multiply(BlockGemm<T>& block, int64_t expert, int64_t route, const Columns& columns) const {
+        const int64_t rank = layer.p.down_rank;
+        block.multiply_nt({h + route * layer.I, layer.I}, layer.I, layer.down, expert, columns);
+        if (rank) block.multiply_nt({ha + route * rank, rank}, rank, layer.B2, expert, columns);
     }
-    void operator()(Acc<T>* sums, int64_t route, const Acc<T>* c, int64_t n) const {
-        const Acc<T> w = layer.route_weights[route];
-        for (int64_t j = 0; j < round_up(n, kPanelColumns); j += kLanes<Acc<T>>) {
-            store(sums + j, load(sums + j) + w * (load(c + j) + load(thread.bias + j)));
-        }
+    void start(const Thread<T>& thread, int64_t expert, int64_t column, int64_t n) const {
+        load_bias(layer.p.down_bias, expert, column, n, thread.bias);
+        for (int64_t j = n; j < round_up(n, kPanelColumns); ++j) thread.bias[j] = 0;
+    }
+    Vec<Acc<T>> value(const Thread<T>& thread, int64_t route, Vec<Acc<T>> c, int64_t j) const {
+        return layer.route_weights[route] * (c + load(thread.bias + j));
     }
 };
 
 template <class T>
 class Forward {
+    using CombineDown = Combine<T, DownProduct<T>>;
+
 public:
     static void run(const Problem& p, const ForwardResults& results) {
         const Routing routing(p);
         const int64_t R = routing.num_routes;
         Workspace workspace(Layer<T>::bytes(routing) + Workspace::padded<T>(R * p.intermediate_size) +
                             Workspace::padded<T>(R * p.gate_up_rank) + Workspace::padded<T>(R * p.down_rank) +
+                            Workspace::padded<Acc<T>>(CombineDown::route_elements(p, routing)) +
                             Thread<T>::bytes(p, routing));
         const Layer<T> layer(p, routing, workspace);
         Forward(layer, results, workspace).run();
@@ -44,14 +49,16 @@ private:
         h_ = workspace.take<T>(R * layer.I);
         xa_ = results.saved_xa ? static_cast<T*>(results.saved_xa) : workspace.take<T>(R * p_.gate_up_rank);
         ha_ = results.saved_ha ? static_cast<T*>(results.saved_ha) : workspace.take<T>(R * p_.down_rank);
+        routes_ = workspace.take<Acc<T>>(CombineDown::route_elements(p_, routing_));
         threads_ = Thread<T>::take(workspace, p_, routing_);
     }
 
     void run() {
         const int64_t active = routing_.num_active;
-        const int64_t i_slab = slab_width(layer_.I, active, p_.num_threads), i_slabs = ceil_div(layer_.I, i_slab);
-        const int64_t blocks = ceil_div(p_.num_tokens, kTokenBlock);
-        const int64_t h_slab = slab_width(layer_.H, blocks, p_.num_threads), h_slabs = ceil_div(layer_.H, h_slab);
+        const int64_t i_slab = slab_width(kSlab, layer_.I, active, p_.num_threads),
+                      i_slabs = ceil_div(layer_.I, i_slab);
+        const DownProduct<T> product{layer_, h_, ha_};
+        const CombineDown combine(layer_, threads_, product, routes_, static_cast<T*>(results_.output), kSlab);
 
         const auto project_x = [&](int64_t task, int thread) {
             const int64_t e = routing_.active[task], first = routing_.offsets[e];
@@ -68,16 +75,15 @@ private:
             low_rank_product<true>(threads_[thread].gemm, layer_, e, Rows<T>{h_ + first * layer_.I, layer_.I}, layer_.I,
                                    layer_.A2, p_.down_rank, ha_ + first * p_.down_rank);
         };
-        const auto down = [&](int64_t task, int thread) {
-            const int64_t column = task % h_slabs * h_slab;
-            combine_down(threads_[thread], task / h_slabs * kTokenBlock, column, smaller(h_slab, layer_.H - column));
-        };
+        const auto down = [&](int64_t task, int thread) { combine.run(task, thread); };
+        const auto sum = [&](int64_t token, int) { combine.sum(token); };
 
         Schedule schedule;
         if (p_.gate_up_rank) schedule.add("project_x", active, project_x);
         schedule.add("gate_up", active * i_slabs, gate_up);
         if (p_.down_rank) schedule.add("project_h", active, project_h);
-        schedule.add("down", blocks * h_slabs, down);
+        schedule.add("down", combine.num_tasks(), down);
+        schedule.add("sum", combine.num_sums(), sum);
         schedule.run<KT_REGION>(p_.num_threads, p_.launch);
     }
 
@@ -100,23 +106,12 @@ private:
         });
     }
 
-    // out = sum of w (h Wd^T + s2 ha B2^T + bd)
-    void combine_down(const Thread<T>& thread, int64_t first_token, int64_t column, int64_t n) {
-        const auto multiply = [&](BlockGemm<T>& block, int64_t expert, int64_t route, const Columns& columns) {
-            block.multiply_nt({h_ + route * layer_.I, layer_.I}, layer_.I, layer_.down, expert, columns);
-            if (p_.down_rank) {
-                block.multiply_nt({ha_ + route * p_.down_rank, p_.down_rank}, p_.down_rank, layer_.B2, expert, columns);
-            }
-        };
-        combine(thread, layer_, first_token, column, n, static_cast<T*>(results_.output), multiply,
-                AddWeighted<T>{layer_, thread});
-    }
-
     const Layer<T>& layer_;
     const Problem& p_;
     const Routing& routing_;
     const ForwardResults& results_;
     T *h_, *xa_, *ha_;
+    Acc<T>* routes_;
     const Thread<T>* threads_;
 };
 

@@ -18,44 +18,37 @@ struct NoRegion {};
 #define KT_REGION NoRegion
 #endif
 
-// Columns of one task: of I for products with g and u (twice as many columns of C), of H where rows are combined.
-// Fewer when there are not enough tasks for the threads; the results do not depend on it.
+// Columns of one task of a product along the rows of a weight: of I twice, of g and of u.
 constexpr int64_t kSlab = 64;
 
-// Tokens whose sums one task of combine() holds in L2: 64 columns of float32 are 512 KiB.
-constexpr int64_t kTokenBlock = 2048;
-
-inline int64_t slab_width(int64_t columns, int64_t tasks_a_slab, int num_threads) {
-    int64_t width = kSlab;
-    while (width > kPanelColumns && ceil_div(columns, width) * tasks_a_slab < 4 * num_threads) width /= 2;
-    return width;
+// Columns of one task of a product down the rows of a weight: whole rows where they fit, or at least a few cache lines,
+// since memory is slow one line a page.
+inline int64_t wide_slab(const Routing& routing) {
+    return routing.most_rows <= kDirectRows ? kDirectColumns : kMaxColumns;
 }
 
-// First i in [begin, end) with sorted[i] >= value, else end.
-inline int64_t lower_bound(const int32_t* sorted, int64_t begin, int64_t end, int64_t value) {
-    while (begin < end) {
-        const int64_t middle = begin + (end - begin) / 2;
-        if (sorted[middle] < value) {
-            begin = middle + 1;
-        } else {
-            end = middle;
-        }
-    }
-    return begin;
+// Tokens and columns of the sums that one task of Combine holds: 1 MiB of float32.
+constexpr int64_t kTokenBlock = 2048;
+constexpr int64_t kSumSlab = 128;
+
+// At most `width`, and less when there are not enough tasks for the threads: the results do not depend on it.
+inline int64_t slab_width(int64_t width, int64_t columns, int64_t tasks_a_slab, int num_threads) {
+    while (width > kPanelColumns && ceil_div(columns, width) * tasks_a_slab < 4 * num_threads) width /= 2;
+    return width;
 }
 
 template <class T>
 struct Thread {
     GemmScratch<T> gemm;
-    Acc<T>* sums;    // [min(T, kTokenBlock), kSlab]
-    T* activations;  // [most rows of an expert, kSlab]
-    Acc<T>* bias;    // [2 * kSlab]
+    Acc<T>* sums;    // [min(T, kTokenBlock), kSumSlab]
+    T* activations;  // [most rows of an expert, wide_slab]
+    Acc<T>* bias;    // [kDirectColumns]
 
     Thread(Workspace& w, const Problem& p, const Routing& routing)
         : gemm(w),
           sums(w.take<Acc<T>>(sum_elements(p))),
-          activations(w.take<T>(routing.most_rows * kSlab)),
-          bias(w.take<Acc<T>>(2 * kSlab)) {}
+          activations(w.take<T>(routing.most_rows * wide_slab(routing))),
+          bias(w.take<Acc<T>>(kDirectColumns)) {}
 
     static Thread* take(Workspace& w, const Problem& p, const Routing& routing) {
         auto* threads = w.take<Thread>(p.num_threads);
@@ -65,12 +58,13 @@ struct Thread {
 
     static size_t bytes(const Problem& p, const Routing& routing) {
         const size_t one = GemmScratch<T>::bytes() + Workspace::padded<Acc<T>>(sum_elements(p)) +
-                           Workspace::padded<T>(routing.most_rows * kSlab) + Workspace::padded<Acc<T>>(2 * kSlab);
+                           Workspace::padded<T>(routing.most_rows * wide_slab(routing)) +
+                           Workspace::padded<Acc<T>>(kDirectColumns);
         return Workspace::padded<Thread>(p.num_threads) + static_cast<size_t>(p.num_threads) * one;
     }
 
 private:
-    static int64_t sum_elements(const Problem& p) { return smaller(p.num_tokens, kTokenBlock) * kSlab; }
+    static int64_t sum_elements(const Problem& p) { return smaller(p.num_tokens, kTokenBlock) * kSumSlab; }
 };
 
 template <class T>
@@ -166,38 +160,6 @@ inline void gate_up_product(const Thread<T>& thread, const Layer<T>& layer, int6
             epilogue(first + i, g, u);
         }
     });
-}
-
-// out[t][column .. column + n) = sum over the routes of t, experts in ascending order, of what add(sum, route, c) adds
-// for each row c of the block that multiply(block, expert, first_route, columns) makes.
-template <class T, class Multiply, class Add>
-inline void combine(const Thread<T>& thread, const Layer<T>& layer, int64_t first_token, int64_t column, int64_t n,
-                    T* out, Multiply multiply, Add add) {
-    const Routing& routing = layer.routing;
-    const int64_t tokens = smaller(kTokenBlock, layer.p.num_tokens - first_token);
-    const Columns columns{column, n};
-    for (int64_t i = 0; i < tokens * kSlab; ++i) thread.sums[i] = 0;
-    for (int64_t a = 0; a < routing.num_active; ++a) {
-        const int64_t expert = routing.active[a];
-        int64_t begin = routing.offsets[expert], end = routing.offsets[expert + 1];
-        begin = lower_bound(routing.token, begin, end, first_token);
-        end = lower_bound(routing.token, begin, end, first_token + tokens);
-        if (begin == end) continue;
-        add.start(expert, column, n);
-        for_each_row_block(end - begin, [&](int64_t row, int64_t count) {
-            BlockGemm<T> block(thread.gemm, count, columns.padded());
-            multiply(block, expert, begin + row, columns);
-            for (int64_t i = 0; i < count; ++i) {
-                const int64_t route = begin + row + i;
-                add(thread.sums + (routing.token[route] - first_token) * kSlab, route, block.row(i), n);
-            }
-        });
-    }
-    for (int64_t t = 0; t < tokens; ++t) {
-        T* to = out + (first_token + t) * layer.H + column;
-        const Acc<T>* sum = thread.sums + t * kSlab;
-        for_each_vector<Acc<T>>(n, [&](int64_t v, int64_t count) { store_n(to + v, load(sum + v), count); });
-    }
 }
 
 }  // namespace kt::KT_ISA

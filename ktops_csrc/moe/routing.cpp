@@ -4,12 +4,14 @@ namespace kt {
 
 Routing::Routing(const Problem& p) {
     const int64_t E = p.num_experts, R = p.num_tokens * p.top_k;
-    memory_.reset(new int64_t[2 * (E + 1) + ceil_div(E + 2 * R, 2)]);
+    memory_.reset(new int64_t[2 * (E + 1) + ceil_div(E + 3 * R + p.num_tokens, 2)]);
     int64_t* offsets = memory_.get();
     int64_t* cursor = offsets + E + 1;
     auto* active = reinterpret_cast<int32_t*>(cursor + E + 1);
     int32_t* route = active + E;
     int32_t* token = route + R;
+    int32_t* sorted = token + R;
+    int32_t* taken = sorted + R;
 
     for (int64_t e = 0; e <= E; ++e) offsets[e] = 0;
     for (int64_t t = 0; t < p.num_tokens; ++t) {
@@ -35,10 +37,14 @@ Routing::Routing(const Problem& p) {
         }
     }
     num_routes = offsets[E];
+    for (int64_t i = 0; i < R; ++i) sorted[i] = -1;
+    for (int64_t t = 0; t < p.num_tokens; ++t) taken[t] = 0;
+    for (int64_t i = 0; i < num_routes; ++i) sorted[token[i] * p.top_k + taken[token[i]]++] = static_cast<int32_t>(i);
     this->offsets = offsets;
     this->active = active;
     this->route = route;
     this->token = token;
+    this->sorted = sorted;
 }
 
 }  // namespace kt

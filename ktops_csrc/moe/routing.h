@@ -16,6 +16,7 @@ struct Routing {
     const int64_t* offsets;  // [E + 1]: expert e owns sorted routes [offsets[e], offsets[e + 1])
     const int32_t* route;    // [num_routes]
     const int32_t* token;    // [num_routes]: route / K
+    const int32_t* sorted;   // [T, K]: where the routes of a token are in this order, ascending; then -1
 
     int64_t rows(int64_t e) const { return offsets[e + 1] - offsets[e]; }
 

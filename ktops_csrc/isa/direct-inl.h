@@ -1,0 +1,225 @@
+#pragma once
+
+// Products for the few rows of an expert: B is read once, where it lies, with no panel.
+//
+//   dots       C = A . W^T   dot products of rows of A with rows of W
+//   columns    C (+)= A . W  rows of W times an element of A each, added up
+
+#include <type_traits>
+#include <utility>
+
+#include "isa/panel-inl.h"
+
+namespace kt::KT_ISA {
+
+// Rows of A that share a read of B: as many as the registers hold sums for.
+constexpr int kDirectTile = KT_VECTOR_BYTES == 64 ? 6 : 3;
+
+// How one instruction multiplies elements of two rows and adds them up.
+template <class T>
+struct DotStep {
+    static constexpr int64_t kWidth = kLanes<Acc<T>>;
+    static Vec<Acc<T>> load(const T* p) { return KT_ISA::load(p); }
+    static Vec<Acc<T>> load(const T* p, int64_t n) { return load_n(p, n); }
+    static Vec<Acc<T>> add(Vec<Acc<T>> sum, Vec<Acc<T>> x, Vec<Acc<T>> y) { return sum + x * y; }
+};
+
+// How one step takes kRows rows of kColumns columns of B into kVectors vectors of sums.
+template <class T>
+struct ColumnStep {
+    using V = Vec<Acc<T>>;
+    static constexpr int64_t kRows = 1, kColumns = kLanes<Acc<T>>;
+    static constexpr int kVectors = 1;
+
+    // `rows` rows of n columns; the others are zeros
+    static void load(const T* w, int64_t, int64_t, int64_t n, V* out) { out[0] = load_n(w, n); }
+    // the elements of a row of A for those rows, in every lane
+    static V spread(const T* a, int64_t) { return broadcast(static_cast<Acc<T>>(to_float(read(a)))); }
+    static V add(V sum, V x, V y) { return sum + x * y; }
+    static void load_sums(const Acc<T>* c, int64_t, V* sums) { sums[0] = KT_ISA::load(c); }
+    static void store_sums(Acc<T>* c, int64_t, const V* sums) { store(c, sums[0]); }
+};
+
+// Sums of N vectors, N <= 4: halves of groups of G lanes are added until a group is one lane.
+//
+//   G = 16   [a][b], [c][d]  ->  8 lanes of a, 8 of b;  8 of c, 8 of d  ->  4 of each  ->  2  ->  a b c d
+template <int G, class A, int... Is>
+inline Vec<A> fold_groups(Vec<A> x, Vec<A> y, std::integer_sequence<int, Is...>) {
+    constexpr int H = G / 2;
+    return __builtin_shufflevector(x, y, (Is / H * G + Is % H)...) +
+           __builtin_shufflevector(x, y, (Is / H * G + Is % H + H)...);
+}
+template <int G, class A>
+inline Vec<A> fold(Vec<A> x, Vec<A> y) {
+    return fold_groups<G, A>(x, y, std::make_integer_sequence<int, kLanes<A>>());
+}
+template <int G, class A>
+inline Vec<A> fold_rest(Vec<A> x) {
+    if constexpr (G > 1) {
+        return fold_rest<G / 2, A>(fold<G, A>(x, x));
+    } else {
+        return x;
+    }
+}
+template <class A, int N>
+inline void put_sums(const Vec<A> (&v)[N], A* out) {
+    constexpr int L = kLanes<A>;
+    if constexpr (N == 4 && L >= 4) {
+        const Vec<A> sums = fold_rest<L / 4, A>(fold<L / 2, A>(fold<L, A>(v[0], v[1]), fold<L, A>(v[2], v[3])));
+        std::memcpy(out, &sums, N * sizeof(A));
+    } else {
+        for (int j = 0; j < N; ++j) out[j] = sum_lanes<A>(v[j]);
+    }
+}
+
+// f(count) with 1 <= count <= kMost as a constant of the compiler.
+template <int kMost, class F>
+inline void with_constant(int64_t count, F f) {
+    if constexpr (kMost > 1) {
+        if (count < kMost) return with_constant<kMost - 1>(count, f);
+    }
+    f(std::integral_constant<int, kMost>());
+}
+
+template <class T>
+class Direct {
+    using A = Acc<T>;
+    using Step = ColumnStep<T>;
+    static constexpr int kGroups = 4 / Step::kVectors;      // groups of columns at once
+    static constexpr int64_t kPrefetch = 1024 / sizeof(T);  // elements: far enough to hide memory, near enough for L1
+    static constexpr int64_t kLine = 64 / sizeof(T);
+
+public:
+    static constexpr int64_t kDotRows = 4;     // rows of W at once
+    static constexpr int64_t kRowsAhead = 64;  // rows of W between the prefetch to L2 and the use
+
+    // C[i][j] = a[i] . row j of W, for i < m and j < n. Rows of W are `stride` apart.
+    static void dots(const T* const* a, int64_t m, const T* w, int64_t stride, int64_t n, int64_t k, A* c,
+                     int64_t ldc) {
+        const int64_t tile = ceil_div(m, ceil_div(m, kDirectTile));
+        for (int64_t j = 0; j < n; j += kDotRows) {
+            for (int64_t i = 0; i < m; i += tile) {
+                with_constant<kDirectTile>(smaller(tile, m - i), [&](auto rows) {
+                    with_constant<kDotRows>(smaller(kDotRows, n - j), [&](auto columns) {
+                        dots_tile<rows(), columns()>(a + i, w + j * stride, stride, k, c + i * ldc + j, ldc);
+                    });
+                });
+            }
+        }
+    }
+
+    // C[i][j] (+)= sum over s < k of a[i][s] . W[s][j], for i < m and j < n. Rows of W are `stride` apart; rows of C
+    // have room for a multiple of kPanelColumns columns.
+    static void columns(const T* const* a, int64_t m, const T* w, int64_t stride, int64_t n, int64_t k, A* c,
+                        int64_t ldc, bool accumulate) {
+        const int64_t tile = ceil_div(m, ceil_div(m, kDirectTile));
+        for (int64_t s = 0; s < k; s += kRowsAhead, accumulate = true) {
+            Rank g{nullptr, s, smaller(kRowsAhead, k - s), nullptr, stride, 0, nullptr, ldc, accumulate};
+            for (int64_t j = 0; j < n; j += g.n) {
+                const bool wide = n - j >= kGroups * Step::kColumns;
+                g.w = w + s * stride + j;
+                g.n = wide ? kGroups * Step::kColumns : smaller(Step::kColumns, n - j);
+                for (int64_t i = 0; i < m; i += tile) {
+                    g.a = a + i;
+                    g.c = c + i * ldc + j;
+                    with_constant<kDirectTile>(smaller(tile, m - i), [&](auto rows) {
+                        wide ? columns_tile<rows(), kGroups>(g) : columns_tile<rows(), 1>(g);
+                    });
+                }
+            }
+        }
+    }
+
+private:
+    template <int M, int N>
+    static void dots_tile(const T* const* a, const T* w, int64_t stride, int64_t k, A* c, int64_t ldc) {
+        constexpr int64_t W = DotStep<T>::kWidth;
+        Vec<A> sums[M][N] = {};
+        const auto multiply = [&](auto load) __attribute__((always_inline)) {
+            decltype(load(w)) x[M];
+#pragma GCC unroll 8
+            for (int i = 0; i < M; ++i) x[i] = load(a[i]);
+#pragma GCC unroll 8
+            for (int j = 0; j < N; ++j) {
+                const auto y = load(w + j * stride);
+#pragma GCC unroll 8
+                for (int i = 0; i < M; ++i) sums[i][j] = DotStep<T>::add(sums[i][j], x[i], y);
+            }
+        };
+        int64_t s = 0;
+        const auto run = [&](int64_t end, const T* ahead) __attribute__((always_inline)) {
+            for (; s + W <= end; s += W) {
+#pragma GCC unroll 8
+                for (int j = 0; j < N; ++j) __builtin_prefetch(ahead + j * stride + s);
+                multiply([s](const T* p) __attribute__((always_inline)) { return DotStep<T>::load(p + s); });
+            }
+        };
+        run(k - kPrefetch, w + kPrefetch);
+        run(k, w + N * stride + kPrefetch - k);  // the end of these rows: the start of the next N
+        if (s < k) {
+            multiply([s, k](const T* p) __attribute__((always_inline)) { return DotStep<T>::load(p + s, k - s); });
+        }
+#pragma GCC unroll 8
+        for (int i = 0; i < M; ++i) put_sums<A, N>(sums[i], c + i * ldc);
+    }
+
+    // C[i][j] (+)= sum over s < rows of a[i][first + s] . w[s * stride + j]
+    struct Rank {
+        const T* const* a;
+        int64_t first, rows;
+        const T* w;
+        int64_t stride, n;
+        A* c;
+        int64_t ldc;
+        bool accumulate;
+    };
+
+    template <int M, int G>
+    static void columns_tile(const Rank& g) {
+        constexpr int N = Step::kVectors;
+        constexpr int64_t kColumns = Step::kColumns;
+        const int64_t count = G > 1 ? kColumns : g.n;
+        Vec<A> sums[M][G * N] = {};
+#pragma GCC unroll 8
+        for (int i = 0; i < M; ++i) {
+#pragma GCC unroll 8
+            for (int j = 0; j < G; ++j) {
+                if (g.accumulate) Step::load_sums(g.c + i * g.ldc + j * kColumns, count, sums[i] + j * N);
+            }
+        }
+        const T* a[M];
+#pragma GCC unroll 8
+        for (int i = 0; i < M; ++i) a[i] = g.a[i] + g.first;
+        const auto multiply = [&](const T* w, int64_t s, int64_t rows) __attribute__((always_inline)) {
+            typename Step::V b[G * N];
+#pragma GCC unroll 8
+            for (int j = 0; j < G; ++j) Step::load(w + j * kColumns, g.stride, rows, count, b + j * N);
+#pragma GCC unroll 8
+            for (int i = 0; i < M; ++i) {
+                const auto x = Step::spread(a[i] + s, rows);
+#pragma GCC unroll 8
+                for (int j = 0; j < G * N; ++j) sums[i][j] = Step::add(sums[i][j], x, b[j]);
+            }
+        };
+        const T* w = g.w;
+        int64_t s = 0;
+        for (; s + Step::kRows <= g.rows; s += Step::kRows, w += Step::kRows * g.stride) {
+#pragma GCC unroll 8
+            for (int64_t r = 0; r < Step::kRows; ++r) {
+#pragma GCC unroll 8
+                for (int64_t j = 0; j < G * kColumns; j += kLine) {
+                    __builtin_prefetch(w + (kRowsAhead + r) * g.stride + j, 0, 2);
+                }
+            }
+            multiply(w, s, Step::kRows);
+        }
+        if (s < g.rows) multiply(w, s, g.rows - s);
+#pragma GCC unroll 8
+        for (int i = 0; i < M; ++i) {
+#pragma GCC unroll 8
+            for (int j = 0; j < G; ++j) Step::store_sums(g.c + i * g.ldc + j * kColumns, count, sums[i] + j * N);
+        }
+    }
+};
+
+}  // namespace kt::KT_ISA

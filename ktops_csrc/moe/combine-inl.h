@@ -1,0 +1,138 @@
+#pragma once
+
+// out[t] = sum over the routes of token t, experts in ascending order, of a product's row for each route.
+
+#include "moe/layer-inl.h"
+
+namespace kt::KT_ISA {
+
+// Up to this size the rows of all routes are kept, [R, H], and added up in a phase of their own: tasks are (expert,
+// columns), enough for any number of threads. Beyond it a task is a slab of columns over all experts, for kTokenBlock
+// tokens, and holds its sums.
+constexpr int64_t kRouteBytes = 32 << 20;
+
+// First i in [begin, end) with sorted[i] >= value, else end.
+inline int64_t lower_bound(const int32_t* sorted, int64_t begin, int64_t end, int64_t value) {
+    while (begin < end) {
+        const int64_t middle = begin + (end - begin) / 2;
+        if (sorted[middle] < value) {
+            begin = middle + 1;
+        } else {
+            end = middle;
+        }
+    }
+    return begin;
+}
+
+// Product has
+//   multiply(block, expert, first_route, columns)   the rows of an expert's routes
+//   start(thread, expert, column, n)                before value() for these columns
+//   value(thread, route, c, j)                      what is added for vector c of the row, j columns after `column`
+template <class T, class Product>
+class Combine {
+    using A = Acc<T>;
+
+public:
+    // routes: route_elements() of scratch. slab: the most columns of a task while routes are kept.
+    Combine(const Layer<T>& layer, const Thread<T>* threads, const Product& product, A* routes, T* out, int64_t slab)
+        : layer_(layer),
+          routing_(layer.routing),
+          threads_(threads),
+          product_(product),
+          routes_(keeps_routes(layer.p, layer.routing) ? routes : nullptr),
+          out_(out),
+          blocks_(ceil_div(layer.p.num_tokens, kTokenBlock)) {
+        const int64_t groups = routes_ ? routing_.num_active : blocks_;
+        width_ = slab_width(routes_ ? slab : kSumSlab, layer.H, groups, layer.p.num_threads);
+        slabs_ = ceil_div(layer.H, width_);
+    }
+
+    static int64_t route_elements(const Problem& p, const Routing& routing) {
+        return keeps_routes(p, routing) ? routing.num_routes * p.hidden_size : 0;
+    }
+
+    int64_t num_tasks() const { return slabs_ * (routes_ ? routing_.num_active : blocks_); }
+    void run(int64_t task, int thread) const {
+        const int64_t column = task % slabs_ * width_, n = smaller(width_, layer_.H - column);
+        if (routes_) {
+            keep_rows(threads_[thread], routing_.active[task / slabs_], column, n);
+        } else {
+            sum_block(threads_[thread], task / slabs_ * kTokenBlock, column, n);
+        }
+    }
+
+    // After all of run().
+    int64_t num_sums() const { return routes_ ? layer_.p.num_tokens : 0; }
+    void sum(int64_t token) const {
+        const int32_t* sorted = routing_.sorted + token * layer_.p.top_k;
+        for_each_vector<A>(layer_.H, [&](int64_t j, int64_t n) {
+            Vec<A> sum{};
+            for (int64_t i = 0; i < layer_.p.top_k && sorted[i] >= 0; ++i) {
+                sum += load_n(routes_ + sorted[i] * layer_.H + j, n);
+            }
+            store_n(out_ + token * layer_.H + j, sum, n);
+        });
+    }
+
+private:
+    static bool keeps_routes(const Problem& p, const Routing& routing) {
+        return routing.num_routes * p.hidden_size * static_cast<int64_t>(sizeof(A)) <= kRouteBytes;
+    }
+
+    // put(route, row) for routes [begin, end) of an expert.
+    template <class Put>
+    void rows(const Thread<T>& thread, int64_t expert, int64_t begin, int64_t end, int64_t column, int64_t n,
+              Put put) const {
+        const Columns columns{column, n};
+        product_.start(thread, expert, column, n);
+        for_each_row_block(end - begin, [&](int64_t row, int64_t count) {
+            BlockGemm<T> block(thread.gemm, count, columns.padded());
+            product_.multiply(block, expert, begin + row, columns);
+            for (int64_t i = 0; i < count; ++i) put(begin + row + i, block.row(i));
+        });
+    }
+
+    void keep_rows(const Thread<T>& thread, int64_t expert, int64_t column, int64_t n) const {
+        rows(thread, expert, routing_.offsets[expert], routing_.offsets[expert + 1], column, n,
+             [&](int64_t route, const A* c) {
+                 A* to = routes_ + route * layer_.H + column;
+                 for_each_vector<A>(n, [&](int64_t j, int64_t count) {
+                     store_n(to + j, product_.value(thread, route, load(c + j), j), count);
+                 });
+             });
+    }
+
+    void sum_block(const Thread<T>& thread, int64_t first_token, int64_t column, int64_t n) const {
+        const int64_t tokens = smaller(kTokenBlock, layer_.p.num_tokens - first_token),
+                      padded = round_up(n, kPanelColumns);
+        for (int64_t i = 0; i < tokens * padded; ++i) thread.sums[i] = 0;
+        for (int64_t a = 0; a < routing_.num_active; ++a) {
+            const int64_t expert = routing_.active[a];
+            int64_t begin = routing_.offsets[expert], end = routing_.offsets[expert + 1];
+            begin = lower_bound(routing_.token, begin, end, first_token);
+            end = lower_bound(routing_.token, begin, end, first_token + tokens);
+            if (begin == end) continue;
+            rows(thread, expert, begin, end, column, n, [&](int64_t route, const A* c) {
+                A* sums = thread.sums + (routing_.token[route] - first_token) * padded;
+                for (int64_t j = 0; j < padded; j += kLanes<A>) {
+                    store(sums + j, load(sums + j) + product_.value(thread, route, load(c + j), j));
+                }
+            });
+        }
+        for (int64_t t = 0; t < tokens; ++t) {
+            const A* sum = thread.sums + t * padded;
+            T* to = out_ + (first_token + t) * layer_.H + column;
+            for_each_vector<A>(n, [&](int64_t j, int64_t count) { store_n(to + j, load(sum + j), count); });
+        }
+    }
+
+    const Layer<T>& layer_;
+    const Routing& routing_;
+    const Thread<T>* threads_;
+    const Product& product_;
+    A* routes_;
+    T* out_;
+    int64_t blocks_, width_, slabs_;
+};
+
+}  // namespace kt::KT_ISA

@@ -42,9 +42,7 @@ struct DenseWeight {
         const T* w = direct(e);
         if (!w) return strided.decode_nn(e, k, kn, column, n, panels, stride);
         const Rows<T> rows{w + k * row_stride, row_stride, nullptr};
-        for (int64_t j = 0; j < n; j += kPanelColumns, panels += stride) {
-            pack_nn(rows, column + j, smaller(kPanelColumns, n - j), kn, panels);
-        }
+        pack_nn(rows, column, n, kn, panels, stride);
     }
 };
 

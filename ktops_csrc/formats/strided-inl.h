@@ -62,7 +62,8 @@ private:
                 }
                 if (j_stride == 1) {
                     const Rows<S> rows{source, k_stride, nullptr};
-                    pack_nn_scaled(rows, 0, columns, kn, panels, [&](int64_t) { return factor; });
+                    pack_nn_scaled(
+                        rows, 0, columns, kn, panels, [&](int64_t) { return factor; }, 0, round_up(kn, kKMultiple<C>));
                     continue;
                 }
             }

@@ -19,7 +19,7 @@ constexpr int64_t kMaxK = 2048;
 constexpr int64_t kPanelBytes = 512 << 10;
 
 // Up to this many rows of A, B is multiplied where it lies: a panel would not be used often enough to pay for itself.
-#ifndef KT_DIRECT_ROWS
+#ifndef KT_DIRECT_ROWS  // an ISA whose panels are worth it earlier says so
 #define KT_DIRECT_ROWS 32
 #endif
 constexpr int64_t kDirectRows = KT_DIRECT_ROWS;
@@ -38,6 +38,9 @@ template <class T>
 struct GemmScratch {
     using C = Compute<T>;
     static constexpr int64_t kPanelElements = kPanelBytes / static_cast<int64_t>(sizeof(C));
+    // Between panels, so that they don't start a power of two apart: their lines would share a few sets of the cache.
+    static constexpr int64_t kPadding = 64 / static_cast<int64_t>(sizeof(C));
+    static constexpr int64_t kPaddedElements = kPanelElements + kDirectColumns / kPanelColumns * kPadding;
     static constexpr int64_t kLeftElements = kPanelElements / 2;
     static constexpr int64_t kStageElements = MicroGemm<C>::kRows * kMaxK;
 
@@ -47,11 +50,11 @@ struct GemmScratch {
     Acc<T>* c;
 
     static size_t bytes() {
-        return Workspace::padded<C>(kPanelElements) + Workspace::padded<C>(kLeftElements) +
+        return Workspace::padded<C>(kPaddedElements) + Workspace::padded<C>(kLeftElements) +
                Workspace::padded<C>(kStageElements) + Workspace::padded<Acc<T>>(kMaxRows * kMaxColumns);
     }
     explicit GemmScratch(Workspace& workspace)
-        : panels(workspace.take<C>(kPanelElements)),
+        : panels(workspace.take<C>(kPaddedElements)),
           left(workspace.take<C>(kLeftElements)),
           stage(workspace.take<C>(kStageElements)),
           c(workspace.take<Acc<T>>(kMaxRows * kMaxColumns)) {}
@@ -106,7 +109,7 @@ public:
         const int64_t most = smaller(kMaxK, GemmScratch<T>::kPanelElements / columns_ / 32 * 32);
         const int64_t k_block = round_up(ceil_div(k, larger(1, ceil_div(k, most))), 32);
         for (int64_t k0 = 0; k0 < k; k0 += k_block) {
-            const int64_t kn = smaller(k_block, k - k0), stride = panel_elements<C>(kn);
+            const int64_t kn = smaller(k_block, k - k0), stride = panel_elements<C>(kn) + GemmScratch<T>::kPadding;
             decode(k0, kn, scratch_.panels, stride);
             for (int64_t i = 0; i < rows_; i += Micro::kRows) {
                 const int64_t m = smaller(Micro::kRows, rows_ - i);
@@ -126,10 +129,10 @@ public:
             const C* pointers[Micro::kRows];
             if constexpr (Micro::kStaged) {
                 Micro::stage_panels(a, stride, i, m, scratch_.stage, pointers);
-                micro(pointers, m, P, b, stride, i);
+                micro(pointers, m, P, b, stride, k, i);
             } else {
                 point_into_panels(a, stride, i, m, pointers);
-                micro(pointers, m, P * kPanelColumns, b, stride, i);
+                micro(pointers, m, P * kPanelColumns, b, stride, k, i);
             }
         }
         first_ = false;
@@ -151,16 +154,16 @@ private:
         if constexpr (Micro::kStaged) {
             Micro::stage(rows, m, k, scratch_.stage, staged);
         } else if constexpr (std::is_same_v<T, C>) {
-            if (k % P == 0) return micro(rows, m, P, scratch_.panels, stride, i);
+            if (k % P == 0) return micro(rows, m, P, scratch_.panels, stride, k, i);
             stage_rows(rows, m, k, scratch_.stage, staged);
         } else {
             stage_rows(rows, m, k, scratch_.stage, staged);
         }
-        micro(staged, m, P, scratch_.panels, stride, i);
+        micro(staged, m, P, scratch_.panels, stride, k, i);
     }
 
-    void micro(const C* const* a, int64_t m, int64_t a_step, const C* b, int64_t b_stride, int64_t i) {
-        const int64_t k_steps = b_stride / kPanelColumns / P;
+    void micro(const C* const* a, int64_t m, int64_t a_step, const C* b, int64_t b_stride, int64_t k, int64_t i) {
+        const int64_t k_steps = round_up(k, kKMultiple<C>) / P;
         for (int64_t p = 0; p < columns_ / kPanelColumns; p += Micro::kPanels) {
             const int64_t panels = smaller(Micro::kPanels, columns_ / kPanelColumns - p);
             Micro::gemm({static_cast<int>(m), static_cast<int>(panels), a, a_step, b + p * b_stride, b_stride, k_steps,

@@ -14,15 +14,13 @@ struct Operand {
     const Acc<T>* scale = nullptr;
 
     void pack(int64_t row, int64_t n, int64_t column, int64_t count, Compute<T>* panels) const {
-        const int64_t stride = panel_elements<Compute<T>>(n);
+        using C = Compute<T>;
+        const int64_t stride = panel_elements<C>(n);
+        if (!scale) return pack_nn(rows.from(row), first + column, count, n, panels, stride);
         for (int64_t j = 0; j < count; j += kPanelColumns, panels += stride) {
-            const int64_t columns = smaller(kPanelColumns, count - j);
-            if (scale) {
-                pack_nn_scaled(rows.from(row), first + column + j, columns, n, panels,
-                               [&](int64_t k) { return scale[row + k]; });
-            } else {
-                pack_nn(rows.from(row), first + column + j, columns, n, panels);
-            }
+            pack_nn_scaled(
+                rows.from(row), first + column + j, smaller(kPanelColumns, count - j), n, panels,
+                [&](int64_t k) { return scale[row + k]; }, 0, round_up(n, kKMultiple<C>));
         }
     }
 };

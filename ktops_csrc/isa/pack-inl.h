@@ -45,7 +45,12 @@ inline void pack_nt(const T* w, int64_t stride, int64_t n, int64_t kn, Compute<T
     int64_t k = 0;
     if constexpr (sizeof(T) <= 4) {
         if (n == kPanelColumns) {
-            for (; k + kBlock <= kn; k += kBlock) transpose_block(w + k, stride, panel + k * kPanelColumns);
+            for (; k + kBlock <= kn; k += kBlock) {
+                for (int64_t j = kPanelColumns; j < 2 * kPanelColumns; ++j) {
+                    __builtin_prefetch(w + j * stride + k, 0, 2);  // the next panel, most likely
+                }
+                transpose_block(w + k, stride, panel + k * kPanelColumns);
+            }
         }
     }
     for (const int64_t end = round_up(kn, kKMultiple<C>); k < end; k += P) {
@@ -77,15 +82,16 @@ inline void interleave(const bfloat16* even, const bfloat16* odd, bfloat16* out)
 }
 
 // Columns of the panel are n <= 16 columns of the matrix; k runs down the rows (dx = dy W), row k times factor(k).
-// Starts at k, a multiple of kPack.
+// Only k in [begin, end), a part of [0, round_up(kn, kKMultiple)) at a k-step.
 template <class C, class S, class Factor>
-inline void pack_nn_scaled(Rows<S> w, int64_t column, int64_t n, int64_t kn, C* panel, Factor factor, int64_t k = 0) {
-    const int64_t end = round_up(kn, kKMultiple<C>);
+inline void pack_nn_scaled(Rows<S> w, int64_t column, int64_t n, int64_t kn, C* panel, Factor factor, int64_t begin,
+                           int64_t end) {
     const auto copy = [&](int64_t k, C* out) {
         const bool inside = k < kn;
         copy_row(inside ? w.row(k) + column : nullptr, n, inside ? factor(k) : Acc<C>{}, out);
     };
-    for (panel += k * kPanelColumns; k < end; k += kPack<C>, panel += kPack<C> * kPanelColumns) {
+    panel += begin * kPanelColumns;
+    for (int64_t k = begin; k < end; k += kPack<C>, panel += kPack<C> * kPanelColumns) {
         if constexpr (kPack<C> == 1) {
             copy(k, panel);
         } else {
@@ -97,16 +103,30 @@ inline void pack_nn_scaled(Rows<S> w, int64_t column, int64_t n, int64_t kn, C* 
     }
 }
 
+// Panels of n columns, `stride` elements apart. A few rows at a time go to all panels: memory is read a row at a time.
 template <class T>
-inline void pack_nn(Rows<T> w, int64_t column, int64_t n, int64_t kn, Compute<T>* panel) {
+inline void pack_nn(Rows<T> w, int64_t column, int64_t n, int64_t kn, Compute<T>* panels, int64_t stride) {
     using C = Compute<T>;
-    int64_t k = 0;
-    if constexpr (kPack<C> == 2) {
-        for (; n == kPanelColumns && k + 1 < kn; k += 2) {
-            interleave(w.row(k) + column, w.row(k + 1) + column, panel + k * kPanelColumns);
+    constexpr int64_t kBlock = 8, kAhead = 32;  // rows
+    constexpr int64_t kLine = 64 / static_cast<int64_t>(sizeof(T));
+    const int64_t padded = round_up(kn, kKMultiple<C>);
+    for (int64_t k = 0; k < padded; k += kBlock) {
+        const int64_t end = smaller(k + kBlock, padded);
+        for (int64_t i = k + kAhead; i < smaller(end + kAhead, kn); ++i) {
+            for (int64_t j = 0; j < n; j += kLine) __builtin_prefetch(w.row(i) + column + j, 0, 2);
+        }
+        C* panel = panels;
+        for (int64_t j = 0; j < n; j += kPanelColumns, panel += stride) {
+            int64_t next = k;
+            if constexpr (kPack<C> == 2) {
+                for (; n - j >= kPanelColumns && next + 1 < smaller(end, kn); next += 2) {
+                    interleave(w.row(next) + column + j, w.row(next + 1) + column + j, panel + next * kPanelColumns);
+                }
+            }
+            pack_nn_scaled(
+                w, column + j, smaller(kPanelColumns, n - j), kn, panel, [](int64_t) { return Acc<C>{1}; }, next, end);
         }
     }
-    pack_nn_scaled(w, column, n, kn, panel, [](int64_t) { return Acc<C>{1}; }, k);
 }
 
 // As pack_nt, times a factor, from elements of another type.

@@ -6,11 +6,6 @@
 
 namespace kt::KT_ISA {
 
-// Up to this size the rows of all routes are kept, [R, H], and added up in a phase of their own: tasks are (expert,
-// columns), enough for any number of threads. Beyond it a task is a slab of columns over all experts, for kTokenBlock
-// tokens, and holds its sums.
-constexpr int64_t kRouteBytes = 32 << 20;
-
 // First i in [begin, end) with sorted[i] >= value, else end.
 inline int64_t lower_bound(const int32_t* sorted, int64_t begin, int64_t end, int64_t value) {
     while (begin < end) {
@@ -75,10 +70,6 @@ public:
     }
 
 private:
-    static bool keeps_routes(const Problem& p, const Routing& routing) {
-        return routing.num_routes * p.hidden_size * static_cast<int64_t>(sizeof(A)) <= kRouteBytes;
-    }
-
     // put(route, row) for routes [begin, end) of an expert.
     template <class Put>
     void rows(const Thread<T>& thread, int64_t expert, int64_t begin, int64_t end, int64_t column, int64_t n,

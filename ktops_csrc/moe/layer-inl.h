@@ -27,9 +27,17 @@ inline int64_t wide_slab(const Routing& routing) {
     return routing.most_rows <= kDirectRows ? kDirectColumns : kMaxColumns;
 }
 
-// Tokens and columns of the sums that one task of Combine holds: 1 MiB of float32.
+// Tokens and columns of the sums that one task of Combine holds: 2 MiB of float32.
 constexpr int64_t kTokenBlock = 2048;
-constexpr int64_t kSumSlab = 128;
+constexpr int64_t kSumSlab = 256;
+
+// Whether the rows of all routes, [R, H], are kept and added up in a phase of their own. Then tasks are (expert,
+// columns), enough for any number of threads; else a task is a slab of columns over all experts and holds its sums.
+constexpr int64_t kRouteBytes = 32 << 20;
+
+inline bool keeps_routes(const Problem& p, const Routing& routing) {
+    return routing.num_routes * p.hidden_size * static_cast<int64_t>(sizeof(float)) <= kRouteBytes;
+}
 
 // At most `width`, and less when there are not enough tasks for the threads: the results do not depend on it.
 inline int64_t slab_width(int64_t width, int64_t columns, int64_t tasks_a_slab, int num_threads) {
@@ -40,13 +48,13 @@ inline int64_t slab_width(int64_t width, int64_t columns, int64_t tasks_a_slab, 
 template <class T>
 struct Thread {
     GemmScratch<T> gemm;
-    Acc<T>* sums;    // [min(T, kTokenBlock), kSumSlab]
+    Acc<T>* sums;    // [min(T, kTokenBlock), min(H, kSumSlab)] unless routes are kept
     T* activations;  // [most rows of an expert, wide_slab]
     Acc<T>* bias;    // [kDirectColumns]
 
     Thread(Workspace& w, const Problem& p, const Routing& routing)
         : gemm(w),
-          sums(w.take<Acc<T>>(sum_elements(p))),
+          sums(w.take<Acc<T>>(sum_elements(p, routing))),
           activations(w.take<T>(routing.most_rows * wide_slab(routing))),
           bias(w.take<Acc<T>>(kDirectColumns)) {}
 
@@ -57,14 +65,17 @@ struct Thread {
     }
 
     static size_t bytes(const Problem& p, const Routing& routing) {
-        const size_t one = GemmScratch<T>::bytes() + Workspace::padded<Acc<T>>(sum_elements(p)) +
+        const size_t one = GemmScratch<T>::bytes() + Workspace::padded<Acc<T>>(sum_elements(p, routing)) +
                            Workspace::padded<T>(routing.most_rows * wide_slab(routing)) +
                            Workspace::padded<Acc<T>>(kDirectColumns);
         return Workspace::padded<Thread>(p.num_threads) + static_cast<size_t>(p.num_threads) * one;
     }
 
 private:
-    static int64_t sum_elements(const Problem& p) { return smaller(p.num_tokens, kTokenBlock) * kSumSlab; }
+    static int64_t sum_elements(const Problem& p, const Routing& routing) {
+        if (keeps_routes(p, routing)) return 0;
+        return smaller(p.num_tokens, kTokenBlock) * smaller(round_up(p.hidden_size, kPanelColumns), kSumSlab);
+    }
 };
 
 template <class T>

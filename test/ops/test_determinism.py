@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import ktops
-from ktops.testing.budgets import max_row_error
+from ktops.testing.budgets import forward_budget, relative_error
 from ktops.testing.compare import random_grad_output, run
 from ktops.testing.inputs import moe_inputs, op_arguments
 
@@ -76,7 +76,7 @@ def test_a_token_does_not_depend_on_its_company(isa, dtype):
             name: value[t : t + 1] if name in ("hidden_states", "topk_ids", "topk_weights") else value
             for name, value in inputs.items()
         }
-        assert max_row_error(ktops.moe_sft(**alone)[0], together[t]) <= 2 * torch.finfo(dtype).eps
+        assert relative_error(ktops.moe_sft(**alone)[0], together[t]) <= forward_budget(dtype, inner_size=96)
 
 
 def test_concurrent_calls_from_python_threads(isa):

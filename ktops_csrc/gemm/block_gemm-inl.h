@@ -164,8 +164,9 @@ private:
 
     void micro(const C* const* a, int64_t m, int64_t a_step, const C* b, int64_t b_stride, int64_t k, int64_t i) {
         const int64_t k_steps = round_up(k, kKMultiple<C>) / P;
-        for (int64_t p = 0; p < columns_ / kPanelColumns; p += Micro::kPanels) {
-            const int64_t panels = smaller(Micro::kPanels, columns_ / kPanelColumns - p);
+        const int64_t most = Micro::panels(m);
+        for (int64_t p = 0; p < columns_ / kPanelColumns; p += most) {
+            const int64_t panels = smaller(most, columns_ / kPanelColumns - p);
             Micro::gemm({static_cast<int>(m), static_cast<int>(panels), a, a_step, b + p * b_stride, b_stride, k_steps,
                          scratch_.c + i * columns_ + p * kPanelColumns, columns_, !first_});
         }

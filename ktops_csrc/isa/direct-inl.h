@@ -96,12 +96,14 @@ public:
     // C[i][j] = a[i] . row j of W, for i < m and j < n. Rows of W are `stride` apart.
     static void dots(const T* const* a, int64_t m, const T* w, int64_t stride, int64_t n, int64_t k, A* c,
                      int64_t ldc) {
-        const int64_t tile = ceil_div(m, ceil_div(m, kDirectTile));
+        const int64_t passes = ceil_div(m, kDirectTile), tile = ceil_div(m, passes);
         for (int64_t j = 0; j < n; j += kDotRows) {
-            for (int64_t i = 0; i < m; i += tile) {
+            for (int64_t pass = 0; pass < passes; ++pass) {
+                const int64_t i = pass * tile;
+                const Share ahead(kDotRows, pass, passes);
                 with_constant<kDirectTile>(smaller(tile, m - i), [&](auto rows) {
                     with_constant<kDotRows>(smaller(kDotRows, n - j), [&](auto columns) {
-                        dots_tile<rows(), columns()>(a + i, w + j * stride, stride, k, c + i * ldc + j, ldc);
+                        dots_tile<rows(), columns()>(a + i, w + j * stride, stride, k, c + i * ldc + j, ldc, ahead);
                     });
                 });
             }
@@ -112,16 +114,18 @@ public:
     // have room for a multiple of kPanelColumns columns.
     static void columns(const T* const* a, int64_t m, const T* w, int64_t stride, int64_t n, int64_t k, A* c,
                         int64_t ldc, bool accumulate) {
-        const int64_t tile = ceil_div(m, ceil_div(m, kDirectTile));
+        const int64_t passes = ceil_div(m, kDirectTile), tile = ceil_div(m, passes);
         for (int64_t s = 0; s < k; s += kRowsAhead, accumulate = true) {
-            Rank g{nullptr, s, smaller(kRowsAhead, k - s), nullptr, stride, 0, nullptr, ldc, accumulate};
+            Rank g{nullptr, s, smaller(kRowsAhead, k - s), nullptr, stride, 0, nullptr, ldc, accumulate, {}};
             for (int64_t j = 0; j < n; j += g.n) {
                 const bool wide = n - j >= kGroups * Step::kColumns;
                 g.w = w + s * stride + j;
                 g.n = wide ? kGroups * Step::kColumns : smaller(Step::kColumns, n - j);
-                for (int64_t i = 0; i < m; i += tile) {
+                for (int64_t pass = 0; pass < passes; ++pass) {
+                    const int64_t i = pass * tile;
                     g.a = a + i;
                     g.c = c + i * ldc + j;
+                    g.ahead = Share(Step::kRows * ceil_div(g.n, kLine), pass, passes);
                     with_constant<kDirectTile>(smaller(tile, m - i), [&](auto rows) {
                         wide ? columns_tile<rows(), kGroups>(g) : columns_tile<rows(), 1>(g);
                     });
@@ -131,8 +135,18 @@ public:
     }
 
 private:
+    // Which of n things to prefetch in each of several passes over the same rows of W: memory is not to wait while a
+    // pass finds them in cache.
+    struct Share {
+        int64_t first = 0, last = 0, passes = 1;
+        Share() = default;
+        Share(int64_t n, int64_t pass, int64_t passes)
+            : first(n * pass / passes), last(n * (pass + 1) / passes), passes(passes) {}
+    };
+
     template <int M, int N>
-    static void dots_tile(const T* const* a, const T* w, int64_t stride, int64_t k, A* c, int64_t ldc) {
+    static void dots_tile(const T* const* a, const T* w, int64_t stride, int64_t k, A* c, int64_t ldc,
+                          const Share& share) {
         constexpr int64_t W = DotStep<T>::kWidth;
         Vec<A> sums[M][N] = {};
         const auto multiply = [&](auto load) __attribute__((always_inline)) {
@@ -147,15 +161,25 @@ private:
             }
         };
         int64_t s = 0;
-        const auto run = [&](int64_t end, const T* ahead) __attribute__((always_inline)) {
+        const auto run = [&](int64_t end, auto prefetch) __attribute__((always_inline)) {
             for (; s + W <= end; s += W) {
-#pragma GCC unroll 8
-                for (int j = 0; j < N; ++j) __builtin_prefetch(ahead + j * stride + s);
+                prefetch();
                 multiply([s](const T* p) __attribute__((always_inline)) { return DotStep<T>::load(p + s); });
             }
         };
-        run(k - kPrefetch, w + kPrefetch);
-        run(k, w + N * stride + kPrefetch - k);  // the end of these rows: the start of the next N
+        const T* next = w + N * stride;
+        if (share.passes > 1) {
+            run(k, [&]() __attribute__((always_inline)) {
+                for (int64_t j = share.first; j < share.last; ++j) __builtin_prefetch(next + j * stride + s, 0, 2);
+            });
+        } else {
+            const auto all = [&](const T* rows) __attribute__((always_inline)) {
+#pragma GCC unroll 8
+                for (int j = 0; j < N; ++j) __builtin_prefetch(rows + j * stride + s);
+            };
+            run(k - kPrefetch, [&]() __attribute__((always_inline)) { all(w + kPrefetch); });
+            run(k, [&]() __attribute__((always_inline)) { all(next + kPrefetch - k); });
+        }
         if (s < k) {
             multiply([s, k](const T* p) __attribute__((always_inline)) { return DotStep<T>::load(p + s, k - s); });
         }
@@ -172,6 +196,7 @@ private:
         A* c;
         int64_t ldc;
         bool accumulate;
+        Share ahead;  // of the cache lines of a step
     };
 
     template <int M, int G>
@@ -204,12 +229,8 @@ private:
         const T* w = g.w;
         int64_t s = 0;
         for (; s + Step::kRows <= g.rows; s += Step::kRows, w += Step::kRows * g.stride) {
-#pragma GCC unroll 8
-            for (int64_t r = 0; r < Step::kRows; ++r) {
-#pragma GCC unroll 8
-                for (int64_t j = 0; j < G * kColumns; j += kLine) {
-                    __builtin_prefetch(w + (kRowsAhead + r) * g.stride + j, 0, 2);
-                }
+            for (int64_t i = g.ahead.first; i < g.ahead.last; ++i) {
+                __builtin_prefetch(w + (kRowsAhead + i % Step::kRows) * g.stride + i / Step::kRows * kLine, 0, 2);
             }
             multiply(w, s, Step::kRows);
         }

@@ -7,7 +7,11 @@
 //   tmm4 tmm5    A: rows 0-15, rows 16-31          16 x 32 bfloat16, staged as tiles
 //   tmm6 tmm7    B: panel 0, 1                     16 pairs of k x 16 columns: 16 rows of a panel as they lie
 //
-// A step is 32 elements of k: four tile loads and four products.
+// A step is 32 elements of k: four tile loads and four products. Up to 16 rows, 4 panels: five loads, four products.
+//
+//   tmm0 .. tmm3    C: rows 0-15 x panel 0 .. 3
+//   tmm4            A
+//   tmm5 tmm6       B: panel 0 and 2, 1 and 3
 
 #include <immintrin.h>
 
@@ -38,7 +42,7 @@ struct TileRegion {
 template <>
 struct MicroGemm<bfloat16> {
     static constexpr int kRows = 32;
-    static constexpr int kPanels = 2;
+    static constexpr int64_t panels(int64_t m) { return m > 16 ? 2 : 4; }
     static constexpr bool kStaged = true;
     static constexpr int64_t kTileK = 32, kTileElements = 16 * kTileK;
 
@@ -73,11 +77,16 @@ struct MicroGemm<bfloat16> {
     }
 
     static void gemm(const MicroArguments<bfloat16>& g) {
-        const bool two_rows = g.m > 16, two_panels = g.panels > 1;
-        if (two_rows) {
-            two_panels ? kernel<2, 2>(g) : kernel<2, 1>(g);
-        } else {
-            two_panels ? kernel<1, 2>(g) : kernel<1, 1>(g);
+        if (g.m > 16) return g.panels > 1 ? kernel<2, 2>(g) : kernel<2, 1>(g);
+        switch (g.panels) {
+            case 1:
+                return kernel<1, 1>(g);
+            case 2:
+                return kernel<1, 2>(g);
+            case 3:
+                return row_kernel<3>(g);
+            default:
+                return row_kernel<4>(g);
         }
     }
 
@@ -117,6 +126,41 @@ private:
         if constexpr (P > 1) _tile_stored(1, c00 + 16, ldc);
         if constexpr (M > 1) _tile_stored(2, c10, ldc);
         if constexpr (M > 1 && P > 1) _tile_stored(3, c10 + 16, ldc);
+    }
+
+    // 16 rows x P panels, P = 3 or 4.
+    template <int P>
+    static void row_kernel(const MicroArguments<bfloat16>& g) {
+        const int64_t ldc = g.ldc * static_cast<int64_t>(sizeof(float)), tiles = g.k_steps / 16;
+        TileRegion::settle(g.c);
+        if (g.accumulate) {
+            _tile_loadd(0, g.c, ldc);
+            _tile_loadd(1, g.c + 16, ldc);
+            _tile_loadd(2, g.c + 32, ldc);
+            if constexpr (P > 3) _tile_loadd(3, g.c + 48, ldc);
+        } else {
+            _tile_zero(0);
+            _tile_zero(1);
+            _tile_zero(2);
+            _tile_zero(3);
+        }
+        const bfloat16* a = g.a[0];
+        const bfloat16* b = g.b;
+        for (int64_t t = 0; t < tiles; ++t, a += kTileElements, b += kTileElements) {
+            _tile_loadd(4, a, 64);
+            _tile_loadd(5, b, 64);
+            _tile_dpbf16ps(0, 4, 5);
+            _tile_loadd(6, b + g.b_stride, 64);
+            _tile_dpbf16ps(1, 4, 6);
+            _tile_loadd(5, b + 2 * g.b_stride, 64);
+            _tile_dpbf16ps(2, 4, 5);
+            if constexpr (P > 3) _tile_loadd(6, b + 3 * g.b_stride, 64);
+            if constexpr (P > 3) _tile_dpbf16ps(3, 4, 6);
+        }
+        _tile_stored(0, g.c, ldc);
+        _tile_stored(1, g.c + 16, ldc);
+        _tile_stored(2, g.c + 32, ldc);
+        if constexpr (P > 3) _tile_stored(3, g.c + 48, ldc);
     }
 };
 

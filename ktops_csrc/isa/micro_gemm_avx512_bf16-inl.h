@@ -17,6 +17,7 @@ template <>
 struct MicroGemm<bfloat16> {
     static constexpr int kRows = 6;
     static constexpr int kPanels = 4;
+    static constexpr int64_t panels(int64_t) { return kPanels; }  // for m rows
     static constexpr bool kStaged = false;
 
     static void gemm(const MicroArguments<bfloat16>& g) {

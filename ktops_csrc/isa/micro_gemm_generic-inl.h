@@ -2,7 +2,7 @@
 
 // The micro-kernel contract, and a version for float32 and float64 on any ISA.
 //
-//   C[i][j] (+)= sum over s of A[i][s] . B[s][j]     i < m <= kRows, j < 16 * panels, panels <= kPanels
+//   C[i][j] (+)= sum over s of A[i][s] . B[s][j]     i < m <= kRows, j < 16 * panels, panels <= panels(m)
 //
 //   a[i] + s * a_step       the kPack elements of row i at k-step s
 //   b + p * b_stride        panel p
@@ -63,7 +63,8 @@ template <class C>
 struct MicroGemm {
     static constexpr int kRows = KT_GENERIC_ROWS;
     static constexpr int kPanels = KT_GENERIC_PANELS;
-    static constexpr bool kStaged = false;  // takes rows of A anywhere in memory
+    static constexpr int64_t panels(int64_t) { return kPanels; }  // for m rows
+    static constexpr bool kStaged = false;                        // takes rows of A anywhere in memory
 
     static void gemm(const MicroArguments<C>& g) {
         call_micro_kernel<MicroGemm>(g, std::make_integer_sequence<int, kRows * kPanels>());

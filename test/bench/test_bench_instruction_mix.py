@@ -36,7 +36,7 @@ if ktops.cpu_capabilities()["avx512_bf16"]:
         """{(mode, rows, rank): row} of one run, and what it printed."""
         file = tmp_path_factory.mktemp("mix") / "mix.jsonl"
         root = str(Path(__file__).parents[2])
-        arguments = ["--shape", SHAPE, "--rows", "32", "64", "--rank", "0", "16", "--threads", "2"]
+        arguments = ["--shape", SHAPE, "--rows", "32", "48", "64", "--rank", "0", "16", "--threads", "2"]
         command = [sys.executable, "-m", "bench.instruction_mix", *arguments, "--json", str(file)]
         env = os.environ | {"PYTHONPATH": f"{Path(ktops.__file__).parents[1]}:{root}"}
         result = subprocess.run(command, cwd=root, env=env, capture_output=True, text=True)
@@ -56,7 +56,7 @@ if ktops.cpu_capabilities()["avx512_bf16"]:
         """16 x 16 x 32 multiply-adds a dot product; the sizes of this shape are multiples of a tile."""
         rows, _ = measured
         shape = parse_shape(SHAPE)
-        for n in (32, 64):
+        for n in (32, 48, 64):
             products = shape.num_experts * n * shape.expert_elements // (16 * 16 * 32)
             assert rows["forward", n, 0]["instructions"]["tdpbf16ps"] == products
             assert rows["forward+backward", n, 0]["instructions"]["tdpbf16ps"] == 2 * products

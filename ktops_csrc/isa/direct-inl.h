@@ -114,18 +114,16 @@ public:
     // have room for a multiple of kPanelColumns columns.
     static void columns(const T* const* a, int64_t m, const T* w, int64_t stride, int64_t n, int64_t k, A* c,
                         int64_t ldc, bool accumulate) {
-        const int64_t passes = ceil_div(m, kDirectTile), tile = ceil_div(m, passes);
+        const int64_t tile = ceil_div(m, ceil_div(m, kDirectTile));
         for (int64_t s = 0; s < k; s += kRowsAhead, accumulate = true) {
-            Rank g{nullptr, s, smaller(kRowsAhead, k - s), nullptr, stride, 0, nullptr, ldc, accumulate, {}};
+            Rank g{nullptr, s, smaller(kRowsAhead, k - s), nullptr, stride, 0, nullptr, ldc, accumulate};
             for (int64_t j = 0; j < n; j += g.n) {
                 const bool wide = n - j >= kGroups * Step::kColumns;
                 g.w = w + s * stride + j;
                 g.n = wide ? kGroups * Step::kColumns : smaller(Step::kColumns, n - j);
-                for (int64_t pass = 0; pass < passes; ++pass) {
-                    const int64_t i = pass * tile;
+                for (int64_t i = 0; i < m; i += tile) {
                     g.a = a + i;
                     g.c = c + i * ldc + j;
-                    g.ahead = Share(Step::kRows * ceil_div(g.n, kLine), pass, passes);
                     with_constant<kDirectTile>(smaller(tile, m - i), [&](auto rows) {
                         wide ? columns_tile<rows(), kGroups>(g) : columns_tile<rows(), 1>(g);
                     });
@@ -135,11 +133,10 @@ public:
     }
 
 private:
-    // Which of n things to prefetch in each of several passes over the same rows of W: memory is not to wait while a
-    // pass finds them in cache.
+    // Which of n rows to prefetch in each of several passes over the same rows of W: memory is not to wait while a pass
+    // finds them in cache.
     struct Share {
-        int64_t first = 0, last = 0, passes = 1;
-        Share() = default;
+        int64_t first, last, passes;
         Share(int64_t n, int64_t pass, int64_t passes)
             : first(n * pass / passes), last(n * (pass + 1) / passes), passes(passes) {}
     };
@@ -196,7 +193,6 @@ private:
         A* c;
         int64_t ldc;
         bool accumulate;
-        Share ahead;  // of the cache lines of a step
     };
 
     template <int M, int G>
@@ -205,13 +201,6 @@ private:
         constexpr int64_t kColumns = Step::kColumns;
         const int64_t count = G > 1 ? kColumns : g.n;
         Vec<A> sums[M][G * N] = {};
-#pragma GCC unroll 8
-        for (int i = 0; i < M; ++i) {
-#pragma GCC unroll 8
-            for (int j = 0; j < G; ++j) {
-                if (g.accumulate) Step::load_sums(g.c + i * g.ldc + j * kColumns, count, sums[i] + j * N);
-            }
-        }
         const T* a[M];
 #pragma GCC unroll 8
         for (int i = 0; i < M; ++i) a[i] = g.a[i] + g.first;
@@ -229,8 +218,12 @@ private:
         const T* w = g.w;
         int64_t s = 0;
         for (; s + Step::kRows <= g.rows; s += Step::kRows, w += Step::kRows * g.stride) {
-            for (int64_t i = g.ahead.first; i < g.ahead.last; ++i) {
-                __builtin_prefetch(w + (kRowsAhead + i % Step::kRows) * g.stride + i / Step::kRows * kLine, 0, 2);
+#pragma GCC unroll 8
+            for (int64_t r = 0; r < Step::kRows; ++r) {
+#pragma GCC unroll 8
+                for (int64_t j = 0; j < G * kColumns; j += kLine) {
+                    __builtin_prefetch(w + (kRowsAhead + r) * g.stride + j, 0, 2);
+                }
             }
             multiply(w, s, Step::kRows);
         }
@@ -238,7 +231,16 @@ private:
 #pragma GCC unroll 8
         for (int i = 0; i < M; ++i) {
 #pragma GCC unroll 8
-            for (int j = 0; j < G; ++j) Step::store_sums(g.c + i * g.ldc + j * kColumns, count, sums[i] + j * N);
+            for (int j = 0; j < G; ++j) {
+                A* c = g.c + i * g.ldc + j * kColumns;
+                if (g.accumulate) {  // last: a sum of sums of kRowsAhead terms has a smaller error than one long sum
+                    Vec<A> before[N];
+                    Step::load_sums(c, count, before);
+#pragma GCC unroll 8
+                    for (int v = 0; v < N; ++v) sums[i][j * N + v] += before[v];
+                }
+                Step::store_sums(c, count, sums[i] + j * N);
+            }
         }
     }
 };

@@ -1,6 +1,7 @@
 #include "parallel/profile.h"
 
 #include <atomic>
+#include <cstddef>
 #include <cstring>
 #include <mutex>
 #include <vector>
@@ -18,21 +19,26 @@ struct Row {
 
 std::mutex mutex;
 std::vector<Row> rows;
+size_t last = 0;  // the row recorded last
 std::atomic<bool> is_enabled{environment::profile()};
 thread_local Call* current_call = nullptr;
 
 void record(const char* op, const char* name, const Step& values) {
     std::lock_guard<std::mutex> lock(mutex);
-    for (Row& row : rows) {
-        if (std::strcmp(row.op, op) || std::strcmp(row.name, name)) continue;
-        row.step.calls += values.calls;
-        row.step.tasks += values.tasks;
-        row.step.busy += values.busy;
-        row.step.wait += values.wait;
-        row.step.wall += values.wall;
+    for (size_t i = 0; i < rows.size(); ++i) {
+        if (std::strcmp(rows[i].op, op) || std::strcmp(rows[i].name, name)) continue;
+        Step& step = rows[i].step;
+        step.calls += values.calls;
+        step.tasks += values.tasks;
+        step.busy += values.busy;
+        step.wait += values.wait;
+        step.wall += values.wall;
+        last = i;
         return;
     }
-    rows.push_back({op, name, values});
+    // A step that earlier calls of the operator did not have goes where it is in this one.
+    last = !rows.empty() && !std::strcmp(rows[last].op, op) ? last + 1 : rows.size();
+    rows.insert(rows.begin() + static_cast<std::ptrdiff_t>(last), {op, name, values});
 }
 
 }  // namespace

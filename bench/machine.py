@@ -4,6 +4,7 @@ import os
 import platform
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -78,8 +79,8 @@ class OtherLoad:
         self.cores = max(0.0, others / wall)
 
 
-def run_on_threads(num_threads: int, function) -> list:
-    """Results of ``function()`` called by num_threads Python threads that start together.
+def run_on_threads(num_threads: int, function: Callable[[int], object]) -> list:
+    """Results of ``function(index)``, each called by one of num_threads Python threads that start together.
 
     They overlap as far as the function releases the interpreter lock, which every PyTorch operator does.
 
@@ -93,7 +94,7 @@ def run_on_threads(num_threads: int, function) -> list:
     def body(index: int) -> None:
         barrier.wait()
         try:
-            results[index] = function()
+            results[index] = function(index)
         except Exception as error:
             errors.append(error)
 
@@ -128,23 +129,24 @@ class Calibration:
         iterations = self._iterations[isa, dtype]
         measure = torch.ops.kt.measure_peak
         return max(
-            sum(run_on_threads(num_threads or self.num_threads, lambda: measure(isa, dtype, iterations)))
+            sum(run_on_threads(num_threads or self.num_threads, lambda _: measure(isa, dtype, iterations)))
             for _ in range(_REPEATS)
         )
 
     def bandwidth(self, num_threads: int | None = None) -> float:
-        """Bytes/s of num_threads threads that sum a buffer larger than the caches; the best of three."""
-        previous = torch.get_num_threads()
-        torch.set_num_threads(num_threads or self.num_threads)
-        try:
-            seconds = []
-            for _ in range(_REPEATS):
-                start = time.perf_counter()
-                self._buffer.sum()
-                seconds.append(time.perf_counter() - start)
-            return self._buffer.numel() * 8 / min(seconds)
-        finally:
-            torch.set_num_threads(previous)
+        """Bytes/s that num_threads threads read of a buffer larger than the caches; the best of three."""
+        parts = self._buffer.tensor_split(num_threads or self.num_threads)
+
+        def read(index: int) -> tuple[float, float]:
+            start = time.perf_counter()
+            torch.ops.kt.sum_words(parts[index])
+            return start, time.perf_counter()
+
+        seconds = []
+        for _ in range(_REPEATS):
+            starts, ends = zip(*run_on_threads(len(parts), read), strict=True)
+            seconds.append(max(ends) - min(starts))
+        return self._buffer.nbytes / min(seconds)
 
     def limits(self, isa: str, dtype: str) -> Limits:
         """Peak and bandwidth of all threads."""

@@ -99,6 +99,11 @@ bool Checker::is_int64_ids(const char* name, const Tensor& tensor) const {
     fail(std::string(name) + " must be int32 or int64, got " + dtype_name(type));
 }
 
+void Checker::int64(const char* name, const Tensor& tensor) const {
+    const ScalarType type = tensor.scalar_type();
+    if (type != ScalarType::Long) fail(std::string(name) + " must be int64, got " + dtype_name(type));
+}
+
 void Checker::finite(const char* name, double value) const {
     require(std::isfinite(value), name, " must be finite, got ",
             std::isnan(value) ? "nan"

@@ -30,10 +30,11 @@ public:
 
     // On the CPU, with this shape.
     void shape(const char* name, const Tensor& tensor, std::initializer_list<Size> expected) const;
-    // Of one of the three floating types, of exactly `dtype`, of an integer id type.
+    // Of one of the three floating types, of exactly `dtype`, of an integer id type, of int64.
     DType floating(const char* name, const Tensor& tensor) const;
     void same_dtype(const char* name, const Tensor& tensor, const char* other_name, DType dtype) const;
     bool is_int64_ids(const char* name, const Tensor& tensor) const;
+    void int64(const char* name, const Tensor& tensor) const;
     void finite(const char* name, double value) const;
     void absent(const char* name, const OptionalTensor& tensor, const std::string& weight_format) const;
 

@@ -1,4 +1,5 @@
 #include "dispatch/table.h"
+#include "isa/sum_words.h"
 #include "ops/checks.h"
 
 namespace kt::ops {
@@ -35,6 +36,14 @@ double measure_peak(std::string isa, std::string dtype, int64_t iterations) {
     check.require(iterations > 0, "iterations must be positive, got ", iterations);
     const IsaRow& row = named("kt::measure_peak", [&]() -> const IsaRow& { return dispatch::find(isa, "isa"); });
     return row.kernels(dtype == "bfloat16" ? DType::kBFloat16 : DType::kFloat32).peak(iterations);
+}
+
+int64_t sum_words(Tensor words) {
+    const Checker check("kt::sum_words");
+    check.shape("words", words, {{"num_words"}});
+    check.int64("words", words);
+    check.require(words.is_contiguous(), "words must be contiguous, got stride ", words.stride(0));
+    return static_cast<int64_t>(kt::sum_words(static_cast<const uint64_t*>(words.const_data_ptr()), words.numel()));
 }
 
 }  // namespace kt::ops

@@ -44,6 +44,7 @@ std::string cpu_capabilities();
 std::string cpu_refusals();
 void set_cpu_capability(std::string name);
 double measure_peak(std::string isa, std::string dtype, int64_t iterations);
+int64_t sum_words(Tensor words);
 
 void empty_cache();
 std::tuple<int64_t, int64_t, int64_t, int64_t, int64_t> memory_stats();

@@ -51,6 +51,8 @@ STABLE_TORCH_LIBRARY(kt, m) {
 
     // FLOP/s of one thread issuing nothing but the row's multiply-add instruction for dtype ("bfloat16", "float32")
     m.def("measure_peak(str isa, str dtype, int iterations) -> float");
+    // the sum of an int64 tensor [N] modulo 2^64, by one thread that reads memory as fast as it can
+    m.def("sum_words(Tensor words) -> int");
 
     // scratch memory kept between calls: release it; how much there is
     m.def("empty_cache() -> ()");
@@ -68,6 +70,7 @@ STABLE_TORCH_LIBRARY_IMPL(kt, CPU, m) {
     m.impl("moe_fwd", TORCH_BOX(&kt::ops::moe_fwd));
     m.impl("moe_sft_fwd", TORCH_BOX(&kt::ops::moe_sft_fwd));
     m.impl("moe_sft_bwd", TORCH_BOX(&kt::ops::moe_sft_bwd));
+    m.impl("sum_words", TORCH_BOX(&kt::ops::sum_words));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(kt, CompositeExplicitAutograd, m) {

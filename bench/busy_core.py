@@ -24,11 +24,10 @@ import torch
 
 import ktops
 from bench import report, results
+from bench.arguments import OPS, Parser, positive
 from bench.contest import say
 from bench.layer import Layer, Variant
 from bench.machine import Calibration
-from bench.run import OPS, positive, shape
-from bench.shapes import SHAPES
 
 LIMIT = 2.5
 _SETTLE_SECONDS = 0.05
@@ -88,23 +87,18 @@ def slowdown(call: Callable[[], object], burner: Burner, calls: int) -> tuple[fl
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.busy_core",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = Parser("busy_core", __doc__)
     add = parser.add_argument
-    add("--shape", type=shape, default=SHAPES["qwen3_30b"], metavar="NAME",
-        help=f"{', '.join(SHAPES)} or H,I,E,K (default: qwen3_30b)")  # fmt: skip
-    add("--tokens", type=positive, nargs="+", metavar="T", default=[16, 512], help="default: %(default)s")
-    add("--mode", choices=list(OPS), nargs="+", default=list(OPS), help="default: both")
-    add("--isa", nargs="+", default=[ktops.cpu_capability()], metavar="ROW", help="rows, or all")
-    add("--threads", type=positive, default=torch.get_num_threads(), help="default: %(default)s")
-    add("--rounds", type=positive, default=5, help="default: %(default)s")
+    parser.shape()
+    parser.tokens(16, 512)
+    parser.mode()
+    parser.isa(several=True)
+    parser.threads()
+    parser.rounds(5)
     add("--calls", type=positive, default=5, help="of a sample (default: %(default)s)")
     add("--limit", type=float, default=LIMIT, help="largest ratio that passes (default: %(default)s)")
     add("--save", action="store_true", help="write the rows to bench/results")
-    add("--seed", type=int, default=0)
+    parser.seed()
     return parser.parse_args(argv)
 
 
@@ -134,11 +128,6 @@ def _case(layer: Layer, mode: str, tokens: int, isa: str, burner: Burner, args) 
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_arguments(argv)
-    try:
-        args.isa = results.isas_to_measure(args.isa)
-    except ValueError as error:
-        print(error, file=sys.stderr)
-        return 2
     torch.set_num_threads(args.threads)
     layer = Layer(args.shape, args.seed)
     with Burner() as burner:

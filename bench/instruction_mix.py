@@ -22,8 +22,9 @@ from pathlib import Path
 import torch
 
 from bench import moe_fwd, moe_sft
+from bench.arguments import Parser, lora_rank, positive
 from bench.layer import Inputs, Layer, Variant
-from bench.shapes import SHAPES, Shape, parse_shape
+from bench.shapes import Shape
 from ktops.testing import amx_emulator
 
 ROWS = (32, 64, 128)
@@ -104,21 +105,16 @@ def print_table(rows: list[dict]) -> None:
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        "python -m bench.instruction_mix",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = Parser("instruction_mix", __doc__)
     add = parser.add_argument
-    add("--shape", type=parse_shape, nargs="+", default=[parse_shape(DEFAULT_SHAPE)], metavar="NAME",
-        help=f"{', '.join(SHAPES)} or H,I,E,K (default: {DEFAULT_SHAPE})")  # fmt: skip
-    add("--rows", type=int, nargs="+", default=list(ROWS), metavar="N", help="of each expert")
+    parser.shape(DEFAULT_SHAPE, several=True)
+    add("--rows", type=positive, nargs="+", default=list(ROWS), metavar="N", help="of each expert")
     add("--mode", choices=list(CALLS), nargs="+", default=list(CALLS))
-    add("--rank", type=int, nargs="+", default=[0, 16], metavar="R", help="LoRA ranks (default: 0 16)")
+    add("--rank", type=lora_rank, nargs="+", default=[0, 16], metavar="R", help="LoRA ranks (default: 0 16)")
     add("--full", action="store_true", help="gradients of the base weights too")
-    add("--threads", type=int, default=torch.get_num_threads(), help="default: %(default)s")
+    parser.threads()
     add("--json", type=Path, metavar="FILE", help="write JSON lines")
-    add("--seed", type=int, default=0)
+    parser.seed()
     return parser.parse_args(argv)
 
 

@@ -20,9 +20,10 @@ from pathlib import Path
 import torch
 
 import ktops
+from bench.arguments import Parser, lora_rank
 from bench.layer import Layer
 from bench.machine import cpu_model
-from bench.shapes import SHAPES, Shape, parse_shape
+from bench.shapes import Shape
 
 MIB = 1 << 20
 
@@ -90,16 +91,14 @@ def measure(layer: Layer, tokens: int, rank: int, save: str = "activations") -> 
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        "python -m bench.memory", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser("memory", __doc__)
     add = parser.add_argument
-    add("--shape", type=parse_shape, default=SHAPES["qwen3_30b"], help=f"{', '.join(SHAPES)} or H,I,E,K")
-    add("--tokens", type=int, nargs="+", default=[2048], metavar="T")
-    add("--rank", type=int, default=16, metavar="R")
+    parser.shape()
+    parser.tokens(2048)
+    add("--rank", type=lora_rank, default=16, metavar="R", help="LoRA rank (default: %(default)s)")
     add("--save", choices=("activations", "recompute"), default="activations")
-    add("--isa", nargs="+", default=[ktops.cpu_capability()])
-    add("--threads", type=int, default=torch.get_num_threads())
+    parser.isa(several=True)
+    parser.threads()
     add("--limit", type=float, default=64, metavar="MIB", help="scratch allowed (default: %(default)s)")
     return parser.parse_args(argv)
 

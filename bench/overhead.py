@@ -11,7 +11,6 @@ always equally fast.
 Exit status: 1 if ktops.moe_sft takes longer than --limit.
 """
 
-import argparse
 import sys
 import time
 from collections.abc import Callable
@@ -19,6 +18,7 @@ from collections.abc import Callable
 import torch
 
 import ktops
+from bench.arguments import Parser
 from bench.machine import cpu_model
 from bench.shapes import Shape
 
@@ -68,9 +68,7 @@ def overheads() -> dict[str, float]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        "python -m bench.overhead", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser("overhead", __doc__)
     parser.add_argument("--limit", type=float, default=15, metavar="US", help="default: %(default)s")
     args = parser.parse_args(argv)
     threads = torch.get_num_threads()

@@ -15,14 +15,12 @@ import sys
 import torch
 
 import ktops
-from bench import moe_fwd, moe_sft
+from bench.arguments import OPS, Parser, lora_rank, positive
 from bench.layer import Layer, Variant
 from bench.machine import Calibration, cpu_model
 from bench.measure import mean_limits
 from bench.roofline import Limits, Work
-from bench.shapes import SHAPES, Shape, parse_shape
-
-OPS = {op.MODE: op for op in (moe_fwd, moe_sft)}
+from bench.shapes import Shape
 
 
 def step_work(shape: Shape, tokens: int, distinct_experts: int, rank: int) -> dict[tuple[str, str], Work]:
@@ -95,18 +93,16 @@ def print_steps(steps: list, work: dict[tuple[str, str], Work], limits: Limits) 
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        "python -m bench.profile", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser("profile", __doc__)
     add = parser.add_argument
-    add("--shape", type=parse_shape, default=SHAPES["qwen3_30b"], help=f"{', '.join(SHAPES)} or H,I,E,K")
-    add("--tokens", type=int, nargs="+", default=[128], metavar="T")
-    add("--mode", choices=list(OPS), default="training")
-    add("--rank", type=int, default=16, metavar="R")
-    add("--isa", nargs="+", default=[ktops.cpu_capability()])
-    add("--threads", type=int, default=torch.get_num_threads())
-    add("--calls", type=int, default=5, help="default: %(default)s")
-    add("--seed", type=int, default=0)
+    parser.shape()
+    parser.tokens(128)
+    add("--mode", choices=list(OPS), default="training", help="default: %(default)s")
+    add("--rank", type=lora_rank, default=16, metavar="R", help="LoRA rank (default: %(default)s)")
+    parser.isa(several=True)
+    parser.threads()
+    add("--calls", type=positive, default=5, help="default: %(default)s")
+    parser.seed()
     return parser.parse_args(argv)
 
 

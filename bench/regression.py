@@ -22,39 +22,30 @@ from pathlib import Path
 
 import torch
 
-import ktops
-from bench import report, results
+from bench import report
+from bench.arguments import OPS, Parser, positive
 from bench.contest import Entrant, Turns, Worker, contest, inputs_around, say
 from bench.layer import Layer, Variant
-from bench.run import OPS, positive, shape
-from bench.shapes import SHAPES
 
 ROOT = Path(__file__).parent.parent
 MODULE = Path("ktops/_C.abi3.so")
-TOKENS = (1, 16, 128, 512)
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.regression",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = Parser("regression", __doc__)
     add = parser.add_argument
     add("revisions", nargs=2, metavar="REV", help="A, the old one, and B, the new one")
-    add("--shape", type=shape, nargs="+", default=[SHAPES["qwen3_30b"]], metavar="NAME",
-        help=f"{', '.join(SHAPES)} or H,I,E,K (default: qwen3_30b)")  # fmt: skip
-    add("--tokens", type=positive, nargs="+", metavar="T", default=TOKENS, help="default: %(default)s")
-    add("--mode", choices=list(OPS), nargs="+", default=list(OPS), help="default: both")
+    parser.shape(several=True)
+    parser.tokens(1, 16, 128, 512)
+    parser.mode()
     add("--rank", type=positive, default=16, metavar="R", help="LoRA rank of training (default: %(default)s)")
-    add("--isa", default=ktops.cpu_capability(), metavar="ROW", help="default: %(default)s")
+    parser.isa()
     add("--threshold", type=float, default=1.05, help="largest ratio that passes (default: %(default)s)")
-    add("--threads", type=positive, default=torch.get_num_threads(), help="default: %(default)s")
-    add("--rounds", type=positive, default=7, help="samples of each (default: %(default)s)")
+    parser.threads()
+    parser.rounds(7)
     add("--seconds", type=float, default=0.3, help="of a sample (default: %(default)s)")
-    add("--max-load", type=float, default=0.15, metavar="CORES",
-        help="drop rounds during which other processes used more (default: %(default)s)")  # fmt: skip
-    add("--seed", type=int, default=0)
+    parser.max_load()
+    parser.seed()
     return parser.parse_args(argv)
 
 
@@ -184,11 +175,6 @@ def compare(layer: Layer, trees: dict[str, Path], args: argparse.Namespace, scra
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_arguments(argv)
-    try:
-        [args.isa] = results.isas_to_measure([args.isa])
-    except ValueError as error:
-        print(error, file=sys.stderr)
-        return 2
     torch.set_num_threads(args.threads)
     rows = []
     with tempfile.TemporaryDirectory() as folder:

@@ -100,20 +100,3 @@ def load(bench: str, folder: Path | None = None) -> list[dict]:
     """Every file of a bench: {"bench", "isa", "machine", "rows"}, by name."""
     files = sorted((folder or RESULTS).glob(f"{bench}-*.json"))
     return [json.loads(file.read_text()) for file in files]
-
-
-def isas_to_measure(names: list[str]) -> list[str]:
-    """The rows asked for; "all" is every one that this machine can run.
-
-    Raises:
-        ValueError: one cannot run here.
-    """
-    have = [name for name, available in ktops.cpu_capabilities().items() if available]
-    if "all" in names:
-        return have
-    unavailable = [name for name in names if name not in have]
-    if unavailable:
-        raise ValueError(
-            f"--isa: {', '.join(unavailable)} cannot run here; this machine has {', '.join(have)}"
-        )
-    return names

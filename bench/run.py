@@ -19,77 +19,40 @@ from pathlib import Path
 
 import torch
 
-import ktops
-from bench import moe_fwd, moe_sft, report, results
+from bench import report, results
+from bench.arguments import OPS, Parser, lora_rank
 from bench.layer import ROUTINGS, Layer, Variant
 from bench.machine import Calibration, OtherLoad, last_level_cache_bytes
 from bench.measure import Configuration, Plan, measure
-from bench.shapes import QUICK_TOKENS, SHAPES, TOKENS, Shape, parse_shape
+from bench.shapes import QUICK_TOKENS, TOKENS
 
-OPS = {op.MODE: op for op in (moe_fwd, moe_sft)}
 DEFAULT_RANKS = {"forward": [0], "training": [16]}
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 SLOW_SECONDS = 5.0
-
-
-def positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise ValueError(f"must be at least 1, got {value}")
-    return value
-
-
-def _rank(text: str) -> int:
-    value = int(text)
-    if value < 0:
-        raise ValueError(f"must be at least 0, got {value}")
-    return value
-
-
-def shape(text: str) -> Shape:
-    try:
-        return parse_shape(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from error
+ROUNDS, QUICK_ROUNDS = 7, 3
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.run", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser("run", __doc__)
     add = parser.add_argument
     add("--quick", action="store_true", help=f"T in {QUICK_TOKENS} and fewer, shorter samples")
-    add("--shape", type=shape, nargs="+", default=list(SHAPES.values()), metavar="NAME",
-        help=f"{', '.join(SHAPES)} or H,I,E,K (default: all three)")  # fmt: skip
-    add("--tokens", type=positive, nargs="+", metavar="T", help=f"default: {' '.join(map(str, TOKENS))}")
-    add("--mode", choices=list(OPS), nargs="+", default=list(OPS), help="default: both")
-    add(
-        "--rank",
-        type=_rank,
-        nargs="+",
-        metavar="R",
-        help="LoRA ranks (default: forward 0, training 16)",
-    )
-    add("--isa", nargs="+", default=[ktops.cpu_capability()], metavar="ROW",
-        help="rows of kernels, or all (default: the one in use)")  # fmt: skip
+    parser.shape("all three", several=True)
+    parser.tokens()
+    parser.mode()
+    add("--rank", type=lora_rank, nargs="+", metavar="R", help="LoRA ranks (default: forward 0, training 16)")
+    parser.isa(several=True)
     add("--dtype", choices=list(DTYPES), default="bfloat16", help="default: %(default)s")
     add("--routing", choices=ROUTINGS, default="random",
         help="skewed: expert 0 gets half of the tokens (default: %(default)s)")  # fmt: skip
     add("--full", action="store_true", help="train the weights as well (their gradients take as much memory)")
     add("--recompute", action="store_true", help='train with save="recompute"')
-    add("--threads", type=positive, default=torch.get_num_threads(), help="default: %(default)s")
-    add(
-        "--rounds",
-        type=positive,
-        metavar="N",
-        help="samples of each row (default: 7, with --quick 3)",
-    )
-    add("--max-load", type=float, default=0.15, metavar="CORES",
-        help="drop samples during which other processes used more (default: %(default)s)")  # fmt: skip
+    parser.threads()
+    parser.rounds(ROUNDS, QUICK_ROUNDS)
+    parser.max_load()
     add("--save", action="store_true", help="write the rows to bench/results")
     add("--json", type=Path, metavar="FILE", help="write JSON lines")
     add("--plot", type=Path, metavar="FILE", help="write a plot (needs matplotlib)")
-    add("--seed", type=int, default=0)
+    parser.seed()
     return parser.parse_args(argv)
 
 
@@ -120,7 +83,7 @@ def row_key(row: dict) -> tuple:
 
 
 def _plan(args: argparse.Namespace) -> Plan:
-    rounds = args.rounds or (3 if args.quick else 7)
+    rounds = args.rounds or (QUICK_ROUNDS if args.quick else ROUNDS)
     return Plan(rounds, 0.3 if args.quick else 0.5, args.max_load, 3 * rounds, SLOW_SECONDS)
 
 
@@ -140,11 +103,6 @@ def _remarks(rows: list[dict], configurations: list[Configuration], plan: Plan, 
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_arguments(argv)
-    try:
-        args.isa = results.isas_to_measure(args.isa)
-    except ValueError as error:
-        print(error, file=sys.stderr)
-        return 2
     torch.set_num_threads(args.threads)
     calibration = Calibration(args.threads)
     machine = results.machine_record(calibration)

@@ -18,14 +18,14 @@ from pathlib import Path
 
 import torch
 
-import ktops
 from bench import report, results
+from bench.arguments import OPS, Parser, positive
 from bench.contest import say
 from bench.layer import Layer, Variant
 from bench.machine import Calibration
 from bench.measure import Configuration, Plan, measure
-from bench.run import OPS, SLOW_SECONDS, positive, shape
-from bench.shapes import SHAPES, Shape
+from bench.run import SLOW_SECONDS
+from bench.shapes import Shape
 
 RANK = 16
 SWEEPS = {
@@ -68,25 +68,19 @@ def points(sweep: str, base: Shape, tokens: int, threads: int) -> Iterator[Point
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.scaling",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = Parser("scaling", __doc__)
     add = parser.add_argument
-    add("--shape", type=shape, default=SHAPES["qwen3_30b"], metavar="NAME",
-        help=f"{', '.join(SHAPES)} or H,I,E,K (default: qwen3_30b)")  # fmt: skip
+    parser.shape()
     add("--sweep", choices=list(SWEEPS), nargs="+", default=list(SWEEPS), help="default: all")
     add("--tokens", type=positive, default=512, metavar="T", help="default: %(default)s")
-    add("--mode", choices=list(OPS), nargs="+", default=list(OPS), help="default: both")
-    add("--isa", default=ktops.cpu_capability(), metavar="ROW", help="default: %(default)s")
-    add("--threads", type=positive, default=torch.get_num_threads(), help="default: %(default)s")
-    add("--rounds", type=positive, default=3, help="samples of each point (default: %(default)s)")
-    add("--max-load", type=float, default=0.15, metavar="CORES",
-        help="drop samples during which other processes used more (default: %(default)s)")  # fmt: skip
+    parser.mode()
+    parser.isa()
+    parser.threads()
+    parser.rounds(3)
+    parser.max_load()
     add("--save", action="store_true", help="write the points to bench/results")
     add("--plot", type=Path, metavar="FILE", help="write a plot (needs matplotlib)")
-    add("--seed", type=int, default=0)
+    parser.seed()
     return parser.parse_args(argv)
 
 
@@ -114,11 +108,6 @@ def _measure(point: Point, layer: Layer, args: argparse.Namespace) -> list[dict]
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_arguments(argv)
-    try:
-        [args.isa] = results.isas_to_measure([args.isa])
-    except ValueError as error:
-        print(error, file=sys.stderr)
-        return 2
     machine = results.machine_record(Calibration(args.threads))
     report.print_machine(machine)
     rows: list[dict] = []

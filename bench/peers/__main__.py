@@ -23,15 +23,16 @@ import torch
 
 import ktops
 from bench import report, results
+from bench.arguments import OPS, Parser, positive
 from bench.contest import ContestError, Entrant, Turns, Worker, contest, inputs_around, say
 from bench.layer import Layer, Variant
 from bench.machine import Calibration
 from bench.measure import mean_limits
 from bench.peers import CONTESTANTS, HOMES, OBEYS, PARITY, TUNED_MALLOC
-from bench.run import OPS, positive, shape
-from bench.shapes import QUICK_TOKENS, SHAPES, TOKENS
+from bench.shapes import QUICK_TOKENS, TOKENS
 
 _LAYER = "layer.pt"
+ROUNDS, QUICK_ROUNDS = 3, 2
 
 PEER_BUDGETS = 2.0
 """Peers round every intermediate result to bfloat16: ktops.testing.budgets calls that 1.5 to 2 times."""
@@ -46,31 +47,25 @@ def _environment(text: str) -> tuple[str, str]:
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.peers",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = Parser("peers", __doc__)
     add = parser.add_argument
     add("--quick", action="store_true", help=f"T in {QUICK_TOKENS}, two short rounds")
-    add("--shape", type=shape, nargs="+", default=list(SHAPES.values()), metavar="NAME",
-        help=f"{', '.join(SHAPES)} or H,I,E,K (default: all three)")  # fmt: skip
-    add("--tokens", type=positive, nargs="+", metavar="T", help=f"default: {' '.join(map(str, TOKENS))}")
-    add("--mode", choices=list(OPS), nargs="+", default=list(OPS), help="default: both")
+    parser.shape("all three", several=True)
+    parser.tokens()
+    parser.mode()
     add("--rank", type=positive, default=16, metavar="R", help="LoRA rank of training (default: %(default)s)")
-    add("--isa", default=ktops.cpu_capability(), metavar="ROW", help="row of ktops (default: %(default)s)")
+    parser.isa()
     add("--peer", type=_environment, action="append", default=[], metavar="NAME=PYTHON",
         help=f"interpreter of the environment of a peer: {', '.join(HOMES)}")  # fmt: skip
     names = [entry.name for entry in CONTESTANTS]
     add("--only", choices=names, nargs="+", metavar="NAME", help=f"ktops and these of {', '.join(names)}")
     add("--malloc", choices=("tuned", "default"), default="tuned",
         help="of the torch peers; tuned keeps freed blocks: faster (default: %(default)s)")  # fmt: skip
-    add("--threads", type=positive, default=torch.get_num_threads(), help="default: %(default)s")
-    add("--rounds", type=positive, metavar="N", help="samples of each (default: 3, with --quick 2)")
-    add("--max-load", type=float, default=0.15, metavar="CORES",
-        help="drop samples during which other processes used more (default: %(default)s)")  # fmt: skip
+    parser.threads()
+    parser.rounds(ROUNDS, QUICK_ROUNDS)
+    parser.max_load()
     add("--save", action="store_true", help="write the rows to bench/results")
-    add("--seed", type=int, default=0)
+    parser.seed()
     return parser.parse_args(argv)
 
 
@@ -157,7 +152,7 @@ def _case(layer: Layer, mode: str, tokens: int, holders: dict, args, calibration
     def check(entrant: Entrant, inputs, result) -> float:
         return op.check(layer, variant, inputs, result, 1.0 if entrant.name == "ktops" else PEER_BUDGETS)
 
-    rounds = args.rounds or (2 if args.quick else 3)
+    rounds = args.rounds or (QUICK_ROUNDS if args.quick else ROUNDS)
     turns = Turns(rounds, 0.1 if args.quick else 0.3, args.max_load, 3 * rounds)
     before = calibration.limits(args.isa, "bfloat16")
     contest(entrants, mode, calls, check, turns, scratch)
@@ -201,11 +196,6 @@ def _mode_rows(layer: Layer, mode: str, args, calibration, scratch: Path, keep) 
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_arguments(argv)
-    try:
-        [args.isa] = results.isas_to_measure([args.isa])
-    except ValueError as error:
-        print(error, file=sys.stderr)
-        return 2
     torch.set_num_threads(args.threads)
     calibration = Calibration(args.threads)
     machine = results.machine_record(calibration)

@@ -140,9 +140,7 @@ def main(argv: list[str] | None = None) -> int:
     report.print_busy_core(rows)
     if args.save:
         machine = results.machine_record(Calibration(args.threads))
-        for isa in args.isa:
-            kept = [row for row in rows if row["isa"] == isa]
-            print(f"saved {results.save('busy_core', machine, isa, kept, row_key)}")
+        results.save_by_isa("busy_core", machine, rows, row_key)
     return 1 if any(row["ratio"] > args.limit for row in rows) else 0
 
 

@@ -22,7 +22,7 @@ from pathlib import Path
 
 import torch
 
-from bench import report
+from bench import report, results
 from bench.arguments import OPS, Parser, positive
 from bench.contest import Entrant, Turns, Worker, contest, inputs_around, say
 from bench.layer import Layer, Variant
@@ -183,8 +183,7 @@ def main(argv: list[str] | None = None) -> int:
             for size in args.shape:
                 rows += compare(Layer(size, args.seed), trees, args, scratch)
     report.print_regression(rows, args.threshold)
-    status = {row["status"] for row in rows}
-    return 1 if status & {"slower", "wrong"} else 3 if "busy" in status else 0
+    return results.exit_status(rows)
 
 
 if __name__ == "__main__":

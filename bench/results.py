@@ -96,6 +96,19 @@ def save(bench: str, machine: dict, isa: str, rows: list[dict], key: Callable[[d
     return file
 
 
+def save_by_isa(bench: str, machine: dict, rows: list[dict], key: Callable[[dict], tuple]) -> None:
+    """:func:`save` of the rows of each ISA row, with a line on each file."""
+    for isa in dict.fromkeys(row["isa"] for row in rows):
+        file = save(bench, machine, isa, [row for row in rows if row["isa"] == isa], key)
+        print(f"saved {file}")
+
+
+def exit_status(rows: list[dict]) -> int:
+    """1 if a row is wrong or slower than it may be, else 3 if one never had a quiet sample, else 0."""
+    statuses = {row["status"] for row in rows}
+    return 1 if statuses & {"wrong", "slower"} else 3 if "busy" in statuses else 0
+
+
 def load(bench: str, folder: Path | None = None) -> list[dict]:
     """Every file of a bench: {"bench", "isa", "machine", "rows"}, by name."""
     files = sorted((folder or RESULTS).glob(f"{bench}-*.json"))

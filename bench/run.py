@@ -115,15 +115,12 @@ def main(argv: list[str] | None = None) -> int:
     report.print_table(rows)
     _remarks(rows, configurations, plan, load.cores)
     if args.save:
-        for isa in args.isa:
-            kept = [row for row in rows if row["isa"] == isa]
-            print(f"saved {results.save('run', machine, isa, kept, row_key)}")
+        results.save_by_isa("run", machine, rows, row_key)
     if args.json:
         report.write_json(args.json, machine, rows)
     if args.plot:
         report.write_plot(args.plot, machine, rows)
-    status = {row["status"] for row in rows}
-    return 1 if "wrong" in status else 3 if "busy" in status else 0
+    return results.exit_status(rows)
 
 
 if __name__ == "__main__":

@@ -129,8 +129,7 @@ def main(argv: list[str] | None = None) -> int:
         from bench.plots import write_scaling
 
         write_scaling(args.plot, {"machine": machine, "isa": args.isa, "rows": rows})
-    status = {row["status"] for row in rows}
-    return 1 if "wrong" in status else 3 if "busy" in status else 0
+    return results.exit_status(rows)
 
 
 if __name__ == "__main__":

@@ -218,8 +218,8 @@ def main(argv: list[str] | None = None) -> int:
     report.print_contest(rows)
     if args.save:
         print(f"saved {results.result_file('peers', machine, args.isa)}")
-    busy = any(row["contestant"] == "ktops" and row["status"] == "busy" for row in rows)
-    return 1 if any(row["status"] == "wrong" for row in rows) else 3 if busy else 0
+    decisive = [row for row in rows if row["contestant"] == "ktops" or row["status"] == "wrong"]
+    return results.exit_status(decisive)
 
 
 if __name__ == "__main__":

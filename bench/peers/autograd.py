@@ -1,5 +1,7 @@
 """What contestants that train through autograd have in common."""
 
+from abc import ABC, abstractmethod
+
 import torch
 from torch import Tensor
 
@@ -12,15 +14,15 @@ def gradients(output: Tensor, leaves: dict[str, Tensor], inputs: Inputs) -> dict
     return dict(zip(leaves, grads, strict=True))
 
 
-class LoraContestant:
+class LoraContestant(ABC):
     """Training of a layer whose output is a differentiable function of x, weights and adapters."""
 
     def __init__(self, layer: Layer, rank: int) -> None:
         self.adapters = layer.adapters(rank)
 
+    @abstractmethod
     def output(self, x: Tensor, topk_weights: Tensor, adapters: dict[str, Tensor], inputs: Inputs) -> Tensor:
         """[T, H]"""
-        raise NotImplementedError
 
     def training(self, inputs: Inputs) -> tuple[Tensor, dict[str, Tensor]]:
         """Output and gradients by the names of ktops.ops.moe_sft.GRADIENTS."""

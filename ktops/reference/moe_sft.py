@@ -174,7 +174,7 @@ def moe_sft_bwd(
         gate_up_lora_A, gate_up_lora_B, down_lora_A, down_lora_B,
     )  # fmt: skip
     grads = [
-        torch.zeros(t.shape, dtype=t.dtype if i else dtype) if t is not None and grad_mask >> i & 1 else None
+        t.new_zeros(t.shape, dtype=t.dtype if i else dtype) if t is not None and grad_mask >> i & 1 else None
         for i, t in enumerate(inputs)
     ]
     dx, dw, dWgu, dWd, dbgu, dbd, dA1, dB1, dA2, dB2 = grads

@@ -7,13 +7,13 @@ those of every wrapper around it and passes them to ``ktops.moe_sft``. Nothing e
 parameters, names, files.
 """
 
-import functools
 import re
 import warnings
 
 import torch
 from torch import Tensor, nn
 
+from ktops._warn import warn_once
 from ktops.integrations.transformers import runs_ktops, unsupported_tensors
 
 PREFIXES = {"gate_up_proj": "gate_up", "down_proj": "down"}
@@ -140,20 +140,15 @@ def _forward(wrapper: nn.Module, x: Tensor, *args, **kwargs) -> Tensor:
     elif not wrapper.merged:
         adapters = [name for name in wrapper.active_adapters if name in wrapper.lora_A]
         if any(name in wrapper.lora_variant for name in adapters):
-            _warn_variant(", ".join(type(v).__name__ for v in wrapper.lora_variant.values()))
+            variants = ", ".join(type(v).__name__ for v in wrapper.lora_variant.values())
+            warn_once(
+                f"ktops does not compute the LoRA variant {variants} on expert parameters; PEFT does, with a "
+                "dense delta of all experts in every forward."
+            )
             return _peft["forward"](wrapper, x, *args, **kwargs)
         if adapters:
             kwargs = {**kwargs, **_lora_arguments(wrapper, adapters)}
     return wrapper.base_layer(x, *args, **kwargs)
-
-
-@functools.cache
-def _warn_variant(variant: str) -> None:
-    warnings.warn(
-        f"ktops does not compute the LoRA variant {variant} on expert parameters; PEFT does, with a dense "
-        "delta of all experts in every forward.",
-        stacklevel=2,
-    )
 
 
 _MLP_NAMES = {"experts", "gate_proj", "up_proj", "down_proj", "gate_up_proj", "w1", "w2", "w3", "all-linear"}

@@ -4,12 +4,10 @@ The Parameters stay as they are, objects and names; their storage becomes slices
 that the op reads every expert of the layer, and gate and up of one expert, as one tensor.
 """
 
-import functools
-import warnings
-
 import torch
 from torch import Tensor, nn
 
+from ktops._warn import warn_once
 from ktops.nn.experts import DTYPES, run_experts
 
 PROJECTIONS = (("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2"))
@@ -117,7 +115,7 @@ class KTExpert(nn.Module):
         if not self.runs_op():
             gate, up, down = self.projections()
             if self.packed is not None and not torch.compiler.is_compiling():
-                _warn_once(f"are {type(gate).__name__} with hooks or adapters")
+                _warn_of(f"are {type(gate).__name__} with hooks or adapters")
             act_fn = getattr(self, self.activation_attribute)
             return down(act_fn(gate(hidden_states)) * up(hidden_states))
         num_tokens = hidden_states.numel() // hidden_states.shape[-1]
@@ -159,7 +157,7 @@ class KTExpertList(nn.ModuleList):
         weights = [projection.weight for expert in self for projection in expert.projections()]
         kinds = {(weight.dtype, weight.device.type) for weight in weights}
         if len(kinds) > 1 or weights[0].dtype not in DTYPES or weights[0].device.type != "cpu":
-            _warn_once("are " + ", ".join(sorted(f"{dtype} on {device}" for dtype, device in kinds)))
+            _warn_of("are " + ", ".join(sorted(f"{dtype} on {device}" for dtype, device in kinds)))
             return
         gate, up, down = self[0].projections()
 
@@ -215,12 +213,10 @@ def _pack_after_loading(experts: KTExpertList, _) -> None:
     experts.pack()
 
 
-@functools.cache
-def _warn_once(what: str) -> None:
-    warnings.warn(
+def _warn_of(what: str) -> None:
+    warn_once(
         f"ktops: projections of experts {what}; ktops does not run these experts, their projections are "
-        "called one by one.",
-        stacklevel=2,
+        "called one by one."
     )
 
 

@@ -12,14 +12,14 @@ from tiny_models import tiny_model
 from torch import nn
 
 import ktops
+from ktops._warn import warn_once
 from ktops.nn import KTExpertList, KTExperts
-from ktops.nn.expert_list import _warn_once
 from ktops.testing.budgets import forward_budget, relative_error
 
 
 @pytest.fixture(autouse=True)
 def warned_of_nothing():
-    _warn_once.cache_clear()
+    warn_once.cache_clear()
 
 
 NAMES = ["layers.0.experts", "layers.1.experts"]

@@ -1,11 +1,9 @@
 """The entry "ktops" of transformers' experts interface."""
 
-import functools
-import warnings
-
 import torch
 from torch import Tensor, nn
 
+from ktops._warn import warn_once
 from ktops.integrations.transformers.architectures import (
     activation_name,
     unsupported_layout,
@@ -31,7 +29,7 @@ def disable() -> None:
     """Take the implementation out again."""
     for registry in _registries():
         registry._global_mapping.pop(NAME, None)
-    _warn_once.cache_clear()
+    warn_once.cache_clear()
 
 
 def runs_ktops(experts: nn.Module) -> bool:
@@ -101,12 +99,7 @@ def _eager_forward(experts_class: type[nn.Module]):
 @torch.compiler.assume_constant_result
 def _warn(message: str) -> None:
     """Once per message; under torch.compile while tracing."""
-    _warn_once(message)
-
-
-@functools.cache
-def _warn_once(message: str) -> None:
-    warnings.warn(message, stacklevel=2)
+    warn_once(message)
 
 
 def _grouped_mm():

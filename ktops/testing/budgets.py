@@ -90,3 +90,11 @@ def gradient_budget(dtype: torch.dtype, inner_size: int = 2048) -> float:
     [g | u] as saved (twice), h, d B2, dh, [dg | du] (twice), [dg | du] B1, the gradient itself.
     """
     return SAFETY * rounding_level(dtype, inner_size) * math.sqrt(2 * 3 + 2 + 3 + 2 + 1 + 1 + 1 + 2 + 1 + 1)
+
+
+def model_budget(dtype: torch.dtype, inner_size: int, num_operations: int) -> float:
+    """Largest relative_error between two runs of a model that is ``num_operations`` layers' operations deep.
+
+    Each operation may be wrong by what a gradient of the op may; errors of operations add in quadrature.
+    """
+    return math.sqrt(num_operations) * gradient_budget(dtype, inner_size)

@@ -10,12 +10,12 @@ from tiny_models import tiny_batch, tiny_model
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ktops.testing.budgets import SAFETY, gradient_budget, relative_error
+from ktops.testing.budgets import SAFETY, gradient_budget, model_budget, relative_error
 
 MIN_COSINE = 0.999
 
-MODEL_BUDGET = 8 * gradient_budget(torch.float32, inner_size=40)
-"""Relative difference of two float32 runs of a tiny model: 60 operations deep, errors add in quadrature."""
+MODEL_BUDGET = model_budget(torch.float32, inner_size=40, num_operations=60)
+"""Relative difference of two float32 runs of a tiny model."""
 
 
 class CountOps(TorchDispatchMode):

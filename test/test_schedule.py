@@ -1,0 +1,66 @@
+"""The work of a call is drawn task by task: a thread that is held up holds up nothing but the task it has.
+
+Times on a busy machine show that but roughly (``test/bench/test_bench_busy_core.py``); here it is counted.
+"""
+
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+import ktops
+from ktops.testing.compare import random_grad_output, run
+from ktops.testing.inputs import moe_inputs
+
+ROOT = Path(__file__).parents[1]
+PHASES, TASKS = 3, 100
+
+
+@pytest.fixture(scope="module")
+def program(tmp_path_factory) -> Path:
+    """schedule.cpp, compiled with the scheduler of the operators."""
+    csrc, output = ROOT / "ktops_csrc", tmp_path_factory.mktemp("schedule") / "schedule"
+    sources = [
+        Path(__file__).parent / "schedule.cpp",
+        csrc / "parallel/profile.cpp",
+        csrc / "core/environment.cpp",
+    ]
+    flags = ["-std=c++17", "-O1", "-Wall", "-Wextra", "-Werror", "-pthread", f"-I{csrc}"]
+    subprocess.run([os.environ.get("CXX", "g++"), *flags, *sources, "-o", output], check=True)
+    return output
+
+
+@pytest.mark.parametrize(("threads", "held"), [(1, 0), (2, 1), (3, 1), (3, 2), (7, 6)])
+def test_threads_that_are_held_up_keep_one_task_each(program, threads, held):
+    """They wait until everybody else's tasks are done, in every phase; with fixed shares for ever."""
+    result = subprocess.run([program, str(threads), str(held)], capture_output=True, text=True)
+    assert result.returncode == 0, f"status {result.returncode}, see schedule.cpp"
+    phases = [list(map(int, line.split())) for line in result.stdout.splitlines()]
+    assert len(phases) == PHASES
+    for counts in phases:
+        assert len(counts) == threads and sum(counts) == TASKS
+        assert sum(count <= 1 for count in counts) >= held
+
+
+PRODUCTS = {
+    "moe_sft_fwd": {"gate_up", "down"},
+    "moe_sft_bwd": {"activate", "combine_x", "weights_h", "weights_i"},
+}
+
+
+@pytest.mark.parametrize("num_tokens", [1, 128])
+def test_products_are_many_tasks_for_every_thread(num_tokens):
+    """A fixed split of a product would be as many tasks as there are threads."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        inputs = moe_inputs(num_tokens, 1024, 512, 16, 2, dtype=torch.bfloat16, lora_rank=16)
+        with ktops.profile() as profile:
+            run(inputs, random_grad_output(inputs))
+    finally:
+        torch.set_num_threads(threads)
+    for op, names in PRODUCTS.items():
+        tasks = {step.name: step.tasks for step in profile.steps if step.op == op}
+        assert all(tasks[name] >= 4 * 2 for name in names), tasks

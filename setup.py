@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import sys
 from pathlib import Path
 
 from setuptools import setup
@@ -22,12 +23,16 @@ if shutil.which(os.environ.get("CXX", "c++")) is None:
     )
 
 ROOT = Path(__file__).parent
-SOURCES = sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("ktops_csrc/**/*.cpp"))
+SOURCES, HEADERS = (
+    sorted(str(path.relative_to(ROOT)) for path in ROOT.glob(f"ktops_csrc/**/*.{suffix}"))
+    for suffix in ("cpp", "h")
+)
 SANITIZE = os.environ.get("KTOPS_SANITIZE")  # e.g. "address,undefined"
 
 compile_args = [
     "-std=c++17",
     "-O3",
+    "-g0",  # Python's own flags often have -g, which is two thirds of the library
     "-fvisibility=hidden",
     "-fno-math-errno",
     "-Wall",
@@ -39,11 +44,25 @@ if SANITIZE:
     compile_args += [f"-fsanitize={SANITIZE}", "-fno-omit-frame-pointer", "-g", "-O1"]
     link_args += [f"-fsanitize={SANITIZE}"]
 
+
+class BuildWithObjects(BuildExtension.with_options(no_python_abi_suffix=False)):
+    """Keeps the objects of an editable install where later builds look for theirs: ninja reuses them."""
+
+    def run(self) -> None:
+        if self.editable_mode:
+            build_base = self.get_finalized_command("build").build_base
+            self.build_temp = os.path.join(
+                build_base, f"temp.{self.plat_name}-{sys.implementation.cache_tag}"
+            )
+        super().run()
+
+
 setup(
     ext_modules=[
         CppExtension(
             "ktops._C",
             SOURCES,
+            depends=HEADERS,  # which puts them into the sdist
             include_dirs=[str(ROOT / "ktops_csrc")],
             define_macros=[
                 ("Py_LIMITED_API", "0x030A0000"),
@@ -54,6 +73,6 @@ setup(
             py_limited_api=True,
         )
     ],
-    cmdclass={"build_ext": BuildExtension.with_options(no_python_abi_suffix=False)},
+    cmdclass={"build_ext": BuildWithObjects},
     options={"bdist_wheel": {"py_limited_api": "cp310"}},
 )

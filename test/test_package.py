@@ -10,6 +10,7 @@ import pytest
 
 import ktops
 
+ROOT = Path(__file__).parents[1]
 OPTIONAL = ("transformers", "peft", "accelerate", "typer", "rich", "matplotlib", "safetensors", "tokenizers")
 
 
@@ -62,6 +63,17 @@ def test_public_names(name):
 def test_unknown_name():
     with pytest.raises(AttributeError, match="module 'ktops' has no attribute 'moe_stf'"):
         ktops.moe_stf  # noqa: B018
+
+
+def test_source_distribution_can_be_built(tmp_path):
+    """It has every file of the package and of the C++ sources, headers too."""
+    command = [sys.executable, "setup.py", "--quiet", "egg_info", "--egg-base", str(tmp_path)]
+    subprocess.run(command, cwd=ROOT, check=True)
+    listed = set((tmp_path / "ktops.egg-info" / "SOURCES.txt").read_text().splitlines())
+    needed = [path for folder in ("ktops", "ktops_csrc") for path in (ROOT / folder).rglob("*.*")]
+    needed = [path for path in needed if path.suffix not in (".pyc", ".so")]
+    assert {str(path.relative_to(ROOT)) for path in needed} <= listed
+    assert {"setup.py", "pyproject.toml", "LICENSE", "README.md"} <= listed
 
 
 def test_command_is_installed():

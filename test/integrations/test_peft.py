@@ -14,12 +14,7 @@ from ktops.testing.budgets import forward_budget, relative_error
 
 EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 
-
-@pytest.fixture(autouse=True)
-def enabled():
-    ktops.enable()
-    yield
-    ktops.disable()
+pytestmark = pytest.mark.usefixtures("enabled")
 
 
 def compare(architecture: str, dtype: torch.dtype = torch.float32, change=None, **keys) -> None:

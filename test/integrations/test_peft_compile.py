@@ -2,32 +2,14 @@
 
 import pytest
 import torch
-from expecttest import assert_expected_inline
+from compile_runs import assert_graphs, kt_ops, uncompiled
 from peft_models import adapted, loss_and_gradients, randomize
 from tiny_models import tiny_batch
 from torch._dynamo.testing import AotEagerAndRecordGraphs
-from torch._dynamo.utils import counters
 
-import ktops
 from ktops.testing.budgets import gradient_budget, relative_error
 
-
-@pytest.fixture(autouse=True)
-def enabled():
-    ktops.enable()
-    torch._dynamo.reset()
-    counters.clear()
-    yield
-    torch._dynamo.reset()
-    ktops.disable()
-
-
-def kt_calls(graphs: list[torch.fx.GraphModule]) -> str:
-    """The kt operators of the graphs, in order, a graph a paragraph."""
-    return "\n\n".join(
-        "\n".join(str(node.target) for node in graph.graph.nodes if str(node.target).startswith("kt."))
-        for graph in graphs
-    )
+pytestmark = pytest.mark.usefixtures("compiling")
 
 
 def assert_same(actual: dict, expected: dict, dtype: torch.dtype = torch.float32) -> None:
@@ -37,34 +19,14 @@ def assert_same(actual: dict, expected: dict, dtype: torch.dtype = torch.float32
         assert error <= gradient_budget(dtype, inner_size=64), f"{name}: relative error {error:.2e}"
 
 
-def assert_one_graph() -> None:
-    assert not counters["graph_break"]
-    assert counters["stats"]["unique_graphs"] == 1
-
-
 def test_static():
     model, backend = adapted("qwen3_moe"), AotEagerAndRecordGraphs()
     expected = loss_and_gradients(model)
     compiled = torch.compile(model, fullgraph=True, backend=backend, dynamic=False)
-    assert_same(strip(loss_and_gradients(compiled)), expected)
-    assert_one_graph()
-    assert_expected_inline(
-        kt_calls(backend.fw_graphs),
-        """\
-kt.moe_sft_fwd.default
-kt.moe_sft_fwd.default""",
-    )
-    assert_expected_inline(
-        kt_calls(backend.bw_graphs),
-        """\
-kt.moe_sft_bwd.default
-kt.moe_sft_bwd.default""",
-    )
-
-
-def strip(named: dict) -> dict:
-    """Names of a compiled module's parameters as the module itself has them."""
-    return {name.removeprefix("_orig_mod."): value for name, value in named.items()}
+    assert_same(uncompiled(loss_and_gradients(compiled)), expected)
+    assert_graphs()
+    assert kt_ops(backend.fw_graphs) == ["moe_sft_fwd"] * 2
+    assert kt_ops(backend.bw_graphs) == ["moe_sft_bwd"] * 2
 
 
 def test_dynamic_number_of_tokens():
@@ -72,8 +34,8 @@ def test_dynamic_number_of_tokens():
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager", dynamic=True)
     for length in (12, 17, 5):
         batch = tiny_batch(length=length)
-        assert_same(strip(loss_and_gradients(compiled, batch)), loss_and_gradients(model, batch))
-    assert_one_graph()
+        assert_same(uncompiled(loss_and_gradients(compiled, batch)), loss_and_gradients(model, batch))
+    assert_graphs()
 
 
 def test_inductor():
@@ -87,15 +49,15 @@ def test_inductor():
         results.append({"loss": output} | dict(zip(inputs, gradients, strict=True)))
     assert len(inputs) == 5
     assert_same(results[1], results[0])
-    assert_one_graph()
+    assert_graphs()
 
 
 def test_bfloat16_base():
     model = adapted("qwen3_moe", dtype=torch.bfloat16, num_hidden_layers=1)
     expected = loss_and_gradients(model)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager", dynamic=False)
-    assert_same(strip(loss_and_gradients(compiled)), expected, torch.bfloat16)
-    assert_one_graph()
+    assert_same(uncompiled(loss_and_gradients(compiled)), expected, torch.bfloat16)
+    assert_graphs()
 
 
 def test_inference():
@@ -104,8 +66,8 @@ def test_inference():
     with torch.no_grad():
         error = relative_error(compiled(**tiny_batch()).logits, model(**tiny_batch()).logits)
     assert error <= gradient_budget(torch.float32, inner_size=64)
-    assert_one_graph()
-    assert_expected_inline(kt_calls(backend.fw_graphs), """kt.moe_fwd.default""")
+    assert_graphs()
+    assert kt_ops(backend.fw_graphs) == ["moe_fwd"]
 
 
 def test_switching_adapters_recompiles():
@@ -116,12 +78,11 @@ def test_switching_adapters_recompiles():
     losses = []
     for adapters in (["default"], ["default", "second"]):
         model.base_model.set_adapter(adapters)
-        actual = strip(loss_and_gradients(compiled))
+        actual = uncompiled(loss_and_gradients(compiled))
         assert_same(actual, loss_and_gradients(model))
         losses.append(actual["loss"])
     with torch.no_grad(), model.disable_adapter():
         losses.append(compiled(**tiny_batch()).loss)
         assert relative_error(losses[-1], model(**tiny_batch()).loss) < gradient_budget(torch.float32, 64)
     assert len({round(loss.item(), 3) for loss in losses}) == 3
-    assert not counters["graph_break"]
-    assert counters["stats"]["unique_graphs"] == 3
+    assert_graphs(3)

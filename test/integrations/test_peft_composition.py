@@ -10,12 +10,7 @@ from tiny_models import tiny_batch
 import ktops
 from ktops.testing.budgets import gradient_budget, relative_error
 
-
-@pytest.fixture(autouse=True)
-def enabled():
-    ktops.enable()
-    yield
-    ktops.disable()
+pytestmark = pytest.mark.usefixtures("enabled")
 
 
 def gradients(model) -> dict[str, torch.Tensor]:

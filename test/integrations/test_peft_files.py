@@ -22,12 +22,7 @@ from ktops.testing.budgets import forward_budget, relative_error
 EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 BUDGET = 2 * forward_budget(torch.float32, inner_size=64)
 
-
-@pytest.fixture(autouse=True)
-def enabled():
-    ktops.enable()
-    yield
-    ktops.disable()
+pytestmark = pytest.mark.usefixtures("enabled")
 
 
 def logits(model) -> torch.Tensor:

@@ -11,12 +11,7 @@ from ktops.testing.budgets import gradient_budget, relative_error
 
 LAYERS = 2
 
-
-@pytest.fixture(autouse=True)
-def enabled():
-    ktops.enable()
-    yield
-    ktops.disable()
+pytestmark = pytest.mark.usefixtures("enabled")
 
 
 def dataset(rows: int = 16, length: int = 8) -> list[dict]:

@@ -13,12 +13,7 @@ import ktops
 from ktops.nn import KTExperts
 from ktops.testing.budgets import forward_budget, relative_error
 
-
-@pytest.fixture(autouse=True)
-def enabled():
-    ktops.enable()
-    yield
-    ktops.disable()
+pytestmark = pytest.mark.usefixtures("enabled")
 
 
 def through_interface(model):

@@ -4,23 +4,15 @@ from collections import Counter
 
 import pytest
 import torch
+from compile_runs import assert_graphs, kt_ops, uncompiled
 from model_runs import MODEL_BUDGET, experts_modules, step
 from tiny_models import tiny_batch, tiny_model
 from torch._dynamo.testing import AotEagerAndRecordGraphs
-from torch._dynamo.utils import counters
 
 import ktops
 from ktops.testing.budgets import relative_error
 
-
-@pytest.fixture(autouse=True)
-def enabled():
-    ktops.enable()
-    torch._dynamo.reset()
-    counters.clear()
-    yield
-    torch._dynamo.reset()
-    ktops.disable()
+pytestmark = pytest.mark.usefixtures("compiling")
 
 
 def ktops_model(architecture="qwen3_moe", **keys):
@@ -38,9 +30,9 @@ both_ways = pytest.mark.parametrize("make", [ktops_model, swapped_model])
 
 def assert_equal_steps(actual, expected):
     assert relative_error(actual.loss, expected.loss) < MODEL_BUDGET
+    gradients = uncompiled(actual.gradients)
     for name, gradient in expected.gradients.items():
-        name = name if name in actual.gradients else f"_orig_mod.{name}"
-        assert relative_error(actual.gradients[name], gradient) < MODEL_BUDGET, name
+        assert relative_error(gradients[name], gradient) < MODEL_BUDGET, name
 
 
 def compiled(model, **options):
@@ -48,9 +40,7 @@ def compiled(model, **options):
     backend = AotEagerAndRecordGraphs()
 
     def ops() -> Counter:
-        nodes = [node for graph in backend.fw_graphs + backend.bw_graphs for node in graph.graph.nodes]
-        kt = [node.target for node in nodes if getattr(node.target, "namespace", None) == "kt"]
-        return Counter(op._schema.name.removeprefix("kt::") for op in kt)
+        return Counter(kt_ops(backend.fw_graphs + backend.bw_graphs))
 
     return torch.compile(model, fullgraph=True, backend=backend, **options), ops
 
@@ -61,8 +51,7 @@ def test_compiled_without_graph_breaks(make, layers):
     model, ops = compiled(make(num_hidden_layers=layers))
     assert_equal_steps(step(model, count=False), expected)
     assert ops() == {"moe_sft_fwd": layers, "moe_sft_bwd": layers}
-    assert not counters["graph_break"]
-    assert counters["stats"]["unique_graphs"] == 1
+    assert_graphs()
 
 
 def test_compiled_with_dynamic_shapes():
@@ -75,8 +64,7 @@ def test_compiled_with_dynamic_shapes():
         expected = step(ktops_model(num_hidden_layers=1), batch)
         assert_equal_steps(step(model, batch, count=False), expected)
     assert ops() == {"moe_sft_fwd": 1, "moe_sft_bwd": 1}
-    assert not counters["graph_break"]
-    assert counters["stats"]["unique_graphs"] == 1
+    assert_graphs()
 
 
 @both_ways

@@ -16,17 +16,11 @@ from transformers.models.beam.modeling_beam import BeamExperts
 from transformers.models.deepseek_v4.modeling_deepseek_v4 import DeepseekV4Experts
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
-import ktops
 from ktops.integrations.transformers import activation_name, unsupported_layout
 from ktops.reference.activation import ACTIVATIONS
 from ktops.testing.budgets import forward_budget, relative_error
 
-
-@pytest.fixture(autouse=True)
-def enabled():
-    ktops.enable()
-    yield
-    ktops.disable()
+pytestmark = pytest.mark.usefixtures("enabled")
 
 
 def gpt_oss(**keys) -> transformers.PreTrainedModel:

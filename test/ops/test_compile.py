@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from expecttest import assert_expected_inline
 from torch._dynamo.testing import AotEagerAndRecordGraphs, CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
@@ -112,60 +111,52 @@ def describe(graph: torch.fx.GraphModule) -> str:
     return "\n".join(lines)
 
 
+INPUTS = """\
+  hidden_states float32[4, 8]
+  topk_ids int64[4, 2]
+  topk_weights float32[4, 2]
+  gate_up_proj float32[3, 12, 8]
+  down_proj float32[3, 8, 6]"""
+LORA = """\
+  gate_up_lora_A float32[3, 2, 8]
+  gate_up_lora_B float32[3, 12, 2]
+  down_lora_A float32[3, 1, 6]
+  down_lora_B float32[3, 8, 1]"""
+ATTRIBUTES = """\
+  num_experts 3
+  intermediate_size 6
+  weight_format 'dense'
+  group_size 0
+  gate_up_scaling 0.75
+  down_scaling 1.25
+  activation 'silu'
+  activation_args []"""
+
+
 def test_graphs_of_lora_training():
     backend = AotEagerAndRecordGraphs()
     inputs = require_grad(case(bias=False), "hidden_states", "gate_up_lora_A", "gate_up_lora_B")
     torch.compile(layer, backend=backend, fullgraph=True)(inputs).sum().backward()
     (forward,), (backward,) = backend.fw_graphs, backend.bw_graphs
-    assert_expected_inline(
-        describe(forward),
-        """\
+    assert describe(forward) == (
+        f"""\
 aten::sin
 kt::moe_sft_fwd
-  hidden_states float32[4, 8]
-  topk_ids int64[4, 2]
-  topk_weights float32[4, 2]
-  gate_up_proj float32[3, 12, 8]
-  down_proj float32[3, 8, 6]
-  gate_up_lora_A float32[3, 2, 8]
-  gate_up_lora_B float32[3, 12, 2]
-  down_lora_A float32[3, 1, 6]
-  down_lora_B float32[3, 8, 1]
-  num_experts 3
-  intermediate_size 6
-  weight_format 'dense'
-  group_size 0
-  gate_up_scaling 0.75
-  down_scaling 1.25
-  activation 'silu'
-  activation_args []
+{INPUTS}
+{LORA}
+{ATTRIBUTES}
   save 'activations'
 aten::mul
-aten::add""",
+aten::add"""
     )
-    assert_expected_inline(
-        describe(backward),
-        """\
+    assert describe(backward) == (
+        f"""\
 aten::mul
 kt::moe_sft_bwd
   grad_output float32[4, 8]
-  hidden_states float32[4, 8]
-  topk_ids int64[4, 2]
-  topk_weights float32[4, 2]
-  gate_up_proj float32[3, 12, 8]
-  down_proj float32[3, 8, 6]
-  gate_up_lora_A float32[3, 2, 8]
-  gate_up_lora_B float32[3, 12, 2]
-  down_lora_A float32[3, 1, 6]
-  down_lora_B float32[3, 8, 1]
-  num_experts 3
-  intermediate_size 6
-  weight_format 'dense'
-  group_size 0
-  gate_up_scaling 0.75
-  down_scaling 1.25
-  activation 'silu'
-  activation_args []
+{INPUTS}
+{LORA}
+{ATTRIBUTES}
   save 'activations'
   saved_gate_up float32[8, 12]
   saved_gate_up_xa float32[8, 2]
@@ -173,7 +164,7 @@ kt::moe_sft_bwd
   grad_mask 193
 aten::cos
 aten::mul
-aten::add""",
+aten::add"""
     )
 
 
@@ -182,26 +173,14 @@ def test_graph_of_inference():
     with torch.no_grad():
         torch.compile(layer, backend=backend, fullgraph=True)(case(lora_rank=0, bias=False))
     (graph,) = backend.fw_graphs
-    assert_expected_inline(
-        describe(graph),
-        """\
+    assert describe(graph) == (
+        f"""\
 aten::sin
 kt::moe_fwd
-  hidden_states float32[4, 8]
-  topk_ids int64[4, 2]
-  topk_weights float32[4, 2]
-  gate_up_proj float32[3, 12, 8]
-  down_proj float32[3, 8, 6]
-  num_experts 3
-  intermediate_size 6
-  weight_format 'dense'
-  group_size 0
-  gate_up_scaling 0.75
-  down_scaling 1.25
-  activation 'silu'
-  activation_args []
+{INPUTS}
+{ATTRIBUTES}
 aten::mul
-aten::add""",
+aten::add"""
     )
 
 

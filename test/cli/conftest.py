@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from ktops.cli import corpus, demo_model, main, verify
+from ktops.cli import corpus, demo_model, finetune, main, verify
 
 
 @pytest.fixture(scope="session")
@@ -54,6 +54,12 @@ def data_file(tmp_path_factory) -> Path:
     records = corpus.instructions()[0][:24]
     path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
     return path
+
+
+@pytest.fixture(autouse=True)
+def short_samples(monkeypatch, single_thread):
+    """Answers of a few tokens: what they say is not tested here."""
+    monkeypatch.setattr(finetune, "NEW_TOKENS", 4)
 
 
 @pytest.fixture

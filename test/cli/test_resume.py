@@ -6,7 +6,7 @@ import signal
 import torch
 from safetensors.torch import load_file
 
-STEPS = 60
+STEPS = 30
 
 
 def options(model_directory, data_file) -> list[object]:

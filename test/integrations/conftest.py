@@ -1,8 +1,13 @@
-"""ktops enabled in transformers and PEFT for the time of a test."""
+"""One thread for tiny models; ktops enabled in transformers and PEFT for the time of a test."""
 
 import pytest
 
 import ktops
+
+
+@pytest.fixture(autouse=True)
+def tiny_models_in_one_thread(single_thread):
+    pass
 
 
 @pytest.fixture

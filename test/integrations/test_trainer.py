@@ -8,6 +8,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 import ktops
 from ktops.testing.budgets import gradient_budget, relative_error
+from ktops.testing.compare import one_thread
 
 LAYERS = 2
 
@@ -80,6 +81,17 @@ def checkpointing(kind: str) -> dict:
     return {"gradient_checkpointing": options is not None, "gradient_checkpointing_kwargs": options}
 
 
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory):
+    """(losses, adapters) of a run without checkpointing."""
+    ktops.enable()
+    with one_thread():
+        run = trainer(tmp_path_factory.mktemp("plain"))
+        run.train()
+    ktops.disable()
+    return losses(run), adapters(run)
+
+
 @pytest.mark.parametrize(
     ("kind", "forwards"),
     [
@@ -89,19 +101,18 @@ def checkpointing(kind: str) -> dict:
         ("selective", {"moe_sft_fwd": 1}),
     ],
 )
-def test_gradient_checkpointing(tmp_path, kind, forwards):
-    plain = trainer(tmp_path / "plain")
-    plain.train()
+def test_gradient_checkpointing(plain, tmp_path, kind, forwards):
     model = adapted("qwen3_moe", dtype=torch.bfloat16)
     model.enable_input_require_grads()
-    run = trainer(tmp_path / "checkpointed", model, **checkpointing(kind))
+    run = trainer(tmp_path, model, **checkpointing(kind))
     probe = Probe()
     run.add_callback(probe)
     run.train()
     calls = {"moe_sft_bwd": 1, **forwards}
     assert probe.recorder.calls == {name: 4 * LAYERS * count for name, count in calls.items()}
-    assert losses(run) == losses(plain)
-    for name, value in adapters(plain).items():
+    expected_losses, expected_adapters = plain
+    assert losses(run) == expected_losses
+    for name, value in expected_adapters.items():
         assert torch.equal(adapters(run)[name], value), name
 
 

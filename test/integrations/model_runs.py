@@ -1,5 +1,6 @@
 """One training step of a model, the operators that it ran, and the comparison with the eager model."""
 
+import functools
 from collections import Counter
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -83,6 +84,7 @@ def assert_close(actual: Run, eager: Run, exact: Run) -> None:
             assert cosine > MIN_COSINE, f"{name}: cosine {cosine:.5f}"
 
 
+@functools.cache
 def stable_seed(architecture: str) -> int:
     """The first seed whose model sends every token to the same experts in bfloat16 as in float64.
 

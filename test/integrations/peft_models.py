@@ -1,5 +1,6 @@
 """Tiny models with PEFT adapters on their experts, their gradients, and a record of the operators run."""
 
+import functools
 import warnings
 
 import torch
@@ -73,6 +74,7 @@ def loss_and_gradients(model: torch.nn.Module, batch: dict | None = None) -> dic
     return {"loss": loss.detach()} | {name: p.grad for name, p in named.items()}
 
 
+@functools.cache
 def stable_seed(architecture: str) -> int:
     """The first seed with which bfloat16 sends every token to the experts that float64 sends it to.
 

@@ -4,8 +4,8 @@
 // and kDirectColumns columns; any k.
 //
 //   k is walked in blocks: a panel block of B (kPanelBytes, sized for L2) is decoded once and used by every row.
-//   Each element of C is summed in the order of k whatever the shape of the block, so results do not depend on how
-//   the work is cut.
+//   The order in which an element of C is summed depends on the number of rows and on k alone, so results do not depend
+//   on how the work is cut.
 
 #include "core/workspace.h"
 #include "isa/direct-inl.h"
@@ -69,6 +69,9 @@ class BlockGemm {
     static constexpr int64_t kScratchElements = kPanelBytes / static_cast<int64_t>(sizeof(T));
 
 public:
+    // Whether the rows of A are widened, or put into tiles, for every block.
+    static constexpr bool kCopiesRows = Micro::kStaged || !std::is_same_v<T, C>;
+
     BlockGemm(const GemmScratch<T>& scratch, int64_t rows, int64_t columns)
         : scratch_(scratch), rows_(rows), columns_(columns) {}
 
@@ -78,9 +81,11 @@ public:
         if constexpr (Weight::kDirect) {
             if (first_ && rows_ <= kDirectRows && kDotRows * k <= kScratchElements) {
                 direct_nt(a, k, weight, expert, columns.first, columns.count, scratch_.c);
-                if (columns.second < 0) return;
-                first_ = true;
-                return direct_nt(a, k, weight, expert, columns.second, columns.count, scratch_.c + columns.padded());
+                if (columns.second >= 0) {
+                    direct_nt(a, k, weight, expert, columns.second, columns.count, scratch_.c + columns.padded());
+                }
+                first_ = false;
+                return;
             }
         }
         multiply(a, k, [&](int64_t k0, int64_t kn, C* panels, int64_t stride) {
@@ -172,13 +177,13 @@ private:
         }
     }
 
-    // Weights whose rows are not contiguous are copied, as many rows at once as the space for panels holds.
+    // C = A . W^T, not added to what C holds. Weights whose rows are not contiguous are copied, as many rows at once as
+    // the space for panels holds.
     template <class Weight>
     void direct_nt(const Rows<T>& a, int64_t k, const Weight& weight, int64_t expert, int64_t row, int64_t n,
                    Acc<T>* c) {
         const T* rows[kDirectRows];
         for (int64_t i = 0; i < rows_; ++i) rows[i] = a.row(i);
-        first_ = false;
         const T* w = weight.direct(expert);
         if (w) return Direct<T>::dots(rows, rows_, w + row * weight.row_stride, weight.row_stride, n, k, c, columns_);
         T* copy = reinterpret_cast<T*>(scratch_.panels);

@@ -36,11 +36,21 @@ inline void call_micro_kernel(const MicroArguments<C>& g, std::integer_sequence<
     table[(g.m - 1) * Kernels::kPanels + g.panels - 1](g);
 }
 
+// f(the distance of k-steps as a constant): rows as they lie, or columns of panels.
+template <class C, class F>
+inline void with_a_step(int64_t a_step, F f) {
+    if (a_step == kPack<C>) {
+        f(std::integral_constant<int64_t, kPack<C>>());
+    } else {
+        f(std::integral_constant<int64_t, kPack<C> * kPanelColumns>());
+    }
+}
+
 // m rows of k elements as contiguous rows of C, zero up to a multiple of kKMultiple; a[i] is set to row i of out.
 template <class C, class T>
 inline void stage_rows(const T* const* rows, int64_t m, int64_t k, C* out, const C** a) {
-    const int64_t padded = round_up(k, kKMultiple<C>);
-    for (int64_t i = 0; i < m; ++i, out += padded) {
+    const int64_t padded = round_up(k, kKMultiple<C>), stride = round_up(padded + 1, 64 / sizeof(C));
+    for (int64_t i = 0; i < m; ++i, out += stride) {
         a[i] = out;
         if constexpr (std::is_same_v<C, T>) {
             std::memcpy(out, rows[i], static_cast<size_t>(k) * sizeof(C));
@@ -65,6 +75,7 @@ struct MicroGemm {
     static constexpr int kPanels = KT_GENERIC_PANELS;
     static constexpr int64_t panels(int64_t) { return kPanels; }  // for m rows
     static constexpr bool kStaged = false;                        // takes rows of A anywhere in memory
+    static constexpr int kUnroll = 4;                             // k-steps that share the loop's own instructions
 
     static void gemm(const MicroArguments<C>& g) {
         call_micro_kernel<MicroGemm>(g, std::make_integer_sequence<int, kRows * kPanels>());
@@ -84,18 +95,28 @@ struct MicroGemm {
 #pragma GCC unroll 16
         for (int i = 0; i < M; ++i) a[i] = g.a[i];
         const C* b = g.b;
-        const int64_t a_step = g.a_step, b_stride = g.b_stride, a_end = g.k_steps * a_step;
-        for (int64_t s = 0; s < a_end; s += a_step, b += kPanelColumns) {
+        const int64_t b_stride = g.b_stride;
+        const auto step = [&](int64_t at, int64_t offset) __attribute__((always_inline)) {
             Vec<A> panel[P * V];
 #pragma GCC unroll 16
-            for (int j = 0; j < P * V; ++j) panel[j] = load(b + (j / V) * b_stride + (j % V) * kLanes<A>);
+            for (int j = 0; j < P * V; ++j) {
+                panel[j] = load(b + offset * kPanelColumns + (j / V) * b_stride + (j % V) * kLanes<A>);
+            }
 #pragma GCC unroll 16
             for (int i = 0; i < M; ++i) {
-                const Vec<A> x = broadcast(read(a[i] + s));
+                const Vec<A> x = broadcast(read(a[i] + at));
 #pragma GCC unroll 16
                 for (int j = 0; j < P * V; ++j) acc[i][j] += x * panel[j];
             }
-        }
+        };
+        with_a_step<C>(g.a_step, [&](auto a_step) __attribute__((always_inline)) {
+            int64_t s = 0;
+            for (; s + kUnroll <= g.k_steps; s += kUnroll, b += kUnroll * kPanelColumns) {
+#pragma GCC unroll 16
+                for (int u = 0; u < kUnroll; ++u) step((s + u) * a_step(), u);
+            }
+            for (; s < g.k_steps; ++s, b += kPanelColumns) step(s * a_step(), 0);
+        });
 #pragma GCC unroll 16
         for (int i = 0; i < M; ++i) {
 #pragma GCC unroll 16

@@ -74,8 +74,8 @@ inline void copy_row(const T* row, int64_t n, Acc<T> factor, C* out) {
 
 inline void interleave(const bfloat16* even, const bfloat16* odd, bfloat16* out) {
     for (int j = 0; j < kPanelColumns; j += kLanes<float>) {
-        const VecU32 low = __builtin_convertvector(load_bits<VecU16>(even + j), VecU32);
-        const VecU32 high = __builtin_convertvector(load_bits<VecU16>(odd + j), VecU32);
+        const VecU32 low = widen(load_bits<VecU16>(even + j));
+        const VecU32 high = widen(load_bits<VecU16>(odd + j));
         const VecU32 pairs = low | high << 16;
         std::memcpy(static_cast<void*>(out + 2 * j), &pairs, sizeof(pairs));
     }

@@ -25,6 +25,15 @@ typedef uint32_t VecU32 __attribute__((vector_size(KT_VECTOR_BYTES)));
 typedef int32_t VecI32 __attribute__((vector_size(KT_VECTOR_BYTES)));
 typedef uint16_t VecU16 __attribute__((vector_size(KT_VECTOR_BYTES / 2)));  // as many lanes as VecU32
 
+// Halves of 32 bits each, zero-extended. GCC 12 makes five instructions of one zmm's conversion.
+inline VecU32 widen(VecU16 x) {
+#if KT_VECTOR_BYTES == 64
+    return (VecU32)_mm512_cvtepu16_epi32((__m256i)x);
+#else
+    return __builtin_convertvector(x, VecU32);
+#endif
+}
+
 template <class V, class P>
 inline V load_bits(const P* p) {
     V v;
@@ -47,9 +56,7 @@ inline Vec<A> broadcast(A x) {
 
 inline Vec<float> load(const float* p) { return load_bits<Vec<float>>(p); }
 inline Vec<double> load(const double* p) { return load_bits<Vec<double>>(p); }
-inline Vec<float> load(const bfloat16* p) {
-    return bit_cast<Vec<float>>(__builtin_convertvector(load_bits<VecU16>(p), VecU32) << 16);
-}
+inline Vec<float> load(const bfloat16* p) { return bit_cast<Vec<float>>(widen(load_bits<VecU16>(p)) << 16); }
 
 inline void store(float* p, Vec<float> v) { std::memcpy(p, &v, sizeof(v)); }
 inline void store(double* p, Vec<double> v) { std::memcpy(p, &v, sizeof(v)); }

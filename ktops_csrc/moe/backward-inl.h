@@ -47,7 +47,8 @@ private:
         const Problem& p = b.forward;
         const int64_t R = routing.num_routes;
         return Workspace::padded<T>(R * 2 * p.intermediate_size) + Workspace::padded<T>(R * p.gate_up_rank) +
-               Workspace::padded<T>(R * p.down_rank) + Workspace::padded<A>(R * ceil_div(p.intermediate_size, kSlab)) +
+               Workspace::padded<T>(R * p.down_rank) +
+               Workspace::padded<A>(R * ceil_div(p.intermediate_size, kDotSlab)) +
                Workspace::padded<A>(CombineX::route_elements(p, routing));
     }
 
@@ -59,7 +60,7 @@ private:
         if (!gate_up_) gate_up_ = recomputed_ = grad_gate_up_;  // [dg | du] takes the place of [g | u] in activate()
         dgub_ = workspace.take<T>(R * p_.gate_up_rank);
         db2_ = workspace.take<T>(R * p_.down_rank);
-        i_slabs_ = ceil_div(I_, kSlab);  // fixed: it is the order in which grad_w is summed
+        i_slabs_ = ceil_div(I_, kDotSlab);  // fixed: it is the order in which grad_w is summed
         grad_w_ = workspace.take<A>(R * i_slabs_);
         routes_ = workspace.take<A>(CombineX::route_elements(p_, routing_));
         threads_ = Thread<T>::take(workspace, p_, routing_);
@@ -67,16 +68,16 @@ private:
 
     void run() {
         const int64_t active = routing_.num_active, E = p_.num_experts;
-        const int64_t wide = larger(kSlab, slab_width(wide_slab(routing_), I_, active, p_.num_threads));
-        const int64_t wide_slabs = ceil_div(I_, wide);
+        const int64_t wide = larger(kDotSlab, slab_width(wide_slab(routing_), I_, active, p_.num_threads));
+        const int64_t wide_slabs = ceil_div(I_, wide), recompute_slabs = ceil_div(I_, kSlab<T>);
         const GradProduct<T> product{layer_, grad_gate_up_, dgub_};
         const CombineX combine(layer_, threads_, product, routes_, static_cast<T*>(b_.grad_hidden_states.data),
                                wide_slab(routing_));
         const int64_t h_pieces = ceil_div(H_, kMaxColumns), i_pieces = ceil_div(2 * I_, kMaxColumns);
 
         const auto recompute_slab = [&](int64_t task, int thread) {
-            const ExpertTask at(routing_, task, i_slabs_);
-            recompute(threads_[thread], at.expert, at.piece * kSlab);
+            const ExpertTask at(routing_, task, recompute_slabs);
+            recompute(threads_[thread], at.expert, at.piece * kSlab<T>);
         };
         const auto project_d = [&](int64_t task, int thread) {
             const int64_t e = routing_.active[task], first = routing_.offsets[e];
@@ -109,7 +110,7 @@ private:
         const bool wants_b1_product = p_.gate_up_rank && (b_.grad_hidden_states || b_.grad_gate_up_lora_A);
         Schedule schedule;
         if (active < E) schedule.add("clear_idle", E, clear_idle);
-        if (recomputed_) schedule.add("recompute", active * i_slabs_, recompute_slab);
+        if (recomputed_) schedule.add("recompute", active * recompute_slabs, recompute_slab);
         if (wants_b2_product) schedule.add("project_d", active, project_d);
         if (wants_grad_h()) schedule.add("activate", active * wide_slabs, activate_slab);
         if (wants_b1_product) schedule.add("project_grad", active, project_grad);
@@ -148,7 +149,7 @@ private:
     Rows<T> grad_gate_up(int64_t route) const { return {grad_gate_up_ + route * 2 * I_, 2 * I_}; }
 
     void recompute(const Thread<T>& thread, int64_t expert, int64_t column) {
-        const int64_t n = smaller(kSlab, I_ - column);
+        const int64_t n = smaller(kSlab<T>, I_ - column);
         const T* xa = static_cast<const T*>(b_.saved_xa);
         gate_up_product(thread, layer_, expert, column, n, xa, [&](int64_t route, const A* g, const A* u) {
             T* to = recomputed_ + route * 2 * I_ + column;
@@ -159,7 +160,7 @@ private:
         });
     }
 
-    // column: a multiple of kSlab
+    // column: a multiple of kDotSlab
     void activate(const Thread<T>& thread, int64_t expert, int64_t column, int64_t n) {
         const int64_t begin = routing_.offsets[expert], rows = routing_.rows(expert), rank = p_.down_rank;
         const Columns columns{column, n};
@@ -174,9 +175,9 @@ private:
             with_activation(p_.activation, [&](auto activation) {
                 for (int64_t i = 0; i < count; ++i) {
                     T* h = thread.activations + (row + i) * stride;
-                    for (int64_t j = 0; j < n; j += kSlab) {
-                        grad_w_[(column + j) / kSlab * routing_.num_routes + first + i] =
-                            activation_gradient(activation, first + i, column + j, smaller(kSlab, n - j),
+                    for (int64_t j = 0; j < n; j += kDotSlab) {
+                        grad_w_[(column + j) / kDotSlab * routing_.num_routes + first + i] =
+                            activation_gradient(activation, first + i, column + j, smaller(kDotSlab, n - j),
                                                 block.row(i) + j, h + j, sum_g + j, sum_u + j);
                     }
                 }

@@ -55,10 +55,10 @@ private:
 
     void run() {
         const int64_t active = routing_.num_active;
-        const int64_t i_slab = slab_width(kSlab, layer_.I, active, p_.num_threads),
+        const int64_t i_slab = slab_width(kSlab<T>, layer_.I, active, p_.num_threads),
                       i_slabs = ceil_div(layer_.I, i_slab);
         const DownProduct<T> product{layer_, h_, ha_};
-        const CombineDown combine(layer_, threads_, product, routes_, static_cast<T*>(results_.output), kSlab);
+        const CombineDown combine(layer_, threads_, product, routes_, static_cast<T*>(results_.output), kSlab<T>);
 
         const auto project_x = [&](int64_t task, int thread) {
             const int64_t e = routing_.active[task], first = routing_.offsets[e];

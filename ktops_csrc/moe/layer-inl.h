@@ -18,8 +18,13 @@ struct NoRegion {};
 #define KT_REGION NoRegion
 #endif
 
-// Columns of one task of a product along the rows of a weight: of I twice, of g and of u.
-constexpr int64_t kSlab = 64;
+// Columns of one task of a product along the rows of a weight: of I twice, of g and of u. Twice as many where each task
+// copies the rows of A for itself.
+template <class T>
+constexpr int64_t kSlab = BlockGemm<T>::kCopiesRows ? 128 : 64;
+
+// Columns of I over which <h, dh> is summed before the sums are added up.
+constexpr int64_t kDotSlab = 64;
 
 // Columns of one task of a product down the rows of a weight: whole rows where they fit, or at least a few cache lines,
 // since memory is slow one line a page.
@@ -151,7 +156,7 @@ inline void gate_up_product(const Thread<T>& thread, const Layer<T>& layer, int6
     const Problem& p = layer.p;
     const Columns columns{column, n, layer.I + column};
     Acc<T>* bias_g = thread.bias;
-    Acc<T>* bias_u = thread.bias + kSlab;
+    Acc<T>* bias_u = thread.bias + kSlab<T>;
     load_bias(p.gate_up_bias, expert, column, n, bias_g);
     load_bias(p.gate_up_bias, expert, layer.I + column, n, bias_u);
     const int64_t begin = layer.routing.offsets[expert];

@@ -14,6 +14,8 @@ from bench.roofline import Limits
 _CALL_SECONDS = 0.02  # one measurement of the peak; far above the skew between starting threads
 _REPEATS = 3
 _MIN_BUFFER_BYTES = 256 << 20
+_CACHED_BYTES = 512 << 10  # larger than the first cache, smaller than the second
+_CACHE_READS = 20
 
 
 def cpu_model() -> str:
@@ -120,6 +122,8 @@ class Calibration:
         self.num_threads = num_threads
         size = buffer_bytes or max(_MIN_BUFFER_BYTES, 4 * last_level_cache_bytes())
         self._buffer = torch.ones(size // 8, dtype=torch.int64)
+        self._cached = torch.ones(num_threads, _CACHED_BYTES // 8, dtype=torch.int64)
+        self.fastest_cache_read = 0.0
         self._iterations: dict[tuple[str, str], int] = {}
 
     def peak(self, isa: str, dtype: str, num_threads: int | None = None) -> float:
@@ -147,6 +151,25 @@ class Calibration:
             starts, ends = zip(*run_on_threads(len(parts), read), strict=True)
             seconds.append(max(ends) - min(starts))
         return self._buffer.nbytes / min(seconds)
+
+    def cache_read(self) -> float:
+        """Bytes per CPU second that the slowest thread reads from its core's second-level cache.
+
+        Somebody else's hyper-thread on the same core, in another virtual machine for instance, slows these
+        reads down, and every kernel that reads operands; the peak hardly feels it, and /proc/stat does not
+        count it.
+        ``fastest_cache_read`` is the largest value so far.
+        """
+
+        def read(index: int) -> float:
+            start = time.thread_time()
+            for _ in range(_CACHE_READS):
+                torch.ops.kt.sum_words(self._cached[index])
+            return _CACHE_READS * _CACHED_BYTES / (time.thread_time() - start)
+
+        rate = min(run_on_threads(self.num_threads, read))
+        self.fastest_cache_read = max(self.fastest_cache_read, rate)
+        return rate
 
     def limits(self, isa: str, dtype: str) -> Limits:
         """Peak and bandwidth of all threads."""

@@ -14,6 +14,9 @@ from bench.roofline import Limits
 from bench.shapes import Shape
 from bench.verify import WrongResult
 
+# A call was undisturbed if caches were read at least at this fraction of the best rate before and after it.
+# Next to an idle hyper-thread reads scatter by a tenth; next to a busy one they lose a third or more.
+_UNDISTURBED = 0.75
 _PAUSE_SECONDS = 0.02  # lets the thread pool of the contestant before fall asleep
 
 
@@ -45,6 +48,8 @@ class Configuration:
     limit_seconds: list[float] = field(default_factory=list)
     flop_rates: list[float] = field(default_factory=list)
     bounds: list[str] = field(default_factory=list)
+    cache_reads: list[float] = field(default_factory=list)
+    fastest_cache_read: float = 0.0
     samples: int = 0
     dropped: int = 0
     slow: bool = False
@@ -91,9 +96,16 @@ class Configuration:
                 "bound": statistics.mode(self.bounds),
                 "fraction": statistics.median(self.fractions),
                 "flop_per_second": statistics.median(self.flop_rates),
+                "undisturbed_calls": len(self.undisturbed()),
+                "undisturbed_fraction": statistics.median(self.undisturbed()) if self.undisturbed() else None,
                 "relative_error": self.error,
             }
         return row
+
+    def undisturbed(self) -> list[float]:
+        """The fractions of calls during which nobody else used the cores, other virtual machines included."""
+        least = _UNDISTURBED * self.fastest_cache_read
+        return [f for f, rate in zip(self.fractions, self.cache_reads, strict=True) if rate >= least]
 
 
 def _time_calls(config: Configuration, seconds: float) -> tuple[list[tuple[float, object]], object, object]:
@@ -130,7 +142,9 @@ def _sample(config: Configuration, calibration: Calibration, plan: Plan) -> None
     with OtherLoad() as load:
         before = calibration.limits(config.isa, config.dtype)
         time.sleep(_PAUSE_SECONDS)
+        cache_read = calibration.cache_read()
         calls, inputs, result = _time_calls(config, plan.sample_seconds)
+        cache_read = min(cache_read, calibration.cache_read())
         time.sleep(_PAUSE_SECONDS)
         limits = mean_limits(before, calibration.limits(config.isa, config.dtype))
     if config.error is None:
@@ -146,6 +160,7 @@ def _sample(config: Configuration, calibration: Calibration, plan: Plan) -> None
         config.fractions.append(limit / elapsed)
         config.flop_rates.append(work.flops / elapsed)
         config.bounds.append(work.bound(limits))
+        config.cache_reads.append(cache_read)
 
 
 def measure(configurations: list[Configuration], calibration: Calibration, plan: Plan) -> None:
@@ -169,3 +184,5 @@ def measure(configurations: list[Configuration], calibration: Calibration, plan:
                 except WrongResult as wrong:
                     config.wrong = str(wrong)
                     print(f"WRONG {config.name}: {wrong}", file=sys.stderr, flush=True)
+    for config in configurations:
+        config.fastest_cache_read = calibration.fastest_cache_read

@@ -6,7 +6,8 @@ from pathlib import Path
 from bench.peers import CONTESTANTS
 
 _COLUMNS = (
-    "shape", "T", "mode", "LoRA r", "isa", "ms", "min..max", "GFLOP/s", "limit ms", "bound", "fraction", "n",
+    "shape", "T", "mode", "LoRA r", "isa", "ms", "min..max", "GFLOP/s", "limit ms", "bound", "fraction",
+    "undisturbed", "n",
 )  # fmt: skip
 
 
@@ -16,12 +17,17 @@ def mode(row: dict) -> str:
     return " ".join(word for word in words if word and word not in ("activations", "bfloat16", "random"))
 
 
+def _undisturbed(row: dict) -> str:
+    calls = row.get("undisturbed_calls")
+    return f"{row['undisturbed_fraction']:.3f} ({calls})" if calls else ""
+
+
 def _cells(row: dict) -> tuple[str, ...]:
     head = (row["shape"], str(row["tokens"]), mode(row), str(row["lora_rank"]), row["isa"])
     samples = f"{row['samples']}-{row['dropped_samples']}" if row["dropped_samples"] else str(row["samples"])
     if row["status"] != "ok":
         word = "WRONG" if row["status"] == "wrong" else "busy"
-        return (*head, word, "", "", "", "", "", samples)
+        return (*head, word, *[""] * 6, samples)
     return (
         *head,
         f"{row['seconds'] * 1e3:.2f}",
@@ -30,6 +36,7 @@ def _cells(row: dict) -> tuple[str, ...]:
         f"{row['limit_seconds'] * 1e3:.2f}",
         row["bound"],
         f"{row['fraction']:.3f}",
+        _undisturbed(row),
         samples,
     )
 
@@ -91,7 +98,8 @@ def _figure(row: dict | None) -> str:
         return "-"
     if row["status"] != "ok":
         return "WRONG" if row["status"] == "wrong" else row["status"]
-    return f"{row['seconds'] * 1e3:.3g} ({row['fraction']:.2f})"
+    undisturbed = f"; {row['undisturbed_fraction']:.2f}" if row.get("undisturbed_calls") else ""
+    return f"{row['seconds'] * 1e3:.3g} ({row['fraction']:.2f}{undisturbed})"
 
 
 def contest_table(rows: list[dict]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
@@ -162,7 +170,7 @@ def print_busy_core(rows: list[dict]) -> None:
 
 
 def run_table(rows: list[dict]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
-    """(columns, lines): milliseconds (fraction of the roofline), a line a variant, a column each T."""
+    """(columns, lines): milliseconds (fraction of the roofline; of undisturbed calls), a column each T."""
     tokens = sorted({row["tokens"] for row in rows})
     variants: dict[tuple, dict[int, dict]] = {}
     for row in rows:

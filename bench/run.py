@@ -7,8 +7,10 @@
 Every row is one layer: the median time of a call, and the roofline max(flops / peak, bytes / bandwidth) of
 that call divided by its time. Peak and bandwidth are measured before and after every sample, configurations
 take turns, weights are cold and inputs fresh. Samples during which other processes used more than --max-load
-cores are dropped and repeated. A row whose result differs from the reference has no figure and says WRONG.
-With --save the rows go to bench/results, where rows of other configurations stay.
+cores are dropped and repeated; "undisturbed" is the median of the calls (how many) during which no other
+virtual machine slowed the cores down either, told by reads of a cache before and after. A row whose result
+differs from the reference has no figure and says WRONG. With --save the rows go to bench/results, where rows
+of other configurations stay.
 
 Exit status: 0, or 1 if a result was wrong, or 3 if a configuration never had a quiet sample.
 """

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import ktops
-from bench import machine, measure, moe_sft, results, run
+from bench import machine, measure, moe_sft, report, results, run
 from bench.layer import Layer, Variant
 from bench.machine import Calibration, OtherLoad, run_on_threads
 from bench.shapes import Shape
@@ -243,6 +243,31 @@ def test_slow_configurations_have_one_round(monkeypatch):
     )
     measure.measure([row], Calibration(1), plan)
     assert row.samples == 1
+
+
+def test_undisturbed_calls_are_those_with_fast_caches(capsys):
+    row = measure.Configuration(moe_sft, "avx2", Layer(Shape("s", 64, 32, 8, 2), 0), 4, Variant(4))
+    row.fractions, row.cache_reads, row.fastest_cache_read = [0.5, 0.9, 0.8], [1e9, 2.1e9, 1.9e9], 2.2e9
+    row.seconds, row.limit_seconds, row.flop_rates, row.bounds = (
+        [1.0] * 3,
+        [1.0] * 3,
+        [1.0] * 3,
+        ["compute"] * 3,
+    )
+    record = row.record()
+    assert record["fraction"] == 0.8
+    assert (record["undisturbed_fraction"], record["undisturbed_calls"]) == (pytest.approx(0.85), 2)
+    row.fastest_cache_read = 4e9
+    assert (row.record()["undisturbed_fraction"], row.record()["undisturbed_calls"]) == (None, 0)
+    report.print_table([record, row.record()])
+    assert "0.850 (2)" in capsys.readouterr().out
+
+
+def test_the_fastest_cache_read_is_kept():
+    calibration = Calibration(2)
+    rates = [calibration.cache_read() for _ in range(5)]
+    assert calibration.fastest_cache_read == max(rates)
+    assert 1e9 < max(rates) < 1e12
 
 
 def test_saved_rows_join_those_of_other_configurations(tmp_path, monkeypatch):

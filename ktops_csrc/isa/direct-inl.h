@@ -87,7 +87,7 @@ class Direct {
     using Step = ColumnStep<T>;
     static constexpr int kGroups = 4 / Step::kVectors;      // groups of columns at once
     static constexpr int64_t kPrefetch = 1024 / sizeof(T);  // elements: far enough to hide memory, near enough for L1
-    static constexpr int64_t kLine = 64 / sizeof(T);
+    static constexpr int64_t kLine = 64 / sizeof(T), kPage = 4096 / sizeof(T);
 
 public:
     static constexpr int64_t kDotRows = 4;     // rows of W at once
@@ -97,15 +97,25 @@ public:
     static void dots(const T* const* a, int64_t m, const T* w, int64_t stride, int64_t n, int64_t k, A* c,
                      int64_t ldc) {
         const int64_t passes = ceil_div(m, kDirectTile), tile = ceil_div(m, passes);
-        for (int64_t j = 0; j < n; j += kDotRows) {
+        const DotGroups groups(n, passes > 1 ? kPage : stride);
+        for (int64_t g = 0; g < groups.count; ++g) {
+            const DotRows rows = groups.at(g);
+            const T* next = w + groups.at(g + 1).first * stride;
             for (int64_t pass = 0; pass < passes; ++pass) {
                 const int64_t i = pass * tile;
                 const Share ahead(kDotRows, pass, passes);
-                with_constant<kDirectTile>(smaller(tile, m - i), [&](auto rows) {
-                    with_constant<kDotRows>(smaller(kDotRows, n - j), [&](auto columns) {
-                        dots_tile<rows(), columns()>(a + i, w + j * stride, stride, k, c + i * ldc + j, ldc, ahead);
-                    });
-                });
+                const int64_t height = smaller(tile, m - i);
+                const T* first = w + rows.first * stride;
+                A* out = c + i * ldc + rows.first;
+                if (rows.apart == 1) {
+                    dots_rows(a + i, height, first, rows.count, next, stride, k, out, ldc, ahead);
+                    continue;
+                }
+                A sums[kDirectTile * kDotRows];
+                dots_rows(a + i, height, first, rows.count, next, rows.apart * stride, k, sums, kDotRows, ahead);
+                for (int64_t j = 0; j < height * kDotRows; ++j) {
+                    out[j / kDotRows * ldc + j % kDotRows * rows.apart] = sums[j];
+                }
             }
         }
     }
@@ -133,6 +143,33 @@ public:
     }
 
 private:
+    // Rows of W that are read at once: `count` of them, `apart` rows from each other.
+    struct DotRows {
+        int64_t first, apart, count;
+    };
+
+    // Rows of W in the order in which they are read. Rows shorter than a page are taken from different pages: each of
+    // kDotRows streams reads `apart` rows, one after the other. Streams that share a page are slower, by a quarter for
+    // rows of 1.5 KiB, where memory is the limit: in a single pass. What is left over is read row by row.
+    struct DotGroups {
+        int64_t apart, spread, count;
+
+        DotGroups(int64_t n, int64_t stride)
+            : apart(ceil_div(kPage, larger(stride, 1))),
+              spread(apart > 1 ? n / (kDotRows * apart) * apart : 0),
+              count(spread + ceil_div(n - spread * kDotRows, kDotRows)),
+              rows_(n) {}
+
+        DotRows at(int64_t g) const {
+            if (g < spread) return {g / apart * apart * kDotRows + g % apart, apart, kDotRows};
+            const int64_t first = spread * kDotRows + (g - spread) * kDotRows;
+            return {first, 1, smaller(kDotRows, rows_ - first)};
+        }
+
+    private:
+        int64_t rows_;
+    };
+
     // Which of n rows to prefetch in each of several passes over the same rows of W: memory is not to wait while a pass
     // finds them in cache.
     struct Share {
@@ -141,8 +178,17 @@ private:
             : first(n * pass / passes), last(n * (pass + 1) / passes), passes(passes) {}
     };
 
+    static void dots_rows(const T* const* a, int64_t m, const T* w, int64_t n, const T* next, int64_t stride, int64_t k,
+                          A* c, int64_t ldc, const Share& share) {
+        with_constant<kDirectTile>(m, [&](auto rows) {
+            with_constant<kDotRows>(
+                n, [&](auto columns) { dots_tile<rows(), columns()>(a, w, next, stride, k, c, ldc, share); });
+        });
+    }
+
+    // next: the rows of W that are read after these.
     template <int M, int N>
-    static void dots_tile(const T* const* a, const T* w, int64_t stride, int64_t k, A* c, int64_t ldc,
+    static void dots_tile(const T* const* a, const T* w, const T* next, int64_t stride, int64_t k, A* c, int64_t ldc,
                           const Share& share) {
         constexpr int64_t W = DotStep<T>::kWidth;
         Vec<A> sums[M][N] = {};
@@ -164,7 +210,6 @@ private:
                 multiply([s](const T* p) __attribute__((always_inline)) { return DotStep<T>::load(p + s); });
             }
         };
-        const T* next = w + N * stride;
         if (share.passes > 1) {
             run(k, [&]() __attribute__((always_inline)) {
                 for (int64_t j = share.first; j < share.last; ++j) __builtin_prefetch(next + j * stride + s, 0, 2);

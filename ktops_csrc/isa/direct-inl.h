@@ -124,18 +124,21 @@ public:
     // have room for a multiple of kPanelColumns columns.
     static void columns(const T* const* a, int64_t m, const T* w, int64_t stride, int64_t n, int64_t k, A* c,
                         int64_t ldc, bool accumulate) {
-        const int64_t tile = ceil_div(m, ceil_div(m, kDirectTile));
+        const int64_t passes = ceil_div(m, kDirectTile), tile = ceil_div(m, passes);
         for (int64_t s = 0; s < k; s += kRowsAhead, accumulate = true) {
+            RowsAhead ahead(w + (s + kRowsAhead) * stride, stride, n);
             Rank g{nullptr, s, smaller(kRowsAhead, k - s), nullptr, stride, 0, nullptr, ldc, accumulate};
             for (int64_t j = 0; j < n; j += g.n) {
                 const bool wide = n - j >= kGroups * Step::kColumns;
                 g.w = w + s * stride + j;
                 g.n = wide ? kGroups * Step::kColumns : smaller(Step::kColumns, n - j);
+                const int64_t lines = ceil_div(Step::kRows * g.n, kLine * passes);
                 for (int64_t i = 0; i < m; i += tile) {
                     g.a = a + i;
                     g.c = c + i * ldc + j;
                     with_constant<kDirectTile>(smaller(tile, m - i), [&](auto rows) {
-                        wide ? columns_tile<rows(), kGroups>(g) : columns_tile<rows(), 1>(g);
+                        wide ? columns_tile<rows(), kGroups>(g, ahead, lines)
+                             : columns_tile<rows(), 1>(g, ahead, lines);
                     });
                 }
             }
@@ -229,6 +232,26 @@ private:
         for (int i = 0; i < M; ++i) put_sums<A, N>(sums[i], c + i * ldc);
     }
 
+    // The lines of the rows of W that come after those in use, in the order in which they lie: read a line or two of a
+    // page at a time, memory is about half as fast.
+    struct RowsAhead {
+        const T *next, *end;
+        int64_t stride, width;
+
+        RowsAhead(const T* w, int64_t stride, int64_t n)
+            : next(w), end(w + round_up(n, kLine)), stride(stride), width(round_up(n, kLine)) {}
+
+        void prefetch(int64_t lines) {
+            for (; lines > 0; --lines) {
+                __builtin_prefetch(next, 0, 2);
+                next += kLine;
+                if (next != end) continue;
+                next += stride - width;
+                end += stride;
+            }
+        }
+    };
+
     // C[i][j] (+)= sum over s < rows of a[i][first + s] . w[s * stride + j]
     struct Rank {
         const T* const* a;
@@ -241,7 +264,7 @@ private:
     };
 
     template <int M, int G>
-    static void columns_tile(const Rank& g) {
+    static void columns_tile(const Rank& g, RowsAhead& ahead, int64_t lines) {
         constexpr int N = Step::kVectors;
         constexpr int64_t kColumns = Step::kColumns;
         const int64_t count = G > 1 ? kColumns : g.n;
@@ -262,16 +285,12 @@ private:
         };
         const T* w = g.w;
         int64_t s = 0;
+        RowsAhead rows = ahead;
         for (; s + Step::kRows <= g.rows; s += Step::kRows, w += Step::kRows * g.stride) {
-#pragma GCC unroll 8
-            for (int64_t r = 0; r < Step::kRows; ++r) {
-#pragma GCC unroll 8
-                for (int64_t j = 0; j < G * kColumns; j += kLine) {
-                    __builtin_prefetch(w + (kRowsAhead + r) * g.stride + j, 0, 2);
-                }
-            }
+            rows.prefetch(lines);
             multiply(w, s, Step::kRows);
         }
+        ahead = rows;
         if (s < g.rows) multiply(w, s, g.rows - s);
 #pragma GCC unroll 8
         for (int i = 0; i < M; ++i) {

@@ -10,6 +10,13 @@
 #include <string>
 #include <vector>
 
+#ifdef __SANITIZE_ADDRESS__
+#include <sanitizer/asan_interface.h>
+#else
+#define ASAN_POISON_MEMORY_REGION(address, bytes)
+#define ASAN_UNPOISON_MEMORY_REGION(address, bytes)
+#endif
+
 namespace kt {
 namespace {
 
@@ -137,14 +144,19 @@ Workspace::Workspace(size_t bytes) {
     const Block block = pool().take(bytes);
     block_ = block.data;
     capacity_ = block.bytes;
+    ASAN_POISON_MEMORY_REGION(block_, capacity_);
 }
 
-Workspace::~Workspace() { pool().give_back(block_); }
+Workspace::~Workspace() {
+    ASAN_UNPOISON_MEMORY_REGION(block_, capacity_);
+    pool().give_back(block_);
+}
 
 void* Workspace::take_bytes(size_t bytes) {
     if (used_ + bytes > capacity_) throw std::logic_error("kt: workspace too small");
     void* p = block_ + used_;
     used_ += bytes;
+    ASAN_UNPOISON_MEMORY_REGION(p, bytes - kGap);
     return p;
 }
 

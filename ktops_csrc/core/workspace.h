@@ -25,10 +25,12 @@ public:
     // What take<T>(count) uses of the block.
     template <class T>
     static size_t padded(int64_t count) {
-        return (static_cast<size_t>(count) * sizeof(T) + 63) / 64 * 64 + 64;
+        return (static_cast<size_t>(count) * sizeof(T) + 63) / 64 * 64 + kGap;
     }
 
 private:
+    static constexpr size_t kGap = 64;  // bytes after every array, which the address sanitizer guards
+
     void* take_bytes(size_t bytes);
 
     char* block_;

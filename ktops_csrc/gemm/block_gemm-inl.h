@@ -42,7 +42,7 @@ struct GemmScratch {
     static constexpr int64_t kPadding = 64 / static_cast<int64_t>(sizeof(C));
     static constexpr int64_t kPaddedElements = kPanelElements + kDirectColumns / kPanelColumns * kPadding;
     static constexpr int64_t kLeftElements = kPanelElements / 2;
-    static constexpr int64_t kStageElements = MicroGemm<C>::kRows * kMaxK;
+    static constexpr int64_t kStageElements = MicroGemm<C>::kRows * staged_row_stride<C>(kMaxK);
 
     C* panels;
     C* left;   // panels of A for products of two row-major operands

@@ -46,10 +46,18 @@ inline void with_a_step(int64_t a_step, F f) {
     }
 }
 
-// m rows of k elements as contiguous rows of C, zero up to a multiple of kKMultiple; a[i] is set to row i of out.
+// Elements from one staged row of k elements to the next: zeros up to a multiple of kKMultiple, and some of a cache
+// line more, so that rows don't start a power of two apart.
+template <class C>
+constexpr int64_t staged_row_stride(int64_t k) {
+    return round_up(round_up(k, kKMultiple<C>) + 1, 64 / static_cast<int64_t>(sizeof(C)));
+}
+
+// m rows of k elements as rows of C, staged_row_stride(k) apart, zero up to a multiple of kKMultiple; a[i] is set to
+// row i of out.
 template <class C, class T>
 inline void stage_rows(const T* const* rows, int64_t m, int64_t k, C* out, const C** a) {
-    const int64_t padded = round_up(k, kKMultiple<C>), stride = round_up(padded + 1, 64 / sizeof(C));
+    const int64_t padded = round_up(k, kKMultiple<C>), stride = staged_row_stride<C>(k);
     for (int64_t i = 0; i < m; ++i, out += stride) {
         a[i] = out;
         if constexpr (std::is_same_v<C, T>) {

@@ -88,6 +88,7 @@ class Configuration:
         if self.wrong:
             row["message"] = self.wrong
         elif self.seconds:
+            undisturbed = self.undisturbed()
             row |= {
                 "seconds": statistics.median(self.seconds),
                 "seconds_min": min(self.seconds),
@@ -96,8 +97,8 @@ class Configuration:
                 "bound": statistics.mode(self.bounds),
                 "fraction": statistics.median(self.fractions),
                 "flop_per_second": statistics.median(self.flop_rates),
-                "undisturbed_calls": len(self.undisturbed()),
-                "undisturbed_fraction": statistics.median(self.undisturbed()) if self.undisturbed() else None,
+                "undisturbed_calls": len(undisturbed),
+                "undisturbed_fraction": statistics.median(undisturbed) if undisturbed else None,
                 "relative_error": self.error,
             }
         return row

@@ -91,6 +91,13 @@ struct MicroGemm<bfloat16> {
     }
 
 private:
+    static void zero_sums() {
+        _tile_zero(0);
+        _tile_zero(1);
+        _tile_zero(2);
+        _tile_zero(3);
+    }
+
     template <int M, int P>
     static void kernel(const MicroArguments<bfloat16>& g) {
         const int64_t ldc = g.ldc * static_cast<int64_t>(sizeof(float)), tiles = g.k_steps / 16;
@@ -103,10 +110,7 @@ private:
             if constexpr (M > 1) _tile_loadd(2, c10, ldc);
             if constexpr (M > 1 && P > 1) _tile_loadd(3, c10 + 16, ldc);
         } else {
-            _tile_zero(0);
-            _tile_zero(1);
-            _tile_zero(2);
-            _tile_zero(3);
+            zero_sums();
         }
         const bfloat16* a0 = g.a[0];
         const bfloat16* a1 = a0 + tiles * kTileElements;
@@ -139,10 +143,7 @@ private:
             _tile_loadd(2, g.c + 32, ldc);
             if constexpr (P > 3) _tile_loadd(3, g.c + 48, ldc);
         } else {
-            _tile_zero(0);
-            _tile_zero(1);
-            _tile_zero(2);
-            _tile_zero(3);
+            zero_sums();
         }
         const bfloat16* a = g.a[0];
         const bfloat16* b = g.b;

@@ -248,12 +248,8 @@ def test_slow_configurations_have_one_round(monkeypatch):
 def test_undisturbed_calls_are_those_with_fast_caches(capsys):
     row = measure.Configuration(moe_sft, "avx2", Layer(Shape("s", 64, 32, 8, 2), 0), 4, Variant(4))
     row.fractions, row.cache_reads, row.fastest_cache_read = [0.5, 0.9, 0.8], [1e9, 2.1e9, 1.9e9], 2.2e9
-    row.seconds, row.limit_seconds, row.flop_rates, row.bounds = (
-        [1.0] * 3,
-        [1.0] * 3,
-        [1.0] * 3,
-        ["compute"] * 3,
-    )
+    row.seconds = row.limit_seconds = row.flop_rates = [1.0] * 3
+    row.bounds = ["compute"] * 3
     record = row.record()
     assert record["fraction"] == 0.8
     assert (record["undisturbed_fraction"], record["undisturbed_calls"]) == (pytest.approx(0.85), 2)

@@ -2,11 +2,11 @@
 
 import functools
 from collections import Counter
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
-import transformers
 from tiny_models import tiny_batch, tiny_model
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -84,30 +84,43 @@ def assert_close(actual: Run, eager: Run, exact: Run) -> None:
             assert cosine > MIN_COSINE, f"{name}: cosine {cosine:.5f}"
 
 
-@functools.cache
-def stable_seed(architecture: str) -> int:
-    """The first seed whose model sends every token to the same experts in bfloat16 as in float64.
+def first_stable_seed(models: Callable[[int], Iterable[torch.nn.Module]]) -> int:
+    """The first seed whose models all send every token to the same experts.
 
-    A token whose experts change has another loss, with any implementation.
+    A token whose experts change from bfloat16 to float64 has another loss and other gradients, with any
+    implementation.
     """
     for seed in range(50):
-        model = tiny_model(architecture, dtype=torch.bfloat16, seed=seed)
-        routes = [_routes(model), _routes(model, "grouped_mm"), _routes(model.double())]
+        routes = [_routes(model) for model in models(seed)]
         if all(torch.equal(a, b) for route in routes for a, b in zip(route, routes[0], strict=True)):
             return seed
-    raise AssertionError(f"no stable seed for {architecture}")
+    raise AssertionError("no stable seed")
+
+
+@functools.cache
+def stable_seed(architecture: str) -> int:
+    """That of the model in bfloat16 with two implementations, and in float64."""
+
+    def models(seed):
+        model = tiny_model(architecture, dtype=torch.bfloat16, seed=seed)
+        for implementation in ("eager", "grouped_mm"):
+            model.set_experts_implementation(implementation)
+            yield model
+        model.set_experts_implementation("eager")
+        yield model.double()
+
+    return first_stable_seed(models)
 
 
 @torch.no_grad()
-def _routes(model: transformers.PreTrainedModel, implementation: str = "eager") -> list[Tensor]:
+def _routes(model: torch.nn.Module) -> list[Tensor]:
+    """top_k_index of every layer, sorted."""
     found = []
-
-    def record(module, args):
-        found.append(args[1].sort(dim=-1).values)
-
-    model.set_experts_implementation(implementation)
     modules = dict(model.named_modules())
-    handles = [modules[name].register_forward_pre_hook(record) for name in experts_modules(model)]
+    handles = [
+        modules[name].register_forward_pre_hook(lambda _, args: found.append(args[1].sort(dim=-1).values))
+        for name in experts_modules(model)
+    ]
     model(input_ids=tiny_batch()["input_ids"])
     for handle in handles:
         handle.remove()

@@ -4,6 +4,7 @@ import functools
 import warnings
 
 import torch
+from model_runs import first_stable_seed
 from peft import LoraConfig, PeftModel, get_peft_model
 from tiny_models import NUM_EXPERTS, tiny_batch, tiny_model
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -76,31 +77,13 @@ def loss_and_gradients(model: torch.nn.Module, batch: dict | None = None) -> dic
 
 @functools.cache
 def stable_seed(architecture: str) -> int:
-    """The first seed with which bfloat16 sends every token to the experts that float64 sends it to.
-
-    A token whose experts change has another loss and other gradients, with any implementation.
-    """
-    for seed in range(50):
-        routes = [
-            _routes(
-                adapted(architecture, implementation, dtype=torch.bfloat16, compute_dtype=wide, seed=seed)
-            )
+    """The first seed with which bfloat16 sends every token to the experts that float64 sends it to."""
+    return first_stable_seed(
+        lambda seed: [
+            adapted(architecture, implementation, dtype=torch.bfloat16, compute_dtype=wide, seed=seed)
             for implementation, wide in (("eager", None), ("grouped_mm", None), ("eager", torch.float64))
         ]
-        if all(torch.equal(route[0], other) for route in zip(*routes, strict=True) for other in route):
-            return seed
-    raise AssertionError(f"no stable seed for {architecture}")
-
-
-@torch.no_grad()
-def _routes(model: PeftModel) -> list[torch.Tensor]:
-    """top_k_index of every layer, sorted."""
-    found: list[torch.Tensor] = []
-    for name, module in model.named_modules():
-        if name.endswith(".experts"):
-            module.register_forward_pre_hook(lambda _, args: found.append(args[1].sort(dim=-1).values))
-    model(input_ids=tiny_batch()["input_ids"])
-    return found
+    )
 
 
 def assert_as_close(actual: dict, plain: dict, exact: dict, dtype: torch.dtype) -> None:

@@ -116,7 +116,7 @@ def test_several_tiles(isa, num_tokens, hidden_size, intermediate_size, dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("hidden_size", [2016, 2047, 2048, 2049])
 def test_longest_blocks_of_k(isa, hidden_size, dtype):
-    """Products with few columns take up to 2048 steps of k at once: rows of that length fill their scratch."""
+    """Products with few columns take up to 2048 steps of k at once: such rows fill their scratch."""
     check_against_reference(moe_inputs(20, hidden_size, 32, 1, 1, dtype=dtype, lora_rank=4))
 
 

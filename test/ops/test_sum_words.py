@@ -9,9 +9,9 @@ BLOCK = 8 * 512
 
 @pytest.mark.parametrize("count", [0, 1, 511, BLOCK - 1, BLOCK, BLOCK + 1, 3 * BLOCK + 77])
 def test_sum_of_every_word_modulo_2_64(count):
-    words = torch.randint(-(2**63), 2**63 - 1, (count + 1,), generator=torch.Generator().manual_seed(count))[
-        1:
-    ]
+    generator = torch.Generator().manual_seed(count)
+    storage = torch.randint(-(2**63), 2**63 - 1, (count + 1,), generator=generator)
+    words = storage[1:]  # eight bytes past the start of a cache line
     assert torch.ops.kt.sum_words(words) == words.sum().item()
 
 

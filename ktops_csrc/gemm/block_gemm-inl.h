@@ -23,6 +23,9 @@ constexpr int64_t kPanelBytes = 512 << 10;
 #define KT_DIRECT_ROWS 32
 #endif
 constexpr int64_t kDirectRows = KT_DIRECT_ROWS;
+
+// Up to this many rows, dot products are faster than a micro-kernel that reads rows of B where they lie.
+constexpr int64_t kDotOnlyRows = 4;
 constexpr int64_t kDirectColumns = kMaxRows * kMaxColumns / kDirectRows;
 
 // Up to two ranges of columns of B, one after the other: the gate and the up half of gate_up_proj.
@@ -79,6 +82,9 @@ public:
     template <class Weight>
     void multiply_nt(const Rows<T>& a, int64_t k, const Weight& weight, int64_t expert, const Columns& columns) {
         if constexpr (Weight::kDirect) {
+            if constexpr (Micro::kReadsRows) {
+                if (first_ && rows_ > kDotOnlyRows && rows_nt(a, k, weight, expert, columns)) return;
+            }
             if (first_ && rows_ <= kDirectRows && kDotRows * k <= kScratchElements) {
                 direct_nt(a, k, weight, expert, columns.first, columns.count, scratch_.c);
                 if (columns.second >= 0) {
@@ -193,6 +199,30 @@ private:
             weight.strided.copy_rows(expert, row + j, count, 0, k, copy);
             Direct<T>::dots(rows, rows_, copy, k, count, k, c + j, columns_);
         }
+    }
+
+    // C = A . W^T with W read where it lies, and A in panels. False if the rows of W don't allow it: for a weight of
+    // one shape it is always the same.
+    template <class Weight>
+    bool rows_nt(const Rows<T>& a, int64_t k, const Weight& weight, int64_t expert, const Columns& columns) {
+        const T* w = weight.direct(expert);
+        const int64_t most = smaller(kMaxRows, GemmScratch<T>::kPanelElements / larger(k, 1) / 32 * 32);
+        if (!w || k % kKMultiple<C> || columns.first + columns.count < kPanelColumns || most == 0) return false;
+        const int64_t stride = panel_elements<C>(k);
+        for (int64_t i = 0; i < rows_; i += most) {
+            const int64_t m = smaller(most, rows_ - i);
+            for (int64_t j = 0; j < m; j += kPanelColumns) {
+                pack_rows(a, i + j, smaller(kPanelColumns, m - j), k, scratch_.panels + j / kPanelColumns * stride);
+            }
+            const auto multiply = [&](int64_t row, Acc<T>* c) {
+                Micro::multiply_rows(w + row * weight.row_stride, weight.row_stride, columns.count, scratch_.panels,
+                                     stride, m, k, c, columns_);
+            };
+            multiply(columns.first, scratch_.c + i * columns_);
+            if (columns.second >= 0) multiply(columns.second, scratch_.c + i * columns_ + columns.padded());
+        }
+        first_ = false;
+        return true;
     }
 
     template <class Weight>

@@ -4,7 +4,7 @@
 //
 //   tmm0 tmm1    C: rows 0-15  x panel 0, 1        16 x 16 float32 each
 //   tmm2 tmm3       rows 16-31 x panel 0, 1
-//   tmm4 tmm5    A: rows 0-15, rows 16-31          16 x 32 bfloat16, staged as tiles
+//   tmm4 tmm5    A: rows 0-15, rows 16-31          16 x 32 bfloat16
 //   tmm6 tmm7    B: panel 0, 1                     16 pairs of k x 16 columns: 16 rows of a panel as they lie
 //
 // A step is 32 elements of k: four tile loads and four products. Up to 16 rows, 4 panels: five loads, four products.
@@ -12,6 +12,10 @@
 //   tmm0 .. tmm3    C: rows 0-15 x panel 0 .. 3
 //   tmm4            A
 //   tmm5 tmm6       B: panel 0 and 2, 1 and 3
+//
+// A tile of A is 64 bytes of 16 rows, however far apart they are. So the rows of a weight W are tiles as they lie, and
+// A . W^T is summed as W . A^T, with A in panels and C transposed. Other products have W in panels and A staged as
+// tiles.
 
 #include <immintrin.h>
 
@@ -43,7 +47,7 @@ template <>
 struct MicroGemm<bfloat16> {
     static constexpr int kRows = 32;
     static constexpr int64_t panels(int64_t m) { return m > 16 ? 2 : 4; }
-    static constexpr bool kStaged = true;
+    static constexpr bool kStaged = true, kReadsRows = true;
     static constexpr int64_t kTileK = 32, kTileElements = 16 * kTileK;
 
     // A in tiles: [rows / 16][k / 32][16][32], zero beyond the last element of k. Rows beyond m are left as they are:
@@ -77,20 +81,70 @@ struct MicroGemm<bfloat16> {
     }
 
     static void gemm(const MicroArguments<bfloat16>& g) {
-        if (g.m > 16) return g.panels > 1 ? kernel<2, 2>(g) : kernel<2, 1>(g);
-        switch (g.panels) {
-            case 1:
-                return kernel<1, 1>(g);
-            case 2:
-                return kernel<1, 2>(g);
-            case 3:
-                return row_kernel<3>(g);
-            default:
-                return row_kernel<4>(g);
+        if (g.m <= 16 && g.panels > 2) return g.panels > 3 ? row_kernel<4>(g) : row_kernel<3>(g);
+        kernel({g.a[0], g.a[0] + g.k_steps / 16 * kTileElements, kTileElements, kTileK}, g, {});
+    }
+
+    // C[i][j] = row j of w . column i of the panels, i < m <= 256, j < n. k is a multiple of kTileK; w has at least 16
+    // rows up to its row n.
+    static void multiply_rows(const bfloat16* w, int64_t row_stride, int64_t n, const bfloat16* panels,
+                              int64_t panel_stride, int64_t m, int64_t k, float* c, int64_t ldc) {
+        alignas(64) float sums[32 * 32];
+        const int64_t passes = ceil_div(m, 32), rows_a_pass = 32 / passes, steps = k / kTileK;
+        for (int64_t j = 0; j < n; j += 32) {
+            // Where fewer than 16 rows are left, their tile has rows before them too.
+            const int64_t left = n - j, last = smaller(16, left - 16);
+            const bfloat16* first = w + (left < 16 ? n - 16 : j) * row_stride;
+            const bfloat16* next = w + (j + 32) * row_stride;
+            for (int64_t pass = 0; pass < passes; ++pass) {
+                // Rows that are used once are read along their length, else the next rows meanwhile.
+                ReadAhead ahead{nullptr, next + pass * rows_a_pass * row_stride, 0, rows_a_pass, row_stride};
+                if (passes == 1) {
+                    ahead = {first + kAhead * kTileK, next + (kAhead - steps) * kTileK, steps - kAhead, 32, row_stride};
+                }
+                const int64_t i = 32 * pass, rows = smaller(32, m - i);
+                kernel({first, first + last * row_stride, kTileK, row_stride},
+                       {left > 16 ? 32 : 16, rows > 16 ? 2 : 1, nullptr, 0, panels + 2 * pass * panel_stride,
+                        panel_stride, k / 2, sums, 32, false},
+                       ahead);
+                TileRegion::settle(sums);
+                for (int64_t p = 0; p < rows; p += 16) {
+                    float* to = c + (i + p) * ldc + j;
+                    put_transposed(sums + p, smaller(16, rows - p), smaller(16, left), to, ldc);
+                    if (left > 16)
+                        put_transposed(sums + 16 * 32 + p, smaller(16, rows - p), smaller(16, left - 16), to + 16, ldc);
+                }
+            }
         }
     }
 
 private:
+    static constexpr int64_t kAhead = 8;       // steps, where rows of a weight come from memory
+    static constexpr int64_t kPanelAhead = 2;  // steps, where panels come from L2
+
+    // Tiles of A: `first` has rows 0-15, `second` rows 16-31; `step` elements to the next along k, rows `stride` apart.
+    struct TilesOfA {
+        const bfloat16 *first, *second;
+        int64_t step, stride;
+    };
+
+    // What is read into L2 during the steps, a line of each of `rows` rows a step: of `near`, and of `far` from step
+    // far_from on.
+    struct ReadAhead {
+        const bfloat16 *near = nullptr, *far = nullptr;
+        int64_t far_from = 0, rows = 0, stride = 0;
+
+        void step(int64_t t) const {
+            const bfloat16* line = (t < far_from ? near : far) + t * kTileK;
+            for (int64_t i = 0; i < rows; ++i) __builtin_prefetch(line + i * stride, 0, 2);
+        }
+    };
+
+    static void prefetch_tile(const bfloat16* tile) {
+#pragma GCC unroll 16
+        for (int i = 0; i < 16; ++i) __builtin_prefetch(tile + i * kTileK);
+    }
+
     static void zero_sums() {
         _tile_zero(0);
         _tile_zero(1);
@@ -98,8 +152,13 @@ private:
         _tile_zero(3);
     }
 
+    static void kernel(const TilesOfA& a, const MicroArguments<bfloat16>& g, const ReadAhead& ahead) {
+        if (g.m > 16) return g.panels > 1 ? kernel<2, 2>(a, g, ahead) : kernel<2, 1>(a, g, ahead);
+        return g.panels > 1 ? kernel<1, 2>(a, g, ahead) : kernel<1, 1>(a, g, ahead);
+    }
+
     template <int M, int P>
-    static void kernel(const MicroArguments<bfloat16>& g) {
+    static void kernel(const TilesOfA& a, const MicroArguments<bfloat16>& g, const ReadAhead& ahead) {
         const int64_t ldc = g.ldc * static_cast<int64_t>(sizeof(float)), tiles = g.k_steps / 16;
         float* c00 = g.c;
         float* c10 = g.c + 16 * g.ldc;
@@ -112,24 +171,36 @@ private:
         } else {
             zero_sums();
         }
-        const bfloat16* a0 = g.a[0];
-        const bfloat16* a1 = a0 + tiles * kTileElements;
+        const int64_t lda = a.stride * static_cast<int64_t>(sizeof(bfloat16));
         const bfloat16* b0 = g.b;
         const bfloat16* b1 = b0 + g.b_stride;
         for (int64_t t = 0; t < tiles; ++t) {
-            _tile_loadd(4, a0 + t * kTileElements, 64);
+            _tile_loadd(4, a.first + t * a.step, lda);
             _tile_loadd(6, b0 + t * kTileElements, 64);
+            prefetch_tile(b0 + (t + kPanelAhead) * kTileElements);
             _tile_dpbf16ps(0, 4, 6);
             if constexpr (P > 1) _tile_loadd(7, b1 + t * kTileElements, 64);
+            if constexpr (P > 1) prefetch_tile(b1 + (t + kPanelAhead) * kTileElements);
             if constexpr (P > 1) _tile_dpbf16ps(1, 4, 7);
-            if constexpr (M > 1) _tile_loadd(5, a1 + t * kTileElements, 64);
+            if constexpr (M > 1) _tile_loadd(5, a.second + t * a.step, lda);
             if constexpr (M > 1) _tile_dpbf16ps(2, 5, 6);
             if constexpr (M > 1 && P > 1) _tile_dpbf16ps(3, 5, 7);
+            ahead.step(t);
         }
         _tile_stored(0, c00, ldc);
         if constexpr (P > 1) _tile_stored(1, c00 + 16, ldc);
         if constexpr (M > 1) _tile_stored(2, c10, ldc);
         if constexpr (M > 1 && P > 1) _tile_stored(3, c10 + 16, ldc);
+    }
+
+    // The transpose of a 16 x 16 block of `sums`: its first rows, their last columns.
+    static void put_transposed(const float* sums, int64_t rows, int64_t columns, float* c, int64_t ldc) {
+        alignas(64) uint32_t block[16 * 16];
+        KT_TRANSPOSE_16X16(reinterpret_cast<const char*>(sums), 32 * sizeof(float), block);
+        for (int64_t i = 0; i < rows; ++i) {
+            const auto* row = reinterpret_cast<const float*>(block) + 16 * i + 16 - columns;
+            store_n(c + i * ldc, load(row), columns);
+        }
     }
 
     // 16 rows x P panels, P = 3 or 4.

@@ -18,7 +18,7 @@ struct MicroGemm<bfloat16> {
     static constexpr int kRows = 6;
     static constexpr int kPanels = 4;
     static constexpr int64_t panels(int64_t) { return kPanels; }  // for m rows
-    static constexpr bool kStaged = false;
+    static constexpr bool kStaged = false, kReadsRows = false;
 
     static void gemm(const MicroArguments<bfloat16>& g) {
         call_micro_kernel<MicroGemm>(g, std::make_integer_sequence<int, kRows * kPanels>());

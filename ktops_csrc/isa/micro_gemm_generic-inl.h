@@ -83,6 +83,7 @@ struct MicroGemm {
     static constexpr int kPanels = KT_GENERIC_PANELS;
     static constexpr int64_t panels(int64_t) { return kPanels; }  // for m rows
     static constexpr bool kStaged = false;                        // takes rows of A anywhere in memory
+    static constexpr bool kReadsRows = false;                     // takes B from panels only
     static constexpr int kUnroll = 4;                             // k-steps that share the loop's own instructions
 
     static void gemm(const MicroArguments<C>& g) {

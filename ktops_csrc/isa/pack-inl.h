@@ -63,6 +63,19 @@ inline void pack_nt(const T* w, int64_t stride, int64_t n, int64_t kn, Compute<T
     }
 }
 
+// Columns of the panel are rows [first, first + n), n <= 16, of k elements; k fills whole blocks of 64 bytes.
+template <class T>
+inline void pack_rows(const Rows<T>& rows, int64_t first, int64_t n, int64_t k, T* panel) {
+    constexpr int64_t kBlock = 64 / static_cast<int64_t>(sizeof(T));
+    alignas(64) T block[kPanelColumns * kBlock] = {};
+    for (int64_t k0 = 0; k0 < k; k0 += kBlock, panel += kPanelColumns * kBlock) {
+        for (int64_t j = 0; j < n; ++j) {
+            std::memcpy(static_cast<void*>(block + j * kBlock), rows.row(first + j) + k0, 64);
+        }
+        transpose_block(block, kBlock, panel);
+    }
+}
+
 // out = n elements of row times factor, then zeros.
 template <class C, class T>
 inline void copy_row(const T* row, int64_t n, Acc<T> factor, C* out) {

@@ -26,10 +26,12 @@ constexpr int64_t kSlab = BlockGemm<T>::kCopiesRows ? 128 : 64;
 // Columns of I over which <h, dh> is summed before the sums are added up.
 constexpr int64_t kDotSlab = 64;
 
-// Columns of one task of a product down the rows of a weight: whole rows where they fit, or at least a few cache lines,
-// since memory is slow one line a page.
+// Columns of one task of a product down the rows of a weight: as many as fit for the most rows of an expert, whole rows
+// of the weight at best, since memory is slow a few lines at a time.
 inline int64_t wide_slab(const Routing& routing) {
-    return routing.most_rows <= kDirectRows ? kDirectColumns : kMaxColumns;
+    int64_t columns = kDirectColumns;
+    while (columns > kMaxColumns && columns * round_up(routing.most_rows, 32) > kMaxRows * kMaxColumns) columns /= 2;
+    return columns;
 }
 
 // Tokens and columns of the sums that one task of Combine holds: 2 MiB of float32.

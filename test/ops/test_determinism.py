@@ -25,6 +25,7 @@ def cases(dtype: torch.dtype):
     """Each with work for at least seven threads: small problems run on fewer."""
     yield moe_inputs(70, 96, 80, 6, 3, dtype=dtype, lora_rank=(5, 18), bias=True, routing="skewed")
     yield moe_inputs(1, 640, 256, 8, 4, dtype=dtype, lora_rank=4)
+    yield moe_inputs(24, 96, 150, 8, 4, dtype=dtype, lora_rank=4)
     yield moe_inputs(120, 33, 130, 2, 2, dtype=dtype, lora_rank=1, routing="repeated", invalid_ids=True)
 
 

@@ -121,6 +121,25 @@ def test_longest_blocks_of_k(isa, hidden_size, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("num_tokens", [5, 40, 300])
+@pytest.mark.parametrize(
+    "hidden_size,intermediate_size", [(64, 5), (64, 40), (96, 150), (150, 96), (2048, 20)]
+)
+def test_rows_of_weights_as_they_lie(isa, hidden_size, intermediate_size, num_tokens, dtype):
+    """Whole tiles along k, and a last tile of rows that is not full, or too few rows for one."""
+    check_against_reference(
+        moe_inputs(num_tokens, hidden_size, intermediate_size, 2, 1, dtype=dtype, lora_rank=3, bias=True)
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("num_tokens", [16, 70])
+def test_wide_slabs(isa, num_tokens, dtype):
+    """With enough experts for all threads, products down the rows of a weight take whole rows at once."""
+    check_against_reference(moe_inputs(num_tokens, 264, 400, 8, 4, dtype=dtype, lora_rank=(18, 35)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("num_experts", [1, 2, 5, 40])
 def test_numbers_of_experts_and_slots(isa, num_experts, dtype):
     for top_k in sorted({1, 2, num_experts // 2, num_experts} - {0}):

@@ -17,6 +17,7 @@
 #define KT_VECTOR_BYTES 32
 #define KT_GENERIC_ROWS 6  // 6 x 2 accumulators, 2 for a step of B, 1 for the broadcast of A: 15 of 16 registers
 #define KT_GENERIC_PANELS 1
+#define KT_BFLOAT16_DIRECT_ROWS 4
 #define KT_TRANSPOSE_16X16 transpose_16x16_avx2
 
 #pragma GCC push_options

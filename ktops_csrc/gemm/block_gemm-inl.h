@@ -1,7 +1,7 @@
 #pragma once
 
-// One block of C = A . B held in a thread's scratch: at most kMaxRows rows and kMaxColumns columns, or kDirectRows rows
-// and kDirectColumns columns; any k.
+// One block of C = A . B held in a thread's scratch: at most kMaxRows rows and kMaxColumns columns, or fewer rows, in
+// steps of 32, and up to kWideColumns columns; any k.
 //
 //   k is walked in blocks: a panel block of B (kPanelBytes, sized for L2) is decoded once and used by every row.
 //   The order in which an element of C is summed depends on the number of rows and on k alone, so results do not depend
@@ -16,17 +16,19 @@ namespace kt::KT_ISA {
 constexpr int64_t kMaxRows = 256;
 constexpr int64_t kMaxColumns = 256;
 constexpr int64_t kMaxK = 2048;
+constexpr int64_t kWideColumns = 2048;  // of a block with few rows
 constexpr int64_t kPanelBytes = 512 << 10;
 
 // Up to this many rows of A, B is multiplied where it lies: a panel would not be used often enough to pay for itself.
-#ifndef KT_DIRECT_ROWS  // an ISA whose panels are worth it earlier says so
-#define KT_DIRECT_ROWS 32
+// Earlier for bfloat16 on an ISA that widens it (once, in a panel) or has tiles.
+#ifndef KT_BFLOAT16_DIRECT_ROWS
+#define KT_BFLOAT16_DIRECT_ROWS 32
 #endif
-constexpr int64_t kDirectRows = KT_DIRECT_ROWS;
+template <class T>
+constexpr int64_t kDirectRows = std::is_same_v<T, bfloat16> ? KT_BFLOAT16_DIRECT_ROWS : 32;
 
 // Up to this many rows, dot products are faster than a micro-kernel that reads rows of B where they lie.
 constexpr int64_t kDotOnlyRows = 4;
-constexpr int64_t kDirectColumns = kMaxRows * kMaxColumns / kDirectRows;
 
 // Up to two ranges of columns of B, one after the other: the gate and the up half of gate_up_proj.
 struct Columns {
@@ -43,7 +45,7 @@ struct GemmScratch {
     static constexpr int64_t kPanelElements = kPanelBytes / static_cast<int64_t>(sizeof(C));
     // Between panels, so that they don't start a power of two apart: their lines would share a few sets of the cache.
     static constexpr int64_t kPadding = 64 / static_cast<int64_t>(sizeof(C));
-    static constexpr int64_t kPaddedElements = kPanelElements + kDirectColumns / kPanelColumns * kPadding;
+    static constexpr int64_t kPaddedElements = kPanelElements + kWideColumns / kPanelColumns * kPadding;
     static constexpr int64_t kLeftElements = kPanelElements / 2;
     static constexpr int64_t kStageElements = MicroGemm<C>::kRows * staged_row_stride<C>(kMaxK);
 
@@ -85,7 +87,7 @@ public:
             if constexpr (Micro::kReadsRows) {
                 if (first_ && rows_ > kDotOnlyRows && rows_nt(a, k, weight, expert, columns)) return;
             }
-            if (first_ && rows_ <= kDirectRows && kDotRows * k <= kScratchElements) {
+            if (first_ && rows_ <= kDirectRows<T> && kDotRows * k <= kScratchElements) {
                 direct_nt(a, k, weight, expert, columns.first, columns.count, scratch_.c);
                 if (columns.second >= 0) {
                     direct_nt(a, k, weight, expert, columns.second, columns.count, scratch_.c + columns.padded());
@@ -107,7 +109,7 @@ public:
     template <class Weight>
     void multiply_nn(const Rows<T>& a, int64_t k, const Weight& weight, int64_t expert, const Columns& columns) {
         if constexpr (Weight::kDirect) {
-            if (rows_ <= kDirectRows) return direct_nn(a, k, weight, expert, columns);
+            if (rows_ <= kDirectRows<T>) return direct_nn(a, k, weight, expert, columns);
         }
         multiply(a, k, [&](int64_t k0, int64_t kn, C* panels, int64_t stride) {
             weight.decode_nn(expert, k0, kn, columns.first, columns.count, panels, stride);
@@ -188,7 +190,7 @@ private:
     template <class Weight>
     void direct_nt(const Rows<T>& a, int64_t k, const Weight& weight, int64_t expert, int64_t row, int64_t n,
                    Acc<T>* c) {
-        const T* rows[kDirectRows];
+        const T* rows[kDirectRows<T>];
         for (int64_t i = 0; i < rows_; ++i) rows[i] = a.row(i);
         const T* w = weight.direct(expert);
         if (w) return Direct<T>::dots(rows, rows_, w + row * weight.row_stride, weight.row_stride, n, k, c, columns_);
@@ -231,7 +233,7 @@ private:
         T* copy = reinterpret_cast<T*>(scratch_.panels);
         const int64_t most = w ? k : kScratchElements / columns.count / kRowsAhead * kRowsAhead;
         for (int64_t k0 = 0; k0 < k; k0 += most) {
-            const T* rows[kDirectRows];
+            const T* rows[kDirectRows<T>];
             for (int64_t i = 0; i < rows_; ++i) rows[i] = a.row(i) + k0;
             const int64_t kn = smaller(most, k - k0);
             if (!w) weight.strided.copy_rows(expert, k0, kn, columns.first, columns.count, copy);
@@ -246,10 +248,11 @@ private:
     bool first_ = true;
 };
 
-// f(start, count) for pieces of at most kMaxRows rows.
+// f(start, count) for pieces of at most `most` rows, a multiple of 32, about as many in each.
 template <class F>
-inline void for_each_row_block(int64_t rows, F f) {
-    for (int64_t i = 0; i < rows; i += kMaxRows) f(i, smaller(kMaxRows, rows - i));
+inline void for_each_row_block(int64_t rows, F f, int64_t most = kMaxRows) {
+    const int64_t size = round_up(ceil_div(rows, larger(1, ceil_div(rows, most))), 32);
+    for (int64_t i = 0; i < rows; i += size) f(i, smaller(size, rows - i));
 }
 
 }  // namespace kt::KT_ISA

@@ -90,31 +90,41 @@ struct MicroGemm<bfloat16> {
     static void multiply_rows(const bfloat16* w, int64_t row_stride, int64_t n, const bfloat16* panels,
                               int64_t panel_stride, int64_t m, int64_t k, float* c, int64_t ldc) {
         alignas(64) float sums[32 * 32];
-        const int64_t passes = ceil_div(m, 32), rows_a_pass = 32 / passes, steps = k / kTileK;
-        for (int64_t j = 0; j < n; j += 32) {
-            // Where fewer than 16 rows are left, their tile has rows before them too.
-            const int64_t left = n - j, last = smaller(16, left - 16);
-            const bfloat16* first = w + (left < 16 ? n - 16 : j) * row_stride;
-            const bfloat16* next = w + (j + 32) * row_stride;
-            for (int64_t pass = 0; pass < passes; ++pass) {
-                // Rows that are used once are read along their length, else the next rows meanwhile.
-                ReadAhead ahead{nullptr, next + pass * rows_a_pass * row_stride, 0, rows_a_pass, row_stride};
-                if (passes == 1) {
-                    ahead = {first + kAhead * kTileK, next + (kAhead - steps) * kTileK, steps - kAhead, 32, row_stride};
+        // Where fewer than 16 rows are left, their tile has rows before them too.
+        const auto tile = [&](int64_t j) { return w + smaller(j, n - 16) * row_stride; };
+        const auto put = [&](const float* from, int64_t ld, int64_t i, int64_t j) {
+            if (i < m && j < n) put_transposed(from, ld, smaller(16, m - i), smaller(16, n - j), c + i * ldc + j, ldc);
+        };
+        // 32 rows of w by two panels, and 64 by a last single one. Meanwhile as many rows after them are read ahead; or
+        // the same rows, along their length, where they are used once.
+        const int64_t num_panels = ceil_div(m, 16), steps = k / kTileK;
+        const bool single = num_panels > 1 && num_panels % 2;
+        const int64_t passes = single ? num_panels / 2 : ceil_div(num_panels, 2);
+        const int64_t band = single ? 64 : 32, calls = single ? 2 * passes + 1 : passes;
+        for (int64_t j = 0; j < n; j += band) {
+            ReadAhead ahead{nullptr, w + (j + band) * row_stride, 0, band / calls, row_stride};
+            const auto two_panels = [&](int64_t j) {
+                if (num_panels <= 2) {
+                    ahead = {tile(j) + kAhead * kTileK, w + (j + 32) * row_stride + (kAhead - steps) * kTileK,
+                             steps - kAhead, 32, row_stride};
                 }
-                const int64_t i = 32 * pass, rows = smaller(32, m - i);
-                kernel({first, first + last * row_stride, kTileK, row_stride},
-                       {left > 16 ? 32 : 16, rows > 16 ? 2 : 1, nullptr, 0, panels + 2 * pass * panel_stride,
-                        panel_stride, k / 2, sums, 32, false},
-                       ahead);
-                TileRegion::settle(sums);
-                for (int64_t p = 0; p < rows; p += 16) {
-                    float* to = c + (i + p) * ldc + j;
-                    put_transposed(sums + p, smaller(16, rows - p), smaller(16, left), to, ldc);
-                    if (left > 16)
-                        put_transposed(sums + 16 * 32 + p, smaller(16, rows - p), smaller(16, left - 16), to + 16, ldc);
+                for (int64_t pass = 0; pass < passes; ++pass, ahead.far += ahead.rows * row_stride) {
+                    const int64_t i = 32 * pass;
+                    kernel({tile(j), tile(j + 16), kTileK, row_stride},
+                           {n - j > 16 ? 32 : 16, m - i > 16 ? 2 : 1, nullptr, 0, panels + 2 * pass * panel_stride,
+                            panel_stride, k / 2, sums, 32, false},
+                           ahead);
+                    for (int64_t q = 0; q < 32; q += 16) {
+                        for (int64_t p = 0; p < 32; p += 16) put(sums + q * 32 + p, 32, i + p, j + q);
+                    }
                 }
-            }
+            };
+            two_panels(j);
+            if (!single) continue;
+            if (j + 32 < n) two_panels(j + 32);
+            const bfloat16* tiles[] = {tile(j), tile(j + 16), tile(j + 32), tile(j + 48)};
+            column_kernel(tiles, row_stride, panels + 2 * passes * panel_stride, steps, sums, ahead);
+            for (int64_t q = 0; q < 64; q += 16) put(sums + q * 16, 16, 32 * passes, j + q);
         }
     }
 
@@ -176,15 +186,15 @@ private:
         const bfloat16* b1 = b0 + g.b_stride;
         for (int64_t t = 0; t < tiles; ++t) {
             _tile_loadd(4, a.first + t * a.step, lda);
-            _tile_loadd(6, b0 + t * kTileElements, 64);
+            _tile_loadd(5, b0 + t * kTileElements, 64);
             prefetch_tile(b0 + (t + kPanelAhead) * kTileElements);
-            _tile_dpbf16ps(0, 4, 6);
-            if constexpr (P > 1) _tile_loadd(7, b1 + t * kTileElements, 64);
+            _tile_dpbf16ps(0, 4, 5);
+            if constexpr (P > 1) _tile_loadd(6, b1 + t * kTileElements, 64);
             if constexpr (P > 1) prefetch_tile(b1 + (t + kPanelAhead) * kTileElements);
-            if constexpr (P > 1) _tile_dpbf16ps(1, 4, 7);
-            if constexpr (M > 1) _tile_loadd(5, a.second + t * a.step, lda);
-            if constexpr (M > 1) _tile_dpbf16ps(2, 5, 6);
-            if constexpr (M > 1 && P > 1) _tile_dpbf16ps(3, 5, 7);
+            if constexpr (P > 1) _tile_dpbf16ps(1, 4, 6);
+            if constexpr (M > 1) _tile_loadd(4, a.second + t * a.step, lda);
+            if constexpr (M > 1) _tile_dpbf16ps(2, 4, 5);
+            if constexpr (M > 1 && P > 1) _tile_dpbf16ps(3, 4, 6);
             ahead.step(t);
         }
         _tile_stored(0, c00, ldc);
@@ -193,10 +203,36 @@ private:
         if constexpr (M > 1 && P > 1) _tile_stored(3, c10 + 16, ldc);
     }
 
-    // The transpose of a 16 x 16 block of `sums`: its first rows, their last columns.
-    static void put_transposed(const float* sums, int64_t rows, int64_t columns, float* c, int64_t ldc) {
+    // Four tiles of rows of A by one panel: C[64][16], contiguous.
+    static void column_kernel(const bfloat16* const* a, int64_t row_stride, const bfloat16* b, int64_t steps, float* c,
+                              const ReadAhead& ahead) {
+        const int64_t lda = row_stride * static_cast<int64_t>(sizeof(bfloat16));
+        TileRegion::settle(c);
+        zero_sums();
+        for (int64_t t = 0; t < steps; ++t, b += kTileElements) {
+            _tile_loadd(4, b, 64);
+            prefetch_tile(b + kPanelAhead * kTileElements);
+            _tile_loadd(5, a[0] + t * kTileK, lda);
+            _tile_dpbf16ps(0, 5, 4);
+            _tile_loadd(5, a[1] + t * kTileK, lda);
+            _tile_dpbf16ps(1, 5, 4);
+            _tile_loadd(5, a[2] + t * kTileK, lda);
+            _tile_dpbf16ps(2, 5, 4);
+            _tile_loadd(5, a[3] + t * kTileK, lda);
+            _tile_dpbf16ps(3, 5, 4);
+            ahead.step(t);
+        }
+        _tile_stored(0, c, 64);
+        _tile_stored(1, c + 256, 64);
+        _tile_stored(2, c + 512, 64);
+        _tile_stored(3, c + 768, 64);
+    }
+
+    // The transpose of a 16 x 16 block of sums: its first rows, their last columns.
+    static void put_transposed(const float* sums, int64_t ld, int64_t rows, int64_t columns, float* c, int64_t ldc) {
+        TileRegion::settle(sums);
         alignas(64) uint32_t block[16 * 16];
-        KT_TRANSPOSE_16X16(reinterpret_cast<const char*>(sums), 32 * sizeof(float), block);
+        KT_TRANSPOSE_16X16(reinterpret_cast<const char*>(sums), ld * static_cast<int64_t>(sizeof(float)), block);
         for (int64_t i = 0; i < rows; ++i) {
             const auto* row = reinterpret_cast<const float*>(block) + 16 * i + 16 - columns;
             store_n(c + i * ldc, load(row), columns);
@@ -222,12 +258,12 @@ private:
             _tile_loadd(4, a, 64);
             _tile_loadd(5, b, 64);
             _tile_dpbf16ps(0, 4, 5);
-            _tile_loadd(6, b + g.b_stride, 64);
-            _tile_dpbf16ps(1, 4, 6);
+            _tile_loadd(5, b + g.b_stride, 64);
+            _tile_dpbf16ps(1, 4, 5);
             _tile_loadd(5, b + 2 * g.b_stride, 64);
             _tile_dpbf16ps(2, 4, 5);
-            if constexpr (P > 3) _tile_loadd(6, b + 3 * g.b_stride, 64);
-            if constexpr (P > 3) _tile_dpbf16ps(3, 4, 6);
+            if constexpr (P > 3) _tile_loadd(5, b + 3 * g.b_stride, 64);
+            if constexpr (P > 3) _tile_dpbf16ps(3, 4, 5);
         }
         _tile_stored(0, g.c, ldc);
         _tile_stored(1, g.c + 16, ldc);

@@ -164,7 +164,7 @@ private:
     void activate(const Thread<T>& thread, int64_t expert, int64_t column, int64_t n) {
         const int64_t begin = routing_.offsets[expert], rows = routing_.rows(expert), rank = p_.down_rank;
         const Columns columns{column, n};
-        A sum_g[kDirectColumns], sum_u[kDirectColumns];
+        A sum_g[kWideColumns], sum_u[kWideColumns];
         for (int64_t j = 0; j < columns.padded(); ++j) sum_g[j] = sum_u[j] = 0;
         const int64_t stride = wide_slab(routing_);
         for_each_row_block(rows, [&](int64_t row, int64_t count) {

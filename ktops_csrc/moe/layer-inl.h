@@ -18,10 +18,12 @@ struct NoRegion {};
 #define KT_REGION NoRegion
 #endif
 
-// Columns of one task of a product along the rows of a weight: of I twice, of g and of u. Twice as many where each task
-// copies the rows of A for itself.
+// Columns of one task of a product along the rows of a weight: of I twice, of g and of u. More where each task copies
+// the rows of A for itself. Rows of one of its blocks: as many as fit.
 template <class T>
-constexpr int64_t kSlab = BlockGemm<T>::kCopiesRows ? 128 : 64;
+constexpr int64_t kSlab = BlockGemm<T>::kCopiesRows ? 256 : 64;
+template <class T>
+constexpr int64_t kSlabRows = smaller(kMaxRows, kMaxRows* kMaxColumns / (2 * kSlab<T>));
 
 // Columns of I over which <h, dh> is summed before the sums are added up.
 constexpr int64_t kDotSlab = 64;
@@ -29,7 +31,7 @@ constexpr int64_t kDotSlab = 64;
 // Columns of one task of a product down the rows of a weight: as many as fit for the most rows of an expert, whole rows
 // of the weight at best, since memory is slow a few lines at a time.
 inline int64_t wide_slab(const Routing& routing) {
-    int64_t columns = kDirectColumns;
+    int64_t columns = kWideColumns;
     while (columns > kMaxColumns && columns * round_up(routing.most_rows, 32) > kMaxRows * kMaxColumns) columns /= 2;
     return columns;
 }
@@ -57,13 +59,13 @@ struct Thread {
     GemmScratch<T> gemm;
     Acc<T>* sums;    // [min(T, kTokenBlock), min(H, kSumSlab)] unless routes are kept
     T* activations;  // [most rows of an expert, wide_slab]
-    Acc<T>* bias;    // [kDirectColumns]
+    Acc<T>* bias;    // [kWideColumns]
 
     Thread(Workspace& w, const Problem& p, const Routing& routing)
         : gemm(w),
           sums(w.take<Acc<T>>(sum_elements(p, routing))),
           activations(w.take<T>(routing.most_rows * wide_slab(routing))),
-          bias(w.take<Acc<T>>(kDirectColumns)) {}
+          bias(w.take<Acc<T>>(kWideColumns)) {}
 
     static Thread* take(Workspace& w, const Problem& p, const Routing& routing) {
         auto* threads = w.take<Thread>(p.num_threads);
@@ -74,7 +76,7 @@ struct Thread {
     static size_t bytes(const Problem& p, const Routing& routing) {
         const size_t one = GemmScratch<T>::bytes() + Workspace::padded<Acc<T>>(sum_elements(p, routing)) +
                            Workspace::padded<T>(routing.most_rows * wide_slab(routing)) +
-                           Workspace::padded<Acc<T>>(kDirectColumns);
+                           Workspace::padded<Acc<T>>(kWideColumns);
         return Workspace::padded<Thread>(p.num_threads) + static_cast<size_t>(p.num_threads) * one;
     }
 
@@ -162,7 +164,7 @@ inline void gate_up_product(const Thread<T>& thread, const Layer<T>& layer, int6
     load_bias(p.gate_up_bias, expert, column, n, bias_g);
     load_bias(p.gate_up_bias, expert, layer.I + column, n, bias_u);
     const int64_t begin = layer.routing.offsets[expert];
-    for_each_row_block(layer.routing.rows(expert), [&](int64_t row, int64_t count) {
+    const auto block_of_rows = [&](int64_t row, int64_t count) {
         const int64_t first = begin + row;
         BlockGemm<T> block(thread.gemm, count, columns.total());
         block.multiply_nt(layer.by_token(p.hidden_states, first), layer.H, layer.gate_up, expert, columns);
@@ -177,7 +179,8 @@ inline void gate_up_product(const Thread<T>& thread, const Layer<T>& layer, int6
             }
             epilogue(first + i, g, u);
         }
-    });
+    };
+    for_each_row_block(layer.routing.rows(expert), block_of_rows, kSlabRows<T>);
 }
 
 }  // namespace kt::KT_ISA

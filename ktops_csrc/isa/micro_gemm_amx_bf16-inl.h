@@ -235,7 +235,7 @@ private:
         KT_TRANSPOSE_16X16(reinterpret_cast<const char*>(sums), ld * static_cast<int64_t>(sizeof(float)), block);
         for (int64_t i = 0; i < rows; ++i) {
             const auto* row = reinterpret_cast<const float*>(block) + 16 * i + 16 - columns;
-            store_n(c + i * ldc, load(row), columns);
+            store_n(c + i * ldc, load_n(row, columns), columns);
         }
     }
 

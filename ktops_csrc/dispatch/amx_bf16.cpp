@@ -21,7 +21,7 @@
 #define KT_GENERIC_PANELS 4
 #define KT_BFLOAT16_DOT
 #define KT_BFLOAT16_K_MULTIPLE 32
-#define KT_BFLOAT16_DIRECT_ROWS 8
+#define KT_BFLOAT16_DIRECT_ROWS 12
 #define KT_TRANSPOSE_16X16 transpose_16x16_avx512
 
 #pragma GCC push_options

@@ -17,7 +17,7 @@
 #define KT_VECTOR_BYTES 32
 #define KT_GENERIC_ROWS 6  // 6 x 2 accumulators, 2 for a step of B, 1 for the broadcast of A: 15 of 16 registers
 #define KT_GENERIC_PANELS 1
-#define KT_BFLOAT16_DIRECT_ROWS 4
+#define KT_BFLOAT16_DIRECT_ROWS 12
 #define KT_TRANSPOSE_16X16 transpose_16x16_avx2
 
 #pragma GCC push_options
@@ -25,6 +25,7 @@
 
 #include "isa/transpose_avx2-inl.h"
 
+#include "isa/direct_widened-inl.h"
 #include "isa/peak-inl.h"
 #include "moe/backward-inl.h"
 #include "moe/forward-inl.h"

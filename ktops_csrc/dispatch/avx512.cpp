@@ -19,7 +19,7 @@
 #define KT_VECTOR_BYTES 64
 #define KT_GENERIC_ROWS 6  // 6 x 4 accumulators, 4 for a step of B, 1 for the broadcast of A
 #define KT_GENERIC_PANELS 4
-#define KT_BFLOAT16_DIRECT_ROWS 16
+#define KT_BFLOAT16_DIRECT_ROWS 32
 #define KT_TRANSPOSE_16X16 transpose_16x16_avx512
 
 #pragma GCC push_options
@@ -27,6 +27,7 @@
 
 #include "isa/transpose_avx512-inl.h"
 
+#include "isa/direct_widened-inl.h"
 #include "isa/peak-inl.h"
 #include "moe/backward-inl.h"
 #include "moe/forward-inl.h"

@@ -16,6 +16,7 @@
 #define KT_GENERIC_ROWS 2
 #define KT_GENERIC_PANELS 1
 
+#include "isa/direct_widened-inl.h"
 #include "isa/peak-inl.h"
 #include "moe/backward-inl.h"
 #include "moe/forward-inl.h"

@@ -15,12 +15,12 @@ namespace kt::KT_ISA {
 // Rows of A that share a read of B: as many as the registers hold sums for.
 constexpr int kDirectTile = KT_VECTOR_BYTES == 64 ? 6 : 3;
 
-// How one instruction multiplies elements of two rows and adds them up.
+// How kWidth elements of two rows are multiplied and added up, in kParts instructions. load: the part of n elements.
 template <class T>
 struct DotStep {
     static constexpr int64_t kWidth = kLanes<Acc<T>>;
-    static Vec<Acc<T>> load(const T* p) { return KT_ISA::load(p); }
-    static Vec<Acc<T>> load(const T* p, int64_t n) { return load_n(p, n); }
+    static constexpr int kParts = 1;
+    static Vec<Acc<T>> load(const T* p, int64_t n, int) { return load_n(p, n); }
     static Vec<Acc<T>> add(Vec<Acc<T>> sum, Vec<Acc<T>> x, Vec<Acc<T>> y) { return sum + x * y; }
 };
 
@@ -195,22 +195,25 @@ private:
                           const Share& share) {
         constexpr int64_t W = DotStep<T>::kWidth;
         Vec<A> sums[M][N] = {};
-        const auto multiply = [&](auto load) __attribute__((always_inline)) {
-            decltype(load(w)) x[M];
+        const auto multiply = [&](int64_t s, int64_t n) __attribute__((always_inline)) {
+#pragma GCC unroll 2
+            for (int part = 0; part < DotStep<T>::kParts; ++part) {
+                decltype(DotStep<T>::load(w, n, part)) x[M];
 #pragma GCC unroll 8
-            for (int i = 0; i < M; ++i) x[i] = load(a[i]);
+                for (int i = 0; i < M; ++i) x[i] = DotStep<T>::load(a[i] + s, n, part);
 #pragma GCC unroll 8
-            for (int j = 0; j < N; ++j) {
-                const auto y = load(w + j * stride);
+                for (int j = 0; j < N; ++j) {
+                    const auto y = DotStep<T>::load(w + j * stride + s, n, part);
 #pragma GCC unroll 8
-                for (int i = 0; i < M; ++i) sums[i][j] = DotStep<T>::add(sums[i][j], x[i], y);
+                    for (int i = 0; i < M; ++i) sums[i][j] = DotStep<T>::add(sums[i][j], x[i], y);
+                }
             }
         };
         int64_t s = 0;
         const auto run = [&](int64_t end, auto prefetch) __attribute__((always_inline)) {
             for (; s + W <= end; s += W) {
                 prefetch();
-                multiply([s](const T* p) __attribute__((always_inline)) { return DotStep<T>::load(p + s); });
+                multiply(s, W);
             }
         };
         if (share.passes > 1) {
@@ -225,9 +228,7 @@ private:
             run(k - kPrefetch, [&]() __attribute__((always_inline)) { all(w + kPrefetch); });
             run(k, [&]() __attribute__((always_inline)) { all(next + kPrefetch - k); });
         }
-        if (s < k) {
-            multiply([s, k](const T* p) __attribute__((always_inline)) { return DotStep<T>::load(p + s, k - s); });
-        }
+        if (s < k) multiply(s, k - s);
 #pragma GCC unroll 8
         for (int i = 0; i < M; ++i) put_sums<A, N>(sums[i], c + i * ldc);
     }

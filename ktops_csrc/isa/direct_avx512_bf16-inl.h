@@ -13,8 +13,10 @@ inline __mmask32 first_lanes(int64_t n) { return n < 32 ? (1u << n) - 1 : 0xffff
 template <>
 struct DotStep<bfloat16> {
     static constexpr int64_t kWidth = 32;
-    static __m512bh load(const bfloat16* p) { return (__m512bh)_mm512_loadu_si512(p); }
-    static __m512bh load(const bfloat16* p, int64_t n) { return (__m512bh)_mm512_maskz_loadu_epi16(first_lanes(n), p); }
+    static constexpr int kParts = 1;
+    static __m512bh load(const bfloat16* p, int64_t n, int) {
+        return (__m512bh)(n == kWidth ? _mm512_loadu_si512(p) : _mm512_maskz_loadu_epi16(first_lanes(n), p));
+    }
     static __m512 add(__m512 sum, __m512bh x, __m512bh y) { return _mm512_dpbf16_ps(sum, x, y); }
 };
 

@@ -19,7 +19,7 @@
 
 #include <immintrin.h>
 
-#include "isa/direct_avx512_bf16-inl.h"
+#include "isa/direct_widened-inl.h"
 #include "isa/micro_gemm_generic-inl.h"
 #include "isa/pack-inl.h"
 

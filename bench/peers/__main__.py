@@ -8,8 +8,8 @@ Forward runs without LoRA, training (forward and backward) with LoRA on both pro
 worker processes: ktops, what needs torch alone, and one for every environment given by --peer; others are
 left out with a word. The figures are milliseconds of the median call, with the fraction of the roofline of
 the row of ktops, and at the end how many times faster than the best peer ktops is. On a row below the best
-of the machine, peers are kept to the same instructions as far as they can be told. A wrong result has no
-figure.
+of the machine, peers are kept, as far as they can be told, to the instructions of that row and of those that
+come after it. A wrong result has no figure.
 
 Exit status: 0, or 1 if a result was wrong, or 3 if ktops never had a quiet sample.
 """
@@ -28,7 +28,7 @@ from bench.contest import ContestError, Entrant, Turns, Worker, contest, inputs_
 from bench.layer import Layer, Variant
 from bench.machine import Calibration
 from bench.measure import mean_limits
-from bench.peers import CONTESTANTS, HOMES, OBEYS, PARITY, TUNED_MALLOC
+from bench.peers import CONTESTANTS, HOMES, OBEYS, TUNED_MALLOC, parity
 from bench.shapes import QUICK_TOKENS, TOKENS
 
 _LAYER = "layer.pt"
@@ -90,7 +90,7 @@ def _start(home: str, args: argparse.Namespace, scratch: Path) -> Worker:
     if home == "ktops":
         return Worker(sys.executable, {**environment, "KTOPS_ISA": args.isa}, scratch / "ktops.log",
                       Path(ktops.__file__).parents[1])  # fmt: skip
-    environment |= PARITY[args.isa]
+    environment |= parity(args.isa)
     if home == "torch" and args.malloc == "tuned":
         environment |= TUNED_MALLOC
     return Worker(dict(args.peer).get(home, sys.executable), environment, scratch / f"{home}.log")
@@ -175,7 +175,7 @@ def row_key(row: dict) -> tuple:
 
 def _parity_remark(isa: str) -> str:
     held = [f"{home}: {how}" for home, how in OBEYS.items()]
-    variables = " ".join(f"{name}={value}" for name, value in PARITY[isa].items())
+    variables = " ".join(f"{name}={value}" for name, value in parity(isa).items())
     return f"peers beside row {isa} run with {variables} ({'; '.join(held)})"
 
 

@@ -1,20 +1,30 @@
 #include "dispatch/table.h"
 
+#include <array>
 #include <atomic>
 #include <stdexcept>
 
 #include "core/environment.h"
+#include "isa/cpu_features.h"
 
 namespace kt::dispatch {
 namespace {
 
-const IsaRow* const kRows[] = {&amx_bf16_row, &avx512_bf16_row, &avx512_row, &avx2_row, &scalar_row};
+using Rows = std::array<const IsaRow*, 5>;
+
+// Best first.
+const Rows& rows() {
+    static const Rows list = cpu::slow_bfloat16_dot()
+                                 ? Rows{&amx_bf16_row, &avx512_row, &avx512_bf16_row, &avx2_row, &scalar_row}
+                                 : Rows{&amx_bf16_row, &avx512_bf16_row, &avx512_row, &avx2_row, &scalar_row};
+    return list;
+}
 
 std::atomic<const IsaRow*> chosen{nullptr};
 
 std::string names() {
     std::string list;
-    for (const IsaRow* row : kRows) list += (list.empty() ? "" : ", ") + std::string(row->name);
+    for (const IsaRow* row : rows()) list += (list.empty() ? "" : ", ") + std::string(row->name);
     return list;
 }
 
@@ -23,7 +33,7 @@ std::string refusal(const IsaRow& row) { return row.refused ? row.refused() : st
 const IsaRow* first_choice() {
     const std::string name = environment::isa();
     if (!name.empty()) return &find(name, "KTOPS_ISA");
-    for (const IsaRow* row : kRows) {
+    for (const IsaRow* row : rows()) {
         if (row->supported()) return row;
     }
     return &scalar_row;
@@ -32,7 +42,7 @@ const IsaRow* first_choice() {
 }  // namespace
 
 const IsaRow& find(const std::string& name, const char* argument) {
-    for (const IsaRow* row : kRows) {
+    for (const IsaRow* row : rows()) {
         if (name != row->name) continue;
         if (row->supported() || environment::isa_unchecked()) return *row;
         const std::string reason = refusal(*row), got = ", got '" + name + "'";
@@ -57,7 +67,7 @@ void use(const std::string& name) { chosen.store(&find(name, "name"), std::memor
 
 std::string describe() {
     std::string list;
-    for (const IsaRow* row : kRows) {
+    for (const IsaRow* row : rows()) {
         list += (list.empty() ? "" : ",") + std::string(row->name) + "=" + (row->supported() ? "1" : "0");
     }
     return list;
@@ -66,7 +76,7 @@ std::string describe() {
 std::string refused() {
     std::string list;
     if (!environment::isa().empty()) return list;
-    for (const IsaRow* row : kRows) {
+    for (const IsaRow* row : rows()) {
         if (row->supported()) break;
         const std::string reason = refusal(*row);
         if (!reason.empty()) list += (list.empty() ? "" : "; ") + std::string(row->name) + ": " + reason;

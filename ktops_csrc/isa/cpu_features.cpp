@@ -66,6 +66,14 @@ bool has_avx512() {
 
 bool has_avx512_bf16() { return has_avx512() && bit(cpuid(7, 1).eax, 5); }
 
+bool slow_bfloat16_dot() {
+    constexpr uint32_t kCooperLake = 0x55;
+    const Leaf zero = cpuid(0, 0), one = cpuid(1, 0);
+    const bool intel = zero.ebx == 0x756e6547 && zero.edx == 0x49656e69 && zero.ecx == 0x6c65746e;  // "GenuineIntel"
+    const uint32_t model = ((one.eax >> 16) & 0xf) << 4 | ((one.eax >> 4) & 0xf);
+    return intel && model != kCooperLake;
+}
+
 bool has_amx_bf16() { return has_avx512_bf16() && cpu_has_tiles() && tiles_refused().empty(); }
 
 std::string tiles_refused() {

@@ -13,7 +13,7 @@ from bench import contest, moe_fwd, results
 from bench.contest import ContestError, Entrant, Turns, Worker, inputs_around
 from bench.layer import Layer, Variant
 from bench.machine import Calibration
-from bench.peers import CONTESTANTS
+from bench.peers import CONTESTANTS, PARITY, parity
 from bench.peers import __main__ as peers
 from bench.shapes import Shape
 from bench.worker import Host
@@ -149,6 +149,26 @@ def test_peers_are_kept_to_the_instructions_of_the_row(capsys):
     assert ours["KTOPS_ISA"] == "scalar" and "ONEDNN_MAX_CPU_ISA" not in ours
     assert torch_peers["ONEDNN_MAX_CPU_ISA"] == "SSE41" and "KTOPS_ISA" not in torch_peers
     assert "ONEDNN_MAX_CPU_ISA=SSE41" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("ranking", "row", "left"),
+    [
+        (["amx_bf16", "avx512", "avx512_bf16", "avx2"], "avx512", "avx512_bf16"),
+        (["amx_bf16", "avx512_bf16", "avx512", "avx2"], "avx512", "avx512"),
+        (["amx_bf16", "avx512", "avx512_bf16", "avx2"], "amx_bf16", "amx_bf16"),
+        (["amx_bf16", "avx512", "avx512_bf16", "avx2"], "avx2", "avx2"),
+    ],
+)
+def test_peers_keep_what_is_left_without_the_rows_above(monkeypatch, ranking, row, left):
+    monkeypatch.setattr(ktops, "cpu_capabilities", lambda: dict.fromkeys(ranking, True))
+    assert parity(row) == PARITY[left]
+
+
+def test_peers_do_not_get_what_the_cpu_lacks(monkeypatch):
+    rows = {"amx_bf16": False, "avx512": True, "avx512_bf16": False, "avx2": True}
+    monkeypatch.setattr(ktops, "cpu_capabilities", lambda: rows)
+    assert parity("avx512") == PARITY["avx512"]
 
 
 def test_an_environment_without_the_peer_is_left_out_with_a_word(capsys):

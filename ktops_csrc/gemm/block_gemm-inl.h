@@ -1,7 +1,7 @@
 #pragma once
 
 // One block of C = A . B held in a thread's scratch: at most kMaxRows rows and kMaxColumns columns, or fewer rows, in
-// steps of 32, and up to kWideColumns columns; any k.
+// steps of kRowStep, and up to kWideColumns columns; any k.
 //
 //   k is walked in blocks: a panel block of B (kPanelBytes, sized for L2) is decoded once and used by every row.
 //   The order in which an element of C is summed depends on the number of rows and on k alone, so results do not depend
@@ -16,6 +16,7 @@ namespace kt::KT_ISA {
 constexpr int64_t kMaxRows = 256;
 constexpr int64_t kMaxColumns = 256;
 constexpr int64_t kMaxK = 2048;
+constexpr int64_t kRowStep = 32;        // a micro-kernel may write as many rows, with fewer to compute
 constexpr int64_t kWideColumns = 2048;  // of a block with few rows
 constexpr int64_t kPanelBytes = 512 << 10;
 
@@ -69,6 +70,7 @@ template <class T>
 class BlockGemm {
     using C = Compute<T>;
     using Micro = MicroGemm<C>;
+    static_assert(Micro::kRows <= kRowStep);
     static constexpr int64_t P = kPack<C>;
     static constexpr int64_t kDotRows = Direct<T>::kDotRows, kRowsAhead = Direct<T>::kRowsAhead;
     static constexpr int64_t kScratchElements = kPanelBytes / static_cast<int64_t>(sizeof(T));
@@ -208,7 +210,7 @@ private:
     template <class Weight>
     bool rows_nt(const Rows<T>& a, int64_t k, const Weight& weight, int64_t expert, const Columns& columns) {
         const T* w = weight.direct(expert);
-        const int64_t most = smaller(kMaxRows, GemmScratch<T>::kPanelElements / larger(k, 1) / 32 * 32);
+        const int64_t most = smaller(kMaxRows, GemmScratch<T>::kPanelElements / larger(k, 1) / kRowStep * kRowStep);
         if (!w || k % kKMultiple<C> || columns.first + columns.count < kPanelColumns || most == 0) return false;
         const int64_t stride = panel_elements<C>(k);
         for (int64_t i = 0; i < rows_; i += most) {
@@ -248,10 +250,10 @@ private:
     bool first_ = true;
 };
 
-// f(start, count) for pieces of at most `most` rows, a multiple of 32, about as many in each.
+// f(start, count) for pieces of at most `most` rows, a multiple of kRowStep, about as many in each.
 template <class F>
 inline void for_each_row_block(int64_t rows, F f, int64_t most = kMaxRows) {
-    const int64_t size = round_up(ceil_div(rows, larger(1, ceil_div(rows, most))), 32);
+    const int64_t size = round_up(ceil_div(rows, larger(1, ceil_div(rows, most))), kRowStep);
     for (int64_t i = 0; i < rows; i += size) f(i, smaller(size, rows - i));
 }
 

@@ -25,14 +25,15 @@ struct Operand {
     }
 };
 
-// put(i, m, c, ldc): rows [i, i + m) of C, right.count accumulators each. round_up(rows, 32) * right.count is at most
-// kMaxRows * kMaxColumns.
+// put(i, m, c, ldc): rows [i, i + m) of C, right.count accumulators each. round_up(rows, kRowStep) * right.count is at
+// most kMaxRows * kMaxColumns.
 template <class T, class Put>
 inline void outer_product(const GemmScratch<T>& scratch, int64_t rows, const Operand<T>& left, const Operand<T>& right,
                           Put put) {
     const int64_t columns = round_up(right.count, kPanelColumns);
-    // Columns of S whose panels, and whose rows of C, fit in scratch. A micro-kernel may write 32 rows at once.
-    const int64_t most = smaller(kMaxRows * kMaxColumns / columns / 32 * 32, GemmScratch<T>::kLeftElements / kMaxRows);
+    // Columns of S whose panels, and whose rows of C, fit in scratch.
+    const int64_t most =
+        smaller(kMaxRows * kMaxColumns / columns / kRowStep * kRowStep, GemmScratch<T>::kLeftElements / kMaxRows);
     for (int64_t i = 0; i < left.count; i += most) {
         const int64_t m = smaller(most, left.count - i);
         BlockGemm<T> block(scratch, m, columns);

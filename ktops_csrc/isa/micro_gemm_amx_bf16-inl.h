@@ -103,19 +103,19 @@ struct MicroGemm<bfloat16> {
         const int64_t band = single ? 64 : 32, calls = single ? 2 * passes + 1 : passes;
         for (int64_t j = 0; j < n; j += band) {
             ReadAhead ahead{nullptr, w + (j + band) * row_stride, 0, band / calls, row_stride};
-            const auto two_panels = [&](int64_t j) {
+            const auto two_panels = [&](int64_t row) {
                 if (num_panels <= 2) {
-                    ahead = {tile(j) + kAhead * kTileK, w + (j + 32) * row_stride + (kAhead - steps) * kTileK,
+                    ahead = {tile(row) + kAhead * kTileK, w + (row + 32) * row_stride + (kAhead - steps) * kTileK,
                              steps - kAhead, 32, row_stride};
                 }
                 for (int64_t pass = 0; pass < passes; ++pass, ahead.far += ahead.rows * row_stride) {
                     const int64_t i = 32 * pass;
-                    kernel({tile(j), tile(j + 16), kTileK, row_stride},
-                           {n - j > 16 ? 32 : 16, m - i > 16 ? 2 : 1, nullptr, 0, panels + 2 * pass * panel_stride,
+                    kernel({tile(row), tile(row + 16), kTileK, row_stride},
+                           {n - row > 16 ? 32 : 16, m - i > 16 ? 2 : 1, nullptr, 0, panels + 2 * pass * panel_stride,
                             panel_stride, k / 2, sums, 32, false},
                            ahead);
                     for (int64_t q = 0; q < 32; q += 16) {
-                        for (int64_t p = 0; p < 32; p += 16) put(sums + q * 32 + p, 32, i + p, j + q);
+                        for (int64_t p = 0; p < 32; p += 16) put(sums + q * 32 + p, 32, i + p, row + q);
                     }
                 }
             };

@@ -63,17 +63,30 @@ inline void pack_nt(const T* w, int64_t stride, int64_t n, int64_t kn, Compute<T
     }
 }
 
-// Columns of the panel are rows [first, first + n), n <= 16, of k elements; k fills whole blocks of 64 bytes.
-template <class T>
-inline void pack_rows(const Rows<T>& rows, int64_t first, int64_t n, int64_t k, T* panel) {
-    constexpr int64_t kBlock = 64 / static_cast<int64_t>(sizeof(T));
-    alignas(64) T block[kPanelColumns * kBlock] = {};
-    for (int64_t k0 = 0; k0 < k; k0 += kBlock, panel += kPanelColumns * kBlock) {
-        for (int64_t j = 0; j < n; ++j) {
-            std::memcpy(static_cast<void*>(block + j * kBlock), rows.row(first + j) + k0, 64);
+// Columns of the panel are n <= 16 columns of k elements, of which copy(column, k, count, to) gives `count` from k on,
+// at most 64 bytes of them.
+template <class C, class Copy>
+inline void pack_columns(int64_t n, int64_t kn, C* panel, Copy copy) {
+    constexpr int64_t kBlock = 64 / static_cast<int64_t>(sizeof(C));
+    alignas(64) C block[kPanelColumns * kBlock] = {};
+    for (int64_t k = 0; k < kn; k += kBlock, panel += kPanelColumns * kBlock) {
+        const int64_t count = smaller(kBlock, kn - k);
+        if (count < kBlock) std::memset(static_cast<void*>(block), 0, sizeof(block));
+        for (int64_t j = 0; j < n; ++j) copy(j, k, count, block + j * kBlock);
+        if (count == kBlock || kKMultiple<C> == kBlock) {
+            transpose_block(block, kBlock, panel);
+        } else {
+            pack_nt(block, kBlock, kPanelColumns, count, panel);
         }
-        transpose_block(block, kBlock, panel);
     }
+}
+
+// Columns of the panel are rows [first, first + n), n <= 16, of k elements; k fills whole blocks of 64 bytes.
+template <class C>
+inline void pack_rows(const Rows<C>& rows, int64_t first, int64_t n, int64_t kn, C* panel) {
+    pack_columns(n, kn, panel, [&](int64_t j, int64_t k, int64_t, C* to) {
+        std::memcpy(static_cast<void*>(to), rows.row(first + j) + k, 64);
+    });
 }
 
 // out = n elements of row times factor, then zeros.
@@ -145,22 +158,11 @@ inline void pack_nn(Rows<T> w, int64_t column, int64_t n, int64_t kn, Compute<T>
 // As pack_nt, times a factor, from elements of another type.
 template <class C, class S>
 inline void pack_nt_scaled(const S* w, int64_t stride, int64_t n, int64_t kn, C* panel, Acc<C> factor) {
-    constexpr int64_t kBlock = 64 / static_cast<int64_t>(sizeof(C));
-    alignas(64) C rows[kPanelColumns * kBlock] = {};
-    for (int64_t k = 0; k < kn; k += kBlock, panel += kBlock * kPanelColumns) {
-        const int64_t count = smaller(kBlock, kn - k);
-        if (count < kBlock) std::memset(static_cast<void*>(rows), 0, sizeof(rows));
-        for (int64_t j = 0; j < n; ++j) {
-            for_each_vector<Acc<C>>(count, [&](int64_t i, int64_t lanes) {
-                store_n(rows + j * kBlock + i, load_n(w + j * stride + k + i, lanes) * factor, lanes);
-            });
-        }
-        if (count == kBlock || kKMultiple<C> == kBlock) {
-            KT_TRANSPOSE_16X16(reinterpret_cast<const char*>(rows), 64, reinterpret_cast<uint32_t*>(panel));
-        } else {
-            pack_nt(rows, kBlock, kPanelColumns, count, panel);
-        }
-    }
+    pack_columns(n, kn, panel, [&](int64_t j, int64_t k, int64_t count, C* to) {
+        for_each_vector<Acc<C>>(count, [&](int64_t i, int64_t lanes) {
+            store_n(to + i, load_n(w + j * stride + k + i, lanes) * factor, lanes);
+        });
+    });
 }
 
 }  // namespace kt::KT_ISA

@@ -32,7 +32,8 @@ constexpr int64_t kDotSlab = 64;
 // of the weight at best, since memory is slow a few lines at a time.
 inline int64_t wide_slab(const Routing& routing) {
     int64_t columns = kWideColumns;
-    while (columns > kMaxColumns && columns * round_up(routing.most_rows, 32) > kMaxRows * kMaxColumns) columns /= 2;
+    while (columns > kMaxColumns && columns * round_up(routing.most_rows, kRowStep) > kMaxRows * kMaxColumns)
+        columns /= 2;
     return columns;
 }
 

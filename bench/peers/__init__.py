@@ -2,8 +2,6 @@
 
 from dataclasses import dataclass, field
 
-import ktops
-
 TRANSFORMERS, PEFT = "transformers_experts", "peft_lora"
 
 
@@ -50,15 +48,6 @@ PARITY = {
 }
 """Row of ktops, most instructions first -> the environment that keeps a peer to the same instructions, as far
 as it can be told."""
-
-
-def parity(isa: str) -> dict[str, str]:
-    """The environment of peers beside row ``isa``: all instructions that the CPU has left without the rows
-    that ktops ranks above it. Where ``avx512`` is the faster row, peers beside it may use AVX512_BF16."""
-    ranking = ktops.cpu_capabilities()
-    left = list(ranking)[list(ranking).index(isa) :]
-    return PARITY[next(row for row in PARITY if row == isa or (row in left and ranking[row]))]
-
 
 OBEYS = {
     "torch": "oneDNN and ATen limited",

@@ -28,7 +28,7 @@ from bench.contest import ContestError, Entrant, Turns, Worker, contest, inputs_
 from bench.layer import Layer, Variant
 from bench.machine import Calibration
 from bench.measure import mean_limits
-from bench.peers import CONTESTANTS, HOMES, OBEYS, TUNED_MALLOC, parity
+from bench.peers import CONTESTANTS, HOMES, OBEYS, PARITY, TUNED_MALLOC
 from bench.shapes import QUICK_TOKENS, TOKENS
 
 _LAYER = "layer.pt"
@@ -83,6 +83,14 @@ def _entries(args: argparse.Namespace, mode: str) -> dict[str, list]:
         else:
             say(f"{entry.name}: left out, no environment (--peer {entry.home}=PYTHON)")
     return homes
+
+
+def parity(isa: str) -> dict[str, str]:
+    """The environment of peers beside row ``isa``: all instructions that the CPU has left without the rows
+    that ktops ranks above it. Where ``avx512`` is the faster row, peers beside it may use AVX512_BF16."""
+    ranking = ktops.cpu_capabilities()
+    left = list(ranking)[list(ranking).index(isa) :]
+    return PARITY[next(row for row in PARITY if row == isa or (row in left and ranking[row]))]
 
 
 def _start(home: str, args: argparse.Namespace, scratch: Path) -> Worker:

@@ -2,6 +2,7 @@
 
 import functools
 import math
+import subprocess
 import sys
 from typing import ClassVar
 
@@ -13,7 +14,7 @@ from bench import contest, moe_fwd, results
 from bench.contest import ContestError, Entrant, Turns, Worker, inputs_around
 from bench.layer import Layer, Variant
 from bench.machine import Calibration
-from bench.peers import CONTESTANTS, PARITY, parity
+from bench.peers import CONTESTANTS, PARITY
 from bench.peers import __main__ as peers
 from bench.shapes import Shape
 from bench.worker import Host
@@ -162,13 +163,19 @@ def test_peers_are_kept_to_the_instructions_of_the_row(capsys):
 )
 def test_peers_keep_what_is_left_without_the_rows_above(monkeypatch, ranking, row, left):
     monkeypatch.setattr(ktops, "cpu_capabilities", lambda: dict.fromkeys(ranking, True))
-    assert parity(row) == PARITY[left]
+    assert peers.parity(row) == PARITY[left]
 
 
 def test_peers_do_not_get_what_the_cpu_lacks(monkeypatch):
     rows = {"amx_bf16": False, "avx512": True, "avx512_bf16": False, "avx2": True}
     monkeypatch.setattr(ktops, "cpu_capabilities", lambda: rows)
-    assert parity("avx512") == PARITY["avx512"]
+    assert peers.parity("avx512") == PARITY["avx512"]
+
+
+def test_a_worker_and_its_torch_peers_do_not_need_ktops():
+    modules = [f"bench.peers.{entry.module}" for entry in CONTESTANTS if entry.home == "torch"]
+    code = f"import sys; sys.modules['ktops'] = None; import bench.worker, {', '.join(modules)}"
+    subprocess.run([sys.executable, "-c", code], cwd=results.ROOT, check=True)
 
 
 def test_an_environment_without_the_peer_is_left_out_with_a_word(capsys):

@@ -19,7 +19,6 @@
 #define KT_VECTOR_BYTES 64
 #define KT_GENERIC_ROWS 6  // 6 x 4 accumulators, 4 for a step of B, 1 for the broadcast of A
 #define KT_GENERIC_PANELS 4
-#define KT_BFLOAT16_DIRECT_ROWS 32
 #define KT_TRANSPOSE_16X16 transpose_16x16_avx512
 
 #pragma GCC push_options

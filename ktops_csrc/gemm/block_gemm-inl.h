@@ -21,7 +21,7 @@ constexpr int64_t kWideColumns = 2048;  // of a block with few rows
 constexpr int64_t kPanelBytes = 512 << 10;
 
 // Up to this many rows of A, B is multiplied where it lies: a panel would not be used often enough to pay for itself.
-// Earlier for bfloat16 on an ISA that widens it (once, in a panel) or has tiles.
+// An ISA whose panels of bfloat16 are worth it earlier says so.
 #ifndef KT_BFLOAT16_DIRECT_ROWS
 #define KT_BFLOAT16_DIRECT_ROWS 32
 #endif

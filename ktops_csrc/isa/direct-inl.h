@@ -15,7 +15,8 @@ namespace kt::KT_ISA {
 // Rows of A that share a read of B: as many as the registers hold sums for.
 constexpr int kDirectTile = KT_VECTOR_BYTES == 64 ? 6 : 3;
 
-// How kWidth elements of two rows are multiplied and added up, in kParts instructions. load: the part of n elements.
+// How kWidth elements of two rows are multiplied and added up, in kParts instructions. load: what a part takes of n
+// elements.
 template <class T>
 struct DotStep {
     static constexpr int64_t kWidth = kLanes<Acc<T>>;
@@ -34,7 +35,7 @@ struct ColumnStep {
     // `rows` rows of n columns; the others are zeros
     static void load(const T* w, int64_t, int64_t, int64_t n, V* out) { out[0] = load_n(w, n); }
     // the elements of a row of A for those rows, in every lane
-    static V spread(const T* a, int64_t) { return broadcast(static_cast<Acc<T>>(to_float(read(a)))); }
+    static V spread(const T* a, int64_t) { return broadcast(read(a)); }
     static V add(V sum, V x, V y) { return sum + x * y; }
     static void load_sums(const Acc<T>* c, int64_t, V* sums) { sums[0] = KT_ISA::load(c); }
     static void store_sums(Acc<T>* c, int64_t, const V* sums) { store(c, sums[0]); }

@@ -4,14 +4,15 @@
 //
 //   tmm0 tmm1    C: rows 0-15  x panel 0, 1        16 x 16 float32 each
 //   tmm2 tmm3       rows 16-31 x panel 0, 1
-//   tmm4 tmm5    A: rows 0-15, rows 16-31          16 x 32 bfloat16
-//   tmm6 tmm7    B: panel 0, 1                     16 pairs of k x 16 columns: 16 rows of a panel as they lie
+//   tmm4         A: rows 0-15, then rows 16-31     16 x 32 bfloat16
+//   tmm5 tmm6    B: panel 0, 1                     16 pairs of k x 16 columns: 16 rows of a panel as they lie
 //
-// A step is 32 elements of k: four tile loads and four products. Up to 16 rows, 4 panels: five loads, four products.
+// A step is 32 elements of k: four tile loads and four products. Up to 16 rows by 4 panels, or 64 rows by one:
+// five loads, four products. No kernel uses tmm7: a CPU may be short of registers that are in use (decision 7).
 //
-//   tmm0 .. tmm3    C: rows 0-15 x panel 0 .. 3
-//   tmm4            A
-//   tmm5 tmm6       B: panel 0 and 2, 1 and 3
+//   tmm0 .. tmm3    C: rows 0-15 x panel 0 .. 3    or rows 0-15 .. 48-63 x panel 0
+//   tmm4            A                                 B
+//   tmm5            B: panel 0, 1, 2, 3               A: rows 0-15 .. 48-63
 //
 // A tile of A is 64 bytes of 16 rows, however far apart they are. So the rows of a weight W are tiles as they lie, and
 // A . W^T is summed as W . A^T, with A in panels and C transposed. Other products have W in panels and A staged as

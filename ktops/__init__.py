@@ -4,6 +4,7 @@ import importlib
 
 from ktops import _library, nn  # noqa: F401  (_library registers the kt operators)
 from ktops._version import __version__
+from ktops.formats import ExpertWeight, dequantize, quantize
 from ktops.ops import (
     Profile,
     Step,
@@ -26,18 +27,21 @@ _LAZY = {
 }
 
 __all__ = [
+    "ExpertWeight",
     "Profile",
     "Step",
     "__version__",
     "checkpoint_context_fn",
     "cpu_capabilities",
     "cpu_capability",
+    "dequantize",
     "disable",
     "empty_cache",
     "enable",
     "memory_stats",
     "moe_sft",
     "profile",
+    "quantize",
     "swap_experts",
     "unswap_experts",
     "use_isa",

@@ -1,0 +1,131 @@
+"""ExpertWeight: the weights of a layer's experts in a format, in place of a dense tensor."""
+
+import json
+
+import torch
+from torch import Tensor, nn
+
+from ktops.formats.format import Codes
+from ktops.formats.registry import get_format
+
+COMPUTE_DTYPES = (torch.bfloat16, torch.float32, torch.float64)
+
+
+class ExpertWeight(nn.Module):
+    """Weights [E, N, K] of E experts in a weight format: what :func:`ktops.quantize` returns.
+
+    :func:`ktops.moe_sft` and :class:`ktops.nn.KTExperts` take it where they take a tensor. Forward and
+    backward read the same bytes; there is no other copy. Its tensors are buffers: they are in the state dict
+    of the module that holds it, with the format beside them. ``.to(device)`` and ``.half()`` leave them as
+    they are: experts stay in CPU memory, and a floating dtype is what ktops computes in. ``copy.deepcopy``
+    shares them. Not to be changed once made.
+
+    Args:
+        format: name of the format, one of ``ktops.formats.names()``.
+        shape: [E, N, K], of the weights that are meant.
+        weight: the codes, [E, N, ...] as ``docs/formats.md`` says for the format.
+        scale, zero: [E, N, G], where the format has them.
+        group_size: columns that share a scale; 0: a whole row, or as the format's blocks have it.
+        dtype: what hidden states are cast to: bfloat16, float32 or float64.
+
+    Raises:
+        ValueError, TypeError: unknown format, or a tensor has the wrong shape or dtype; the message names it.
+
+    Example:
+        >>> experts = torch.randn(8, 64, 128)
+        >>> weight = ktops.quantize(experts, "int4", group_size=32)
+        >>> weight.shape, weight.format
+        (torch.Size([8, 64, 128]), 'int4')
+    """
+
+    weight: Tensor
+    scale: Tensor | None
+    zero: Tensor | None
+
+    def __init__(
+        self,
+        format: str,
+        shape: tuple[int, int, int] | torch.Size,
+        weight: Tensor,
+        scale: Tensor | None = None,
+        zero: Tensor | None = None,
+        *,
+        group_size: int = 0,
+        dtype: torch.dtype = torch.bfloat16,
+    ) -> None:
+        super().__init__()
+        if len(shape) != 3:
+            raise ValueError(f"ExpertWeight: shape must be [E, N, K], got {list(shape)}")
+        if dtype not in COMPUTE_DTYPES:
+            names = ", ".join(str(known) for known in COMPUTE_DTYPES)
+            raise TypeError(f"ExpertWeight: dtype must be one of {names}, got {dtype}")
+        try:
+            get_format(format).check(Codes(weight, scale, zero), torch.Size(shape), group_size)
+        except (ValueError, TypeError) as error:
+            raise type(error)(f"ExpertWeight: {error}") from None
+        self.format = format
+        self.shape = torch.Size(shape)
+        self.group_size = group_size
+        self.dtype = dtype
+        self.requires_grad = False
+        self.register_buffer("weight", weight)
+        self.register_buffer("scale", scale)
+        self.register_buffer("zero", zero)
+
+    @property
+    def codes(self) -> Codes:
+        return Codes(self.weight, self.scale, self.zero)
+
+    @property
+    def device(self) -> torch.device:
+        return self.weight.device
+
+    @property
+    def ndim(self) -> int:
+        return len(self.shape)
+
+    def dim(self) -> int:
+        return len(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of memory."""
+        return sum(tensor.nbytes for tensor in self.codes if tensor is not None)
+
+    def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
+        """:func:`ktops.dequantize` of this weight."""
+        from ktops.formats.quantize import dequantize
+
+        return dequantize(self, dtype)
+
+    def _apply(self, fn, recurse: bool = True) -> "ExpertWeight":
+        """``.to()`` and the like: a floating dtype is what is computed in, tensors stay where they are."""
+        dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
+        if dtype in COMPUTE_DTYPES:
+            self.dtype = dtype
+        return self
+
+    def __deepcopy__(self, memo: dict) -> "ExpertWeight":
+        copy = ExpertWeight(
+            self.format, self.shape, *self.codes, group_size=self.group_size, dtype=self.dtype
+        )
+        memo[id(self)] = copy
+        return copy
+
+    def _layout(self) -> dict:
+        return {"format": self.format, "shape": list(self.shape), "group_size": self.group_size}
+
+    def get_extra_state(self) -> Tensor:
+        """The format as JSON in a uint8 tensor: so a state dict holds tensors only, as safetensors needs."""
+        return torch.frombuffer(bytearray(json.dumps(self._layout()).encode()), dtype=torch.uint8)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        layout = json.loads(bytes(state.tolist()))
+        if layout != self._layout():
+            raise ValueError(
+                f"ExpertWeight: the state dict is of another layout: expected {self._layout()}, got {layout}"
+            )
+
+    def extra_repr(self) -> str:
+        group = f", group_size={self.group_size}" if self.group_size else ""
+        return f"{self.format!r}, shape={list(self.shape)}{group}, dtype={self.dtype}"

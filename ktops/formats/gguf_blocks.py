@@ -1,0 +1,67 @@
+"""The block formats of ggml, as GGUF files store them: weight uint8 [..., N, K / block * bytes].
+
+The scales lie inside the blocks. Quantising and the specification of decoding are the `gguf` package's.
+"""
+
+import numpy
+import torch
+from torch import Tensor
+
+from ktops.formats.format import Codes, Format
+
+BLOCKS = {
+    "q8_0": (32, 34), "q4_0": (32, 18), "q4_1": (32, 20), "q5_0": (32, 22), "q5_1": (32, 24),
+    "q2_k": (256, 84), "q3_k": (256, 110), "q4_k": (256, 144), "q5_k": (256, 176), "q6_k": (256, 210),
+    "iq4_nl": (32, 18), "iq4_xs": (256, 136),
+}  # fmt: skip
+"""Format -> (weights, bytes) of a block."""
+
+
+class GgufBlocks(Format):
+    dtype = torch.uint8
+
+    def __init__(self, name: str, block: int, block_bytes: int) -> None:
+        self.name, self.block, self.block_bytes = name, block, block_bytes
+
+    def row_elements(self, columns: int) -> int:
+        if columns % self.block:
+            raise ValueError(
+                f"format {self.name!r} needs rows of a multiple of {self.block} weights, got {columns}: "
+                "a row holds whole blocks. Use q8_0, q4_0, q5_0 or iq4_nl (blocks of 32), int4 or int8"
+            )
+        return columns // self.block * self.block_bytes
+
+    def quantize(self, weight: Tensor, group_size: int, method: str) -> Codes:
+        gguf = _gguf()
+        self.row_elements(weight.shape[-1])
+        try:
+            blocks = gguf.quants.quantize(weight.contiguous().numpy(), self._type(gguf))
+        except NotImplementedError:
+            raise ValueError(
+                f"format {self.name!r} can be read but not written: convert with llama.cpp, or use "
+                "q8_0, q4_0, q4_1, q5_0, q5_1"
+            ) from None
+        return Codes(torch.from_numpy(numpy.ascontiguousarray(blocks)))
+
+    def dequantize(self, codes: Codes, columns: int, group_size: int) -> Tensor:
+        gguf = _gguf()
+        blocks = numpy.ascontiguousarray(codes.weight.numpy())
+        return torch.from_numpy(
+            gguf.quants.dequantize(blocks, self._type(gguf)).astype(numpy.float32, copy=False)
+        )
+
+    def _type(self, gguf):
+        return gguf.GGMLQuantizationType[self.name.upper()]
+
+
+def _gguf():
+    try:
+        import gguf
+    except ImportError as error:
+        raise ImportError(
+            "ktops: GGUF formats need the gguf package: pip install 'ktops[formats]'"
+        ) from error
+    return gguf
+
+
+FORMATS = tuple(GgufBlocks(name, *sizes) for name, sizes in BLOCKS.items())

@@ -1,0 +1,180 @@
+"""int8, int4 and uint4: integers with one scale per row, or per group of columns.
+
+int8   weight int8  [..., N, K]            q * scale
+int4   weight uint8 [..., N, ceil(K / 2)]  (q - 8) * scale     byte b holds column 2b in its low nibble
+uint4  the same, and a zero point          (q - zero) * scale  and column 2b + 1 in its high one
+
+scale and zero are [..., N, G]; group_size 0 means one group, G = 1.
+"""
+
+import torch
+from torch import Tensor
+
+from ktops.formats.format import METHODS, Codes, Format, in_groups, spread
+
+
+def pack_nibbles(codes: Tensor) -> Tensor:
+    """[..., K] of 0..15 -> uint8 [..., ceil(K / 2)], the even columns in the low nibbles."""
+    codes = torch.nn.functional.pad(codes.to(torch.uint8), (0, codes.shape[-1] % 2))
+    return codes[..., 0::2] | codes[..., 1::2] << 4
+
+
+def unpack_nibbles(packed: Tensor, columns: int) -> Tensor:
+    """uint8 [..., ceil(columns / 2)] -> uint8 [..., columns]"""
+    return torch.stack([packed & 15, packed >> 4], dim=-1).flatten(-2)[..., :columns]
+
+
+def round_to(weight: Tensor, scale: Tensor, low: int, high: int) -> Tensor:
+    """The integers in [low, high] nearest to weight / scale; 0 where the scale is 0."""
+    return torch.where(scale == 0, 0, weight / scale).round_().clamp_(low, high)
+
+
+class Symmetric(Format):
+    """Integers in [-high - 1, high] times a scale."""
+
+    methods = ("rtn", "mse")
+    has_scale = True
+    group_sizes = (0, -1)
+    high: int
+
+    def _scale(self, groups: Tensor, method: str) -> Tensor:
+        """[..., G, 1] for weights [..., G, group]"""
+        largest = groups.abs().amax(-1, keepdim=True) / self.high
+        if method == "rtn":
+            return largest
+        best, least = largest, torch.full_like(largest, torch.inf)
+        for step in range(NUM_SCALES):
+            scale = largest * (1 - step * SMALLEST_SCALE / NUM_SCALES)
+            error = round_to(groups, scale, -self.high - 1, self.high).mul_(scale).sub_(groups)
+            error = error.square_().sum(-1, keepdim=True)
+            better = error < least
+            best, least = torch.where(better, scale, best), torch.where(better, error, least)
+        return best
+
+    def _integers(self, weight: Tensor, group_size: int, method: str) -> tuple[Tensor, Tensor]:
+        groups = in_groups(weight, group_size)
+        scale = self._scale(groups, method).to(scale_dtype(group_size))
+        integers = round_to(groups, scale.float(), -self.high - 1, self.high)
+        return integers.flatten(-2)[..., : weight.shape[-1]], scale.squeeze(-1)
+
+
+NUM_SCALES = 60
+SMALLEST_SCALE = 0.6
+"""Scales that are tried: so many, evenly from the largest weight down to this much less."""
+
+
+def scale_dtype(group_size: int) -> torch.dtype:
+    """float32 for the scale of a row; bfloat16 for those of groups, which are a part of the memory."""
+    return torch.float32 if group_size == 0 else torch.bfloat16
+
+
+class Int8(Symmetric):
+    name, dtype, high = "int8", torch.int8, 127
+
+    def row_elements(self, columns: int) -> int:
+        return columns
+
+    def quantize(self, weight: Tensor, group_size: int, method: str) -> Codes:
+        integers, scale = self._integers(weight, group_size, method)
+        return Codes(integers.to(torch.int8), scale)
+
+    def dequantize(self, codes: Codes, columns: int, group_size: int) -> Tensor:
+        return codes.weight.float() * spread(codes.scale, columns, group_size)
+
+
+class Int4(Symmetric):
+    name, dtype, high = "int4", torch.uint8, 7
+    default_group_size = 128
+
+    def row_elements(self, columns: int) -> int:
+        return -(-columns // 2)
+
+    def quantize(self, weight: Tensor, group_size: int, method: str) -> Codes:
+        integers, scale = self._integers(weight, group_size, method)
+        return Codes(pack_nibbles(integers + 8), scale)
+
+    def dequantize(self, codes: Codes, columns: int, group_size: int) -> Tensor:
+        integers = unpack_nibbles(codes.weight, columns).float() - 8
+        return integers * spread(codes.scale, columns, group_size)
+
+
+class UInt4(Format):
+    """Integers in [0, 15] less a zero point, times a scale."""
+
+    name, dtype = "uint4", torch.uint8
+    methods = METHODS
+    has_scale = has_zero = True
+    group_sizes = (0, -1)
+    default_group_size = 128
+
+    def row_elements(self, columns: int) -> int:
+        return -(-columns // 2)
+
+    def quantize(self, weight: Tensor, group_size: int, method: str) -> Codes:
+        groups = in_groups(weight, group_size)
+        low, high = (
+            bound.clamp(*limit)
+            for bound, limit in zip(groups.aminmax(dim=-1, keepdim=True), SIGNS, strict=True)
+        )
+        scale, zero = affine(low, high, scale_dtype(group_size))
+        if method == "mse":
+            scale, zero = _search(groups, low, high, scale_dtype(group_size))
+        elif method == "hqq":
+            zero = _half_quadratic_zero(groups, scale.float(), zero.float()).to(torch.float16)
+        codes = round_to(groups + scale.float() * zero.float(), scale.float(), 0, 15)
+        codes = codes.flatten(-2)[..., : weight.shape[-1]]
+        return Codes(pack_nibbles(codes), scale.squeeze(-1), zero.squeeze(-1))
+
+    def dequantize(self, codes: Codes, columns: int, group_size: int) -> Tensor:
+        integers = unpack_nibbles(codes.weight, columns).float() - spread(codes.zero, columns, group_size)
+        return integers * spread(codes.scale, columns, group_size)
+
+
+SIGNS = ((None, 0.0), (0.0, None))
+"""The range of a group holds zero, so that padding and zeros stay exact."""
+
+
+def affine(low: Tensor, high: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Scale and integer zero point (uint8) of the range [low, high]."""
+    scale = ((high - low) / 15).to(dtype)
+    return scale, round_to(-low, scale.float(), 0, 15).to(torch.uint8)
+
+
+def _search(groups: Tensor, low: Tensor, high: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The scale and zero point with the least squared error among shrunken ranges."""
+    best = affine(low, high, dtype)
+    least = torch.full_like(low, torch.inf)
+    for step in range(NUM_SCALES):
+        shrink = 1 - step * SMALLEST_SCALE / NUM_SCALES
+        scale, zero = affine(low * shrink, high * shrink, dtype)
+        error = _restored(groups, scale.float(), zero.float()).sub_(groups).square_().sum(-1, keepdim=True)
+        better = error < least
+        best = tuple(torch.where(better, new, old) for new, old in zip((scale, zero), best, strict=True))
+        least = torch.where(better, error, least)
+    return best
+
+
+def _restored(groups: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
+    return round_to(groups + scale * zero, scale, 0, 15).sub_(zero).mul_(scale)
+
+
+def _half_quadratic_zero(groups: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
+    """The zero point that minimises sum |error|^0.7, by half-quadratic splitting (Badri and Shaji, 2023).
+
+    Alternates a shrinkage of the error and the mean that fits it, with the weight of the split growing.
+    """
+    power, beta, growth = 0.7, 10.0, 1.01
+    best, least = zero, torch.full_like(zero, torch.inf)
+    for _ in range(20):
+        codes = round_to(groups + scale * zero, scale, 0, 15)
+        error = groups - (codes - zero) * scale
+        size = error.abs()
+        norm = size.pow(power).sum(-1, keepdim=True)
+        best, least = torch.where(norm < least, zero, best), torch.minimum(norm, least)
+        shrunken = error.sign() * (size - size.clamp_min(1e-8).pow(power - 1) / beta).clamp_min(0)
+        zero = torch.where(scale == 0, zero, codes - (groups - shrunken) / scale).mean(-1, keepdim=True)
+        beta *= growth
+    return best
+
+
+FORMATS = (Int8(), Int4(), UInt4())

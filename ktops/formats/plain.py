@@ -1,0 +1,25 @@
+"""bf16, fp16, fp32: weights as they are, in a dtype that need not be the one of the activations."""
+
+import torch
+from torch import Tensor
+
+from ktops.formats.format import Codes, Format
+
+
+class Plain(Format):
+    """Weights in a floating dtype, [..., N, K]."""
+
+    def __init__(self, name: str, dtype: torch.dtype) -> None:
+        self.name, self.dtype = name, dtype
+
+    def row_elements(self, columns: int) -> int:
+        return columns
+
+    def quantize(self, weight: Tensor, group_size: int, method: str) -> Codes:
+        return Codes(weight.to(self.dtype))
+
+    def dequantize(self, codes: Codes, columns: int, group_size: int) -> Tensor:
+        return codes.weight.float()
+
+
+FORMATS = (Plain("bf16", torch.bfloat16), Plain("fp16", torch.float16), Plain("fp32", torch.float32))

@@ -1,0 +1,88 @@
+"""quantize and dequantize: between dense weights and :class:`ExpertWeight`."""
+
+import torch
+from torch import Tensor
+
+from ktops.formats.expert_weight import COMPUTE_DTYPES, ExpertWeight
+from ktops.formats.format import Codes
+from ktops.formats.registry import get_format
+
+
+@torch.no_grad()
+def quantize(
+    weight: Tensor, format: str, *, group_size: int | None = None, method: str = "rtn"
+) -> ExpertWeight:
+    """Dense weights in a format, expert by expert.
+
+    Args:
+        weight: [E, N, K], any floating dtype, on the CPU.
+        format: one of ``ktops.formats.names()``.
+        group_size: columns that share a scale, 0: one scale a row. Default: 128 for int4 and uint4, 32 for
+            mxfp4 and mxfp8, blocks of 128 x 128 for fp8_e4m3, else 0.
+        method: "rtn" rounds to nearest with the scale that reaches the largest weight; "mse" (int8, int4,
+            uint4) searches the scale with the least squared error; "hqq" (uint4) is half-quadratic
+            quantisation (Badri and Shaji, 2023): the zero point that minimises sum |error|^0.7.
+
+    Returns:
+        The weights as an :class:`ExpertWeight`, to be computed in weight.dtype.
+
+    Raises:
+        ValueError: unknown format, or one that does not have the group size or the method, or cannot hold
+            rows of K columns.
+        TypeError: weight is not floating, or not a tensor.
+
+    Example:
+        >>> weight = ktops.quantize(torch.randn(8, 64, 128), "int4", group_size=32)
+        >>> weight.nbytes / (8 * 64 * 128)
+        0.5625
+    """
+    known = get_format(format)
+    if weight.dim() != 3:
+        raise ValueError(f"quantize: weight must have shape [E, N, K], got {list(weight.shape)}")
+    if not weight.is_floating_point():
+        raise TypeError(f"quantize: weight must be floating, got {weight.dtype}")
+    group_size = known.default_group_size if group_size is None else group_size
+    if method not in known.methods:
+        raise ValueError(
+            f"quantize: method must be one of {', '.join(known.methods)} for format {format!r}, "
+            f"got {method!r}"
+        )
+    try:
+        known.check_group_size(group_size)
+        known.row_elements(weight.shape[-1])
+    except ValueError as error:
+        raise ValueError(f"quantize: {error}") from None
+    out: Codes | None = None
+    for expert in range(weight.shape[0]):
+        codes = known.quantize(weight[expert].float(), group_size, method)
+        if out is None:
+            out = Codes(*(t if t is None else t.new_empty(weight.shape[0], *t.shape) for t in codes))
+        for whole, part in zip(out, codes, strict=True):
+            if whole is not None:
+                whole[expert] = part
+    if out is None:
+        raise ValueError(
+            "quantize: weight must have at least one expert, got shape " + str(list(weight.shape))
+        )
+    dtype = weight.dtype if weight.dtype in COMPUTE_DTYPES else torch.bfloat16
+    return ExpertWeight(format, weight.shape, *out, group_size=group_size, dtype=dtype)
+
+
+def dequantize(weight: ExpertWeight, dtype: torch.dtype | None = None) -> Tensor:
+    """The dense weights [E, N, K] that an :class:`ExpertWeight` means, what its kernels multiply with.
+
+    Args:
+        weight: in any format.
+        dtype: of the result; default: weight.dtype. In float32 the values are those of the format's
+            definition, bit for bit; other dtypes are rounded from it.
+
+    Example:
+        >>> weight = ktops.quantize(torch.randn(8, 64, 128), "int8")
+        >>> ktops.dequantize(weight).shape
+        torch.Size([8, 64, 128])
+    """
+    out = torch.empty(weight.shape, dtype=weight.dtype if dtype is None else dtype)
+    for expert in range(weight.shape[0]):
+        codes = (None if t is None else t[expert : expert + 1] for t in weight.codes)
+        out[expert] = torch.ops.kt.dequantize(*codes, weight.format, weight.group_size, weight.shape[-1])[0]
+    return out

@@ -30,7 +30,7 @@ for isa, available in ktops.cpu_capabilities().items():
         y.sum().backward()
     tensors = [t.detach().double() for t in (x, weights, gate_up_proj, down_proj)]
     tensors.insert(1, ids)
-    attributes = (num_experts, intermediate_size, "dense", 0, 1.0, 1.0, "silu", [])
+    attributes = (num_experts, intermediate_size, "dense", 0, "auto", 1.0, 1.0, "silu", [])
     expected = reference.moe_fwd(*tensors, *[None] * 10, *attributes)
     error = ((y.double() - expected).norm() / expected.norm()).item()
     assert error < forward_budget(torch.bfloat16), f"{isa}: relative error {error}"

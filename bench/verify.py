@@ -40,7 +40,7 @@ def _arguments(layer: Layer, rank: int, inputs: Inputs, rows: Tensor, expert: in
         inputs.topk_weights[rows].float(), layer.gate_up_proj[take], layer.down_proj[take],
         None, None, None, None, None, None, *lora,
         layer.shape.num_experts if expert is None else 1, layer.shape.intermediate_size,
-        "dense", 0, _SCALING, _SCALING, "silu", [],
+        "dense", 0, "auto", _SCALING, _SCALING, "silu", [],
     )  # fmt: skip
 
 

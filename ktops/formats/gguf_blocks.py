@@ -3,7 +3,6 @@
 The scales lie inside the blocks. Quantising and the specification of decoding are the `gguf` package's.
 """
 
-import numpy
 import torch
 from torch import Tensor
 
@@ -41,14 +40,12 @@ class GgufBlocks(Format):
                 f"format {self.name!r} can be read but not written: convert with llama.cpp, or use "
                 "q8_0, q4_0, q4_1, q5_0, q5_1"
             ) from None
-        return Codes(torch.from_numpy(numpy.ascontiguousarray(blocks)))
+        return Codes(torch.from_numpy(blocks))
 
     def dequantize(self, codes: Codes, columns: int, group_size: int) -> Tensor:
         gguf = _gguf()
-        blocks = numpy.ascontiguousarray(codes.weight.numpy())
-        return torch.from_numpy(
-            gguf.quants.dequantize(blocks, self._type(gguf)).astype(numpy.float32, copy=False)
-        )
+        blocks = codes.weight.contiguous().numpy()
+        return torch.from_numpy(gguf.quants.dequantize(blocks, self._type(gguf))).float()
 
     def _type(self, gguf):
         return gguf.GGMLQuantizationType[self.name.upper()]

@@ -7,13 +7,17 @@ those of every wrapper around it and passes them to ``ktops.moe_sft``. Nothing e
 parameters, names, files.
 """
 
+import functools
 import re
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
 from ktops._warn import warn_once
+from ktops.formats import ExpertWeight
 from ktops.integrations.transformers import runs_ktops, unsupported_tensors
 
 PREFIXES = {"gate_up_proj": "gate_up", "down_proj": "down"}
@@ -52,8 +56,11 @@ def enable() -> None:
     from peft.tuners.lora.layer import ParamWrapper
     from peft.tuners.tuners_utils import BaseTuner
 
-    _peft.update(forward=ParamWrapper.forward, inject_adapter=BaseTuner.inject_adapter)
-    ParamWrapper.forward, BaseTuner.inject_adapter = _forward, _inject_adapter
+    _peft.update(
+        forward=ParamWrapper.forward, merge=ParamWrapper.merge, inject_adapter=BaseTuner.inject_adapter
+    )
+    ParamWrapper.forward, ParamWrapper.merge = _forward, _merge
+    BaseTuner.inject_adapter = _inject_adapter
 
 
 def disable() -> None:
@@ -62,7 +69,7 @@ def disable() -> None:
         from peft.tuners.lora.layer import ParamWrapper
         from peft.tuners.tuners_utils import BaseTuner
 
-        ParamWrapper.forward = _peft.pop("forward")
+        ParamWrapper.forward, ParamWrapper.merge = _peft.pop("forward"), _peft.pop("merge")
         BaseTuner.inject_adapter = _peft.pop("inject_adapter")
 
 
@@ -91,7 +98,29 @@ def expert_target_parameters(model: nn.Module) -> list[str]:
 
 def _is_stack(module: nn.Module, parameter: str) -> bool:
     tensor = module._parameters.get(parameter)
-    return tensor is not None and tensor.dim() == 3
+    return (tensor is not None and tensor.dim() == 3) or _in_format(module, parameter)
+
+
+def _in_format(module: nn.Module, parameter: str) -> bool:
+    return isinstance(module._modules.get(parameter), ExpertWeight)
+
+
+@contextmanager
+def _weights_in_formats_as_parameters(model: nn.Module) -> Iterator[None]:
+    """Inside, experts modules list their ExpertWeights among their own parameters: PEFT targets these."""
+    modules = [module for _, module in _experts(model) if _in_format(module, "down_proj")]
+
+    def named_parameters(module: nn.Module, *args, **kwargs):
+        yield from type(module).named_parameters(module, *args, **kwargs)
+        yield from ((name, child) for name, child in module._modules.items() if _in_format(module, name))
+
+    for module in modules:
+        module.__dict__["named_parameters"] = functools.partial(named_parameters, module)
+    try:
+        yield
+    finally:
+        for module in modules:
+            module.__dict__.pop("named_parameters", None)
 
 
 def _experts(model: nn.Module):
@@ -133,6 +162,7 @@ def _takes_factors(wrapper: nn.Module, kwargs: dict) -> bool:
 def _forward(wrapper: nn.Module, x: Tensor, *args, **kwargs) -> Tensor:
     """``ParamWrapper.forward``, with factors in place of the dense delta if the experts run through ktops."""
     if not _takes_factors(wrapper, kwargs):
+        _require_dense(wrapper, "computed with different adapters in one batch")
         return _peft["forward"](wrapper, x, *args, **kwargs)
     if wrapper.disable_adapters:
         if wrapper.merged:
@@ -141,6 +171,7 @@ def _forward(wrapper: nn.Module, x: Tensor, *args, **kwargs) -> Tensor:
         adapters = [name for name in wrapper.active_adapters if name in wrapper.lora_A]
         if any(name in wrapper.lora_variant for name in adapters):
             variants = ", ".join(type(v).__name__ for v in wrapper.lora_variant.values())
+            _require_dense(wrapper, f"computed as {variants}")
             warn_once(
                 f"ktops does not compute the LoRA variant {variants} on expert parameters; PEFT does, with a "
                 "dense delta of all experts in every forward."
@@ -149,6 +180,22 @@ def _forward(wrapper: nn.Module, x: Tensor, *args, **kwargs) -> Tensor:
         if adapters:
             kwargs = {**kwargs, **_lora_arguments(wrapper, adapters)}
     return wrapper.base_layer(x, *args, **kwargs)
+
+
+def _merge(wrapper: nn.Module, *args, **kwargs) -> None:
+    """``ParamWrapper.merge``, which weights in a format have no room for."""
+    _require_dense(wrapper, "merged")
+    _peft["merge"](wrapper, *args, **kwargs)
+
+
+def _require_dense(wrapper: nn.Module, what: str) -> None:
+    """Raises if the adapted weights are in a format."""
+    weight = getattr(wrapper.get_base_layer(), wrapper.parameter_name)
+    if isinstance(weight, ExpertWeight):
+        raise NotImplementedError(
+            f"ktops: LoRA on {wrapper.parameter_name} in format {weight.format!r} cannot be {what}: load the "
+            "adapter into a model with bfloat16 experts for that"
+        )
 
 
 _MLP_NAMES = {"experts", "gate_proj", "up_proj", "down_proj", "gate_up_proj", "w1", "w2", "w3", "all-linear"}
@@ -167,7 +214,8 @@ def _inject_adapter(self, model: nn.Module, adapter_name: str, *args, **kwargs) 
     config = self.peft_config[adapter_name]
     asked = config.peft_type == "LORA" and not config.inference_mode
     asked = asked and (config.target_parameters or _asks_for_experts(config.target_modules))
-    _peft["inject_adapter"](self, model, adapter_name, *args, **kwargs)
+    with _weights_in_formats_as_parameters(model):
+        _peft["inject_adapter"](self, model, adapter_name, *args, **kwargs)
     if asked:
         _warn_if_experts_missed(model, adapter_name)
 

@@ -5,6 +5,7 @@ import math
 import torch
 from torch import Tensor, nn
 
+from ktops.formats import ExpertWeight
 from ktops.ops import moe_sft
 from ktops.reference.activation import ACTIVATIONS
 
@@ -12,14 +13,15 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 """What the experts' weights may be stored in."""
 
 SAVE = ("activations", "recompute")
+COMPUTE = ("auto", "bf16", "int8")
 
 
 def run_experts(
     hidden_states: Tensor,
     top_k_index: Tensor,
     top_k_weights: Tensor,
-    gate_up_proj: Tensor,
-    down_proj: Tensor,
+    gate_up_proj: Tensor | ExpertWeight,
+    down_proj: Tensor | ExpertWeight,
     **options,
 ) -> Tensor:
     """``ktops.moe_sft`` in the dtype of the weights, with the result in the dtype of hidden_states.
@@ -55,6 +57,7 @@ class KTExperts(nn.Module):
         bias: whether the projections have a bias.
         activation: "silu", "gelu" (exact) or "gelu_tanh".
         save: what the forward keeps for backward, "activations" or "recompute", see :func:`ktops.moe_sft`.
+        compute: "auto", "bf16" or "int8", for weights in a format, see :func:`ktops.moe_sft`.
         device, dtype: of the parameters; dtype is float32, bfloat16 or float64.
 
     Raises:
@@ -77,6 +80,7 @@ class KTExperts(nn.Module):
         bias: bool = False,
         activation: str = "silu",
         save: str = "activations",
+        compute: str = "auto",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -91,12 +95,14 @@ class KTExperts(nn.Module):
                 raise ValueError(f"KTExperts: {name} must be positive, got {size}")
         _check_name("activation", activation, ACTIVATIONS)
         _check_name("save", save, SAVE)
+        _check_name("compute", compute, COMPUTE)
         _check_dtype("dtype", dtype or torch.get_default_dtype())
         self.num_experts = num_experts
         self.hidden_size = hidden_size
         self.intermediate_size = intermediate_size
         self.activation = activation
         self.save = save
+        self.compute = compute
 
         def parameter(*shape: int) -> nn.Parameter:
             return nn.Parameter(torch.empty(num_experts, *shape, device=device, dtype=dtype))
@@ -110,15 +116,16 @@ class KTExperts(nn.Module):
     @classmethod
     def from_parameters(
         cls,
-        gate_up_proj: nn.Parameter,
-        down_proj: nn.Parameter,
+        gate_up_proj: nn.Parameter | ExpertWeight,
+        down_proj: nn.Parameter | ExpertWeight,
         gate_up_proj_bias: nn.Parameter | None = None,
         down_proj_bias: nn.Parameter | None = None,
         *,
         activation: str = "silu",
         save: str = "activations",
+        compute: str = "auto",
     ) -> "KTExperts":
-        """A module over these very Parameter objects: nothing is copied.
+        """A module over these very Parameters, or weights in a format: nothing is copied.
 
         Raises:
             ValueError: the shapes are not [E, 2I, H], [E, H, I], [E, 2I], [E, H]; unknown activation or save.
@@ -148,15 +155,30 @@ class KTExperts(nn.Module):
                 f"got {down_proj.dtype}"
             )
         experts = cls(
-            num_experts, hidden_size, intermediate_size, activation=activation, save=save, device="meta"
+            num_experts,
+            hidden_size,
+            intermediate_size,
+            activation=activation,
+            save=save,
+            compute=compute,
+            device="meta",
         )
         for name, (tensor, _) in given.items():
+            if isinstance(tensor, ExpertWeight):
+                del experts._parameters[name]
             setattr(experts, name, tensor)
         return experts
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Uniform in ±1/√fan_in, as ``nn.Linear`` does for each projection."""
+        """Uniform in ±1/√fan_in, as ``nn.Linear`` does for each projection.
+
+        Raises:
+            TypeError: the weights are in a format, and stay as they are.
+        """
+        for name in ("gate_up_proj", "down_proj"):
+            if isinstance(getattr(self, name), ExpertWeight):
+                raise TypeError(f"KTExperts: {name} must be a Parameter to be reset, got an ExpertWeight")
         for parameter, fan_in in (
             (self.gate_up_proj, self.hidden_size),
             (self.gate_up_proj_bias, self.hidden_size),
@@ -189,6 +211,7 @@ class KTExperts(nn.Module):
             down_bias=self.down_proj_bias,
             activation=self.activation,
             save=self.save,
+            compute=self.compute,
             **lora,
         )
 
@@ -198,7 +221,8 @@ class KTExperts(nn.Module):
             f"intermediate_size={self.intermediate_size}, bias={self.gate_up_proj_bias is not None}, "
             f"activation={self.activation!r}"
         )
-        return text if self.save == "activations" else f"{text}, save={self.save!r}"
+        text = text if self.save == "activations" else f"{text}, save={self.save!r}"
+        return text if self.compute == "auto" else f"{text}, compute={self.compute!r}"
 
 
 def _check_name(argument: str, name: str, known) -> None:

@@ -5,14 +5,16 @@ from torch import Tensor
 from torch.utils.checkpoint import create_selective_checkpoint_contexts
 from torch.utils.flop_counter import register_flop_formula
 
+from ktops.formats.expert_weight import ExpertWeight
+from ktops.formats.format import Codes
 from ktops.ops.moe_fwd import check_devices, forward_flops
 
 ARGUMENTS = (
     "hidden_states", "topk_ids", "topk_weights", "gate_up_proj", "down_proj",
     "gate_up_scale", "gate_up_zero", "down_scale", "down_zero", "gate_up_bias", "down_bias",
     "gate_up_lora_A", "gate_up_lora_B", "down_lora_A", "down_lora_B",
-    "num_experts", "intermediate_size", "weight_format", "group_size", "gate_up_scaling", "down_scaling",
-    "activation", "activation_args", "save",
+    "num_experts", "intermediate_size", "weight_format", "group_size", "compute",
+    "gate_up_scaling", "down_scaling", "activation", "activation_args", "save",
 )  # fmt: skip
 """The arguments of kt::moe_sft_fwd in schema order; kt::moe_fwd takes all but the last."""
 
@@ -101,15 +103,39 @@ def _backward_flops(grad_output, *args, out_shape=None, **kwargs) -> int:
     flops += lora if asked & {"gate_up_lora_A", "gate_up_lora_B", "down_lora_A", "down_lora_B"} else 0
     flops += base * 2 // 3 if "gate_up_proj" in asked else 0
     flops += base // 3 if "down_proj" in asked else 0
-    return flops + (base * 2 // 3 if args[23] == "recompute" else 0)
+    return flops + (base * 2 // 3 if args[ARGUMENTS.index("save")] == "recompute" else 0)
+
+
+def codes(weight: Tensor | ExpertWeight) -> Codes:
+    """weight, scale and zero as the operators take them."""
+    return weight.codes if isinstance(weight, ExpertWeight) else Codes(weight)
+
+
+def weight_format(gate_up_proj: Tensor | ExpertWeight, down_proj: Tensor | ExpertWeight) -> tuple[str, int]:
+    """weight_format and group_size of the operators for these two weights.
+
+    Raises:
+        ValueError: their groups differ in size.
+    """
+    if not isinstance(gate_up_proj, ExpertWeight) and not isinstance(down_proj, ExpertWeight):
+        return "dense", 0
+    both = (gate_up_proj, down_proj)
+    formats = [weight.format if isinstance(weight, ExpertWeight) else "dense" for weight in both]
+    groups = {weight.group_size for weight in both if isinstance(weight, ExpertWeight)}
+    if len(groups) > 1:
+        raise ValueError(
+            f"ktops.moe_sft: down_proj must have the group_size of gate_up_proj={gate_up_proj.group_size}, "
+            f"got {down_proj.group_size}"
+        )
+    return (formats[0] if formats[0] == formats[1] else ",".join(formats)), groups.pop()
 
 
 def moe_sft(
     hidden_states: Tensor,
     topk_ids: Tensor,
     topk_weights: Tensor,
-    gate_up_proj: Tensor,
-    down_proj: Tensor,
+    gate_up_proj: Tensor | ExpertWeight,
+    down_proj: Tensor | ExpertWeight,
     *,
     gate_up_bias: Tensor | None = None,
     down_bias: Tensor | None = None,
@@ -121,6 +147,7 @@ def moe_sft(
     down_scaling: float = 1.0,
     activation: str = "silu",
     save: str = "activations",
+    compute: str = "auto",
 ) -> Tensor:
     """The routed experts of a Mixture-of-Experts layer, with optional LoRA, on the CPU; differentiable.
 
@@ -138,8 +165,9 @@ def moe_sft(
         hidden_states: [T, H], float32, bfloat16 or float64.
         topk_ids: [T, K], int32 or int64. Ids outside [0, E) contribute nothing.
         topk_weights: [T, K], any of the three dtypes.
-        gate_up_proj: [E, 2I, H] in the dtype of hidden_states; the first I rows of an expert are the gate.
-        down_proj: [E, H, I] in the dtype of hidden_states.
+        gate_up_proj: [E, 2I, H] in the dtype of hidden_states, or a :class:`ktops.ExpertWeight`; the first I
+            rows of an expert are the gate.
+        down_proj: [E, H, I], likewise.
         gate_up_bias, down_bias: [E, 2I] and [E, H].
         gate_up_lora_A, gate_up_lora_B: [E, r, H] and [E, 2I, r]; both or neither.
         down_lora_A, down_lora_B: [E, r, I] and [E, H, r]; both or neither, of a rank of their own.
@@ -147,6 +175,10 @@ def moe_sft(
         activation: "silu", "gelu" (exact) or "gelu_tanh".
         save: what backward needs. "activations" keeps [g | u] of every route; "recompute" computes it again
             in backward for one more gate_up product and 2·T·K·I fewer saved elements.
+        compute: how products with weights in a format are computed. "bf16" decodes the weights to the dtype
+            of hidden_states. "int8" (formats int8 and int4) also rounds every row of activations to int8, with
+            a scale, and multiplies integers. "auto": "int8" where nothing requires a gradient and the kernels
+            are faster with it, else "bf16".
 
     Returns:
         [T, H] in the dtype of hidden_states.
@@ -166,12 +198,14 @@ def moe_sft(
         >>> y = ktops.moe_sft(x, ids, w, torch.randn(E, 2 * I, H), torch.randn(E, H, I))
         >>> y.sum().backward()
     """
+    gate_up, gate_up_scale, gate_up_zero = codes(gate_up_proj)
+    down, down_scale, down_zero = codes(down_proj)
     arguments = (
-        hidden_states, topk_ids, topk_weights, gate_up_proj, down_proj,
-        None, None, None, None, gate_up_bias, down_bias,
+        hidden_states, topk_ids, topk_weights, gate_up, down,
+        gate_up_scale, gate_up_zero, down_scale, down_zero, gate_up_bias, down_bias,
         gate_up_lora_A, gate_up_lora_B, down_lora_A, down_lora_B,
-        gate_up_proj.shape[0], down_proj.shape[-1], "dense", 0, gate_up_scaling, down_scaling,
-        activation, [],
+        gate_up_proj.shape[0], down_proj.shape[-1], *weight_format(gate_up_proj, down_proj), compute,
+        gate_up_scaling, down_scaling, activation, [],
     )  # fmt: skip
     if torch.is_grad_enabled() and any(
         isinstance(t, Tensor) and t.requires_grad for t in arguments[:_NUM_TENSORS]

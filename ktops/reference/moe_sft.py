@@ -9,12 +9,14 @@ For token t and slot j, with e = topk_ids[t, j]:
     y       = h Wd[e]^T + bd[e] + s2 (h A2[e]^T) B2[e]^T
     out[t] += topk_weights[t, j] * y
 
-Everything is computed in the dtype of hidden_states: pass float64 for the reference of a test.
+Everything is computed in the dtype of hidden_states: pass float64 for the reference of a test. ``compute``
+changes nothing here: products are those of the weights that a format means.
 """
 
 import torch
 from torch import Tensor
 
+from ktops.formats import Codes, get_format
 from ktops.reference.activation import ACTIVATIONS
 
 
@@ -42,6 +44,18 @@ def _lora(
     return scaling * (xa @ b.T), xa
 
 
+def dense_weights(
+    gate_up: Codes, down: Codes, hidden_size: int, intermediate_size: int, weight_format: str, group_size: int
+) -> tuple[Tensor, Tensor]:
+    """gate_up_proj [E, 2I, H] and down_proj [E, H, I] of a weight_format."""
+    names = weight_format.split(",")
+
+    def dense(codes: Codes, name: str, columns: int) -> Tensor:
+        return codes.weight if name == "dense" else get_format(name).dequantize(codes, columns, group_size)
+
+    return dense(gate_up, names[0], hidden_size), dense(down, names[-1], intermediate_size)
+
+
 def _at(tensor: Tensor | None, expert: int, dtype: torch.dtype) -> Tensor | None:
     return None if tensor is None else tensor[expert].to(dtype)
 
@@ -66,6 +80,7 @@ def moe_sft_fwd(
     intermediate_size: int,
     weight_format: str,
     group_size: int,
+    compute: str,
     gate_up_scaling: float,
     down_scaling: float,
     activation: str,
@@ -79,6 +94,10 @@ def moe_sft_fwd(
     """
     dtype = hidden_states.dtype
     (num_tokens, hidden_size), top_k = hidden_states.shape, topk_ids.shape[1]
+    gate_up_proj, down_proj = dense_weights(
+        Codes(gate_up_proj, gate_up_scale, gate_up_zero), Codes(down_proj, down_scale, down_zero),
+        hidden_size, intermediate_size, weight_format, group_size,
+    )  # fmt: skip
     act = ACTIVATIONS[activation]
     routes, offsets = sort_routes(topk_ids, num_experts)
     rank1 = 0 if gate_up_lora_A is None else gate_up_lora_A.shape[1]
@@ -145,6 +164,7 @@ def moe_sft_bwd(
     intermediate_size: int,
     weight_format: str,
     group_size: int,
+    compute: str,
     gate_up_scaling: float,
     down_scaling: float,
     activation: str,
@@ -167,6 +187,10 @@ def moe_sft_bwd(
     """
     dtype = hidden_states.dtype
     top_k = topk_ids.shape[1]
+    gate_up_proj, down_proj = dense_weights(
+        Codes(gate_up_proj, gate_up_scale, gate_up_zero), Codes(down_proj, down_scale, down_zero),
+        hidden_states.shape[1], intermediate_size, weight_format, group_size,
+    )  # fmt: skip
     act = ACTIVATIONS[activation]
     routes, offsets = sort_routes(topk_ids, num_experts)
     inputs = (

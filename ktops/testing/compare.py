@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 import ktops
-from ktops import reference
+from ktops import ExpertWeight, reference
 from ktops.ops.moe_sft import GRADIENTS
 from ktops.testing.budgets import relative_error, rms, rounding_level, safety
-from ktops.testing.inputs import floating, op_arguments, require_grad, upcast
+from ktops.testing.inputs import densified, floating, op_arguments, require_grad, upcast
 
 
 def random_grad_output(inputs: dict, seed: int = 1) -> Tensor:
@@ -30,7 +30,7 @@ def run(
 ) -> dict[str, Tensor]:
     """{"output": ..., "hidden_states": its gradient, ...} of ktops.moe_sft for the named tensors (None: all).
 
-    ``options`` are activation and save.
+    ``options`` are activation, save and compute.
     """
     names = floating(inputs) if names is None else names
     inputs = require_grad(inputs, *names)
@@ -56,7 +56,7 @@ def run_reference(
 ) -> dict[str, Tensor]:
     """What :func:`run` returns, from ktops.reference in float64."""
     names = floating(inputs) if names is None else names
-    arguments = op_arguments(upcast(inputs), activation=activation)
+    arguments = op_arguments(upcast(densified(inputs)), activation=activation)
     output, *saved = reference.moe_sft_fwd(*arguments)
     mask = sum(1 << GRADIENTS.index(name) for name in names)
     gradients = reference.moe_sft_bwd(grad_output.double(), *arguments, *saved, mask)
@@ -106,6 +106,7 @@ def sensitivity(
     def results(moved: dict[str, Tensor]) -> dict[str, Tensor]:
         return run_reference(inputs | moved, moved["grad_output"], names, activation)
 
+    inputs = densified(inputs)
     tensors = {name: inputs[name] for name in floating(inputs)} | {"grad_output": grad_output}
     values = torch.func.vmap(results)({name: perturbed(value) for name, value in tensors.items()})
     return {name: Movement.of((value - expected[name]).square().mean(0)) for name, value in values.items()}
@@ -117,6 +118,8 @@ def _digest(*values) -> bytes:
     for value in values:
         if isinstance(value, dict):
             value = _digest(*(part for item in sorted(value.items()) for part in item))
+        elif isinstance(value, ExpertWeight):
+            value = _digest(value.format, value.group_size, *value.codes)
         elif isinstance(value, Tensor):
             dense = value.detach().contiguous()
             digest.update(repr((dense.dtype, dense.shape)).encode())

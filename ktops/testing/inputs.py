@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from ktops.formats import ExpertWeight, get_format
 from ktops.ops.moe_sft import ARGUMENTS
 
 ROUTINGS = ("random", "skewed", "one_expert", "empty_experts", "repeated")
@@ -136,6 +137,16 @@ def upcast(inputs: dict, dtype: torch.dtype = torch.float64) -> dict:
     }
 
 
+def densified(inputs: dict) -> dict:
+    """The same inputs with the float32 weights that every ExpertWeight means, by the specification."""
+    return {
+        name: get_format(value.format).dequantize(value.codes, value.shape[-1], value.group_size)
+        if isinstance(value, ExpertWeight)
+        else value
+        for name, value in inputs.items()
+    }
+
+
 def floating(inputs: dict) -> tuple[str, ...]:
     """Names of the differentiable tensors among the inputs, in FLOATING's order."""
     return tuple(name for name in FLOATING if isinstance(inputs.get(name), Tensor))
@@ -160,6 +171,7 @@ def op_arguments(inputs: dict, *, activation: str = "silu", save: str | None = "
         "intermediate_size": inputs["down_proj"].shape[-1],
         "weight_format": "dense",
         "group_size": 0,
+        "compute": "auto",
         "gate_up_scaling": 1.0,
         "down_scaling": 1.0,
         "activation": activation,

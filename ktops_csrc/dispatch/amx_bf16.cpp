@@ -25,7 +25,7 @@
 #define KT_TRANSPOSE_16X16 transpose_16x16_avx512
 
 #pragma GCC push_options
-#pragma GCC target("avx2,fma,avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,amx-tile,amx-bf16")
+#pragma GCC target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,amx-tile,amx-bf16")
 
 #include "isa/transpose_avx512-inl.h"
 
@@ -44,6 +44,7 @@ const IsaRow amx_bf16_row = {
     {amx_bf16::Forward<bfloat16>::run, amx_bf16::Backward<bfloat16>::run, amx_bf16::peak_bfloat16_tiles},
     {amx_bf16::Forward<float>::run, amx_bf16::Backward<float>::run, amx_bf16::peak_float32},
     {forward_float64, backward_float64, amx_bf16::peak_float32},
+    amx_bf16::decode_rows,
     cpu::tiles_refused,
 };
 

@@ -22,7 +22,7 @@
 #define KT_TRANSPOSE_16X16 transpose_16x16_avx512
 
 #pragma GCC push_options
-#pragma GCC target("avx2,fma,avx512f,avx512bw,avx512dq,avx512vl")
+#pragma GCC target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl")
 
 #include "isa/transpose_avx512-inl.h"
 
@@ -41,6 +41,7 @@ const IsaRow avx512_row = {
     {avx512::Forward<bfloat16>::run, avx512::Backward<bfloat16>::run, avx512::peak_float32},
     {avx512::Forward<float>::run, avx512::Backward<float>::run, avx512::peak_float32},
     {forward_float64, backward_float64, avx512::peak_float32},
+    avx512::decode_rows,
 };
 
 }  // namespace kt

@@ -23,7 +23,7 @@
 #define KT_TRANSPOSE_16X16 transpose_16x16_avx512
 
 #pragma GCC push_options
-#pragma GCC target("avx2,fma,avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")
+#pragma GCC target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")
 
 #include "isa/transpose_avx512-inl.h"
 
@@ -42,6 +42,7 @@ const IsaRow avx512_bf16_row = {
     {avx512_bf16::Forward<bfloat16>::run, avx512_bf16::Backward<bfloat16>::run, avx512_bf16::peak_bfloat16_dot},
     {avx512_bf16::Forward<float>::run, avx512_bf16::Backward<float>::run, avx512_bf16::peak_float32},
     {forward_float64, backward_float64, avx512_bf16::peak_float32},
+    avx512_bf16::decode_rows,
 };
 
 }  // namespace kt

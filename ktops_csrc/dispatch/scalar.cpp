@@ -34,6 +34,7 @@ const IsaRow scalar_row = {
     {scalar::Forward<bfloat16>::run, scalar::Backward<bfloat16>::run, scalar::peak_float32},
     {scalar::Forward<float>::run, scalar::Backward<float>::run, scalar::peak_float32},
     {forward_float64, backward_float64, scalar::peak_float32},
+    scalar::decode_rows,
 };
 
 }  // namespace kt

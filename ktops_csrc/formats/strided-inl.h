@@ -16,11 +16,13 @@ struct StridedWeight {
     StridedTensor tensor;
     double scale = 1;
 
-    void decode_nt(int64_t e, int64_t row, int64_t n, int64_t k, int64_t kn, C* panels, int64_t stride) const {
+    void decode_nt(int64_t e, int64_t row, int64_t n, int64_t k, int64_t kn, C* panels, int64_t stride,
+                   T* = nullptr) const {
         decode(e, row, n, tensor.stride[1], k, kn, tensor.stride[2], panels, stride);
     }
 
-    void decode_nn(int64_t e, int64_t k, int64_t kn, int64_t column, int64_t n, C* panels, int64_t stride) const {
+    void decode_nn(int64_t e, int64_t k, int64_t kn, int64_t column, int64_t n, C* panels, int64_t stride,
+                   T* = nullptr) const {
         decode(e, column, n, tensor.stride[2], k, kn, tensor.stride[1], panels, stride);
     }
 

@@ -73,7 +73,9 @@ class BlockGemm {
     static_assert(Micro::kRows <= kRowStep);
     static constexpr int64_t P = kPack<C>;
     static constexpr int64_t kDotRows = Direct<T>::kDotRows, kRowsAhead = Direct<T>::kRowsAhead;
-    static constexpr int64_t kScratchElements = kPanelBytes / static_cast<int64_t>(sizeof(T));
+    static constexpr int64_t kElementBytes = static_cast<int64_t>(sizeof(T)), kScratchPadding = 64 / kElementBytes;
+    static constexpr int64_t kScratchElements = kPanelBytes / kElementBytes;
+    static constexpr int64_t kLeftBytes = GemmScratch<T>::kLeftElements * static_cast<int64_t>(sizeof(C));
 
 public:
     // Whether the rows of A are widened, or put into tiles, for every block.
@@ -86,6 +88,7 @@ public:
     template <class Weight>
     void multiply_nt(const Rows<T>& a, int64_t k, const Weight& weight, int64_t expert, const Columns& columns) {
         if constexpr (Weight::kDirect) {
+            if (first_ && rows_ <= weight.few_rows() && few_nt(a, k, weight, expert, columns)) return;
             if constexpr (Micro::kReadsRows) {
                 if (first_ && rows_ > kDotOnlyRows && rows_nt(a, k, weight, expert, columns)) return;
             }
@@ -99,10 +102,10 @@ public:
             }
         }
         multiply(a, k, [&](int64_t k0, int64_t kn, C* panels, int64_t stride) {
-            weight.decode_nt(expert, columns.first, columns.count, k0, kn, panels, stride);
+            weight.decode_nt(expert, columns.first, columns.count, k0, kn, panels, stride, scratch());
             if (columns.second >= 0) {
                 C* second = panels + columns.padded() / kPanelColumns * stride;
-                weight.decode_nt(expert, columns.second, columns.count, k0, kn, second, stride);
+                weight.decode_nt(expert, columns.second, columns.count, k0, kn, second, stride, scratch());
             }
         });
     }
@@ -114,7 +117,7 @@ public:
             if (rows_ <= kDirectRows<T>) return direct_nn(a, k, weight, expert, columns);
         }
         multiply(a, k, [&](int64_t k0, int64_t kn, C* panels, int64_t stride) {
-            weight.decode_nn(expert, k0, kn, columns.first, columns.count, panels, stride);
+            weight.decode_nn(expert, k0, kn, columns.first, columns.count, panels, stride, scratch());
         });
     }
 
@@ -187,6 +190,32 @@ private:
         }
     }
 
+    // Space for rows of a weight that are decoded: kLeftElements of C.
+    T* scratch() const { return reinterpret_cast<T*>(scratch_.left); }
+
+    // C = A . W^T for a weight in a format, each code used as it is decoded. False if the rows of A have no space.
+    template <class Weight>
+    bool few_nt(const Rows<T>& a, int64_t k, const Weight& weight, int64_t expert, const Columns& columns) {
+        if constexpr (std::is_same_v<Acc<T>, float>) {
+            const int64_t stride = round_up(k, kChunk);
+            if (rows_ * stride * static_cast<int64_t>(sizeof(float)) > kLeftBytes) return false;
+            const float* x[kRowStep];
+            auto* ordered = reinterpret_cast<float*>(scratch_.left);
+            for (int64_t i = 0; i < rows_; ++i, ordered += stride) {
+                weight.order_row(a.row(i), ordered);
+                x[i] = ordered;
+            }
+            weight.dots(expert, columns.first, columns.count, x, rows_, scratch_.c, columns_);
+            if (columns.second >= 0) {
+                weight.dots(expert, columns.second, columns.count, x, rows_, scratch_.c + columns.padded(), columns_);
+            }
+            first_ = false;
+            return true;
+        } else {
+            return false;
+        }
+    }
+
     // C = A . W^T, not added to what C holds. Weights whose rows are not contiguous are copied, as many rows at once as
     // the space for panels holds.
     template <class Weight>
@@ -200,18 +229,21 @@ private:
         const int64_t most = kScratchElements / larger(k, 1) / kDotRows * kDotRows;
         for (int64_t j = 0; j < n; j += most) {
             const int64_t count = smaller(most, n - j);
-            weight.strided.copy_rows(expert, row + j, count, 0, k, copy);
+            weight.copy_rows(expert, row + j, count, 0, k, copy);
             Direct<T>::dots(rows, rows_, copy, k, count, k, c + j, columns_);
         }
     }
 
-    // C = A . W^T with W read where it lies, and A in panels. False if the rows of W don't allow it: for a weight of
-    // one shape it is always the same.
+    // C = A . W^T with rows of W as tiles, where they lie or as they are decoded, and A in panels. False if the rows of
+    // W don't allow it: for a weight of one shape it is always the same.
     template <class Weight>
     bool rows_nt(const Rows<T>& a, int64_t k, const Weight& weight, int64_t expert, const Columns& columns) {
         const T* w = weight.direct(expert);
         const int64_t most = smaller(kMaxRows, GemmScratch<T>::kPanelElements / larger(k, 1) / kRowStep * kRowStep);
-        if (!w || k % kKMultiple<C> || columns.first + columns.count < kPanelColumns || most == 0) return false;
+        if (k % kKMultiple<C> || columns.first + columns.count < kPanelColumns || most == 0) return false;
+        // Decoded rows are not a power of two apart: their lines would share a few sets of the cache.
+        const int64_t apart = k + kScratchPadding, decoded = kLeftBytes / kElementBytes / apart / kRowStep * kRowStep;
+        if (!w && (decoded == 0 || !weight.has_format())) return false;
         const int64_t stride = panel_elements<C>(k);
         for (int64_t i = 0; i < rows_; i += most) {
             const int64_t m = smaller(most, rows_ - i);
@@ -219,14 +251,22 @@ private:
                 pack_rows(a, i + j, smaller(kPanelColumns, m - j), k, scratch_.panels + j / kPanelColumns * stride);
             }
             const auto multiply = [&](int64_t row, Acc<T>* c) {
-                Micro::multiply_rows(w + row * weight.row_stride, weight.row_stride, columns.count, scratch_.panels,
-                                     stride, m, k, c, columns_);
+                if (w) return tiles_nt(w + row * weight.row_stride, weight.row_stride, columns.count, m, k, c);
+                for (int64_t j = 0; j < columns.count; j += decoded) {
+                    const int64_t n = smaller(decoded, columns.count - j), before = larger(0, kPanelColumns - n);
+                    weight.decode_rows(expert, row + j - before, before + n, 0, k, scratch(), apart);
+                    tiles_nt(scratch() + before * apart, apart, n, m, k, c + j);
+                }
             };
             multiply(columns.first, scratch_.c + i * columns_);
             if (columns.second >= 0) multiply(columns.second, scratch_.c + i * columns_ + columns.padded());
         }
         first_ = false;
         return true;
+    }
+
+    void tiles_nt(const T* w, int64_t row_stride, int64_t n, int64_t m, int64_t k, Acc<T>* c) const {
+        Micro::multiply_rows(w, row_stride, n, scratch_.panels, panel_elements<C>(k), m, k, c, columns_);
     }
 
     template <class Weight>
@@ -238,7 +278,7 @@ private:
             const T* rows[kDirectRows<T>];
             for (int64_t i = 0; i < rows_; ++i) rows[i] = a.row(i) + k0;
             const int64_t kn = smaller(most, k - k0);
-            if (!w) weight.strided.copy_rows(expert, k0, kn, columns.first, columns.count, copy);
+            if (!w) weight.copy_rows(expert, k0, kn, columns.first, columns.count, copy);
             Direct<T>::columns(rows, rows_, w ? w + columns.first : copy, w ? weight.row_stride : columns.count,
                                columns.count, kn, scratch_.c, columns_, !first_);
             first_ = false;

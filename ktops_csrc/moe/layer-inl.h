@@ -4,7 +4,7 @@
 
 #include <new>
 
-#include "formats/dense-inl.h"
+#include "formats/weight-inl.h"
 #include "gemm/block_gemm-inl.h"
 #include "gemm/outer_product-inl.h"
 #include "moe/activation-inl.h"
@@ -93,7 +93,7 @@ struct Layer {
     const Problem& p;
     const Routing& routing;
     const Acc<T>* route_weights;  // [num_routes]
-    DenseWeight<T> gate_up, down;
+    Weight<T> gate_up, down;
     StridedWeight<T> A1, B1, A2, B2;  // the scalings are folded into B
     int64_t I, H;
 

@@ -4,10 +4,13 @@
 
 #include <cstdint>
 
-#include "core/views.h"
+#include "formats/format.h"
 #include "parallel/schedule.h"
 
 namespace kt {
+
+// What products with the weights are computed in: kInt8 quantises the activations, kAuto chooses.
+enum class Compute { kAuto, kFloat, kInt8 };
 
 enum class Activation { kSilu, kGelu, kGeluTanh };
 
@@ -20,12 +23,13 @@ struct Problem {
     bool ids_are_int64;
     int64_t ids_stride[2];
     StridedTensor topk_weights;                    // [T, K]
-    StridedTensor gate_up_proj, down_proj;         // [E, 2I, H], [E, H, I]
+    WeightTensor gate_up_proj, down_proj;          // [E, 2I, H], [E, H, I]
     StridedTensor gate_up_bias, down_bias;         // [E, 2I], [E, H]
     StridedTensor gate_up_lora_A, gate_up_lora_B;  // [E, r1, H], [E, 2I, r1]
     StridedTensor down_lora_A, down_lora_B;        // [E, r2, I], [E, H, r2]
     double gate_up_scaling, down_scaling;
     Activation activation;
+    Compute compute = Compute::kAuto;
 
     int num_threads;
     Launch launch;

@@ -5,8 +5,6 @@
 
 namespace kt::ops {
 
-using torch::headeronly::ScalarType;
-
 namespace {
 
 constexpr struct {
@@ -39,6 +37,8 @@ std::string dtype_name(ScalarType type) {
             return "int64";
         case ScalarType::Bool:
             return "bool";
+        case ScalarType::Float8_e4m3fn:
+            return "float8_e4m3fn";
         default:
             return torch::headeronly::toString(type);
     }
@@ -97,6 +97,18 @@ bool Checker::is_int64_ids(const char* name, const Tensor& tensor) const {
     const ScalarType type = tensor.scalar_type();
     if (type == ScalarType::Long || type == ScalarType::Int) return type == ScalarType::Long;
     fail(std::string(name) + " must be int32 or int64, got " + dtype_name(type));
+}
+
+int64_t Checker::one_of(const char* name, const Tensor& tensor, std::initializer_list<ScalarType> expected) const {
+    const ScalarType type = tensor.scalar_type();
+    int64_t i = 0;
+    std::string names;
+    for (const ScalarType& known : expected) {
+        if (known == type) return i;
+        names += (i == 0 ? "" : i + 1 == static_cast<int64_t>(expected.size()) ? " or " : ", ") + dtype_name(known);
+        ++i;
+    }
+    fail(std::string(name) + " must be " + names + ", got " + dtype_name(type));
 }
 
 void Checker::int64(const char* name, const Tensor& tensor) const {

@@ -11,6 +11,8 @@
 
 namespace kt::ops {
 
+using torch::headeronly::ScalarType;
+
 // One expected size: a name, and a value unless any will do (-1).
 struct Size {
     const char* name;
@@ -37,9 +39,12 @@ public:
     void int64(const char* name, const Tensor& tensor) const;
     void finite(const char* name, double value) const;
     void absent(const char* name, const OptionalTensor& tensor, const std::string& weight_format) const;
+    // One of several dtypes: its index.
+    int64_t one_of(const char* name, const Tensor& tensor, std::initializer_list<ScalarType> expected) const;
 
 private:
     static std::string text(const std::string& part) { return part; }
+    static std::string text(const char* part) { return part; }
     static std::string text(int64_t number) { return std::to_string(number); }
     static std::string text(const Tensor& tensor);  // [64, 8]
 

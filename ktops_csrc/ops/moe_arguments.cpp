@@ -2,6 +2,8 @@
 
 #include <limits>
 
+#include "ops/weight_argument.h"
+
 namespace kt::ops {
 namespace {
 
@@ -10,6 +12,24 @@ Activation parse_activation(const Checker& check, const std::string& name) {
     if (name == "gelu") return Activation::kGelu;
     if (name == "gelu_tanh") return Activation::kGeluTanh;
     check.fail("activation must be one of silu, gelu, gelu_tanh, got '" + name + "'");
+}
+
+Compute parse_compute(const Checker& check, const std::string& name) {
+    if (name == "auto") return Compute::kAuto;
+    if (name == "bf16") return Compute::kFloat;
+    if (name == "int8") return Compute::kInt8;
+    check.fail("compute must be one of auto, bf16, int8, got '" + name + "'");
+}
+
+WeightTensor dense_weight(const Checker& check, const WeightNames& names, const Tensor& tensor,
+                          const OptionalTensor& scale, const OptionalTensor& zero, DType dtype) {
+    check.absent(names.scale, scale, "dense");
+    check.absent(names.zero, zero, "dense");
+    check.shape(names.weight, tensor, {names.num_experts, names.rows, names.columns});
+    check.same_dtype(names.weight, tensor, "hidden_states", dtype);
+    WeightTensor view;
+    view.dense = strided(tensor, dtype);
+    return view;
 }
 
 // The threads of the calling thread's pool: torch.set_num_threads holds here too.
@@ -72,12 +92,8 @@ MoeArguments::MoeArguments(const char* op, KT_MOE_PARAMETERS)
     check.require(p.num_tokens * p.top_k <= std::numeric_limits<int32_t>::max(),
                   "topk_ids must have at most 2^31 - 1 elements, got shape ", topk_ids);
 
-    check.require(weight_format == "dense", "weight_format must be one of dense, got '", weight_format, "'");
-    check.require(group_size == 0, "group_size must be 0 for weight_format 'dense', got ", group_size);
-    check.absent("gate_up_scale", gate_up_scale, weight_format);
-    check.absent("gate_up_zero", gate_up_zero, weight_format);
-    check.absent("down_scale", down_scale, weight_format);
-    check.absent("down_zero", down_zero, weight_format);
+    const WeightFormats formats(check, weight_format);
+    p.compute = parse_compute(check, compute);
     check.require(num_experts > 0, "num_experts must be at least 1, got ", num_experts, " (gate_up_proj has shape ",
                   gate_up_proj, ")");
     check.require(intermediate_size >= 0, "intermediate_size must not be negative, got ", intermediate_size);
@@ -85,10 +101,17 @@ MoeArguments::MoeArguments(const char* op, KT_MOE_PARAMETERS)
     p.intermediate_size = intermediate_size;
     const Size experts{"num_experts", num_experts}, I{"intermediate_size", intermediate_size},
         two_I{"2*intermediate_size", 2 * intermediate_size}, H{"hidden_size", p.hidden_size};
-    check.shape("gate_up_proj", gate_up_proj, {experts, two_I, H});
-    check.same_dtype("gate_up_proj", gate_up_proj, "hidden_states", dtype);
-    check.shape("down_proj", down_proj, {experts, H, I});
-    check.same_dtype("down_proj", down_proj, "hidden_states", dtype);
+    const WeightNames gate_up{"gate_up_proj", "gate_up_scale", "gate_up_zero", experts, two_I, H},
+        down{"down_proj", "down_scale", "down_zero", experts, H, I};
+    const auto weight = [&](const WeightNames& names, const Format* format, const Tensor& tensor,
+                            const OptionalTensor& scale, const OptionalTensor& zero) {
+        return format ? weight_argument(check, names, *format, group_size, tensor, scale, zero)
+                      : dense_weight(check, names, tensor, scale, zero, dtype);
+    };
+    check.require(group_size == 0 || formats.gate_up || formats.down,
+                  "group_size must be 0 for weight_format 'dense', got ", group_size);
+    p.gate_up_proj = weight(gate_up, formats.gate_up, gate_up_proj, gate_up_scale, gate_up_zero);
+    p.down_proj = weight(down, formats.down, down_proj, down_scale, down_zero);
     if (gate_up_bias) check.shape("gate_up_bias", *gate_up_bias, {experts, two_I});
     if (down_bias) check.shape("down_bias", *down_bias, {experts, H});
     p.gate_up_rank =
@@ -109,8 +132,6 @@ MoeArguments::MoeArguments(const char* op, KT_MOE_PARAMETERS)
     p.ids_stride[0] = topk_ids.stride(0);
     p.ids_stride[1] = topk_ids.stride(1);
     p.topk_weights = strided(topk_weights, weights_dtype);
-    p.gate_up_proj = strided(gate_up_proj, dtype);
-    p.down_proj = strided(down_proj, dtype);
     p.gate_up_bias = view("gate_up_bias", gate_up_bias);
     p.down_bias = view("down_bias", down_bias);
     p.gate_up_lora_A = view("gate_up_lora_A", gate_up_lora_A);

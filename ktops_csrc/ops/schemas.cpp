@@ -5,10 +5,12 @@
 //
 //   hidden_states   [T, H]              topk_ids, topk_weights  [T, K]
 //   gate_up_proj    [E, 2I, H]          down_proj               [E, H, I]     (in their weight_format)
-//   *_scale, *_zero                     of quantised weight formats
+//   *_scale, *_zero                     [E, rows, groups] of quantised weight formats
 //   gate_up_bias    [E, 2I]             down_bias               [E, H]
 //   gate_up_lora_A  [E, r1, H]          gate_up_lora_B          [E, 2I, r1]
 //   down_lora_A     [E, r2, I]          down_lora_B             [E, H, r2]
+//   weight_format   "dense", a name of formats/formats.def, or two with a comma between: of gate_up_proj and down_proj
+//   compute         "auto" | "bf16" | "int8": what products with the base weights are computed in
 //   activation      "silu" | "gelu" | "gelu_tanh"; activation_args is reserved for clamped variants
 //   save            "activations" | "recompute"
 
@@ -23,7 +25,7 @@
     "Tensor? gate_up_scale, Tensor? gate_up_zero, Tensor? down_scale, Tensor? down_zero, "             \
     "Tensor? gate_up_bias, Tensor? down_bias, "                                                        \
     "Tensor? gate_up_lora_A, Tensor? gate_up_lora_B, Tensor? down_lora_A, Tensor? down_lora_B, "       \
-    "int num_experts, int intermediate_size, str weight_format, int group_size, "                      \
+    "int num_experts, int intermediate_size, str weight_format, int group_size, str compute, "                     \
     "float gate_up_scaling, float down_scaling, str activation, float[] activation_args"
 
 STABLE_TORCH_LIBRARY(kt, m) {
@@ -41,6 +43,10 @@ STABLE_TORCH_LIBRARY(kt, m) {
           "Tensor? grad_hidden_states, Tensor? grad_topk_weights, Tensor? grad_gate_up_proj, Tensor? grad_down_proj, "
           "Tensor? grad_gate_up_bias, Tensor? grad_down_bias, Tensor? grad_gate_up_lora_A, "
           "Tensor? grad_gate_up_lora_B, Tensor? grad_down_lora_A, Tensor? grad_down_lora_B)");
+
+    // weights [E, N, ...] in a format -> float32 [E, N, columns]
+    m.def("dequantize(Tensor weight, Tensor? scale, Tensor? zero, str weight_format, int group_size, int columns) "
+          "-> Tensor");
 
     // the row of kernels in use; "name=0|1,..." for every compiled row, 1 where this CPU can run it; choose one
     m.def("cpu_capability() -> str");
@@ -70,6 +76,7 @@ STABLE_TORCH_LIBRARY_IMPL(kt, CPU, m) {
     m.impl("moe_fwd", TORCH_BOX(&kt::ops::moe_fwd));
     m.impl("moe_sft_fwd", TORCH_BOX(&kt::ops::moe_sft_fwd));
     m.impl("moe_sft_bwd", TORCH_BOX(&kt::ops::moe_sft_bwd));
+    m.impl("dequantize", TORCH_BOX(&kt::ops::dequantize));
     m.impl("sum_words", TORCH_BOX(&kt::ops::sum_words));
 }
 

@@ -1,0 +1,236 @@
+#pragma once
+
+// What a decoder (formats/plain-inl.h says what that is) makes possible: rows of weights, and products with few rows,
+// for tensors of its format. One table of functions for each format.
+
+#include <type_traits>
+
+#include "formats/format.h"
+#include "isa/direct-inl.h"
+
+#define KT_FORMAT_DECODERS
+#include "formats/formats.def"
+#undef KT_FORMAT_DECODERS
+
+namespace kt::KT_ISA {
+
+// Columns whose scales are read at once, a multiple of every block.
+constexpr int64_t kPiece = 4096;
+constexpr int64_t kPieceGroups = kPiece / kChunk;
+
+// n numbers of a row's groups as float32.
+inline void load_groups(const GroupValues& values, int64_t e, int64_t row, int64_t first, int64_t n, float* out) {
+    const int64_t offset = e * values.expert_stride + row / values.row_block * values.row_stride + first;
+    const auto each = [&](auto at) {
+        for (int64_t i = 0; i < n; ++i) out[i] = at(i);
+    };
+    switch (values.type) {
+        case GroupValues::Type::kFloat32:
+            return each([&](int64_t i) { return read(static_cast<const float*>(values.data) + offset + i); });
+        case GroupValues::Type::kBFloat16:
+            return each(
+                [&](int64_t i) { return to_float(read(static_cast<const bfloat16*>(values.data) + offset + i)); });
+        case GroupValues::Type::kFloat16:
+            return each([&](int64_t i) { return float16(static_cast<const uint16_t*>(values.data) + offset + i); });
+        case GroupValues::Type::kUInt8:
+            return each(
+                [&](int64_t i) { return static_cast<float>(static_cast<const uint8_t*>(values.data)[offset + i]); });
+        case GroupValues::Type::kExponent:
+            return each([&](int64_t i) { return power_of_two(static_cast<const uint8_t*>(values.data)[offset + i]); });
+    }
+}
+
+// Chunks of a row, of columns [first, end): first in any, but all in one piece.
+template <class Decoder, Scales kScales, bool kZeros>
+class RowReader {
+    static constexpr int64_t kParts = Decoder::kBlock / kChunk;
+
+public:
+    RowReader(const WeightTensor& w, int64_t e, int64_t row, int64_t first, int64_t end)
+        : codes_(w.codes + e * w.expert_bytes + row * w.row_bytes), columns_(w.columns), group_(w.group) {
+        if constexpr (kScales != Scales::kNone) {
+            first_group_ = first / group_;
+            const int64_t n = (end - 1) / group_ - first_group_ + 1;
+            load_groups(w.scale, e, row, first_group_, n, scales_);
+            if constexpr (Decoder::kFactor != 1) {
+                for (int64_t i = 0; i < n; ++i) scales_[i] *= Decoder::kFactor;
+            }
+            if constexpr (kZeros) load_groups(w.zero, e, row, first_group_, n, zeros_);
+        }
+    }
+
+    // Weights [k, k + 32), k a multiple of 32. Beyond the last column: any finite number.
+    void chunk(int64_t k, VecF* v) const {
+        const uint8_t* block = codes_ + k / Decoder::kBlock * Decoder::kBytes;
+        if constexpr (kParts == 1) {
+            if (__builtin_expect(k + kChunk > columns_, 0)) {  // the last bytes of a row may be the last ones there are
+                uint8_t last[Decoder::kBytes] = {};
+                std::memcpy(last, block, static_cast<size_t>(ceil_div((columns_ - k) * Decoder::kBytes, kChunk)));
+                return decode(last, 0, k, v);
+            }
+        }
+        decode(block, k / kChunk % kParts, k, v);
+    }
+
+    void prefetch(int64_t k) const { __builtin_prefetch(codes_ + k / Decoder::kBlock * Decoder::kBytes + kAhead); }
+
+private:
+    static constexpr int64_t kAhead = 1024;  // bytes
+
+    void decode(const uint8_t* block, int64_t part, int64_t k, VecF* v) const {
+        Decoder::decode(block, part, v);
+        if constexpr (kScales != Scales::kNone) {
+            const int64_t g = k / group_ - first_group_;
+            for (int i = 0; i < kChunkVectors; ++i) {
+                if constexpr (kZeros) v[i] = v[i] - zeros_[g];
+                v[i] = v[i] * scales_[g];
+            }
+        }
+    }
+
+    const uint8_t* codes_;
+    int64_t columns_, group_, first_group_ = 0;
+    float scales_[kScales == Scales::kNone ? 1 : kPieceGroups + 1];
+    float zeros_[kZeros ? kPieceGroups + 1 : 1];
+};
+
+// f(first, end) for the parts of [first, end) that lie in one piece each.
+template <class F>
+inline void for_each_piece(int64_t first, int64_t end, F f) {
+    for (int64_t next; first < end; first = next) {
+        next = smaller(end, (first / kPiece + 1) * kPiece);
+        f(first, next);
+    }
+}
+
+template <class Decoder, Scales kScales, bool kZeros>
+struct FormatKernels {
+    using Reader = RowReader<Decoder, kScales, kZeros>;
+
+    // Rows [row, row + n), columns [column, column + count), `stride` elements apart.
+    template <class T>
+    static void rows(const WeightTensor& w, int64_t e, int64_t row, int64_t n, int64_t column, int64_t count, T* out,
+                     int64_t stride) {
+        for (int64_t i = row; i < row + n; ++i, out += stride) {
+            for_each_piece(column, column + count, [&](int64_t first, int64_t end) {
+                const Reader reader(w, e, i, first, end);
+                for (int64_t k = first / kChunk * kChunk; k < end; k += kChunk) {
+                    VecF v[kChunkVectors];
+                    reader.chunk(k, v);
+                    if (__builtin_expect(k >= first && k + kChunk <= end, 1)) {
+                        store_chunk<Decoder::kSplit>(v, out + k - column);
+                        continue;
+                    }
+                    T part[kChunk];
+                    store_chunk<Decoder::kSplit>(v, part);
+                    const int64_t from = larger(first, k), to = smaller(end, k + kChunk);
+                    std::memcpy(static_cast<void*>(out + from - column), part + from - k,
+                                static_cast<size_t>(to - from) * sizeof(T));
+                }
+            });
+        }
+    }
+
+    // c[i][j] = x[i] . row (row + j), i < m <= kFewRows. Rows of x are float32 in the order of chunks (order()), with
+    // zeros up to a whole chunk.
+    static void dots(const WeightTensor& w, int64_t e, int64_t row, int64_t n, const float* const* x, int64_t m,
+                     float* c, int64_t ldc) {
+        with_constant<kFewRows>(m, [&](auto rows) { dots_of<rows()>(w, e, row, n, x, c, ldc); });
+    }
+
+    static constexpr int kFewRows = KT_VECTOR_BYTES == 64 ? 4 : 2;
+
+private:
+    // A chunk has 2, 4 or 8 vectors; they are added up in two sums, and chunks of even and of odd number apart where
+    // there are registers for it.
+    template <int M>
+    static void dots_of(const WeightTensor& w, int64_t e, int64_t row, int64_t n, const float* const* x, float* c,
+                        int64_t ldc) {
+        constexpr int kSums = 2, kUnroll = M == 1 ? 2 : 1, L = kLanes<float>;
+        for (int64_t j = 0; j < n; ++j) {
+            VecF sums[kUnroll][M][kSums] = {};
+            for_each_piece(0, w.columns, [&](int64_t first, int64_t end) __attribute__((always_inline)) {
+                const Reader reader(w, e, row + j, first, end);
+                const auto step = [&](int64_t k, VecF(&to)[M][kSums]) __attribute__((always_inline)) {
+                    VecF v[kChunkVectors];
+                    reader.prefetch(k);
+                    reader.chunk(k, v);
+#pragma GCC unroll 8
+                    for (int i = 0; i < M; ++i) {
+#pragma GCC unroll 8
+                        for (int s = 0; s < kChunkVectors; ++s) to[i][s % kSums] += v[s] * load(x[i] + k + s * L);
+                    }
+                };
+                int64_t k = first;
+                for (; k + kUnroll * kChunk <= end; k += kUnroll * kChunk) {
+#pragma GCC unroll 2
+                    for (int u = 0; u < kUnroll; ++u) step(k + u * kChunk, sums[u]);
+                }
+                for (; k < end; k += kChunk) step(k, sums[0]);
+            });
+#pragma GCC unroll 8
+            for (int i = 0; i < M; ++i) {
+                VecF total = sums[0][i][0] + sums[0][i][1];
+                if constexpr (kUnroll > 1) total += sums[1][i][0] + sums[1][i][1];
+                c[i * ldc + j] = sum_lanes<float>(total);
+            }
+        }
+    }
+};
+
+// What the kernels of a layer need of a format, without its type.
+struct FormatTable {
+    template <class T>
+    using Rows = void (*)(const WeightTensor&, int64_t e, int64_t row, int64_t n, int64_t column, int64_t count, T* out,
+                          int64_t stride);
+    Rows<float> rows_float;
+    Rows<double> rows_double;
+    Rows<bfloat16> rows_bfloat16;
+    void (*dots)(const WeightTensor&, int64_t e, int64_t row, int64_t n, const float* const* x, int64_t m, float* c,
+                 int64_t ldc);
+    int64_t few_rows;
+    bool split;
+
+    template <class T>
+    Rows<T> rows() const {
+        if constexpr (std::is_same_v<T, float>) return rows_float;
+        if constexpr (std::is_same_v<T, double>) return rows_double;
+        if constexpr (std::is_same_v<T, bfloat16>) return rows_bfloat16;
+    }
+};
+
+template <class Kernels, bool kSplit>
+constexpr FormatTable format_table() {
+    return {&Kernels::template rows<float>,
+            &Kernels::template rows<double>,
+            &Kernels::template rows<bfloat16>,
+            &Kernels::dots,
+            Kernels::kFewRows,
+            kSplit};
+}
+
+constexpr FormatTable kFormatTables[] = {
+#define KT_FORMAT(name, Type, element, block, bytes, scales, zeros) \
+    format_table<FormatKernels<Type, Scales::scales, zeros>, Type::kSplit>(),
+#include "formats/formats.def"
+#undef KT_FORMAT
+};
+
+// Columns 32 c + .. of a row of x as chunks have them: k elements, zeros up to a whole chunk.
+template <class T>
+inline void order(const T* x, int64_t k, bool split, float* out) {
+    for (int64_t i = 0; i < k; i += kChunk, out += kChunk) {
+        float part[kChunk] = {};
+        const int64_t n = smaller(kChunk, k - i);
+        for_each_vector<float>(n,
+                               [&](int64_t j, int64_t count) { store_n(part + j, load_n(x + i + j, count), count); });
+        for (int64_t j = 0; j < kChunk; ++j) out[j] = split ? part[j % (kChunk / 2) * 2 + j / (kChunk / 2)] : part[j];
+    }
+}
+
+// Rows of any float32 weights as float32: kt::dequantize.
+inline void decode_rows(const WeightTensor& w, int64_t e, int64_t row, int64_t n, float* out) {
+    kFormatTables[static_cast<int>(w.format)].rows_float(w, e, row, n, 0, w.columns, out, w.columns);
+}
+
+}  // namespace kt::KT_ISA

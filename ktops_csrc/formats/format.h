@@ -1,0 +1,62 @@
+#pragma once
+
+// Weight formats as the operators' checks and the kernels see them: names, sizes, pointers.
+
+#include "core/views.h"
+
+namespace kt {
+
+enum class Element : uint8_t { kBFloat16, kFloat16, kFloat32, kInt8, kUInt8, kFloat8 };
+enum class Scales : uint8_t { kNone, kFloats, kExponents };
+
+enum class FormatId : uint8_t {
+#define KT_FORMAT(name, ...) name,
+#include "formats/formats.def"
+#undef KT_FORMAT
+    dense
+};
+constexpr int kNumFormats = static_cast<int>(FormatId::dense);
+
+struct Format {
+    const char* name;
+    FormatId id;
+    Element element;
+    int64_t block, bytes;
+    Scales scales;
+    bool zeros;
+};
+
+constexpr Format kFormats[] = {
+#define KT_FORMAT(name, type, element, block, bytes, scales, zeros) \
+    {#name, FormatId::name, Element::element, block, bytes, Scales::scales, zeros},
+#include "formats/formats.def"
+#undef KT_FORMAT
+};
+
+// Columns that share a scale of Scales::kExponents.
+constexpr int64_t kExponentGroup = 32;
+
+// Numbers beside a weight, one for a group of columns of a row or of `row_block` rows: [E, rows, groups].
+struct GroupValues {
+    enum class Type : uint8_t { kFloat32, kBFloat16, kFloat16, kUInt8, kExponent };
+
+    const void* data = nullptr;
+    Type type = Type::kFloat32;
+    int64_t expert_stride = 0, row_stride = 0;  // elements; groups are contiguous
+    int64_t row_block = 1;
+};
+
+// [E, rows, columns] in a format: rows of bytes. Or dense, then nothing else is set.
+struct WeightTensor {
+    StridedTensor dense;
+    FormatId format = FormatId::dense;
+    const uint8_t* codes = nullptr;
+    int64_t expert_bytes = 0, row_bytes = 0;  // from one to the next
+    int64_t columns = 0;
+    int64_t group = 0;  // columns; of one row's scale: all of them, rounded up
+    GroupValues scale, zero;
+
+    bool is_dense() const { return format == FormatId::dense; }
+};
+
+}  // namespace kt

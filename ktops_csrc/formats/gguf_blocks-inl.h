@@ -1,0 +1,100 @@
+#pragma once
+
+// The blocks of 32 weights of ggml: d (and m) in binary16, then codes. Four-bit codes: byte i holds weight i in its low
+// half and weight 16 + i in its high half. A fifth bit is bit i of 32 in qh.
+//
+//   q8_0  d  q[32]               d q             q5_0  d  qh[4]  q[16]       d (q - 16)
+//   q4_0  d  q[16]               d (q - 8)       q5_1  d  m  qh[4]  q[16]    d q + m
+//   q4_1  d  m  q[16]            d q + m         iq4_nl  d  q[16]            d table[q]
+//
+// Source: ggml-common.h and the dequantize functions of ggml and of the gguf package.
+
+#include "isa/chunk-inl.h"
+
+namespace kt::KT_ISA {
+
+struct GgufBlock {
+    static constexpr int64_t kBlock = 32;
+    static constexpr bool kSplit = false;
+    static constexpr float kFactor = 1;
+};
+
+// f(lanes' codes 0..15, first weight) for the four-bit codes of 32 weights.
+template <class F>
+inline void for_each_nibble(const uint8_t* q, F f) {
+    constexpr int L = kLanes<float>;
+    for (int i = 0; i < kChunkVectors / 2; ++i) {
+        const VecI32 bytes = widen_unsigned(q + i * L);
+        f(bytes & 15, i);
+        f(bytes >> 4, kChunkVectors / 2 + i);
+    }
+}
+
+inline VecI32 lane_indices() {
+    VecI32 lanes;
+    for (int i = 0; i < kLanes<float>; ++i) lanes[i] = i;
+    return lanes;
+}
+
+// Bit `first + lane` of 32 bits, as 16 or 0.
+inline VecI32 fifth_bits(const uint8_t* qh, int64_t first) {
+    const VecU32 bits = VecU32{} + (read(reinterpret_cast<const uint32_t*>(qh)) >> first);
+    return (VecI32)((bits >> (VecU32)lane_indices()) << 4) & 16;
+}
+
+struct Q8_0 : GgufBlock {
+    static constexpr int64_t kBytes = 34;
+    static void decode(const uint8_t* block, int64_t, VecF* v) {
+        const float d = float16(block);
+        for (int i = 0; i < kChunkVectors; ++i) v[i] = to_floats(widen_signed(block + 2 + i * kLanes<float>)) * d;
+    }
+};
+
+struct Q4_0 : GgufBlock {
+    static constexpr int64_t kBytes = 18;
+    static void decode(const uint8_t* block, int64_t, VecF* v) {
+        const float d = float16(block);
+        for_each_nibble(block + 2, [&](VecI32 q, int i) { v[i] = to_floats(q - 8) * d; });
+    }
+};
+
+struct Q4_1 : GgufBlock {
+    static constexpr int64_t kBytes = 20;
+    static void decode(const uint8_t* block, int64_t, VecF* v) {
+        const float d = float16(block), m = float16(block + 2);
+        for_each_nibble(block + 4, [&](VecI32 q, int i) { v[i] = to_floats(q) * d + m; });
+    }
+};
+
+struct Q5_0 : GgufBlock {
+    static constexpr int64_t kBytes = 22;
+    static void decode(const uint8_t* block, int64_t, VecF* v) {
+        const float d = float16(block);
+        for_each_nibble(block + 6, [&](VecI32 q, int i) {
+            v[i] = to_floats((q | fifth_bits(block + 2, i * kLanes<float>)) - 16) * d;
+        });
+    }
+};
+
+struct Q5_1 : GgufBlock {
+    static constexpr int64_t kBytes = 24;
+    static void decode(const uint8_t* block, int64_t, VecF* v) {
+        const float d = float16(block), m = float16(block + 2);
+        for_each_nibble(block + 8, [&](VecI32 q, int i) {
+            v[i] = to_floats(q | fifth_bits(block + 4, i * kLanes<float>)) * d + m;
+        });
+    }
+};
+
+// Of the non-linear four-bit formats.
+alignas(64) constexpr float kNonLinear[16] = {-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113};
+
+struct IQ4_NL : GgufBlock {
+    static constexpr int64_t kBytes = 18;
+    static void decode(const uint8_t* block, int64_t, VecF* v) {
+        const float d = float16(block);
+        for_each_nibble(block + 2, [&](VecI32 q, int i) { v[i] = lookup(kNonLinear, q) * d; });
+    }
+};
+
+}  // namespace kt::KT_ISA

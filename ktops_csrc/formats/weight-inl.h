@@ -1,0 +1,104 @@
+#pragma once
+
+// The weights of a projection, [E, rows, columns]: dense in the dtype of the activations, with any strides, or in a
+// format. To a product they are
+//   direct(e)                                     the rows of an expert as they lie, row_stride apart; or null, then
+//   copy_rows(e, row, n, column, count, out)      rows of T, one after the other
+//   dots(...)                                     products with up to few_rows() rows, read where the codes lie
+//   decode_nt(e, row, n, k, kn, panels, stride, scratch)     panels of rows [row, row + n), k in [k, k + kn) along a
+//   row decode_nn(e, k, kn, column, n, panels, stride, scratch)  panels of columns [column, column + n), k down the
+//   rows
+// The last two write ceil(n / 16) panels of Compute<T>, `stride` elements apart, zero beyond the block. scratch has
+// room for kScratch elements of T.
+
+#include "formats/decode-inl.h"
+#include "formats/strided-inl.h"
+#include "isa/pack-inl.h"
+
+namespace kt::KT_ISA {
+
+template <class T>
+class Weight {
+    using C = Compute<T>;
+
+public:
+    static constexpr bool kDirect = true;
+    static constexpr int64_t kScratch = (128 << 10) / static_cast<int64_t>(sizeof(T));
+
+    int64_t row_stride;
+
+    explicit Weight(const WeightTensor& tensor)
+        : row_stride(tensor.dense.stride[1]), tensor_(tensor), strided_{tensor.dense} {
+        if (!tensor.is_dense()) table_ = &kFormatTables[static_cast<int>(tensor.format)];
+    }
+
+    bool has_format() const { return table_ != nullptr; }
+
+    const T* direct(int64_t e) const {
+        const StridedTensor& dense = tensor_.dense;
+        if (table_ || dense.stride[2] != 1) return nullptr;
+        return static_cast<const T*>(dense.data) + e * dense.stride[0];
+    }
+
+    // Of a weight in a format: rows of T, `stride` elements apart.
+    void decode_rows(int64_t e, int64_t row, int64_t n, int64_t column, int64_t count, T* out, int64_t stride) const {
+        table_->template rows<T>()(tensor_, e, row, n, column, count, out, stride);
+    }
+
+    void copy_rows(int64_t e, int64_t row, int64_t n, int64_t column, int64_t count, T* out) const {
+        if (table_) {
+            decode_rows(e, row, n, column, count, out, count);
+        } else {
+            strided_.copy_rows(e, row, n, column, count, out);
+        }
+    }
+
+    // How many rows dots() takes at most; 0: it is not to be called.
+    int64_t few_rows() const { return table_ && !std::is_same_v<T, double> ? table_->few_rows : 0; }
+    void order_row(const T* x, float* out) const { order(x, tensor_.columns, table_->split, out); }
+    void dots(int64_t e, int64_t row, int64_t n, const float* const* x, int64_t m, float* c, int64_t ldc) const {
+        table_->dots(tensor_, e, row, n, x, m, c, ldc);
+    }
+
+    void decode_nt(int64_t e, int64_t row, int64_t n, int64_t k, int64_t kn, C* panels, int64_t stride,
+                   T* scratch) const {
+        const T* w = direct(e);
+        if (!w && !table_) return strided_.decode_nt(e, row, n, k, kn, panels, stride);
+        for (int64_t j = 0; j < n; j += kPanelColumns, panels += stride) {
+            const int64_t columns = smaller(kPanelColumns, n - j);
+            if (w) {
+                pack_nt(w + (row + j) * row_stride + k, row_stride, columns, kn, panels);
+                continue;
+            }
+            for (int64_t i = 0; i < kn; i += kStrip) {
+                const int64_t count = smaller(kStrip, kn - i);
+                decode_rows(e, row + j, columns, k + i, count, scratch, kStripStride);
+                pack_nt(scratch, kStripStride, columns, count, panels + i * kPanelColumns);
+            }
+        }
+    }
+
+    void decode_nn(int64_t e, int64_t k, int64_t kn, int64_t column, int64_t n, C* panels, int64_t stride,
+                   T* scratch) const {
+        const T* w = direct(e);
+        if (!w && !table_) return strided_.decode_nn(e, k, kn, column, n, panels, stride);
+        if (w) return pack_nn(Rows<T>{w + k * row_stride, row_stride, nullptr}, column, n, kn, panels, stride);
+        const int64_t rows = kScratch / round_up(n, kPanelColumns) / kKMultiple<C> * kKMultiple<C>;
+        for (int64_t i = 0; i < kn; i += rows) {
+            const int64_t count = smaller(rows, kn - i);
+            copy_rows(e, k + i, count, column, n, scratch);
+            pack_nn(Rows<T>{scratch, n, nullptr}, 0, n, count, panels + i * kPanelColumns, stride);
+        }
+    }
+
+private:
+    // Columns that 16 rows are decoded for at a time, to stay in L1; and from one of these rows to the next, not a
+    // power of two apart.
+    static constexpr int64_t kStrip = 512, kStripStride = kStrip + 64 / static_cast<int64_t>(sizeof(T));
+
+    WeightTensor tensor_;
+    StridedWeight<T> strided_;
+    const FormatTable* table_ = nullptr;
+};
+
+}  // namespace kt::KT_ISA

@@ -1,0 +1,8 @@
+"""Checkpoints: finding the experts of a model in its files, reading them, and writing quantised ones."""
+
+from ktops.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from ktops.checkpoints.errors import CheckpointError
+from ktops.checkpoints.layer import Layer, LayerWeights
+from ktops.checkpoints.writer import CheckpointWriter
+
+__all__ = ["Checkpoint", "CheckpointError", "CheckpointWriter", "Layer", "LayerWeights", "open_checkpoint"]

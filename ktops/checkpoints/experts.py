@@ -1,0 +1,249 @@
+"""The experts of a projection [E, N, K], one by one: from files, from memory, or quantised on the way."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from ktops._warn import warn_once
+from ktops.checkpoints.errors import CheckpointError
+from ktops.checkpoints.matrix import Field, Matrix
+from ktops.checkpoints.view import View
+from ktops.formats import Codes, ExpertWeight, get_format
+
+Step = Callable[[int], None]
+"""Called with the number of bytes done."""
+
+CHUNK_WEIGHTS = 1 << 20
+"""Weights that are floats at a time while they are quantised; in whole blocks of 128 rows."""
+
+
+def no_step(count: int) -> None:
+    pass
+
+
+class Experts(ABC):
+    """Weights [E, N, K] that are made expert by expert.
+
+    Attributes:
+        format, group_size, shape: as of :class:`ktops.ExpertWeight`.
+    """
+
+    format: str
+    group_size: int
+    shape: tuple[int, int, int]
+
+    @abstractmethod
+    def expert(self, index: int) -> Codes:
+        """The tensors of one expert, weight [N, ...], scale and zero [N, G]."""
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __iter__(self) -> Iterator[Codes]:
+        return (self.expert(index) for index in range(len(self)))
+
+    def read(self, dtype: torch.dtype = torch.bfloat16, step: Step = no_step) -> ExpertWeight:
+        """All experts in memory, to be computed in dtype."""
+        out: Codes | None = None
+        for index, codes in enumerate(self):
+            if out is None:
+                out = Codes(*(t if t is None else t.new_empty(len(self), *t.shape) for t in codes))
+            for whole, part in zip(out, codes, strict=True):
+                if whole is not None:
+                    whole[index] = part
+                    step(part.nbytes)
+        return self._weight(out, dtype)
+
+    def _weight(self, codes: Codes, dtype: torch.dtype) -> ExpertWeight:
+        return ExpertWeight(self.format, self.shape, *codes, group_size=self.group_size, dtype=dtype)
+
+
+class Held(Experts):
+    """The experts of an :class:`ktops.ExpertWeight`."""
+
+    def __init__(self, weight: ExpertWeight) -> None:
+        self.format, self.group_size, self.shape = weight.format, weight.group_size, tuple(weight.shape)
+        self.weight = weight
+
+    def expert(self, index: int) -> Codes:
+        return Codes(*(t if t is None else t[index] for t in self.weight.codes))
+
+
+class FileExperts(Experts):
+    """Experts in files: mapped where their bytes lie together as a format wants them, else read.
+
+    Args:
+        experts: of every expert the matrices that stand one above the other: one, or gate and up.
+    """
+
+    def __init__(self, experts: list[list[Matrix]]) -> None:
+        self.experts = experts
+        first = experts[0]
+        for index, parts in enumerate(experts):
+            for part, expected in zip(parts, first, strict=True):
+                if part.layout != expected.layout:
+                    raise CheckpointError(
+                        f"{part.name}: expert {index} differs from expert 0: expected {_words(expected)}, "
+                        f"got {_words(part)}"
+                    )
+        if any(part.columns != first[0].columns for part in first):
+            raise CheckpointError(
+                f"{first[1].name}: must have {first[0].columns} columns as {first[0].name}, got "
+                f"{first[1].columns}"
+            )
+        self.scheme = " and ".join(dict.fromkeys(part.scheme for part in first))
+        self.shape = len(experts), sum(part.rows for part in first), first[0].columns
+        self.format, self.group_size = first[0].format, first[0].group_size
+        codes = (None if tensor[0] is None else self._stand_in(tensor) for tensor in self._fields(0))
+        try:
+            get_format(self.format).check(Codes(*codes), torch.Size(self.shape), self.group_size)
+        except (ValueError, TypeError) as error:
+            raise CheckpointError(f"{first[0].name}: {error}") from None
+
+    def _stand_in(self, fields: list[Field]) -> Tensor:
+        """As the tensor of all experts, without memory."""
+        rows = sum(field.shape[0] for field in fields)
+        shape = (len(self), rows, *fields[0].shape[1:])
+        return torch.empty(shape, dtype=fields[0].dtype, device="meta")
+
+    def _fields(self, index: int) -> Iterator[list[Field | None]]:
+        """Of every expert and every tensor of the format: its parts, from the top."""
+        for fields in zip(*(part.fields for part in self.experts[index]), strict=True):
+            yield list(fields)
+
+    def expert(self, index: int) -> Codes:
+        made = ([f.read() for f in fields] if fields[0] else None for fields in self._fields(index))
+        return Codes(*(parts and (parts[0] if len(parts) == 1 else torch.cat(parts)) for parts in made))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all experts in memory."""
+        fields = [field for part in self.experts[0] for field in part.fields if field]
+        return len(self) * sum(torch.Size(field.shape).numel() * field.dtype.itemsize for field in fields)
+
+    def read(self, dtype: torch.dtype = torch.bfloat16, step: Step = no_step) -> ExpertWeight:
+        """All experts, mapped or in memory, to be computed in dtype."""
+        columns = list(zip(*(self._fields(index) for index in range(len(self))), strict=True))
+        codes = (None if experts[0][0] is None else self._read_tensor(experts, step) for experts in columns)
+        return self._weight(Codes(*codes), dtype)
+
+    def _read_tensor(self, experts: list[list[Field]], step: Step) -> Tensor:
+        whole = contiguous([field.view for fields in experts for field in fields])
+        rows = sum(field.shape[0] for field in experts[0])
+        shape = (len(experts), rows, *experts[0][0].shape[1:])
+        if whole is not None:
+            step(whole.nbytes)
+            return whole.viewed(whole.dtype, *shape).map()
+        out = torch.empty(shape, dtype=experts[0][0].dtype)
+        for tensor, fields in zip(out, experts, strict=True):
+            row = 0
+            for field in fields:
+                part = tensor[row : row + field.shape[0]]
+                field.read_into(part)
+                row += field.shape[0]
+                step(part.nbytes)
+        return out
+
+
+def contiguous(views: list[View | None]) -> View | None:
+    """The one piece of a file that views are, one after the other and aligned; None if they are not."""
+    first = views[0]
+    if first is None or first.offset % first.dtype.itemsize:
+        return None
+    end = first.offset
+    for view in views:
+        if view is None or view.file is not first.file or view.offset != end:
+            return None
+        end += view.nbytes
+    count = (end - first.offset) // first.dtype.itemsize
+    return View(first.name, first.file, first.offset, first.dtype, (count,))
+
+
+def _words(matrix: Matrix) -> str:
+    kinds = ", ".join(f"{field.dtype} {list(field.shape)}" for field in matrix.fields if field)
+    return f"{matrix.format} [{matrix.rows}, {matrix.columns}] of {kinds}"
+
+
+class Requantized(Experts):
+    """Experts in another format, through float32.
+
+    Args:
+        source: the experts.
+        format, group_size, method: as of :func:`ktops.quantize`.
+
+    Raises:
+        ValueError: the format does not have the group size or the method, or cannot hold such rows.
+    """
+
+    def __init__(
+        self, source: Experts, format: str, group_size: int | None = None, method: str = "rtn"
+    ) -> None:
+        self.known = get_format(format)
+        self.source, self.method = source, method
+        self.format, self.shape = format, source.shape
+        self.group_size = self.known.default_group_size if group_size is None else group_size
+        if method not in self.known.methods:
+            raise ValueError(
+                f"method must be one of {', '.join(self.known.methods)} for format {format!r}, got {method!r}"
+            )
+        self.known.check_group_size(self.group_size)
+        self.known.row_elements(self.shape[-1])
+
+    def expert(self, index: int) -> Codes:
+        codes, (_, rows, columns) = self.source.expert(index), self.shape
+        chunk = max(1, CHUNK_WEIGHTS // (128 * columns)) * 128
+        made = [
+            self.known.quantize(
+                self._floats(codes, row, min(rows, row + chunk)), self.group_size, self.method
+            )
+            for row in range(0, rows, chunk)
+        ]
+        return Codes(*(None if parts[0] is None else torch.cat(parts) for parts in zip(*made, strict=True)))
+
+    def _floats(self, codes: Codes, begin: int, end: int) -> Tensor:
+        """Rows of an expert, float32."""
+        source, rows = self.source, self.shape[1]
+        part = Codes(*(t if t is None else _rows(t, begin, end, rows) for t in codes))
+        return get_format(source.format).dequantize(part, self.shape[-1], source.group_size)
+
+
+def _rows(tensor: Tensor, begin: int, end: int, rows: int) -> Tensor:
+    """The rows [begin, end) of a tensor with one for every row, or one for every 128."""
+    if tensor.shape[0] == rows:
+        return tensor[begin:end]
+    return tensor[begin // 128 : -(-end // 128)]
+
+
+def stack(experts: list[list[Matrix]]) -> Experts:
+    """The experts of a projection; decoded to bf16, with a warning, if gate and up differ in format."""
+    first = experts[0]
+    if all((part.format, part.group_size) == (first[0].format, first[0].group_size) for part in first):
+        return FileExperts(experts)
+    warn_once(
+        f"ktops: {first[0].name} is {first[0].format} and {first[1].name} {first[1].format}: one format is "
+        "needed for both, they are decoded to bf16, 16 bits a weight. Give weight_format to choose another."
+    )
+    halves = [FileExperts([[parts[half]] for parts in experts]) for half in range(2)]
+    return Stacked([Requantized(half, "bf16") for half in halves])
+
+
+class Stacked(Experts):
+    """Experts of one format one above the other: gate and up."""
+
+    def __init__(self, parts: list[Experts]) -> None:
+        self.parts = parts
+        first, second = parts
+        if first.shape[::2] != second.shape[::2]:
+            raise CheckpointError(f"gate of shape {first.shape} and up of {second.shape} do not fit together")
+        self.format, self.group_size = first.format, first.group_size
+        self.shape = first.shape[0], first.shape[1] + second.shape[1], first.shape[2]
+        self.scheme = " and ".join(part.source.scheme for part in parts)
+
+    @property
+    def nbytes(self) -> int:
+        return 2 * torch.Size(self.shape).numel()
+
+    def expert(self, index: int) -> Codes:
+        return Codes(torch.cat([part.expert(index).weight for part in self.parts]))

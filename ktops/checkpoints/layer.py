@@ -1,0 +1,271 @@
+"""The experts of one layer of a checkpoint."""
+
+from collections import defaultdict
+from functools import cached_property
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ktops.checkpoints.errors import CheckpointError
+from ktops.checkpoints.experts import Experts, Requantized, Step, no_step, stack
+from ktops.checkpoints.matrix import Matrix, expect, expect_dim
+from ktops.checkpoints.names import EVERY_EXPERT, Key
+from ktops.checkpoints.packed import Packing, Tensors
+from ktops.checkpoints.schemes import PLAIN, deinterleaved, matrices, own_layout, transposed
+from ktops.checkpoints.view import View
+from ktops.formats import ExpertWeight
+
+BIASES = {"gate_up_proj": "gate_up_proj_bias", "down_proj": "down_proj_bias"}
+
+
+class LayerWeights(NamedTuple):
+    """The experts of a layer as :meth:`ktops.nn.KTExperts.from_parameters` takes them."""
+
+    gate_up_proj: ExpertWeight
+    down_proj: ExpertWeight
+    gate_up_proj_bias: Tensor | None
+    down_proj_bias: Tensor | None
+
+
+class Layer:
+    """The experts of one layer: where they are, in which scheme, and reading them.
+
+    Attributes:
+        name: of the experts in the checkpoint, "model.layers.3.mlp.experts" or, in GGUF, "blk.3".
+        index: of the layer.
+        tensors: all tensors of the experts.
+        interleaved: whether gate and up are alternate rows in the file, as in gpt-oss.
+    """
+
+    def __init__(self, name: str, index: int, keyed: dict[Key, View], packing: Packing) -> None:
+        self.name, self.index = name, index
+        self.tensors = list(keyed.values())
+        self._packing = packing
+        self._projections: dict[str, dict[int, Tensors]] = defaultdict(lambda: defaultdict(dict))
+        for key, view in keyed.items():
+            self._projections[key.projection][key.expert][key.tensor] = view
+        gate_up = self._projections.get("gate_up", {}).get(EVERY_EXPERT, {})
+        self._transposed = self._is_transposed()
+        self.interleaved = "blocks" in gate_up or (self._transposed and "bias" in gate_up)
+
+    def __repr__(self) -> str:
+        return f"Layer({self.name!r}, {self.scheme}, {self.num_experts} experts)"
+
+    @property
+    def scheme(self) -> str:
+        """What the checkpoint's way of storing the experts is called.
+
+        Raises:
+            CheckpointError: as of :meth:`check`.
+        """
+        return " and ".join(dict.fromkeys((self.gate_up_proj.scheme, self.down_proj.scheme)))
+
+    @property
+    def formats(self) -> tuple[str, str]:
+        """The formats that gate_up_proj and down_proj come in."""
+        return self.gate_up_proj.format, self.down_proj.format
+
+    @property
+    def num_experts(self) -> int:
+        return self.gate_up_proj.shape[0]
+
+    @property
+    def hidden_size(self) -> int:
+        return self.down_proj.shape[1]
+
+    @property
+    def intermediate_size(self) -> int:
+        return self.down_proj.shape[2]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in memory, mapped or not, in the formats of the checkpoint."""
+        return self.gate_up_proj.nbytes + self.down_proj.nbytes
+
+    @cached_property
+    def gate_up_proj(self) -> Experts:
+        """[E, 2I, H], the rows of the gate first."""
+        if "gate_up" in self._projections:
+            return self._experts("gate_up")
+        return self._experts("gate", "up")
+
+    @cached_property
+    def down_proj(self) -> Experts:
+        """[E, H, I]"""
+        return self._experts("down")
+
+    def check(self) -> None:
+        """Looks at every tensor's name, dtype and shape, and at the small ones (group indices, zero points).
+
+        Raises:
+            CheckpointError: a tensor is missing, has a wrong shape or dtype, or is of an unknown scheme; the
+                message names it and the file.
+        """
+        num_experts, rows, hidden_size = self.gate_up_proj.shape
+        expected = num_experts, hidden_size, rows // 2
+        if rows % 2 or tuple(self.down_proj.shape) != expected:
+            raise CheckpointError(
+                f"{self._any('down')}: must be of shape {list(expected)} beside gate and up of "
+                f"{list(self.gate_up_proj.shape)}, got {list(self.down_proj.shape)}"
+            )
+        for name in BIASES:
+            self._bias_views(name)
+
+    def experts(self, weight_format: str | None = None, **options) -> tuple[Experts, Experts]:
+        """gate_up_proj and down_proj, quantised on the way if weight_format is given.
+
+        Args:
+            weight_format: None keeps the formats of the checkpoint.
+            options: group_size and method, as of :func:`ktops.quantize`.
+
+        Raises:
+            CheckpointError: as of :meth:`check`.
+            ValueError: the format cannot hold these weights.
+        """
+        self.check()
+        both = self.gate_up_proj, self.down_proj
+        if weight_format is None:
+            return both
+        return tuple(_in_format(experts, weight_format, options) for experts in both)
+
+    def read(
+        self,
+        weight_format: str | None = None,
+        *,
+        group_size: int | None = None,
+        method: str = "rtn",
+        dtype: torch.dtype = torch.bfloat16,
+        step: Step = no_step,
+    ) -> LayerWeights:
+        """The experts in memory, mapped where the bytes of the file can be used as they are.
+
+        Args:
+            weight_format, group_size, method: as of :func:`ktops.load_experts`.
+            dtype: what is computed in, and the dtype of the biases.
+            step: called with the number of bytes done.
+
+        Raises:
+            CheckpointError, ValueError: as of :meth:`experts`.
+        """
+        gate_up, down = self.experts(weight_format, group_size=group_size, method=method)
+        biases = (self.bias(name, dtype) for name in BIASES)
+        return LayerWeights(gate_up.read(dtype, step), down.read(dtype, step), *biases)
+
+    def bias(self, name: str, dtype: torch.dtype) -> Tensor | None:
+        """The bias of "gate_up_proj" [E, 2I] or "down_proj" [E, H]; None if there is none."""
+        parts = self._bias_views(name)
+        if parts is None:
+            return None
+        bias = torch.stack([torch.cat([view.read() for view in views]) for views in parts]).to(dtype)
+        if name == "gate_up_proj" and self.interleaved:
+            bias = torch.cat([bias[:, 0::2], bias[:, 1::2]], dim=1)
+        return bias
+
+    def _bias_views(self, name: str) -> list[list[View]] | None:
+        """Of every expert the biases of its matrices, checked."""
+        parts = ["down"] if name == "down_proj" else ["gate", "up"]
+        if name == "gate_up_proj" and "gate_up" in self._projections:
+            parts = ["gate_up"]
+        rows = getattr(self, name).shape[1] // len(parts)
+        found = [
+            [tensors.get("bias") for tensors in experts]
+            for experts in zip(*(self._of_experts(part) for part in parts), strict=True)
+        ]
+        given = [view for views in found for view in views if view is not None]
+        if not given:
+            return None
+        if len(given) != len(found) * len(parts):
+            raise CheckpointError(f"{given[0]}: other experts or projections have no bias")
+        for view in given:
+            expect(view, (rows,), *PLAIN)
+        return found
+
+    def _any(self, projection: str) -> View:
+        tensors = next(iter(self._projections[projection].values()))
+        return tensors.get("weight") or next(iter(tensors.values()))
+
+    def _experts(self, *projections: str) -> Experts:
+        for projection in projections:
+            if projection not in self._projections:
+                known = self.tensors[0]
+                raise CheckpointError(
+                    f"{self.name}: the {projection} projection of the experts is missing, there is {known}"
+                )
+        tensors = [self._of_experts(projection) for projection in projections]
+        if len({len(of_experts) for of_experts in tensors}) > 1:
+            sizes = " and ".join(f"{len(t)} of {p}" for t, p in zip(tensors, projections, strict=True))
+            raise CheckpointError(f"{self._any(projections[0])}: other numbers of experts: {sizes}")
+        flat = [_without_bias(part) for of_experts in tensors for part in of_experts]
+        made = self._matrices(flat, projections)
+        count = len(tensors[0])
+        parts = [made[first : first + count] for first in range(0, len(made), count)]
+        return stack([list(of_expert) for of_expert in zip(*parts, strict=True)])
+
+    def _matrices(self, tensors: list[Tensors], projections: tuple[str, ...]) -> list[Matrix]:
+        """The matrices of all experts of one projection, then those of the next."""
+        if self._transposed and projections != ("gate", "up"):
+            made = [transposed(part) for part in tensors]
+        else:
+            made = matrices(tensors, self._packing, stacked=len(projections) > 1)
+        return [deinterleaved(m) for m in made] if self.interleaved and projections == ("gate_up",) else made
+
+    def _is_transposed(self) -> bool:
+        """Whether fused weights are [E, H, 2I] and [E, I, H]: only one of the two ways fits their shapes."""
+        both = [self._projections.get(name, {}).get(EVERY_EXPERT, {}) for name in ("gate_up", "down")]
+        if any("weight" not in t or "_extra_state" in t or t["weight"].dim != 3 for t in both):
+            return False
+        gate_up, down = (tensors["weight"].shape for tensors in both)
+        return gate_up[2] == 2 * down[1] and gate_up[1] == down[2]
+
+    def _of_experts(self, projection: str) -> list[Tensors]:
+        """The tensors of every expert: of stacked ones, the slices."""
+        experts = self._projections[projection]
+        if EVERY_EXPERT in experts:
+            if len(experts) > 1:
+                raise CheckpointError(
+                    f"{self._any(projection)}: experts both in one tensor and each in its own"
+                )
+            return _slices(experts[EVERY_EXPERT])
+        last = max(experts)
+        for expert in range(last + 1):
+            if expert not in experts:
+                known = experts[last].get("weight") or next(iter(experts[last].values()))
+                raise CheckpointError(
+                    f"{self.name}.{expert}: the {projection} projection is missing in "
+                    f"{known.file.path.parent}, though there is {known}"
+                )
+        return [experts[expert] for expert in range(last + 1)]
+
+
+def _without_bias(tensors: Tensors) -> Tensors:
+    return {name: view for name, view in tensors.items() if name != "bias"}
+
+
+def _slices(tensors: Tensors) -> list[Tensors]:
+    """The tensors of each expert, of those that hold all."""
+    state = tensors.get("_extra_state")
+    stacked = {name: view for name, view in tensors.items() if name != "_extra_state"}
+    if not stacked:
+        raise CheckpointError(f"{state}: the weight that belongs to it is missing")
+    sizes = {view.shape[0] if view.dim else 0 for view in stacked.values()}
+    (first, *_) = stacked.values()
+    if len(sizes) > 1:
+        shapes = ", ".join(f"{name} {list(view.shape)}" for name, view in stacked.items())
+        raise CheckpointError(f"{first}: other numbers of experts: {shapes}")
+    (count,) = sizes
+    if count == 0:
+        raise CheckpointError(f"{first}: must have at least one expert, got shape {list(first.shape)}")
+    if state is not None:
+        expect_dim(state, 1)
+        layout = own_layout(state)
+        if layout["shape"][0] != count:
+            raise CheckpointError(f"{first}: must have {layout['shape'][0]} experts, got {count}")
+    own = {} if state is None else {"_extra_state": state}
+    return [{name: view.select(i) for name, view in stacked.items()} | own for i in range(count)]
+
+
+def _in_format(experts: Experts, weight_format: str, options: dict) -> Experts:
+    made = Requantized(experts, weight_format, **options)
+    same_size = options.get("group_size") is None or made.group_size == experts.group_size
+    return experts if experts.format == weight_format and same_size else made

@@ -1,0 +1,112 @@
+"""A tensor in a file: where its bytes lie, and the two ways to them."""
+
+import math
+import mmap
+import os
+import weakref
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ktops.checkpoints.errors import CheckpointError
+
+MAP_NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000)
+"""So that a private mapping larger than memory is not refused; the mmap module has it since Python 3.13."""
+
+
+class TensorFile:
+    """A file of tensors: opened at the first read, closed with the last view of it."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            self.size = path.stat().st_size
+        except OSError as error:
+            raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from None
+
+    @cached_property
+    def _descriptor(self) -> int:
+        try:
+            descriptor = os.open(self.path, os.O_RDONLY)
+        except OSError as error:
+            raise CheckpointError(f"{self.path}: cannot be read: {error.strerror}") from None
+        weakref.finalize(self, os.close, descriptor)
+        return descriptor
+
+    @cached_property
+    def mapped(self) -> mmap.mmap:
+        """The whole file: shared with every process that maps it, until someone writes to the memory."""
+        flags = mmap.MAP_PRIVATE | MAP_NORESERVE
+        return mmap.mmap(self._descriptor, self.size, flags=flags, prot=mmap.PROT_READ | mmap.PROT_WRITE)
+
+    def read(self, offset: int, memory: memoryview) -> None:
+        """Fills memory with the bytes from offset on."""
+        while memory:
+            count = os.preadv(self._descriptor, [memory], offset)
+            if count == 0:
+                raise CheckpointError(f"{self.path}: truncated: no bytes at {offset}")
+            memory, offset = memory[count:], offset + count
+
+
+@dataclass(frozen=True)
+class View:
+    """A tensor, or a part of one, in a file.
+
+    Attributes:
+        name: of the whole tensor.
+        file, offset: where its bytes begin.
+        dtype, shape: of the tensor.
+        blocks: name of the format, where these are ggml's blocks of bytes.
+    """
+
+    name: str
+    file: TensorFile = field(repr=False)
+    offset: int
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    blocks: str | None = None
+
+    def __str__(self) -> str:
+        return f"{self.name} in {self.file.path}"
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    @property
+    def dim(self) -> int:
+        return len(self.shape)
+
+    def select(self, index: int) -> "View":
+        """The slice at an index of the first dimension."""
+        part = replace(self, shape=self.shape[1:])
+        return replace(part, offset=self.offset + index * part.nbytes)
+
+    def viewed(self, dtype: torch.dtype, *shape: int) -> "View":
+        """The same bytes as another dtype and shape."""
+        other = replace(self, dtype=dtype, shape=shape)
+        assert other.nbytes == self.nbytes
+        return other
+
+    def read(self) -> Tensor:
+        """A copy in memory."""
+        out = torch.empty(self.shape, dtype=self.dtype)
+        self.read_into(out)
+        return out
+
+    def read_into(self, out: Tensor) -> None:
+        """Reads into a contiguous tensor of this dtype and shape."""
+        assert out.dtype == self.dtype and tuple(out.shape) == self.shape and out.is_contiguous()
+        if out.numel():
+            self.file.read(self.offset, memoryview(out.view(-1).view(torch.uint8).numpy()))
+
+    def map(self) -> Tensor:
+        """A tensor over the mapped file: nothing is read until it is used."""
+        if not math.prod(self.shape):
+            return torch.empty(self.shape, dtype=self.dtype)
+        count = math.prod(self.shape)
+        flat = torch.frombuffer(self.file.mapped, dtype=self.dtype, count=count, offset=self.offset)
+        return flat.view(self.shape)

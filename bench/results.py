@@ -88,12 +88,16 @@ def save(bench: str, machine: dict, isa: str, rows: list[dict], key: Callable[[d
     if file.exists():
         replaced = {key(row) for row in rows}
         rows = [row for row in json.loads(file.read_text())["rows"] if key(row) not in replaced] + rows
-    record = {"bench": bench, "isa": isa, "machine": machine}
+    write(file, {"bench": bench, "isa": isa, "machine": machine}, sorted(rows, key=key))
+    return file
+
+
+def write(file: Path, record: dict, rows: list[dict]) -> None:
+    """Writes a record as JSON with its "rows" behind, a row a line."""
     head = json.dumps(_rounded(record), indent=1).removesuffix("\n}")
-    lines = ",\n".join("  " + json.dumps(_rounded(row)) for row in sorted(rows, key=key))
+    lines = ",\n".join("  " + json.dumps(_rounded(row)) for row in rows)
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(f'{head},\n "rows": [\n{lines}\n ]\n}}\n')
-    return file
 
 
 def save_by_isa(bench: str, machine: dict, rows: list[dict], key: Callable[[dict], tuple]) -> None:

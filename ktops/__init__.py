@@ -22,6 +22,7 @@ from ktops.ops import (
 _LAZY = {
     "disable": "ktops.integrations",
     "enable": "ktops.integrations",
+    "quantize_experts": "ktops.integrations.quantize_experts",
     "swap_experts": "ktops.integrations.swap",
     "unswap_experts": "ktops.integrations.swap",
 }
@@ -42,6 +43,7 @@ __all__ = [
     "moe_sft",
     "profile",
     "quantize",
+    "quantize_experts",
     "swap_experts",
     "unswap_experts",
     "use_isa",

@@ -18,6 +18,7 @@ app = typer.Typer(
 )
 
 _MODEL = "Model and data"
+_FORMAT = "Weight format of the experts"
 _LORA = "Adapter"
 _TRAINING = "Training"
 _RUN = "Run"
@@ -121,6 +122,22 @@ def finetune(
             rich_help_panel=_TRAINING,
         ),
     ] = "ktops",
+    weight_format: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="Keep the experts' weights in this format, int4 for one, and train adapters on it.",
+            rich_help_panel=_FORMAT,
+        ),
+    ] = None,
+    group_size: Annotated[
+        int | None,
+        typer.Option(help="Weights that share a scale, 0 for rows.", rich_help_panel=_FORMAT),
+    ] = None,
+    quantize_method: Annotated[
+        str | None,
+        typer.Option(metavar="rtn|mse|hqq", help="How scales are chosen.", rich_help_panel=_FORMAT),
+    ] = None,
     pretrain_steps: Annotated[
         int | None,
         typer.Option(help="Pretraining steps of the small model. (default: 600)", rich_help_panel=_TRAINING),

@@ -18,7 +18,7 @@ from ktops.cli import options as options_file
 from ktops.cli.data import Conversation, from_alpaca, load_conversations
 from ktops.cli.encoding import Encoded, encode, prepare_tokenizer
 from ktops.cli.errors import UserError
-from ktops.cli.models import check_directory, load_model, load_tokenizer
+from ktops.cli.models import check_directory, load_model, load_tokenizer, quantize_experts
 from ktops.cli.options import Options
 from ktops.cli.plot import plot_loss
 from ktops.cli.report import Report
@@ -60,8 +60,11 @@ def finetune(options: Options, directory: Path, console: Console, overwrite: boo
 
     transformers.set_seed(options.seed)
     model = load_model(base, options.torch_dtype, options.experts_implementation)
+    quantized = quantize_experts(
+        model, options.weight_format, options.group_size, options.quantize_method, console
+    )
     model = lora.add_adapters(model, options.target, options.lora_rank, options.lora_alpha)
-    report.model(model, options, split)
+    report.model(model, options, split, quantized)
     args = _training_arguments(options, directory, len(split.train))
     trainer, timer, kt = training.make_trainer(
         model, tokenizer, split.train, split.held_out, args, console, "fine-tuning"
@@ -82,6 +85,7 @@ def finetune(options: Options, directory: Path, console: Console, overwrite: boo
         kt,
         held_out={"before": before, "after": after},
         pretraining=pretraining,
+        quantization=metrics.quantization(quantized),
         samples=samples,
     )
     report.cost(result)
@@ -174,6 +178,9 @@ def _record(model, base: str, directory: Path, options: Options, input_ids: list
         dtype=str(options.torch_dtype).removeprefix("torch."),
         experts_implementation=options.experts_implementation,
         num_threads=torch.get_num_threads(),
+        weight_format=options.weight_format,
+        group_size=options.group_size,
+        quantize_method=options.quantize_method,
     )
     tokens = torch.tensor([input_ids])
     verify.write(record, tokens, verify.logits(model, tokens), scratch / "record.json")

@@ -7,11 +7,19 @@ import time
 import torch
 from transformers import TrainerCallback
 
+from ktops.formats import ExpertWeight
+
 
 def peak_rss_bytes() -> int:
     """The most memory this process has had resident so far."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def count_weights(model: torch.nn.Module) -> int:
+    """How many numbers a model has, those in weight formats included."""
+    quantized = (module.shape.numel() for module in model.modules() if isinstance(module, ExpertWeight))
+    return sum(parameter.numel() for parameter in model.parameters()) + sum(quantized)
 
 
 class StepTimer(TrainerCallback):

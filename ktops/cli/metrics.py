@@ -5,9 +5,10 @@ from dataclasses import asdict
 from pathlib import Path
 
 import ktops
-from ktops.cli.measure import KtTime, StepTimer, peak_rss_bytes
+from ktops.cli.measure import KtTime, StepTimer, count_weights, peak_rss_bytes
 from ktops.cli.options import Options
 from ktops.cli.versions import versions
+from ktops.integrations.quantize_experts import QuantizationReport
 
 
 def training_log(trainer) -> list[dict]:
@@ -25,13 +26,12 @@ def collect(options: Options, trainer, timer: StepTimer, kt: KtTime, **parts) ->
     Throughput, peak memory and the share of the kt ops are those of this process, so of the steps since the
     last resume; the losses are those of the whole run.
     """
-    parameters = list(trainer.model.parameters())
     return {
         "versions": versions(),
         "cpu_capability": ktops.cpu_capability(),
         "options": asdict(options),
-        "parameters": sum(p.numel() for p in parameters),
-        "trainable_parameters": sum(p.numel() for p in parameters if p.requires_grad),
+        "parameters": count_weights(trainer.model),
+        "trainable_parameters": sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
         "steps": training_log(trainer),
         "tokens_per_second": round(timer.tokens / timer.seconds, 1) if timer.seconds else None,
         "kt_time": kt.summary(timer.seconds),
@@ -42,3 +42,11 @@ def collect(options: Options, trainer, timer: StepTimer, kt: KtTime, **parts) ->
 
 def write(metrics: dict, path: Path) -> None:
     path.write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
+
+
+def quantization(report: QuantizationReport | None) -> dict | None:
+    """What metrics.json says about the weight format of the experts; None if they are dense."""
+    if report is None:
+        return None
+    sizes = {"bytes": report.bytes_after, "bytes_before": report.bytes_before, "ratio": report.ratio}
+    return {**asdict(report), **sizes, "relative_error": report.relative_error}

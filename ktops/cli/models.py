@@ -2,6 +2,9 @@
 
 from pathlib import Path
 
+from rich.console import Console
+
+from ktops.cli.counting import counting
 from ktops.cli.errors import UserError
 
 
@@ -71,3 +74,32 @@ def load_model(directory: str, dtype, experts_implementation: str):
         )
     except (ValueError, KeyError, OSError) as error:
         raise UserError(f"--model: {directory} cannot be loaded: {error}") from None
+
+
+def quantize_experts(
+    model,
+    weight_format: str | None,
+    group_size: int | None = None,
+    method: str | None = None,
+    console: Console | None = None,
+):
+    """Puts the experts of a model into a weight format; None leaves them as they are.
+
+    Returns:
+        The ktops.integrations.quantize_experts.QuantizationReport, or None.
+
+    Raises:
+        UserError: the format cannot hold these experts.
+    """
+    if weight_format is None:
+        return None
+    import ktops
+
+    console = console or Console(quiet=True)
+    try:
+        with counting(console, f"experts to {weight_format}, layer") as progress:
+            return ktops.quantize_experts(
+                model, weight_format, group_size=group_size, method=method or "rtn", progress=progress
+            )
+    except ValueError as error:
+        raise UserError(f"--weight-format {weight_format}: {error}") from None

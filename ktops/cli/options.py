@@ -30,6 +30,9 @@ class Options:
     max_length: int = 1024
     dtype: str = "bf16"
     experts_implementation: str = "ktops"
+    weight_format: str | None = None
+    group_size: int | None = None
+    quantize_method: str | None = None
     save_steps: int = 50
     pretrain_steps: int | None = None
     seed: int = 0
@@ -77,7 +80,44 @@ def complete(options: Options) -> Options:
         raise UserError(f"--eval-fraction must lie between 0 and 1, got {options.eval_fraction}")
     if options.dtype not in ("bf16", "f32"):
         raise UserError(f"--dtype must be bf16 or f32, got {options.dtype!r}")
+    _require_format(options)
     return options
+
+
+def _require_format(options: Options) -> None:
+    if options.weight_format is None:
+        for name in ("group_size", "quantize_method"):
+            if getattr(options, name) is not None:
+                raise UserError(f"--{name.replace('_', '-')} needs --weight-format beside it")
+        return
+    if options.experts_implementation != "ktops":
+        raise UserError(
+            f"--weight-format needs --experts-implementation ktops, got {options.experts_implementation}"
+        )
+    require_format("--weight-format", options.weight_format, options.group_size)
+    require_method("--quantize-method", options.weight_format, options.quantize_method)
+
+
+def require_format(option: str, name: str, group_size: int | None) -> None:
+    """Raises UserError for an unknown weight format, or a group size that it does not have."""
+    from ktops.formats import get_format, names
+
+    if name not in names():
+        raise UserError(f"{option} must be one of {', '.join(names())}, got {name!r}")
+    if group_size is not None:
+        try:
+            get_format(name).check_group_size(group_size)
+        except ValueError as error:
+            raise UserError(f"--group-size: {error}") from None
+
+
+def require_method(option: str, name: str, method: str | None) -> None:
+    """Raises UserError for a method of quantisation that the weight format does not have."""
+    from ktops.formats import get_format
+
+    methods = get_format(name).methods
+    if method is not None and method not in methods:
+        raise UserError(f"{option} must be one of {', '.join(methods)} for {name}, got {method!r}")
 
 
 def _require_positive(name: str, value: float | None) -> None:

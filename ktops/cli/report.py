@@ -9,7 +9,9 @@ from rich.text import Text
 
 import ktops
 from ktops.cli.encoding import Encoded
+from ktops.cli.measure import count_weights
 from ktops.cli.options import Options
+from ktops.integrations.quantize_experts import QuantizationReport
 
 
 class Report:
@@ -42,7 +44,7 @@ class Report:
                 style="yellow",
             )
 
-    def model(self, model, options: Options, split) -> None:
+    def model(self, model, options: Options, split, quantized: QuantizationReport | None) -> None:
         trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
         self.heading("LoRA fine-tuning on instructions")
         self.line(
@@ -51,6 +53,8 @@ class Report:
         )
         kernels = f"kernels {ktops.cpu_capability()}"
         self.line(f"{options.dtype}, experts run by {options.experts_implementation}, {kernels}")
+        if quantized is not None:
+            self.line(str(quantized))
         self.line(f"{len(split.train):,} examples, {len(split.held_out):,} held out")
 
     def result(self, before: dict, after: dict, samples: list[dict]) -> None:
@@ -86,4 +90,4 @@ class Report:
 
 
 def _millions(model) -> str:
-    return f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M"
+    return f"{count_weights(model) / 1e6:.1f} M"

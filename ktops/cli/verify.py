@@ -28,6 +28,9 @@ class Record:
     dtype: str
     experts_implementation: str
     num_threads: int
+    weight_format: str | None = None
+    group_size: int | None = None
+    quantize_method: str | None = None
 
 
 @torch.no_grad()
@@ -95,10 +98,11 @@ def check(record: Record) -> dict[str, float]:
     tensors = load_file(record.tensors)
     from peft import PeftModel
 
-    from ktops.cli.models import load_model
+    from ktops.cli.models import load_model, quantize_experts
 
     torch.set_num_threads(record.num_threads)
     base = load_model(record.base, getattr(torch, record.dtype), record.experts_implementation)
+    quantize_experts(base, record.weight_format, record.group_size, record.quantize_method)
     model = PeftModel.from_pretrained(base, record.adapter)
     expected = tensors["logits"]
     difference = logits(model, tensors["input_ids"]) - expected

@@ -24,9 +24,14 @@ def unpack_nibbles(packed: Tensor, columns: int) -> Tensor:
     return torch.stack([packed & 15, packed >> 4], dim=-1).flatten(-2)[..., :columns]
 
 
+def divide(weight: Tensor, scale: Tensor) -> Tensor:
+    """weight / scale; 0 where the scale is 0."""
+    return torch.where(scale == 0, 0, weight / scale)
+
+
 def round_to(weight: Tensor, scale: Tensor, low: int, high: int) -> Tensor:
     """The integers in [low, high] nearest to weight / scale; 0 where the scale is 0."""
-    return torch.where(scale == 0, 0, weight / scale).round_().clamp_(low, high)
+    return divide(weight, scale).round_().clamp_(low, high)
 
 
 class Symmetric(Format):
@@ -36,6 +41,7 @@ class Symmetric(Format):
     has_scale = True
     group_sizes = (0, -1)
     high: int
+    smallest: float
 
     def _scale(self, groups: Tensor, method: str) -> Tensor:
         """[..., G, 1] for weights [..., G, group]"""
@@ -43,12 +49,12 @@ class Symmetric(Format):
         if method == "rtn":
             return largest
         best, least = largest, torch.full_like(largest, torch.inf)
-        for step in range(NUM_SCALES):
-            scale = largest * (1 - step * SMALLEST_SCALE / NUM_SCALES)
-            error = round_to(groups, scale, -self.high - 1, self.high).mul_(scale).sub_(groups)
-            error = error.square_().sum(-1, keepdim=True)
-            better = error < least
-            best, least = torch.where(better, scale, best), torch.where(better, error, least)
+        for size in shrinking(NUM_SCALES, self.smallest):
+            for scale in (largest * size, largest * -size):
+                error = round_to(groups, scale, -self.high - 1, self.high).mul_(scale).sub_(groups)
+                error = error.square_().sum(-1, keepdim=True)
+                better = error < least
+                best, least = torch.where(better, scale, best), torch.where(better, error, least)
         return best
 
     def _integers(self, weight: Tensor, group_size: int, method: str) -> tuple[Tensor, Tensor]:
@@ -58,9 +64,13 @@ class Symmetric(Format):
         return integers.flatten(-2)[..., : weight.shape[-1]], scale.squeeze(-1)
 
 
-NUM_SCALES = 60
-SMALLEST_SCALE = 0.6
-"""Scales that are tried: so many, evenly from the largest weight down to this much less."""
+NUM_SCALES, NUM_RANGES, NUM_FITS = 30, 20, 2
+"""What "mse" tries: symmetric scales, of either sign, as -8 reaches further than 7; ranges of uint4, with so
+many least-squares fits each. They go evenly from the largest weight down to the ``smallest`` share of it."""
+
+
+def shrinking(steps: int, smallest: float) -> list[float]:
+    return [1 - step * (1 - smallest) / steps for step in range(steps)]
 
 
 def scale_dtype(group_size: int) -> torch.dtype:
@@ -69,7 +79,7 @@ def scale_dtype(group_size: int) -> torch.dtype:
 
 
 class Int8(Symmetric):
-    name, dtype, high = "int8", torch.int8, 127
+    name, dtype, high, smallest = "int8", torch.int8, 127, 0.9
 
     def row_elements(self, columns: int) -> int:
         return columns
@@ -83,7 +93,7 @@ class Int8(Symmetric):
 
 
 class Int4(Symmetric):
-    name, dtype, high = "int4", torch.uint8, 7
+    name, dtype, high, smallest = "int4", torch.uint8, 7, 0.4
     default_group_size = 128
 
     def row_elements(self, columns: int) -> int:
@@ -101,7 +111,7 @@ class Int4(Symmetric):
 class UInt4(Format):
     """Integers in [0, 15] less a zero point, times a scale."""
 
-    name, dtype = "uint4", torch.uint8
+    name, dtype, smallest = "uint4", torch.uint8, 0.4
     methods = METHODS
     has_scale = has_zero = True
     group_sizes = (0, -1)
@@ -116,11 +126,13 @@ class UInt4(Format):
             bound.clamp(*limit)
             for bound, limit in zip(groups.aminmax(dim=-1, keepdim=True), SIGNS, strict=True)
         )
-        scale, zero = affine(low, high, scale_dtype(group_size))
+        dtype = scale_dtype(group_size)
         if method == "mse":
-            scale, zero = _search(groups, low, high, scale_dtype(group_size))
-        elif method == "hqq":
-            zero = _half_quadratic_zero(groups, scale.float(), zero.float()).to(torch.float16)
+            scale, zero = _search(groups, low, high, dtype)
+        else:
+            scale, zero = affine(low, high, dtype)
+        if method == "hqq":
+            zero = _half_quadratic_zero(groups, scale.float(), -divide(low, scale.float())).half()
         codes = round_to(groups + scale.float() * zero.float(), scale.float(), 0, 15)
         codes = codes.flatten(-2)[..., : weight.shape[-1]]
         return Codes(pack_nibbles(codes), scale.squeeze(-1), zero.squeeze(-1))
@@ -141,17 +153,41 @@ def affine(low: Tensor, high: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tenso
 
 
 def _search(groups: Tensor, low: Tensor, high: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """The scale and zero point with the least squared error among shrunken ranges."""
-    best = affine(low, high, dtype)
-    least = torch.full_like(low, torch.inf)
-    for step in range(NUM_SCALES):
-        shrink = 1 - step * SMALLEST_SCALE / NUM_SCALES
-        scale, zero = affine(low * shrink, high * shrink, dtype)
-        error = _restored(groups, scale.float(), zero.float()).sub_(groups).square_().sum(-1, keepdim=True)
+    """The scale and zero point (float16) with the least squared error.
+
+    Starts from shrunken ranges and fits scale and zero point to the codes that they give. A search over
+    ranges alone makes weights smaller on the whole, which the sums of a trained layer show more than larger
+    errors without a direction.
+    """
+    scale, zero = affine(low, high, dtype)
+    best = scale, zero.half()
+    least = _squared_error(groups, *best)
+    for size in shrinking(NUM_RANGES, UInt4.smallest):
+        scale = (high - low) * (size / 15)
+        zero = 7.5 - divide(low + high, 2 * scale)
+        for _ in range(NUM_FITS):
+            codes = round_to(groups + scale * zero, scale, 0, 15)
+            scale, zero = _fit(groups, codes, scale)
+        fitted = scale.to(dtype), zero.half()
+        error = _squared_error(groups, *fitted)
         better = error < least
-        best = tuple(torch.where(better, new, old) for new, old in zip((scale, zero), best, strict=True))
+        best = tuple(torch.where(better, new, old) for new, old in zip(fitted, best, strict=True))
         least = torch.where(better, error, least)
     return best
+
+
+def _fit(groups: Tensor, codes: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """The scale and zero point of least squares for these codes; the scale stays where all codes are one."""
+    mean, center = groups.mean(-1, keepdim=True), codes.mean(-1, keepdim=True)
+    centered = codes - center
+    squares = centered.square().sum(-1, keepdim=True)
+    fitted = divide((centered * (groups - mean)).sum(-1, keepdim=True), squares)
+    scale = torch.where(fitted == 0, scale, fitted)
+    return scale, center - divide(mean, scale)
+
+
+def _squared_error(groups: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
+    return _restored(groups, scale.float(), zero.float()).sub_(groups).square_().sum(-1, keepdim=True)
 
 
 def _restored(groups: Tensor, scale: Tensor, zero: Tensor) -> Tensor:

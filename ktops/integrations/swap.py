@@ -53,13 +53,7 @@ def swap_experts(model: nn.Module, *, save: str = "activations") -> list[str]:
         >>> ktops.swap_experts(model)
         ['model.layers.0.mlp.experts', 'model.layers.1.mlp.experts']
     """
-    found = _find(model)
-    if not found:
-        raise ValueError(
-            f"swap_experts: model must have Mixture-of-Experts layers, got {type(model).__name__} without "
-            "modules named `experts` and without stacked `gate_up_proj` and `down_proj` parameters. "
-            f"Architectures tested: {', '.join(TESTED)}."
-        )
+    found = find_experts(model, "swap_experts")
     swapped, refused = [], defaultdict(list)
     for name, module in found.items():
         if isinstance(module, (KTExperts, KTExpertList)):
@@ -101,13 +95,17 @@ def unswap_experts(model: nn.Module) -> list[str]:
         else:
             original._parameters.update(module._parameters)
         original.train(module.training)
-        _exchange(model, module, original)
+        exchange(model, module, original)
         names.append(name)
     return names
 
 
-def _find(model: nn.Module) -> dict[str, nn.Module]:
-    """Experts modules by name, outermost first, nothing inside of them."""
+def find_experts(model: nn.Module, function: str) -> dict[str, nn.Module]:
+    """Experts modules by name, outermost first, nothing inside of them.
+
+    Raises:
+        ValueError: there are none; the message begins with the name of the function that looks for them.
+    """
     found: dict[str, nn.Module] = {}
     for name, module in model.named_modules():
         if name and any(name.startswith(f"{outer}.") for outer in found):
@@ -115,6 +113,12 @@ def _find(model: nn.Module) -> dict[str, nn.Module]:
         is_named_so = name.rpartition(".")[2] == "experts" and not hasattr(module, "base_layer")
         if is_named_so or isinstance(module, (KTExperts, KTExpertList)) or _has_stacks(module):
             found[name] = module
+    if not found:
+        raise ValueError(
+            f"{function}: model must have Mixture-of-Experts layers, got {type(model).__name__} without "
+            "modules named `experts` and without stacked `gate_up_proj` and `down_proj` parameters. "
+            f"Architectures tested: {', '.join(TESTED)}."
+        )
     return found
 
 
@@ -124,20 +128,31 @@ def _has_stacks(module: nn.Module) -> bool:
 
 
 def _replacement(module: nn.Module, save: str) -> nn.Module:
+    if isinstance(module, nn.ModuleList):
+        require_plain(module)
+        return _expert_list(module, save)
+    return stacked_experts(module, save)
+
+
+def require_plain(module: nn.Module) -> None:
+    """Raises Unsupported if something hangs on the module that another in its place would lose."""
     if any(getattr(module, hooks) for hooks in _HOOKS):
         raise Unsupported("it has hooks")
     if "forward" in module.__dict__:
         raise Unsupported("its forward was replaced, by accelerate or another library")
-    if isinstance(module, nn.ModuleList):
-        return _expert_list(module, save)
+
+
+def stacked_experts(module: nn.Module, save: str) -> KTExperts:
+    """A KTExperts over the Parameters of an experts module with stacked weights; the module stays as it is.
+
+    Raises:
+        Unsupported: the op does not compute what the module does, or the module has hooks.
+    """
+    require_plain(module)
     if not _has_stacks(module):
         raise Unsupported(
             "its weights are neither gate_up_proj and down_proj nor a ModuleList of gated experts"
         )
-    return _stacked_experts(module, save)
-
-
-def _stacked_experts(module: nn.Module, save: str) -> KTExperts:
     reason = unsupported_layout(module)
     reason = reason or unsupported_tensors(module.gate_up_proj, module.down_proj)
     if reason is not None:
@@ -218,10 +233,10 @@ def _describe(expert: nn.Module, names: tuple[str, str, str], attribute: str) ->
 
 def _replace(model: nn.Module, module: nn.Module, replacement: nn.Module) -> None:
     replacement.__dict__["_replaced"] = (module,)
-    _exchange(model, module, replacement)
+    exchange(model, module, replacement)
 
 
-def _exchange(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
+def exchange(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
     """Puts ``new`` wherever ``old`` is a child, and its ``moe_infer`` into blocks that have one."""
     for parent in list(model.modules()):
         for name, child in list(parent._modules.items()):

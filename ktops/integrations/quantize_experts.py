@@ -1,0 +1,203 @@
+"""quantize_experts: the experts of a model in a weight format, layer by layer, in place."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ktops.formats import ExpertWeight, quantize
+from ktops.formats.error import relative_error
+from ktops.integrations import enable_peft
+from ktops.integrations.swap import Unsupported, exchange, find_experts, require_plain, stacked_experts
+from ktops.nn.experts import KTExperts
+
+DTYPE_NAMES = {torch.bfloat16: "bf16", torch.float32: "f32", torch.float64: "f64"}
+
+
+@dataclass(frozen=True)
+class QuantizedLayer:
+    """What became of the experts of one layer.
+
+    Attributes:
+        name: of the experts module.
+        gate_up_error, down_error: ``||dequantized - w|| / ||w||`` of its weights.
+        bytes_before, bytes_after: of memory of the two.
+    """
+
+    name: str
+    gate_up_error: float
+    down_error: float
+    bytes_before: int
+    bytes_after: int
+
+
+@dataclass(frozen=True)
+class QuantizationReport:
+    """What :func:`quantize_experts` did; ``str()`` of it is one line.
+
+    Attributes:
+        weight_format, group_size, method: as they were asked for, or the format's default.
+        dtype: "bf16", "f32" or "f64": what the weights were stored in.
+        layers: one entry for each experts module, in the order of the model.
+    """
+
+    weight_format: str
+    group_size: int
+    method: str
+    dtype: str
+    layers: tuple[QuantizedLayer, ...]
+
+    @property
+    def bytes_before(self) -> int:
+        return sum(layer.bytes_before for layer in self.layers)
+
+    @property
+    def bytes_after(self) -> int:
+        return sum(layer.bytes_after for layer in self.layers)
+
+    @property
+    def ratio(self) -> float:
+        """How many times smaller the experts are than before."""
+        return self.bytes_before / self.bytes_after
+
+    @property
+    def relative_error(self) -> float:
+        """The root mean square of the errors of all weights."""
+        errors = [error for layer in self.layers for error in (layer.gate_up_error, layer.down_error)]
+        return (sum(error**2 for error in errors) / len(errors)) ** 0.5
+
+    def __str__(self) -> str:
+        group = f", group {self.group_size}" if self.group_size else ""
+        return (
+            f"experts: {format_bytes(self.bytes_after)} in {self.weight_format}{group} "
+            f"({self.dtype}: {format_bytes(self.bytes_before)}, {self.ratio:.2f} times smaller), "
+            f"relative error {self.relative_error:.2g}"
+        )
+
+
+def format_bytes(count: int) -> str:
+    """A number of bytes for people, in KiB, MiB or GiB.
+
+    Example:
+        >>> format_bytes(12_900_000)
+        '12.3 MiB'
+    """
+    for unit in ("KiB", "MiB"):
+        count /= 1024
+        if count < 1024:
+            return f"{count:.1f} {unit}"
+    return f"{count / 1024:.1f} GiB"
+
+
+@torch.no_grad()
+def quantize_experts(
+    model: nn.Module,
+    weight_format: str,
+    *,
+    group_size: int | None = None,
+    method: str = "rtn",
+    progress: Callable[[int, int], object] | None = None,
+) -> QuantizationReport:
+    """Puts the weights of a model's experts into a weight format, in place.
+
+    Every experts module with stacked ``gate_up_proj [E, 2I, H]`` and ``down_proj [E, H, I]``, a
+    :class:`ktops.nn.KTExperts` among them, becomes a KTExperts whose weights are :class:`ktops.ExpertWeight`.
+    Routers, shared experts and biases stay as they are. All layers are checked first; then one after the
+    other is quantised, and its dense weights are freed (if the caller keeps no reference to them) before the
+    next one is. Adapters are put on afterwards, as on any model: LoRA trains on the quantised weights.
+
+    Args:
+        model: on the CPU, its experts in bfloat16, float32 or float64, without adapters on them.
+        weight_format, group_size, method: see :func:`ktops.quantize`.
+        progress: called with the number of layers done and of all layers, after each.
+
+    Returns:
+        A :class:`QuantizationReport`: errors and sizes of every layer. Its str() is a summary.
+
+    Raises:
+        ValueError: no experts, or experts that the op does not support, or that the format cannot hold, or
+            with weights that are not finite; unknown format, method or group size. The message names the
+            layers and reasons; the model is as it was.
+
+    Example:
+        >>> model = AutoModelForCausalLM.from_pretrained(path, dtype="bfloat16")
+        >>> print(ktops.quantize_experts(model, "int4", group_size=128, method="mse"))
+        experts: 12.3 MiB in int4, group 128 (bf16: 47.6 MiB, 3.88 times smaller), relative error 0.093
+    """
+    found = find_experts(model, "quantize_experts")
+    dense, refused = {}, []
+    for name, module in found.items():
+        try:
+            dense[name] = _dense_experts(name, module)
+            _require_quantizable(dense[name], weight_format, group_size, method)
+        except Unsupported as reason:
+            refused.append(f"{name}: {reason}")
+    if refused:
+        raise ValueError(
+            f"quantize_experts: {len(refused)} of {len(found)} experts modules of {type(model).__name__} "
+            f"cannot be quantised: {'; '.join(refused)}"
+        )
+    total, layers = len(found), []
+    dtype = DTYPE_NAMES[next(iter(dense.values())).down_proj.dtype]
+    for name in list(found):
+        quantized, layer = _quantize_layer(name, dense.pop(name), weight_format, group_size, method)
+        exchange(model, found.pop(name), quantized)
+        layers.append(layer)
+        if progress is not None:
+            progress(len(layers), total)
+    enable_peft()
+    return QuantizationReport(weight_format, quantized.down_proj.group_size, method, dtype, tuple(layers))
+
+
+def _dense_experts(name: str, module: nn.Module) -> KTExperts:
+    """The module as a KTExperts over its Parameters."""
+    if "base_layer" in name.split("."):
+        raise Unsupported("it has adapters: quantise first, then put adapters on")
+    if isinstance(module, nn.ModuleList):
+        raise Unsupported("it is a list of experts, and not one module with stacked weights")
+    if not isinstance(module, KTExperts):
+        return stacked_experts(module, "activations")
+    require_plain(module)
+    if isinstance(module.gate_up_proj, ExpertWeight):
+        raise Unsupported(f"its weights are in format {module.gate_up_proj.format!r} already")
+    return module
+
+
+def _require_quantizable(experts: KTExperts, weight_format: str, group_size: int | None, method: str) -> None:
+    for name, weight in (("gate_up_proj", experts.gate_up_proj), ("down_proj", experts.down_proj)):
+        if weight.device.type != "cpu":
+            raise Unsupported(f"{name} is on {weight.device.type}")
+        row = weight.new_zeros(1, 1, weight.shape[-1])
+        try:
+            quantize(row, weight_format, group_size=group_size, method=method)
+        except ValueError as error:
+            raise Unsupported(f"{name}: {error}") from None
+        if not all(bool(expert.isfinite().all()) for expert in weight):
+            raise Unsupported(f"{name} has values that are not finite")
+
+
+def _quantize_layer(
+    name: str, dense: KTExperts, weight_format: str, group_size: int | None, method: str
+) -> tuple[KTExperts, QuantizedLayer]:
+    gate_up, gate_up_error = _quantize(dense.gate_up_proj, weight_format, group_size, method)
+    down, down_error = _quantize(dense.down_proj, weight_format, group_size, method)
+    experts = KTExperts.from_parameters(
+        gate_up,
+        down,
+        dense.gate_up_proj_bias,
+        dense.down_proj_bias,
+        activation=dense.activation,
+        save=dense.save,
+        compute=dense.compute,
+    )
+    before = dense.gate_up_proj.nbytes + dense.down_proj.nbytes
+    layer = QuantizedLayer(name, gate_up_error, down_error, before, gate_up.nbytes + down.nbytes)
+    return experts.train(dense.training), layer
+
+
+def _quantize(
+    dense: Tensor, weight_format: str, group_size: int | None, method: str
+) -> tuple[ExpertWeight, float]:
+    weight = quantize(dense, weight_format, group_size=group_size, method=method)
+    return weight, relative_error(weight, dense)

@@ -1,0 +1,35 @@
+"""`ktops finetune --weight-format`: LoRA on quantised experts, saved and loaded."""
+
+import json
+
+from ktops.cli import options as options_file
+
+STEPS = 12
+
+
+def test_training_on_int4(ktops_command, reload_here, model_directory, data_file, tmp_path):
+    status, out, err = ktops_command(
+        "finetune", "--model", model_directory, "--data", data_file, "--max-length", 96, "--max-steps", STEPS,
+        "--lora-rank", 4, "--learning-rate", 0.05, "--eval-fraction", 0.2, "--output-dir", "out",
+        "--weight-format", "int4", "--group-size", 32, "--quantize-method", "mse",
+    )  # fmt: skip
+    assert (status, err) == (0, "")
+    metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    record = metrics["quantization"]
+    assert (record["weight_format"], record["group_size"], record["method"]) == ("int4", 32, "mse")
+    experts = 2 * 8 * 3 * 32 * 16
+    assert record["bytes"] * record["ratio"] == record["bytes_before"] == 2 * experts
+    assert record["ratio"] == 16 / ((2 * (4 + 16 / 32) + (4 + 16 / 16)) / 3)  # rows of down have 16 weights
+    assert [layer["name"] for layer in record["layers"]] == [f"model.layers.{i}.mlp.experts" for i in (0, 1)]
+    assert 0.05 < record["relative_error"] < 0.15
+    assert f"{record['ratio']:.2f} times smaller" in out and "in int4, group 32 (bf16: 48.0 KiB" in out
+    assert metrics["parameters"] > metrics["trainable_parameters"] + experts
+    assert metrics["held_out"]["after"]["loss"] < metrics["held_out"]["before"]["loss"] - 0.5
+    assert metrics["reload"]["max_abs_difference"] == 0 < metrics["reload"]["adapter_effect"]
+    calls = {name: op["calls"] for name, op in metrics["kt_time"]["ops"].items()}
+    assert calls == {"moe_sft_fwd": 2 * STEPS, "moe_sft_bwd": 2 * STEPS, "moe_fwd": 0}
+
+    recorded = options_file.resumed(options_file.load(tmp_path / "out"), {"max_steps": STEPS + 1})
+    assert (recorded.weight_format, recorded.group_size, recorded.quantize_method) == ("int4", 32, "mse")
+    status, _, err = ktops_command("finetune", "--resume", "--output-dir", "out", "--weight-format", "int8")
+    assert status == 1 and "--weight-format is int4 in the run to resume and can't become int8" in err

@@ -1,0 +1,121 @@
+"""quantize_experts: what becomes of a model's experts, and what it says about it."""
+
+import copy
+
+import pytest
+import torch
+from model_runs import experts_modules
+from moe_blocks import LoopBlock, TwoLayers
+from tiny_models import VOCAB_SIZE, tiny_model
+from torch import nn
+
+import ktops
+from ktops.nn import KTExperts
+
+TOKENS = torch.arange(24).reshape(2, 12) % VOCAB_SIZE
+
+
+def dense_copy(model: nn.Module) -> nn.Module:
+    """The model with the same experts, their weights decoded into Parameters."""
+    dense = copy.deepcopy(model)
+    for name, experts in model.named_modules():
+        if isinstance(experts, KTExperts):
+            weights = (ktops.dequantize(getattr(experts, kind)) for kind in ("gate_up_proj", "down_proj"))
+            made = KTExperts.from_parameters(*map(nn.Parameter, weights), activation=experts.activation)
+            dense.set_submodule(name, made)
+    return dense
+
+
+@pytest.mark.parametrize("swapped", [False, True])
+def test_experts_become_weights_in_the_format(swapped):
+    model = tiny_model("qwen3_moe")
+    if swapped:
+        ktops.swap_experts(model, save="recompute")
+    original, names = copy.deepcopy(model), experts_modules(model)
+    calls = []
+    report = ktops.quantize_experts(
+        model, "int4", group_size=32, method="mse", progress=lambda *numbers: calls.append(numbers)
+    )
+    assert calls == [(1, 2), (2, 2)] and [layer.name for layer in report.layers] == names
+    before = after = 0
+    for name, layer in zip(names, report.layers, strict=True):
+        experts, dense = model.get_submodule(name), original.get_submodule(name)
+        assert isinstance(experts, KTExperts)
+        assert experts.save == ("recompute" if swapped else "activations")
+        for kind in ("gate_up", "down"):
+            weight, expected = (getattr(module, f"{kind}_proj") for module in (experts, dense))
+            assert torch.equal(
+                weight.weight, ktops.quantize(expected, "int4", group_size=32, method="mse").weight
+            )
+            error = (ktops.dequantize(weight, torch.float32) - expected).norm() / expected.norm()
+            assert getattr(layer, f"{kind}_error") == pytest.approx(error.item(), rel=1e-4)
+            before, after = before + expected.nbytes, after + weight.nbytes
+    assert (report.bytes_before, report.bytes_after) == (before, after)
+    assert report.ratio == before / after > 6
+    assert not any("gate_up_proj" in name for name, _ in model.named_parameters())
+    assert str(report).startswith("experts: ") and "in int4, group 32 (f32: " in str(report)
+
+    with torch.no_grad():
+        logits, expected = model(TOKENS).logits, dense_copy(model)(TOKENS).logits
+    assert (logits - expected).norm() / expected.norm() < 1e-5
+    assert (logits - original(TOKENS).logits).norm() / expected.norm() > 1e-3
+
+
+def test_biases_and_training_mode_stay():
+    experts = KTExperts(4, 64, 32, bias=True, activation="gelu", compute="bf16").eval()
+    biases = experts.gate_up_proj_bias, experts.down_proj_bias
+    model = nn.ModuleDict({"experts": experts})
+    ktops.quantize_experts(model, "int8")
+    made = model["experts"]
+    assert made is not experts and not made.training
+    assert (made.activation, made.compute) == ("gelu", "bf16")
+    assert (made.gate_up_proj_bias, made.down_proj_bias) == biases
+
+
+def refused(model: nn.Module, *arguments, **options) -> str:
+    """The message; the model is as it was."""
+    modules = list(model.modules())
+    with pytest.raises(ValueError, match="quantize_experts: ") as error:
+        ktops.quantize_experts(model, *arguments, **options)
+    assert all(a is b for a, b in zip(modules, model.modules(), strict=True))
+    return str(error.value)
+
+
+def test_nothing_changes_on_an_error():
+    model = tiny_model("qwen3_moe")  # H 32, I 24
+    first, second = experts_modules(model)
+    assert "format must be one of bf16, fp16, fp32, int8" in refused(model, "int3")
+    assert "method must be one of rtn, mse for format 'int4', got 'hqq'" in refused(
+        model, "int4", method="hqq"
+    )
+    assert "group_size must be one of 0, any multiple of 32" in refused(model, "int4", group_size=7)
+    message = refused(model, "mxfp4")
+    assert (
+        f"2 of 2 experts modules of Qwen3MoeForCausalLM cannot be quantised: {first}: down_proj: " in message
+    )
+    assert "needs rows of a multiple of 32 weights, got 24" in message and second in message
+    with torch.no_grad():
+        model.get_submodule(second).down_proj[3, 2, 1] = torch.inf
+    assert f"1 of 2 experts modules of Qwen3MoeForCausalLM cannot be quantised: {second}: down_proj has" in (
+        refused(model, "int8")
+    )
+
+
+def test_other_modules_are_refused():
+    assert "without modules named `experts`" in refused(nn.Linear(2, 2), "int8")
+    assert "it is a list of experts" in refused(TwoLayers(LoopBlock), "int8")
+    model = nn.ModuleDict({"experts": KTExperts(4, 64, 32)})
+    handle = model["experts"].register_forward_hook(lambda *_: None)
+    assert "experts: it has hooks" in refused(model, "int8")
+    handle.remove()
+    ktops.quantize_experts(model, "int8")
+    assert "its weights are in format 'int8' already" in refused(model, "int4")
+
+
+def test_adapters_come_after_the_format(enabled):
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(r=2, target_modules=[], target_parameters=["mlp.experts.down_proj"])
+    model = tiny_model("qwen3_moe")
+    model.set_experts_implementation("ktops")
+    assert "it has adapters: quantise first" in refused(get_peft_model(model, config), "int8")

@@ -1,0 +1,193 @@
+"""What both modes of KTMoEWrapper share: sizes, the experts' weights, and the call of the operator."""
+
+import functools
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+import ktops
+from ktops._warn import warn_once
+from ktops.compat.methods import Method
+from ktops.compat.weights import expert_order, from_checkpoint, from_tensors
+from ktops.formats import ExpertWeight
+
+COMPUTE_DTYPE = torch.bfloat16
+
+
+@functools.cache
+def worker() -> ThreadPoolExecutor:
+    """One thread for what is submitted and not waited for, in the order of submission."""
+    return ThreadPoolExecutor(max_workers=1, thread_name_prefix="ktops-compat")
+
+
+def expect_shape(name: str, tensor: Tensor, shape: Sequence[int | str]) -> None:
+    """Raises ValueError unless the tensor has this shape; names stand for any size."""
+    sizes = list(tensor.shape)
+    if len(sizes) != len(shape) or any(
+        isinstance(w, int) and w != s for w, s in zip(shape, sizes, strict=True)
+    ):
+        wanted = ", ".join(str(size) for size in shape)
+        raise ValueError(f"KTMoEWrapper: {name} must have shape [{wanted}], got {sizes}")
+
+
+def on_stream(cuda_stream, device: torch.device) -> AbstractContextManager:
+    """In which copies from and to the device belong to a stream: an address, a stream, or None."""
+    if cuda_stream is None or device.type != "cuda":
+        return nullcontext()
+    if not isinstance(cuda_stream, torch.cuda.Stream):
+        cuda_stream = torch.cuda.ExternalStream(cuda_stream, device=device)
+    return torch.cuda.stream(cuda_stream)
+
+
+class ExpertsWrapper:
+    """The experts of one layer. ``compute`` is :func:`ktops.moe_sft`'s: "auto", "bf16" or "int8"."""
+
+    mode: str
+    compute = "auto"
+
+    def __init__(
+        self,
+        method: str,
+        storage: Method,
+        *,
+        layer_idx: int,
+        num_experts: int,
+        num_experts_per_tok: int,
+        hidden_size: int,
+        moe_intermediate_size: int,
+        gpu_experts_mask: Tensor | None,
+        cpuinfer_threads: int,
+        threadpool_count: int,
+        weight_path: str | None,
+        chunked_prefill_size: int,
+        numa_nodes: list[int] | None,
+        group_size: int,
+    ) -> None:
+        self.method = method
+        self.layer_idx = layer_idx
+        self.num_experts = num_experts
+        self.num_experts_per_tok = num_experts_per_tok
+        self.hidden_size = hidden_size
+        self.moe_intermediate_size = moe_intermediate_size
+        self.cpuinfer_threads = cpuinfer_threads
+        self.threadpool_count = threadpool_count
+        self.weight_path = weight_path
+        self.chunked_prefill_size = chunked_prefill_size
+        self._check_sizes(numa_nodes)
+        self._storage = storage
+        self.group_size = group_size if storage.group_size is None else storage.group_size
+        self.gpu_experts_mask = torch.zeros(num_experts, dtype=torch.bool)
+        if gpu_experts_mask is not None:
+            expect_shape("gpu_experts_mask", gpu_experts_mask, [num_experts])
+            self.gpu_experts_mask.copy_(gpu_experts_mask)
+        self.gate_up_proj: Tensor | ExpertWeight | None = None
+        self.down_proj: Tensor | ExpertWeight | None = None
+
+    def _check_sizes(self, numa_nodes: list[int] | None) -> None:
+        for name in (
+            "num_experts", "num_experts_per_tok", "hidden_size", "moe_intermediate_size",
+            "cpuinfer_threads", "threadpool_count",
+        ):  # fmt: skip
+            if getattr(self, name) <= 0:
+                raise ValueError(f"KTMoEWrapper: {name} must be positive, got {getattr(self, name)}")
+        if self.num_experts_per_tok > self.num_experts:
+            raise ValueError(
+                f"KTMoEWrapper: num_experts_per_tok must be at most num_experts={self.num_experts}, "
+                f"got {self.num_experts_per_tok}"
+            )
+        if numa_nodes is not None and len(numa_nodes) != self.threadpool_count:
+            raise ValueError(
+                f"KTMoEWrapper: numa_nodes must have threadpool_count={self.threadpool_count} entries, "
+                f"got {numa_nodes}"
+            )
+        if self.cpuinfer_threads != torch.get_num_threads():
+            warn_once(
+                f"KTMoEWrapper: ktops computes with torch's threads, {torch.get_num_threads()}, "
+                f"not with cpuinfer_threads={self.cpuinfer_threads}: call torch.set_num_threads"
+            )
+
+    @property
+    def num_gpu_experts(self) -> int:
+        """Experts that are skipped, because they are computed elsewhere."""
+        return int(self.gpu_experts_mask.sum())
+
+    def load_weights_from_tensors(
+        self,
+        gate_proj: Tensor,
+        up_proj: Tensor,
+        down_proj: Tensor,
+        physical_to_logical_map_cpu: Tensor | None = None,
+    ) -> None:
+        """Stores the experts in the method's format; weights loaded before are replaced.
+
+        Args:
+            gate_proj, up_proj: [num_experts, moe_intermediate_size, hidden_size], bfloat16, float16 or
+                float32, both the same.
+            down_proj: [num_experts, hidden_size, moe_intermediate_size].
+            physical_to_logical_map_cpu: [num_experts]: the id p in topk_ids means the expert map[p] of these
+                tensors. None: itself.
+
+        Raises:
+            ValueError: a wrong shape, a map with other entries than 0 to num_experts - 1, or sizes that the
+                format does not have.
+            TypeError: a wrong dtype.
+            NotImplementedError: method LLAMAFILE, whose formats come from a file.
+        """
+        if not self._storage.format:
+            raise NotImplementedError(
+                f"KTMoEWrapper: method {self.method!r} takes its formats from a GGUF file: call load_weights"
+            )
+        rows, columns = self.moe_intermediate_size, self.hidden_size
+        expect_shape("gate_proj", gate_proj, [self.num_experts, rows, columns])
+        expect_shape("up_proj", up_proj, [self.num_experts, rows, columns])
+        expect_shape("down_proj", down_proj, [self.num_experts, columns, rows])
+        order = expert_order(physical_to_logical_map_cpu, self.num_experts)
+        self.gate_up_proj, self.down_proj = from_tensors(
+            gate_proj, up_proj, down_proj, order, self._storage.format, self.group_size
+        )
+
+    def load_weights(self, physical_to_logical_map_cpu: Tensor | None = None) -> None:
+        """Loads the experts of layer ``layer_idx`` from ``weight_path``: see ``docs/compat.md``.
+
+        Args:
+            physical_to_logical_map_cpu: as for :meth:`load_weights_from_tensors`.
+
+        Raises:
+            ValueError: weight_path is None, or cannot be read (CheckpointError), or has no such layer, or one
+                of other sizes; a wrong map. The weights loaded before stay.
+        """
+        if not self.weight_path:
+            raise ValueError("KTMoEWrapper: weight_path must name a checkpoint for load_weights, got none")
+        order = expert_order(physical_to_logical_map_cpu, self.num_experts)
+        sizes = {
+            name: getattr(self, name) for name in ("num_experts", "hidden_size", "moe_intermediate_size")
+        }
+        self.gate_up_proj, self.down_proj = from_checkpoint(
+            Path(self.weight_path), self.layer_idx, sizes, order, self._storage, self.group_size
+        )
+
+    def _check_loaded(self) -> None:
+        if self.gate_up_proj is None:
+            raise RuntimeError(
+                "KTMoEWrapper: weights not loaded: call load_weights() or load_weights_from_tensors() first"
+            )
+
+    def _routes(self, num_tokens: int, topk_ids: Tensor, topk_weights: Tensor) -> tuple[Tensor, Tensor]:
+        """topk_ids as int64, those of experts elsewhere -1, and topk_weights as float32, both on the CPU."""
+        for name, tensor in (("topk_ids", topk_ids), ("topk_weights", topk_weights)):
+            expect_shape(name, tensor, [num_tokens, self.num_experts_per_tok])
+        ids = topk_ids.detach().to("cpu", torch.int64)
+        if self.gpu_experts_mask.any():
+            known = (ids >= 0) & (ids < self.num_experts)
+            elsewhere = self.gpu_experts_mask[ids.where(known, 0)] & known
+            ids = ids.masked_fill(elsewhere, -1)
+        return ids, topk_weights.detach().to("cpu", torch.float32)
+
+    def _run(self, hidden_states: Tensor, ids: Tensor, weights: Tensor, **lora) -> Tensor:
+        if isinstance(self.gate_up_proj, ExpertWeight):
+            lora["compute"] = self.compute
+        return ktops.moe_sft(hidden_states, ids, weights, self.gate_up_proj, self.down_proj, **lora)

@@ -1,0 +1,155 @@
+"""KTMoEWrapper in mode "inference": forward, now or in the background, and deferred experts."""
+
+import weakref
+from concurrent.futures import Future
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from ktops._warn import warn_once
+from ktops.compat.experts import COMPUTE_DTYPE, ExpertsWrapper, expect_shape, on_stream, worker
+
+
+class InferenceWrapper(ExpertsWrapper):
+    """What ``KTMoEWrapper(mode="inference")`` makes.
+
+    With ``max_deferred_experts_per_token`` = d > 0, the d routes of a token with the smallest weights are
+    computed in the background, and the next layer adds them to its output. The next layer is the wrapper with
+    the next larger layer_idx, made after this one.
+    """
+
+    mode = "inference"
+    _latest: ClassVar[weakref.WeakValueDictionary] = weakref.WeakValueDictionary()
+
+    def __init__(self, *args, max_deferred_experts_per_token: int | None, **options) -> None:
+        super().__init__(*args, **options)
+        self.max_deferred_experts_per_token = max_deferred_experts_per_token or 0
+        if self.max_deferred_experts_per_token < 0:
+            raise ValueError(
+                "KTMoEWrapper: max_deferred_experts_per_token must not be negative, got "
+                f"{max_deferred_experts_per_token}"
+            )
+        self._pending: Future | None = None
+        self._deferred: tuple[int, Future] | None = None
+        self._previous = self._next = lambda: None
+        self._follow(max((i for i in self._latest if i < self.layer_idx), default=None))
+        self._latest[self.layer_idx] = self
+
+    def _follow(self, layer_idx: int | None) -> None:
+        """Makes this the layer after that one, unless that has a next layer, or belongs to other sizes."""
+        previous = self._latest.get(layer_idx)
+        if previous and previous._next() is None and previous.hidden_size == self.hidden_size:
+            self._previous, previous._next = weakref.ref(previous), weakref.ref(self)
+
+    def select_deferred_experts(
+        self, expert_ids: Tensor, expert_scores: Tensor, protected_k: int
+    ) -> tuple[Tensor, Tensor]:
+        """(immediate, deferred): expert_ids [T, K] twice, each with -1 where the other has the id.
+
+        Immediate are the ``protected_k`` routes of every token with the largest scores [T, K], and all routes
+        to an expert that is among these for any token: its weights are read anyway.
+        """
+        protected_k = max(0, min(protected_k, expert_ids.shape[1]))
+        known = (expert_ids >= 0) & (expert_ids < self.num_experts)
+        ids = expert_ids.where(known, self.num_experts)
+        protected = torch.zeros(self.num_experts + 1, dtype=torch.bool, device=ids.device)
+        protected[ids.gather(1, expert_scores.topk(protected_k, dim=1).indices)] = True
+        immediate = protected[ids]
+        return expert_ids.where(immediate, -1), expert_ids.where(~immediate & known, -1)
+
+    def submit_forward(
+        self, hidden_states: Tensor, topk_ids: Tensor, topk_weights: Tensor, cuda_stream=None
+    ) -> None:
+        """Starts :meth:`forward` in the background; :meth:`sync_forward` returns what it computes."""
+        self._pending = self._start(hidden_states, topk_ids, topk_weights, cuda_stream, worker().submit)
+
+    def sync_forward(self, hidden_states: Tensor, cuda_stream=None) -> Tensor:
+        """The output of the forward that was submitted last, as :meth:`forward` returns it.
+
+        Raises:
+            RuntimeError: there is none.
+        """
+        if self._pending is None:
+            raise RuntimeError("KTMoEWrapper: no pending forward: call submit_forward() first")
+        pending, self._pending = self._pending, None
+        with on_stream(cuda_stream, hidden_states.device):
+            return pending.result().to(hidden_states)
+
+    def forward(
+        self, hidden_states: Tensor, topk_ids: Tensor, topk_weights: Tensor, cuda_stream=None
+    ) -> Tensor:
+        """The experts' output, and what the layer before has deferred.
+
+        Args:
+            hidden_states: [..., H], computed in bfloat16; on any device, as the other two.
+            topk_ids: [T, num_experts_per_tok], physical ids; ids that are no expert, and those in
+                gpu_experts_mask, contribute nothing.
+            topk_weights: [T, num_experts_per_tok].
+            cuda_stream: a stream or its address: of the copies from and to a CUDA device.
+
+        Returns:
+            [T, H] with the dtype and device of hidden_states.
+
+        Raises:
+            RuntimeError: no weights are loaded; the layer before deferred experts of other tokens.
+            ValueError: a wrong shape.
+        """
+        self._pending = self._start(hidden_states, topk_ids, topk_weights, cuda_stream, _now)
+        return self.sync_forward(hidden_states, cuda_stream)
+
+    def _start(self, hidden_states, topk_ids, topk_weights, cuda_stream, submit) -> Future:
+        x, ids, weights = self._inputs(hidden_states, topk_ids, topk_weights, cuda_stream)
+        before = self._take_deferred(len(x))
+        if not self.max_deferred_experts_per_token:
+            return submit(self._compute, x, ids, weights, before)
+        protected_k = self.num_experts_per_tok - self.max_deferred_experts_per_token
+        ids, deferred = self.select_deferred_experts(ids, weights, protected_k)
+        output = submit(self._compute, x, ids, weights, before)
+        self._defer(x, deferred, weights)
+        return output
+
+    def _inputs(self, hidden_states: Tensor, topk_ids: Tensor, topk_weights: Tensor, cuda_stream):
+        """(hidden_states [T, H], topk_ids, topk_weights) in CPU memory."""
+        self._check_loaded()
+        if hidden_states.dim() < 2 or hidden_states.shape[-1] != self.hidden_size:
+            expect_shape("hidden_states", hidden_states, ["num_tokens", self.hidden_size])
+        x = hidden_states.detach().reshape(-1, self.hidden_size)
+        with on_stream(cuda_stream, x.device):
+            return x.to("cpu", COMPUTE_DTYPE), *self._routes(len(x), topk_ids, topk_weights)
+
+    @torch.no_grad()
+    def _compute(self, x: Tensor, ids: Tensor, weights: Tensor, before: Future | None) -> Tensor:
+        earlier = None if before is None else before.result()
+        output = self._run(x, ids, weights)
+        return output if earlier is None else output + earlier
+
+    def _defer(self, x: Tensor, ids: Tensor, weights: Tensor) -> None:
+        if self._deferred is not None:
+            warn_once(
+                f"KTMoEWrapper: the experts that layer {self.layer_idx} deferred were never added: give the "
+                "last layer of a model max_deferred_experts_per_token=0"
+            )
+        self._deferred = None
+        if (ids >= 0).any():
+            self._deferred = len(x), worker().submit(self._compute, x, ids, weights, None)
+
+    def _take_deferred(self, num_tokens: int) -> Future | None:
+        """What the layer before has deferred."""
+        previous = self._previous()
+        if previous is None or previous._deferred is None:
+            return None
+        (expected, future), previous._deferred = previous._deferred, None
+        if expected != num_tokens:
+            raise RuntimeError(
+                f"KTMoEWrapper: layer {previous.layer_idx} deferred experts of {expected} tokens, "
+                f"but layer {self.layer_idx} got {num_tokens} tokens"
+            )
+        return future
+
+
+def _now(compute, *args) -> Future:
+    """As the method submit of an executor, in this thread."""
+    future = Future()
+    future.set_result(compute(*args))
+    return future

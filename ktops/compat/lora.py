@@ -1,0 +1,34 @@
+"""Separate adapters of gate and up as the one joint adapter that kt::moe_sft has.
+
+    [g | u] += s x [A_gate; A_up]^T [[B_gate, 0], [0, B_up]]^T
+
+With E experts, H hidden_size, I intermediate_size, r rank: A_gate, A_up [E, r, H]; B_gate, B_up [E, I, r].
+"""
+
+import torch
+from torch import Tensor
+
+NAMES = ("gate_lora_a", "gate_lora_b", "up_lora_a", "up_lora_b", "down_lora_a", "down_lora_b")
+
+
+def shapes(num_experts: int, hidden_size: int, intermediate_size: int, rank: int) -> dict[str, list[int]]:
+    """The shape of each adapter tensor by name."""
+    first, second = [num_experts, rank, hidden_size], [num_experts, intermediate_size, rank]
+    down = [num_experts, rank, intermediate_size], [num_experts, hidden_size, rank]
+    return dict(zip(NAMES, (first, second, first, second, *down), strict=True))
+
+
+@torch.no_grad()
+def join(gate_a: Tensor, gate_b: Tensor, up_a: Tensor, up_b: Tensor) -> tuple[Tensor, Tensor]:
+    """(A [E, 2r, H], B [E, 2I, 2r])"""
+    num_experts, rows, rank = gate_b.shape
+    joint_b = gate_b.new_zeros(num_experts, 2 * rows, 2 * rank)
+    joint_b[:, :rows, :rank] = gate_b
+    joint_b[:, rows:, rank:] = up_b
+    return torch.cat([gate_a, up_a], dim=1), joint_b
+
+
+def split(joint_a: Tensor, joint_b: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(gate_a, gate_b, up_a, up_b): the blocks of what :func:`join` returns, or of its gradient; views."""
+    rank, rows = joint_a.shape[1] // 2, joint_b.shape[1] // 2
+    return joint_a[:, :rank], joint_b[:, :rows, :rank], joint_a[:, rank:], joint_b[:, rows:, rank:]

@@ -1,0 +1,71 @@
+"""The method names of KTMoEWrapper and the weight format that each one stands for."""
+
+from typing import NamedTuple
+
+
+class Method(NamedTuple):
+    """How a method stores the experts.
+
+    Attributes:
+        format: a name of ``ktops.formats.names()``; "" for whatever the file has (LLAMAFILE).
+        group_size: columns that share a scale, 0: a whole row; None: the ``group_size`` of the constructor.
+        schemes: of checkpoints whose experts are taken as they are, as ``ktops.checkpoints`` calls them.
+        trains_lora: of SFT methods: whether there are adapters.
+    """
+
+    format: str
+    group_size: int | None = 0
+    schemes: tuple[str, ...] = ()
+    trains_lora: bool = True
+
+
+MODES = ("inference", "sft")
+
+INFERENCE_METHODS = {
+    "AMXINT4": Method("int4"),
+    "AMXINT8": Method("int8"),
+    "MOE_INT4": Method("int4"),
+    "MOE_INT8": Method("int8"),
+    "RAWINT4": Method("int4", 32, ("pack-quantized",)),
+    "FP8": Method("fp8_e4m3", 128),
+    "FP8_PERCHANNEL": Method("fp8_e4m3"),
+    "GPTQ_INT4": Method("uint4", None, ("gptq", "awq")),
+    "MXFP4": Method("mxfp4", 32),
+    "MXFP8": Method("mxfp8", 32),
+    "BF16": Method("bf16"),
+    "LLAMAFILE": Method(""),
+}
+
+_SFT_METHODS = {
+    "AMXBF16_SFT": Method("bf16"),
+    "AMXINT8_SFT": Method("int8"),
+    "AMXINT4_SFT": Method("int4"),
+    "AMXINT4_1_SFT": Method("uint4"),
+    "AMXINT4_KGroup_SFT": Method("int4", None),
+    "AMXINT4_1KGroup_SFT": Method("uint4", None),
+    "FP8_SFT": Method("fp8_e4m3", 128),
+    "RAWINT4_SFT": Method("int4", 32, ("pack-quantized",)),
+    "MXFP4_SFT": Method("mxfp4", 32),
+    "INT8_SFT": Method("int8"),
+    "AMXFP8_SFT": Method("fp8_e4m3", 128),
+}
+
+SFT_METHODS = _SFT_METHODS | {
+    f"{name}_SkipLoRA": method._replace(trains_lora=False) for name, method in _SFT_METHODS.items()
+}
+
+
+def find_method(mode: str, name: str) -> Method:
+    """The method of this name.
+
+    Raises:
+        ValueError: unknown mode, or the mode has no such method; the message lists those that there are.
+    """
+    if mode not in MODES:
+        raise ValueError(f"KTMoEWrapper: mode must be one of {', '.join(MODES)}, got {mode!r}")
+    methods = INFERENCE_METHODS if mode == "inference" else SFT_METHODS
+    if name not in methods:
+        raise ValueError(
+            f"KTMoEWrapper: method must be one of {', '.join(methods)} in mode {mode!r}, got {name!r}"
+        )
+    return methods[name]

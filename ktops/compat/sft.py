@@ -1,0 +1,325 @@
+"""KTMoEWrapper in mode "sft": forward and backward with separate adapters of gate, up and down."""
+
+import math
+from collections import deque
+from concurrent.futures import Future
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ktops.compat import lora
+from ktops.compat.experts import COMPUTE_DTYPE, ExpertsWrapper, expect_shape, worker
+from ktops.compat.methods import Method
+
+LORA_DTYPES = (torch.bfloat16, torch.float32, torch.float64)
+
+
+class Forward(NamedTuple):
+    """A forward that a backward may follow: the output with its graph, and the leaves of it."""
+
+    output: Tensor
+    hidden_states: Tensor
+    weights: Tensor
+    adapters: tuple[Tensor, ...]
+
+
+class SFTWrapper(ExpertsWrapper):
+    """What ``KTMoEWrapper(mode="sft")`` makes.
+
+    The six adapter tensors are attributes, gate_lora_a to down_lora_b, and so are their gradients,
+    grad_gate_lora_a to grad_down_lora_b.
+    """
+
+    mode = "sft"
+
+    def __init__(
+        self,
+        method: str,
+        storage: Method,
+        *,
+        num_gpu_experts: int,
+        lora_rank: int,
+        lora_alpha: float,
+        max_cache_depth: int,
+        **options,
+    ) -> None:
+        super().__init__(method, storage, **options)
+        for name, value in (("lora_rank", lora_rank), ("max_cache_depth", max_cache_depth)):
+            if value < 1:
+                raise ValueError(f"KTMoEWrapper: {name} must be positive, got {value}")
+        if not (lora_alpha > 0 and math.isfinite(lora_alpha)):
+            raise ValueError(f"KTMoEWrapper: lora_alpha must be positive and finite, got {lora_alpha}")
+        if not 0 <= num_gpu_experts <= self.num_experts:
+            raise ValueError(
+                f"KTMoEWrapper: num_gpu_experts must be from 0 to num_experts={self.num_experts}, "
+                f"got {num_gpu_experts}"
+            )
+        self.gpu_experts_mask[:num_gpu_experts] = True
+        self.lora_rank = lora_rank
+        self.lora_alpha = lora_alpha
+        self.lora_scaling = lora_alpha / lora_rank
+        self.trains_lora = storage.trains_lora
+        self.max_cache_depth = max_cache_depth
+        for name in lora.NAMES:
+            setattr(self, name, None)
+            setattr(self, f"grad_{name}", None)
+        self._joint: tuple[Tensor, ...] | None = None
+        self._joint_of: tuple[int, ...] = ()
+        self._forwards: deque[Forward] = deque(maxlen=max_cache_depth)
+        self._pending: Future | None = None
+        self._pending_backward: tuple[Future, float, torch.device | None] | None = None
+
+    def init_lora_weights(
+        self,
+        gate_lora_a: Tensor,
+        gate_lora_b: Tensor,
+        up_lora_a: Tensor,
+        up_lora_b: Tensor,
+        down_lora_a: Tensor,
+        down_lora_b: Tensor,
+        grad_gate_lora_a: Tensor | None = None,
+        grad_gate_lora_b: Tensor | None = None,
+        grad_up_lora_a: Tensor | None = None,
+        grad_up_lora_b: Tensor | None = None,
+        grad_down_lora_a: Tensor | None = None,
+        grad_down_lora_b: Tensor | None = None,
+    ) -> None:
+        """The adapters, and where :meth:`backward` writes their gradients. The tensors are kept, not copied.
+
+        With E experts, H hidden_size, I moe_intermediate_size, r lora_rank:
+
+        Args:
+            gate_lora_a, up_lora_a: [E, r, H], on the CPU, bfloat16, float32 or float64, as all six.
+            gate_lora_b, up_lora_b: [E, I, r].
+            down_lora_a, down_lora_b: [E, r, I] and [E, H, r].
+            grad_*: of the same shapes; None: a new tensor, to be read from the attribute.
+
+        Raises:
+            ValueError: a wrong shape or device.
+            TypeError: a wrong dtype. Nothing is changed in either case.
+        """
+        given = (gate_lora_a, gate_lora_b, up_lora_a, up_lora_b, down_lora_a, down_lora_b)
+        grads = (
+            grad_gate_lora_a, grad_gate_lora_b, grad_up_lora_a, grad_up_lora_b, grad_down_lora_a,
+            grad_down_lora_b,
+        )  # fmt: skip
+        sizes = self.num_experts, self.hidden_size, self.moe_intermediate_size, self.lora_rank
+        named = dict(zip(lora.NAMES, given, strict=True))
+        named_grads = {f"grad_{name}": grad for name, grad in zip(lora.NAMES, grads, strict=True)}
+        for name, tensor in {**named, **named_grads}.items():
+            if tensor is not None:
+                _check_adapter(name, tensor, lora.shapes(*sizes)[name.removeprefix("grad_")])
+        for name, tensor in named.items():
+            grad = named_grads[f"grad_{name}"]
+            if grad is not None and grad.dtype != tensor.dtype:
+                raise TypeError(
+                    f"KTMoEWrapper: grad_{name} must have the dtype of {name}={tensor.dtype}, "
+                    f"got {grad.dtype}"
+                )
+        for name, tensor in named.items():
+            setattr(self, name, tensor)
+            grad = named_grads[f"grad_{name}"]
+            setattr(self, f"grad_{name}", torch.zeros_like(tensor.detach()) if grad is None else grad)
+        self._joint = None
+
+    def update_lora_weights(self) -> None:
+        """To be called once the adapters have changed, after ``optimizer.step()``.
+
+        Changes that PyTorch sees (in-place operations, so every optimizer's) are noticed without it; those
+        through ``.data`` or another library are not.
+
+        Raises:
+            RuntimeError: the weights are not loaded or the adapters not initialised.
+        """
+        self._check_loaded()
+        if self.trains_lora:
+            self._check_initialized()
+            self._joint = None
+
+    def _check_initialized(self) -> None:
+        if self.gate_lora_a is None:
+            raise RuntimeError("KTMoEWrapper: LoRA weights not initialized: call init_lora_weights() first")
+
+    def _adapters(self) -> tuple[Tensor, ...]:
+        """The op's four LoRA tensors, made anew if the adapters have changed."""
+        if not self.trains_lora:
+            return ()
+        self._check_initialized()
+        tensors = [getattr(self, name).detach() for name in lora.NAMES]
+        versions = tuple(0 if tensor.is_inference() else tensor._version for tensor in tensors)
+        if self._joint is None or versions != self._joint_of:
+            joint = *lora.join(*tensors[:4]), *tensors[4:]
+            self._joint, self._joint_of = joint, versions
+        return self._joint
+
+    def _inputs(self, hidden_states: Tensor, expert_ids: Tensor, weights: Tensor) -> tuple[Tensor, ...]:
+        """(hidden_states, expert_ids, weights, adapters...) in CPU memory."""
+        self._check_loaded()
+        expect_shape("hidden_states", hidden_states, ["num_tokens", self.hidden_size])
+        x = hidden_states.detach().to("cpu", COMPUTE_DTYPE)
+        return x, *self._routes(len(x), expert_ids, weights), *self._adapters()
+
+    def _compute(self, save: bool, x: Tensor, ids: Tensor, weights: Tensor, *adapters: Tensor) -> Forward:
+        with torch.set_grad_enabled(save):
+            x, weights, *adapters = (
+                tensor.detach().requires_grad_(save) for tensor in (x, weights, *adapters)
+            )
+            options = {}
+            if adapters:
+                names = ("gate_up_lora_A", "gate_up_lora_B", "down_lora_A", "down_lora_B")
+                options = dict(zip(names, adapters, strict=True))
+                options |= {"gate_up_scaling": self.lora_scaling, "down_scaling": self.lora_scaling}
+            output = self._run(x, ids, weights, **options)
+        return Forward(output, x, weights, tuple(adapters))
+
+    def _finish(self, forward: Forward, output_device: torch.device | None) -> Tensor:
+        if forward.output.requires_grad:
+            self._forwards.append(forward)
+        output = forward.output.detach()
+        return output if output_device is None else output.to(output_device)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        expert_ids: Tensor,
+        weights: Tensor,
+        save_for_backward: bool = True,
+        output_device: torch.device | None = None,
+    ) -> Tensor:
+        """The experts' output, bfloat16 [T, H] in CPU memory or on output_device.
+
+        Args:
+            hidden_states: [T, H], computed in bfloat16.
+            expert_ids, weights: [T, num_experts_per_tok]; ids that are no expert, and those of experts on the
+                GPU, contribute nothing.
+            save_for_backward: whether a backward will follow. The newest ``max_cache_depth`` of such
+                forwards are kept; backward takes the newest first.
+
+        Raises:
+            RuntimeError: the weights are not loaded or the adapters not initialised.
+            ValueError: a wrong shape.
+        """
+        inputs = self._inputs(hidden_states, expert_ids, weights)
+        return self._finish(self._compute(save_for_backward, *inputs), output_device)
+
+    def submit_forward(
+        self, hidden_states: Tensor, expert_ids: Tensor, weights: Tensor, save_for_backward: bool = True
+    ) -> None:
+        """Starts :meth:`forward` in the background; :meth:`sync_forward` returns what it computes."""
+        inputs = self._inputs(hidden_states, expert_ids, weights)
+        self._pending = worker().submit(self._compute, save_for_backward, *inputs)
+
+    def sync_forward(self, output_device: torch.device | None = None) -> Tensor:
+        """The output of the forward that was submitted last.
+
+        Raises:
+            RuntimeError: there is none.
+        """
+        if self._pending is None:
+            raise RuntimeError("KTMoEWrapper: no pending forward: call submit_forward() first")
+        pending, self._pending = self._pending, None
+        return self._finish(pending.result(), output_device)
+
+    def backward(
+        self,
+        grad_output: Tensor,
+        output_device: torch.device | None = None,
+        optimizer_grad_scale: float = 1.0,
+    ) -> tuple[Tensor, Tensor]:
+        """Gradients of the newest forward that has none yet.
+
+        The adapters' go, times optimizer_grad_scale, to the tensors of :meth:`init_lora_weights`. These are
+        overwritten, unless the adapter is an ``nn.Parameter`` whose ``.grad`` is that tensor, as backward
+        leaves it: then they are added, until the optimizer's ``zero_grad()``.
+
+        Args:
+            grad_output: [T, H] of the output.
+
+        Returns:
+            (grad_input bfloat16 [T, H], grad_weights float32 [T, num_experts_per_tok])
+
+        Raises:
+            RuntimeError: no forward is left, or the ``.grad`` of an adapter is another tensor.
+            ValueError: a wrong shape, or optimizer_grad_scale is not positive and finite. The forward stays.
+        """
+        last = self._last_forward(grad_output, optimizer_grad_scale)
+        return self._publish(_gradients(last, grad_output), optimizer_grad_scale, output_device)
+
+    def submit_backward_async(
+        self,
+        grad_output: Tensor,
+        output_device: torch.device | None = None,
+        optimizer_grad_scale: float = 1.0,
+    ) -> None:
+        """Starts :meth:`backward` in the background; :meth:`sync_backward` writes and returns its results."""
+        last = self._last_forward(grad_output, optimizer_grad_scale)
+        future = worker().submit(_gradients, last, grad_output.detach().clone())
+        self._pending_backward = future, optimizer_grad_scale, output_device
+
+    def sync_backward(self) -> tuple[Tensor, Tensor]:
+        """What :meth:`backward` returns, for the backward that was submitted.
+
+        Raises:
+            RuntimeError: there is none.
+        """
+        if self._pending_backward is None:
+            raise RuntimeError("KTMoEWrapper: no pending backward: call submit_backward_async() first")
+        (future, *options), self._pending_backward = self._pending_backward, None
+        return self._publish(future.result(), *options)
+
+    def _last_forward(self, grad_output: Tensor, optimizer_grad_scale: float) -> Forward:
+        """The newest forward, which is forgotten once everything is checked."""
+        if not self._forwards:
+            raise RuntimeError(
+                "KTMoEWrapper: no forward to differentiate: call forward(save_for_backward=True) first; "
+                f"max_cache_depth={self.max_cache_depth} of them are kept"
+            )
+        expect_shape("grad_output", grad_output, list(self._forwards[-1].output.shape))
+        if not (optimizer_grad_scale > 0 and math.isfinite(optimizer_grad_scale)):
+            raise ValueError(
+                f"KTMoEWrapper: optimizer_grad_scale must be positive and finite, got {optimizer_grad_scale}"
+            )
+        for name in lora.NAMES if self._forwards[-1].adapters else ():
+            adapter = getattr(self, name)
+            if adapter.grad is not None and adapter.grad is not getattr(self, f"grad_{name}"):
+                raise RuntimeError(
+                    f"KTMoEWrapper: {name}.grad must be None or the tensor grad_{name} of "
+                    "init_lora_weights(), got another tensor"
+                )
+        return self._forwards.pop()
+
+    def _publish(
+        self, gradients: tuple[Tensor, ...], scale: float, output_device: torch.device | None
+    ) -> tuple[Tensor, Tensor]:
+        grad_input, grad_weights, *adapters = gradients
+        if adapters:
+            for name, gradient in zip(lora.NAMES, (*lora.split(*adapters[:2]), *adapters[2:]), strict=True):
+                self._write(name, gradient * scale)
+        if output_device is not None:
+            return grad_input.to(output_device), grad_weights.to(output_device)
+        return grad_input, grad_weights
+
+    def _write(self, name: str, gradient: Tensor) -> None:
+        adapter, grad = getattr(self, name), getattr(self, f"grad_{name}")
+        if adapter.grad is grad:
+            grad.add_(gradient)
+            return
+        grad.copy_(gradient)
+        if isinstance(adapter, nn.Parameter) and adapter.requires_grad:
+            adapter.grad = grad
+
+
+def _gradients(last: Forward, grad_output: Tensor) -> tuple[Tensor, ...]:
+    """(grad_input, grad_weights, gradients of the op's LoRA tensors...)"""
+    leaves = last.hidden_states, last.weights, *last.adapters
+    return torch.autograd.grad(last.output, leaves, grad_output.detach().to("cpu", COMPUTE_DTYPE))
+
+
+def _check_adapter(name: str, tensor: Tensor, shape: list[int]) -> None:
+    expect_shape(name, tensor, shape)
+    if tensor.device.type != "cpu":
+        raise ValueError(f"KTMoEWrapper: {name} must be on the CPU, got {tensor.device}")
+    if tensor.dtype not in LORA_DTYPES:
+        names = ", ".join(str(dtype) for dtype in LORA_DTYPES)
+        raise TypeError(f"KTMoEWrapper: {name} must have one of the dtypes {names}, got {tensor.dtype}")

@@ -1,0 +1,153 @@
+"""KTMoEWrapper: the experts of a layer under the names of KTransformers' kt-kernel."""
+
+from typing import ClassVar
+
+from torch import Tensor
+
+import ktops
+from ktops._warn import warn_once
+from ktops.compat.inference import InferenceWrapper
+from ktops.compat.methods import find_method
+from ktops.compat.sft import SFTWrapper
+
+
+class KTMoEWrapper:
+    """The routed experts of one layer, for code written for KTransformers' ``kt_kernel.KTMoEWrapper``.
+
+    A thin layer over :func:`ktops.moe_sft`: what ``kt_kernel`` keeps in C++ objects and shared buffers are
+    tensors of the wrapper here. ``docs/compat.md`` has the methods and the differences.
+
+    Args:
+        layer_idx: the layer's number: in the names of a checkpoint, and for deferred experts.
+        num_experts, num_experts_per_tok, hidden_size, moe_intermediate_size: E, K, H, I.
+        gpu_experts_mask: bool [E]: experts that are computed elsewhere and skipped here. None: none.
+        cpuinfer_threads, threadpool_count, numa_nodes: checked, but the threads are torch's: a warning says
+            so where ``torch.get_num_threads()`` is another number.
+        weight_path: of the checkpoint for ``load_weights``: a directory or a GGUF file; may be None.
+        chunked_prefill_size: kept, without effect: there are no buffers that it would have to size.
+        cpu_save: no effect but a warning: ``ktops convert`` stores quantised checkpoints.
+        max_deferred_experts_per_token: in mode "inference", see there. None: 0.
+        method: how the experts are stored, one of ``ktops.compat.INFERENCE_METHODS`` or ``SFT_METHODS``.
+        mode: "inference" or "sft".
+        num_gpu_experts: in mode "sft", so many experts, the first ones, are computed elsewhere.
+        lora_rank, lora_alpha: of the adapters; scaling = lora_alpha / lora_rank.
+        max_cache_depth: how many forwards may wait for their backward; older ones are forgotten.
+        group_size: of the methods with "KGroup" in their names, and of GPTQ_INT4 where it quantises.
+        zero_point: False: AMXINT4_1KGroup_SFT without zero points, as AMXINT4_KGroup_SFT.
+        lora_dropout, full_weight_grad, swiglu_limit, swiglu_alpha: must have their defaults.
+
+    Returns:
+        An :class:`~ktops.compat.inference.InferenceWrapper` or an :class:`~ktops.compat.sft.SFTWrapper`.
+
+    Raises:
+        ValueError: unknown mode or method (the message lists the valid ones), or a wrong size; the message
+            names the argument.
+
+    Example:
+        >>> wrapper = KTMoEWrapper(
+        ...     0, 8, 2, 64, 32, None, torch.get_num_threads(), 1, None, 512, method="AMXINT4"
+        ... )
+        >>> gate, up, down = torch.randn(8, 32, 64), torch.randn(8, 32, 64), torch.randn(8, 64, 32)
+        >>> wrapper.load_weights_from_tensors(gate, up, down)
+        >>> weights, ids = torch.randn(5, 8).softmax(-1).topk(2)
+        >>> wrapper.forward(torch.randn(5, 64), ids, weights).shape
+        torch.Size([5, 64])
+    """
+
+    _capture_batch_sizes: ClassVar[list[int]] = []
+
+    def __new__(
+        cls,
+        layer_idx: int,
+        num_experts: int,
+        num_experts_per_tok: int,
+        hidden_size: int,
+        moe_intermediate_size: int,
+        gpu_experts_mask: Tensor | None,
+        cpuinfer_threads: int,
+        threadpool_count: int,
+        weight_path: str | None,
+        chunked_prefill_size: int,
+        cpu_save: bool = False,
+        max_deferred_experts_per_token: int | None = None,
+        method: str = "AMXINT4",
+        numa_nodes: list[int] | None = None,
+        mode: str = "inference",
+        num_gpu_experts: int = 0,
+        lora_rank: int = 16,
+        lora_alpha: float = 32.0,
+        max_cache_depth: int = 1,
+        group_size: int = 128,
+        zero_point: bool = True,
+        *,
+        lora_dropout: float = 0.0,
+        full_weight_grad: bool = False,
+        swiglu_limit: float = 0.0,
+        swiglu_alpha: float = 0.0,
+    ) -> InferenceWrapper | SFTWrapper:
+        storage = find_method(mode, method)
+        if "1KGroup" in method and not zero_point:
+            storage = storage._replace(format="int4")
+        _refuse(
+            lora_dropout=(lora_dropout, "dropout on the experts' adapters is not supported"),
+            full_weight_grad=(full_weight_grad, "ktops.nn.KTExperts trains the experts themselves"),
+            swiglu_limit=(swiglu_limit, "the activation is silu"),
+            swiglu_alpha=(swiglu_alpha, "the activation is silu"),
+        )
+        if cpu_save:
+            warn_once("KTMoEWrapper: cpu_save=True stores nothing: use `ktops convert`")
+        options = {
+            "layer_idx": layer_idx,
+            "num_experts": num_experts,
+            "num_experts_per_tok": num_experts_per_tok,
+            "hidden_size": hidden_size,
+            "moe_intermediate_size": moe_intermediate_size,
+            "gpu_experts_mask": gpu_experts_mask,
+            "cpuinfer_threads": cpuinfer_threads,
+            "threadpool_count": threadpool_count,
+            "weight_path": weight_path,
+            "chunked_prefill_size": chunked_prefill_size,
+            "numa_nodes": numa_nodes,
+            "group_size": group_size,
+        }
+        if mode == "inference":
+            return InferenceWrapper(
+                method, storage, max_deferred_experts_per_token=max_deferred_experts_per_token, **options
+            )
+        return SFTWrapper(
+            method,
+            storage,
+            num_gpu_experts=num_gpu_experts,
+            lora_rank=lora_rank,
+            lora_alpha=lora_alpha,
+            max_cache_depth=max_cache_depth,
+            **options,
+        )
+
+    @staticmethod
+    def set_capture_batch_sizes(capture_bs: list[int]) -> None:
+        """Remembers batch sizes, for :meth:`get_capture_batch_sizes`: there are no buffers to allocate."""
+        if any(size < 1 for size in capture_bs):
+            raise ValueError(f"KTMoEWrapper: capture_bs must be positive, got {capture_bs}")
+        KTMoEWrapper._capture_batch_sizes = list(capture_bs)
+
+    @staticmethod
+    def get_capture_batch_sizes() -> list[int]:
+        """What :meth:`set_capture_batch_sizes` was given last."""
+        return list(KTMoEWrapper._capture_batch_sizes)
+
+    @staticmethod
+    def clear_buffer_cache() -> None:
+        """:func:`ktops.empty_cache`: gives scratch memory back to the system."""
+        ktops.empty_cache()
+
+    @staticmethod
+    def clear_sft_buffer_cache() -> None:
+        """:func:`ktops.empty_cache`. What forwards saved for their backward stays: it is no cache."""
+        ktops.empty_cache()
+
+
+def _refuse(**arguments: tuple[float, str]) -> None:
+    for name, (value, reason) in arguments.items():
+        if value:
+            raise ValueError(f"KTMoEWrapper: {name} must be {type(value)(0)!r}, got {value!r}: {reason}")

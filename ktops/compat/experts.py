@@ -1,6 +1,7 @@
 """What both modes of KTMoEWrapper share: sizes, the experts' weights, and the call of the operator."""
 
 import functools
+import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
@@ -22,6 +23,9 @@ COMPUTE_DTYPE = torch.bfloat16
 def worker() -> ThreadPoolExecutor:
     """One thread for what is submitted and not waited for, in the order of submission."""
     return ThreadPoolExecutor(max_workers=1, thread_name_prefix="ktops-compat")
+
+
+os.register_at_fork(after_in_child=worker.cache_clear)
 
 
 def expect_shape(name: str, tensor: Tensor, shape: Sequence[int | str]) -> None:
@@ -47,7 +51,7 @@ class ExpertsWrapper:
     """The experts of one layer. ``compute`` is :func:`ktops.moe_sft`'s: "auto", "bf16" or "int8"."""
 
     mode: str
-    compute = "auto"
+    compute: str
 
     def __init__(
         self,
@@ -183,11 +187,10 @@ class ExpertsWrapper:
         ids = topk_ids.detach().to("cpu", torch.int64)
         if self.gpu_experts_mask.any():
             known = (ids >= 0) & (ids < self.num_experts)
-            elsewhere = self.gpu_experts_mask[ids.where(known, 0)] & known
-            ids = ids.masked_fill(elsewhere, -1)
+            ids = ids.masked_fill(self.gpu_experts_mask[ids.where(known, 0)], -1)
         return ids, topk_weights.detach().to("cpu", torch.float32)
 
     def _run(self, hidden_states: Tensor, ids: Tensor, weights: Tensor, **lora) -> Tensor:
-        if isinstance(self.gate_up_proj, ExpertWeight):
-            lora["compute"] = self.compute
-        return ktops.moe_sft(hidden_states, ids, weights, self.gate_up_proj, self.down_proj, **lora)
+        return ktops.moe_sft(
+            hidden_states, ids, weights, self.gate_up_proj, self.down_proj, compute=self.compute, **lora
+        )

@@ -20,6 +20,7 @@ class InferenceWrapper(ExpertsWrapper):
     """
 
     mode = "inference"
+    compute = "auto"
     _latest: ClassVar[weakref.WeakValueDictionary] = weakref.WeakValueDictionary()
 
     def __init__(self, *args, max_deferred_experts_per_token: int | None, **options) -> None:

@@ -32,6 +32,7 @@ class SFTWrapper(ExpertsWrapper):
     """
 
     mode = "sft"
+    compute = "bf16"
 
     def __init__(
         self,

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from layers import (
+from tiny_layer import (
     TOKENS,
     adapters,
     assert_close,

@@ -15,7 +15,7 @@ SIZES = {"num_experts": 4, "num_experts_per_tok": 2, "hidden_size": 64, "moe_int
 TOKENS, RANK, ALPHA = 7, 4, 6.0
 
 
-def make(method: str, *, load: bool = True, **options):
+def make(method: str, /, *, load: bool = True, **options):
     """A wrapper of SIZES, unless told otherwise, with the weights of :func:`weights`."""
     mode = "sft" if "_SFT" in method else "inference"
     options = {

@@ -38,7 +38,7 @@ def test_extension_is_a_stable_abi_module():
 def test_import_brings_only_torch():
     loaded = python(
         f"import sys, ktops; print([name for name in {OPTIONAL} if name in sys.modules])\n"
-        "import ktops.testing.inputs, ktops.testing.compare, ktops.testing.budgets\n"
+        "import ktops.compat, ktops.testing.inputs, ktops.testing.compare, ktops.testing.budgets\n"
         f"print([name for name in {OPTIONAL} if name in sys.modules])"
     )
     assert loaded == "[]\n[]"

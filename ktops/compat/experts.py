@@ -181,14 +181,14 @@ class ExpertsWrapper:
             )
 
     def _routes(self, num_tokens: int, topk_ids: Tensor, topk_weights: Tensor) -> tuple[Tensor, Tensor]:
-        """topk_ids as int64, those of experts elsewhere -1, and topk_weights as float32, both on the CPU."""
+        """Copies on the CPU: int64 topk_ids, those of experts elsewhere -1, and float32 topk_weights."""
         for name, tensor in (("topk_ids", topk_ids), ("topk_weights", topk_weights)):
             expect_shape(name, tensor, [num_tokens, self.num_experts_per_tok])
-        ids = topk_ids.detach().to("cpu", torch.int64)
+        ids = topk_ids.detach().to("cpu", torch.int64, copy=True)
         if self.gpu_experts_mask.any():
             known = (ids >= 0) & (ids < self.num_experts)
             ids = ids.masked_fill(self.gpu_experts_mask[ids.where(known, 0)], -1)
-        return ids, topk_weights.detach().to("cpu", torch.float32)
+        return ids, topk_weights.detach().to("cpu", torch.float32, copy=True)
 
     def _run(self, hidden_states: Tensor, ids: Tensor, weights: Tensor, **lora) -> Tensor:
         return ktops.moe_sft(

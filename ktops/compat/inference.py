@@ -111,13 +111,14 @@ class InferenceWrapper(ExpertsWrapper):
         return output
 
     def _inputs(self, hidden_states: Tensor, topk_ids: Tensor, topk_weights: Tensor, cuda_stream):
-        """(hidden_states [T, H], topk_ids, topk_weights) in CPU memory."""
+        """Copies of hidden_states [T, H], topk_ids, topk_weights in CPU memory."""
         self._check_loaded()
         if hidden_states.dim() < 2 or hidden_states.shape[-1] != self.hidden_size:
             expect_shape("hidden_states", hidden_states, ["num_tokens", self.hidden_size])
         x = hidden_states.detach().reshape(-1, self.hidden_size)
         with on_stream(cuda_stream, x.device):
-            return x.to("cpu", COMPUTE_DTYPE), *self._routes(len(x), topk_ids, topk_weights)
+            x = x.to("cpu", COMPUTE_DTYPE, copy=True)
+            return x, *self._routes(len(x), topk_ids, topk_weights)
 
     @torch.no_grad()
     def _compute(self, x: Tensor, ids: Tensor, weights: Tensor, before: Future | None) -> Tensor:

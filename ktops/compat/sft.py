@@ -155,10 +155,10 @@ class SFTWrapper(ExpertsWrapper):
         return self._joint
 
     def _inputs(self, hidden_states: Tensor, expert_ids: Tensor, weights: Tensor) -> tuple[Tensor, ...]:
-        """(hidden_states, expert_ids, weights, adapters...) in CPU memory."""
+        """(hidden_states, expert_ids, weights, adapters...) in CPU memory, the first three as copies."""
         self._check_loaded()
         expect_shape("hidden_states", hidden_states, ["num_tokens", self.hidden_size])
-        x = hidden_states.detach().to("cpu", COMPUTE_DTYPE)
+        x = hidden_states.detach().to("cpu", COMPUTE_DTYPE, copy=True)
         return x, *self._routes(len(x), expert_ids, weights), *self._adapters()
 
     def _compute(self, save: bool, x: Tensor, ids: Tensor, weights: Tensor, *adapters: Tensor) -> Forward:

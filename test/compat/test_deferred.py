@@ -1,12 +1,14 @@
 """Experts deferred to the next layer, and forwards in the background."""
 
 import gc
+import threading
 
 import pytest
 import torch
 from tiny_layer import SIZES, TOKENS, assert_close, inputs, make, reference
 
 from ktops._warn import warn_once
+from ktops.compat.experts import worker
 from ktops.testing.budgets import forward_budget
 
 pytestmark = pytest.mark.usefixtures("single_thread")
@@ -59,6 +61,19 @@ def test_the_next_layer_adds_it():
     close(first.forward(*routed), reference(first, hidden_states, immediate, topk_weights))
     close(second.forward(*other), reference(second, *other) + late)
     close(second.forward(*other), reference(second, *other))
+
+
+def test_inputs_may_change_before_the_next_layer():
+    """A lock holds the background thread back until they have."""
+    first, second = model([1, 0])
+    routed, other, held = inputs(first), inputs(second, seed=1), threading.Event()
+    total = reference(first, *routed) + reference(second, *other)
+    worker().submit(held.wait)
+    early = first.forward(*routed).double()
+    for tensor in routed:
+        tensor.zero_()
+    held.set()
+    close(early + second.forward(*other), total)
 
 
 def test_all_may_be_deferred():

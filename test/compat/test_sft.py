@@ -101,6 +101,25 @@ def test_older_forwards_than_the_depth_are_forgotten():
         wrapper.backward(grad_output())
 
 
+def test_inputs_may_change_before_backward():
+    wrapper = trainable()
+    routed = inputs(wrapper)
+    expected = reference_gradients(wrapper, routed, adapters(wrapper), grad_output())
+    output = wrapper.forward(*routed)
+    for tensor in routed:
+        tensor.zero_()
+    grad_input, grad_weights = wrapper.backward(grad_output())
+    actual = {"output": output, "grad_input": grad_input, "grad_weights": grad_weights}
+    assert_close(actual | adapter_grads(wrapper), expected, BUDGET)
+
+
+def test_no_tokens():
+    wrapper = trainable()
+    actual = train(wrapper, inputs(wrapper, 0), adapters(wrapper), grad_output(0))
+    assert actual["grad_input"].shape == actual["output"].shape == (0, H)
+    assert not any(actual[name].any() for name in NAMES)
+
+
 def test_forward_works_without_grad_mode():
     """As in the forward of an autograd function."""
     wrapper = trainable()

@@ -20,8 +20,10 @@ from ktops.ops import (
 )
 
 _LAZY = {
+    "KTConfig": "ktops.integrations.transformers.quantizer",
     "disable": "ktops.integrations",
     "enable": "ktops.integrations",
+    "load_experts": "ktops.checkpoints.load",
     "quantize_experts": "ktops.integrations.quantize_experts",
     "swap_experts": "ktops.integrations.swap",
     "unswap_experts": "ktops.integrations.swap",
@@ -29,6 +31,7 @@ _LAZY = {
 
 __all__ = [
     "ExpertWeight",
+    "KTConfig",
     "Profile",
     "Step",
     "__version__",
@@ -39,6 +42,7 @@ __all__ = [
     "disable",
     "empty_cache",
     "enable",
+    "load_experts",
     "memory_stats",
     "moe_sft",
     "profile",

@@ -13,7 +13,7 @@ from ktops.checkpoints.view import View
 from ktops.formats import Codes, ExpertWeight, get_format
 
 Step = Callable[[int], None]
-"""Called with the number of bytes done."""
+"""Called with the number of experts of a projection that are done."""
 
 CHUNK_WEIGHTS = 1 << 20
 """Weights that are floats at a time while they are quantised; in whole blocks of 128 rows."""
@@ -28,11 +28,13 @@ class Experts(ABC):
 
     Attributes:
         format, group_size, shape: as of :class:`ktops.ExpertWeight`.
+        mapped: bytes that :meth:`read` maps instead of reading them.
     """
 
     format: str
     group_size: int
     shape: tuple[int, int, int]
+    mapped = 0
 
     @abstractmethod
     def expert(self, index: int) -> Codes:
@@ -53,7 +55,7 @@ class Experts(ABC):
             for whole, part in zip(out, codes, strict=True):
                 if whole is not None:
                     whole[index] = part
-                    step(part.nbytes)
+            step(1)
         return self._weight(out, dtype)
 
     def _weight(self, codes: Codes, dtype: torch.dtype) -> ExpertWeight:
@@ -126,15 +128,26 @@ class FileExperts(Experts):
     def read(self, dtype: torch.dtype = torch.bfloat16, step: Step = no_step) -> ExpertWeight:
         """All experts, mapped or in memory, to be computed in dtype."""
         columns = list(zip(*(self._fields(index) for index in range(len(self))), strict=True))
-        codes = (None if experts[0][0] is None else self._read_tensor(experts, step) for experts in columns)
+        steps = (step, no_step, no_step)
+        codes = (
+            None if experts[0][0] is None else self._read_tensor(experts, step)
+            for experts, step in zip(columns, steps, strict=True)
+        )
         return self._weight(Codes(*codes), dtype)
 
+    @property
+    def mapped(self) -> int:
+        """Bytes of all experts that :meth:`read` maps."""
+        columns = zip(*(self._fields(index) for index in range(len(self))), strict=True)
+        wholes = (_whole(experts) for experts in columns if experts[0][0] is not None)
+        return sum(whole.nbytes for whole in wholes if whole is not None)
+
     def _read_tensor(self, experts: list[list[Field]], step: Step) -> Tensor:
-        whole = contiguous([field.view for fields in experts for field in fields])
+        whole = _whole(experts)
         rows = sum(field.shape[0] for field in experts[0])
         shape = (len(experts), rows, *experts[0][0].shape[1:])
         if whole is not None:
-            step(whole.nbytes)
+            step(len(experts))
             return whole.viewed(whole.dtype, *shape).map()
         out = torch.empty(shape, dtype=experts[0][0].dtype)
         for tensor, fields in zip(out, experts, strict=True):
@@ -143,8 +156,12 @@ class FileExperts(Experts):
                 part = tensor[row : row + field.shape[0]]
                 field.read_into(part)
                 row += field.shape[0]
-                step(part.nbytes)
+            step(1)
         return out
+
+
+def _whole(experts: list[list[Field]]) -> View | None:
+    return contiguous([field.view for fields in experts for field in fields])
 
 
 def contiguous(views: list[View | None]) -> View | None:

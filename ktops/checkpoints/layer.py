@@ -143,7 +143,7 @@ class Layer:
         Args:
             weight_format, group_size, method: as of :func:`ktops.load_experts`.
             dtype: what is computed in, and the dtype of the biases.
-            step: called with the number of bytes done.
+            step: called with the number of experts of a projection that are done.
 
         Raises:
             CheckpointError, ValueError: as of :meth:`experts`.

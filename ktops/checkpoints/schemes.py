@@ -53,8 +53,11 @@ def _raise_uneven(parts: list[Tensors]) -> None:
     everything = set().union(*parts)
     for tensors in parts:
         for missing in sorted(everything - set(tensors)):
-            known = next(iter(tensors.values()))
-            raise CheckpointError(f"{known}: tensor {missing!r} is missing beside it, other experts have it")
+            kind, known = next(iter(tensors.items()))
+            raise CheckpointError(
+                f"{known.name.removesuffix(kind)}{missing} is missing in {known.file.path}: other experts "
+                "have it"
+            )
 
 
 def _expect_no_others(tensors: Tensors, *known: str) -> None:

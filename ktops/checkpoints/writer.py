@@ -3,7 +3,7 @@
 The directory holds ``experts-00000.safetensors`` and so on, one file for every layer, with the keys that
 :class:`ktops.nn.KTExperts` has in a state dict: ``{experts}.gate_up_proj.weight``, ``.scale``, ``.zero`` and
 ``._extra_state``, the format as JSON. ``ktops.json`` lists these files with their sizes. The other tensors of
-the model are in ``model-*.safetensors`` with transformers' index. All bytes are in the order that
+the model are in ``model-*.safetensors``; transformers' index lists both. All bytes are in the order that
 ``docs/formats.md`` gives: they do not depend on CPU, NUMA nodes or threads.
 """
 
@@ -171,7 +171,7 @@ class CheckpointWriter:
             name: of the experts module, "model.layers.3.mlp.experts".
             gate_up_proj, down_proj: [E, 2I, H] and [E, H, I]; an :class:`Experts` is read expert by expert.
             gate_up_proj_bias, down_proj_bias: [E, 2I] and [E, H].
-            step: called with the number of bytes written.
+            step: called with the number of experts of a projection written.
 
         Returns:
             Bytes written.
@@ -197,14 +197,14 @@ class CheckpointWriter:
                     codes = first if index == 0 else experts.expert(index)
                     first = None
                     self._write_expert(stream, f"{name}.{key}", index, codes, step)
-        return self._done("layers", name, path)
+        return self._done("layers", name, path, list(tensors))
 
     @staticmethod
     def _write_expert(stream: SafetensorsStream, name: str, index: int, codes: Codes, step: Step) -> None:
         for kind, tensor in codes._asdict().items():
             if tensor is not None:
                 stream.write(f"{name}.{kind}", tensor, index)
-                step(tensor.nbytes)
+        step(1)
 
     def write_tensors(
         self, tensors: Mapping[str, View | Tensor], *, max_bytes: int = 4 << 30, step: Step = no_step
@@ -214,7 +214,7 @@ class CheckpointWriter:
         Args:
             tensors: by name, in memory or in files.
             max_bytes: of a file.
-            step: called with the number of bytes written.
+            step: called with 1 for every tensor.
         """
         files: list[dict[str, View | Tensor]] = [{}]
         size = 0
@@ -232,8 +232,8 @@ class CheckpointWriter:
             with SafetensorsStream(path, kinds) as stream:
                 for name, tensor in part.items():
                     stream.write(name, tensor.read() if isinstance(tensor, View) else tensor)
-                    step(tensor.nbytes)
-            self._done("tensors", path.name, path, names=list(part))
+                    step(1)
+            self._done("tensors", path.name, path, list(part))
 
     def copy(self, files: Iterable[Path]) -> None:
         """Copies small files as they are: configuration, tokenizer, licence. Not the index of the source."""
@@ -253,8 +253,9 @@ class CheckpointWriter:
         """
         layers, tensors = self._progress["layers"].values(), self._progress["tensors"].values()
         if tensors:
-            weight_map = {name: file["file"] for file in tensors for name in file["names"]}
-            total = sum(file["bytes"] for file in tensors)
+            files = [*tensors, *layers]
+            weight_map = {name: file["file"] for file in files for name in file["names"]}
+            total = sum(file["bytes"] for file in files)
             _write_json(self.partial / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
         manifest = {
             "version": VERSION,
@@ -273,9 +274,9 @@ class CheckpointWriter:
             self.partial.replace(self.path)
         return self.path
 
-    def _done(self, kind: str, name: str, path: Path, **more) -> int:
+    def _done(self, kind: str, name: str, path: Path, names: list[str]) -> int:
         size = path.stat().st_size
-        self._progress[kind][name] = {"file": path.name, "bytes": size, **more}
+        self._progress[kind][name] = {"file": path.name, "bytes": size, "names": names}
         _write_json(self.partial / PROGRESS, self._progress)
         return size
 

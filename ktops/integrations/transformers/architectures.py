@@ -18,8 +18,12 @@ TESTED = (
 
 GATES = {
     "modeling_beam.BeamExperts._apply_gate": "act_fn",  # act_fn(gate) * up in float32, as the op always does
+    "finegrained_fp8.FP8Experts._apply_gate": "act_fn",  # act_fn(gate) * up where no limit is set
 }
 """``_apply_gate`` of special architectures: the attribute that holds the activation of ``act(gate) * up``."""
+
+LIMITS = ("gate_softcap", "swiglu_alpha", "limit")
+"""Attributes that make an ``_apply_gate`` of ``GATES`` another function, unless they are None."""
 
 ACTIVATIONS = {
     "torch.nn.modules.activation.SiLU": "silu",
@@ -54,18 +58,23 @@ def unsupported_layout(experts: nn.Module) -> str | None:
     weight = experts._parameters.get("down_proj")
     if weight is not None and weight.element_size() == 1:
         return f"its weights are quantised, {weight.dtype}"
-    if not getattr(experts, "has_gate", True):
-        return "its experts have no gate projection"
     if getattr(experts, "is_transposed", False):
         return "its weights are stored as [num_experts, in_features, out_features]"
     if not getattr(experts, "is_concatenated", True):
         return "its gate and up rows are interleaved"
+    return unsupported_computation(experts)
+
+
+def unsupported_computation(experts: nn.Module) -> str | None:
+    """Why the op cannot compute what an experts module does, however its weights lie; None if it can."""
+    if not getattr(experts, "has_gate", True):
+        return "its experts have no gate projection"
     if getattr(experts, "has_post_expert_norm", False):
         return "it normalises the output of every expert"
     gate = getattr(experts, "_apply_gate", None)
     if gate is not None and gate.__module__ != "transformers.integrations.moe":
         attribute = GATES.get(f"{gate.__module__.rpartition('.')[2]}.{gate.__qualname__}")
-        if attribute is None:
+        if attribute is None or any(getattr(experts, limit, None) is not None for limit in LIMITS):
             return "its own _apply_gate is not act(gate) * up with an activation that ktops has"
     else:
         attribute = "act_fn"

@@ -23,12 +23,18 @@ def enable() -> None:
     """
     for registry in _registries():
         registry.register(NAME, experts_forward)
+    from ktops.integrations.transformers import quantizer
+
+    quantizer.enable()
 
 
 def disable() -> None:
     """Take the implementation out again."""
     for registry in _registries():
         registry._global_mapping.pop(NAME, None)
+    from ktops.integrations.transformers import quantizer
+
+    quantizer.disable()
     warn_once.cache_clear()
 
 

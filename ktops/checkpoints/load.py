@@ -1,0 +1,223 @@
+"""load_experts: the experts of a model from a checkpoint, in its format or quantised on the way."""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from ktops.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from ktops.checkpoints.errors import CheckpointError
+from ktops.checkpoints.layer import BIASES, Layer
+from ktops.checkpoints.progress import progress
+from ktops.formats.expert_weight import COMPUTE_DTYPES
+from ktops.integrations import enable_peft
+from ktops.integrations.quantize_experts import format_bytes
+from ktops.integrations.swap import exchange, find_experts
+from ktops.integrations.transformers.architectures import activation_name, unsupported_computation
+from ktops.nn import KTExperts
+
+LAYER = re.compile(r"(?:^|.*\.)(?:layers|blocks|h)\.(\d+)\.")
+
+
+class PendingExperts(nn.Module):
+    """Stands for experts that are to be loaded: knows what they compute, has no weights.
+
+    Attributes:
+        num_experts, hidden_size, intermediate_size: as of :class:`ktops.nn.KTExperts`.
+        activation: its name.
+    """
+
+    def __init__(self, experts: nn.Module) -> None:
+        super().__init__()
+        self.activation = _activation(experts)
+        self.num_experts, self.hidden_size, self.intermediate_size = _sizes(experts)
+        self.train(experts.training)
+
+    def forward(self, *args, **kwargs):
+        raise RuntimeError("ktops: the experts are not loaded: call ktops.load_experts(model, path)")
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """What :func:`load_experts` has loaded.
+
+    Attributes:
+        layers: the names of the experts modules, in order.
+        formats: the format of gate_up_proj and of down_proj -> the number of layers that have it.
+        schemes: how the checkpoint stores them -> number of layers.
+        nbytes: bytes of the experts.
+        mapped: of these, bytes that lie in the files of the checkpoint, mapped into memory.
+    """
+
+    layers: tuple[str, ...]
+    formats: dict[tuple[str, str], int]
+    schemes: dict[str, int]
+    nbytes: int
+    mapped: int
+
+    def __str__(self) -> str:
+        formats = ", ".join(
+            gate_up if gate_up == down else f"{gate_up} with down {down}" for gate_up, down in self.formats
+        )
+        return (
+            f"experts of {len(self.layers)} layers in {formats}: {format_bytes(self.nbytes)}, of which "
+            f"{format_bytes(self.mapped)} mapped from the files ({', '.join(self.schemes)})"
+        )
+
+
+def load_experts(
+    model: nn.Module,
+    path: str | Path,
+    weight_format: str | None = None,
+    *,
+    group_size: int | None = None,
+    method: str = "rtn",
+    show_progress: bool = True,
+) -> LoadReport:
+    """Fills a model's experts from a checkpoint: each experts module becomes a :class:`ktops.nn.KTExperts`.
+
+    Everything is checked before anything is changed, and the new experts take their places at the end: after
+    an error the model is as it was. Weights are mapped where the bytes of the files can be used as they are,
+    else read expert by expert: besides the result, less than two experts are in memory. Experts that the
+    model has already stay until then; a model whose experts are on the meta device never has both.
+
+    Args:
+        model: of transformers, with stacked experts, on any device; before adapters are added.
+        path: of a directory or file, as :func:`ktops.checkpoints.open_checkpoint` takes it. Layers are
+            matched by their numbers.
+        weight_format: one of ``ktops.formats.names()``; None keeps the format of the checkpoint.
+        group_size, method: as of :func:`ktops.quantize`, where weights are quantised.
+        show_progress: a bar in a terminal, a line every ten seconds elsewhere.
+
+    Returns:
+        A :class:`LoadReport`: layers, formats, bytes.
+
+    Raises:
+        ktops.checkpoints.CheckpointError: a tensor is missing, has a wrong shape or dtype, or is of an
+            unknown scheme, or a file is truncated; the message names the tensor and the file.
+        ValueError: the model has no experts, or ones that ktops cannot compute; the format cannot hold them.
+
+    Example:
+        >>> model = AutoModelForCausalLM.from_pretrained("Qwen3-30B-A3B-FP8", dequantize=True)
+        >>> print(ktops.load_experts(model, "Qwen3-30B-A3B-FP8"))
+        experts of 48 layers in fp8_e4m3: 27.0 GiB, of which 0.0 KiB mapped from the files (fp8 blocks)
+    """
+    modules = experts_modules(model)
+    checkpoint = open_checkpoint(path)
+    dtype = _compute_dtype(model)
+    plan = []
+    for name, module in modules.items():
+        layer = _layer_of(checkpoint, name)
+        _check_fit(layer, name, module)
+        try:
+            both = layer.experts(weight_format, group_size=group_size, method=method)
+        except CheckpointError:
+            raise
+        except ValueError as error:
+            raise ValueError(f"load_experts: {layer.name}: {error}") from None
+        plan.append((name, module, layer, both))
+    made = {}
+    total = 2 * sum(layer.num_experts for _, _, layer, _ in plan)
+    with progress("experts", total, show=show_progress) as step:
+        for name, module, layer, both in plan:
+            weights = [experts.read(dtype, step) for experts in both]
+            biases = (layer.bias(key, dtype) for key in BIASES)
+            biases = [bias if bias is None else nn.Parameter(bias, requires_grad=False) for bias in biases]
+            made[name] = KTExperts.from_parameters(*weights, *biases, activation=_activation(module))
+            made[name].train(module.training)
+    for name, module in modules.items():
+        exchange(model, module, made[name])
+    enable_peft()
+    return _report(plan, made)
+
+
+def experts_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """The experts modules of a model by name.
+
+    Raises:
+        ValueError: there are none, or ktops cannot fill them; the message names the module.
+    """
+    modules = {name: m for name, m in model.named_modules() if isinstance(m, PendingExperts)}
+    modules = modules or find_experts(model, "load_experts")
+    for name, module in modules.items():
+        if "base_layer" in name.split("."):
+            raise ValueError(f"load_experts: load the experts before adding adapters: {name} has one")
+        if isinstance(module, nn.ModuleList):
+            raise ValueError(
+                f"load_experts: {name} is a list of {len(module)} modules, and the model iterates over it: "
+                "ktops fills experts with stacked gate_up_proj and down_proj, as transformers>=5 has them"
+            )
+        _activation(module, name)
+    return modules
+
+
+def _activation(module: nn.Module, name: str = "experts") -> str:
+    if isinstance(module, (KTExperts, PendingExperts)):
+        return module.activation
+    reason = unsupported_computation(module)
+    if reason is not None:
+        raise ValueError(f"load_experts: ktops cannot compute {name}, a {type(module).__name__}: {reason}")
+    return activation_name(module.act_fn)
+
+
+def _compute_dtype(model: nn.Module) -> torch.dtype:
+    """What the model computes in: the dtype of its first weight that has one of ktops' dtypes."""
+    return next((p.dtype for p in model.parameters() if p.dtype in COMPUTE_DTYPES), torch.bfloat16)
+
+
+def _layer_of(checkpoint: Checkpoint, name: str) -> Layer:
+    """The layer of a checkpoint for an experts module: of its number and, of several, the most alike name."""
+    match = LAYER.match(f"{name}.")
+    if match is None:
+        raise ValueError(f"load_experts: {name} must be in a numbered layer: model.layers.3.mlp.experts")
+    found = [layer for layer in checkpoint.layers if layer.index == int(match[1])]
+    if not found:
+        numbers = [layer.index for layer in checkpoint.layers]
+        there = f"those of layers {min(numbers)} to {max(numbers)}" if numbers else "no experts"
+        raise CheckpointError(
+            f"{name}: the experts of layer {match[1]} are missing in {checkpoint.path}, which has {there}"
+        )
+    wanted = name.split(".")
+
+    def likeness(layer: Layer) -> tuple[bool, int, int]:
+        parts = layer.name.split(".")
+        return parts == wanted, -len(set(parts) ^ set(wanted)), -len(parts)
+
+    return max(found, key=likeness)
+
+
+def _sizes(module: nn.Module) -> tuple[int, int, int] | None:
+    """Experts, hidden size, intermediate size of a module; None if its weights do not tell."""
+    if isinstance(module, (KTExperts, PendingExperts)):
+        return module.num_experts, module.hidden_size, module.intermediate_size
+    weight = module._parameters.get("down_proj")
+    if weight is None or weight.dim() != 3 or weight.dtype in (torch.uint8, torch.int8):
+        return None
+    shape = tuple(weight.shape)
+    return (shape[0], shape[2], shape[1]) if getattr(module, "is_transposed", False) else shape
+
+
+def _check_fit(layer: Layer, name: str, module: nn.Module) -> None:
+    layer.check()
+    expected, got = _sizes(module), (layer.num_experts, layer.hidden_size, layer.intermediate_size)
+    if expected is not None and got != expected:
+        raise CheckpointError(
+            f"{layer.tensors[0]}: {name} of the model has [num_experts, hidden_size, intermediate_size] = "
+            f"{list(expected)}, the checkpoint {list(got)}"
+        )
+
+
+def _report(plan: list, made: dict[str, KTExperts]) -> LoadReport:
+    formats: dict[tuple[str, str], int] = {}
+    schemes: dict[str, int] = {}
+    nbytes = mapped = 0
+    for name, _, layer, both in plan:
+        experts = made[name]
+        pair = experts.gate_up_proj.format, experts.down_proj.format
+        formats[pair] = formats.get(pair, 0) + 1
+        schemes[layer.scheme] = schemes.get(layer.scheme, 0) + 1
+        nbytes += experts.gate_up_proj.nbytes + experts.down_proj.nbytes
+        mapped += sum(experts.mapped for experts in both)
+    return LoadReport(tuple(made), formats, schemes, nbytes, mapped)

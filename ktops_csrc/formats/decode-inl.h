@@ -40,7 +40,7 @@ inline void load_groups(const GroupValues& values, int64_t e, int64_t row, int64
     }
 }
 
-// Chunks of a row, of columns [first, end): first in any, but all in one piece.
+// The chunks of a row one after the other, of columns [first, end): `first` in any chunk, but all in one piece.
 template <class Decoder, Scales kScales, bool kZeros>
 class RowReader {
     static constexpr int64_t kParts = Decoder::kBlock / kChunk;
@@ -48,48 +48,60 @@ class RowReader {
 public:
     RowReader(const WeightTensor& w, int64_t e, int64_t row, int64_t first, int64_t end)
         : codes_(w.codes + e * w.expert_bytes + row * w.row_bytes), columns_(w.columns), group_(w.group) {
+        const int64_t k = first / kChunk * kChunk;
+        block_ = codes_ + k / Decoder::kBlock * Decoder::kBytes;
+        part_ = k / kChunk % kParts;
+        if (part_) state_ = Decoder::prepare(block_);
         if constexpr (kScales != Scales::kNone) {
-            first_group_ = first / group_;
-            const int64_t n = (end - 1) / group_ - first_group_ + 1;
-            load_groups(w.scale, e, row, first_group_, n, scales_);
+            const int64_t group = first / group_, n = (end - 1) / group_ - group + 1;
+            group_end_ = (group + 1) * group_;
+            load_groups(w.scale, e, row, group, n, scales_);
             if constexpr (Decoder::kFactor != 1) {
                 for (int64_t i = 0; i < n; ++i) scales_[i] *= Decoder::kFactor;
             }
-            if constexpr (kZeros) load_groups(w.zero, e, row, first_group_, n, zeros_);
+            if constexpr (kZeros) load_groups(w.zero, e, row, group, n, zeros_);
         }
     }
 
-    // Weights [k, k + 32), k a multiple of 32. Beyond the last column: any finite number.
-    void chunk(int64_t k, VecF* v) const {
-        const uint8_t* block = codes_ + k / Decoder::kBlock * Decoder::kBytes;
+    // The next chunk: weights [k, k + 32). Beyond the last column: any finite number.
+    __attribute__((always_inline)) void next(int64_t k, VecF* v) {
         if constexpr (kParts == 1) {
             if (__builtin_expect(k + kChunk > columns_, 0)) {  // the last bytes of a row may be the last ones there are
                 uint8_t last[Decoder::kBytes] = {};
-                std::memcpy(last, block, static_cast<size_t>(ceil_div((columns_ - k) * Decoder::kBytes, kChunk)));
-                return decode(last, 0, k, v);
+                std::memcpy(last, block_, static_cast<size_t>(ceil_div((columns_ - k) * Decoder::kBytes, kChunk)));
+                return decode(last, k, v);
             }
         }
-        decode(block, k / kChunk % kParts, k, v);
+        __builtin_prefetch(block_ + kAhead);
+        decode(block_, k, v);
+        if (++part_ == kParts) {
+            part_ = 0;
+            block_ += Decoder::kBytes;
+        }
     }
-
-    void prefetch(int64_t k) const { __builtin_prefetch(codes_ + k / Decoder::kBlock * Decoder::kBytes + kAhead); }
 
 private:
     static constexpr int64_t kAhead = 1024;  // bytes
 
-    void decode(const uint8_t* block, int64_t part, int64_t k, VecF* v) const {
-        Decoder::decode(block, part, v);
+    __attribute__((always_inline)) void decode(const uint8_t* block, int64_t k, VecF* v) {
+        if (part_ == 0) state_ = Decoder::prepare(block);
+        Decoder::decode(block, state_, part_, v);
         if constexpr (kScales != Scales::kNone) {
-            const int64_t g = k / group_ - first_group_;
+            if (k >= group_end_) {
+                group_end_ += group_;
+                ++index_;
+            }
             for (int i = 0; i < kChunkVectors; ++i) {
-                if constexpr (kZeros) v[i] = v[i] - zeros_[g];
-                v[i] = v[i] * scales_[g];
+                if constexpr (kZeros) v[i] = v[i] - zeros_[index_];
+                v[i] = v[i] * scales_[index_];
             }
         }
     }
 
     const uint8_t* codes_;
-    int64_t columns_, group_, first_group_ = 0;
+    const uint8_t* block_;
+    int64_t columns_, group_, group_end_ = 0, part_ = 0, index_ = 0;
+    typename Decoder::State state_;
     float scales_[kScales == Scales::kNone ? 1 : kPieceGroups + 1];
     float zeros_[kZeros ? kPieceGroups + 1 : 1];
 };
@@ -113,10 +125,10 @@ struct FormatKernels {
                      int64_t stride) {
         for (int64_t i = row; i < row + n; ++i, out += stride) {
             for_each_piece(column, column + count, [&](int64_t first, int64_t end) {
-                const Reader reader(w, e, i, first, end);
+                Reader reader(w, e, i, first, end);
                 for (int64_t k = first / kChunk * kChunk; k < end; k += kChunk) {
                     VecF v[kChunkVectors];
-                    reader.chunk(k, v);
+                    reader.next(k, v);
                     if (__builtin_expect(k >= first && k + kChunk <= end, 1)) {
                         store_chunk<Decoder::kSplit>(v, out + k - column);
                         continue;
@@ -150,11 +162,10 @@ private:
         for (int64_t j = 0; j < n; ++j) {
             VecF sums[kUnroll][M][kSums] = {};
             for_each_piece(0, w.columns, [&](int64_t first, int64_t end) __attribute__((always_inline)) {
-                const Reader reader(w, e, row + j, first, end);
+                Reader reader(w, e, row + j, first, end);
                 const auto step = [&](int64_t k, VecF(&to)[M][kSums]) __attribute__((always_inline)) {
                     VecF v[kChunkVectors];
-                    reader.prefetch(k);
-                    reader.chunk(k, v);
+                    reader.next(k, v);
 #pragma GCC unroll 8
                     for (int i = 0; i < M; ++i) {
 #pragma GCC unroll 8

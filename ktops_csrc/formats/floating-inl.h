@@ -6,24 +6,20 @@
 
 namespace kt::KT_ISA {
 
-struct Fp8 {
-    static constexpr int64_t kBlock = kChunk, kBytes = kChunk;
-    static constexpr bool kSplit = false;
+struct Fp8 : ChunkDecoder {
+    static constexpr int64_t kBytes = kChunk;
     static constexpr float kFactor = kFp8Factor;
 
-    static void decode(const uint8_t* block, int64_t, VecF* v) {
-        for (int i = 0; i < kChunkVectors; ++i) v[i] = fp8_values(block + i * kLanes<float>);
-    }
+    static void decode(const uint8_t* block, NoState, int64_t, VecF* v) { unpack_fp8(block, v); }
 };
 
-struct Fp4 {
-    static constexpr int64_t kBlock = kChunk, kBytes = kChunk / 2;
+struct Fp4 : ChunkDecoder {
+    static constexpr int64_t kBytes = kChunk / 2;
     static constexpr bool kSplit = true;
-    static constexpr float kFactor = 1;
     alignas(64) static constexpr float kTable[16] = {0,     0.5f,  1,     1.5f,  2,     3,     4,     6,
                                                      -0.0f, -0.5f, -1.0f, -1.5f, -2.0f, -3.0f, -4.0f, -6.0f};
 
-    static void decode(const uint8_t* block, int64_t, VecF* v) { decode_nibbles(block, kTable, v); }
+    static void decode(const uint8_t* block, NoState, int64_t, VecF* v) { decode_nibbles(block, kTable, v); }
 };
 
 }  // namespace kt::KT_ISA

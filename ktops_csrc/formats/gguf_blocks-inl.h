@@ -9,15 +9,9 @@
 //
 // Source: ggml-common.h and the dequantize functions of ggml and of the gguf package.
 
-#include "isa/chunk-inl.h"
+#include "formats/decoder-inl.h"
 
 namespace kt::KT_ISA {
-
-struct GgufBlock {
-    static constexpr int64_t kBlock = 32;
-    static constexpr bool kSplit = false;
-    static constexpr float kFactor = 1;
-};
 
 // f(lanes' codes 0..15, first weight) for the four-bit codes of 32 weights.
 template <class F>
@@ -42,33 +36,33 @@ inline VecI32 fifth_bits(const uint8_t* qh, int64_t first) {
     return (VecI32)((bits >> (VecU32)lane_indices()) << 4) & 16;
 }
 
-struct Q8_0 : GgufBlock {
+struct Q8_0 : ChunkDecoder {
     static constexpr int64_t kBytes = 34;
-    static void decode(const uint8_t* block, int64_t, VecF* v) {
+    static void decode(const uint8_t* block, NoState, int64_t, VecF* v) {
         const float d = float16(block);
         for (int i = 0; i < kChunkVectors; ++i) v[i] = to_floats(widen_signed(block + 2 + i * kLanes<float>)) * d;
     }
 };
 
-struct Q4_0 : GgufBlock {
+struct Q4_0 : ChunkDecoder {
     static constexpr int64_t kBytes = 18;
-    static void decode(const uint8_t* block, int64_t, VecF* v) {
+    static void decode(const uint8_t* block, NoState, int64_t, VecF* v) {
         const float d = float16(block);
         for_each_nibble(block + 2, [&](VecI32 q, int i) { v[i] = to_floats(q - 8) * d; });
     }
 };
 
-struct Q4_1 : GgufBlock {
+struct Q4_1 : ChunkDecoder {
     static constexpr int64_t kBytes = 20;
-    static void decode(const uint8_t* block, int64_t, VecF* v) {
+    static void decode(const uint8_t* block, NoState, int64_t, VecF* v) {
         const float d = float16(block), m = float16(block + 2);
         for_each_nibble(block + 4, [&](VecI32 q, int i) { v[i] = to_floats(q) * d + m; });
     }
 };
 
-struct Q5_0 : GgufBlock {
+struct Q5_0 : ChunkDecoder {
     static constexpr int64_t kBytes = 22;
-    static void decode(const uint8_t* block, int64_t, VecF* v) {
+    static void decode(const uint8_t* block, NoState, int64_t, VecF* v) {
         const float d = float16(block);
         for_each_nibble(block + 6, [&](VecI32 q, int i) {
             v[i] = to_floats((q | fifth_bits(block + 2, i * kLanes<float>)) - 16) * d;
@@ -76,9 +70,9 @@ struct Q5_0 : GgufBlock {
     }
 };
 
-struct Q5_1 : GgufBlock {
+struct Q5_1 : ChunkDecoder {
     static constexpr int64_t kBytes = 24;
-    static void decode(const uint8_t* block, int64_t, VecF* v) {
+    static void decode(const uint8_t* block, NoState, int64_t, VecF* v) {
         const float d = float16(block), m = float16(block + 2);
         for_each_nibble(block + 8, [&](VecI32 q, int i) {
             v[i] = to_floats(q | fifth_bits(block + 4, i * kLanes<float>)) * d + m;
@@ -89,9 +83,9 @@ struct Q5_1 : GgufBlock {
 // Of the non-linear four-bit formats.
 alignas(64) constexpr float kNonLinear[16] = {-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113};
 
-struct IQ4_NL : GgufBlock {
+struct IQ4_NL : ChunkDecoder {
     static constexpr int64_t kBytes = 18;
-    static void decode(const uint8_t* block, int64_t, VecF* v) {
+    static void decode(const uint8_t* block, NoState, int64_t, VecF* v) {
         const float d = float16(block);
         for_each_nibble(block + 2, [&](VecI32 q, int i) { v[i] = lookup(kNonLinear, q) * d; });
     }

@@ -15,111 +15,144 @@
 
 namespace kt::KT_ISA {
 
-struct GgufSuperBlock {
+template <int kScales, int kMins>
+struct SuperBlockDecoder {
     static constexpr int64_t kBlock = 256;
     static constexpr bool kSplit = false;
     static constexpr float kFactor = 1;
+
+    // Of every chunk, or of every half of one.
+    struct State {
+        float scale[kScales], min[kMins ? kMins : 1];
+    };
 
     // The half of a chunk, 16 weights, that vector v of it lies in.
     static int64_t half(int v) { return v * kLanes<float> / 16; }
 };
 
-struct Q2_K : GgufSuperBlock {
+// out[i] = d * bytes[i], n a multiple of the lanes or not.
+inline void scale_bytes(const uint8_t* bytes, int n, float d, float* out) {
+    constexpr int L = kLanes<float>;
+    if (n % L == 0) {
+        for (int i = 0; i < n; i += L) store(out + i, to_floats(widen_unsigned(bytes + i)) * d);
+    } else {
+        for (int i = 0; i < n; ++i) out[i] = d * static_cast<float>(bytes[i]);
+    }
+}
+
+struct Q2_K : SuperBlockDecoder<16, 16> {
     static constexpr int64_t kBytes = 84;
-    static void decode(const uint8_t* block, int64_t p, VecF* v) {
-        const float d = float16(block + 80), dmin = float16(block + 82);
-        const uint8_t* q = block + 16 + 32 * (p / 4);
-        for (int i = 0; i < kChunkVectors; ++i) {
-            const uint8_t scale = block[2 * p + half(i)];
-            const VecI32 codes = (widen_unsigned(q + i * kLanes<float>) >> static_cast<int>(2 * (p % 4))) & 3;
-            v[i] = to_floats(codes) * (d * static_cast<float>(scale & 15)) - dmin * static_cast<float>(scale >> 4);
-        }
+
+    static State prepare(const uint8_t* block) {
+        State s;
+        Bytes16 both = load_bits<Bytes16>(block), low = both & 15, high = both >> 4;
+        scale_bytes(reinterpret_cast<const uint8_t*>(&low), 16, float16(block + 80), s.scale);
+        scale_bytes(reinterpret_cast<const uint8_t*>(&high), 16, float16(block + 82), s.min);
+        return s;
+    }
+    static void decode(const uint8_t* block, const State& s, int64_t p, VecF* v) {
+        const Bytes32 q = load_bits<Bytes32>(block + 16 + 32 * (p / 4));
+        unpack(shift_right(q, 2 * (p % 4)) & 3, v);
+        for (int i = 0; i < kChunkVectors; ++i) v[i] = v[i] * s.scale[2 * p + half(i)] - s.min[2 * p + half(i)];
     }
 };
 
-struct Q3_K : GgufSuperBlock {
+struct Q3_K : SuperBlockDecoder<16, 0> {
     static constexpr int64_t kBytes = 110;
-    static void decode(const uint8_t* block, int64_t p, VecF* v) {
-        const float d = float16(block + 108);
-        const uint8_t* q = block + 32 + 32 * (p / 4);
-        for (int i = 0; i < kChunkVectors; ++i) {
-            const VecI32 low = (widen_unsigned(q + i * kLanes<float>) >> static_cast<int>(2 * (p % 4))) & 3;
-            const VecI32 mask = (widen_unsigned(block + i * kLanes<float>) >> static_cast<int>(p)) & 1;
-            v[i] = to_floats(low + 4 * mask - 4) * (d * static_cast<float>(scale(block + 96, 2 * p + half(i))));
-        }
-    }
 
-private:
     // Sixteen scales of 6 bits, less 32: four bits in bytes 0 to 7, two in bytes 8 to 11.
-    static int scale(const uint8_t* scales, int64_t i) {
-        const int low = i < 8 ? scales[i] & 15 : scales[i - 8] >> 4;
-        const int high = scales[8 + i % 4] >> (2 * (i / 4)) & 3;
-        return (low | high << 4) - 32;
+    static State prepare(const uint8_t* block) {
+        uint32_t in[3], scales[4];
+        std::memcpy(in, block + 96, sizeof(in));
+        for (int i = 0; i < 4; ++i) {
+            const uint32_t low = i < 2 ? in[i] & 0x0f0f0f0f : in[i - 2] >> 4 & 0x0f0f0f0f;
+            scales[i] = low | (in[2] >> 2 * i & 0x03030303) << 4;
+        }
+        State s;
+        const float d = float16(block + 108);
+        scale_bytes(reinterpret_cast<const uint8_t*>(scales), 16, 1, s.scale);
+        for (float& scale : s.scale) scale = (scale - 32) * d;
+        return s;
+    }
+    static void decode(const uint8_t* block, const State& s, int64_t p, VecF* v) {
+        const Bytes32 q = load_bits<Bytes32>(block + 32 + 32 * (p / 4)), mask = load_bits<Bytes32>(block);
+        const Bytes32 low = shift_right(q, 2 * (p % 4)) & 3, high = (shift_right(mask, p) & 1) << 2;
+        unpack((low | high) - 4, v);
+        for (int i = 0; i < kChunkVectors; ++i) v[i] = v[i] * s.scale[2 * p + half(i)];
     }
 };
 
-// Scale and minimum of chunk p, 6 bits each, of q4_k and q5_k: the first four in bytes 0 to 3 and 4 to 7, the others in
-// the halves of bytes 8 to 11 and the upper two bits of bytes 0 to 7.
-struct ScaleAndMin {
-    float scale, min;
-    ScaleAndMin(const uint8_t* block, int64_t p) {
-        const uint8_t* s = block + 4;
-        const int a = p < 4 ? s[p] & 63 : (s[p + 4] & 15) | s[p - 4] >> 6 << 4;
-        const int b = p < 4 ? s[p + 4] & 63 : s[p + 4] >> 4 | s[p] >> 6 << 4;
-        scale = float16(block) * static_cast<float>(a);
-        min = float16(block + 2) * static_cast<float>(b);
+// q4_k and q5_k: scales and minima of 6 bits, the first four of each in bytes 0 to 3 and 4 to 7, the others in the
+// halves of bytes 8 to 11 and the upper two bits of bytes 0 to 7.
+struct ScaleAndMinDecoder : SuperBlockDecoder<8, 8> {
+    static State prepare(const uint8_t* block) {
+        uint32_t in[3];
+        std::memcpy(in, block + 4, sizeof(in));
+        const uint32_t scales[] = {in[0] & 0x3f3f3f3f, (in[2] & 0x0f0f0f0f) | (in[0] >> 6 & 0x03030303) << 4};
+        const uint32_t mins[] = {in[1] & 0x3f3f3f3f, (in[2] >> 4 & 0x0f0f0f0f) | (in[1] >> 6 & 0x03030303) << 4};
+        State s;
+        scale_bytes(reinterpret_cast<const uint8_t*>(scales), 8, float16(block), s.scale);
+        scale_bytes(reinterpret_cast<const uint8_t*>(mins), 8, float16(block + 2), s.min);
+        return s;
+    }
+    static void scale(const State& s, int64_t p, VecF* v) {
+        for (int i = 0; i < kChunkVectors; ++i) v[i] = v[i] * s.scale[p] - s.min[p];
     }
 };
 
-struct Q4_K : GgufSuperBlock {
+struct Q4_K : ScaleAndMinDecoder {
     static constexpr int64_t kBytes = 144;
-    static void decode(const uint8_t* block, int64_t p, VecF* v) {
-        const ScaleAndMin s(block, p);
-        const uint8_t* q = block + 16 + 32 * (p / 2);
-        for (int i = 0; i < kChunkVectors; ++i) {
-            const VecI32 codes = (widen_unsigned(q + i * kLanes<float>) >> static_cast<int>(4 * (p % 2))) & 15;
-            v[i] = to_floats(codes) * s.scale - s.min;
-        }
+    static void decode(const uint8_t* block, const State& s, int64_t p, VecF* v) {
+        const Bytes32 q = load_bits<Bytes32>(block + 16 + 32 * (p / 2));
+        unpack(shift_right(q, 4 * (p % 2)) & 15, v);
+        scale(s, p, v);
     }
 };
 
-struct Q5_K : GgufSuperBlock {
+struct Q5_K : ScaleAndMinDecoder {
     static constexpr int64_t kBytes = 176;
-    static void decode(const uint8_t* block, int64_t p, VecF* v) {
-        const ScaleAndMin s(block, p);
-        const uint8_t* q = block + 48 + 32 * (p / 2);
-        for (int i = 0; i < kChunkVectors; ++i) {
-            const VecI32 low = (widen_unsigned(q + i * kLanes<float>) >> static_cast<int>(4 * (p % 2))) & 15;
-            const VecI32 high = (widen_unsigned(block + 16 + i * kLanes<float>) >> static_cast<int>(p)) & 1;
-            v[i] = to_floats(low | high << 4) * s.scale - s.min;
-        }
+    static void decode(const uint8_t* block, const State& s, int64_t p, VecF* v) {
+        const Bytes32 q = load_bits<Bytes32>(block + 48 + 32 * (p / 2)), high = load_bits<Bytes32>(block + 16);
+        unpack((shift_right(q, 4 * (p % 2)) & 15) | (shift_right(high, p) & 1) << 4, v);
+        scale(s, p, v);
     }
 };
 
-struct Q6_K : GgufSuperBlock {
+struct Q6_K : SuperBlockDecoder<16, 0> {
     static constexpr int64_t kBytes = 210;
-    static void decode(const uint8_t* block, int64_t p, VecF* v) {
+
+    static State prepare(const uint8_t* block) {
+        State s;
         const float d = float16(block + 208);
-        const int64_t h = p / 4, r = p % 4;
-        const uint8_t* ql = block + 64 * h + 32 * (r % 2);
-        const uint8_t* qh = block + 128 + 32 * h;
-        const auto* scales = reinterpret_cast<const int8_t*>(block + 192);
-        for (int i = 0; i < kChunkVectors; ++i) {
-            const VecI32 low = (widen_unsigned(ql + i * kLanes<float>) >> static_cast<int>(4 * (r / 2))) & 15;
-            const VecI32 high = (widen_unsigned(qh + i * kLanes<float>) >> static_cast<int>(2 * r)) & 3;
-            const float scale = d * static_cast<float>(scales[2 * p + half(i)]);
-            v[i] = to_floats((low | high << 4) - 32) * scale;
+        for (int i = 0; i < 16; i += kLanes<float>) {
+            store(s.scale + i, to_floats(widen_signed(block + 192 + i)) * d);
         }
+        return s;
+    }
+    static void decode(const uint8_t* block, const State& s, int64_t p, VecF* v) {
+        const int64_t h = p / 4, r = p % 4;
+        const Bytes32 low = load_bits<Bytes32>(block + 64 * h + 32 * (r % 2));
+        const Bytes32 high = load_bits<Bytes32>(block + 128 + 32 * h);
+        unpack(((shift_right(low, 4 * (r / 2)) & 15) | (shift_right(high, 2 * r) & 3) << 4) - 32, v);
+        for (int i = 0; i < kChunkVectors; ++i) v[i] = v[i] * s.scale[2 * p + half(i)];
     }
 };
 
-struct IQ4_XS : GgufSuperBlock {
+struct IQ4_XS : SuperBlockDecoder<8, 0> {
     static constexpr int64_t kBytes = 136;
-    static void decode(const uint8_t* block, int64_t p, VecF* v) {
-        const int low = block[4 + p / 2] >> (4 * (p % 2)) & 15;
-        const int high = read(reinterpret_cast<const uint16_t*>(block + 2)) >> (2 * p) & 3;
-        const float scale = float16(block) * static_cast<float>((low | high << 4) - 32);
-        for_each_nibble(block + 8 + 16 * p, [&](VecI32 q, int i) { v[i] = lookup(kNonLinear, q) * scale; });
+
+    static State prepare(const uint8_t* block) {
+        State s;
+        const float d = float16(block);
+        const int high = read(reinterpret_cast<const uint16_t*>(block + 2));
+        for (int p = 0; p < 8; ++p) {
+            const int scale = (block[4 + p / 2] >> 4 * (p % 2) & 15) | (high >> 2 * p & 3) << 4;
+            s.scale[p] = d * static_cast<float>(scale - 32);
+        }
+        return s;
+    }
+    static void decode(const uint8_t* block, const State& s, int64_t p, VecF* v) {
+        for_each_nibble(block + 8 + 16 * p, [&](VecI32 q, int i) { v[i] = lookup(kNonLinear, q) * s.scale[p]; });
     }
 };
 

@@ -3,16 +3,14 @@
 // int8, and int4 and uint4 with two weights a byte: byte b of a row holds column 2b in its low half and column 2b + 1
 // in its high half. int4 means q - 8.
 
-#include "isa/chunk-inl.h"
+#include "formats/decoder-inl.h"
 
 namespace kt::KT_ISA {
 
-struct Int8 {
-    static constexpr int64_t kBlock = kChunk, kBytes = kChunk;
-    static constexpr bool kSplit = false;
-    static constexpr float kFactor = 1;
+struct Int8 : ChunkDecoder {
+    static constexpr int64_t kBytes = kChunk;
 
-    static void decode(const uint8_t* block, int64_t, VecF* v) {
+    static void decode(const uint8_t* block, NoState, int64_t, VecF* v) {
         for (int i = 0; i < kChunkVectors; ++i) v[i] = to_floats(widen_signed(block + i * kLanes<float>));
     }
 };
@@ -26,22 +24,20 @@ inline void decode_nibbles(const uint8_t* bytes, const float* table, VecF* v) {
     }
 }
 
-struct Int4 {
-    static constexpr int64_t kBlock = kChunk, kBytes = kChunk / 2;
+struct Int4 : ChunkDecoder {
+    static constexpr int64_t kBytes = kChunk / 2;
     static constexpr bool kSplit = true;
-    static constexpr float kFactor = 1;
     alignas(64) static constexpr float kTable[16] = {-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7};
 
-    static void decode(const uint8_t* block, int64_t, VecF* v) { decode_nibbles(block, kTable, v); }
+    static void decode(const uint8_t* block, NoState, int64_t, VecF* v) { decode_nibbles(block, kTable, v); }
 };
 
-struct UInt4 {
-    static constexpr int64_t kBlock = kChunk, kBytes = kChunk / 2;
+struct UInt4 : ChunkDecoder {
+    static constexpr int64_t kBytes = kChunk / 2;
     static constexpr bool kSplit = true;
-    static constexpr float kFactor = 1;
     alignas(64) static constexpr float kTable[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
 
-    static void decode(const uint8_t* block, int64_t, VecF* v) { decode_nibbles(block, kTable, v); }
+    static void decode(const uint8_t* block, NoState, int64_t, VecF* v) { decode_nibbles(block, kTable, v); }
 };
 
 }  // namespace kt::KT_ISA

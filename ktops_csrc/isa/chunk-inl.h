@@ -45,6 +45,28 @@ inline VecI32 widen_signed(const uint8_t* p) {
 }
 inline VecF to_floats(VecI32 x) { return __builtin_convertvector(x, VecF); }
 
+// The bytes of a chunk, one for each weight, and of half a chunk.
+typedef uint8_t Bytes32 __attribute__((vector_size(32)));
+typedef uint8_t Bytes16 __attribute__((vector_size(16)));
+
+// Every byte divided by 2^n, n < 8.
+inline Bytes32 shift_right(Bytes32 x, int64_t n) {
+    typedef uint16_t Words __attribute__((vector_size(32)));
+    return (Bytes32)((Words)x >> static_cast<int>(n)) & static_cast<uint8_t>(0xff >> n);
+}
+
+// Signed bytes as a chunk.
+inline void unpack(Bytes32 x, VecF* v) {
+#if KT_VECTOR_BYTES == 64
+    v[0] = to_floats((VecI32)_mm512_cvtepi8_epi32(_mm256_castsi256_si128((__m256i)x)));
+    v[1] = to_floats((VecI32)_mm512_cvtepi8_epi32(_mm256_extracti128_si256((__m256i)x, 1)));
+#else
+    uint8_t bytes[kChunk];
+    std::memcpy(bytes, &x, sizeof(bytes));
+    for (int i = 0; i < kChunkVectors; ++i) v[i] = to_floats(widen_signed(bytes + i * kLanes<float>));
+#endif
+}
+
 // Halves of IEEE binary16, exactly.
 inline VecF load_float16(const void* p) {
 #if KT_VECTOR_BYTES == 64
@@ -74,32 +96,38 @@ inline VecF lookup(const float* table, VecI32 index) {
 #endif
 }
 
-// E4M3 numbers times 2^-8: as binary16 they have the same digits and another bias, so that subnormal ones need no case
-// of their own. 0x7f and 0xff are NaN.
+// A chunk of E4M3 numbers times 2^-8: as binary16 they have the same digits and another bias, so that subnormal ones
+// need no case of their own. 0x7f and 0xff are NaN.
 constexpr float kFp8Factor = 256;
-inline VecF fp8_values(const uint8_t* p) {
-#if KT_VECTOR_BYTES >= 32
+inline void unpack_fp8(const uint8_t* p, VecF* v) {
 #if KT_VECTOR_BYTES == 64
-    const __m256i x = _mm256_cvtepu8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
-#else
-    const __m256i x = _mm256_castsi128_si256(_mm_cvtepu8_epi16(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
-#endif
-    const __m256i nan = _mm256_cmpeq_epi16(_mm256_and_si256(x, _mm256_set1_epi16(0x7f)), _mm256_set1_epi16(0x7f));
-    const __m256i shifted = _mm256_srai_epi16(_mm256_slli_epi16(x, 8), 1);
-    const __m256i bits = _mm256_or_si256(_mm256_and_si256(shifted, _mm256_set1_epi16(static_cast<int16_t>(0xbf80))),
-                                         _mm256_and_si256(nan, _mm256_set1_epi16(0x7e00)));
-#if KT_VECTOR_BYTES == 64
-    return (VecF)_mm512_cvtph_ps(bits);
-#else
-    return (VecF)_mm256_cvtph_ps(_mm256_castsi256_si128(bits));
-#endif
-#else
-    VecF out;
-    for (int i = 0; i < kLanes<float>; ++i) {
-        const uint16_t nan = (p[i] & 0x7f) == 0x7f ? 0x7e00 : 0;
-        out[i] = float16_to_float(static_cast<uint16_t>((p[i] & 0x80) << 8 | (p[i] & 0x7f) << 7 | nan));
+    const __m512i x = _mm512_cvtepu8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+    const __m512i magnitude = _mm512_set1_epi16(0x7f),
+                  sign_and_digits = _mm512_set1_epi16(static_cast<int16_t>(0xbf80));
+    const __mmask32 nan = _mm512_cmpeq_epi16_mask(_mm512_and_si512(x, magnitude), magnitude);
+    const __m512i shifted = _mm512_srai_epi16(_mm512_slli_epi16(x, 8), 1);
+    const __m512i bits =
+        _mm512_mask_mov_epi16(_mm512_and_si512(shifted, sign_and_digits), nan, _mm512_set1_epi16(0x7e00));
+    v[0] = (VecF)_mm512_cvtph_ps(_mm512_castsi512_si256(bits));
+    v[1] = (VecF)_mm512_cvtph_ps(_mm512_extracti64x4_epi64(bits, 1));
+#elif KT_VECTOR_BYTES == 32
+    for (int i = 0; i < kChunkVectors; i += 2) {
+        const __m256i x = _mm256_cvtepu8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p + 8 * i)));
+        const __m256i magnitude = _mm256_set1_epi16(0x7f);
+        const __m256i nan = _mm256_cmpeq_epi16(_mm256_and_si256(x, magnitude), magnitude);
+        const __m256i shifted = _mm256_srai_epi16(_mm256_slli_epi16(x, 8), 1);
+        const __m256i bits = _mm256_blendv_epi8(
+            _mm256_and_si256(shifted, _mm256_set1_epi16(static_cast<int16_t>(0xbf80))), _mm256_set1_epi16(0x7e00), nan);
+        v[i] = (VecF)_mm256_cvtph_ps(_mm256_castsi256_si128(bits));
+        v[i + 1] = (VecF)_mm256_cvtph_ps(_mm256_extracti128_si256(bits, 1));
     }
-    return out;
+#else
+    float values[kChunk];
+    for (int i = 0; i < kChunk; ++i) {
+        const uint16_t nan = (p[i] & 0x7f) == 0x7f ? 0x7e00 : 0;
+        values[i] = float16_to_float(static_cast<uint16_t>((p[i] & 0x80) << 8 | (p[i] & 0x7f) << 7 | nan));
+    }
+    for (int i = 0; i < kChunkVectors; ++i) v[i] = load(values + i * kLanes<float>);
 #endif
 }
 

@@ -132,9 +132,9 @@ def _json(path: Path) -> dict:
 
 def _packing(config: dict) -> Packing:
     """Bits, group size and kind of zero point of packed weights, by the config of GPTQ or AWQ."""
-    quantization = config.get("quantization_config") or (config.get("text_config") or {}).get(
-        "quantization_config"
-    )
+    parts = [part for part in (config, config.get("text_config")) if isinstance(part, dict)]
+    found = (part["quantization_config"] for part in parts if part.get("quantization_config"))
+    quantization = next(found, None)
     if not isinstance(quantization, dict):
         return Packing()
     bits, group_size = (quantization.get(key) for key in ("bits", "group_size"))

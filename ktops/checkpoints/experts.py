@@ -15,7 +15,7 @@ from ktops.formats import Codes, ExpertWeight, get_format
 Step = Callable[[int], None]
 """Called with the number of experts of a projection that are done."""
 
-CHUNK_WEIGHTS = 1 << 20
+CHUNK_WEIGHTS = 1 << 18
 """Weights that are floats at a time while they are quantised; in whole blocks of 128 rows."""
 
 
@@ -98,6 +98,8 @@ class FileExperts(Experts):
         self.scheme = " and ".join(dict.fromkeys(part.scheme for part in first))
         self.shape = len(experts), sum(part.rows for part in first), first[0].columns
         self.format, self.group_size = first[0].format, first[0].group_size
+        if 0 in self.shape:
+            raise CheckpointError(f"{first[0].name}: must not be empty, got shape {list(self.shape)}")
         codes = (None if tensor[0] is None else self._stand_in(tensor) for tensor in self._fields(0))
         try:
             get_format(self.format).check(Codes(*codes), torch.Size(self.shape), self.group_size)
@@ -106,9 +108,7 @@ class FileExperts(Experts):
 
     def _stand_in(self, fields: list[Field]) -> Tensor:
         """As the tensor of all experts, without memory."""
-        rows = sum(field.shape[0] for field in fields)
-        shape = (len(self), rows, *fields[0].shape[1:])
-        return torch.empty(shape, dtype=fields[0].dtype, device="meta")
+        return torch.empty((len(self), *_stacked_shape(fields)), dtype=fields[0].dtype, device="meta")
 
     def _fields(self, index: int) -> Iterator[list[Field | None]]:
         """Of every expert and every tensor of the format: its parts, from the top."""
@@ -116,8 +116,7 @@ class FileExperts(Experts):
             yield list(fields)
 
     def expert(self, index: int) -> Codes:
-        made = ([f.read() for f in fields] if fields[0] else None for fields in self._fields(index))
-        return Codes(*(parts and (parts[0] if len(parts) == 1 else torch.cat(parts)) for parts in made))
+        return Codes(*(fields[0] and _read_stacked(fields) for fields in self._fields(index)))
 
     @property
     def nbytes(self) -> int:
@@ -144,20 +143,32 @@ class FileExperts(Experts):
 
     def _read_tensor(self, experts: list[list[Field]], step: Step) -> Tensor:
         whole = _whole(experts)
-        rows = sum(field.shape[0] for field in experts[0])
-        shape = (len(experts), rows, *experts[0][0].shape[1:])
+        shape = (len(experts), *_stacked_shape(experts[0]))
         if whole is not None:
             step(len(experts))
             return whole.viewed(whole.dtype, *shape).map()
         out = torch.empty(shape, dtype=experts[0][0].dtype)
         for tensor, fields in zip(out, experts, strict=True):
-            row = 0
-            for field in fields:
-                part = tensor[row : row + field.shape[0]]
-                field.read_into(part)
-                row += field.shape[0]
+            _read_stacked(fields, tensor)
             step(1)
         return out
+
+
+def _stacked_shape(fields: list[Field]) -> tuple[int, ...]:
+    return sum(field.shape[0] for field in fields), *fields[0].shape[1:]
+
+
+def _read_stacked(fields: list[Field], out: Tensor | None = None) -> Tensor:
+    """The parts of one expert's tensor, one above the other."""
+    if out is None:
+        if len(fields) == 1:
+            return fields[0].read()
+        out = torch.empty(_stacked_shape(fields), dtype=fields[0].dtype)
+    row = 0
+    for field in fields:
+        field.read_into(out[row : row + field.shape[0]])
+        row += field.shape[0]
+    return out
 
 
 def _whole(experts: list[list[Field]]) -> View | None:

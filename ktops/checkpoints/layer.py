@@ -197,6 +197,8 @@ class Layer:
             sizes = " and ".join(f"{len(t)} of {p}" for t, p in zip(tensors, projections, strict=True))
             raise CheckpointError(f"{self._any(projections[0])}: other numbers of experts: {sizes}")
         flat = [_without_bias(part) for of_experts in tensors for part in of_experts]
+        if not all(flat):
+            raise CheckpointError(f"{self._any(projections[0])}: there is a bias, but no weight beside it")
         made = self._matrices(flat, projections)
         count = len(tensors[0])
         parts = [made[first : first + count] for first in range(0, len(made), count)]
@@ -248,14 +250,16 @@ def _slices(tensors: Tensors) -> list[Tensors]:
     stacked = {name: view for name, view in tensors.items() if name != "_extra_state"}
     if not stacked:
         raise CheckpointError(f"{state}: the weight that belongs to it is missing")
-    sizes = {view.shape[0] if view.dim else 0 for view in stacked.values()}
+    sizes = {view.shape[0] if view.dim else None for view in stacked.values()}
     (first, *_) = stacked.values()
+    for view in stacked.values():
+        if not view.dim or not view.nbytes:
+            what = f"unknown scheme: ktops has no format for {view.blocks}" if view.blocks else "it is empty"
+            raise CheckpointError(f"{view}: {what}, shape {list(view.shape)}")
     if len(sizes) > 1:
         shapes = ", ".join(f"{name} {list(view.shape)}" for name, view in stacked.items())
         raise CheckpointError(f"{first}: other numbers of experts: {shapes}")
     (count,) = sizes
-    if count == 0:
-        raise CheckpointError(f"{first}: must have at least one expert, got shape {list(first.shape)}")
     if state is not None:
         expect_dim(state, 1)
         layout = own_layout(state)

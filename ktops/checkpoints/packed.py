@@ -22,7 +22,7 @@ from ktops.formats.format import FLOAT_SCALES
 from ktops.formats.integer import unpack_nibbles
 
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
-CHUNK = 1024
+CHUNK = 128
 """Columns of AWQ weights that are unpacked at a time."""
 
 Tensors = dict[str, View]

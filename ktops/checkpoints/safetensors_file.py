@@ -21,6 +21,7 @@ DTYPES = {
 }  # fmt: skip
 """Scales F8_E8M0 are read as the bytes that they are, F4 as bytes of two."""
 
+MAX_DIMENSIONS = 16
 MAX_HEADER = 100_000_000
 """What the safetensors library reads at most."""
 
@@ -71,7 +72,12 @@ def _header(file: TensorFile) -> tuple[dict, int]:
 
 
 def _is_list_of_sizes(value) -> bool:
-    return isinstance(value, list) and all(type(size) is int and 0 <= size < 1 << 62 for size in value)
+    """Not too many and none too large, so that their product is soon calculated."""
+    return (
+        isinstance(value, list)
+        and len(value) <= MAX_DIMENSIONS
+        and all(type(size) is int and 0 <= size < 1 << 62 for size in value)
+    )
 
 
 def _view(file: TensorFile, start: int, name: str, entry) -> View:

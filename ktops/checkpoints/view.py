@@ -24,8 +24,8 @@ class TensorFile:
         self.path = path
         try:
             self.size = path.stat().st_size
-        except OSError as error:
-            raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from None
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"{path}: cannot be read: {error}") from None
 
     @cached_property
     def _descriptor(self) -> int:

@@ -93,7 +93,7 @@ def test_gate_and_up_of_different_types_are_decoded(tmp_path):
 def test_split_files(tmp_path):
     kinds = dict.fromkeys(SHAPES, "Q8_0")
     dense = write(tmp_path / "m-00001-of-00002.gguf", kinds, layers=1, skip=("down",))
-    with pytest.raises(CheckpointError, match=r"m-00002-of-00002.gguf: cannot be read: No such file"):
+    with pytest.raises(CheckpointError, match=r"m-00002-of-00002.gguf: cannot be read: .*No such file"):
         open_checkpoint(tmp_path / "m-00001-of-00002.gguf")
     rng = numpy.random.default_rng(1)
     kind = gguf.GGMLQuantizationType.Q8_0

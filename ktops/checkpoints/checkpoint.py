@@ -16,6 +16,9 @@ INDEX = "model.safetensors.index.json"
 MANIFEST = "ktops.json"
 """Says which files hold experts that ktops has written, and their sizes."""
 
+PROGRESS = "progress.json"
+"""In a directory that is being written."""
+
 VERSION = 1
 
 
@@ -85,6 +88,8 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
 def _files(path: Path) -> list[Path]:
     if path.is_file():
         return gguf_file.split_files(path) if path.suffix == ".gguf" else [path]
+    if (path / PROGRESS).exists():
+        raise CheckpointError(f"{path}: it is being written, or its writing was interrupted: go on with that")
     files: list[Path] = []
     if (path / INDEX).exists():
         weight_map = _json(path / INDEX).get("weight_map")

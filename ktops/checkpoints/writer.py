@@ -11,6 +11,7 @@ import json
 import math
 import os
 import shutil
+import zlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ktops._version import __version__
-from ktops.checkpoints.checkpoint import CONFIG, INDEX, MANIFEST, VERSION
+from ktops.checkpoints.checkpoint import CONFIG, INDEX, MANIFEST, PROGRESS, VERSION
 from ktops.checkpoints.errors import CheckpointError
 from ktops.checkpoints.experts import Experts, Held, Step, no_step
 from ktops.checkpoints.safetensors_file import DTYPES
@@ -27,7 +28,6 @@ from ktops.formats import Codes, ExpertWeight
 
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items() if name not in ("F8_E8M0", "F4")}
 
-PROGRESS = "progress.json"
 ALIGNMENT = 64
 
 
@@ -126,10 +126,15 @@ class CheckpointWriter:
         self.path, self.overwrite = Path(path), overwrite
         if self.path.exists() and not overwrite:
             raise CheckpointError(f"{self.path}: exists already: give another path, or overwrite=True")
-        self.partial = self.path.with_name(self.path.name + ".partial")
+        self.partial = self.partial_path(self.path)
         self.settings = json.loads(json.dumps({"version": VERSION, **(settings or {})}))
         self._progress = self._resume() or {"settings": self.settings, "layers": {}, "tensors": {}}
         self.partial.mkdir(parents=True, exist_ok=True)
+
+    @staticmethod
+    def partial_path(path: Path) -> Path:
+        """What a directory is called until it is finished."""
+        return path.with_name(path.name + ".partial")
 
     def _resume(self) -> dict | None:
         """What an interrupted writer has done; None, and its files are gone, if it was of other settings."""
@@ -137,7 +142,7 @@ class CheckpointWriter:
             progress = json.loads((self.partial / PROGRESS).read_text())
             files = [*progress["layers"].values(), *progress["tensors"].values()]
             if progress["settings"] == self.settings and all(
-                (self.partial / file["file"]).stat().st_size == file["bytes"] for file in files
+                checksum(self.partial / file["file"]) == file["checksum"] for file in files
             ):
                 return progress
         except (OSError, ValueError, KeyError, TypeError):
@@ -154,6 +159,10 @@ class CheckpointWriter:
     def has(self, name: str) -> bool:
         """Whether the experts of this name are written."""
         return name in self._progress["layers"]
+
+    def layer_file(self, name: str) -> Path:
+        """The file with the experts of this name, which is complete."""
+        return self.partial / self._progress["layers"][name]["file"]
 
     def write_layer(
         self,
@@ -276,9 +285,23 @@ class CheckpointWriter:
 
     def _done(self, kind: str, name: str, path: Path, names: list[str]) -> int:
         size = path.stat().st_size
-        self._progress[kind][name] = {"file": path.name, "bytes": size, "names": names}
+        self._progress[kind][name] = {
+            "file": path.name,
+            "bytes": size,
+            "checksum": checksum(path),
+            "names": names,
+        }
         _write_json(self.partial / PROGRESS, self._progress)
         return size
+
+
+def checksum(path: Path) -> int:
+    """CRC-32 of a file."""
+    value = 0
+    with path.open("rb") as file:
+        while block := file.read(1 << 24):
+            value = zlib.crc32(block, value)
+    return value
 
 
 def _experts(experts: Experts | ExpertWeight) -> Experts:

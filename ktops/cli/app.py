@@ -23,6 +23,9 @@ _LORA = "Adapter"
 _TRAINING = "Training"
 _RUN = "Run"
 
+_GROUP_SIZE = "Weights that share a scale, 0 for rows."
+_METHOD = "How scales are chosen."
+
 
 def _version(wanted: bool) -> None:
     if wanted:
@@ -47,6 +50,28 @@ def info(
     from ktops.cli.info import collect, show
 
     show(collect(), as_json=json)
+
+
+@app.command()
+def convert(
+    source: Annotated[
+        Path, typer.Argument(metavar="SRC", help="Model directory with safetensors, or a GGUF file.")
+    ],
+    destination: Annotated[Path, typer.Argument(metavar="DST", help="Directory to be written.")],
+    weight_format: Annotated[
+        str, typer.Option("--format", metavar="NAME", help="Of the experts: int4, int8, fp8_e4m3 ...")
+    ],
+    group_size: Annotated[int | None, typer.Option(help=_GROUP_SIZE)] = None,
+    method: Annotated[str | None, typer.Option(metavar="rtn|mse|hqq", help=_METHOD)] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace DST.")] = False,
+) -> None:
+    """Write a checkpoint with its experts in a weight format, for ktops.load_experts.
+
+    Streams expert by expert. DST has its name when it is complete; interrupted, the same command goes on.
+    """
+    from ktops.cli.command import run_convert
+
+    run_convert(source, destination, weight_format, group_size, method, overwrite)
 
 
 @app.command()
@@ -132,11 +157,11 @@ def finetune(
     ] = None,
     group_size: Annotated[
         int | None,
-        typer.Option(help="Weights that share a scale, 0 for rows.", rich_help_panel=_FORMAT),
+        typer.Option(help=_GROUP_SIZE, rich_help_panel=_FORMAT),
     ] = None,
     quantize_method: Annotated[
         str | None,
-        typer.Option(metavar="rtn|mse|hqq", help="How scales are chosen.", rich_help_panel=_FORMAT),
+        typer.Option(metavar="rtn|mse|hqq", help=_METHOD, rich_help_panel=_FORMAT),
     ] = None,
     pretrain_steps: Annotated[
         int | None,

@@ -52,6 +52,28 @@ def run_finetune(given: dict[str, object]) -> None:
         raise Interrupted("Interrupted.") from None
 
 
+def run_convert(
+    source: Path,
+    destination: Path,
+    weight_format: str,
+    group_size: int | None,
+    method: str | None,
+    overwrite: bool,
+) -> None:
+    """Converts a checkpoint.
+
+    Raises:
+        UserError, Interrupted: see convert.convert.
+    """
+    require_packages("safetensors")
+    options_file.require_format("--format", weight_format, group_size)
+    options_file.require_method("--method", weight_format, method)
+    from ktops.cli.convert import Options, convert
+
+    options = Options(source, destination, weight_format, group_size, method, overwrite)
+    convert(options, Console(highlight=False))
+
+
 def _require_unfinished(directory: Path, options: Options) -> None:
     metrics = directory / "metrics.json"
     if not metrics.is_file():

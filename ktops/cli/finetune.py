@@ -61,7 +61,7 @@ def finetune(options: Options, directory: Path, console: Console, overwrite: boo
     transformers.set_seed(options.seed)
     model = load_model(base, options.torch_dtype, options.experts_implementation)
     quantized = quantize_experts(
-        model, options.weight_format, options.group_size, options.quantize_method, console
+        model, options.weight_format, options.group_size, options.quantize_method, show_progress=True
     )
     model = lora.add_adapters(model, options.target, options.lora_rank, options.lora_alpha)
     report.model(model, options, split, quantized)

@@ -2,9 +2,6 @@
 
 from pathlib import Path
 
-from rich.console import Console
-
-from ktops.cli.counting import counting
 from ktops.cli.errors import UserError
 
 
@@ -81,7 +78,7 @@ def quantize_experts(
     weight_format: str | None,
     group_size: int | None = None,
     method: str | None = None,
-    console: Console | None = None,
+    show_progress: bool = False,
 ):
     """Puts the experts of a model into a weight format; None leaves them as they are.
 
@@ -95,11 +92,13 @@ def quantize_experts(
         return None
     import ktops
 
-    console = console or Console(quiet=True)
     try:
-        with counting(console, f"experts to {weight_format}, layer") as progress:
-            return ktops.quantize_experts(
-                model, weight_format, group_size=group_size, method=method or "rtn", progress=progress
-            )
+        return ktops.quantize_experts(
+            model,
+            weight_format,
+            group_size=group_size,
+            method=method or "rtn",
+            show_progress=show_progress,
+        )
     except ValueError as error:
         raise UserError(f"--weight-format {weight_format}: {error}") from None

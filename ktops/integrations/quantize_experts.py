@@ -1,11 +1,11 @@
 """quantize_experts: the experts of a model in a weight format, layer by layer, in place."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from ktops.checkpoints.progress import progress
 from ktops.formats import ExpertWeight, quantize
 from ktops.formats.error import relative_error
 from ktops.integrations import enable_peft
@@ -97,7 +97,7 @@ def quantize_experts(
     *,
     group_size: int | None = None,
     method: str = "rtn",
-    progress: Callable[[int, int], object] | None = None,
+    show_progress: bool = True,
 ) -> QuantizationReport:
     """Puts the weights of a model's experts into a weight format, in place.
 
@@ -110,7 +110,7 @@ def quantize_experts(
     Args:
         model: on the CPU, its experts in bfloat16, float32 or float64, without adapters on them.
         weight_format, group_size, method: see :func:`ktops.quantize`.
-        progress: called with the number of layers done and of all layers, after each.
+        show_progress: a bar in a terminal, a line every ten seconds elsewhere.
 
     Returns:
         A :class:`QuantizationReport`: errors and sizes of every layer. Its str() is a summary.
@@ -138,14 +138,14 @@ def quantize_experts(
             f"quantize_experts: {len(refused)} of {len(found)} experts modules of {type(model).__name__} "
             f"cannot be quantised: {'; '.join(refused)}"
         )
-    total, layers = len(found), []
+    layers = []
     dtype = DTYPE_NAMES[next(iter(dense.values())).down_proj.dtype]
-    for name in list(found):
-        quantized, layer = _quantize_layer(name, dense.pop(name), weight_format, group_size, method)
-        exchange(model, found.pop(name), quantized)
-        layers.append(layer)
-        if progress is not None:
-            progress(len(layers), total)
+    with progress(f"experts to {weight_format}", len(found), show=show_progress) as step:
+        for name in list(found):
+            quantized, layer = _quantize_layer(name, dense.pop(name), weight_format, group_size, method)
+            exchange(model, found.pop(name), quantized)
+            layers.append(layer)
+            step(1)
     enable_peft()
     return QuantizationReport(weight_format, quantized.down_proj.group_size, method, dtype, tuple(layers))
 

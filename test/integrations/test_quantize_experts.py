@@ -32,11 +32,8 @@ def test_experts_become_weights_in_the_format(swapped):
     if swapped:
         ktops.swap_experts(model, save="recompute")
     original, names = copy.deepcopy(model), experts_modules(model)
-    calls = []
-    report = ktops.quantize_experts(
-        model, "int4", group_size=32, method="mse", progress=lambda *numbers: calls.append(numbers)
-    )
-    assert calls == [(1, 2), (2, 2)] and [layer.name for layer in report.layers] == names
+    report = ktops.quantize_experts(model, "int4", group_size=32, method="mse")
+    assert [layer.name for layer in report.layers] == names
     before = after = 0
     for name, layer in zip(names, report.layers, strict=True):
         experts, dense = model.get_submodule(name), original.get_submodule(name)

@@ -1,0 +1,225 @@
+"""`ktops convert`: a checkpoint whose experts are in a weight format, as a directory that ktops maps."""
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from rich.console import Console
+
+import ktops
+from ktops.checkpoints import Checkpoint, CheckpointError, CheckpointWriter, Layer, open_checkpoint
+from ktops.checkpoints.checkpoint import MANIFEST
+from ktops.checkpoints.experts import Experts, Requantized
+from ktops.checkpoints.layer import BIASES
+from ktops.checkpoints.progress import progress
+from ktops.checkpoints.quality import compare
+from ktops.cli.errors import Interrupted, UserError
+from ktops.formats import quantize
+from ktops.integrations.quantize_experts import format_bytes
+
+REPORT = "ktops-report.json"
+WEIGHTS = {".safetensors", ".gguf", ".bin", ".pt", ".pth", ".onnx", ".h5", ".msgpack"}
+"""What is not copied along. What ktops has written is not, either."""
+
+QUANTIZED = ("scale", "scale_inv", "zero_point", "qweight", "qzeros", "weight_packed", "blocks", "scales")
+"""How names of tensors end that need the quantiser of the source."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """Arguments of the command; destination's default group size and method are the format's and rtn."""
+
+    source: Path
+    destination: Path
+    weight_format: str
+    group_size: int | None = None
+    method: str | None = None
+    overwrite: bool = False
+
+
+@dataclass(frozen=True)
+class Part:
+    """A layer to be written under a name."""
+
+    name: str
+    layer: Layer
+    experts: tuple[Experts, Experts]
+
+
+def convert(options: Options, console: Console) -> dict:
+    """Runs `ktops convert`, continuing where an interrupted one of the same options was.
+
+    Returns:
+        What was written to ktops-report.json.
+
+    Raises:
+        UserError: something is wrong with the source, the format cannot hold it, or the destination is there.
+        Interrupted: Ctrl-C.
+    """
+    _require_destination(options)
+    with _told(options):
+        checkpoint = open_checkpoint(options.source)
+        parts = _plan(checkpoint, options)
+        partial = CheckpointWriter.partial_path(options.destination)
+        interrupted = partial.exists()
+        writer = CheckpointWriter(
+            options.destination, _settings(options, checkpoint), overwrite=options.overwrite
+        )
+        done = len(writer.finished_layers)
+        if done:
+            console.print(f"  continuing: {done} of {len(parts)} layers are written and verified")
+        elif interrupted:
+            console.print(f"  {partial} is damaged or of other options or another source: starting anew")
+        report = _write(writer, checkpoint, parts, options)
+        writer.finish()
+    _show(report, options, console)
+    return report
+
+
+@contextmanager
+def _told(options: Options) -> Iterator[None]:
+    """Turns what stops a conversion into messages."""
+    try:
+        yield
+    except CheckpointError as error:
+        raise UserError(str(error)) from None
+    except OSError as error:
+        raise UserError(f"{error.filename or options.destination}: {error.strerror}") from None
+    except KeyboardInterrupt:
+        raise Interrupted("Interrupted. The same command continues.") from None
+
+
+def _require_destination(options: Options) -> None:
+    source, destination = options.source.resolve(), options.destination.resolve()
+    if destination == source or source in destination.parents or destination in source.parents:
+        raise UserError(f"{options.destination}: SRC and DST must be apart from each other")
+    if not destination.exists():
+        return
+    if not options.overwrite:
+        raise UserError(f"{options.destination} is there already. Add --overwrite to replace it")
+    if not (destination / MANIFEST).is_file():
+        raise UserError(
+            f"--overwrite: {options.destination} has no {MANIFEST}: only what ktops has converted is replaced"
+        )
+
+
+def _plan(checkpoint: Checkpoint, options: Options) -> list[Part]:
+    """Every layer, checked: nothing is written before all of it can be."""
+    if not checkpoint.layers:
+        raise CheckpointError(f"{checkpoint.path}: there are no tensors of experts")
+    settings = {"group_size": options.group_size, "method": options.method or "rtn"}
+    parts = []
+    for layer in checkpoint.layers:
+        try:
+            both = layer.experts(options.weight_format, **settings)
+            for experts in both:
+                if isinstance(experts, Requantized):
+                    quantize(torch.zeros(1, 1, experts.shape[-1]), options.weight_format, **settings)
+        except CheckpointError:
+            raise
+        except ValueError as error:
+            raise UserError(f"--format {options.weight_format}: {layer.name}: {error}") from None
+        name = f"model.layers.{layer.index}.mlp.experts" if layer.name.startswith("blk.") else layer.name
+        parts.append(Part(name, layer, both))
+    return parts
+
+
+def _settings(options: Options, checkpoint: Checkpoint) -> dict:
+    """What the result depends on: a partial one of other settings, or of changed files, is not continued."""
+    files = {}
+    for path in {view.file.path for view in checkpoint.tensors.values()}:
+        status = path.stat()
+        files[path.name] = [status.st_size, status.st_mtime_ns]
+    return {
+        "source": options.source.resolve().name,
+        "source_files": dict(sorted(files.items())),
+        "format": options.weight_format,
+        "group_size": options.group_size,
+        "method": options.method or "rtn",
+    }
+
+
+def _write(writer: CheckpointWriter, checkpoint: Checkpoint, parts: list[Part], options: Options) -> dict:
+    """All but the last step of a conversion. Returns the report."""
+    file = writer.partial / REPORT
+    measured = json.loads(file.read_text())["layers"] if file.exists() else []
+    layers = {layer["name"]: layer for layer in measured}
+    hidden_act = (checkpoint.config.get("text_config") or checkpoint.config).get("hidden_act")
+    others = {} if _is_gguf(checkpoint) else checkpoint.other_tensors()
+    left = [part for part in parts if not writer.has(part.name)]
+    total = 2 * sum(part.layer.num_experts for part in left) + len(others)
+    with progress("converting", total) as step:
+        for part in parts:
+            if not writer.has(part.name):
+                biases = (part.layer.bias(name, torch.float32) for name in BIASES)
+                writer.write_layer(part.name, *part.experts, *biases, step=step)
+                layers.pop(part.name, None)
+            if part.name not in layers:
+                (converted,) = open_checkpoint(writer.layer_file(part.name)).layers
+                layers[part.name] = asdict(compare(part.name, part.layer, converted, hidden_act))
+                report = _report(options, parts[0].experts[0].group_size, list(layers.values()))
+                file.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+        if others:
+            writer.write_tensors(others, step=step)
+    _copy_files(writer, checkpoint, others)
+    return json.loads(file.read_text())
+
+
+def _is_gguf(checkpoint: Checkpoint) -> bool:
+    """Other tensors of GGUF files have names and blocks of ggml, which no other library reads here."""
+    return any(view.file.path.suffix == ".gguf" for view in checkpoint.tensors.values())
+
+
+def _report(options: Options, group_size: int, layers: list[dict]) -> dict:
+    def mean(*names: str) -> float:
+        errors = [layer[name] for layer in layers for name in names]
+        return (sum(error**2 for error in errors) / len(errors)) ** 0.5
+
+    size, dense = (sum(layer[name] for layer in layers) for name in ("bytes", "bytes_bf16"))
+    return {
+        "ktops": ktops.__version__,
+        "source": options.source.resolve().name,
+        "format": options.weight_format,
+        "group_size": group_size,
+        "method": options.method or "rtn",
+        "bytes": size,
+        "bytes_bf16": dense,
+        "ratio": dense / size,
+        "relative_error": mean("gate_up_error", "down_error"),
+        "output_error": mean("output_error"),
+        "layers": layers,
+    }
+
+
+def _copy_files(writer: CheckpointWriter, checkpoint: Checkpoint, others: dict) -> None:
+    """Configuration, tokenizer and the like. The configuration says that ktops loads the experts, unless
+    other tensors need the quantiser that it names."""
+    if not checkpoint.path.is_dir():
+        return
+    writer.copy(
+        path
+        for path in sorted(checkpoint.path.iterdir())
+        if path.is_file()
+        and path.suffix not in WEIGHTS
+        and not path.name.endswith(".index.json")
+        and path.name != REPORT
+        and not path.name.startswith(".")
+    )
+    if checkpoint.config and not any(name.endswith(QUANTIZED) for name in others):
+        writer.write_config({**checkpoint.config, "quantization_config": {"quant_method": "ktops"}})
+
+
+def _show(report: dict, options: Options, console: Console) -> None:
+    group = f", group {report['group_size']}" if report["group_size"] else ""
+    worst = max(report["layers"], key=lambda layer: layer["output_error"])
+    for line in (
+        f"{len(report['layers'])} layers of experts: {format_bytes(report['bytes'])} in {report['format']}"
+        f"{group} (bf16: {format_bytes(report['bytes_bf16'])}, {report['ratio']:.2f} times smaller)",
+        f"relative error {report['relative_error']:.2g}, of the output {report['output_error']:.2g} "
+        f"(most: {worst['output_error']:.2g} in {worst['name']})",
+        f"written: {options.destination}, errors of every layer in {REPORT}",
+    ):
+        console.print(f"  {line}", soft_wrap=True)

@@ -1,0 +1,218 @@
+"""`ktops convert` from a checkpoint to a directory that ktops loads, interrupted or not."""
+
+import json
+from pathlib import Path
+
+import gguf
+import numpy
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import ktops
+from ktops.checkpoints import CheckpointError, CheckpointWriter, open_checkpoint
+from ktops.cli.models import load_model
+from ktops.formats.error import relative_error
+
+ARGUMENTS = ("--format", "int4", "--group-size", 32, "--method", "mse")
+
+
+@pytest.fixture
+def convert(ktops_command, model_directory):
+    def run(*arguments, source=model_directory):
+        return ktops_command("convert", source, *arguments)
+
+    return run
+
+
+def files(directory: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in directory.iterdir()}
+
+
+@pytest.fixture
+def stop_after_a_layer(monkeypatch):
+    """Ctrl-C when the second layer is to be written; returns what undoes it and lists the layers written."""
+    names, write = [], CheckpointWriter.write_layer
+    stopping = True
+
+    def write_layer(self, name, *arguments, **options):
+        if stopping and names:
+            raise KeyboardInterrupt
+        names.append(name)
+        return write(self, name, *arguments, **options)
+
+    def go_on() -> list[str]:
+        nonlocal stopping
+        stopping = False
+        names.clear()
+        return names
+
+    monkeypatch.setattr(CheckpointWriter, "write_layer", write_layer)
+    return go_on
+
+
+def test_what_is_written(convert, model_directory, tmp_path):
+    status, out, err = convert("out", *ARGUMENTS)
+    assert (status, err) == (0, "")
+    assert "2 layers of experts: 14.0 KiB in int4, group 32 (bf16: 48.0 KiB, 3.43 times smaller)" in out
+    source, checkpoint = open_checkpoint(model_directory), open_checkpoint(tmp_path / "out")
+    report = json.loads((tmp_path / "out" / "ktops-report.json").read_text())
+    assert [layer.name for layer in checkpoint.layers] == [layer["name"] for layer in report["layers"]]
+    model = load_model(str(model_directory), torch.float32, "ktops")
+    for layer, said in zip(checkpoint.layers, report["layers"], strict=True):
+        experts, errors = model.get_submodule(layer.name), {}
+        for kind, weight in zip(("gate_up", "down"), layer.read()[:2], strict=True):
+            dense = getattr(experts, f"{kind}_proj").detach()
+            expected = ktops.quantize(dense, "int4", group_size=32, method="mse")
+            assert torch.equal(weight.weight, expected.weight) and torch.equal(weight.scale, expected.scale)
+            errors[kind] = relative_error(weight, dense)
+            assert said[f"{kind}_error"] == pytest.approx(errors[kind])
+        assert max(errors.values()) < said["output_error"] < 2.5 * max(errors.values())
+        assert said["measured_experts"] == said["num_experts"] == 8
+    assert report["ratio"] == 24 / 7 and 0.05 < report["relative_error"] < 0.15
+    assert checkpoint.config == source.config | {"quantization_config": {"quant_method": "ktops"}}
+    for name, view in source.other_tensors().items():
+        assert torch.equal(checkpoint.other_tensors()[name].read(), view.read())
+    assert files(tmp_path / "out")["tokenizer.json"] == files(model_directory)["tokenizer.json"]
+    loaded = load_model(str(tmp_path / "out"), torch.float32, "ktops")
+    ktops.quantize_experts(model, "int4", group_size=32, method="mse")
+    tokens = torch.arange(20)[None]
+    with torch.no_grad():
+        assert torch.equal(loaded(tokens).logits, model(tokens).logits)
+    assert not list(tmp_path.glob("out.*"))
+
+
+def test_interrupted_and_continued(convert, stop_after_a_layer, tmp_path):
+    status, _, err = convert("out", *ARGUMENTS)
+    assert (status, err) == (130, "Interrupted. The same command continues.\n")
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(CheckpointError, match=r"out\.partial: it is being written, or its writing was inter"):
+        open_checkpoint(tmp_path / "out.partial")
+    written = stop_after_a_layer()
+    status, out, err = convert("out", *ARGUMENTS)
+    assert (status, err) == (0, "") and "continuing: 1 of 2 layers are written and verified" in out
+    assert written == ["model.layers.1.mlp.experts"]
+    assert convert("whole", *ARGUMENTS)[0] == 0
+    assert files(tmp_path / "out") == files(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("change", ["a bit", "options"])
+def test_starts_anew_if_it_must(convert, stop_after_a_layer, tmp_path, change):
+    assert convert("out", *ARGUMENTS)[0] == 130
+    if change == "a bit":
+        file = tmp_path / "out.partial" / "experts-00000.safetensors"
+        data = bytearray(file.read_bytes())
+        data[-1] ^= 1
+        file.write_bytes(data)
+    written = stop_after_a_layer()
+    arguments = ARGUMENTS if change == "a bit" else ("--format", "int8")
+    status, out, err = convert("out", *arguments)
+    assert (status, err) == (0, "") and len(written) == 2
+    assert "out.partial is damaged or of other options or another source: starting anew" in out
+    assert {layer.formats[0] for layer in open_checkpoint(tmp_path / "out").layers} == {arguments[1]}
+    assert not list(tmp_path.glob("out.*"))
+
+
+def test_a_converted_directory_is_a_source(convert, tmp_path):
+    assert convert("int8", "--format", "int8")[0] == 0
+    assert convert("again", "--format", "int8", source="int8")[0] == 0
+    report = json.loads((tmp_path / "again" / "ktops-report.json").read_text())
+    assert report["relative_error"] == report["output_error"] == 0
+    assert convert("int4", *ARGUMENTS, source="int8")[0] == 0
+
+
+def test_overwrite(convert, tmp_path):
+    assert convert("out", "--format", "int8")[0] == 0
+    status, out, err = convert("out", *ARGUMENTS)
+    assert (status, out, err) == (1, "", "ktops: out is there already. Add --overwrite to replace it\n")
+    assert convert("out", *ARGUMENTS, "--overwrite")[0] == 0
+    assert open_checkpoint(tmp_path / "out").layers[0].formats == ("int4", "int4")
+    (tmp_path / "mine").mkdir()
+    status, _, err = convert("mine", *ARGUMENTS, "--overwrite")
+    assert status == 1 and "mine has no ktops.json: only what ktops has converted is replaced" in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--format", "int3"], "--format must be one of bf16, fp16, fp32, int8, int4, uint4, fp8_e4m3, "),
+        (["--format", "int4", "--group-size", 7], "--group-size: group_size must be one of 0, any multiple"),
+        (["--format", "int4", "--method", "hqq"], "--method must be one of rtn, mse for int4, got 'hqq'"),
+        (["--format", "mxfp4"], "--format mxfp4: model.layers.0.mlp.experts: format 'mxfp4' needs rows of a"),
+    ],
+)
+def test_bad_options(convert, tmp_path, arguments, message):
+    status, out, err = convert("out", *arguments)
+    assert (status, out) == (1, "") and message in err and "Traceback" not in err
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_bad_sources(convert, model_directory, tmp_path):
+    def refused(source, destination="out") -> str:
+        status, out, err = convert(destination, *ARGUMENTS, source=source)
+        assert (status, out) == (1, "") and "Traceback" not in err
+        return err
+
+    assert "nowhere: there is no such file or directory" in refused("nowhere")
+    assert "SRC and DST must be apart" in refused(model_directory, model_directory / "out")
+    (tmp_path / "damaged").mkdir()
+    data = (model_directory / "model.safetensors").read_bytes()
+    (tmp_path / "damaged" / "model.safetensors").write_bytes(data[:-1])
+    assert "damaged/model.safetensors" in refused("damaged")
+    tensors = {
+        name: tensor * torch.nan if "experts.3.up" in name else tensor
+        for name, tensor in load_file(model_directory / "model.safetensors").items()
+    }
+    (tmp_path / "nan").mkdir()
+    save_file(tensors, tmp_path / "nan" / "model.safetensors")
+    assert "gate_up_proj of expert 3 has values that are not finite" in refused("nan")
+    assert not (tmp_path / "out").exists()
+
+
+def test_gguf_files(convert, tmp_path):
+    """The experts of ggml's blocks; the rest of the model is its Hugging Face directory's."""
+    rng, kind = numpy.random.default_rng(0), gguf.GGMLQuantizationType.Q8_0
+    writer = gguf.GGUFWriter(tmp_path / "model.gguf", "qwen3moe")
+    writer.add_tensor("token_embd.weight", rng.standard_normal((5, 32)).astype(numpy.float32))
+    dense = {}
+    for name in ("gate", "up", "down"):
+        data = gguf.quantize(rng.standard_normal((4, 32, 32)).astype(numpy.float32), kind)
+        dense[name] = torch.from_numpy(gguf.dequantize(data, kind))
+        writer.add_tensor(f"blk.7.ffn_{name}_exps.weight", data, raw_dtype=kind)
+    for write in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file):
+        write()
+    writer.close()
+    assert convert("out", "--format", "uint4", "--group-size", 32, source="model.gguf")[0] == 0
+    checkpoint = open_checkpoint(tmp_path / "out")
+    (layer,) = checkpoint.layers
+    assert layer.name == "model.layers.7.mlp.experts" and not checkpoint.other_tensors()
+    gate_up = ktops.quantize(torch.cat([dense["gate"], dense["up"]], 1), "uint4", group_size=32)
+    assert torch.equal(layer.read().gate_up_proj.weight, gate_up.weight)
+    assert torch.equal(
+        layer.read().down_proj.zero, ktops.quantize(dense["down"], "uint4", group_size=32).zero
+    )
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+def test_the_quantiser_of_other_tensors_stays(convert, tmp_path, scaled):
+    """FP8 experts become ktops' own; FP8 attention needs the configuration that the source has."""
+    (tmp_path / "fp8").mkdir()
+    base = "model.layers.0"
+    tensors = {f"{base}.self_attn.q_proj.weight": torch.randn(32, 32).to(torch.float8_e4m3fn)}
+    if scaled:
+        tensors[f"{base}.self_attn.q_proj.weight_scale_inv"] = torch.rand(1, 1)
+    for expert in range(2):
+        for name in ("gate", "up", "down"):
+            key = f"{base}.mlp.experts.{expert}.{name}_proj.weight"
+            tensors[key] = torch.randn(32, 32).to(torch.float8_e4m3fn)
+            tensors[f"{key}_scale_inv"] = torch.rand(1, 1)
+    save_file(tensors, tmp_path / "fp8" / "model.safetensors")
+    config = {"model_type": "x", "quantization_config": {"quant_method": "fp8"}}
+    (tmp_path / "fp8" / "config.json").write_text(json.dumps(config))
+    assert convert("out", "--format", "int8", source="fp8")[0] == 0
+    checkpoint = open_checkpoint(tmp_path / "out")
+    assert checkpoint.config["quantization_config"] == {"quant_method": "fp8" if scaled else "ktops"}
+    assert checkpoint.layers[0].formats == ("int8", "int8")
+    assert len(checkpoint.other_tensors()) == 1 + scaled
+    report = json.loads((tmp_path / "out" / "ktops-report.json").read_text())
+    assert report["layers"][0]["scheme"] == "fp8 blocks" and 0 < report["relative_error"] < 0.02

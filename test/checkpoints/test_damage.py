@@ -139,7 +139,7 @@ def expect_named_error_or_success(path) -> None:
 
 @pytest.mark.parametrize("name", WRITERS)
 @pytest.mark.filterwarnings("ignore:ktops. the GPTQ weights were quantised in an order")
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=40, deadline=None, derandomize=True)
 @given(data=st.data())
 def test_damaged(written, tmp_path_factory, name, data):
     source = written[name]

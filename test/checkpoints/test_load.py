@@ -147,7 +147,7 @@ def test_layers_of_other_parts_are_told_apart_by_name(tmp_path):
     """A checkpoint with a predictor of more tokens, whose layers are numbered from zero too."""
     dense = write_per_expert(tmp_path, plain(torch.float32), **SIZES)
     tensors = load_file(tmp_path / "model-00001-of-00002.safetensors")
-    mine = {f"mtp.{name[6:]}": tensor + 1 for name, tensor in tensors.items() if name.startswith("model.")}
+    mine = {f"draft.{name[6:]}": tensor + 1 for name, tensor in tensors.items() if name.startswith("model.")}
     save_file({**tensors, **mine}, tmp_path / "model-00001-of-00002.safetensors")
     assert [layer.index for layer in open_checkpoint(tmp_path).layers] == [0, 0, 1]
     model = tiny_model()

@@ -20,12 +20,13 @@
 #define KT_GENERIC_ROWS 6
 #define KT_GENERIC_PANELS 4
 #define KT_BFLOAT16_DOT
+#define KT_INT8_DOT
 #define KT_BFLOAT16_K_MULTIPLE 32
 #define KT_BFLOAT16_DIRECT_ROWS 12
 #define KT_TRANSPOSE_16X16 transpose_16x16_avx512
 
 #pragma GCC push_options
-#pragma GCC target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,amx-tile,amx-bf16")
+#pragma GCC target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx512vnni,amx-tile,amx-bf16")
 
 #include "isa/transpose_avx512-inl.h"
 

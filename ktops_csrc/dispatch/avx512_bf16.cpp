@@ -1,4 +1,4 @@
-// AVX-512 with VDPBF16PS: Cooper Lake, Sapphire Rapids and later, Zen 4 and later.
+// AVX-512 with VDPBF16PS and VPDPBUSD: Cooper Lake, Sapphire Rapids and later, Zen 4 and later.
 
 #pragma GCC diagnostic ignored "-Wuninitialized"  // GCC 12 on its own _mm512_undefined: bug 105593
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
@@ -20,10 +20,11 @@
 #define KT_GENERIC_ROWS 6
 #define KT_GENERIC_PANELS 4
 #define KT_BFLOAT16_DOT
+#define KT_INT8_DOT
 #define KT_TRANSPOSE_16X16 transpose_16x16_avx512
 
 #pragma GCC push_options
-#pragma GCC target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")
+#pragma GCC target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx512vnni")
 
 #include "isa/transpose_avx512-inl.h"
 

@@ -5,40 +5,13 @@
 
 #include <type_traits>
 
-#include "formats/format.h"
-#include "isa/direct-inl.h"
+#include "formats/codes-inl.h"
 
 #define KT_FORMAT_DECODERS
 #include "formats/formats.def"
 #undef KT_FORMAT_DECODERS
 
 namespace kt::KT_ISA {
-
-// Columns whose scales are read at once, a multiple of every block.
-constexpr int64_t kPiece = 4096;
-constexpr int64_t kPieceGroups = kPiece / kChunk;
-
-// n numbers of a row's groups as float32.
-inline void load_groups(const GroupValues& values, int64_t e, int64_t row, int64_t first, int64_t n, float* out) {
-    const int64_t offset = e * values.expert_stride + row / values.row_block * values.row_stride + first;
-    const auto each = [&](auto at) {
-        for (int64_t i = 0; i < n; ++i) out[i] = at(i);
-    };
-    switch (values.type) {
-        case GroupValues::Type::kFloat32:
-            return each([&](int64_t i) { return read(static_cast<const float*>(values.data) + offset + i); });
-        case GroupValues::Type::kBFloat16:
-            return each(
-                [&](int64_t i) { return to_float(read(static_cast<const bfloat16*>(values.data) + offset + i)); });
-        case GroupValues::Type::kFloat16:
-            return each([&](int64_t i) { return float16(static_cast<const uint16_t*>(values.data) + offset + i); });
-        case GroupValues::Type::kUInt8:
-            return each(
-                [&](int64_t i) { return static_cast<float>(static_cast<const uint8_t*>(values.data)[offset + i]); });
-        case GroupValues::Type::kExponent:
-            return each([&](int64_t i) { return power_of_two(static_cast<const uint8_t*>(values.data)[offset + i]); });
-    }
-}
 
 // The chunks of a row one after the other, of columns [first, end): `first` in any chunk, but all in one piece.
 template <class Decoder, Scales kScales, bool kZeros>
@@ -105,15 +78,6 @@ private:
     float scales_[kScales == Scales::kNone ? 1 : kPieceGroups + 1];
     float zeros_[kZeros ? kPieceGroups + 1 : 1];
 };
-
-// f(first, end) for the parts of [first, end) that lie in one piece each.
-template <class F>
-inline void for_each_piece(int64_t first, int64_t end, F f) {
-    for (int64_t next; first < end; first = next) {
-        next = smaller(end, (first / kPiece + 1) * kPiece);
-        f(first, next);
-    }
-}
 
 template <class Decoder, Scales kScales, bool kZeros>
 struct FormatKernels {
@@ -202,6 +166,14 @@ struct FormatTable {
     int64_t few_rows;
     bool split;
 
+    // Of integer formats: functions of CodeKernels, null for others.
+    void (*code_dots)(const WeightTensor&, int64_t e, int64_t row, int64_t n, const CodedRows& x, const int64_t* index,
+                      int64_t m, float* c, int64_t ldc);
+    void (*code_panel)(const WeightTensor&, int64_t e, int64_t row, int64_t n, int64_t k, int64_t kn, uint8_t* rows,
+                       uint8_t* panel);
+    void (*code_scales)(const WeightTensor&, int64_t e, int64_t row, int64_t first, int64_t count, float* scale,
+                        float* min);
+
     template <class T>
     Rows<T> rows() const {
         if constexpr (std::is_same_v<T, float>) return rows_float;
@@ -210,19 +182,30 @@ struct FormatTable {
     }
 };
 
-template <class Kernels, bool kSplit>
+template <class Decoder, Scales kScales, bool kZeros, bool kIntegers>
 constexpr FormatTable format_table() {
-    return {&Kernels::template rows<float>,
-            &Kernels::template rows<double>,
-            &Kernels::template rows<bfloat16>,
-            &Kernels::dots,
-            Kernels::kFewRows,
-            kSplit};
+    using Kernels = FormatKernels<Decoder, kScales, kZeros>;
+    FormatTable table{&Kernels::template rows<float>,
+                      &Kernels::template rows<double>,
+                      &Kernels::template rows<bfloat16>,
+                      &Kernels::dots,
+                      Kernels::kFewRows,
+                      Decoder::kSplit,
+                      nullptr,
+                      nullptr,
+                      nullptr};
+    if constexpr (kIntegers) {
+        using Codes = CodeKernels<Decoder, kZeros>;
+        table.code_dots = &Codes::dots;
+        table.code_panel = &Codes::panel;
+        table.code_scales = &Codes::scales;
+    }
+    return table;
 }
 
 constexpr FormatTable kFormatTables[] = {
-#define KT_FORMAT(name, Type, element, block, bytes, scales, zeros) \
-    format_table<FormatKernels<Type, Scales::scales, zeros>, Type::kSplit>(),
+#define KT_FORMAT(name, Type, element, block, bytes, scales, zeros, integers) \
+    format_table<Type, Scales::scales, zeros, integers>(),
 #include "formats/formats.def"
 #undef KT_FORMAT
 };

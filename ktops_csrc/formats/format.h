@@ -23,12 +23,12 @@ struct Format {
     Element element;
     int64_t block, bytes;
     Scales scales;
-    bool zeros;
+    bool zeros, integers;
 };
 
 constexpr Format kFormats[] = {
-#define KT_FORMAT(name, type, element, block, bytes, scales, zeros) \
-    {#name, FormatId::name, Element::element, block, bytes, Scales::scales, zeros},
+#define KT_FORMAT(name, type, element, block, bytes, scales, zeros, integers) \
+    {#name, FormatId::name, Element::element, block, bytes, Scales::scales, zeros, integers},
 #include "formats/formats.def"
 #undef KT_FORMAT
 };
@@ -58,5 +58,7 @@ struct WeightTensor {
 
     bool is_dense() const { return format == FormatId::dense; }
 };
+
+inline const Format& format_of(const WeightTensor& weight) { return kFormats[static_cast<int>(weight.format)]; }
 
 }  // namespace kt

@@ -4,6 +4,7 @@
 // in its high half. int4 means q - 8.
 
 #include "formats/decoder-inl.h"
+#include "isa/dot4-inl.h"
 
 namespace kt::KT_ISA {
 
@@ -13,6 +14,10 @@ struct Int8 : ChunkDecoder {
     static void decode(const uint8_t* block, NoState, int64_t, VecF* v) {
         for (int i = 0; i < kChunkVectors; ++i) v[i] = to_floats(widen_signed(block + i * kLanes<float>));
     }
+
+    static constexpr int kZeroCode = 128;
+    static constexpr int64_t kCodeStep = kCodeBytes;
+    static VecCodes codes(const uint8_t* p) { return load_bits<VecCodes>(p) ^ 0x80; }
 };
 
 // Sixteen bytes as pairs of table[low half], table[high half].
@@ -24,7 +29,13 @@ inline void decode_nibbles(const uint8_t* bytes, const float* table, VecF* v) {
     }
 }
 
-struct Int4 : ChunkDecoder {
+struct NibbleCodes {
+    static constexpr int64_t kCodeStep = kCodeBytes / 2;
+    static VecCodes codes(const uint8_t* p) { return nibble_codes(p); }
+};
+
+struct Int4 : ChunkDecoder, NibbleCodes {
+    static constexpr int kZeroCode = 8;
     static constexpr int64_t kBytes = kChunk / 2;
     static constexpr bool kSplit = true;
     alignas(64) static constexpr float kTable[16] = {-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7};
@@ -32,7 +43,8 @@ struct Int4 : ChunkDecoder {
     static void decode(const uint8_t* block, NoState, int64_t, VecF* v) { decode_nibbles(block, kTable, v); }
 };
 
-struct UInt4 : ChunkDecoder {
+struct UInt4 : ChunkDecoder, NibbleCodes {
+    static constexpr int kZeroCode = 0;
     static constexpr int64_t kBytes = kChunk / 2;
     static constexpr bool kSplit = true;
     alignas(64) static constexpr float kTable[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};

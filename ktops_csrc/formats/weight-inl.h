@@ -60,6 +60,11 @@ public:
         table_->dots(tensor_, e, row, n, x, m, c, ldc);
     }
 
+    // Products with codes, of an integer format.
+    bool has_codes() const { return table_ && table_->code_dots && !std::is_same_v<T, double>; }
+    const WeightTensor& tensor() const { return tensor_; }
+    const FormatTable& table() const { return *table_; }
+
     void decode_nt(int64_t e, int64_t row, int64_t n, int64_t k, int64_t kn, C* panels, int64_t stride,
                    T* scratch) const {
         const T* w = direct(e);

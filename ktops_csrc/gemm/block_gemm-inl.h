@@ -156,6 +156,9 @@ public:
         first_ = false;
     }
 
+    // Somebody else has written all of C.
+    void holds_product() { first_ = false; }
+
     // The block: row i, with `columns` columns. Zero if nothing was multiplied.
     Acc<T>* row(int64_t i) {
         if (first_) {

@@ -64,7 +64,7 @@ bool has_avx512() {
     return has_avx2() && (xcr0() & kZmmState) == kZmmState && avx512;
 }
 
-bool has_avx512_bf16() { return has_avx512() && bit(cpuid(7, 1).eax, 5); }
+bool has_avx512_bf16() { return has_avx512() && bit(cpuid(7, 1).eax, 5) && bit(cpuid(7, 0).ecx, 11); }  // and VNNI
 
 bool slow_bfloat16_dot() {
     constexpr uint32_t kCooperLake = 0x55;

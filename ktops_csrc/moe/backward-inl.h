@@ -19,7 +19,8 @@ struct GradProduct {
     const Layer<T>& layer;
     const T *grad_gate_up, *dgub;
 
-    void multiply(BlockGemm<T>& block, int64_t expert, int64_t route, const Columns& columns) const {
+    void multiply(const Thread<T>&, BlockGemm<T>& block, int64_t expert, int64_t route, int64_t,
+                  const Columns& columns) const {
         const int64_t rank = layer.p.gate_up_rank, k = 2 * layer.I;
         block.multiply_nn({grad_gate_up + route * k, k}, k, layer.gate_up, expert, columns);
         if (rank) block.multiply_nn({dgub + route * rank, rank}, rank, layer.A1, expert, columns);
@@ -37,7 +38,7 @@ public:
     static void run(const BackwardProblem& b) {
         const Problem& p = b.forward;
         const Routing routing(p);
-        Workspace workspace(Layer<T>::bytes(routing) + bytes(b, routing) + Thread<T>::bytes(p, routing));
+        Workspace workspace(Layer<T>::bytes(p, routing) + bytes(b, routing) + Thread<T>::bytes(p, routing));
         const Layer<T> layer(p, routing, workspace);
         Backward(b, layer, workspace).run();
     }
@@ -75,6 +76,7 @@ private:
                                wide_slab(routing_));
         const int64_t h_pieces = ceil_div(H_, kMaxColumns), i_pieces = ceil_div(2 * I_, kMaxColumns);
 
+        const auto code_x = [&](int64_t token, int) { layer_.code_token(token); };
         const auto recompute_slab = [&](int64_t task, int thread) {
             const ExpertTask at(routing_, task, recompute_slabs);
             recompute(threads_[thread], at.expert, at.piece * kSlab<T>);
@@ -110,7 +112,10 @@ private:
         const bool wants_b1_product = p_.gate_up_rank && (b_.grad_hidden_states || b_.grad_gate_up_lora_A);
         Schedule schedule;
         if (active < E) schedule.add("clear_idle", E, clear_idle);
-        if (recomputed_) schedule.add("recompute", active * recompute_slabs, recompute_slab);
+        if (recomputed_) {
+            schedule.add("code_x", layer_.coded_x.codes ? p_.num_tokens : 0, code_x);
+            schedule.add("recompute", active * recompute_slabs, recompute_slab);
+        }
         if (wants_b2_product) schedule.add("project_d", active, project_d);
         if (wants_grad_h()) schedule.add("activate", active * wide_slabs, activate_slab);
         if (wants_b1_product) schedule.add("project_grad", active, project_grad);

@@ -20,9 +20,9 @@ inline int64_t lower_bound(const int32_t* sorted, int64_t begin, int64_t end, in
 }
 
 // Product has
-//   multiply(block, expert, first_route, columns)   the rows of an expert's routes
-//   start(thread, expert, column, n)                before value() for these columns
-//   value(thread, route, c, j)                      what is added for vector c of the row, j columns after `column`
+//   multiply(thread, block, expert, first_route, count, columns)   the rows of `count` of an expert's routes
+//   start(thread, expert, column, n)    before value() for these columns
+//   value(thread, route, c, j)          what is added for vector c of the row, j columns after `column`
 template <class T, class Product>
 class Combine {
     using A = Acc<T>;
@@ -78,7 +78,7 @@ private:
         product_.start(thread, expert, column, n);
         for_each_row_block(end - begin, [&](int64_t row, int64_t count) {
             BlockGemm<T> block(thread.gemm, count, columns.padded());
-            product_.multiply(block, expert, begin + row, columns);
+            product_.multiply(thread, block, expert, begin + row, count, columns);
             for (int64_t i = 0; i < count; ++i) put(begin + row + i, block.row(i));
         });
     }

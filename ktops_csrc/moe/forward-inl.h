@@ -11,10 +11,16 @@ template <class T>
 struct DownProduct {
     const Layer<T>& layer;
     const T *h, *ha;
+    const CodedRows& coded_h;  // [R, I], if down takes codes
 
-    void multiply(BlockGemm<T>& block, int64_t expert, int64_t route, const Columns& columns) const {
+    void multiply(const Thread<T>& thread, BlockGemm<T>& block, int64_t expert, int64_t route, int64_t count,
+                  const Columns& columns) const {
         const int64_t rank = layer.p.down_rank;
-        block.multiply_nt({h + route * layer.I, layer.I}, layer.I, layer.down, expert, columns);
+        if (coded_h.codes) {
+            multiply_codes(block, thread.gemm, layer.down, expert, coded_h, nullptr, route, count, columns);
+        } else {
+            block.multiply_nt({h + route * layer.I, layer.I}, layer.I, layer.down, expert, columns);
+        }
         if (rank) block.multiply_nt({ha + route * rank, rank}, rank, layer.B2, expert, columns);
     }
     void start(const Thread<T>& thread, int64_t expert, int64_t column, int64_t n) const {
@@ -28,15 +34,17 @@ struct DownProduct {
 
 template <class T>
 class Forward {
+    using A = Acc<T>;
     using CombineDown = Combine<T, DownProduct<T>>;
 
 public:
     static void run(const Problem& p, const ForwardResults& results) {
         const Routing routing(p);
         const int64_t R = routing.num_routes;
-        Workspace workspace(Layer<T>::bytes(routing) + Workspace::padded<T>(R * p.intermediate_size) +
+        Workspace workspace(Layer<T>::bytes(p, routing) + Workspace::padded<T>(R * p.intermediate_size) +
                             Workspace::padded<T>(R * p.gate_up_rank) + Workspace::padded<T>(R * p.down_rank) +
                             Workspace::padded<Acc<T>>(CombineDown::route_elements(p, routing)) +
+                            (uses_codes<T>(p, p.down_proj) ? CodedRows::bytes(R, p.down_proj) : 0) +
                             Thread<T>::bytes(p, routing));
         const Layer<T> layer(p, routing, workspace);
         Forward(layer, results, workspace).run();
@@ -50,6 +58,7 @@ private:
         xa_ = results.saved_xa ? static_cast<T*>(results.saved_xa) : workspace.take<T>(R * p_.gate_up_rank);
         ha_ = results.saved_ha ? static_cast<T*>(results.saved_ha) : workspace.take<T>(R * p_.down_rank);
         routes_ = workspace.take<Acc<T>>(CombineDown::route_elements(p_, routing_));
+        if (uses_codes<T>(p_, p_.down_proj)) coded_h_ = CodedRows::take(workspace, R, p_.down_proj);
         threads_ = Thread<T>::take(workspace, p_, routing_);
     }
 
@@ -57,9 +66,16 @@ private:
         const int64_t active = routing_.num_active;
         const int64_t i_slab = slab_width(kSlab<T>, layer_.I, active, p_.num_threads),
                       i_slabs = ceil_div(layer_.I, i_slab);
-        const DownProduct<T> product{layer_, h_, ha_};
+        const DownProduct<T> product{layer_, h_, ha_, coded_h_};
         const CombineDown combine(layer_, threads_, product, routes_, static_cast<T*>(results_.output), kSlab<T>);
 
+        const auto code_x = [&](int64_t token, int) { layer_.code_token(token); };
+        const auto code_h = [&](int64_t route, int) {
+            if constexpr (std::is_same_v<A, float>) {
+                const T* h = h_ + route * layer_.I;
+                quantize_row(h, layer_.I, p_.down_proj.group, layer_.down.table().split, coded_h_, route);
+            }
+        };
         const auto project_x = [&](int64_t task, int thread) {
             const int64_t e = routing_.active[task], first = routing_.offsets[e];
             low_rank_product<true>(threads_[thread].gemm, layer_, e, layer_.by_token(p_.hidden_states, first), layer_.H,
@@ -80,8 +96,10 @@ private:
 
         Schedule schedule;
         if (p_.gate_up_rank) schedule.add("project_x", active, project_x);
+        if (layer_.coded_x.codes) schedule.add("code_x", p_.num_tokens, code_x);
         schedule.add("gate_up", active * i_slabs, gate_up);
         if (p_.down_rank) schedule.add("project_h", active, project_h);
+        if (coded_h_.codes) schedule.add("code_h", routing_.num_routes, code_h);
         schedule.add("down", combine.num_tasks(), down);
         schedule.add("sum", combine.num_sums(), sum);
         schedule.run<KT_REGION>(p_.num_threads, p_.launch);
@@ -112,6 +130,7 @@ private:
     const ForwardResults& results_;
     T *h_, *xa_, *ha_;
     Acc<T>* routes_;
+    CodedRows coded_h_;
     const Thread<T>* threads_;
 };
 

@@ -5,7 +5,7 @@
 #include <new>
 
 #include "formats/weight-inl.h"
-#include "gemm/block_gemm-inl.h"
+#include "gemm/code_gemm-inl.h"
 #include "gemm/outer_product-inl.h"
 #include "moe/activation-inl.h"
 #include "moe/routing.h"
@@ -88,6 +88,19 @@ private:
     }
 };
 
+#ifdef KT_INT8_DOT
+constexpr bool kFastCodes = true;
+#else
+constexpr bool kFastCodes = false;
+#endif
+
+// Whether products with this weight are computed in integers.
+template <class T>
+inline bool uses_codes(const Problem& p, const WeightTensor& weight) {
+    if (std::is_same_v<T, double> || weight.is_dense() || !format_of(weight).integers) return false;
+    return p.compute == Computation::kInt8 || (p.compute == Computation::kAuto && p.inference && kFastCodes);
+}
+
 template <class T>
 struct Layer {
     const Problem& p;
@@ -96,6 +109,7 @@ struct Layer {
     Weight<T> gate_up, down;
     StridedWeight<T> A1, B1, A2, B2;  // the scalings are folded into B
     int64_t I, H;
+    CodedRows coded_x;  // [T, H], if gate_up takes codes
 
     Layer(const Problem& problem, const Routing& routing, Workspace& workspace)
         : p(problem),
@@ -113,8 +127,20 @@ struct Layer {
             weights[i] = static_cast<Acc<T>>(p.topk_weights.at(routing.token[i], routing.route[i] % p.top_k));
         }
         route_weights = weights;
+        if (uses_codes<T>(p, p.gate_up_proj)) coded_x = CodedRows::take(workspace, p.num_tokens, p.gate_up_proj);
     }
-    static size_t bytes(const Routing& routing) { return Workspace::padded<Acc<T>>(routing.num_routes); }
+    static size_t bytes(const Problem& p, const Routing& routing) {
+        return Workspace::padded<Acc<T>>(routing.num_routes) +
+               (uses_codes<T>(p, p.gate_up_proj) ? CodedRows::bytes(p.num_tokens, p.gate_up_proj) : 0);
+    }
+
+    // To be called for every token before gate_up_product, if there is coded_x.
+    void code_token(int64_t token) const {
+        if constexpr (std::is_same_v<Acc<T>, float>) {
+            const T* x = static_cast<const T*>(p.hidden_states) + token * H;
+            quantize_row(x, H, p.gate_up_proj.group, gate_up.table().split, coded_x, token);
+        }
+    }
 
     // Rows of a [T, H] tensor for the routes from `first` on.
     Rows<T> by_token(const void* tensor, int64_t first) const {
@@ -168,7 +194,12 @@ inline void gate_up_product(const Thread<T>& thread, const Layer<T>& layer, int6
     const auto block_of_rows = [&](int64_t row, int64_t count) {
         const int64_t first = begin + row;
         BlockGemm<T> block(thread.gemm, count, columns.total());
-        block.multiply_nt(layer.by_token(p.hidden_states, first), layer.H, layer.gate_up, expert, columns);
+        if (layer.coded_x.codes) {
+            multiply_codes(block, thread.gemm, layer.gate_up, expert, layer.coded_x, layer.routing.token + first, 0,
+                           count, columns);
+        } else {
+            block.multiply_nt(layer.by_token(p.hidden_states, first), layer.H, layer.gate_up, expert, columns);
+        }
         if (p.gate_up_rank) {
             block.multiply_nt({xa + first * p.gate_up_rank, p.gate_up_rank}, p.gate_up_rank, layer.B1, expert, columns);
         }

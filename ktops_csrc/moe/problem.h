@@ -10,7 +10,7 @@
 namespace kt {
 
 // What products with the weights are computed in: kInt8 quantises the activations, kAuto chooses.
-enum class Compute { kAuto, kFloat, kInt8 };
+enum class Computation { kAuto, kFloat, kInt8 };
 
 enum class Activation { kSilu, kGelu, kGeluTanh };
 
@@ -29,7 +29,8 @@ struct Problem {
     StridedTensor down_lora_A, down_lora_B;        // [E, r2, I], [E, H, r2]
     double gate_up_scaling, down_scaling;
     Activation activation;
-    Compute compute = Compute::kAuto;
+    Computation compute = Computation::kAuto;
+    bool inference = false;  // no gradient will be asked for
 
     int num_threads;
     Launch launch;

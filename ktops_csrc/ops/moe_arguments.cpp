@@ -14,10 +14,10 @@ Activation parse_activation(const Checker& check, const std::string& name) {
     check.fail("activation must be one of silu, gelu, gelu_tanh, got '" + name + "'");
 }
 
-Compute parse_compute(const Checker& check, const std::string& name) {
-    if (name == "auto") return Compute::kAuto;
-    if (name == "bf16") return Compute::kFloat;
-    if (name == "int8") return Compute::kInt8;
+Computation parse_compute(const Checker& check, const std::string& name) {
+    if (name == "auto") return Computation::kAuto;
+    if (name == "bf16") return Computation::kFloat;
+    if (name == "int8") return Computation::kInt8;
     check.fail("compute must be one of auto, bf16, int8, got '" + name + "'");
 }
 
@@ -112,6 +112,10 @@ MoeArguments::MoeArguments(const char* op, KT_MOE_PARAMETERS)
                   "group_size must be 0 for weight_format 'dense', got ", group_size);
     p.gate_up_proj = weight(gate_up, formats.gate_up, gate_up_proj, gate_up_scale, gate_up_zero);
     p.down_proj = weight(down, formats.down, down_proj, down_scale, down_zero);
+    for (const Format* format : {formats.gate_up, formats.down}) {
+        check.require(p.compute != Computation::kInt8 || (format && format->integers),
+                      "compute must be auto or bf16 for weight_format '", weight_format, "', got 'int8'");
+    }
     if (gate_up_bias) check.shape("gate_up_bias", *gate_up_bias, {experts, two_I});
     if (down_bias) check.shape("down_bias", *down_bias, {experts, H});
     p.gate_up_rank =

@@ -5,7 +5,8 @@ namespace kt::ops {
 
 Tensor moe_fwd(KT_MOE_PARAMETERS) {
     const profile::Call call("moe_fwd");
-    const MoeArguments arguments("kt::moe_fwd", KT_MOE_NAMES);
+    MoeArguments arguments("kt::moe_fwd", KT_MOE_NAMES);
+    arguments.problem.inference = true;
     Tensor output = arguments.empty({arguments.problem.num_tokens, arguments.problem.hidden_size});
     profile::mark("arguments");
     dispatch::current()

@@ -1,0 +1,53 @@
+#pragma once
+
+// Integer dot products: unsigned codes of weights times signed codes of activations, four products a lane of 32 bits.
+
+#include "isa/chunk-inl.h"
+
+namespace kt::KT_ISA {
+
+constexpr int64_t kCodeBytes = KT_VECTOR_BYTES == 64 ? 64 : 32;
+constexpr int kDotLanes = static_cast<int>(kCodeBytes / 4);
+typedef uint8_t VecCodes __attribute__((vector_size(kCodeBytes)));
+typedef int32_t VecDots __attribute__((vector_size(kCodeBytes)));
+typedef float VecDotsF __attribute__((vector_size(kCodeBytes)));
+
+inline VecDots dot4(VecDots sum, VecCodes weights, VecCodes x) {
+#ifdef KT_INT8_DOT
+    return (VecDots)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)weights, (__m512i)x);
+#else
+    const VecDots w = (VecDots)weights, a = (VecDots)x;
+    for (int byte = 0; byte < 4; ++byte) sum += ((w >> 8 * byte) & 255) * ((a << (24 - 8 * byte)) >> 24);
+    return sum;
+#endif
+}
+
+inline VecDotsF dots_to_floats(VecDots x) { return __builtin_convertvector(x, VecDotsF); }
+
+// One register: lanes beyond it are added to those in it.
+inline VecF in_one_register(VecDotsF x) {
+    if constexpr (sizeof(VecDotsF) == sizeof(VecF)) {
+        return bit_cast<VecF>(x);
+    } else {
+        VecF parts[sizeof(VecDotsF) / sizeof(VecF)];
+        std::memcpy(parts, &x, sizeof(x));
+        return parts[0] + parts[1];
+    }
+}
+
+// Four-bit codes as bytes in the order of split chunks: the low halves of 16 bytes, then their high halves.
+inline VecCodes nibble_codes(const uint8_t* p) {
+#if KT_VECTOR_BYTES == 64
+    const __m512i twice = _mm512_setr_epi64(0, 1, 0, 1, 2, 3, 2, 3);  // each 16 bytes two times
+    const __m512i halves =
+        _mm512_set_epi64(0x0004000400040004, 0x0004000400040004, 0, 0, 0x0004000400040004, 0x0004000400040004, 0, 0);
+    const __m512i bytes = _mm512_castsi256_si512(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+    const __m512i shifted = _mm512_srlv_epi16(_mm512_permutexvar_epi64(twice, bytes), halves);
+    return (VecCodes)_mm512_and_si512(shifted, _mm512_set1_epi8(15));
+#else
+    const Bytes16 bytes = load_bits<Bytes16>(p), halves[2] = {bytes & 15, bytes >> 4};
+    return load_bits<VecCodes>(halves);
+#endif
+}
+
+}  // namespace kt::KT_ISA

@@ -24,8 +24,10 @@ if shutil.which(os.environ.get("CXX", "c++")) is None:
 
 ROOT = Path(__file__).parent
 SOURCES, HEADERS = (
-    sorted(str(path.relative_to(ROOT)) for path in ROOT.glob(f"ktops_csrc/**/*.{suffix}"))
-    for suffix in ("cpp", "h")
+    sorted(
+        str(path.relative_to(ROOT)) for suffix in suffixes for path in ROOT.glob(f"ktops_csrc/**/*.{suffix}")
+    )
+    for suffixes in (("cpp",), ("h", "def"))
 )
 SANITIZE = os.environ.get("KTOPS_SANITIZE")  # e.g. "address,undefined"
 

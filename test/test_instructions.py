@@ -24,7 +24,8 @@ EXTENSIONS = {
     "bmi": r"andn|bextr|bls(i|r|msk)|bzhi|mulx|pdep|pext|rorx|sarx|shlx|shrx|adcx|adox",
     "amx": r"tile[a-z0-9]+|ldtilecfg|sttilecfg|tdp[a-z0-9]+",
     "avx512_bf16": r"vdpbf16ps|vcvtne2?ps2?bf16[a-z]*|vcvtneps2bf16[a-z]*",
-    "avx512_other": r"vpdpbusds?|vpdpwssds?|vpermb|vperm[it]2b|vpsh[lr]d[vwdq]+|vpopcnt[bwdq]"
+    "avx512_vnni": r"vpdpbusds?|vpdpwssds?",
+    "avx512_other": r"vpermb|vperm[it]2b|vpsh[lr]d[vwdq]+|vpopcnt[bwdq]"
     r"|vpmultishiftqb|vp(compress|expand)[bw]|vpmadd52[lh]uq|(?!vcvtps2ph)v[a-z0-9]+[ps]h|vp2intersect[dq]|vpconflict[dq]|vplzcnt[dq]",
 }
 """By mnemonic. tzcnt is not in the list: on an older CPU the same bytes are bsf, which GCC counts on."""
@@ -32,8 +33,8 @@ EXTENSIONS = {
 ALLOWED = {
     "avx2": {"sse3", "bmi", "avx"},
     "avx512": {"sse3", "bmi", "avx", "avx512"},
-    "avx512_bf16": {"sse3", "bmi", "avx", "avx512", "avx512_bf16"},
-    "amx_bf16": {"sse3", "bmi", "avx", "avx512", "avx512_bf16", "amx"},
+    "avx512_bf16": {"sse3", "bmi", "avx", "avx512", "avx512_bf16", "avx512_vnni"},
+    "amx_bf16": {"sse3", "bmi", "avx", "avx512", "avx512_bf16", "avx512_vnni", "amx"},
     "scalar": set(),
     "": set(),
 }

@@ -19,6 +19,7 @@
 #define KT_VECTOR_BYTES 64
 #define KT_GENERIC_ROWS 6
 #define KT_GENERIC_PANELS 4
+#define KT_FORMATS_OF avx512_bf16
 #define KT_BFLOAT16_DOT
 #define KT_INT8_DOT
 #define KT_BFLOAT16_K_MULTIPLE 32
@@ -45,6 +46,7 @@ const IsaRow amx_bf16_row = {
     {amx_bf16::Forward<bfloat16>::run, amx_bf16::Backward<bfloat16>::run, amx_bf16::peak_bfloat16_tiles},
     {amx_bf16::Forward<float>::run, amx_bf16::Backward<float>::run, amx_bf16::peak_float32},
     {forward_float64, backward_float64, amx_bf16::peak_float32},
+    amx_bf16::peak_int8,
     amx_bf16::decode_rows,
     cpu::tiles_refused,
 };

@@ -25,6 +25,7 @@
 
 #include "isa/transpose_avx2-inl.h"
 
+#include "formats/decode-inl.h"
 #include "isa/direct_widened-inl.h"
 #include "isa/peak-inl.h"
 #include "moe/backward-inl.h"
@@ -40,6 +41,7 @@ const IsaRow avx2_row = {
     {avx2::Forward<bfloat16>::run, avx2::Backward<bfloat16>::run, avx2::peak_float32},
     {avx2::Forward<float>::run, avx2::Backward<float>::run, avx2::peak_float32},
     {forward_float64, backward_float64, avx2::peak_float32},
+    avx2::peak_int8,
     avx2::decode_rows,
 };
 

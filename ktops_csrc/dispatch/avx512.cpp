@@ -26,6 +26,7 @@
 
 #include "isa/transpose_avx512-inl.h"
 
+#include "formats/decode-inl.h"
 #include "isa/direct_widened-inl.h"
 #include "isa/peak-inl.h"
 #include "moe/backward-inl.h"
@@ -41,6 +42,7 @@ const IsaRow avx512_row = {
     {avx512::Forward<bfloat16>::run, avx512::Backward<bfloat16>::run, avx512::peak_float32},
     {avx512::Forward<float>::run, avx512::Backward<float>::run, avx512::peak_float32},
     {forward_float64, backward_float64, avx512::peak_float32},
+    avx512::peak_int8,
     avx512::decode_rows,
 };
 

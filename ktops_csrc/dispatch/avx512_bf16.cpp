@@ -28,6 +28,7 @@
 
 #include "isa/transpose_avx512-inl.h"
 
+#include "formats/decode-inl.h"
 #include "isa/micro_gemm_avx512_bf16-inl.h"
 #include "isa/peak_avx512_bf16-inl.h"
 #include "moe/backward-inl.h"
@@ -43,6 +44,7 @@ const IsaRow avx512_bf16_row = {
     {avx512_bf16::Forward<bfloat16>::run, avx512_bf16::Backward<bfloat16>::run, avx512_bf16::peak_bfloat16_dot},
     {avx512_bf16::Forward<float>::run, avx512_bf16::Backward<float>::run, avx512_bf16::peak_float32},
     {forward_float64, backward_float64, avx512_bf16::peak_float32},
+    avx512_bf16::peak_int8,
     avx512_bf16::decode_rows,
 };
 

@@ -16,6 +16,7 @@
 #define KT_GENERIC_ROWS 2
 #define KT_GENERIC_PANELS 1
 
+#include "formats/decode-inl.h"
 #include "isa/direct_widened-inl.h"
 #include "isa/peak-inl.h"
 #include "moe/backward-inl.h"
@@ -34,6 +35,7 @@ const IsaRow scalar_row = {
     {scalar::Forward<bfloat16>::run, scalar::Backward<bfloat16>::run, scalar::peak_float32},
     {scalar::Forward<float>::run, scalar::Backward<float>::run, scalar::peak_float32},
     {forward_float64, backward_float64, scalar::peak_float32},
+    scalar::peak_int8,
     scalar::decode_rows,
 };
 

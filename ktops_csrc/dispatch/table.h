@@ -19,6 +19,7 @@ struct IsaRow {
     const char* name;
     bool (*supported)();
     MoeKernels bfloat16, float32, float64;
+    double (*peak_int8)(int64_t iterations);
     // Rows [row, row + n) of expert e of a weight in a format, `columns` floats each.
     void (*decode_rows)(const WeightTensor&, int64_t e, int64_t row, int64_t n, float* out);
     // Why the operating system forbids what the CPU could run; empty if it does not.

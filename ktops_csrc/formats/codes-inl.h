@@ -11,8 +11,8 @@
 //   kCodeStep       bytes of a VecCodes of weights
 //   codes(bytes)    these, in the order of chunks
 
-#include "core/workspace.h"
 #include "formats/decoder-inl.h"
+#include "formats/format_table.h"
 #include "formats/groups-inl.h"
 #include "isa/direct-inl.h"
 #include "isa/dot4-inl.h"
@@ -20,85 +20,15 @@
 
 namespace kt::KT_ISA {
 
-// Rows of activations as codes in the order of chunks, zeros up to kCodeMultiple.
-struct CodedRows {
-    static constexpr int64_t kMultiple = 64;
-
-    int8_t* codes = nullptr;
-    int64_t stride = 0;
-    float* scale = nullptr;  // of every row
-    float* sums = nullptr;   // of every row and group: of its codes; zeros up to sums_stride
-    int64_t sums_stride = 0;
-
-    const int8_t* row(int64_t i) const { return codes + i * stride; }
-    const float* row_sums(int64_t i) const { return sums + i * sums_stride; }
-
-    static size_t bytes(int64_t rows, const WeightTensor& w) {
-        return Workspace::padded<int8_t>(rows * round_up(w.columns, kMultiple)) + Workspace::padded<float>(rows) +
-               Workspace::padded<float>(rows * groups_stride(w.columns, w.group));
-    }
-    static CodedRows take(Workspace& workspace, int64_t rows, const WeightTensor& w) {
-        CodedRows out;
-        out.stride = round_up(w.columns, kMultiple);
-        out.sums_stride = groups_stride(w.columns, w.group);
-        out.codes = workspace.take<int8_t>(rows * out.stride);
-        out.scale = workspace.take<float>(rows);
-        out.sums = workspace.take<float>(rows * out.sums_stride);
-        return out;
-    }
-
-private:
-    static int64_t groups_stride(int64_t columns, int64_t group) {
-        return round_up(ceil_div(columns, larger(1, smaller(group, columns))), kDotLanes);
-    }
-};
-
-// Row i of `rows` from k elements: round(x / scale) with scale = max |x| / 127.
-template <class T>
-inline void quantize_row(const T* x, int64_t k, int64_t group, bool split, const CodedRows& rows, int64_t i) {
-    VecF most{}, invalid{};
-    for_each_vector<float>(k, [&](int64_t j, int64_t n) {
-        const VecF v = load_n(x + j, n), size = v < VecF{} ? -v : v;
-        most = most >= size ? most : size;
-        invalid += v * 0.0f;  // NaN if v is, or infinite
-    });
-    float largest = 0;
-    for (int lane = 0; lane < kLanes<float>; ++lane) largest = largest >= most[lane] ? largest : most[lane];
-    const float scale = largest / 127 + sum_lanes<float>(invalid), inverse = largest > 0 ? 127 / largest : 0;
-    rows.scale[i] = scale;
-    int8_t* out = rows.codes + i * rows.stride;
-    float* sums = rows.sums + i * rows.sums_stride;
-    for (int64_t g = 0; g < rows.sums_stride; ++g) sums[g] = 0;
-    for (int64_t j = 0; j < rows.stride; j += kChunk, out += kChunk) {
-        float values[kChunk] = {};
-        const int64_t count = larger(0, smaller(kChunk, k - j));
-        for_each_vector<float>(count,
-                               [&](int64_t s, int64_t n) { store_n(values + s, load_n(x + j + s, n) * inverse, n); });
-        constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it leaves the nearest integer in the low bits
-        int32_t integers[kChunk], sum = 0;
-        for (int s = 0; s < kChunk; s += kLanes<float>) {
-            const VecI32 rounded = bit_cast<VecI32>(load(values + s) + kRound) - 0x4b400000;
-            std::memcpy(integers + s, &rounded, sizeof(rounded));
-        }
-        for (int64_t s = 0; s < kChunk; ++s) sum += integers[s];
-        for (int64_t s = 0; s < kChunk; ++s) {
-            out[s] = static_cast<int8_t>(integers[split ? s % (kChunk / 2) * 2 + s / (kChunk / 2) : s]);
-        }
-        if (j < k) sums[j / group] += static_cast<float>(sum);
-    }
-}
-
 template <class Decoder, bool kZeros>
 class CodeKernels {
     static constexpr int64_t kStep = Decoder::kCodeStep;
 
 public:
-    static constexpr int kFewRows = 4;
-
     // c[i][j] = x[i] . row (row + j), i < m <= kFewRows, x[i] being row index[i] of `x`.
     static void dots(const WeightTensor& w, int64_t e, int64_t row, int64_t n, const CodedRows& x, const int64_t* index,
                      int64_t m, float* c, int64_t ldc) {
-        with_constant<kFewRows>(m, [&](auto rows) { dots_of<rows()>(w, e, row, n, x, index, c, ldc); });
+        with_few_rows(m, [&](auto rows) { dots_of<rows()>(w, e, row, n, x, index, m, c, ldc); });
     }
 
     // Codes [k, k + kn) of 16 rows, of which n exist, as a panel: [kn / 4][16][4]. kn is a multiple of 64; what lies
@@ -150,83 +80,120 @@ private:
     }
 
     template <int M>
-    struct Sums {
-        VecDotsF v[M];
-    };
-
-    template <int M>
     static void dots_of(const WeightTensor& w, int64_t e, int64_t row, int64_t n, const CodedRows& x,
-                        const int64_t* index, float* c, int64_t ldc) {
-        constexpr int kRows = 4;
+                        const int64_t* index, int64_t m, float* c, int64_t ldc) {
         const int8_t* a[M];
-        const float* sums[M];
-        for (int i = 0; i < M; ++i) a[i] = x.row(index[i]), sums[i] = x.row_sums(index[i]);
-        for (int64_t j = 0; j < n; j += kRows) {
-            const int count = static_cast<int>(smaller(kRows, n - j));
-            VecF total[M][kRows] = {};
-            for (int r = 0; r < count; ++r) {
-                Sums<M> row_sums = {};
-                for_each_piece(0, w.columns, [&](int64_t first, int64_t end) {
-                    add_piece<M>(w, e, row + j + r, first, end, a, sums, row_sums);
-                });
-                for (int i = 0; i < M; ++i) total[i][r] = in_one_register(row_sums.v[i]);
-            }
+        const float* a_sums[M];
+        for (int i = 0; i < M; ++i) a[i] = x.row(index[i < m ? i : 0]), a_sums[i] = x.row_sums(index[i < m ? i : 0]);
+        const DotGroups groups(n, w.row_bytes, 4096);
+        for (int64_t g = 0; g < groups.count; ++g) {
+            const DotRows rows = groups.at(g);
+            VecDotsF total[M][kDotRows] = {};
+            for_each_piece(0, w.columns, [&](int64_t first, int64_t end) {
+                const Piece piece(w, e, row, rows, first, end);
+                piece.template take_zeros<M>(a_sums, total);
+                piece.template add<M>(a, total);
+            });
+            VecF sums[M][kDotRows];
             for (int i = 0; i < M; ++i) {
-                float out[kRows];
-                put_sums<float, kRows>(total[i], out);
-                for (int r = 0; r < count; ++r) c[i * ldc + j + r] = out[r] * x.scale[index[i]];
+                for (int64_t r = 0; r < kDotRows; ++r) sums[i][r] = in_one_register(total[i][r]);
             }
+            put_dots<M>(sums, m, rows,
+                        [&](int64_t i, int64_t j, float sum) { c[i * ldc + j] = sum * x.scale[index[i]]; });
         }
     }
 
-    // Columns [first, end) of one row, which lie in one piece.
-    template <int M>
-    static void add_piece(const WeightTensor& w, int64_t e, int64_t row, int64_t first, int64_t end,
-                          const int8_t* const* a, const float* const* a_sums, Sums<M>& total) {
-        const uint8_t* codes = row_codes(w, e, row);
-        const int64_t group = first / w.group, groups = (end - 1) / w.group - group + 1;
-        const bool starts = first % w.group == 0;  // else its sum of activations has been taken
-        float scale[kPieceGroups + kDotLanes], min[kPieceGroups + kDotLanes];
-        scales(w, e, row, group, groups, scale, min);
-        for (int64_t g = groups; g < round_up(groups, kDotLanes); ++g) scale[g] = min[g] = 0;
-        if (!starts) min[0] = 0;
-        for (int64_t g = 0; g < groups; g += kDotLanes) {
-            const VecDotsF mins = load_bits<VecDotsF>(min + g);
-#pragma GCC unroll 4
-            for (int i = 0; i < M; ++i) total.v[i] -= mins * load_bits<VecDotsF>(a_sums[i] + group + g);
-        }
-        if (groups == 1 || w.group % kCodeBytes == 0) {
-            for (int64_t g = 0, k = first; g < groups; ++g) {
-                const int64_t stop = smaller(end, (group + g + 1) * w.group);
-                VecDots sum[M] = {};
-                for (; k < stop; k += kCodeBytes) step<M>(codes, k, w.columns, a, sum);
-#pragma GCC unroll 4
-                for (int i = 0; i < M; ++i) total.v[i] += dots_to_floats(sum[i]) * scale[g];
+    // Columns [first, end), in one piece, of kDotRows rows: as many streams of memory. The last ones may be the same
+    // row.
+    class Piece {
+    public:
+        Piece(const WeightTensor& w, int64_t e, int64_t row, const DotRows& rows, int64_t first, int64_t end)
+            : w_(w), first_(first), end_(end), group_(first / w.group), groups_((end - 1) / w.group - group_ + 1) {
+            const int64_t padded = round_up(groups_, kDotLanes);
+            for (int64_t r = 0; r < R; ++r) {
+                const int64_t at = row + rows.row(r);
+                codes_[r] = row_codes(w, e, at);
+                scales(w, e, at, group_, groups_, scale_[r], min_[r]);
+                for (int64_t g = groups_; g < padded; ++g) scale_[r][g] = min_[r][g] = 0;
+                if (first % w.group) min_[r][0] = 0;  // the piece before has taken it
             }
-            return;
         }
-        for (int64_t k = first; k < end; k += kCodeBytes) {  // more than one group in a vector: a scale for every lane
-            VecDots sum[M] = {};
-            step<M>(codes, k, w.columns, a, sum);
-            float lanes[kDotLanes];
-            for (int lane = 0; lane < kDotLanes; ++lane) {
-                const int64_t g = (k + lane / (kChunk / 4) * kChunk) / w.group - group;
-                lanes[lane] = g < groups ? scale[g] : 0;
-            }
-            const VecDotsF scales = load_bits<VecDotsF>(lanes);
-#pragma GCC unroll 4
-            for (int i = 0; i < M; ++i) total.v[i] += dots_to_floats(sum[i]) * scales;
-        }
-    }
 
-    template <int M>
-    __attribute__((always_inline)) static void step(const uint8_t* codes, int64_t k, int64_t columns,
-                                                    const int8_t* const* a, VecDots (&sum)[M]) {
-        __builtin_prefetch(codes + k / kCodeBytes * kStep + 1024);
-        const VecCodes q = load(codes, k, columns);
+        template <int M>
+        void take_zeros(const float* const* a_sums, VecDotsF (&total)[M][kDotRows]) const {
+            for (int64_t g = 0; g < groups_; g += kDotLanes) {
+                for (int i = 0; i < M; ++i) {
+                    const auto sums = load_bits<VecDotsF>(a_sums[i] + group_ + g);
+                    for (int r = 0; r < R; ++r) total[i][r] -= load_bits<VecDotsF>(min_[r] + g) * sums;
+                }
+            }
+        }
+
+        template <int M>
+        void add(const int8_t* const* a, VecDotsF (&total)[M][kDotRows]) const {
+            if (groups_ == 1 || w_.group % kCodeBytes == 0) {
+                for (int64_t g = 0, k = first_; g < groups_; ++g) {
+                    const int64_t stop = smaller(end_, (group_ + g + 1) * w_.group);
+                    add_codes<M>(a, k, stop, total, [&](int r) { return VecDotsF{} + scale_[r][g]; });
+                    k = stop;
+                }
+            } else if (w_.group == kChunk) {
+                for (int64_t k = first_; k < end_; k += kCodeBytes) {
+                    add_codes<M>(a, k, k + kCodeBytes, total, [&](int r) {
+                        return of_chunks(load_bits<VecDotsF>(scale_[r] + (k - first_) / kChunk), Lanes());
+                    });
+                }
+            } else {  // groups that end within a vector
+                for (int64_t k = first_; k < end_; k += kCodeBytes) {
+                    add_codes<M>(a, k, k + kCodeBytes, total, [&](int r) {
+                        float lanes[kDotLanes];
+                        for (int lane = 0; lane < kDotLanes; ++lane) {
+                            const int64_t g = (k + lane / (kChunk / 4) * kChunk) / w_.group - group_;
+                            lanes[lane] = g < groups_ ? scale_[r][g] : 0;
+                        }
+                        return load_bits<VecDotsF>(lanes);
+                    });
+                }
+            }
+        }
+
+    private:
+        static constexpr int R = kDotRows;
+        using Lanes = std::make_integer_sequence<int, kDotLanes>;
+
+        // From the scales of one chunk after the other to those of lanes.
+        template <int... Is>
+        static VecDotsF of_chunks(VecDotsF scales, std::integer_sequence<int, Is...>) {
+            return __builtin_shufflevector(scales, scales, (Is * 4 / static_cast<int>(kChunk))...);
+        }
+
+        // total += sums over columns [k, stop), a multiple of kCodeBytes but for the last, times scale(r)
+        template <int M, class Scale>
+        __attribute__((always_inline)) void add_codes(const int8_t* const* a, int64_t k, int64_t stop,
+                                                      VecDotsF (&total)[M][kDotRows], Scale scale) const {
+            VecDots sums[M][R] = {};
+            for (; k < stop; k += kCodeBytes) {
 #pragma GCC unroll 4
-        for (int i = 0; i < M; ++i) sum[i] = dot4(sum[i], q, load_bits<VecCodes>(a[i] + k));
-    }
+                for (int r = 0; r < R; ++r) {
+                    __builtin_prefetch(codes_[r] + k / kCodeBytes * kStep + kReadAhead);
+                    const VecCodes q = load(codes_[r], k, w_.columns);
+#pragma GCC unroll 4
+                    for (int i = 0; i < M; ++i) sums[i][r] = dot4(sums[i][r], q, load_bits<VecCodes>(a[i] + k));
+                }
+            }
+#pragma GCC unroll 4
+            for (int r = 0; r < R; ++r) {
+                const VecDotsF factor = scale(r);
+#pragma GCC unroll 4
+                for (int i = 0; i < M; ++i) total[i][r] += dots_to_floats(sums[i][r]) * factor;
+            }
+        }
+
+        const WeightTensor& w_;
+        int64_t first_, end_, group_, groups_;
+        const uint8_t* codes_[R];
+        float scale_[R][kPieceGroups + kDotLanes], min_[R][kPieceGroups + kDotLanes];
+    };
 };
 
 }  // namespace kt::KT_ISA

@@ -1,9 +1,11 @@
 #pragma once
 
-// Scales and zero points of the groups of a row.
+// What products with few rows share, with floats or with codes: scales and zero points of the groups of a row, pieces
+// of rows, and sums.
 
 #include "formats/format.h"
 #include "isa/chunk-inl.h"
+#include "isa/direct-inl.h"
 
 namespace kt::KT_ISA {
 
@@ -39,6 +41,32 @@ inline void for_each_piece(int64_t first, int64_t end, F f) {
     for (int64_t next; first < end; first = next) {
         next = smaller(end, (first / kPiece + 1) * kPiece);
         f(first, next);
+    }
+}
+
+// Bytes between a code and the one that is read ahead when it is used.
+constexpr int64_t kReadAhead = 1024;
+
+// Rows of activations that share a read of codes, at most; f(1, 2 or 4 as a constant) for m of them.
+constexpr int kFewRows = KT_VECTOR_BYTES == 64 ? 4 : KT_VECTOR_BYTES == 32 ? 2 : 1;
+template <class F>
+inline void with_few_rows(int64_t m, F f) {
+    if constexpr (kFewRows > 2) {
+        if (m > 2) return f(std::integral_constant<int, 4>());
+    }
+    if constexpr (kFewRows > 1) {
+        if (m > 1) return f(std::integral_constant<int, 2>());
+    }
+    f(std::integral_constant<int, 1>());
+}
+
+// put(i, j, sum) of the first m rows of sums, j being the rows of W.
+template <int M, class Put>
+inline void put_dots(const VecF (&sums)[M][kDotRows], int64_t m, const DotRows& rows, Put put) {
+    for (int64_t i = 0; i < m; ++i) {
+        float out[kDotRows];
+        put_sums<float, kDotRows>(sums[i], out);
+        for (int64_t j = 0; j < rows.count; ++j) put(i, rows.first + j * rows.apart, out[j]);
     }
 }
 

@@ -11,9 +11,19 @@
 // The last two write ceil(n / 16) panels of Compute<T>, `stride` elements apart, zero beyond the block. scratch has
 // room for kScratch elements of T.
 
-#include "formats/decode-inl.h"
+#include "formats/chunk_order-inl.h"
+#include "formats/format_table.h"
 #include "formats/strided-inl.h"
 #include "isa/pack-inl.h"
+
+// The row whose formats are used: a row may do with those of another.
+#ifndef KT_FORMATS_OF
+#define KT_FORMATS_OF KT_ISA
+#endif
+
+namespace kt::KT_FORMATS_OF {
+extern const FormatTable kFormatTables[];
+}
 
 namespace kt::KT_ISA {
 
@@ -29,7 +39,7 @@ public:
 
     explicit Weight(const WeightTensor& tensor)
         : row_stride(tensor.dense.stride[1]), tensor_(tensor), strided_{tensor.dense} {
-        if (!tensor.is_dense()) table_ = &kFormatTables[static_cast<int>(tensor.format)];
+        if (!tensor.is_dense()) table_ = &KT_FORMATS_OF::kFormatTables[static_cast<int>(tensor.format)];
     }
 
     bool has_format() const { return table_ != nullptr; }
@@ -42,7 +52,21 @@ public:
 
     // Of a weight in a format: rows of T, `stride` elements apart.
     void decode_rows(int64_t e, int64_t row, int64_t n, int64_t column, int64_t count, T* out, int64_t stride) const {
-        table_->template rows<T>()(tensor_, e, row, n, column, count, out, stride);
+        if constexpr (std::is_same_v<T, bfloat16>) {
+            table_->rows_bfloat16(tensor_, e, row, n, column, count, out, stride);
+        } else if constexpr (std::is_same_v<T, float>) {
+            table_->rows_float(tensor_, e, row, n, column, count, out, stride);
+        } else {
+            constexpr int64_t kPart = 256;
+            float part[kPart];
+            for (int64_t i = 0; i < n; ++i) {
+                for (int64_t j = 0; j < count; j += kPart) {
+                    const int64_t some = smaller(kPart, count - j);
+                    table_->rows_float(tensor_, e, row + i, 1, column + j, some, part, kPart);
+                    for (int64_t k = 0; k < some; ++k) out[i * stride + j + k] = part[k];
+                }
+            }
+        }
     }
 
     void copy_rows(int64_t e, int64_t row, int64_t n, int64_t column, int64_t count, T* out) const {
@@ -105,5 +129,10 @@ private:
     StridedWeight<T> strided_;
     const FormatTable* table_ = nullptr;
 };
+
+// Whole rows as float32: kt::dequantize.
+inline void decode_rows(const WeightTensor& w, int64_t e, int64_t row, int64_t n, float* out) {
+    KT_FORMATS_OF::kFormatTables[static_cast<int>(w.format)].rows_float(w, e, row, n, 0, w.columns, out, w.columns);
+}
 
 }  // namespace kt::KT_ISA

@@ -72,7 +72,7 @@ class BlockGemm {
     using Micro = MicroGemm<C>;
     static_assert(Micro::kRows <= kRowStep);
     static constexpr int64_t P = kPack<C>;
-    static constexpr int64_t kDotRows = Direct<T>::kDotRows, kRowsAhead = Direct<T>::kRowsAhead;
+    static constexpr int64_t kRowsAhead = Direct<T>::kRowsAhead;
     static constexpr int64_t kElementBytes = static_cast<int64_t>(sizeof(T)), kScratchPadding = 64 / kElementBytes;
     static constexpr int64_t kScratchElements = kPanelBytes / kElementBytes;
     static constexpr int64_t kLeftBytes = GemmScratch<T>::kLeftElements * static_cast<int64_t>(sizeof(C));

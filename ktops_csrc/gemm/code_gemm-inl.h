@@ -39,14 +39,14 @@ public:
     }
 
 private:
-    static constexpr int64_t kFew = 4;  // rows that share a read of the codes
     static constexpr int64_t kLeftBytes = GemmScratch<T>::kLeftElements * static_cast<int64_t>(sizeof(Compute<T>));
 
     void dots(int64_t row, int64_t n, float* c, int64_t ldc) const {
+        const int64_t few = table_.few_rows;
         constexpr int64_t kStrip = 64;  // rows of W that stay in cache for all rows of A
         for (int64_t j = 0; j < n; j += kStrip) {
-            for (int64_t i = 0; i < m_; i += kFew) {
-                table_.code_dots(w_, e_, row + j, smaller(kStrip, n - j), x_, index_ + i, smaller(kFew, m_ - i),
+            for (int64_t i = 0; i < m_; i += few) {
+                table_.code_dots(w_, e_, row + j, smaller(kStrip, n - j), x_, index_ + i, smaller(few, m_ - i),
                                  c + i * ldc + j, ldc);
             }
         }
@@ -116,7 +116,9 @@ private:
             // what is beyond the last column belongs to the last group
             const bool is_last = (group + 1) * w_.group >= w_.columns;
             const int64_t stop = is_last ? smaller(k + kn, last) : end;
-            segments[n] = {(stop - at) / 4, group, scales + n * ldc, at % w_.group == 0 ? scales : nullptr};
+            const bool starts = at % w_.group == 0, zeros = w_.zero.data != nullptr;
+            segments[n] = {(stop - at) / 4, group, scales + n * ldc, starts && zeros ? scales : nullptr,
+                           starts && !zeros ? table_.zero_code : 0};
             at = stop;
         }
         for (int64_t s = 0; s < n; ++s) {

@@ -82,6 +82,36 @@ inline void with_constant(int64_t count, F f) {
     f(std::integral_constant<int, kMost>());
 }
 
+// Rows of W that are read at once: `count` of them, `apart` rows from each other.
+constexpr int64_t kDotRows = 4;
+struct DotRows {
+    int64_t first, apart, count;
+
+    int64_t row(int64_t i) const { return first + smaller(i, count - 1) * apart; }
+};
+
+// n rows of W, `stride` apart, in the order in which they are read. Rows shorter than a page are taken from different
+// pages: each of kDotRows streams reads `apart` rows, one after the other. Streams that share a page are slower, by a
+// quarter for rows of 1.5 KiB, where memory is the limit: in a single pass. What is left over is read row by row.
+struct DotGroups {
+    int64_t apart, spread, count;
+
+    DotGroups(int64_t n, int64_t stride, int64_t page)
+        : apart(ceil_div(page, larger(stride, 1))),
+          spread(apart > 1 ? n / (kDotRows * apart) * apart : 0),
+          count(spread + ceil_div(n - spread * kDotRows, kDotRows)),
+          rows_(n) {}
+
+    DotRows at(int64_t g) const {
+        if (g < spread) return {g / apart * apart * kDotRows + g % apart, apart, kDotRows};
+        const int64_t first = spread * kDotRows + (g - spread) * kDotRows;
+        return {first, 1, smaller(kDotRows, rows_ - first)};
+    }
+
+private:
+    int64_t rows_;
+};
+
 template <class T>
 class Direct {
     using A = Acc<T>;
@@ -91,14 +121,13 @@ class Direct {
     static constexpr int64_t kLine = 64 / sizeof(T), kPage = 4096 / sizeof(T);
 
 public:
-    static constexpr int64_t kDotRows = 4;     // rows of W at once
     static constexpr int64_t kRowsAhead = 64;  // rows of W between the prefetch to L2 and the use
 
     // C[i][j] = a[i] . row j of W, for i < m and j < n. Rows of W are `stride` apart.
     static void dots(const T* const* a, int64_t m, const T* w, int64_t stride, int64_t n, int64_t k, A* c,
                      int64_t ldc) {
         const int64_t passes = ceil_div(m, kDirectTile), tile = ceil_div(m, passes);
-        const DotGroups groups(n, passes > 1 ? kPage : stride);
+        const DotGroups groups(n, passes > 1 ? kPage : stride, kPage);
         for (int64_t g = 0; g < groups.count; ++g) {
             const DotRows rows = groups.at(g);
             const T* next = w + groups.at(g + 1).first * stride;
@@ -147,33 +176,6 @@ public:
     }
 
 private:
-    // Rows of W that are read at once: `count` of them, `apart` rows from each other.
-    struct DotRows {
-        int64_t first, apart, count;
-    };
-
-    // Rows of W in the order in which they are read. Rows shorter than a page are taken from different pages: each of
-    // kDotRows streams reads `apart` rows, one after the other. Streams that share a page are slower, by a quarter for
-    // rows of 1.5 KiB, where memory is the limit: in a single pass. What is left over is read row by row.
-    struct DotGroups {
-        int64_t apart, spread, count;
-
-        DotGroups(int64_t n, int64_t stride)
-            : apart(ceil_div(kPage, larger(stride, 1))),
-              spread(apart > 1 ? n / (kDotRows * apart) * apart : 0),
-              count(spread + ceil_div(n - spread * kDotRows, kDotRows)),
-              rows_(n) {}
-
-        DotRows at(int64_t g) const {
-            if (g < spread) return {g / apart * apart * kDotRows + g % apart, apart, kDotRows};
-            const int64_t first = spread * kDotRows + (g - spread) * kDotRows;
-            return {first, 1, smaller(kDotRows, rows_ - first)};
-        }
-
-    private:
-        int64_t rows_;
-    };
-
     // Which of n rows to prefetch in each of several passes over the same rows of W: memory is not to wait while a pass
     // finds them in cache.
     struct Share {

@@ -11,11 +11,12 @@
 
 namespace kt::KT_ISA {
 
-// Steps of four codes; for 16 columns of every panel, the scale and what is taken off times the row's sum. min is null
-// where that has been done.
+// Steps of four codes of one group. For 16 columns of every panel: the scale, and what is taken off times the row's sum
+// of the group; null where `zero` times that sum is taken off the integers instead, or where a segment before did it.
 struct CodeSegment {
     int64_t steps, group;
     const float *scale, *min;
+    int32_t zero;
 };
 
 struct CodeArguments {
@@ -32,7 +33,11 @@ struct CodeArguments {
 };
 
 struct MicroDots {
-    static constexpr int kRows = KT_GENERIC_ROWS, kPanels = KT_GENERIC_PANELS;
+#ifdef KT_INT8_DOT
+    static constexpr int kRows = 6, kPanels = 4;
+#else
+    static constexpr int kRows = 2, kPanels = 1;
+#endif
 
     static void multiply(const CodeArguments& g) { call(g, std::make_integer_sequence<int, kRows * kPanels>()); }
 
@@ -48,19 +53,51 @@ private:
 
     template <int M, int P>
     static void kernel(const CodeArguments& g) {
+        if constexpr (P == 4 && V == 1) {
+            if (g.num_segments > 2) {  // sums of floats fit in registers beside those of integers
+                CodeArguments half = g;
+                half.panels = 2;
+                segments<M, 2, true>(half);
+                half.b += 2 * g.b_stride;
+                half.c += 2 * kPanelColumns;
+                return segments<M, 2, true>(half, 2 * kPanelColumns);
+            }
+        }
+        segments<M, P, false>(g);
+    }
+
+    // columns: by which the segments' scales are ahead of these panels.
+    template <int M, int P, bool kKeep>
+    static void segments(const CodeArguments& g, int64_t columns = 0) {
         const uint8_t* b = g.b;
+        VecDotsF kept[kKeep ? M : 1][kKeep ? P * V : 1];
+        if constexpr (kKeep) {
+#pragma GCC unroll 8
+            for (int i = 0; i < M; ++i) {
+#pragma GCC unroll 8
+                for (int j = 0; j < P * V; ++j) {
+                    kept[i][j] = g.accumulate ? load_bits<VecDotsF>(g.c + i * g.ldc + j * kDotLanes) : VecDotsF{};
+                }
+            }
+        }
         int64_t k = 0;
         for (int64_t s = 0; s < g.num_segments; ++s) {
             const CodeSegment& segment = g.segments[s];
-            VecDots sums[M][P * V] = {};
+            VecDots sums[M][P * V];
             const int8_t* a[M];
 #pragma GCC unroll 8
-            for (int i = 0; i < M; ++i) a[i] = g.a[i] + k;
+            for (int i = 0; i < M; ++i) {
+                a[i] = g.a[i] + k;
+                const auto zero = segment.zero * static_cast<int32_t>(g.sums[i][segment.group]);
+#pragma GCC unroll 8
+                for (int j = 0; j < P * V; ++j) sums[i][j] = VecDots{} - zero;
+            }
             for (int64_t step = 0; step < segment.steps; ++step, b += 64) {
                 VecCodes panel[P * V];
 #pragma GCC unroll 8
-                for (int j = 0; j < P * V; ++j)
+                for (int j = 0; j < P * V; ++j) {
                     panel[j] = load_bits<VecCodes>(b + j / V * g.b_stride + j % V * kCodeBytes);
+                }
 #pragma GCC unroll 8
                 for (int i = 0; i < M; ++i) {
                     const VecCodes x = (VecCodes)(VecDots{} + read(reinterpret_cast<const int32_t*>(a[i] + 4 * step)));
@@ -69,18 +106,30 @@ private:
                 }
             }
             k += 4 * segment.steps;
-            const bool accumulate = g.accumulate || s > 0;
 #pragma GCC unroll 8
             for (int j = 0; j < P * V; ++j) {
-                const auto scale = load_bits<VecDotsF>(segment.scale + j * kDotLanes);
-                const auto min = segment.min ? load_bits<VecDotsF>(segment.min + j * kDotLanes) : VecDotsF{};
+                const auto scale = load_bits<VecDotsF>(segment.scale + columns + j * kDotLanes);
+                const auto min = segment.min ? load_bits<VecDotsF>(segment.min + columns + j * kDotLanes) : VecDotsF{};
 #pragma GCC unroll 8
                 for (int i = 0; i < M; ++i) {
-                    float* c = g.c + i * g.ldc + j * kDotLanes;
-                    VecDotsF sum = accumulate ? load_bits<VecDotsF>(c) : VecDotsF{};
-                    sum += dots_to_floats(sums[i][j]) * scale - min * g.sums[i][segment.group];
-                    std::memcpy(c, &sum, sizeof(sum));
+                    VecDotsF sum = dots_to_floats(sums[i][j]) * scale;
+                    if (segment.min) sum -= min * g.sums[i][segment.group];
+                    if constexpr (kKeep) {
+                        kept[i][j] += sum;
+                    } else {
+                        float* c = g.c + i * g.ldc + j * kDotLanes;
+                        if (g.accumulate || s > 0) sum += load_bits<VecDotsF>(c);
+                        std::memcpy(c, &sum, sizeof(sum));
+                    }
                 }
+            }
+        }
+        if constexpr (kKeep) {
+#pragma GCC unroll 8
+            for (int i = 0; i < M; ++i) {
+#pragma GCC unroll 8
+                for (int j = 0; j < P * V; ++j)
+                    std::memcpy(g.c + i * g.ldc + j * kDotLanes, &kept[i][j], sizeof(VecDotsF));
             }
         }
     }

@@ -3,20 +3,28 @@
 // The fastest that one thread can multiply and add: what rooflines are drawn against.
 
 #include <chrono>
+#include <type_traits>
 #include <utility>
 
-#include "isa/vec-inl.h"
+#include "isa/dot4-inl.h"
 
 namespace kt::KT_ISA {
 
 // Independent accumulators: enough to hide the latency of two multiply-add units, few enough for the registers.
 constexpr int kPeakChains = KT_VECTOR_BYTES == 64 ? 24 : 12;
 
+// x in every lane, whatever the lanes are.
+template <class V>
+inline V of_lanes(float x) {
+    using Lane = std::decay_t<decltype(V{}[0])>;
+    return V{} + static_cast<Lane>(x);
+}
+
 template <class V, class Step, int... Is>
 inline double peak_flops(int64_t iterations, double flops_a_step, Step step, std::integer_sequence<int, Is...>) {
     float start_values[] = {static_cast<float>(Is)...};
     __asm__ volatile("" : "+m"(start_values));  // opaque and different, so that no two chains are merged into one
-    V acc[] = {(V)broadcast(start_values[Is])...};
+    V acc[] = {of_lanes<V>(start_values[Is])...};
     const auto start = std::chrono::steady_clock::now();
     for (int64_t i = 0; i < iterations; ++i) ((acc[Is] = step(acc[Is])), ...);
     V sum = (acc[Is] + ...);
@@ -30,6 +38,15 @@ inline double peak_float32(int64_t iterations) {
     __asm__ volatile("" : "+m"(a), "+m"(b));  // opaque, so that nothing is folded
     return peak_flops<Vec<float>>(
         iterations, 2.0 * kLanes<float>, [a, b](Vec<float> c) { return c + a * b; },
+        std::make_integer_sequence<int, kPeakChains>());
+}
+
+// Of 8-bit integers: an operation is a product or a sum.
+inline double peak_int8(int64_t iterations) {
+    VecCodes a = VecCodes{} + 1, b = a;
+    __asm__ volatile("" : "+m"(a), "+m"(b));
+    return peak_flops<VecDots>(
+        iterations, 2.0 * kCodeBytes, [a, b](VecDots c) { return dot4(c, a, b); },
         std::make_integer_sequence<int, kPeakChains>());
 }
 

@@ -31,10 +31,11 @@ void set_cpu_capability(std::string name) {
 
 double measure_peak(std::string isa, std::string dtype, int64_t iterations) {
     const Checker check("kt::measure_peak");
-    check.require(dtype == "bfloat16" || dtype == "float32", "dtype must be one of bfloat16, float32, got '", dtype,
-                  "'");
+    check.require(dtype == "bfloat16" || dtype == "float32" || dtype == "int8",
+                  "dtype must be one of bfloat16, float32, int8, got '", dtype, "'");
     check.require(iterations > 0, "iterations must be positive, got ", iterations);
     const IsaRow& row = named("kt::measure_peak", [&]() -> const IsaRow& { return dispatch::find(isa, "isa"); });
+    if (dtype == "int8") return row.peak_int8(iterations);
     return row.kernels(dtype == "bfloat16" ? DType::kBFloat16 : DType::kFloat32).peak(iterations);
 }
 

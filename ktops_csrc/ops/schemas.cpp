@@ -55,7 +55,7 @@ STABLE_TORCH_LIBRARY(kt, m) {
     m.def("cpu_refusals() -> str");
     m.def("set_cpu_capability(str name) -> ()");
 
-    // FLOP/s of one thread issuing nothing but the row's multiply-add instruction for dtype ("bfloat16", "float32")
+    // FLOP/s of one thread issuing nothing but the row's multiply-add instruction for dtype ("bfloat16", "float32", "int8")
     m.def("measure_peak(str isa, str dtype, int iterations) -> float");
     // the sum of an int64 tensor [N] modulo 2^64, by one thread that reads memory as fast as it can
     m.def("sum_words(Tensor words) -> int");

@@ -1,0 +1,143 @@
+"""Weight formats: decoding bit for bit, output and gradients against float64, on every row of kernels."""
+
+import pytest
+import torch
+from decoders import decode
+
+import ktops
+from ktops import ExpertWeight
+from ktops.formats import get_format, names
+from ktops.formats.gguf_blocks import BLOCKS
+from ktops.testing.compare import check_against_reference, run
+from ktops.testing.inputs import moe_inputs
+from ktops.testing.weights import random_weight, variants
+
+EVERY = variants(256)
+ANY_ROW = variants(97)
+PLAIN = [name for name in names() if name not in BLOCKS]
+
+
+def specified(weight: ExpertWeight) -> torch.Tensor:
+    return get_format(weight.format).dequantize(weight.codes, weight.shape[-1], weight.group_size)
+
+
+def decoded(weight: ExpertWeight) -> torch.Tensor:
+    return torch.ops.kt.dequantize(*weight.codes, weight.format, weight.group_size, weight.shape[-1])
+
+
+def assert_identical(actual: torch.Tensor, expected: torch.Tensor) -> None:
+    torch.testing.assert_close(actual, expected, rtol=0, atol=0, equal_nan=True)
+
+
+def in_format(inputs: dict, name: str, group_size: int) -> dict:
+    """The same inputs with both weights in a format."""
+    weights = {
+        key: random_weight(inputs[key], name, group_size, seed)
+        for seed, key in enumerate(("gate_up_proj", "down_proj"))
+    }
+    return inputs | weights
+
+
+def test_every_format_is_tested():
+    assert {name for name, _ in EVERY} == set(names())
+    assert set(PLAIN) == set(names()) - set(BLOCKS)
+
+
+@pytest.mark.parametrize("name,group_size", EVERY)
+def test_decoding(isa, name, group_size):
+    dense = torch.randn(2, 35, 512, generator=torch.Generator().manual_seed(0)) * 0.02
+    weight = random_weight(dense, name, group_size)
+    assert_identical(decoded(weight), specified(weight))
+    if name in PLAIN:
+        assert_identical(decoded(weight), decode(weight))
+
+
+@pytest.mark.parametrize("name,group_size", ANY_ROW)
+@pytest.mark.parametrize("rows,columns", [(1, 1), (3, 31), (130, 33), (5, 97), (2, 129)])
+def test_decoding_of_rows_that_end_within_a_group(isa, name, group_size, rows, columns):
+    weight = random_weight(torch.randn(2, rows, columns), name, group_size)
+    assert_identical(decoded(weight), decode(weight))
+
+
+@pytest.mark.parametrize("name", ["fp8_e4m3", "mxfp8", "mxfp4", "int8", "int4"])
+def test_every_code(isa, name):
+    codes = torch.arange(256, dtype=torch.uint8).view(get_format(name).dtype).reshape(1, 1, 256)
+    columns = 512 if name in ("mxfp4", "int4") else 256
+    scale = torch.tensor([0, 1, 100, 126, 127, 128, 200, 240] * 2, dtype=torch.uint8)[
+        None, None, : columns // 32
+    ]
+    group_size = 32
+    if not name.startswith("mx"):
+        scale, group_size = torch.tensor([-0.037]).reshape(1, 1, 1), 0
+    weight = ExpertWeight(name, (1, 1, columns), codes, scale, group_size=group_size)
+    assert_identical(decoded(weight), decode(weight))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.uint8])
+def test_dtypes_of_zero_points(isa, dtype):
+    weight = ktops.quantize(torch.randn(2, 9, 96), "uint4", group_size=32)
+    zero = weight.zero.to(dtype)
+    weight = ExpertWeight("uint4", weight.shape, weight.weight, weight.scale.half(), zero, group_size=32)
+    assert_identical(decoded(weight), decode(weight))
+
+
+@pytest.mark.parametrize("num_tokens", [3, 70])
+@pytest.mark.parametrize("name,group_size", EVERY)
+def test_output_and_gradients(isa, name, group_size, num_tokens):
+    inputs = moe_inputs(num_tokens, 256, 256, 3, 2, dtype=torch.bfloat16, lora_rank=(2, 3), bias=True)
+    check_against_reference(in_format(inputs, name, group_size))
+
+
+@pytest.mark.parametrize("num_tokens", [1, 7, 40])
+@pytest.mark.parametrize("name,group_size", ANY_ROW)
+def test_sizes_that_fill_no_group(isa, name, group_size, num_tokens):
+    inputs = moe_inputs(num_tokens, 97, 36, 4, 2, dtype=torch.bfloat16, lora_rank=2)
+    check_against_reference(in_format(inputs, name, group_size))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("name", ["int4", "fp8_e4m3", "q4_k"])
+def test_other_activations(isa, name, dtype):
+    inputs = moe_inputs(40, 256, 256, 3, 2, dtype=dtype, lora_rank=2)
+    check_against_reference(in_format(inputs, name, get_format(name).default_group_size), save="recompute")
+
+
+def test_a_format_for_each_projection(isa):
+    inputs = moe_inputs(9, 256, 256, 3, 2, dtype=torch.bfloat16)
+    inputs["gate_up_proj"] = random_weight(inputs["gate_up_proj"], "q4_k", 0)
+    inputs["down_proj"] = random_weight(inputs["down_proj"], "q6_k", 0)
+    check_against_reference(inputs)
+    dense = inputs["down_proj"].dequantize()
+    check_against_reference(inputs | {"down_proj": dense})
+
+
+def test_long_rows(isa):
+    """More columns than the scales that are read at once, or the rows that are decoded at once."""
+    inputs = moe_inputs(33, 4384, 64, 2, 1, dtype=torch.bfloat16)
+    check_against_reference(in_format(inputs, "int4", 32))
+
+
+@pytest.mark.parametrize("name,group_size", [("int4", 32), ("q4_0", 0), ("fp8_e4m3", 0)])
+def test_codes_anywhere_in_memory(isa, name, group_size):
+    """Some of the experts of a tensor, at an odd address, with rows apart: a file that is mapped."""
+    weight = random_weight(torch.randn(4, 6, 64), name, group_size)
+    codes = weight.weight.view(torch.uint8)
+    memory = torch.full((4, 7, codes.shape[2] + 5), 0xFF, dtype=torch.uint8).flatten()
+    place = memory[1:].as_strided((4, 6, codes.shape[2]), (7 * (codes.shape[2] + 5), codes.shape[2] + 5, 1))
+    place.copy_(codes)
+    scale = None if weight.scale is None else weight.scale[1:3]
+    part = ExpertWeight(name, (2, 6, 64), place.view(weight.weight.dtype)[1:3], scale, group_size=group_size)
+    assert_identical(decoded(part), decoded(weight)[1:3])
+
+
+def test_number_of_threads_changes_nothing(isa):
+    inputs = in_format(moe_inputs(50, 128, 64, 4, 2, dtype=torch.bfloat16, lora_rank=2), "int4", 32)
+    threads, results = torch.get_num_threads(), []
+    try:
+        for num_threads in (1, 3):
+            torch.set_num_threads(num_threads)
+            results.append(run(inputs, torch.ones_like(inputs["hidden_states"])))
+    finally:
+        torch.set_num_threads(threads)
+    for name, value in results[0].items():
+        assert_identical(value, results[1][name])

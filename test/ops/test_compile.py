@@ -127,6 +127,7 @@ ATTRIBUTES = """\
   intermediate_size 6
   weight_format 'dense'
   group_size 0
+  compute 'auto'
   gate_up_scaling 0.75
   down_scaling 1.25
   activation 'silu'

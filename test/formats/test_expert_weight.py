@@ -1,0 +1,192 @@
+"""ExpertWeight as an object, and in modules: state dict, devices, copies, errors."""
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+from safetensors.torch import load, save
+from torch import nn
+
+import ktops
+from ktops import ExpertWeight
+from ktops.nn import KTExperts
+
+E, H, I = 3, 64, 32  # noqa: E741
+FORMATS = [("int4", 32), ("uint4", 32), ("fp8_e4m3", 128), ("q8_0", 0), ("bf16", 0)]
+
+
+def make(name: str = "int4", group_size: int = 32, seed: int = 0) -> KTExperts:
+    generator = torch.Generator().manual_seed(seed)
+    dense = (torch.randn(E, 2 * I, H, generator=generator), torch.randn(E, H, I, generator=generator))
+    return KTExperts.from_parameters(*(ktops.quantize(d, name, group_size=group_size) for d in dense))
+
+
+def forward(experts: KTExperts) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(1)
+    weights, ids = torch.randn(5, E, generator=generator).softmax(-1).topk(2)
+    return experts(torch.randn(5, H, generator=generator), ids, weights)
+
+
+@pytest.mark.parametrize("name,group_size", FORMATS)
+def test_state_dict_round_trip(name, group_size):
+    source, target = make(name, group_size), make(name, group_size, seed=9)
+    assert not torch.equal(forward(source), forward(target))
+    target.load_state_dict(load(save(source.state_dict())))
+    assert torch.equal(forward(source), forward(target))
+    assert target.gate_up_proj.format == name
+
+
+def test_state_dict_of_another_format():
+    state = make("int4", 32).state_dict()
+    with pytest.raises((ValueError, RuntimeError), match=r"of another layout|size mismatch"):
+        make("int8", 32).load_state_dict(state)
+
+
+def test_same_state_dict_shapes_in_another_format():
+    """int4 and mxfp4 store as many bytes: only the extra state tells them apart."""
+    weight = ktops.quantize(torch.randn(E, H, H), "int4", group_size=32)
+    other = ExpertWeight("uint4", weight.shape, *weight.codes[:2], weight.scale.clone(), group_size=32)
+    state = dict(weight.state_dict()) | {"zero": other.zero}
+    with pytest.raises(ValueError, match=r"of another layout: expected .*'uint4'.* got .*'int4'"):
+        other.load_state_dict(state)
+
+
+def test_pickle_and_torch_save():
+    experts = make()
+    assert torch.equal(forward(pickle.loads(pickle.dumps(experts))), forward(experts))
+    file = io.BytesIO()
+    torch.save(experts, file)
+    file.seek(0)
+    assert torch.equal(forward(torch.load(file, weights_only=False)), forward(experts))
+
+
+def test_deepcopy_shares_memory():
+    experts = make()
+    copied = copy.deepcopy(experts)
+    assert copied.gate_up_proj is not experts.gate_up_proj
+    for ours, theirs in zip(copied.gate_up_proj.codes, experts.gate_up_proj.codes, strict=True):
+        assert ours is theirs or ours.data_ptr() == theirs.data_ptr()
+    assert torch.equal(forward(copied), forward(experts))
+
+
+def test_devices_and_dtypes_leave_the_codes():
+    experts = make()
+    codes = experts.gate_up_proj.codes
+    experts.to("meta")
+    assert experts.gate_up_proj.device.type == "cpu"
+    assert experts.bfloat16().gate_up_proj.dtype == torch.bfloat16
+    assert experts.double().gate_up_proj.dtype == torch.float64
+    assert experts.half().gate_up_proj.dtype == torch.float64  # nothing computes in float16: it stays
+    assert all(a is b for a, b in zip(experts.gate_up_proj.codes, codes, strict=True))
+    assert experts.float().gate_up_proj.scale.dtype == torch.bfloat16
+
+
+def test_no_parameters_and_no_gradient():
+    experts = make()
+    assert list(experts.parameters()) == []
+    with pytest.raises(TypeError, match="gate_up_proj must be a Parameter to be reset, got an ExpertWeight"):
+        experts.reset_parameters()
+
+
+def test_extra_repr_says_the_format():
+    text = str(make())
+    assert "(gate_up_proj): ExpertWeight('int4', shape=[3, 64, 64], group_size=32" in text
+
+
+def test_nbytes_are_those_of_the_format():
+    weight = ktops.quantize(torch.randn(2, 128, 256), "int4", group_size=128)
+    assert weight.nbytes == 2 * 128 * (256 // 2 + 2 * 2)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"format": "int3"}, ValueError, r"format must be one of bf16, .*, got 'int3'"),
+        ({"shape": (3, 64)}, ValueError, r"shape must be \[E, N, K\], got \[3, 64\]"),
+        ({"shape": (3, 64, 66)}, ValueError, r"weight must have shape \[3, 64, 33\], got \[3, 64, 32\]"),
+        ({"weight": torch.zeros(3, 64, 32)}, TypeError, r"weight must be torch.uint8, got torch.float32"),
+        ({"scale": None}, ValueError, r"scale must be a tensor of shape \[3, 64, 2\], got None"),
+        (
+            {"scale": torch.ones(3, 64, 3)},
+            ValueError,
+            r"scale must have shape \[3, 64, 2\], got \[3, 64, 3\]",
+        ),
+        (
+            {"scale": torch.ones(3, 64, 2).double()},
+            TypeError,
+            r"scale must be torch.float32 or .*, got torch.float64",
+        ),
+        ({"zero": torch.ones(3, 64, 2)}, ValueError, r"zero must be None for format 'int4', got a tensor"),
+        (
+            {"group_size": 20},
+            ValueError,
+            r"group_size must be one of 0, any multiple of 32 for format 'int4', got 20",
+        ),
+        ({"dtype": torch.float16}, TypeError, r"dtype must be one of .*, got torch.float16"),
+    ],
+)
+def test_wrong_arguments(changes, error, message):
+    given = {
+        "format": "int4",
+        "shape": (3, 64, 64),
+        "weight": torch.zeros(3, 64, 32, dtype=torch.uint8),
+        "scale": torch.ones(3, 64, 2),
+        "zero": None,
+        "group_size": 32,
+    } | changes
+    with pytest.raises(error, match=f"ExpertWeight: {message}"):
+        ExpertWeight(**given)
+
+
+def test_groups_that_differ():
+    gate_up, down = (
+        ktops.quantize(torch.randn(E, *s), "int4", group_size=g) for s, g in (((64, 64), 32), ((64, 32), 0))
+    )
+    weights, ids = torch.randn(5, E).softmax(-1).topk(2)
+    with pytest.raises(ValueError, match="down_proj must have the group_size of gate_up_proj=32, got 0"):
+        ktops.moe_sft(torch.randn(5, 64), ids, weights, gate_up, down)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda w: ktops.quantize(w, "q4_k"), ValueError, "rows of a multiple of 256 weights, got 64"),
+        (
+            lambda w: ktops.quantize(w, "mxfp4", group_size=64),
+            ValueError,
+            "group_size must be one of 32 for format",
+        ),
+        (
+            lambda w: ktops.quantize(w, "int8", method="hqq"),
+            ValueError,
+            "method must be one of rtn, mse .*, got 'hqq'",
+        ),
+        (
+            lambda w: ktops.quantize(w[0], "int8"),
+            ValueError,
+            r"weight must have shape \[E, N, K\], got \[64, 64\]",
+        ),
+        (lambda w: ktops.quantize(w.int(), "int8"), TypeError, "weight must be floating, got torch.int32"),
+        (lambda w: ktops.quantize(w[:0], "int8"), ValueError, "weight must have at least one expert"),
+        (lambda w: ktops.quantize(w.repeat(1, 1, 4), "q4_k"), ValueError, "can be read but not written"),
+    ],
+)
+def test_quantize_errors(call, error, message):
+    with pytest.raises(error, match=message):
+        call(torch.randn(E, 64, 64))
+
+
+def test_weights_are_a_submodule():
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.experts = make()
+
+    keys = set(Block().state_dict())
+    assert keys == {
+        f"experts.{weight}.{tensor}"
+        for weight in ("gate_up_proj", "down_proj")
+        for tensor in ("weight", "scale", "_extra_state")
+    }

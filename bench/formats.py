@@ -4,10 +4,10 @@
     python -m bench.formats --formats int4:128 int4:128@int8 q4_k --tokens 1 16 --mode forward
 
 A contestant is a format, with a group size after a colon, and after an @ what it is computed in (bf16, int8;
-default: bf16). Contestants take turns, A B A B, in one process; weights are cold and inputs fresh. A figure is
+default: bf16). Contestants take turns, A B A B, in one process; weights are cold, inputs fresh. A figure is
 the median time of a call; the roofline is max(flops / peak, bytes / bandwidth), with the bytes of the format
-and the peak of what is computed in, measured in the same run; "speed" is next to dense bfloat16 weights of the
-same run. Each contestant is first compared with the op on its decoded weights.
+and the peak of what is computed in, measured in the same run; "speed" is next to dense bfloat16 weights.
+Each contestant is first compared with the op on its decoded weights.
 
 Exit status: 0, or 1 if a result was wrong.
 """

@@ -23,9 +23,9 @@ OPS = (
 )  # fmt: skip
 
 
-def test_there_are_three_examples_of_about_15_lines():
+def test_there_are_four_examples_of_about_15_lines():
     lines = [[line for line in example.splitlines() if line.strip()] for example in EXAMPLES]
-    assert len(EXAMPLES) == 3
+    assert len(EXAMPLES) == 4
     assert all(len(example) <= 15 for example in lines)
 
 

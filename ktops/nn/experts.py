@@ -57,7 +57,8 @@ class KTExperts(nn.Module):
         bias: whether the projections have a bias.
         activation: "silu", "gelu" (exact) or "gelu_tanh".
         save: what the forward keeps for backward, "activations" or "recompute", see :func:`ktops.moe_sft`.
-        compute: "auto", "bf16" or "int8", for weights in a format, see :func:`ktops.moe_sft`.
+        compute: "auto", "bf16" or "int8", for weights in a format, see :func:`ktops.moe_sft`. In training
+            mode "auto" is "bf16" also where no gradient is asked for, as in a checkpointed forward.
         device, dtype: of the parameters; dtype is float32, bfloat16 or float64.
 
     Raises:
@@ -211,7 +212,7 @@ class KTExperts(nn.Module):
             down_bias=self.down_proj_bias,
             activation=self.activation,
             save=self.save,
-            compute=self.compute,
+            compute="bf16" if self.training and self.compute == "auto" else self.compute,
             **lora,
         )
 

@@ -194,3 +194,22 @@ def test_cast_to_an_unsupported_dtype():
 
 def test_is_exported():
     assert ktops.nn.KTExperts is KTExperts
+
+
+def test_integers_are_for_inference(monkeypatch):
+    """In training mode "auto" is "bf16", with and without gradients."""
+    from ktops.nn import experts as module
+
+    seen = []
+    run = module.moe_sft
+    monkeypatch.setattr(
+        module, "moe_sft", lambda *args, **kw: (seen.append(kw["compute"]), run(*args, **kw))[1]
+    )
+    weights = [ktops.quantize(torch.randn(E, *shape), "int8") for shape in ((2 * I, H), (H, I))]
+    experts = KTExperts.from_parameters(*weights)
+    with torch.no_grad():
+        experts.train()(*inputs())
+        experts.eval()(*inputs())
+    experts.compute = "int8"
+    experts.train()(*inputs())
+    assert seen == ["bf16", "auto", "int8"]

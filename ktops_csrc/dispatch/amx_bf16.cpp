@@ -22,6 +22,7 @@
 #define KT_FORMATS_OF avx512_bf16
 #define KT_BFLOAT16_DOT
 #define KT_INT8_DOT
+#define KT_CODE_ROWS 8
 #define KT_BFLOAT16_K_MULTIPLE 32
 #define KT_BFLOAT16_DIRECT_ROWS 12
 #define KT_TRANSPOSE_16X16 transpose_16x16_avx512

@@ -21,6 +21,7 @@
 #define KT_GENERIC_PANELS 4
 #define KT_BFLOAT16_DOT
 #define KT_INT8_DOT
+#define KT_CODE_ROWS (int64_t{1} << 31)
 #define KT_TRANSPOSE_16X16 transpose_16x16_avx512
 
 #pragma GCC push_options

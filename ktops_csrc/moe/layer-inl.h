@@ -88,17 +88,18 @@ private:
     }
 };
 
-#ifdef KT_INT8_DOT
-constexpr bool kFastCodes = true;
-#else
-constexpr bool kFastCodes = false;
+// Up to so many rows of an expert, on average, integer products are the faster ones. An ISA that has an instruction for
+// them says so; tiles of bfloat16 are faster still where there are rows enough.
+#ifndef KT_CODE_ROWS
+#define KT_CODE_ROWS 0
 #endif
 
 // Whether products with this weight are computed in integers.
 template <class T>
 inline bool uses_codes(const Problem& p, const WeightTensor& weight) {
     if (std::is_same_v<T, double> || weight.is_dense() || !format_of(weight).integers) return false;
-    return p.compute == Computation::kInt8 || (p.compute == Computation::kAuto && p.inference && kFastCodes);
+    if (p.compute != Computation::kAuto) return p.compute == Computation::kInt8;
+    return p.inference && p.num_tokens * p.top_k <= KT_CODE_ROWS * p.num_experts;
 }
 
 template <class T>

@@ -116,6 +116,8 @@ MoeArguments::MoeArguments(const char* op, KT_MOE_PARAMETERS)
         check.require(p.compute != Computation::kInt8 || (format && format->integers),
                       "compute must be auto or bf16 for weight_format '", weight_format, "', got 'int8'");
     }
+    check.require(p.compute != Computation::kInt8 || dtype != DType::kFloat64,
+                  "compute must be auto or bf16 for hidden_states in float64, got 'int8'");
     if (gate_up_bias) check.shape("gate_up_bias", *gate_up_bias, {experts, two_I});
     if (down_bias) check.shape("down_bias", *down_bias, {experts, H});
     p.gate_up_rank =
@@ -127,11 +129,20 @@ MoeArguments::MoeArguments(const char* op, KT_MOE_PARAMETERS)
     check.require(activation_args.empty(), "activation_args must be empty for activation '", activation, "', got ",
                   static_cast<int64_t>(activation_args.size()), " values");
 
+    this->hidden_states = as_contiguous(hidden_states);
+    point_to_tensors(check, weights_dtype);
+    p.gate_up_scaling = gate_up_scaling;
+    p.down_scaling = down_scaling;
+    p.num_threads = useful_threads(p);
+    p.launch = launch;
+}
+
+void MoeArguments::point_to_tensors(const Checker& check, DType weights_dtype) {
+    Problem& p = problem;
     auto view = [&](const char* name, const OptionalTensor& t) {
         return t ? strided(*t, check.floating(name, *t)) : StridedTensor{};
     };
-    this->hidden_states = as_contiguous(hidden_states);
-    p.hidden_states = this->hidden_states.const_data_ptr();
+    p.hidden_states = hidden_states.const_data_ptr();
     p.topk_ids = topk_ids.const_data_ptr();
     p.ids_stride[0] = topk_ids.stride(0);
     p.ids_stride[1] = topk_ids.stride(1);
@@ -142,10 +153,6 @@ MoeArguments::MoeArguments(const char* op, KT_MOE_PARAMETERS)
     p.gate_up_lora_B = view("gate_up_lora_B", gate_up_lora_B);
     p.down_lora_A = view("down_lora_A", down_lora_A);
     p.down_lora_B = view("down_lora_B", down_lora_B);
-    p.gate_up_scaling = gate_up_scaling;
-    p.down_scaling = down_scaling;
-    p.num_threads = useful_threads(p);
-    p.launch = launch;
 }
 
 Tensor MoeArguments::empty(std::initializer_list<int64_t> size) const {

@@ -21,6 +21,10 @@ struct MoeArguments {
 
     // A new tensor like hidden_states.
     Tensor empty(std::initializer_list<int64_t> size) const;
+
+private:
+    // The kernels' views of all tensors but the weights.
+    void point_to_tensors(const Checker& check, DType weights_dtype);
 };
 
 // Whether [g | u] is kept ("activations") or computed again ("recompute").

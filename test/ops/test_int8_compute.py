@@ -129,6 +129,14 @@ def test_formats_without_integers(name):
         ktops.moe_sft(**inputs, compute="int8")
 
 
+def test_float64_is_not_rounded():
+    inputs = weights_in(moe_inputs(4, 64, 64, 2, 2, dtype=torch.float64), "int8", 0)
+    with pytest.raises(
+        RuntimeError, match="compute must be auto or bf16 for hidden_states in float64, got 'int8'"
+    ):
+        ktops.moe_sft(**inputs, compute="int8")
+
+
 def test_unknown_compute():
     assert "compute" in ARGUMENTS
     with pytest.raises(RuntimeError, match="compute must be one of auto, bf16, int8, got 'fp4'"):

@@ -26,6 +26,7 @@ GRADIENTS = (
 
 _GRADIENT_ARGUMENTS = tuple(ARGUMENTS.index(name) for name in GRADIENTS)
 _NUM_TENSORS = ARGUMENTS.index("num_experts")
+_NO_SCALES = (None,) * 4
 
 
 @torch.library.register_fake("kt::moe_sft_fwd")
@@ -112,13 +113,11 @@ def codes(weight: Tensor | ExpertWeight) -> Codes:
 
 
 def weight_format(gate_up_proj: Tensor | ExpertWeight, down_proj: Tensor | ExpertWeight) -> tuple[str, int]:
-    """weight_format and group_size of the operators for these two weights.
+    """weight_format and group_size of the operators for two weights, of which one or both are in a format.
 
     Raises:
         ValueError: their groups differ in size.
     """
-    if not isinstance(gate_up_proj, ExpertWeight) and not isinstance(down_proj, ExpertWeight):
-        return "dense", 0
     both = (gate_up_proj, down_proj)
     formats = [weight.format if isinstance(weight, ExpertWeight) else "dense" for weight in both]
     groups = {weight.group_size for weight in both if isinstance(weight, ExpertWeight)}
@@ -198,14 +197,16 @@ def moe_sft(
         >>> y = ktops.moe_sft(x, ids, w, torch.randn(E, 2 * I, H), torch.randn(E, H, I))
         >>> y.sum().backward()
     """
-    gate_up, gate_up_scale, gate_up_zero = codes(gate_up_proj)
-    down, down_scale, down_zero = codes(down_proj)
+    gate_up, down, name, group_size, scales = gate_up_proj, down_proj, "dense", 0, _NO_SCALES
+    if isinstance(gate_up, ExpertWeight) or isinstance(down, ExpertWeight):
+        name, group_size = weight_format(gate_up, down)
+        (gate_up, *gate_up_scales), (down, *down_scales) = codes(gate_up), codes(down)
+        scales = (*gate_up_scales, *down_scales)
     arguments = (
-        hidden_states, topk_ids, topk_weights, gate_up, down,
-        gate_up_scale, gate_up_zero, down_scale, down_zero, gate_up_bias, down_bias,
+        hidden_states, topk_ids, topk_weights, gate_up, down, *scales, gate_up_bias, down_bias,
         gate_up_lora_A, gate_up_lora_B, down_lora_A, down_lora_B,
-        gate_up_proj.shape[0], down_proj.shape[-1], *weight_format(gate_up_proj, down_proj), compute,
-        gate_up_scaling, down_scaling, activation, [],
+        gate_up_proj.shape[0], down_proj.shape[-1], name, group_size, compute, gate_up_scaling, down_scaling,
+        activation, [],
     )  # fmt: skip
     if torch.is_grad_enabled() and any(
         isinstance(t, Tensor) and t.requires_grad for t in arguments[:_NUM_TENSORS]

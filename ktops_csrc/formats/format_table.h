@@ -38,7 +38,8 @@ struct CodedRows {
 
 private:
     static int64_t groups_stride(int64_t columns, int64_t group) {
-        return round_up(ceil_div(columns, larger(1, smaller(group, columns))), kSumsMultiple);
+        // A piece of a row may begin with any of its groups, and takes kSumsMultiple at a time.
+        return round_up(ceil_div(columns, larger(1, smaller(group, columns))), kSumsMultiple) + kSumsMultiple;
     }
 };
 

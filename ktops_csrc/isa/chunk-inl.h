@@ -52,7 +52,8 @@ typedef uint8_t Bytes16 __attribute__((vector_size(16)));
 // Every byte divided by 2^n, n < 8.
 inline Bytes32 shift_right(Bytes32 x, int64_t n) {
     typedef uint16_t Words __attribute__((vector_size(32)));
-    return (Bytes32)((Words)x >> static_cast<int>(n)) & static_cast<uint8_t>(0xff >> n);
+    const uint8_t mask = static_cast<uint8_t>(0xff >> n);
+    return (Bytes32)((Words)x >> static_cast<int>(n)) & mask;
 }
 
 // Signed bytes as a chunk.

@@ -11,7 +11,7 @@ from ktops.testing.inputs import densified, moe_inputs
 from ktops.testing.weights import random_weight
 
 FORMATS = [("int8", 0), ("int8", 32), ("int4", 0), ("int4", 96), ("int4", 128), ("uint4", 0), ("uint4", 32)]
-SIZES = [(1, 256, 256), (3, 1024, 96), (20, 160, 96), (60, 97, 36), (30, 4160, 64)]
+SIZES = [(1, 256, 256), (3, 1024, 96), (20, 160, 96), (60, 97, 36), (30, 4160, 64), (3, 4352, 64)]
 FAST = ("amx_bf16", "avx512_bf16")
 """The rows that multiply integers faster than floats: where "auto" means "int8"."""
 

@@ -69,14 +69,16 @@ private:
     // The codes of columns [k, k + kCodeBytes).
     __attribute__((always_inline)) static VecCodes load(const uint8_t* codes, int64_t k, int64_t columns) {
         const uint8_t* from = codes + k / kCodeBytes * kStep;
-        if (__builtin_expect(k + kCodeBytes > columns, 0)) {
-            uint8_t last[kStep] = {};
-            if (k < columns) {
-                std::memcpy(last, from, static_cast<size_t>(ceil_div((columns - k) * kStep, kCodeBytes)));
-            }
-            return Decoder::codes(last);
-        }
+        uint8_t last[kStep];
+        if (__builtin_expect(k + kCodeBytes > columns, 0)) from = copy_last(from, columns - k, last);
         return Decoder::codes(from);
+    }
+
+    // The last bytes of a row may be the last ones there are.
+    __attribute__((noinline)) static const uint8_t* copy_last(const uint8_t* from, int64_t columns, uint8_t* last) {
+        std::memset(last, 0, kStep);
+        if (columns > 0) std::memcpy(last, from, static_cast<size_t>(ceil_div(columns * kStep, kCodeBytes)));
+        return last;
     }
 
     template <int M>

@@ -40,14 +40,11 @@ public:
 
     // The next chunk: weights [k, k + 32). Beyond the last column: any finite number.
     __attribute__((always_inline)) void next(int64_t k, VecF* v) {
+        const uint8_t* block = block_;
         if constexpr (kParts == 1) {
-            if (__builtin_expect(k + kChunk > columns_, 0)) {  // the last bytes of a row may be the last ones there are
-                uint8_t last[Decoder::kBytes] = {};
-                std::memcpy(last, block_, static_cast<size_t>(ceil_div((columns_ - k) * Decoder::kBytes, kChunk)));
-                return decode(last, k, v);
-            }
+            if (__builtin_expect(k + kChunk > columns_, 0)) block = copy_last(k);
         }
-        decode(block_, k, v);
+        decode(block, k, v);
         if (++part_ == kParts) {
             part_ = 0;
             block_ += Decoder::kBytes;
@@ -57,6 +54,12 @@ public:
     void prefetch() const { __builtin_prefetch(block_ + kReadAhead); }
 
 private:
+    // The last bytes of a row may be the last ones there are.
+    __attribute__((noinline)) const uint8_t* copy_last(int64_t k) {
+        std::memcpy(last_, block_, static_cast<size_t>(ceil_div((columns_ - k) * Decoder::kBytes, kChunk)));
+        return last_;
+    }
+
     __attribute__((always_inline)) void decode(const uint8_t* block, int64_t k, VecF* v) {
         if (part_ == 0) state_ = Decoder::prepare(block);
         Decoder::decode(block, state_, part_, v);
@@ -77,6 +80,7 @@ private:
     typename Decoder::State state_;
     float scales_[kScales == Scales::kNone ? 1 : kPieceGroups + 1];
     float zeros_[kZeros ? kPieceGroups + 1 : 1];
+    uint8_t last_[kParts == 1 ? Decoder::kBytes : 1] = {};
 };
 
 template <class Decoder, Scales kScales, bool kZeros>

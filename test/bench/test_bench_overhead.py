@@ -1,5 +1,7 @@
 """python -m bench.overhead, and the bound on what a call costs besides the work."""
 
+import time
+
 import torch
 
 from bench import overhead
@@ -11,14 +13,20 @@ LIMIT = 15e-6
 
 @one_thread()
 def test_a_call_is_as_cheap_as_a_few_operators():
-    """In units of F.linear of the same moment: machines differ, and so do moments of one."""
+    """In units of F.linear of the same moment: machines differ, and so do moments of one.
+
+    A busy hyper-thread on the same core doubles every time, for seconds: the fastest moment counts.
+    """
     function, arguments = overhead.tiny_call()
     x = arguments[0]
     ratios, seconds = [], []
     with torch.no_grad():
-        for _ in range(5):
+        for _ in range(40):
             seconds.append(overhead.best_seconds(function, calls=100))
             ratios.append(seconds[-1] / overhead.best_seconds(lambda: torch.nn.functional.linear(x, x), 100))
+            if min(seconds) < 2 * LIMIT and min(ratios) < 8:
+                break
+            time.sleep(0.2)
     assert min(seconds) < 2 * LIMIT
     assert min(ratios) < 8
 

@@ -76,7 +76,7 @@ def contestant(text: str, layer: Layer) -> Contestant:
 
     def repeated(dense: Tensor) -> ExpertWeight:
         weight = random_weight(dense[:1], name, size)
-        codes = (t if t is None else t.expand(len(dense), *t.shape[1:]).contiguous() for t in weight.codes)
+        codes = weight.codes.map(lambda tensor: tensor.expand(len(dense), *tensor.shape[1:]).contiguous())
         return ExpertWeight(name, dense.shape, *codes, group_size=size)
 
     return Contestant(text, compute or "bf16", repeated(layer.gate_up_proj), repeated(layer.down_proj))
@@ -85,7 +85,7 @@ def contestant(text: str, layer: Layer) -> Contestant:
 def first_experts(weight: Tensor | ExpertWeight, n: int) -> Tensor | ExpertWeight:
     if isinstance(weight, Tensor):
         return weight[:n]
-    codes = (t if t is None else t[:n] for t in weight.codes)
+    codes = weight.codes.map(lambda tensor: tensor[:n])
     return ExpertWeight(weight.format, (n, *weight.shape[1:]), *codes, group_size=weight.group_size)
 
 

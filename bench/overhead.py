@@ -43,22 +43,8 @@ def tiny_call(dtype: torch.dtype = torch.bfloat16) -> tuple[Callable[[], torch.T
     x, gate_up, down = (torch.ones(size, dtype=dtype) for size in ((1, h), (e, 2 * i, h), (e, h, i)))
     ids, weights = torch.arange(k).view(1, k), torch.full((1, k), 1 / k, dtype=dtype)
     arguments = (
-        x,
-        ids,
-        weights,
-        gate_up,
-        down,
-        *(None,) * 10,
-        e,
-        i,
-        "dense",
-        0,
-        "auto",
-        1.0,
-        1.0,
-        "silu",
-        [],
-    )
+        x, ids, weights, gate_up, down, *(None,) * 10, e, i, "dense", 0, "auto", 1.0, 1.0, "silu", [],
+    )  # fmt: skip
     return lambda: ktops.moe_sft(x, ids, weights, gate_up, down), arguments
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import ktops
-from ktops.testing.compare import random_grad_output, run
+from ktops.testing.compare import random_grad_output, run, threads
 from ktops.testing.inputs import moe_inputs
 
 ROOT = Path(__file__).parents[1]
@@ -53,14 +53,10 @@ PRODUCTS = {
 @pytest.mark.parametrize("num_tokens", [1, 128])
 def test_products_are_many_tasks_for_every_thread(num_tokens):
     """A fixed split of a product would be as many tasks as there are threads."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(2)
-    try:
+    with threads(2):
         inputs = moe_inputs(num_tokens, 1024, 512, 16, 2, dtype=torch.bfloat16, lora_rank=16)
         with ktops.profile() as profile:
             run(inputs, random_grad_output(inputs))
-    finally:
-        torch.set_num_threads(threads)
     for op, names in PRODUCTS.items():
         tasks = {step.name: step.tasks for step in profile.steps if step.op == op}
         assert all(tasks[name] >= 4 * 2 for name in names), tasks

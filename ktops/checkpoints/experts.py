@@ -11,6 +11,7 @@ from ktops.checkpoints.errors import CheckpointError
 from ktops.checkpoints.matrix import Field, Matrix
 from ktops.checkpoints.view import View
 from ktops.formats import Codes, ExpertWeight, get_format
+from ktops.formats.format import stacked
 
 Step = Callable[[int], None]
 """Called with the number of experts of a projection that are done."""
@@ -48,15 +49,12 @@ class Experts(ABC):
 
     def read(self, dtype: torch.dtype = torch.bfloat16, step: Step = no_step) -> ExpertWeight:
         """All experts in memory, to be computed in dtype."""
-        out: Codes | None = None
-        for index, codes in enumerate(self):
-            if out is None:
-                out = Codes(*(t if t is None else t.new_empty(len(self), *t.shape) for t in codes))
-            for whole, part in zip(out, codes, strict=True):
-                if whole is not None:
-                    whole[index] = part
+        return self._weight(stacked(self._stepped(step), len(self)), dtype)
+
+    def _stepped(self, step: Step) -> Iterator[Codes]:
+        for codes in self:
+            yield codes
             step(1)
-        return self._weight(out, dtype)
 
     def _weight(self, codes: Codes, dtype: torch.dtype) -> ExpertWeight:
         return ExpertWeight(self.format, self.shape, *codes, group_size=self.group_size, dtype=dtype)
@@ -70,7 +68,7 @@ class Held(Experts):
         self.weight = weight
 
     def expert(self, index: int) -> Codes:
-        return Codes(*(t if t is None else t[index] for t in self.weight.codes))
+        return self.weight.expert(index)
 
 
 class FileExperts(Experts):
@@ -233,7 +231,7 @@ class Requantized(Experts):
     def _floats(self, codes: Codes, begin: int, end: int) -> Tensor:
         """Rows of an expert, float32."""
         source, rows = self.source, self.shape[1]
-        part = Codes(*(t if t is None else _rows(t, begin, end, rows) for t in codes))
+        part = codes.map(lambda tensor: _rows(tensor, begin, end, rows))
         return get_format(source.format).dequantize(part, self.shape[-1], source.group_size)
 
 

@@ -6,10 +6,8 @@ import torch
 from torch import Tensor
 
 from ktops.checkpoints.errors import CheckpointError
-from ktops.checkpoints.experts import Experts
 from ktops.checkpoints.layer import Layer
-from ktops.formats import get_format
-from ktops.formats.error import RelativeError
+from ktops.formats.error import RelativeError, decode
 from ktops.ops import moe_sft
 
 MOST_EXPERTS = 16
@@ -81,12 +79,7 @@ def compare(name: str, source: Layer, converted: Layer, hidden_act: str | None =
 
 
 def _floats(layer: Layer, index: int) -> dict[str, Tensor]:
-    return {"gate_up": _decode(layer.gate_up_proj, index), "down": _decode(layer.down_proj, index)}
-
-
-def _decode(experts: Experts, index: int) -> Tensor:
-    known = get_format(experts.format)
-    return known.dequantize(experts.expert(index), experts.shape[-1], experts.group_size)
+    return {"gate_up": decode(layer.gate_up_proj, index), "down": decode(layer.down_proj, index)}
 
 
 def _output(tokens: Tensor, gate_up: Tensor, down: Tensor, activation: str) -> Tensor:

@@ -76,6 +76,10 @@ class ExpertWeight(nn.Module):
     def codes(self) -> Codes:
         return Codes(self.weight, self.scale, self.zero)
 
+    def expert(self, index: int) -> Codes:
+        """The tensors of one expert: weight [N, ...], scale and zero [N, G]."""
+        return self.codes.map(lambda tensor: tensor[index])
+
     @property
     def device(self) -> torch.device:
         return self.weight.device

@@ -1,6 +1,7 @@
 """What a weight format is to Python: its tensors, and the two directions between them and floats."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import torch
@@ -16,6 +17,22 @@ class Codes(NamedTuple):
     weight: Tensor
     scale: Tensor | None = None
     zero: Tensor | None = None
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> "Codes":
+        """The same of each tensor there is."""
+        return Codes(*(None if tensor is None else function(tensor) for tensor in self))
+
+
+def stacked(experts: Iterable[Codes], count: int) -> Codes:
+    """The codes of so many experts, at least one, as tensors [count, ...], filled as they come."""
+    out: Codes | None = None
+    for index, codes in enumerate(experts):
+        if out is None:
+            out = codes.map(lambda tensor: tensor.new_empty(count, *tensor.shape))
+        for whole, part in zip(out, codes, strict=True):
+            if whole is not None:
+                whole[index] = part
+    return out
 
 
 class Format(ABC):

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from ktops.formats.expert_weight import COMPUTE_DTYPES, ExpertWeight
-from ktops.formats.format import Codes
+from ktops.formats.format import stacked
 from ktops.formats.registry import get_format
 
 
@@ -53,20 +53,14 @@ def quantize(
         known.row_elements(weight.shape[-1])
     except ValueError as error:
         raise ValueError(f"quantize: {error}") from None
-    out: Codes | None = None
-    for expert in range(weight.shape[0]):
-        codes = known.quantize(weight[expert].float(), group_size, method)
-        if out is None:
-            out = Codes(*(t if t is None else t.new_empty(weight.shape[0], *t.shape) for t in codes))
-        for whole, part in zip(out, codes, strict=True):
-            if whole is not None:
-                whole[expert] = part
-    if out is None:
+    if not len(weight):
         raise ValueError(
             "quantize: weight must have at least one expert, got shape " + str(list(weight.shape))
         )
+    experts = (known.quantize(expert.float(), group_size, method) for expert in weight)
+    codes = stacked(experts, len(weight))
     dtype = weight.dtype if weight.dtype in COMPUTE_DTYPES else torch.bfloat16
-    return ExpertWeight(format, weight.shape, *out, group_size=group_size, dtype=dtype)
+    return ExpertWeight(format, weight.shape, *codes, group_size=group_size, dtype=dtype)
 
 
 def dequantize(weight: ExpertWeight, dtype: torch.dtype | None = None) -> Tensor:
@@ -84,6 +78,6 @@ def dequantize(weight: ExpertWeight, dtype: torch.dtype | None = None) -> Tensor
     """
     out = torch.empty(weight.shape, dtype=weight.dtype if dtype is None else dtype)
     for expert in range(weight.shape[0]):
-        codes = (None if t is None else t[expert : expert + 1] for t in weight.codes)
+        codes = weight.expert(expert).map(lambda tensor: tensor[None])
         out[expert] = torch.ops.kt.dequantize(*codes, weight.format, weight.group_size, weight.shape[-1])[0]
     return out

@@ -5,7 +5,7 @@ import hashlib
 import math
 from collections import OrderedDict
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import NamedTuple
 
 import torch
@@ -40,14 +40,19 @@ def run(
 
 
 @contextmanager
-def one_thread() -> Iterator[None]:
-    """Inside, torch works in the calling thread only: small operators would wait longer than they work."""
+def threads(count: int) -> Iterator[None]:
+    """Inside, torch works in so many threads."""
     before = torch.get_num_threads()
-    torch.set_num_threads(1)
+    torch.set_num_threads(count)
     try:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+def one_thread() -> AbstractContextManager[None]:
+    """Inside, torch works in the calling thread only: small operators would wait longer than they work."""
+    return threads(1)
 
 
 @one_thread()

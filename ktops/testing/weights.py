@@ -54,3 +54,12 @@ def random_weight(dense: Tensor, name: str, group_size: int, seed: int = 0) -> E
 
     size = known.dequantize(Codes(put(d)), columns, 0).std()
     return ExpertWeight(name, dense.shape, put(d * (dense.float().std() / size)), dtype=dense.dtype)
+
+
+def in_format(inputs: dict, name: str, group_size: int) -> dict:
+    """The inputs of :func:`ktops.testing.inputs.moe_inputs` with both weights in a format."""
+    weights = {
+        key: random_weight(inputs[key], name, group_size, seed)
+        for seed, key in enumerate(("gate_up_proj", "down_proj"))
+    }
+    return inputs | weights

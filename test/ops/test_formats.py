@@ -8,9 +8,9 @@ import ktops
 from ktops import ExpertWeight
 from ktops.formats import get_format, names
 from ktops.formats.gguf_blocks import BLOCKS
-from ktops.testing.compare import check_against_reference, run
+from ktops.testing.compare import check_against_reference, one_thread, run, threads
 from ktops.testing.inputs import moe_inputs
-from ktops.testing.weights import random_weight, variants
+from ktops.testing.weights import in_format, random_weight, variants
 
 EVERY = variants(256)
 ANY_ROW = variants(97)
@@ -27,15 +27,6 @@ def decoded(weight: ExpertWeight) -> torch.Tensor:
 
 def assert_identical(actual: torch.Tensor, expected: torch.Tensor) -> None:
     torch.testing.assert_close(actual, expected, rtol=0, atol=0, equal_nan=True)
-
-
-def in_format(inputs: dict, name: str, group_size: int) -> dict:
-    """The same inputs with both weights in a format."""
-    weights = {
-        key: random_weight(inputs[key], name, group_size, seed)
-        for seed, key in enumerate(("gate_up_proj", "down_proj"))
-    }
-    return inputs | weights
 
 
 def test_every_format_is_tested():
@@ -132,12 +123,10 @@ def test_codes_anywhere_in_memory(isa, name, group_size):
 
 def test_number_of_threads_changes_nothing(isa):
     inputs = in_format(moe_inputs(50, 128, 64, 4, 2, dtype=torch.bfloat16, lora_rank=2), "int4", 32)
-    threads, results = torch.get_num_threads(), []
-    try:
-        for num_threads in (1, 3):
-            torch.set_num_threads(num_threads)
-            results.append(run(inputs, torch.ones_like(inputs["hidden_states"])))
-    finally:
-        torch.set_num_threads(threads)
-    for name, value in results[0].items():
-        assert_identical(value, results[1][name])
+    grad_output = torch.ones_like(inputs["hidden_states"])
+    with one_thread():
+        expected = run(inputs, grad_output)
+    with threads(3):
+        actual = run(inputs, grad_output)
+    for name, value in actual.items():
+        assert_identical(value, expected[name])

@@ -6,22 +6,14 @@ import torch
 import ktops
 from ktops.ops.moe_sft import ARGUMENTS
 from ktops.testing.budgets import forward_budget, relative_error
-from ktops.testing.compare import random_grad_output, run
+from ktops.testing.compare import one_thread, random_grad_output, run, threads
 from ktops.testing.inputs import densified, moe_inputs
-from ktops.testing.weights import random_weight
+from ktops.testing.weights import in_format
 
 FORMATS = [("int8", 0), ("int8", 32), ("int4", 0), ("int4", 96), ("int4", 128), ("uint4", 0), ("uint4", 32)]
 SIZES = [(1, 256, 256), (3, 1024, 96), (20, 160, 96), (60, 97, 36), (30, 4160, 64), (3, 4352, 64)]
 FAST = ("amx_bf16", "avx512_bf16")
 """The rows that multiply integers faster than floats: where "auto" means "int8"."""
-
-
-def weights_in(inputs: dict, name: str, group_size: int) -> dict:
-    weights = {
-        key: random_weight(inputs[key], name, group_size, seed)
-        for seed, key in enumerate(("gate_up_proj", "down_proj"))
-    }
-    return inputs | weights
 
 
 def rounded(x: torch.Tensor) -> torch.Tensor:
@@ -52,14 +44,14 @@ def expected(inputs: dict) -> torch.Tensor:
 @pytest.mark.parametrize("name,group_size", FORMATS)
 def test_products_of_integers(isa, name, group_size, num_tokens, hidden_size, intermediate_size, dtype):
     inputs = moe_inputs(num_tokens, hidden_size, intermediate_size, 4, 2, dtype=dtype)
-    inputs = weights_in(inputs, name, group_size)
+    inputs = in_format(inputs, name, group_size)
     output = ktops.moe_sft(**inputs, compute="int8")
     assert output.dtype == dtype
     assert relative_error(output, expected(inputs)) <= forward_budget(dtype, hidden_size)
 
 
 def test_lora_and_biases_are_added(isa):
-    inputs = weights_in(moe_inputs(20, 64, 32, 4, 2, lora_rank=2, bias=True), "int8", 0)
+    inputs = in_format(moe_inputs(20, 64, 32, 4, 2, lora_rank=2, bias=True), "int8", 0)
     integers, floats = (ktops.moe_sft(**inputs, compute=compute) for compute in ("int8", "bf16"))
     bare = {name: value for name, value in inputs.items() if "lora" not in name and "bias" not in name}
     assert relative_error(ktops.moe_sft(**bare, compute="int8"), floats) > 0.5
@@ -69,7 +61,7 @@ def test_lora_and_biases_are_added(isa):
 
 def test_auto(isa):
     """Integers where nothing requires a gradient and the row is faster with them."""
-    inputs = weights_in(moe_inputs(9, 64, 32, 4, 2, dtype=torch.bfloat16), "int8", 0)
+    inputs = in_format(moe_inputs(9, 64, 32, 4, 2, dtype=torch.bfloat16), "int8", 0)
     compute = "int8" if isa in FAST else "bf16"
     assert torch.equal(ktops.moe_sft(**inputs), ktops.moe_sft(**inputs, compute=compute))
     training = inputs | {"hidden_states": inputs["hidden_states"].requires_grad_()}
@@ -79,7 +71,7 @@ def test_auto(isa):
 @pytest.mark.parametrize("save", ["activations", "recompute"])
 def test_gradients_are_those_of_the_weights(isa, save):
     """Rounding counts as the identity: what backward computes is the same as with compute="bf16", nearly."""
-    inputs = weights_in(moe_inputs(20, 64, 32, 4, 2, lora_rank=2), "int8", 0)
+    inputs = in_format(moe_inputs(20, 64, 32, 4, 2, lora_rank=2), "int8", 0)
     grad_output = random_grad_output(inputs)
     integers, floats = (run(inputs, grad_output, compute=compute, save=save) for compute in ("int8", "bf16"))
     for name, value in floats.items():
@@ -88,7 +80,7 @@ def test_gradients_are_those_of_the_weights(isa, save):
 
 
 def test_recompute_is_the_same(isa):
-    inputs = weights_in(moe_inputs(20, 64, 32, 4, 2, dtype=torch.float32), "int4", 32)
+    inputs = in_format(moe_inputs(20, 64, 32, 4, 2, dtype=torch.float32), "int4", 32)
     grad_output = random_grad_output(inputs)
     kept, again = (
         run(inputs, grad_output, compute="int8", save=save) for save in ("activations", "recompute")
@@ -98,7 +90,7 @@ def test_recompute_is_the_same(isa):
 
 
 def test_rows_of_zeros_and_infinities(isa):
-    inputs = weights_in(moe_inputs(4, 64, 32, 4, 2), "int8", 0)
+    inputs = in_format(moe_inputs(4, 64, 32, 4, 2), "int8", 0)
     inputs["hidden_states"][0] = 0
     inputs["hidden_states"][1, 3] = torch.inf
     inputs["hidden_states"][2, 5] = torch.nan
@@ -109,20 +101,16 @@ def test_rows_of_zeros_and_infinities(isa):
 
 
 def test_same_result_for_any_number_of_threads(isa):
-    inputs = weights_in(moe_inputs(50, 128, 64, 4, 2, dtype=torch.bfloat16), "int4", 32)
-    threads, results = torch.get_num_threads(), []
-    try:
-        for num_threads in (1, 3):
-            torch.set_num_threads(num_threads)
-            results.append(ktops.moe_sft(**inputs, compute="int8"))
-    finally:
-        torch.set_num_threads(threads)
-    assert torch.equal(*results)
+    inputs = in_format(moe_inputs(50, 128, 64, 4, 2, dtype=torch.bfloat16), "int4", 32)
+    with one_thread():
+        expected = ktops.moe_sft(**inputs, compute="int8")
+    with threads(3):
+        assert torch.equal(ktops.moe_sft(**inputs, compute="int8"), expected)
 
 
 @pytest.mark.parametrize("name", ["fp8_e4m3", "q8_0", "bf16"])
 def test_formats_without_integers(name):
-    inputs = weights_in(moe_inputs(4, 256, 256, 2, 2), name, 0)
+    inputs = in_format(moe_inputs(4, 256, 256, 2, 2), name, 0)
     with pytest.raises(
         RuntimeError, match=rf"compute must be auto or bf16 for weight_format '{name}', got 'int8'"
     ):
@@ -130,7 +118,7 @@ def test_formats_without_integers(name):
 
 
 def test_float64_is_not_rounded():
-    inputs = weights_in(moe_inputs(4, 64, 64, 2, 2, dtype=torch.float64), "int8", 0)
+    inputs = in_format(moe_inputs(4, 64, 64, 2, 2, dtype=torch.float64), "int8", 0)
     with pytest.raises(
         RuntimeError, match="compute must be auto or bf16 for hidden_states in float64, got 'int8'"
     ):

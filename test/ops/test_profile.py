@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import ktops
-from ktops.testing.compare import random_grad_output, run
+from ktops.testing.compare import random_grad_output, run, threads
 from ktops.testing.inputs import moe_inputs
 
 
@@ -50,15 +50,11 @@ def test_steps_of_forward_and_backward(isa, inputs):
 @pytest.mark.parametrize("num_threads", [1, 3])
 def test_threads_add_up(num_threads):
     inputs = moe_inputs(400, 256, 128, 6, 2, dtype=torch.bfloat16)
-    previous = torch.get_num_threads()
-    torch.set_num_threads(num_threads)
-    try:
+    with threads(num_threads):
         start = time.perf_counter()
         with ktops.profile() as profile:
             ktops.moe_sft(**inputs)
         elapsed = time.perf_counter() - start
-    finally:
-        torch.set_num_threads(previous)
     assert all(step.busy + step.wait > 0.999 * step.wall for step in profile.steps)
     in_threads = [step for step in profile.steps if step.name != "launch"]
     assert sum(step.busy + step.wait for step in in_threads) <= num_threads * elapsed

@@ -41,6 +41,10 @@ class Experts(ABC):
     def expert(self, index: int) -> Codes:
         """The tensors of one expert, weight [N, ...], scale and zero [N, G]."""
 
+    def name(self, index: int) -> str:
+        """What errors call an expert."""
+        return f"expert {index}"
+
     def __len__(self) -> int:
         return self.shape[0]
 
@@ -115,6 +119,9 @@ class FileExperts(Experts):
 
     def expert(self, index: int) -> Codes:
         return Codes(*(fields[0] and _read_stacked(fields) for fields in self._fields(index)))
+
+    def name(self, index: int) -> str:
+        return f"expert {index} of {self.experts[index][0].name}"
 
     @property
     def nbytes(self) -> int:
@@ -220,12 +227,15 @@ class Requantized(Experts):
     def expert(self, index: int) -> Codes:
         codes, (_, rows, columns) = self.source.expert(index), self.shape
         chunk = max(1, CHUNK_WEIGHTS // (128 * columns)) * 128
-        made = [
-            self.known.quantize(
-                self._floats(codes, row, min(rows, row + chunk)), self.group_size, self.method
-            )
-            for row in range(0, rows, chunk)
-        ]
+        try:
+            made = [
+                self.known.quantize(
+                    self._floats(codes, row, min(rows, row + chunk)), self.group_size, self.method
+                )
+                for row in range(0, rows, chunk)
+            ]
+        except ValueError as error:
+            raise CheckpointError(f"{self.source.name(index)}: {error}") from None
         return Codes(*(None if parts[0] is None else torch.cat(parts) for parts in zip(*made, strict=True)))
 
     def _floats(self, codes: Codes, begin: int, end: int) -> Tensor:

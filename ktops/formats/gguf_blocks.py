@@ -1,6 +1,7 @@
 """The block formats of ggml, as GGUF files store them: weight uint8 [..., N, K / block * bytes].
 
-The scales lie inside the blocks. Quantising and the specification of decoding are the `gguf` package's.
+The scales lie inside the blocks. The specification of decoding is the `gguf` package's, and so is quantising,
+but for the k-quants (`k_quants.py`).
 """
 
 import torch
@@ -38,7 +39,7 @@ class GgufBlocks(Format):
         except NotImplementedError:
             raise ValueError(
                 f"format {self.name!r} can be read but not written: convert with llama.cpp, or use "
-                "q8_0, q4_0, q4_1, q5_0, q5_1"
+                "q4_k (blocks of 256) or q4_0 (blocks of 32)"
             ) from None
         return Codes(torch.from_numpy(blocks))
 
@@ -61,4 +62,5 @@ def _gguf():
     return gguf
 
 
-FORMATS = tuple(GgufBlocks(name, *sizes) for name, sizes in BLOCKS.items())
+FORMATS = tuple(GgufBlocks(name, *sizes) for name, sizes in BLOCKS.items() if not name.endswith("_k"))
+"""All but the k-quants: ``k_quants.py``."""

@@ -167,7 +167,7 @@ def _search(groups: Tensor, low: Tensor, high: Tensor, dtype: torch.dtype) -> tu
         zero = 7.5 - divide(low + high, 2 * scale)
         for _ in range(NUM_FITS):
             codes = round_to(groups + scale * zero, scale, 0, 15)
-            scale, zero = _fit(groups, codes, scale)
+            scale, zero = fit(groups, codes, scale)
         fitted = scale.to(dtype), zero.half()
         error = _squared_error(groups, *fitted)
         better = error < least
@@ -176,7 +176,7 @@ def _search(groups: Tensor, low: Tensor, high: Tensor, dtype: torch.dtype) -> tu
     return best
 
 
-def _fit(groups: Tensor, codes: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+def fit(groups: Tensor, codes: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
     """The scale and zero point of least squares for these codes; the scale stays where all codes are one."""
     mean, center = groups.mean(-1, keepdim=True), codes.mean(-1, keepdim=True)
     centered = codes - center

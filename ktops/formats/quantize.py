@@ -20,16 +20,16 @@ def quantize(
         group_size: columns that share a scale, 0: one scale a row. Default: 128 for int4 and uint4, 32 for
             mxfp4 and mxfp8, blocks of 128 x 128 for fp8_e4m3, else 0.
         method: "rtn" rounds to nearest with the scale that reaches the largest weight; "mse" (int8, int4,
-            uint4) searches the scale, of either sign, and the zero point with the least squared error; "hqq"
-            (uint4) is half-quadratic quantisation (Badri and Shaji, 2023): the zero point that minimises
-            sum |error|^0.7. Zero points of these two are float16, not integers.
+            uint4, k-quants) searches the scale, of either sign, and the zero point with the least squared
+            error; "hqq" (uint4) is half-quadratic quantisation (Badri and Shaji, 2023): the zero point that
+            minimises sum |error|^0.7. Zero points of uint4 are float16 in these two, not integers.
 
     Returns:
         The weights as an :class:`ExpertWeight`, to be computed in weight.dtype.
 
     Raises:
-        ValueError: unknown format, or one that does not have the group size or the method, or cannot hold
-            rows of K columns.
+        ValueError: unknown format, or one that cannot be written, does not have the group size or the method,
+            or cannot hold rows of K columns or weights of that size.
         TypeError: weight is not floating, or not a tensor.
 
     Example:

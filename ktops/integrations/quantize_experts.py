@@ -168,13 +168,14 @@ def _require_quantizable(experts: KTExperts, weight_format: str, group_size: int
     for name, weight in (("gate_up_proj", experts.gate_up_proj), ("down_proj", experts.down_proj)):
         if weight.device.type != "cpu":
             raise Unsupported(f"{name} is on {weight.device.type}")
-        row = weight.new_zeros(1, 1, weight.shape[-1])
+        extremes = torch.stack([expert.aminmax()[end] for expert in weight for end in (0, 1)]).aminmax()
+        if not all(bool(value.isfinite()) for value in extremes):
+            raise Unsupported(f"{name} has values that are not finite")
+        widest = torch.stack(extremes).repeat(weight.shape[-1])[None, None, : weight.shape[-1]]
         try:
-            quantize(row, weight_format, group_size=group_size, method=method)
+            quantize(widest, weight_format, group_size=group_size, method=method)
         except ValueError as error:
             raise Unsupported(f"{name}: {error}") from None
-        if not all(bool(expert.isfinite().all()) for expert in weight):
-            raise Unsupported(f"{name} has values that are not finite")
 
 
 def _quantize_layer(

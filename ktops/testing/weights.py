@@ -10,7 +10,7 @@ HALVES = {
     "q2_k": (80, 82), "q3_k": (108,), "q4_k": (0, 2), "q5_k": (0, 2), "q6_k": (208,), "iq4_nl": (0,),
     "iq4_xs": (0,),
 }  # fmt: skip
-"""Where a block of a format that cannot be written has binary16 numbers: d and dmin."""
+"""Where a block has binary16 numbers, d and dmin: in formats whose other bytes may be anything."""
 
 GROUPED = ("int8", "int4", "uint4")
 
@@ -36,7 +36,7 @@ def variants(columns: int) -> list[tuple[str, int]]:
 def random_weight(dense: Tensor, name: str, group_size: int, seed: int = 0) -> ExpertWeight:
     """Weights [E, N, K] in a format: the dense ones quantised, or random codes of about their size.
 
-    The latter in the formats that can be read only.
+    The latter in k-quants and i-quants: their bytes take more values than quantising gives them.
     """
     known = get_format(name)
     if not isinstance(known, GgufBlocks) or name not in HALVES:

@@ -169,28 +169,45 @@ def test_bad_sources(convert, model_directory, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_gguf_files(convert, tmp_path):
+@pytest.mark.parametrize(
+    ("name", "options"), [("uint4", ("--group-size", 32)), ("q4_k", ("--method", "mse"))]
+)
+def test_gguf_files(convert, tmp_path, name, options):
     """The experts of ggml's blocks; the rest of the model is its Hugging Face directory's."""
     rng, kind = numpy.random.default_rng(0), gguf.GGMLQuantizationType.Q8_0
     writer = gguf.GGUFWriter(tmp_path / "model.gguf", "qwen3moe")
     writer.add_tensor("token_embd.weight", rng.standard_normal((5, 32)).astype(numpy.float32))
     dense = {}
-    for name in ("gate", "up", "down"):
-        data = gguf.quantize(rng.standard_normal((4, 32, 32)).astype(numpy.float32), kind)
-        dense[name] = torch.from_numpy(gguf.dequantize(data, kind))
-        writer.add_tensor(f"blk.7.ffn_{name}_exps.weight", data, raw_dtype=kind)
+    for proj in ("gate", "up", "down"):
+        data = gguf.quantize(rng.standard_normal((2, 256, 256)).astype(numpy.float32), kind)
+        dense[proj] = torch.from_numpy(gguf.dequantize(data, kind))
+        writer.add_tensor(f"blk.7.ffn_{proj}_exps.weight", data, raw_dtype=kind)
     for write in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file):
         write()
     writer.close()
-    assert convert("out", "--format", "uint4", "--group-size", 32, source="model.gguf")[0] == 0
+    assert convert("out", "--format", name, *options, source="model.gguf")[0] == 0
     checkpoint = open_checkpoint(tmp_path / "out")
     (layer,) = checkpoint.layers
     assert layer.name == "model.layers.7.mlp.experts" and not checkpoint.other_tensors()
-    gate_up = ktops.quantize(torch.cat([dense["gate"], dense["up"]], 1), "uint4", group_size=32)
-    assert torch.equal(layer.read().gate_up_proj.weight, gate_up.weight)
-    assert torch.equal(
-        layer.read().down_proj.zero, ktops.quantize(dense["down"], "uint4", group_size=32).zero
+    settings = {"method": "mse"} if name == "q4_k" else {"group_size": 32}
+    both = torch.cat([dense["gate"], dense["up"]], 1), dense["down"]
+    for written, weights in zip((layer.read().gate_up_proj, layer.read().down_proj), both, strict=True):
+        expected = ktops.quantize(weights, name, **settings)
+        assert all(a is b or torch.equal(a, b) for a, b in zip(written.codes, expected.codes, strict=True))
+
+
+def test_weights_that_the_format_cannot_hold(convert, tmp_path):
+    names = (
+        f"model.layers.0.mlp.experts.{e}.{p}_proj.weight" for e in (0, 1) for p in ("gate", "up", "down")
     )
+    tensors = {name: torch.ones(256, 256, dtype=torch.bfloat16) for name in names}
+    tensors["model.layers.0.mlp.experts.1.up_proj.weight"][3, 5] = 1e30
+    (tmp_path / "wide").mkdir()
+    save_file(tensors, tmp_path / "wide" / "model.safetensors")
+    status, out, err = convert("out", "--format", "q4_k", source="wide")
+    assert (status, out) == (1, "") and not (tmp_path / "out").exists()
+    assert "expert 1 of model.layers.0.mlp.experts.1.gate_proj" in " ".join(err.split())
+    assert "format 'q4_k' needs finite weights" in " ".join(err.split())
 
 
 @pytest.mark.parametrize("scaled", [False, True])

@@ -170,7 +170,7 @@ def test_groups_that_differ():
         ),
         (lambda w: ktops.quantize(w.int(), "int8"), TypeError, "weight must be floating, got torch.int32"),
         (lambda w: ktops.quantize(w[:0], "int8"), ValueError, "weight must have at least one expert"),
-        (lambda w: ktops.quantize(w.repeat(1, 1, 4), "q4_k"), ValueError, "can be read but not written"),
+        (lambda w: ktops.quantize(w.repeat(1, 1, 4), "iq4_xs"), ValueError, "can be read but not written"),
     ],
 )
 def test_quantize_errors(call, error, message):

@@ -100,6 +100,15 @@ def test_nothing_changes_on_an_error():
     )
 
 
+def test_weights_beyond_a_scale_of_the_format_change_nothing():
+    experts = nn.ModuleDict({"experts": KTExperts(2, 256, 256)})
+    with torch.no_grad():
+        experts["experts"].down_proj[1, 7, 5] = -1e8
+    message = refused(experts, "q4_k")
+    assert "experts: down_proj: format 'q4_k' needs finite weights, with scales" in message
+    assert "got weights from -1e+08 to" in message
+
+
 def test_other_modules_are_refused():
     assert "without modules named `experts`" in refused(nn.Linear(2, 2), "int8")
     assert "it is a list of experts" in refused(TwoLayers(LoopBlock), "int8")

@@ -121,7 +121,7 @@ class FileExperts(Experts):
         return Codes(*(fields[0] and _read_stacked(fields) for fields in self._fields(index)))
 
     def name(self, index: int) -> str:
-        return f"expert {index} of {self.experts[index][0].name}"
+        return f"expert {index} of {' and '.join(part.name for part in self.experts[index])}"
 
     @property
     def nbytes(self) -> int:

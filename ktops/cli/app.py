@@ -59,7 +59,7 @@ def convert(
     ],
     destination: Annotated[Path, typer.Argument(metavar="DST", help="Directory to be written.")],
     weight_format: Annotated[
-        str, typer.Option("--format", metavar="NAME", help="Of the experts: int4, int8, fp8_e4m3 ...")
+        str, typer.Option("--format", metavar="NAME", help="Of the experts: int4, int8, q4_k ...")
     ],
     group_size: Annotated[int | None, typer.Option(help=_GROUP_SIZE)] = None,
     method: Annotated[str | None, typer.Option(metavar="rtn|mse|hqq", help=_METHOD)] = None,
@@ -151,7 +151,7 @@ def finetune(
         str | None,
         typer.Option(
             metavar="NAME",
-            help="Keep the experts' weights in this format, int4 for one, and train adapters on it.",
+            help="Keep the experts' weights in this format (int4, int8, q4_k ...) and train adapters on it.",
             rich_help_panel=_FORMAT,
         ),
     ] = None,

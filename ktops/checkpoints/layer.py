@@ -1,5 +1,6 @@
 """The experts of one layer of a checkpoint."""
 
+import copy
 from collections import defaultdict
 from functools import cached_property
 from typing import NamedTuple
@@ -14,7 +15,7 @@ from ktops.checkpoints.names import EVERY_EXPERT, Key
 from ktops.checkpoints.packed import Packing, Tensors
 from ktops.checkpoints.schemes import PLAIN, deinterleaved, matrices, own_layout, transposed
 from ktops.checkpoints.view import View
-from ktops.formats import ExpertWeight
+from ktops.formats import ExpertWeight, get_format
 
 BIASES = {"gate_up_proj": "gate_up_proj_bias", "down_proj": "down_proj_bias"}
 
@@ -120,14 +121,37 @@ class Layer:
             options: group_size and method, as of :func:`ktops.quantize`.
 
         Raises:
-            CheckpointError: as of :meth:`check`.
+            CheckpointError: as of :meth:`check`; gate_up_proj and down_proj have groups of other sizes.
             ValueError: the format cannot hold these weights.
         """
         self.check()
         both = self.gate_up_proj, self.down_proj
-        if weight_format is None:
-            return both
-        return tuple(_in_format(experts, weight_format, options) for experts in both)
+        if weight_format is not None:
+            both = tuple(_in_format(experts, weight_format, options) for experts in both)
+        size = max(experts.group_size for experts in both)
+        return tuple(self._in_groups(experts, size) for experts in both)
+
+    def _in_groups(self, experts: Experts, size: int) -> Experts:
+        """The same with a group_size, as the operators take one for both projections.
+
+        A scale for rows that are no longer than a group is the scale of a group.
+        """
+        if experts.group_size == size:
+            return experts
+        try:
+            get_format(experts.format).check_group_size(size)
+        except ValueError:
+            fits = False
+        else:
+            fits = experts.group_size == 0 and experts.shape[-1] <= size
+        if not fits:
+            raise CheckpointError(
+                f"{self._any('down')}: gate, up and down must have groups of one size, got {experts.format} "
+                f"of group_size {experts.group_size} beside {size}: give weight_format and group_size"
+            )
+        same = copy.copy(experts)
+        same.group_size = size
+        return same
 
     def read(
         self,

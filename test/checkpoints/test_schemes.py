@@ -4,12 +4,12 @@ import numpy
 import pytest
 import torch
 from safetensors.torch import save_file
-from tiny_checkpoints import NAMES, E, H, I, expect_checkpoint, expect_equal, write_per_expert
+from tiny_checkpoints import NAMES, E, H, I, decode, expect_checkpoint, expect_equal, write_per_expert
 from tiny_schemes import SCHEMES, gptq, mxfp4_gpt_oss, plain
 
-from ktops import quantize
+from ktops import moe_sft, quantize
 from ktops._warn import warn_once
-from ktops.checkpoints import experts, open_checkpoint
+from ktops.checkpoints import CheckpointError, experts, open_checkpoint
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
@@ -24,6 +24,34 @@ def test_scheme(tmp_path, scheme):
     assert (layer.num_experts, layer.hidden_size, layer.intermediate_size) == (E, H, I)
     assert scheme.startswith(layer.scheme) or layer.scheme == "gptq"
     assert sorted(checkpoint.other_tensors()) == ["other.0.weight", "other.1.weight"]
+
+
+@pytest.mark.parametrize("scheme", ["pack-quantized", "gptq", "awq"])
+@pytest.mark.parametrize("hidden,intermediate", [(64, 32), (32, 64)])
+def test_rows_of_one_group_in_one_projection(tmp_path, scheme, hidden, intermediate):
+    """The operators take one group_size for both projections."""
+    dense = write_per_expert(tmp_path, SCHEMES[scheme][0], hidden=hidden, intermediate=intermediate)
+    (layer, _) = open_checkpoint(tmp_path).layers
+    weights = layer.read()
+    assert weights.gate_up_proj.group_size == weights.down_proj.group_size == 32
+    for weight, expected in zip(weights[:2], dense[0], strict=True):
+        assert torch.equal(decode(weight), expected)
+    output = moe_sft(torch.ones(1, hidden), torch.tensor([[0]]), torch.ones(1, 1), *weights[:2])
+    assert output.shape == (1, hidden)
+
+
+def test_groups_of_two_sizes(tmp_path):
+    tensors = {}
+    for name, shape, size in (("gate_up_proj", (2, 128, 64), 64), ("down_proj", (2, 64, 64), 32)):
+        weight = quantize(torch.randn(shape), "int4", group_size=size)
+        tensors |= {f"model.layers.0.mlp.experts.{name}.{k}": t for k, t in weight.state_dict().items()}
+    save_file(tensors, tmp_path / "model.safetensors")
+    (layer,) = open_checkpoint(tmp_path).layers
+    with pytest.raises(
+        CheckpointError, match=r"down_proj.* groups of one size, got int4 of group_size 32 .* 64"
+    ):
+        layer.experts()
+    assert {part.group_size for part in layer.experts("int8")} == {0}
 
 
 @pytest.mark.parametrize("names", NAMES)

@@ -54,7 +54,7 @@ def print_machine(machine: dict) -> None:
     )
 
 
-def _print(columns: tuple[str, ...], table: list[tuple[str, ...]]) -> None:
+def print_columns(columns: tuple[str, ...], table: list[tuple[str, ...]]) -> None:
     """A table; through rich if it is installed."""
     try:
         from rich.console import Console
@@ -75,7 +75,7 @@ def _print(columns: tuple[str, ...], table: list[tuple[str, ...]]) -> None:
 
 def print_table(rows: list[dict]) -> None:
     """One line a configuration."""
-    _print(_COLUMNS, [_cells(row) for row in rows])
+    print_columns(_COLUMNS, [_cells(row) for row in rows])
 
 
 def contest_cases(rows: list[dict]) -> dict[tuple, dict[str, dict]]:
@@ -129,7 +129,7 @@ def print_contest(rows: list[dict]) -> None:
     """Milliseconds (fraction of the roofline), and how much faster ktops is."""
     for table in contest_tables(rows):
         print("milliseconds (fraction of the roofline)")
-        _print(*table)
+        print_columns(*table)
 
 
 def print_regression(rows: list[dict], threshold: float) -> None:
@@ -143,7 +143,9 @@ def print_regression(rows: list[dict], threshold: float) -> None:
             lines.append((*head, *times, spread, word))
         else:
             lines.append((*head, "", "", "", "", row.get("message", row["status"])))
-    _print(("shape", "mode", "T", "A ms", "B ms", "B / A", "middle half", f"at most {threshold:g}"), lines)
+    print_columns(
+        ("shape", "mode", "T", "A ms", "B ms", "B / A", "middle half", f"at most {threshold:g}"), lines
+    )
 
 
 def busy_core_table(rows: list[dict]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
@@ -166,7 +168,7 @@ def busy_core_table(rows: list[dict]) -> tuple[tuple[str, ...], list[tuple[str, 
 
 def print_busy_core(rows: list[dict]) -> None:
     """One line a case."""
-    _print(*busy_core_table(rows))
+    print_columns(*busy_core_table(rows))
 
 
 def run_table(rows: list[dict]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
@@ -192,7 +194,7 @@ def scaling_table(rows: list[dict]) -> tuple[tuple[str, ...], list[tuple[str, ..
 
 def print_scaling(rows: list[dict]) -> None:
     """One line a point."""
-    _print(*scaling_table(rows))
+    print_columns(*scaling_table(rows))
 
 
 def write_json(file: Path, machine: dict, rows: list[dict]) -> None:

@@ -38,7 +38,7 @@ PEER_BUDGETS = 2.0
 """Peers round every intermediate result to bfloat16: ktops.testing.budgets calls that 1.5 to 2 times."""
 
 
-def _environment(text: str) -> tuple[str, str]:
+def environment(text: str) -> tuple[str, str]:
     name, _, python = text.partition("=")
     if name not in HOMES or not Path(python).exists():
         expected = f"NAME=PYTHON with NAME one of {', '.join(HOMES)} and an interpreter that exists"
@@ -55,7 +55,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.mode()
     add("--rank", type=positive, default=16, metavar="R", help="LoRA rank of training (default: %(default)s)")
     parser.isa()
-    add("--peer", type=_environment, action="append", default=[], metavar="NAME=PYTHON",
+    add("--peer", type=environment, action="append", default=[], metavar="NAME=PYTHON",
         help=f"interpreter of the environment of a peer: {', '.join(HOMES)}")  # fmt: skip
     names = [entry.name for entry in CONTESTANTS]
     add("--only", choices=names, nargs="+", metavar="NAME", help=f"ktops and these of {', '.join(names)}")

@@ -6,7 +6,8 @@ from torch import Tensor
 
 from bench.layer import Inputs, Layer
 
-_MAX_TOKENS = 2048  # kt-kernel allocates buffers for so many
+MAX_TOKENS = 2048  # kt-kernel allocates buffers for so many
+PROJECTIONS = ("gate", "up", "down")
 
 
 class Contestant:
@@ -14,6 +15,8 @@ class Contestant:
 
     A wrapper has an A for gate and one for up, so both get the layer's one and their gradients are added.
     """
+
+    sft_method, sft_options = "AMXBF16_SFT", {}
 
     def __init__(self, layer: Layer, rank: int) -> None:
         self.layer, self.rank = layer, rank
@@ -26,19 +29,22 @@ class Contestant:
         self._inference = self._wrapper = None
 
     def _make_inference(self):
-        num_experts, top_k, hidden_size, intermediate_size = self.sizes
         pool = kt_kernel_ext.WorkerPoolConfig()
         pool.subpool_count, pool.subpool_numa_map = 1, [0]
         pool.subpool_thread_count = [torch.get_num_threads()]
         self._cpu = kt_kernel_ext.CPUInfer(pool)
-        config = kt_kernel_ext.moe.MOEConfig(num_experts, top_k, hidden_size, intermediate_size, 0)
-        config.layer_idx, config.pool, config.max_len = 0, self._cpu.backend_, _MAX_TOKENS
-        for name in ("gate", "up", "down"):
-            setattr(config, f"{name}_proj", getattr(self, name).data_ptr())
-        moe = kt_kernel_ext.moe.AMXBF16_MOE(config)
+        config = kt_kernel_ext.moe.MOEConfig(*self.sizes, 0)
+        config.layer_idx, config.pool, config.max_len = 0, self._cpu.backend_, MAX_TOKENS
+        moe = self._make_moe(config)
         self._cpu.submit(moe.load_weights_task(self.experts.data_ptr()))
         self._cpu.sync()
         return moe
+
+    def _make_moe(self, config):
+        """The inference class, with the weights that it is to load."""
+        for name in PROJECTIONS:
+            setattr(config, f"{name}_proj", getattr(self, name).data_ptr())
+        return kt_kernel_ext.moe.AMXBF16_MOE(config)
 
     def forward(self, inputs: Inputs) -> Tensor:
         if self._inference is None:
@@ -60,16 +66,19 @@ class Contestant:
             layer_idx=0, num_experts=num_experts, num_experts_per_tok=top_k, hidden_size=hidden_size,
             moe_intermediate_size=intermediate_size, gpu_experts_mask=None,
             cpuinfer_threads=torch.get_num_threads(), threadpool_count=1, weight_path="",
-            chunked_prefill_size=_MAX_TOKENS, mode="sft", method="AMXBF16_SFT", lora_rank=self.rank,
-            lora_alpha=float(self.rank),
+            chunked_prefill_size=MAX_TOKENS, mode="sft", method=self.sft_method, lora_rank=self.rank,
+            lora_alpha=float(self.rank), **self.sft_options,
         )  # fmt: skip
-        wrapper.load_weights_from_tensors(self.gate, self.up, self.down, self.experts)
+        self._load(wrapper)
         a1, b1, a2, b2 = (factor.detach() for factor in self.layer.adapters(self.rank).values())
         gate_b, up_b = (half.contiguous() for half in b1.chunk(2, dim=1))
         self.factors = [a1, gate_b, a1.clone(), up_b, a2, b2]
         self.grads = [torch.zeros_like(factor) for factor in self.factors]
         wrapper.init_lora_weights(*self.factors, *self.grads)
         return wrapper
+
+    def _load(self, wrapper) -> None:
+        wrapper.load_weights_from_tensors(self.gate, self.up, self.down, self.experts)
 
     def training(self, inputs: Inputs) -> tuple[Tensor, dict[str, Tensor]]:
         """Output and gradients by the names of ktops.ops.moe_sft.GRADIENTS."""

@@ -4,10 +4,10 @@ import functools
 import math
 import subprocess
 import sys
-from typing import ClassVar
 
 import pytest
 import torch
+from inside import Inside
 
 import ktops
 from bench import contest, moe_fwd, results
@@ -17,38 +17,12 @@ from bench.machine import Calibration
 from bench.peers import CONTESTANTS, PARITY
 from bench.peers import __main__ as peers
 from bench.shapes import Shape
-from bench.worker import Host
 
 ARGUMENTS = ["--shape", "64,32,8,2", "--tokens", "1", "40", "--rounds", "1", "--max-load", "inf", "--quick"]
 ALWAYS = {
     "forward": ["ktops", "transformers eager", "transformers grouped_mm"],
     "training": ["ktops", "LoRA loop", "LoRA grouped_mm", "PEFT"],
 }
-
-
-class Inside:
-    """A worker that lives in this process; ``spoil(name, contestant)`` may replace a contestant."""
-
-    made: ClassVar[list["Inside"]] = []
-    asked: ClassVar[list[dict]] = []
-    spoil = None
-
-    def __init__(self, python, environment, log, ktops=None) -> None:
-        self.environment, self.host = environment, Host()
-        Inside.made.append(self)
-
-    def ask(self, do: str, **arguments) -> dict:
-        Inside.asked.append({"do": do, **arguments})
-        reply = self.host.handle({"do": do, **arguments})
-        if "error" in reply:
-            raise ContestError(reply["error"])
-        if do == "load" and Inside.spoil:
-            contestants = self.host.contestants
-            self.host.contestants = {k: Inside.spoil(k, v) for k, v in contestants.items()}
-        return reply
-
-    def close(self) -> None:
-        self.host = None
 
 
 @pytest.fixture(autouse=True)

@@ -1,0 +1,35 @@
+"""ktops.moe_sft on codes from a file; the row of kernels is that of KTOPS_ISA."""
+
+import torch
+from torch import Tensor
+
+from bench import moe_fwd, moe_sft
+from bench.layer import Inputs, Layer, Variant
+from ktops import ExpertWeight
+
+
+def expert_weight(stored: dict) -> ExpertWeight:
+    """The weight of {"format", "shape", "group_size", "weight", "scale", "zero"}."""
+    codes = (t if t is None else t.clone() for t in (stored[name] for name in ("weight", "scale", "zero")))
+    return ExpertWeight(stored["format"], stored["shape"], *codes, group_size=stored["group_size"])
+
+
+class Contestant:
+    """Forward without LoRA, training with LoRA of the rank; the layer's own weights are let go.
+
+    Args:
+        method: the name of kt-kernel's method, for the log.
+        file: {"gate_up": {...}, "down": {...}} as :func:`expert_weight` reads them.
+    """
+
+    def __init__(self, layer: Layer, rank: int, method: str, file: str) -> None:
+        self.layer, self.rank = layer, rank
+        stored = torch.load(file, mmap=True, weights_only=True)
+        layer.gate_up_proj = expert_weight(stored["gate_up"])
+        layer.down_proj = expert_weight(stored["down"])
+
+    def forward(self, inputs: Inputs) -> Tensor:
+        return moe_fwd.call(self.layer, Variant(), inputs)
+
+    def training(self, inputs: Inputs) -> tuple[Tensor, dict[str, Tensor]]:
+        return moe_sft.call(self.layer, Variant(self.rank), inputs)

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
+from model_files import save_model
 
 from ktops.cli import corpus, demo_model, finetune, main, verify
 
@@ -20,30 +20,8 @@ def tokenizer():
 @pytest.fixture(scope="session")
 def model_directory(tmp_path_factory, tokenizer) -> Path:
     """A random Qwen3-MoE model of 2 layers and 8 experts, with a tokenizer that has no chat template."""
-    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
-
     directory = tmp_path_factory.mktemp("model")
-    torch.manual_seed(0)
-    config = Qwen3MoeConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=16,
-        num_experts=8,
-        num_experts_per_tok=2,
-        moe_intermediate_size=16,
-        max_position_embeddings=256,
-    )
-    model = Qwen3MoeForCausalLM(config)
-    with torch.no_grad():
-        model.lm_head.weight.normal_(std=0.3)
-        for layer in model.model.layers:
-            layer.mlp.gate.weight.normal_(std=config.hidden_size**-0.5)
-    model.save_pretrained(directory)
-    tokenizer.save_pretrained(directory)
-    (directory / "chat_template.jinja").unlink()
+    save_model(directory, tokenizer)
     return directory
 
 

@@ -2,9 +2,18 @@
 
 import json
 
+import pytest
+from model_files import save_model
+
+from ktops.cli import finetune
 from ktops.cli import options as options_file
 
 STEPS = 12
+
+
+@pytest.fixture(autouse=True)
+def no_figure(monkeypatch):
+    monkeypatch.setattr(finetune, "plot_loss", lambda *_: None)
 
 
 def test_training_on_int4(ktops_command, reload_here, model_directory, data_file, tmp_path):
@@ -33,3 +42,22 @@ def test_training_on_int4(ktops_command, reload_here, model_directory, data_file
     assert (recorded.weight_format, recorded.group_size, recorded.quantize_method) == ("int4", 32, "mse")
     status, _, err = ktops_command("finetune", "--resume", "--output-dir", "out", "--weight-format", "int8")
     assert status == 1 and "--weight-format is int4 in the run to resume and can't become int8" in err
+
+
+def test_training_on_blocks_of_256(ktops_command, reload_here, tokenizer, data_file, tmp_path):
+    save_model(
+        tmp_path / "model", tokenizer, hidden_size=256, moe_intermediate_size=256, num_hidden_layers=1,
+        num_experts=4,
+    )  # fmt: skip
+    status, out, err = ktops_command(
+        "finetune", "--model", "model", "--data", data_file, "--max-length", 96, "--max-steps", 3,
+        "--lora-rank", 4, "--learning-rate", 0.02, "--output-dir", "out",
+        "--weight-format", "q4_k", "--quantize-method", "mse",
+    )  # fmt: skip
+    assert (status, err) == (0, "")
+    assert "experts: 432.0 KiB in q4_k (bf16: 1.5 MiB, 3.56 times smaller)" in out
+    metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert metrics["quantization"]["ratio"] == 16 / 4.5
+    assert 0.06 < metrics["quantization"]["relative_error"] < 0.08
+    assert metrics["held_out"]["after"]["loss"] < metrics["held_out"]["before"]["loss"] - 0.5
+    assert metrics["reload"]["max_abs_difference"] == 0 < metrics["reload"]["adapter_effect"]

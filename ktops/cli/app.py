@@ -165,7 +165,7 @@ def finetune(
     ] = None,
     pretrain_steps: Annotated[
         int | None,
-        typer.Option(help="Pretraining steps of the small model. (default: 600)", rich_help_panel=_TRAINING),
+        typer.Option(help="Pretraining steps of the small model. (default: 450)", rich_help_panel=_TRAINING),
     ] = None,
     seed: Annotated[int, typer.Option(help="Of everything random.", rich_help_panel=_TRAINING)] = 0,
     output_dir: Annotated[

@@ -36,25 +36,28 @@ def train_tokenizer(documents: list[str], vocab_size: int = VOCAB_SIZE):
 
 
 def config(tokenizer):
-    """A Qwen3-MoE configuration of 4 million parameters: 3 layers of 32 experts, 2 of them for each token."""
+    """A Qwen3-MoE configuration of 7 million parameters: 2 layers of 16 experts, 2 of them for each token.
+
+    Rows of experts are 256 weights long: every weight format can hold them, those in blocks of 256 too.
+    """
     from transformers import Qwen3MoeConfig
 
     return Qwen3MoeConfig(
         vocab_size=len(tokenizer),
-        hidden_size=128,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
+        hidden_size=256,
+        num_hidden_layers=2,
+        num_attention_heads=8,
+        num_key_value_heads=4,
         head_dim=32,
-        num_experts=32,
+        num_experts=16,
         num_experts_per_tok=2,
-        moe_intermediate_size=96,
+        moe_intermediate_size=256,
         norm_topk_prob=True,
         router_aux_loss_coef=0.01,
         max_position_embeddings=1024,
         tie_word_embeddings=True,
         # About hidden_size ** -0.5: with the usual 0.02 attention learns to copy words much later.
-        initializer_range=0.08,
+        initializer_range=0.0625,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )

@@ -48,7 +48,7 @@ class Options:
         return {"bf16": torch.bfloat16, "f32": torch.float32}[self.dtype]
 
 
-DEMO = {"max_steps": 200, "learning_rate": 1e-3, "batch_size": 16, "pretrain_steps": 600}
+DEMO = {"max_steps": 200, "learning_rate": 1e-3, "batch_size": 16, "pretrain_steps": 450}
 USER = {"epochs": 3.0, "learning_rate": 2e-4, "batch_size": 4}
 
 

@@ -83,7 +83,7 @@ def test_pretraining_examples_are_documents_with_an_end(tokenizer):
 def test_model_has_a_few_million_parameters_and_spread_out_routers(tokenizer):
     torch.manual_seed(0)
     model = demo_model.create(tokenizer, torch.float32, "eager")
-    assert 2e6 < model.num_parameters() < 6e6
+    assert 2e6 < model.num_parameters() < 8e6
     hidden = torch.nn.functional.normalize(torch.randn(512, model.config.hidden_size), dim=-1)
     logits = hidden * model.config.hidden_size**0.5 @ model.model.layers[0].mlp.gate.weight.T
     assert float(logits.detach().std()) == pytest.approx(1, rel=0.1)

@@ -14,9 +14,9 @@ from ktops.checkpoints.progress import progress
 from ktops.formats.expert_weight import COMPUTE_DTYPES
 from ktops.integrations import enable_peft
 from ktops.integrations.quantize_experts import format_bytes
-from ktops.integrations.swap import exchange, find_experts
+from ktops.integrations.swap import Unsupported, exchange, find_experts, listed_experts
 from ktops.integrations.transformers.architectures import activation_name, unsupported_computation
-from ktops.nn import KTExperts
+from ktops.nn import KTExperts, KTExpertSequence
 
 LAYER = re.compile(r"(?:^|.*\.)(?:layers|blocks|h)\.(\d+)\.")
 
@@ -84,7 +84,8 @@ def load_experts(
     model has already stay until then; a model whose experts are on the meta device never has both.
 
     Args:
-        model: of transformers, with stacked experts, on any device; before adapters are added.
+        model: with stacked experts, on any device, or with ModuleLists of gated MLPs on the CPU, as
+            :func:`ktops.swap_experts` takes them; before adapters are added.
         path: of a directory or file, as :func:`ktops.checkpoints.open_checkpoint` takes it. Layers are
             matched by their numbers.
         weight_format: one of ``ktops.formats.names()``; None keeps the format of the checkpoint.
@@ -128,7 +129,8 @@ def load_experts(
             made[name] = KTExperts.from_parameters(*weights, *biases, activation=_activation(module))
             made[name].train(module.training)
     for name, module in modules.items():
-        exchange(model, module, made[name])
+        listed = isinstance(module, nn.ModuleList)
+        exchange(model, module, KTExpertSequence(made[name]) if listed else made[name])
     enable_peft()
     return _report(plan, made)
 
@@ -144,11 +146,6 @@ def experts_modules(model: nn.Module) -> dict[str, nn.Module]:
     for name, module in modules.items():
         if "base_layer" in name.split("."):
             raise ValueError(f"load_experts: load the experts before adding adapters: {name} has one")
-        if isinstance(module, nn.ModuleList):
-            raise ValueError(
-                f"load_experts: {name} is a list of {len(module)} modules, and the model iterates over it: "
-                "ktops fills experts with stacked gate_up_proj and down_proj, as transformers>=5 has them"
-            )
         _activation(module, name)
     return modules
 
@@ -156,6 +153,13 @@ def experts_modules(model: nn.Module) -> dict[str, nn.Module]:
 def _activation(module: nn.Module, name: str = "experts") -> str:
     if isinstance(module, (KTExperts, PendingExperts)):
         return module.activation
+    if isinstance(module, nn.ModuleList):
+        try:
+            return listed_experts(module)[0].activation
+        except Unsupported as reason:
+            raise ValueError(
+                f"load_experts: ktops cannot compute {name}, a list of {len(module)} modules: {reason}"
+            ) from None
     reason = unsupported_computation(module)
     if reason is not None:
         raise ValueError(f"load_experts: ktops cannot compute {name}, a {type(module).__name__}: {reason}")
@@ -192,6 +196,9 @@ def _sizes(module: nn.Module) -> tuple[int, int, int] | None:
     """Experts, hidden size, intermediate size of a module; None if its weights do not tell."""
     if isinstance(module, (KTExperts, PendingExperts)):
         return module.num_experts, module.hidden_size, module.intermediate_size
+    if isinstance(module, nn.ModuleList):
+        _, _, down = listed_experts(module)[0].projections()
+        return len(module), down.out_features, down.in_features
     weight = module._parameters.get("down_proj")
     if weight is None or weight.dim() != 3 or weight.dtype in (torch.uint8, torch.int8):
         return None

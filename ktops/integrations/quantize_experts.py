@@ -1,6 +1,8 @@
 """quantize_experts: the experts of a model in a weight format, layer by layer, in place."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -9,7 +11,16 @@ from ktops.checkpoints.progress import progress
 from ktops.formats import ExpertWeight, quantize
 from ktops.formats.error import relative_error
 from ktops.integrations import enable_peft
-from ktops.integrations.swap import Unsupported, exchange, find_experts, require_plain, stacked_experts
+from ktops.integrations.swap import (
+    Unsupported,
+    exchange,
+    find_experts,
+    listed_experts,
+    require_plain,
+    stacked_experts,
+)
+from ktops.nn.expert_list import stacked_copy
+from ktops.nn.expert_sequence import KTExpertSequence
 from ktops.nn.experts import KTExperts
 
 DTYPE_NAMES = {torch.bfloat16: "bf16", torch.float32: "f32", torch.float64: "f64"}
@@ -102,10 +113,12 @@ def quantize_experts(
     """Puts the weights of a model's experts into a weight format, in place.
 
     Every experts module with stacked ``gate_up_proj [E, 2I, H]`` and ``down_proj [E, H, I]``, a
-    :class:`ktops.nn.KTExperts` among them, becomes a KTExperts whose weights are :class:`ktops.ExpertWeight`.
-    Routers, shared experts and biases stay as they are. All layers are checked first; then one after the
-    other is quantised, and its dense weights are freed (if the caller keeps no reference to them) before the
-    next one is. Adapters are put on afterwards, as on any model: LoRA trains on the quantised weights.
+    :class:`ktops.nn.KTExperts` among them, becomes a KTExperts whose weights are :class:`ktops.ExpertWeight`;
+    a ModuleList of gated MLPs that :func:`ktops.swap_experts` would take becomes a
+    :class:`ktops.nn.KTExpertSequence` of such, for a block that iterates it. Routers, shared experts and
+    biases stay as they are. All layers are checked first; then one after the other is quantised, and its
+    dense weights are freed (if the caller keeps no reference to them) before the next one is. Adapters are
+    put on afterwards, as on any model: LoRA trains on the quantised weights.
 
     Args:
         model: on the CPU, its experts in bfloat16, float32 or float64, without adapters on them.
@@ -139,39 +152,56 @@ def quantize_experts(
             f"cannot be quantised: {'; '.join(refused)}"
         )
     layers = []
-    dtype = DTYPE_NAMES[next(iter(dense.values())).down_proj.dtype]
+    dtype = DTYPE_NAMES[next(iter(dense.values())).down[0].dtype]
     with progress(f"experts to {weight_format}", len(found), show=show_progress) as step:
         for name in list(found):
-            quantized, layer = _quantize_layer(name, dense.pop(name), weight_format, group_size, method)
-            exchange(model, found.pop(name), quantized)
+            stacked = dense.pop(name).stacked()
+            quantized, layer = _quantize_layer(name, stacked, weight_format, group_size, method)
+            del stacked
+            module = found.pop(name)
+            listed = isinstance(module, nn.ModuleList)
+            exchange(model, module, KTExpertSequence(quantized) if listed else quantized)
             layers.append(layer)
             step(1)
     enable_peft()
     return QuantizationReport(weight_format, quantized.down_proj.group_size, method, dtype, tuple(layers))
 
 
-def _dense_experts(name: str, module: nn.Module) -> KTExperts:
-    """The module as a KTExperts over its Parameters."""
+@dataclass(frozen=True)
+class _Dense:
+    """Experts to be quantised: their weights, matrices in any number, and what makes a KTExperts of them."""
+
+    gate_up: list[Tensor]
+    down: list[Tensor]
+    stacked: Callable[[], KTExperts]
+
+
+def _dense_experts(name: str, module: nn.Module) -> _Dense:
     if "base_layer" in name.split("."):
         raise Unsupported("it has adapters: quantise first, then put adapters on")
     if isinstance(module, nn.ModuleList):
-        raise Unsupported("it is a list of experts, and not one module with stacked weights")
-    if not isinstance(module, KTExperts):
-        return stacked_experts(module, "activations")
-    require_plain(module)
-    if isinstance(module.gate_up_proj, ExpertWeight):
-        raise Unsupported(f"its weights are in format {module.gate_up_proj.format!r} already")
-    return module
+        experts = listed_experts(module)
+        rows = [[projection.weight for projection in expert.projections()] for expert in experts]
+        gate_up = [weight for gate, up, _ in rows for weight in (gate, up)]
+        return _Dense(gate_up, [down for *_, down in rows], partial(stacked_copy, experts))
+    if isinstance(module, KTExperts):
+        require_plain(module)
+        if isinstance(module.gate_up_proj, ExpertWeight):
+            raise Unsupported(f"its weights are in format {module.gate_up_proj.format!r} already")
+    else:
+        module = stacked_experts(module, "activations")
+    return _Dense(list(module.gate_up_proj), list(module.down_proj), lambda: module)
 
 
-def _require_quantizable(experts: KTExperts, weight_format: str, group_size: int | None, method: str) -> None:
-    for name, weight in (("gate_up_proj", experts.gate_up_proj), ("down_proj", experts.down_proj)):
-        if weight.device.type != "cpu":
-            raise Unsupported(f"{name} is on {weight.device.type}")
-        extremes = torch.stack([expert.aminmax()[end] for expert in weight for end in (0, 1)]).aminmax()
+def _require_quantizable(experts: _Dense, weight_format: str, group_size: int | None, method: str) -> None:
+    for name, weights in (("gate_up_proj", experts.gate_up), ("down_proj", experts.down)):
+        if weights[0].device.type != "cpu":
+            raise Unsupported(f"{name} is on {weights[0].device.type}")
+        extremes = torch.stack([value for weight in weights for value in weight.aminmax()]).aminmax()
         if not all(bool(value.isfinite()) for value in extremes):
             raise Unsupported(f"{name} has values that are not finite")
-        widest = torch.stack(extremes).repeat(weight.shape[-1])[None, None, : weight.shape[-1]]
+        columns = weights[0].shape[-1]
+        widest = torch.stack(extremes).repeat(columns)[None, None, :columns]
         try:
             quantize(widest, weight_format, group_size=group_size, method=method)
         except ValueError as error:

@@ -15,6 +15,7 @@ from ktops.integrations.transformers.architectures import (
     unsupported_tensors,
 )
 from ktops.nn.expert_list import ACTIVATION_NAMES, PROJECTIONS, KTExpert, KTExpertList, is_plain_linear
+from ktops.nn.expert_sequence import KTExpertSequence
 from ktops.nn.experts import KTExperts
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -110,6 +111,8 @@ def find_experts(model: nn.Module, function: str) -> dict[str, nn.Module]:
     for name, module in model.named_modules():
         if name and any(name.startswith(f"{outer}.") for outer in found):
             continue
+        if isinstance(module, KTExpertSequence):  # its stacked experts are found instead
+            continue
         is_named_so = name.rpartition(".")[2] == "experts" and not hasattr(module, "base_layer")
         if is_named_so or isinstance(module, (KTExperts, KTExpertList)) or _has_stacks(module):
             found[name] = module
@@ -129,7 +132,6 @@ def _has_stacks(module: nn.Module) -> bool:
 
 def _replacement(module: nn.Module, save: str) -> nn.Module:
     if isinstance(module, nn.ModuleList):
-        require_plain(module)
         return _expert_list(module, save)
     return stacked_experts(module, save)
 
@@ -176,12 +178,26 @@ def stacked_experts(module: nn.Module, save: str) -> KTExperts:
 
 
 def _expert_list(experts: nn.ModuleList, save: str) -> KTExpertList:
+    return KTExpertList(listed_experts(experts, save))
+
+
+def listed_experts(experts: nn.ModuleList, save: str = "activations") -> list[KTExpert]:
+    """The experts of a ModuleList as KTExpert, with their modules as they are; nothing is moved.
+
+    Raises:
+        Unsupported: the op does not compute what they do, or they have hooks.
+    """
+    require_plain(experts)
+    if isinstance(experts, KTExpertList):
+        if not all(is_plain_linear(projection) for expert in experts for projection in expert.projections()):
+            raise Unsupported("its projections are not plain nn.Linear: they have adapters or hooks")
+        return list(experts)
     names, attribute, activation = _check_experts(list(experts))
     made = [KTExpert(expert, names, attribute, activation, save) for expert in experts]
     difference = disagreement_of_expert(experts[0], made[0])
     if difference:
         raise Unsupported(difference)
-    return KTExpertList(made)
+    return made
 
 
 def _check_experts(experts: list[nn.Module]) -> tuple[tuple[str, str, str], str, str]:
@@ -243,7 +259,7 @@ def exchange(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
             if child is not old:
                 continue
             setattr(parent, name, new)
-            if isinstance(new, KTExpertList) and _has_moe_infer(parent):
+            if isinstance(new, (KTExpertList, KTExpertSequence)) and _has_moe_infer(parent):
                 parent.__dict__["moe_infer"] = new.moe_infer
             elif isinstance(old, KTExpertList):
                 parent.__dict__.pop("moe_infer", None)

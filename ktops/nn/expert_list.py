@@ -4,11 +4,13 @@ The Parameters stay as they are, objects and names; their storage becomes slices
 that the op reads every expert of the layer, and gate and up of one expert, as one tensor.
 """
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor, nn
 
 from ktops._warn import warn_once
-from ktops.nn.experts import DTYPES, run_experts
+from ktops.nn.experts import DTYPES, KTExperts, run_experts
 
 PROJECTIONS = (("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2"))
 """What the gate, up and down projections of an expert module may be called."""
@@ -207,6 +209,22 @@ class KTExpertList(nn.ModuleList):
     def __setstate__(self, state: dict) -> None:
         super().__setstate__(state)
         self.pack()
+
+
+@torch.no_grad()
+def stacked_copy(experts: list[KTExpert]) -> KTExperts:
+    """A KTExperts with copies of the weights of experts whose projections are plain nn.Linear."""
+    rows = [expert.projections() for expert in experts]
+
+    def stacks(kind: str) -> Iterator[nn.Parameter | None]:
+        for parts in ([row[:2] for row in rows], [row[2:] for row in rows]):
+            tensors = [[getattr(projection, kind) for projection in part] for part in parts]
+            none = tensors[0][0] is None
+            yield None if none else nn.Parameter(torch.stack([torch.cat(each) for each in tensors]), False)
+
+    return KTExperts.from_parameters(
+        *stacks("weight"), *stacks("bias"), activation=experts[0].activation, save=experts[0].save
+    )
 
 
 def _pack_after_loading(experts: KTExpertList, _) -> None:

@@ -98,6 +98,29 @@ def test_quantised_on_the_way(tmp_path, scheme):
     assert logits(model).isfinite().all()
 
 
+def test_lists_of_experts(tmp_path):
+    """A ModuleList is filled as stacked experts are, and can be indexed as before."""
+    from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeMLP
+
+    write_per_expert(tmp_path, plain(torch.bfloat16), **SIZES)
+    model, stacked = tiny_model(), tiny_model()
+    for layer in model.model.layers:
+        experts = [Qwen3MoeMLP(model.config, SIZES["intermediate"]) for _ in range(SIZES["num_experts"])]
+        layer.mlp.experts = torch.nn.ModuleList(experts)
+    before = snapshot(model)
+    with pytest.raises(ValueError, match="method must be one of"):
+        ktops.load_experts(model, tmp_path, "int8", method="best")
+    assert snapshot(model) == before
+    for each in (model, stacked):
+        report = ktops.load_experts(each, tmp_path, "int8", show_progress=False)
+        assert report.layers == ("model.layers.0.mlp.experts", "model.layers.1.mlp.experts")
+    assert torch.equal(logits(model), logits(stacked))
+    experts = model.model.layers[1].mlp.experts
+    x, ids = torch.randn(3, 64), torch.full((3, 1), 2)
+    expected = stacked.model.layers[1].mlp.experts(x, ids, torch.ones(3, 1))
+    assert torch.equal(experts[2](x), expected) and len(list(experts)) == len(experts)
+
+
 def test_own_directory_is_mapped(tmp_path):
     (tmp_path / "source").mkdir()
     write_per_expert(tmp_path / "source", plain(torch.bfloat16), **SIZES)
@@ -299,7 +322,7 @@ def test_models_that_cannot_be_filled(tmp_path):
         ktops.load_experts(model, tmp_path)
     model = tiny_model()
     model.model.layers[1].mlp.experts = torch.nn.ModuleList([torch.nn.Linear(1, 1)])
-    with pytest.raises(ValueError, match=r"model.layers.1.mlp.experts is a list of 1 modules"):
+    with pytest.raises(ValueError, match=r"cannot compute model.layers.1.mlp.experts, a list of 1 modules"):
         ktops.load_experts(model, tmp_path)
 
 

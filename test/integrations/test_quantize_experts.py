@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from model_runs import experts_modules
-from moe_blocks import LoopBlock, TwoLayers
+from moe_blocks import ClampedMLP, GatedMLP, H, InferBlock, LoopBlock, MixtralMLP, TwoLayers
 from tiny_models import VOCAB_SIZE, tiny_model
 from torch import nn
 
@@ -109,9 +109,62 @@ def test_weights_beyond_a_scale_of_the_format_change_nothing():
     assert "got weights from -1e+08 to" in message
 
 
+LISTS = {
+    "loop": (LoopBlock, {"expert": GatedMLP}),
+    "mixtral with biases": (LoopBlock, {"expert": MixtralMLP, "bias": True}),
+    "moe_infer": (InferBlock, {}),
+}
+
+
+@pytest.mark.parametrize("swapped", [False, True])
+@pytest.mark.parametrize("kind", LISTS)
+def test_lists_of_experts(kind, swapped):
+    """The block goes on iterating its experts, which compute with the decoded weights."""
+    block, options = LISTS[kind]
+    dense = TwoLayers(block, **options)
+    model = copy.deepcopy(dense)
+    if swapped:
+        ktops.swap_experts(model)
+    report = ktops.quantize_experts(model, "int8")
+    assert [layer.name for layer in report.layers] == ["layers.0.experts", "layers.1.experts"]
+    for layer, original in zip(model.layers, dense.layers, strict=True):
+        stacked = layer.experts.stacked
+        gate_up, down = ktops.dequantize(stacked.gate_up_proj), ktops.dequantize(stacked.down_proj)
+        for index, expert in enumerate(original.experts):
+            names = [getattr(expert, name) for name in expert.names]
+            for linear, weight in zip(names, (*gate_up[index].chunk(2), down[index]), strict=True):
+                assert 0 < (linear.weight - weight).norm() / weight.norm() < 0.02
+                linear.weight.data = weight
+    x = torch.randn(2, 9, H)
+    for mode in (True, False):
+        for each in (model, dense):
+            each.train(mode)
+        for layer in model.layers:
+            layer.experts.stacked.compute = "bf16"
+        expected = dense(x)
+        assert (model(x) - expected).norm() / expected.norm() < 1e-5
+    assert ("moe_infer" in vars(model.layers[0])) == (kind == "moe_infer")
+    assert "its weights are in format 'int8' already" in refused(model, "int4")
+
+
+def test_lora_on_a_list_of_experts(enabled):
+    from peft import LoraConfig, get_peft_model
+
+    model = TwoLayers(LoopBlock)
+    ktops.quantize_experts(model, "int8")
+    names = ktops.integrations.peft.expert_target_parameters(model)
+    adapted = get_peft_model(model, LoraConfig(r=2, target_modules=[], target_parameters=names))
+    x = torch.randn(5, H)
+    adapted(x).sum().backward()
+    gradients = {name: p.grad for name, p in adapted.named_parameters() if p.requires_grad}
+    assert len(gradients) == 2 * 2 * 2
+    assert all(bool(g.any()) for name, g in gradients.items() if "lora_B" in name)
+
+
 def test_other_modules_are_refused():
     assert "without modules named `experts`" in refused(nn.Linear(2, 2), "int8")
-    assert "it is a list of experts" in refused(TwoLayers(LoopBlock), "int8")
+    clamped = refused(TwoLayers(LoopBlock, expert=ClampedMLP), "int8")
+    assert "layers.0.experts: it computes something else" in clamped
     model = nn.ModuleDict({"experts": KTExperts(4, 64, 32)})
     handle = model["experts"].register_forward_hook(lambda *_: None)
     assert "experts: it has hooks" in refused(model, "int8")

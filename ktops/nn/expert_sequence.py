@@ -1,0 +1,56 @@
+"""KTExpertSequence: stacked experts for a MoE block that iterates a ModuleList."""
+
+from collections.abc import Callable, Iterator
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from ktops.nn.experts import KTExperts
+
+
+class KTExpertSequence(nn.Module):
+    """The experts of one layer in stacked weights, in place of a ModuleList of modules.
+
+    ``sequence[i](rows)`` runs the op with all rows routed to expert i; called itself, with the routes of all
+    tokens, it runs one op for all experts. Adapters go on ``stacked``.
+
+    Args:
+        stacked: the experts, with weights in a format for example: then there are no separate Parameters that
+            a :class:`ktops.nn.KTExpertList` could be made of.
+
+    Example:
+        >>> weights = (ktops.quantize(torch.randn(8, *size), "int8") for size in ((64, 32), (32, 32)))
+        >>> experts = KTExpertSequence(KTExperts.from_parameters(*weights))
+        >>> experts[3](torch.randn(5, 32)).shape
+        torch.Size([5, 32])
+    """
+
+    def __init__(self, stacked: KTExperts) -> None:
+        super().__init__()
+        self.num_experts = stacked.num_experts
+        self.stacked = stacked
+        self.training = stacked.training
+
+    def __len__(self) -> int:
+        return self.num_experts
+
+    def __getitem__(self, index: int) -> Callable[[Tensor], Tensor]:
+        return partial(self._one, range(len(self))[index])
+
+    def __iter__(self) -> Iterator[Callable[[Tensor], Tensor]]:
+        return (self[index] for index in range(len(self)))
+
+    def _one(self, index: int, hidden_states: Tensor) -> Tensor:
+        routes = *hidden_states.shape[:-1], 1
+        ids = torch.full(routes, index, dtype=torch.int64)
+        return self.stacked(hidden_states, ids, torch.ones(routes))
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """[T, H], [T, K], [T, K] -> [T, H], see :class:`ktops.nn.KTExperts`."""
+        return self.stacked(hidden_states, top_k_index, top_k_weights)
+
+    @torch.no_grad()
+    def moe_infer(self, x: Tensor, topk_ids: Tensor, topk_weight: Tensor) -> Tensor:
+        """The method that MoE blocks of the DeepSeek family call in evaluation mode."""
+        return self(x, topk_ids, topk_weight)

@@ -83,6 +83,8 @@ def test_the_saved_errors_show_that_methods_pay():
             for group_size in quality.GROUP_SIZES:
                 variant = case, name, group_size
                 assert errors[(*variant, method)] < errors[(*variant, "rtn")], (*variant, method)
+        for name in ("q2_k", "q3_k", "q4_k", "q5_k", "q6_k"):
+            assert errors[case, name, 0, "mse"] < errors[case, name, 0, "rtn"], (case, name)
 
 
 def test_saving_and_the_table(tmp_path, monkeypatch, capsys):

@@ -7,6 +7,9 @@ uint4  the same, and a zero point          (q - zero) * scale  and column 2b + 1
 scale and zero are [..., N, G]; group_size 0 means one group, G = 1.
 """
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -26,7 +29,7 @@ def unpack_nibbles(packed: Tensor, columns: int) -> Tensor:
 
 def divide(weight: Tensor, scale: Tensor) -> Tensor:
     """weight / scale; 0 where the scale is 0."""
-    return torch.where(scale == 0, 0, weight / scale)
+    return weight / torch.where(scale == 0, torch.inf, scale)
 
 
 def round_to(weight: Tensor, scale: Tensor, low: int, high: int) -> Tensor:
@@ -48,14 +51,21 @@ class Symmetric(Format):
         largest = groups.abs().amax(-1, keepdim=True) / self.high
         if method == "rtn":
             return largest
+        return in_chunks(self._search, groups, largest)[0]
+
+    def _search(self, groups: Tensor, largest: Tensor) -> tuple[Tensor]:
+        """[n, 1] for weights [n, group]: of either sign, the scale with the least squared error."""
         best, least = largest, torch.full_like(largest, torch.inf)
+        integers, errors = torch.empty_like(groups), torch.empty_like(groups)
         for size in shrinking(NUM_SCALES, self.smallest):
-            for scale in (largest * size, largest * -size):
-                error = round_to(groups, scale, -self.high - 1, self.high).mul_(scale).sub_(groups)
-                error = error.square_().sum(-1, keepdim=True)
+            scale = largest * size
+            torch.div(groups, torch.where(scale == 0, 1, scale), out=integers).round_()
+            for sign, low in ((1, -self.high - 1), (-1, -self.high)):  # -scale: the range the other way round
+                torch.clamp(integers, low, low + 2 * self.high + 1, out=errors).mul_(scale).sub_(groups)
+                error = errors.square_().sum(-1, keepdim=True)
                 better = error < least
-                best, least = torch.where(better, scale, best), torch.where(better, error, least)
-        return best
+                best, least = torch.where(better, sign * scale, best), torch.where(better, error, least)
+        return (best,)
 
     def _integers(self, weight: Tensor, group_size: int, method: str) -> tuple[Tensor, Tensor]:
         groups = in_groups(weight, group_size)
@@ -67,6 +77,18 @@ class Symmetric(Format):
 NUM_SCALES, NUM_RANGES, NUM_FITS = 30, 20, 2
 """What "mse" tries: symmetric scales, of either sign, as -8 reaches further than 7; ranges of uint4, with so
 many least-squares fits each. They go evenly from the largest weight down to the ``smallest`` share of it."""
+
+
+CHUNK_WEIGHTS = 1 << 17
+"""Weights that are searched at a time: their floats stay in a core's cache."""
+
+
+def in_chunks(search: Callable[..., tuple[Tensor, ...]], groups: Tensor, *others: Tensor) -> list[Tensor]:
+    """What a search finds for groups [..., G, group] and others [..., G, 1], each result [..., G, 1]."""
+    count = max(1, CHUNK_WEIGHTS // groups.shape[-1])
+    chunks = zip(*(x.flatten(0, -2).split(count) for x in (groups, *others)), strict=True)
+    results = zip(*(search(*chunk) for chunk in chunks), strict=True)
+    return [torch.cat(parts).view(*groups.shape[:-1], 1) for parts in results]
 
 
 def shrinking(steps: int, smallest: float) -> list[float]:
@@ -128,7 +150,7 @@ class UInt4(Format):
         )
         dtype = scale_dtype(group_size)
         if method == "mse":
-            scale, zero = _search(groups, low, high, dtype)
+            scale, zero = in_chunks(partial(_search, dtype=dtype), groups, low, high)
         else:
             scale, zero = affine(low, high, dtype)
         if method == "hqq":

@@ -101,7 +101,7 @@ class Contestant(kt_kernel_moe.Contestant):
             return [scale.float().t().contiguous() for scale in scales]
         if self.method.startswith("MXFP4"):
             scales = e8m0_to_bfloat16(scales)
-        elif self.method.startswith("RAWINT4"):
+        elif self.method in ("RAWINT4", "RAWINT4_SFT", "AMXINT4_KGroup_SFT"):
             scales = scales.bfloat16()
         elif self.method != "MXFP8":
             scales = scales.float()
@@ -137,7 +137,7 @@ class Contestant(kt_kernel_moe.Contestant):
 
     def _load(self, wrapper) -> None:
         weights, scales = self.weights, self.scales
-        wrapper.share_backward_bb = True  # AMXFP8_SFT insists
+        wrapper.share_backward_bb = self.method == "AMXFP8_SFT"  # which insists; others are then wrong
         if self.method == "MXFP4_SFT":
             experts = weights | {f"{name}_scale": scales[name] for name in PROJECTIONS}
             wrapper.load_mxfp4_weights(experts, self.experts)

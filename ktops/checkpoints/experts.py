@@ -1,5 +1,6 @@
 """The experts of a projection [E, N, K], one by one: from files, from memory, or quantised on the way."""
 
+import ctypes
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 
@@ -225,24 +226,32 @@ class Requantized(Experts):
         self.known.row_elements(self.shape[-1])
 
     def expert(self, index: int) -> Codes:
-        codes, (_, rows, columns) = self.source.expert(index), self.shape
-        chunk = max(1, CHUNK_WEIGHTS // (128 * columns)) * 128
         try:
             made = [
-                self.known.quantize(
-                    self._floats(codes, row, min(rows, row + chunk)), self.group_size, self.method
-                )
-                for row in range(0, rows, chunk)
+                self.known.quantize(floats, self.group_size, self.method)
+                for floats in float_rows(self.source, index)
             ]
         except ValueError as error:
             raise CheckpointError(f"{self.source.name(index)}: {error}") from None
-        return Codes(*(None if parts[0] is None else torch.cat(parts) for parts in zip(*made, strict=True)))
+        codes = Codes(*(None if parts[0] is None else torch.cat(parts) for parts in zip(*made, strict=True)))
+        give_back_freed_memory()
+        return codes
 
-    def _floats(self, codes: Codes, begin: int, end: int) -> Tensor:
-        """Rows of an expert, float32."""
-        source, rows = self.source, self.shape[1]
-        part = codes.map(lambda tensor: _rows(tensor, begin, end, rows))
-        return get_format(source.format).dequantize(part, self.shape[-1], source.group_size)
+
+def float_rows(experts: Experts, index: int) -> Iterator[Tensor]:
+    """The weights of an expert in float32, some rows at a time; of one shape, in the same pieces."""
+    codes, (_, rows, columns) = experts.expert(index), experts.shape
+    known, chunk = get_format(experts.format), max(1, CHUNK_WEIGHTS // (128 * columns)) * 128
+    for row in range(0, rows, chunk):
+        part = codes.map(lambda tensor, row=row: _rows(tensor, row, min(rows, row + chunk), rows))
+        yield known.dequantize(part, columns, experts.group_size)
+
+
+def give_back_freed_memory() -> None:
+    """What was freed goes back to the system: glibc keeps blocks of up to 32 MiB, far more than is in use."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # of glibc; others keep less
+    if trim is not None:
+        trim(0)
 
 
 def _rows(tensor: Tensor, begin: int, end: int, rows: int) -> Tensor:

@@ -6,9 +6,10 @@ import torch
 from torch import Tensor
 
 from ktops.checkpoints.errors import CheckpointError
+from ktops.checkpoints.experts import float_rows, give_back_freed_memory
 from ktops.checkpoints.layer import Layer
-from ktops.formats.error import RelativeError, decode
-from ktops.ops import moe_sft
+from ktops.formats.error import RelativeError
+from ktops.reference import activation as functions
 
 MOST_EXPERTS = 16
 """Experts of a layer that are compared, evenly spread."""
@@ -56,16 +57,9 @@ def compare(name: str, source: Layer, converted: Layer, hidden_act: str | None =
     errors = {"gate_up": RelativeError(), "down": RelativeError(), "output": RelativeError()}
     count = min(source.num_experts, MOST_EXPERTS)
     for index in (number * source.num_experts // count for number in range(count)):
-        made, expected = (_floats(layer, index) for layer in (converted, source))
-        for kind, weight in expected.items():
-            if not bool(weight.isfinite().all()):
-                raise CheckpointError(
-                    f"{source.name}: {kind}_proj of expert {index} has values that are not finite"
-                )
-        for weights in (made, expected):
-            weights["output"] = _output(tokens, weights["gate_up"], weights["down"], activation)
-        for kind, error in errors.items():
-            error.add(made[kind], expected[kind])
+        outputs = _compare_expert(source, converted, index, tokens, activation, errors)
+        errors["output"].add(*outputs)
+        give_back_freed_memory()
     both = converted.gate_up_proj, converted.down_proj
     return LayerQuality(
         name,
@@ -78,10 +72,28 @@ def compare(name: str, source: Layer, converted: Layer, hidden_act: str | None =
     )
 
 
-def _floats(layer: Layer, index: int) -> dict[str, Tensor]:
-    return {"gate_up": decode(layer.gate_up_proj, index), "down": decode(layer.down_proj, index)}
+def _compare_expert(
+    source: Layer, converted: Layer, index: int, tokens: Tensor, activation: str, errors: dict
+) -> tuple[Tensor, Tensor]:
+    """Outputs of an expert of the converted layer and of the source; few rows are floats at a time."""
+    made = expected = tokens
+    for kind in ("gate_up", "down"):
+        pair = [getattr(layer, f"{kind}_proj") for layer in (converted, source)]
+        parts: tuple[list[Tensor], list[Tensor]] = ([], [])
+        for ours, theirs in zip(*(float_rows(experts, index) for experts in pair), strict=True):
+            if not bool(theirs.isfinite().all()):
+                raise CheckpointError(
+                    f"{source.name}: {kind}_proj of expert {index} has values that are not finite"
+                )
+            errors[kind].add(ours, theirs)
+            parts[0].append(made @ ours.T)
+            parts[1].append(expected @ theirs.T)
+        made, expected = (torch.cat(part, dim=1) for part in parts)
+        if kind == "gate_up":
+            made, expected = (_activated(gate_up, activation) for gate_up in (made, expected))
+    return made, expected
 
 
-def _output(tokens: Tensor, gate_up: Tensor, down: Tensor, activation: str) -> Tensor:
-    ids = torch.zeros(TOKENS, 1, dtype=torch.int64)
-    return moe_sft(tokens, ids, torch.ones(TOKENS, 1), gate_up[None], down[None], activation=activation)
+def _activated(gate_up: Tensor, activation: str) -> Tensor:
+    gate, up = gate_up.chunk(2, dim=1)
+    return getattr(functions, activation)(gate)[0] * up

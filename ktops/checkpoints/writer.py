@@ -299,7 +299,7 @@ def checksum(path: Path) -> int:
     """CRC-32 of a file."""
     value = 0
     with path.open("rb") as file:
-        while block := file.read(1 << 24):
+        while block := file.read(1 << 20):
             value = zlib.crc32(block, value)
     return value
 

@@ -1,4 +1,4 @@
-"""Reading takes the memory of the result, and less than that of two experts besides."""
+"""Reading takes the memory of the result, and less than that of two experts besides; converting only that."""
 
 import json
 import os
@@ -81,3 +81,54 @@ def test_peak(tmp_path):
         assert size > WEIGHTS * NUM_EXPERTS / 2
         besides[case] = (grown - size) / (WEIGHTS * bytes_per_weight)
     assert max(besides.values()) < 2, besides
+
+
+CONVERT = """
+import os
+import sys
+import threading
+import time
+from pathlib import Path
+import torch
+from rich.console import Console
+from ktops.cli.convert import Options, convert
+
+torch.set_num_threads(1)
+peak, done = 0, threading.Event()
+
+def anonymous():
+    line, = [line for line in open("/proc/self/status") if line.startswith("RssAnon")]
+    return int(line.split()[1]) << 10
+
+def watch():
+    global peak
+    while not done.wait(0.002):
+        peak = max(peak, anonymous())
+
+source, small, folder = map(Path, sys.argv[1:])
+with open(os.devnull, "w") as file:
+    convert(Options(small, folder / "first", "int4"), Console(file=file))
+    before, watcher = anonymous(), threading.Thread(target=watch)
+    watcher.start()
+    convert(Options(source, folder / "second", "int4"), Console(file=file))
+done.set()
+watcher.join()
+print(peak - before)
+"""
+
+
+def test_peak_of_convert(tmp_path):
+    """Two experts in bf16; mapped pages of files do not count, since the system can drop them."""
+    size = 1024
+    for name, sizes in (("source", (size, size)), ("small", (64, 64))):
+        (tmp_path / name).mkdir()
+        hidden, intermediate = sizes
+        write_per_expert(
+            tmp_path / name, repeated(plain(torch.bfloat16)), num_experts=2, layers=1, hidden=hidden,
+            intermediate=intermediate,
+        )  # fmt: skip
+    command = [sys.executable, "-c", CONVERT, *(str(tmp_path / name) for name in ("source", "small", ""))]
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
+    result = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert result.returncode == 0, result.stderr
+    assert 0 < int(result.stdout.split()[-1]) < 2 * 3 * size * size * 2, result.stdout

@@ -47,14 +47,14 @@ _LAYER, _CODES = "layer.pt", "codes.pt"
 ROUNDED_ACTIVATIONS = 0.05
 """Allowed where integers may be multiplied: activations are rounded to 127 steps of the largest of a row."""
 
-OWN_CODES = {"int8": 0.08, "int4": 0.5, "uint4": 0.5}
+OWN_CODES = {"bf16": PEER_BUDGETS * forward_budget(torch.bfloat16), "int8": 0.08, "int4": 0.5, "uint4": 0.5}
 """Allowed next to bfloat16 weights to kt-kernel's own codes: they cost 0.013 and 0.23 in docs/formats.md, a
 row may be twice as bad, and gradients and transposed weights are rounded too. A wrong expert is above 1."""
 
 
 @dataclass(frozen=True)
 class Method:
-    """A name that KTMoEWrapper knows, the weight format, and whether kt-kernel quantises on its own."""
+    """A name that KTMoEWrapper knows, the weight format, and whether kt-kernel starts from bfloat16 weights."""
 
     name: str
     format: str
@@ -86,7 +86,7 @@ METHODS = (
     Method("LLAMAFILE", "q4_k"),
     Method("LLAMAFILE", "q6_k"),
     Method("LLAMAFILE", "q8_0"),
-    Method("AMXBF16_SFT", "bf16"),
+    Method("AMXBF16_SFT", "bf16", quantises=True),
     Method("AMXINT8_SFT", "int8", quantises=True),
     Method("AMXINT4_SFT", "int4", quantises=True),
     Method("AMXINT4_1_SFT", "uint4", quantises=True),

@@ -137,7 +137,7 @@ class Contestant(kt_kernel_moe.Contestant):
 
     def _load(self, wrapper) -> None:
         weights, scales = self.weights, self.scales
-        wrapper.share_backward_bb = self.method == "AMXFP8_SFT"  # which insists; others are then wrong
+        wrapper.share_backward_bb = self.method == "AMXFP8_SFT"  # which insists
         if self.method == "MXFP4_SFT":
             experts = weights | {f"{name}_scale": scales[name] for name in PROJECTIONS}
             wrapper.load_mxfp4_weights(experts, self.experts)

@@ -54,7 +54,7 @@ row may be twice as bad, and gradients and transposed weights are rounded too. A
 
 @dataclass(frozen=True)
 class Method:
-    """A name that KTMoEWrapper knows, the weight format, and whether kt-kernel starts from bfloat16 weights."""
+    """A name that KTMoEWrapper knows, the format, and whether kt-kernel starts from bfloat16 weights."""
 
     name: str
     format: str

@@ -5,6 +5,9 @@
 
 namespace kt::KT_ISA {
 
+// The weight of a chunk that comes at position j.
+inline int64_t in_chunk(int64_t j, bool split) { return split ? j % (kChunk / 2) * 2 + j / (kChunk / 2) : j; }
+
 // A row of k elements in the order of chunks (split or not), zeros up to a whole chunk.
 template <class T>
 inline void order(const T* x, int64_t k, bool split, float* out) {
@@ -13,7 +16,7 @@ inline void order(const T* x, int64_t k, bool split, float* out) {
         const int64_t n = smaller(kChunk, k - i);
         for_each_vector<float>(n,
                                [&](int64_t j, int64_t count) { store_n(part + j, load_n(x + i + j, count), count); });
-        for (int64_t j = 0; j < kChunk; ++j) out[j] = split ? part[j % (kChunk / 2) * 2 + j / (kChunk / 2)] : part[j];
+        for (int64_t j = 0; j < kChunk; ++j) out[j] = part[in_chunk(j, split)];
     }
 }
 
@@ -38,15 +41,14 @@ inline void quantize_row(const T* x, int64_t k, int64_t group, bool split, const
         const int64_t count = larger(0, smaller(kChunk, k - j));
         for_each_vector<float>(count,
                                [&](int64_t s, int64_t n) { store_n(values + s, load_n(x + j + s, n) * inverse, n); });
-        constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it leaves the nearest integer in the low bits
         int32_t integers[kChunk], sum = 0;
         for (int s = 0; s < kChunk; s += kLanes<float>) {
-            const VecI32 rounded = bit_cast<VecI32>(load(values + s) + kRound) - 0x4b400000;
+            const VecI32 rounded = bit_cast<VecI32>(load(values + s) + kRound) - kRoundBits;
             std::memcpy(integers + s, &rounded, sizeof(rounded));
         }
         for (int64_t s = 0; s < kChunk; ++s) sum += integers[s];
         for (int64_t s = 0; s < kChunk; ++s) {
-            out[s] = static_cast<int8_t>(integers[split ? s % (kChunk / 2) * 2 + s / (kChunk / 2) : s]);
+            out[s] = static_cast<int8_t>(integers[in_chunk(s, split)]);
         }
         if (j < k) sums[j / group] += static_cast<float>(sum);
     }

@@ -3,11 +3,12 @@
 // The super-blocks of 256 weights of ggml ("k-quants", iq4_xs): eight chunks of 32, with integer scales of their own
 // under d (and dmin) in binary16. p: number of a chunk, h = p / 4 of its half, i of a weight in it.
 //
-//   q2_k   scales[16]  q[64]  d  dmin             q = q[32h + i] >> 2 (p % 4), 2 bits; 16 weights share a byte of
-//   scales q3_k   hmask[32]  q[64]  scales[12]  d        the same, less 4 unless bit p of hmask[i] q4_k   d  dmin
-//   scales[12]  q[128]            q[32 (p / 2) + i], low or high half q5_k   d  dmin  scales[12]  qh[32]  q[128]    the
-//   same, and bit p of qh[i] q6_k   ql[128]  qh[64]  scales[16]  d         4 bits of ql[64h + 32 (p % 2) + i], 2 of
-//   qh[32h + i]; less 32 iq4_xs d  scales_h[2]  scales_l[4]  q[128]    as iq4_nl, 16 bytes a chunk
+//   q2_k    scales[16]  q[64]  d  dmin         q = q[32h + i] >> 2 (p % 4), 2 bits; 16 weights share a byte of scales
+//   q3_k    hmask[32]  q[64]  scales[12]  d    the same, less 4 unless bit p of hmask[i]
+//   q4_k    d  dmin  scales[12]  q[128]        q[32 (p / 2) + i], low or high half
+//   q5_k    d  dmin  scales[12]  qh[32]  q[128]    the same, and bit p of qh[i]
+//   q6_k    ql[128]  qh[64]  scales[16]  d     4 bits of ql[64h + 32 (p % 2) + i], 2 of qh[32h + i]; less 32
+//   iq4_xs  d  scales_h[2]  scales_l[4]  q[128]    as iq4_nl, 16 bytes a chunk
 //
 // Source: ggml-common.h and the dequantize functions of ggml and of the gguf package.
 

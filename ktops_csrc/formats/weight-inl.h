@@ -5,9 +5,8 @@
 //   direct(e)                                     the rows of an expert as they lie, row_stride apart; or null, then
 //   copy_rows(e, row, n, column, count, out)      rows of T, one after the other
 //   dots(...)                                     products with up to few_rows() rows, read where the codes lie
-//   decode_nt(e, row, n, k, kn, panels, stride, scratch)     panels of rows [row, row + n), k in [k, k + kn) along a
-//   row decode_nn(e, k, kn, column, n, panels, stride, scratch)  panels of columns [column, column + n), k down the
-//   rows
+//   decode_nt(e, row, n, k, kn, ...)              panels of rows [row, row + n), k in [k, k + kn) along a row
+//   decode_nn(e, k, kn, column, n, ...)           panels of columns [column, column + n), k down the rows
 // The last two write ceil(n / 16) panels of Compute<T>, `stride` elements apart, zero beyond the block. scratch has
 // room for kScratch elements of T.
 
@@ -85,7 +84,6 @@ public:
     }
 
     // Products with codes, of an integer format.
-    bool has_codes() const { return table_ && table_->code_dots && !std::is_same_v<T, double>; }
     const WeightTensor& tensor() const { return tensor_; }
     const FormatTable& table() const { return *table_; }
 

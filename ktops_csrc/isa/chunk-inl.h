@@ -140,14 +140,6 @@ inline float power_of_two(uint8_t e) {
     return value;
 }
 
-// The upper halves of float32, rounded to nearest even: bfloat16 in 32 bits.
-inline VecU32 round_to_bfloat16(VecF v) {
-    const VecU32 bits = bit_cast<VecU32>(v);
-    const VecU32 rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-    const VecU32 nan = VecU32{} + 0x7fc0;
-    return v == v ? rounded : nan;
-}
-
 template <int... Is>
 inline void weave_pair(VecF even, VecF odd, float* out, std::integer_sequence<int, Is...>) {
     constexpr int L = kLanes<float>;

@@ -12,9 +12,8 @@ inline Vec<float> exp(Vec<float> x) {
     const Vec<float> lowest = broadcast(-87.0f), highest = broadcast(88.0f);
     x = x < lowest ? lowest : x;
     x = x > highest ? highest : x;
-    const float round = 12582912.0f;  // 1.5 * 2^23: adding it leaves the nearest integer in the low bits
-    const Vec<float> shifted = x * 1.44269504088896341f + round;
-    const Vec<float> n = shifted - round;
+    const Vec<float> shifted = x * 1.44269504088896341f + kRound;
+    const Vec<float> n = shifted - kRound;
     Vec<float> r = x - n * 0.693359375f;
     r = r - n * -2.12194440e-4f;
     Vec<float> p = r * (1.0f / 5040) + 1.0f / 720;
@@ -24,7 +23,7 @@ inline Vec<float> exp(Vec<float> x) {
     p = p * r + 0.5f;
     p = p * r + 1.0f;
     p = p * r + 1.0f;
-    const VecI32 exponent = (bit_cast<VecI32>(shifted) - 0x4b400000 + 127) << 23;
+    const VecI32 exponent = (bit_cast<VecI32>(shifted) - kRoundBits + 127) << 23;
     return p * bit_cast<Vec<float>>(exponent);
 }
 

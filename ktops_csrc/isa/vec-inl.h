@@ -58,13 +58,22 @@ inline Vec<float> load(const float* p) { return load_bits<Vec<float>>(p); }
 inline Vec<double> load(const double* p) { return load_bits<Vec<double>>(p); }
 inline Vec<float> load(const bfloat16* p) { return bit_cast<Vec<float>>(widen(load_bits<VecU16>(p)) << 16); }
 
-inline void store(float* p, Vec<float> v) { std::memcpy(p, &v, sizeof(v)); }
-inline void store(double* p, Vec<double> v) { std::memcpy(p, &v, sizeof(v)); }
-inline void store(bfloat16* p, Vec<float> v) {
+// The upper halves of float32, rounded to nearest even: bfloat16 in 32 bits.
+inline VecU32 round_to_bfloat16(Vec<float> v) {
     const VecU32 bits = bit_cast<VecU32>(v);
     const VecU32 rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
     const VecU32 nan = VecU32{} + 0x7fc0;
-    const VecU16 out = __builtin_convertvector(v == v ? rounded : nan, VecU16);
+    return v == v ? rounded : nan;
+}
+
+// Adding it to numbers of at most 2^22 leaves the nearest integer, plus kRoundBits, in the bits.
+constexpr float kRound = 12582912.0f;  // 1.5 * 2^23
+constexpr int32_t kRoundBits = 0x4b400000;
+
+inline void store(float* p, Vec<float> v) { std::memcpy(p, &v, sizeof(v)); }
+inline void store(double* p, Vec<double> v) { std::memcpy(p, &v, sizeof(v)); }
+inline void store(bfloat16* p, Vec<float> v) {
+    const VecU16 out = __builtin_convertvector(round_to_bfloat16(v), VecU16);
     std::memcpy(p, &out, sizeof(out));
 }
 

@@ -79,10 +79,7 @@ void Checker::shape(const char* name, const Tensor& tensor, std::initializer_lis
 }
 
 DType Checker::floating(const char* name, const Tensor& tensor) const {
-    for (const auto& known : kFloating) {
-        if (known.type == tensor.scalar_type()) return known.dtype;
-    }
-    fail(std::string(name) + " must be float32, bfloat16 or float64, got " + dtype_name(tensor.scalar_type()));
+    return kFloating[one_of(name, tensor, {kFloating[0].type, kFloating[1].type, kFloating[2].type})].dtype;
 }
 
 void Checker::same_dtype(const char* name, const Tensor& tensor, const char* other_name, DType dtype) const {
@@ -94,9 +91,7 @@ void Checker::same_dtype(const char* name, const Tensor& tensor, const char* oth
 }
 
 bool Checker::is_int64_ids(const char* name, const Tensor& tensor) const {
-    const ScalarType type = tensor.scalar_type();
-    if (type == ScalarType::Long || type == ScalarType::Int) return type == ScalarType::Long;
-    fail(std::string(name) + " must be int32 or int64, got " + dtype_name(type));
+    return one_of(name, tensor, {ScalarType::Int, ScalarType::Long}) == 1;
 }
 
 int64_t Checker::one_of(const char* name, const Tensor& tensor, std::initializer_list<ScalarType> expected) const {
@@ -111,10 +106,7 @@ int64_t Checker::one_of(const char* name, const Tensor& tensor, std::initializer
     fail(std::string(name) + " must be " + names + ", got " + dtype_name(type));
 }
 
-void Checker::int64(const char* name, const Tensor& tensor) const {
-    const ScalarType type = tensor.scalar_type();
-    if (type != ScalarType::Long) fail(std::string(name) + " must be int64, got " + dtype_name(type));
-}
+void Checker::int64(const char* name, const Tensor& tensor) const { one_of(name, tensor, {ScalarType::Long}); }
 
 void Checker::finite(const char* name, double value) const {
     require(std::isfinite(value), name, " must be finite, got ",

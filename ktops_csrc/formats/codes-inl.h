@@ -7,9 +7,13 @@
 //   sum over k of s (q - z) a = sum over groups of s (sum of q a) - s z (sum of a)
 //
 // The sums over q a are exact, and those over a are known from quantize_row. A decoder of an integer format has
-//   kZeroCode       z, where groups have no zero point of their own
-//   kCodeStep       bytes of a VecCodes of weights
-//   codes(bytes)    these, in the order of chunks
+//   kCodeColumns, kCodeStep   a unit: columns whose codes are read together, and its bytes
+//   kPairs                    whether a byte holds two columns: then the codes of a unit are those of even columns and
+//                             then those of odd columns, else in order
+//   codes(unit, out)          these codes, vector by vector
+//   kCodeGroup                columns that share a scale that lies in the unit, or 0: scales are beside the weight
+//   code_scales(unit, out)    the scales in a unit, followed by s z if kMins; zeros up to 16 numbers
+//   kMins, kZeroCode          whether groups in a unit have a zero point of their own; z where they have none
 
 #include "formats/decoder-inl.h"
 #include "formats/format_table.h"
@@ -22,7 +26,13 @@ namespace kt::KT_ISA {
 
 template <class Decoder, bool kZeros>
 class CodeKernels {
-    static constexpr int64_t kStep = Decoder::kCodeStep;
+    static constexpr int64_t kColumns = Decoder::kCodeColumns, kStep = Decoder::kCodeStep;
+    static constexpr int V = static_cast<int>(kColumns / kCodeBytes);
+    static constexpr int S = Decoder::kPairs ? V / 2 : V;  // vectors v and v + S hold codes of the same columns' pairs
+    static constexpr int R = static_cast<int>(kDotRows);
+    static constexpr bool kInUnit = Decoder::kCodeGroup > 0;
+    static constexpr int64_t kGroups = kInUnit ? kColumns / Decoder::kCodeGroup : 1;
+    static constexpr int64_t kUnitScales = (kGroups * (Decoder::kMins ? 2 : 1) + 15) / 16 * 16;
 
 public:
     // c[i][j] = x[i] . row (row + j), i < m <= kFewRows, x[i] being row index[i] of `x`.
@@ -31,16 +41,19 @@ public:
         with_few_rows(m, [&](auto rows) { dots_of<rows()>(w, e, row, n, x, index, m, c, ldc); });
     }
 
-    // Codes [k, k + kn) of 16 rows, of which n exist, as a panel: [kn / 4][16][4]. kn is a multiple of 64; what lies
-    // beyond the last column is any code. rows: scratch of 16 rows of kn + 64.
+    // Codes [k, k + kn) of 16 rows, of which n exist, as a panel: [kn / 4][16][4]. k and kn are multiples of
+    // kColumns; what lies beyond the last column is any code. rows: scratch of 16 rows of kn + 64.
     static void panel(const WeightTensor& w, int64_t e, int64_t row, int64_t n, int64_t k, int64_t kn, uint8_t* rows,
                       uint8_t* panel) {
         const int64_t stride = kn + 64;
         for (int64_t j = 0; j < n; ++j) {
-            const uint8_t* codes = row_codes(w, e, row + j);
-            for (int64_t i = 0; i < kn; i += kCodeBytes) {
-                const VecCodes v = load(codes, k + i, w.columns);
-                std::memcpy(rows + j * stride + i, &v, sizeof(v));
+            const uint8_t* unit = row_codes(w, e, row + j) + k / kColumns * kStep;
+            uint8_t last[kStep];
+            for (int64_t i = 0; i < kn; i += kColumns, unit += kStep) {
+                if (__builtin_expect(k + i + kColumns > w.columns, 0)) unit = copy_last(unit, w.columns - k - i, last);
+                VecCodes codes[V];
+                Decoder::codes(unit, codes);
+                std::memcpy(rows + j * stride + i, codes, sizeof(codes));
             }
         }
         for (int64_t i = 0; i < kn; i += 64) {
@@ -52,12 +65,27 @@ public:
     // Scales of groups [first, first + count) of a row, and scale * zero.
     static void scales(const WeightTensor& w, int64_t e, int64_t row, int64_t first, int64_t count, float* scale,
                        float* min) {
-        load_groups(w.scale, e, row, first, count, scale);
-        if constexpr (kZeros) {
-            load_groups(w.zero, e, row, first, count, min);
-            for (int64_t g = 0; g < count; ++g) min[g] *= scale[g];
+        if constexpr (kInUnit) {
+            const uint8_t* codes = row_codes(w, e, row);
+            for (int64_t g = first / kGroups * kGroups; g < first + count; g += kGroups) {
+                const uint8_t* unit = codes + g / kGroups * kStep;
+                uint8_t last[kStep];
+                const int64_t columns = w.columns - g * Decoder::kCodeGroup;
+                if (columns < kColumns) unit = copy_last(unit, columns, last);
+                float scales[kUnitScales];
+                Decoder::code_scales(unit, scales);
+                for (int64_t i = larger(0, first - g); i < smaller(kGroups, first + count - g); ++i) {
+                    scale[g + i - first] = scales[i];
+                    min[g + i - first] = Decoder::kMins ? scales[kGroups + i] : scales[i] * Decoder::kZeroCode;
+                }
+            }
         } else {
-            for (int64_t g = 0; g < count; ++g) min[g] = scale[g] * Decoder::kZeroCode;
+            load_groups(w.scale, e, row, first, count, scale);
+            if constexpr (kZeros) load_groups(w.zero, e, row, first, count, min);
+            for_each_vector<float>(count, [&](int64_t g, int64_t n) {
+                const VecF factor = kZeros ? load_n(min + g, n) : VecF{} + Decoder::kZeroCode;
+                store_n(min + g, load_n(scale + g, n) * factor, n);
+            });
         }
     }
 
@@ -66,19 +94,16 @@ private:
         return w.codes + e * w.expert_bytes + row * w.row_bytes;
     }
 
-    // The codes of columns [k, k + kCodeBytes).
-    __attribute__((always_inline)) static VecCodes load(const uint8_t* codes, int64_t k, int64_t columns) {
-        const uint8_t* from = codes + k / kCodeBytes * kStep;
-        uint8_t last[kStep];
-        if (__builtin_expect(k + kCodeBytes > columns, 0)) from = copy_last(from, columns - k, last);
-        return Decoder::codes(from);
-    }
-
-    // The last bytes of a row may be the last ones there are.
+    // A last unit of so many columns: its bytes may be the last ones there are.
     __attribute__((noinline)) static const uint8_t* copy_last(const uint8_t* from, int64_t columns, uint8_t* last) {
         std::memset(last, 0, kStep);
-        if (columns > 0) std::memcpy(last, from, static_cast<size_t>(ceil_div(columns * kStep, kCodeBytes)));
+        if (columns > 0) std::memcpy(last, from, static_cast<size_t>(ceil_div(columns * kStep, kColumns)));
         return last;
+    }
+
+    // The first column of the four that lane `lane` of vector v sums, or of their pairs.
+    static constexpr int64_t column_of(int v, int lane) {
+        return (v % S * kCodeBytes + 4 * lane) * (Decoder::kPairs ? 2 : 1);
     }
 
     template <int M>
@@ -87,115 +112,268 @@ private:
         const int8_t* a[M];
         const float* a_sums[M];
         for (int i = 0; i < M; ++i) a[i] = x.row(index[i < m ? i : 0]), a_sums[i] = x.row_sums(index[i < m ? i : 0]);
-        const DotGroups groups(n, w.row_bytes, 4096);
-        for (int64_t g = 0; g < groups.count; ++g) {
-            const DotRows rows = groups.at(g);
-            VecDotsF total[M][kDotRows] = {};
-            for_each_piece(0, w.columns, [&](int64_t first, int64_t end) {
-                const Piece piece(w, e, row, rows, first, end);
-                piece.template take_zeros<M>(a_sums, total);
-                piece.template add<M>(a, total);
-            });
+        const PieceGroups whole = kInUnit ? PieceGroups() : PieceGroups(w, 0);
+        const auto add = [&](const DotRows& rows) __attribute__((always_inline)) {
+            VecDotsF total[M][R] = {};
+            Units units(w, row_codes(w, e, row + rows.first), rows.apart * w.row_bytes);
+            if constexpr (kInUnit) {
+                add_units<M>(units, a, a_sums, total);
+            } else {
+                const PieceGroups* piece = &whole;
+                for (PieceGroups part; units.k < w.columns; piece = &part) {
+                    if (whole.end < w.columns) part = PieceGroups(w, units.k), piece = &part;
+                    Groups groups(w, e, row, rows, *piece);
+                    take_zeros<M>(groups, a_sums, total);
+                    add_groups<M>(units, w.group, groups, a, total);
+                }
+            }
             VecF sums[M][kDotRows];
             for (int i = 0; i < M; ++i) {
-                for (int64_t r = 0; r < kDotRows; ++r) sums[i][r] = in_one_register(total[i][r]);
+                for (int r = 0; r < R; ++r) sums[i][r] = in_one_register(total[i][r]);
             }
             put_dots<M>(sums, m, rows,
                         [&](int64_t i, int64_t j, float sum) { c[i * ldc + j] = sum * x.scale[index[i]]; });
+        };
+        const DotGroups groups(n, w.row_bytes, 4096);
+        for (int64_t g = 0; g < groups.count; ++g) {
+            const DotRows rows = groups.at(g);
+            const bool all = rows.count == kDotRows;  // of less, each row by itself, as if it were all of them
+            for (int64_t j = 0; j < (all ? 1 : rows.count); ++j) add(all ? rows : DotRows{rows.first + j, 0, 1});
         }
     }
 
-    // Columns [first, end), in one piece, of kDotRows rows: as many streams of memory. The last ones may be the same
-    // row.
-    class Piece {
-    public:
-        Piece(const WeightTensor& w, int64_t e, int64_t row, const DotRows& rows, int64_t first, int64_t end)
-            : w_(w), first_(first), end_(end), group_(first / w.group), groups_((end - 1) / w.group - group_ + 1) {
-            const int64_t padded = round_up(groups_, kDotLanes);
-            for (int64_t r = 0; r < R; ++r) {
-                const int64_t at = row + rows.row(r);
-                codes_[r] = row_codes(w, e, at);
-                scales(w, e, at, group_, groups_, scale_[r], min_[r]);
-                for (int64_t g = groups_; g < padded; ++g) scale_[r][g] = min_[r][g] = 0;
-                if (first % w.group) min_[r][0] = 0;  // the piece before has taken it
-            }
-        }
+    // The units of kDotRows rows, from the first to the last: as many streams of memory.
+    struct Units {
+        const uint8_t* unit;
+        int64_t apart;  // bytes, from one row to the next
+        const int64_t columns, last_k;
+        int64_t k = 0;  // the first column of the next ones
+        uint8_t last[R * kStep];
 
-        template <int M>
-        void take_zeros(const float* const* a_sums, VecDotsF (&total)[M][kDotRows]) const {
-            for (int64_t g = 0; g < groups_; g += kDotLanes) {
-                for (int i = 0; i < M; ++i) {
-                    const auto sums = load_bits<VecDotsF>(a_sums[i] + group_ + g);
-                    for (int r = 0; r < R; ++r) total[i][r] -= load_bits<VecDotsF>(min_[r] + g) * sums;
-                }
-            }
-        }
+        Units(const WeightTensor& w, const uint8_t* first, int64_t apart)
+            : unit(first), apart(apart), columns(w.columns), last_k(w.columns / kColumns * kColumns) {}
 
-        template <int M>
-        void add(const int8_t* const* a, VecDotsF (&total)[M][kDotRows]) const {
-            if (groups_ == 1 || w_.group % kCodeBytes == 0) {
-                for (int64_t g = 0, k = first_; g < groups_; ++g) {
-                    const int64_t stop = smaller(end_, (group_ + g + 1) * w_.group);
-                    add_codes<M>(a, k, stop, total, [&](int r) { return VecDotsF{} + scale_[r][g]; });
-                    k = stop;
+        // f(r, unit of row r, its codes, columns k of a) for every row; then the next ones follow.
+        template <int M, class F>
+        __attribute__((always_inline)) void next(const int8_t* const* a, F f) {
+            if (__builtin_expect(k == last_k, 0)) {
+                for (int r = 0; r < R; ++r) copy_last(unit + r * apart, columns - k, last + r * kStep);
+                unit = last;
+                apart = kStep;
+            }
+            VecCodes x[M][V];
+#pragma GCC unroll 4
+            for (int i = 0; i < M; ++i) {
+#pragma GCC unroll 8
+                for (int v = 0; v < V; ++v) x[i][v] = load_bits<VecCodes>(a[i] + k + v * kCodeBytes);
+            }
+#pragma GCC unroll 4
+            for (int r = 0; r < R; ++r) {
+                const uint8_t* from = unit + r * apart;
+#pragma GCC unroll 4
+                for (int64_t line = 0; line < kStep; line += 64) __builtin_prefetch(from + kReadAhead + line);
+                VecCodes codes[V];
+                Decoder::codes(from, codes);
+                f(r, from, codes, x);
+            }
+            unit += kStep;
+            k += kColumns;
+        }
+    };
+
+    // sums[i] += q a over the codes of a unit, N vectors of sums for each row of activations
+    template <int M, int N>
+    __attribute__((always_inline)) static void add_dots(const VecCodes (&codes)[V], const VecCodes (&x)[M][V],
+                                                        VecDots (&sums)[M][N]) {
+#pragma GCC unroll 8
+        for (int v = 0; v < V; ++v) {
+#pragma GCC unroll 4
+            for (int i = 0; i < M; ++i) sums[i][v % N] = dot4(sums[i][v % N], codes[v], x[i][v]);
+        }
+    }
+
+    // total[i][r] += the sums of a unit of row r in groups of kGroup columns, with the scales of these.
+    template <int M, int64_t kGroup>
+    __attribute__((always_inline)) static void add_scaled(const VecCodes (&codes)[V], const VecCodes (&x)[M][V],
+                                                          const float* scale, int r, VecDotsF (&total)[M][R]) {
+        VecDots sums[M][S] = {};
+        add_dots<M>(codes, x, sums);
+        add_products<M, kGroup>(sums, scale, r, total, std::make_integer_sequence<int, S>());
+    }
+
+    template <int M, int64_t kGroup, int... Vs>
+    __attribute__((always_inline)) static void add_products(const VecDots (&sums)[M][S], const float* scale, int r,
+                                                            VecDotsF (&total)[M][R],
+                                                            std::integer_sequence<int, Vs...>) {
+        const VecDotsF factors[] = {of_lanes<kGroup, Vs>(scale, std::make_integer_sequence<int, kDotLanes>())...};
+#pragma GCC unroll 4
+        for (int i = 0; i < M; ++i) ((total[i][r] += dots_to_floats(sums[i][Vs]) * factors[Vs]), ...);
+    }
+
+    // From the scales of one group after the other to those of the lanes of vector v.
+    template <int64_t kGroup, int v, int... Is>
+    __attribute__((always_inline)) static VecDotsF of_lanes(const float* scale, std::integer_sequence<int, Is...>) {
+        constexpr int64_t kFirst = column_of(v, 0) / kGroup / kDotLanes * kDotLanes;
+        const auto scales = load_bits<VecDotsF>(scale + kFirst);
+        return __builtin_shufflevector(scales, scales, static_cast<int>(column_of(v, Is) / kGroup - kFirst)...);
+    }
+
+    // s z of groups [g, g + kDotLanes) of a unit, zeros beyond its groups.
+    template <int... Is>
+    __attribute__((always_inline)) static VecDotsF zeros_of(const float* scale, int64_t g,
+                                                            std::integer_sequence<int, Is...>) {
+        const auto numbers = load_bits<VecDotsF>(scale + g);
+        if constexpr (!Decoder::kMins) {
+            return numbers * static_cast<float>(Decoder::kZeroCode);
+        } else if constexpr (kGroups < kDotLanes) {
+            static_assert(2 * kGroups == kDotLanes);
+            return __builtin_shufflevector(numbers, VecDotsF{}, (Is + static_cast<int>(kGroups))...);
+        } else {
+            return load_bits<VecDotsF>(scale + kGroups + g);
+        }
+    }
+
+    // Scales in the units.
+    template <int M>
+    __attribute__((always_inline)) static void add_units(Units& units, const int8_t* const* a,
+                                                         const float* const* a_sums, VecDotsF (&total)[M][R]) {
+        while (units.k < units.columns) {
+            const int64_t group = units.k / Decoder::kCodeGroup;
+            units.template next<M>(a, [&](int r, const uint8_t* unit, const VecCodes(&codes)[V],
+                                          const VecCodes(&x)[M][V]) __attribute__((always_inline)) {
+                float scale[kUnitScales];
+                Decoder::code_scales(unit, scale);
+#pragma GCC unroll 2
+                for (int64_t g = 0; g < kGroups; g += kDotLanes) {
+                    const VecDotsF zeros = zeros_of(scale, g, std::make_integer_sequence<int, kDotLanes>());
+#pragma GCC unroll 4
+                    for (int i = 0; i < M; ++i) total[i][r] -= zeros * load_bits<VecDotsF>(a_sums[i] + group + g);
                 }
-            } else if (w_.group == kChunk) {
-                for (int64_t k = first_; k < end_; k += kCodeBytes) {
-                    add_codes<M>(a, k, k + kCodeBytes, total, [&](int r) {
-                        return of_chunks(load_bits<VecDotsF>(scale_[r] + (k - first_) / kChunk), Lanes());
-                    });
-                }
-            } else {  // groups that end within a vector
-                for (int64_t k = first_; k < end_; k += kCodeBytes) {
-                    add_codes<M>(a, k, k + kCodeBytes, total, [&](int r) {
-                        float lanes[kDotLanes];
-                        for (int lane = 0; lane < kDotLanes; ++lane) {
-                            const int64_t g = (k + lane / (kChunk / 4) * kChunk) / w_.group - group_;
-                            lanes[lane] = g < groups_ ? scale_[r][g] : 0;
-                        }
-                        return load_bits<VecDotsF>(lanes);
-                    });
-                }
+                add_scaled<M, Decoder::kCodeGroup>(codes, x, scale, r, total);
+            });
+        }
+    }
+
+    // The groups of the piece of a row that begins with column k.
+    struct PieceGroups {
+        int64_t end = 0, first = 0, count = 0;
+        bool begins = false;  // with all of the first one
+
+        PieceGroups() = default;
+        PieceGroups(const WeightTensor& w, int64_t k)
+            : end(smaller(w.columns, (k / kPiece + 1) * kPiece)),
+              first(k / w.group),
+              count((end - 1) / w.group - first + 1),
+              begins(k % w.group == 0) {}
+    };
+
+    // Their scales, and zero points if they have any, of kDotRows rows; zeros behind them.
+    struct Groups : PieceGroups {
+        float scale[R][kPieceGroups + kDotLanes], zero[kZeros ? R : 1][kZeros ? kPieceGroups + kDotLanes : 1];
+
+        __attribute__((always_inline)) Groups(const WeightTensor& w, int64_t e, int64_t row, const DotRows& rows,
+                                              const PieceGroups& piece)
+            : PieceGroups(piece) {
+            for (int r = 0; r < R; ++r) {
+                load(w.scale, e, row + rows.row(r), scale[r]);
+                if constexpr (kZeros) load(w.zero, e, row + rows.row(r), zero[r]);
             }
         }
 
     private:
-        static constexpr int R = kDotRows;
-        using Lanes = std::make_integer_sequence<int, kDotLanes>;
-
-        // From the scales of one chunk after the other to those of lanes.
-        template <int... Is>
-        static VecDotsF of_chunks(VecDotsF scales, std::integer_sequence<int, Is...>) {
-            return __builtin_shufflevector(scales, scales, (Is * 4 / static_cast<int>(kChunk))...);
+        void load(const GroupValues& values, int64_t e, int64_t row, float* out) {
+            const VecDotsF none{};
+            std::memcpy(out + this->count, &none, sizeof(none));
+            load_groups(values, e, row, this->first, this->count, out);
         }
+    };
 
-        // total += sums over columns [k, stop), a multiple of kCodeBytes but for the last, times scale(r)
-        template <int M, class Scale>
-        __attribute__((always_inline)) void add_codes(const int8_t* const* a, int64_t k, int64_t stop,
-                                                      VecDotsF (&total)[M][kDotRows], Scale scale) const {
-            VecDots sums[M][R] = {};
-            for (; k < stop; k += kCodeBytes) {
+    template <int M>
+    __attribute__((always_inline)) static void take_zeros(const Groups& groups, const float* const* a_sums,
+                                                          VecDotsF (&total)[M][R]) {
+        for (int64_t g = 0; g < groups.count; g += kDotLanes) {
 #pragma GCC unroll 4
-                for (int r = 0; r < R; ++r) {
-                    __builtin_prefetch(codes_[r] + k / kCodeBytes * kStep + kReadAhead);
-                    const VecCodes q = load(codes_[r], k, w_.columns);
+            for (int r = 0; r < R; ++r) {
+                const VecDotsF zero = kZeros ? load_bits<VecDotsF>(groups.zero[kZeros ? r : 0] + g)
+                                             : VecDotsF{} + static_cast<float>(Decoder::kZeroCode);
+                VecDotsF mins = load_bits<VecDotsF>(groups.scale[r] + g) * zero;
+                if (__builtin_expect(g == 0 && !groups.begins, 0)) mins[0] = 0;  // the piece before has taken it
 #pragma GCC unroll 4
-                    for (int i = 0; i < M; ++i) sums[i][r] = dot4(sums[i][r], q, load_bits<VecCodes>(a[i] + k));
-                }
+                for (int i = 0; i < M; ++i) total[i][r] -= mins * load_bits<VecDotsF>(a_sums[i] + groups.first + g);
+            }
+        }
+    }
+
+    template <int M>
+    __attribute__((always_inline)) static void add_groups(Units& units, int64_t group, const Groups& groups,
+                                                          const int8_t* const* a, VecDotsF (&total)[M][R]) {
+        if (group == kColumns) {
+            add_parts<M, kColumns>(units, groups, a, total);
+        } else if (groups.count == 1 || group % kColumns == 0) {
+            add_whole_groups<M>(units, group, groups, a, total);
+        } else if (group == 32) {
+            add_parts<M, 32>(units, groups, a, total);
+        } else if (group == 64) {
+            add_parts<M, 64>(units, groups, a, total);
+        } else {
+            add_uneven_groups<M>(units, group, groups, a, total);
+        }
+    }
+
+    // Groups of one or more units.
+    template <int M>
+    __attribute__((always_inline)) static void add_whole_groups(Units& units, int64_t group, const Groups& groups,
+                                                                const int8_t* const* a, VecDotsF (&total)[M][R]) {
+        for (int64_t g = 0; units.k < groups.end; ++g) {
+            const int64_t stop = smaller(groups.end, (groups.first + g + 1) * group);
+            VecDots sums[R][M][1] = {};
+            while (units.k < stop) {
+                units.template next<M>(a,
+                                       [&](int r, const uint8_t*, const VecCodes(&codes)[V], const VecCodes(&x)[M][V])
+                                           __attribute__((always_inline)) { add_dots<M>(codes, x, sums[r]); });
             }
 #pragma GCC unroll 4
             for (int r = 0; r < R; ++r) {
-                const VecDotsF factor = scale(r);
 #pragma GCC unroll 4
-                for (int i = 0; i < M; ++i) total[i][r] += dots_to_floats(sums[i][r]) * factor;
+                for (int i = 0; i < M; ++i) total[i][r] += dots_to_floats(sums[r][i][0]) * groups.scale[r][g];
             }
         }
+    }
 
-        const WeightTensor& w_;
-        int64_t first_, end_, group_, groups_;
-        const uint8_t* codes_[R];
-        float scale_[R][kPieceGroups + kDotLanes], min_[R][kPieceGroups + kDotLanes];
-    };
+    // Units of several groups.
+    template <int M, int64_t kGroup>
+    __attribute__((always_inline)) static void add_parts(Units& units, const Groups& groups, const int8_t* const* a,
+                                                         VecDotsF (&total)[M][R]) {
+        while (units.k < groups.end) {
+            const int64_t g = units.k / kGroup - groups.first;
+            units.template next<M>(a, [&](int r, const uint8_t*, const VecCodes(&codes)[V], const VecCodes(&x)[M][V])
+                                          __attribute__((always_inline)) {
+                                              add_scaled<M, kGroup>(codes, x, groups.scale[r] + g, r, total);
+                                          });
+        }
+    }
+
+    // Groups that end within a unit.
+    template <int M>
+    __attribute__((always_inline)) static void add_uneven_groups(Units& units, int64_t group, const Groups& groups,
+                                                                 const int8_t* const* a, VecDotsF (&total)[M][R]) {
+        while (units.k < groups.end) {
+            const int64_t k = units.k;
+            units.template next<M>(a, [&](int r, const uint8_t*, const VecCodes(&codes)[V], const VecCodes(&x)[M][V]) {
+                VecDots sums[M][S] = {};
+                add_dots<M>(codes, x, sums);
+                for (int v = 0; v < S; ++v) {
+                    float lanes[kDotLanes];
+                    for (int lane = 0; lane < kDotLanes; ++lane) {
+                        const int64_t g = (k + column_of(v, lane)) / group - groups.first;
+                        lanes[lane] = g < groups.count ? groups.scale[r][g] : 0;
+                    }
+                    const auto factor = load_bits<VecDotsF>(lanes);
+                    for (int i = 0; i < M; ++i) total[i][r] += dots_to_floats(sums[i][v]) * factor;
+                }
+            });
+        }
+    }
 };
 
 }  // namespace kt::KT_ISA

@@ -160,7 +160,7 @@ private:
     }
 };
 
-template <class Decoder, Scales kScales, bool kZeros, bool kIntegers>
+template <class Decoder, Scales kScales, bool kZeros, int64_t kCodeGroup>
 constexpr FormatTable format_table() {
     using Kernels = FormatKernels<Decoder, kScales, kZeros>;
     FormatTable table{&Kernels::template rows<float>,
@@ -171,20 +171,27 @@ constexpr FormatTable format_table() {
                       nullptr,
                       nullptr,
                       nullptr,
-                      0};
-    if constexpr (kIntegers) {
+                      0,
+                      0,
+                      false,
+                      false};
+    if constexpr (kCodeGroup > 0) {
+        static_assert(Decoder::kCodeGroup == (kCodeGroup > 1 ? kCodeGroup : 0));
         using Codes = CodeKernels<Decoder, kZeros>;
         table.code_dots = &Codes::dots;
         table.code_panel = &Codes::panel;
         table.code_scales = &Codes::scales;
         table.zero_code = Decoder::kZeroCode;
+        table.code_columns = Decoder::kCodeColumns;
+        table.pairs = Decoder::kPairs;
+        table.code_mins = kZeros || Decoder::kMins;
     }
     return table;
 }
 
 extern const FormatTable kFormatTables[] = {
-#define KT_FORMAT(name, Type, element, block, bytes, scales, zeros, integers) \
-    format_table<Type, Scales::scales, zeros, integers>(),
+#define KT_FORMAT(name, Type, element, block, bytes, scales, zeros, code_group) \
+    format_table<Type, Scales::scales, zeros, code_group>(),
 #include "formats/formats.def"
 #undef KT_FORMAT
 };

@@ -23,12 +23,13 @@ struct Format {
     Element element;
     int64_t block, bytes;
     Scales scales;
-    bool zeros, integers;
+    bool zeros;
+    int64_t code_group;
 };
 
 constexpr Format kFormats[] = {
-#define KT_FORMAT(name, type, element, block, bytes, scales, zeros, integers) \
-    {#name, FormatId::name, Element::element, block, bytes, Scales::scales, zeros, integers},
+#define KT_FORMAT(name, type, element, block, bytes, scales, zeros, code_group) \
+    {#name, FormatId::name, Element::element, block, bytes, Scales::scales, zeros, code_group},
 #include "formats/formats.def"
 #undef KT_FORMAT
 };
@@ -60,5 +61,11 @@ struct WeightTensor {
 };
 
 inline const Format& format_of(const WeightTensor& weight) { return kFormats[static_cast<int>(weight.format)]; }
+
+// Columns that share a scale in products in int8.
+inline int64_t code_group(const WeightTensor& weight) {
+    const int64_t in_block = format_of(weight).code_group;
+    return in_block > 1 ? in_block : weight.group;
+}
 
 }  // namespace kt

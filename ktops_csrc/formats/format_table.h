@@ -9,27 +9,32 @@
 
 namespace kt {
 
-// Rows of activations as codes in the order of chunks, zeros up to kCodeMultiple.
+// Rows of activations as codes, zeros up to whole units: in order, or of every unit the even columns and then the odd
+// ones.
 struct CodedRows {
-    static constexpr int64_t kMultiple = 64, kSumsMultiple = 16;
+    static constexpr int64_t kUnit = 128, kSumsMultiple = 16;
 
     int8_t* codes = nullptr;
     int64_t stride = 0;
     float* scale = nullptr;  // of every row
     float* sums = nullptr;   // of every row and group: of its codes; zeros up to sums_stride
     int64_t sums_stride = 0;
+    int64_t group = 0;
+    bool pairs = false;
 
     const int8_t* row(int64_t i) const { return codes + i * stride; }
     const float* row_sums(int64_t i) const { return sums + i * sums_stride; }
 
     static size_t bytes(int64_t rows, const WeightTensor& w) {
-        return Workspace::padded<int8_t>(rows * round_up(w.columns, kMultiple)) + Workspace::padded<float>(rows) +
-               Workspace::padded<float>(rows * groups_stride(w.columns, w.group));
+        return Workspace::padded<int8_t>(rows * round_up(w.columns, kUnit)) + Workspace::padded<float>(rows) +
+               Workspace::padded<float>(rows * groups_stride(w.columns, code_group(w)));
     }
-    static CodedRows take(Workspace& workspace, int64_t rows, const WeightTensor& w) {
+    static CodedRows take(Workspace& workspace, int64_t rows, const WeightTensor& w, bool pairs) {
         CodedRows out;
-        out.stride = round_up(w.columns, kMultiple);
-        out.sums_stride = groups_stride(w.columns, w.group);
+        out.group = code_group(w);
+        out.pairs = pairs;
+        out.stride = round_up(w.columns, kUnit);
+        out.sums_stride = groups_stride(w.columns, out.group);
         out.codes = workspace.take<int8_t>(rows * out.stride);
         out.scale = workspace.take<float>(rows);
         out.sums = workspace.take<float>(rows * out.sums_stride);
@@ -62,6 +67,8 @@ struct FormatTable {
     void (*code_scales)(const WeightTensor&, int64_t e, int64_t row, int64_t first, int64_t count, float* scale,
                         float* min);
     int zero_code;
+    int64_t code_columns;   // of a unit
+    bool pairs, code_mins;  // the order of codes; whether groups have a zero point of their own
 };
 
 }  // namespace kt

@@ -86,23 +86,48 @@ struct Q3_K : SuperBlockDecoder<16, 0> {
 // q4_k and q5_k: scales and minima of 6 bits, the first four of each in bytes 0 to 3 and 4 to 7, the others in the
 // halves of bytes 8 to 11 and the upper two bits of bytes 0 to 7.
 struct ScaleAndMinDecoder : SuperBlockDecoder<8, 8> {
+    // scale[8] and then min[8]
+    struct State {
+        float scale[16];
+    };
+
     static State prepare(const uint8_t* block) {
-        uint32_t in[3];
-        std::memcpy(in, block + 4, sizeof(in));
-        const uint32_t scales[] = {in[0] & 0x3f3f3f3f, (in[2] & 0x0f0f0f0f) | (in[0] >> 6 & 0x03030303) << 4};
-        const uint32_t mins[] = {in[1] & 0x3f3f3f3f, (in[2] >> 4 & 0x0f0f0f0f) | (in[1] >> 6 & 0x03030303) << 4};
         State s;
-        scale_bytes(reinterpret_cast<const uint8_t*>(scales), 8, float16(block), s.scale);
-        scale_bytes(reinterpret_cast<const uint8_t*>(mins), 8, float16(block + 2), s.min);
+        scales(block, s.scale);
         return s;
     }
+    static void scales(const uint8_t* block, float* out) {
+        typedef uint32_t Words __attribute__((vector_size(16)));
+        const auto x = load_bits<Words>(block);  // d and dmin, then the twelve bytes
+        const Words whole = __builtin_shufflevector(x, x, 1, 3, 2, 3) >> Words{0, 0, 0, 4};
+        const Words upper = __builtin_shufflevector(x, x, 1, 1, 2, 2) >> 2;
+        const Words both = (whole & Words{0x3f3f3f3f, 0x0f0f0f0f, 0x3f3f3f3f, 0x0f0f0f0f}) |
+                           (upper & Words{0, 0x30303030, 0, 0x30303030});
+        constexpr int L = kLanes<float>;
+        uint8_t bytes[16];
+        std::memcpy(bytes, &both, sizeof(bytes));
+        const VecF d = VecF{} + float16(block), dmin = VecF{} + float16(block + 2);
+        for (int i = 0; i < 16; i += L) {
+            const VecF factor = (VecF)(lane_indices() + i < 8 ? (VecI32)d : (VecI32)dmin);
+            store(out + i, to_floats(widen_unsigned(bytes + i)) * factor);
+        }
+    }
     static void scale(const State& s, int64_t p, VecF* v) {
-        for (int i = 0; i < kChunkVectors; ++i) v[i] = v[i] * s.scale[p] - s.min[p];
+        for (int i = 0; i < kChunkVectors; ++i) v[i] = v[i] * s.scale[p] - s.scale[8 + p];
     }
 };
 
 struct Q4_K : ScaleAndMinDecoder {
     static constexpr int64_t kBytes = 144;
+
+    static constexpr int kZeroCode = 0;
+    static constexpr int64_t kCodeColumns = 256, kCodeStep = kBytes, kCodeGroup = 32;
+    static constexpr bool kPairs = false, kMins = true;
+    static void codes(const uint8_t* block, VecCodes* out) {
+        for (int i = 0; i < 4; ++i) nibble_codes<32>(block + 16 + 32 * i, out + i * 64 / kCodeBytes);
+    }
+    static void code_scales(const uint8_t* block, float* out) { scales(block, out); }
+
     static void decode(const uint8_t* block, const State& s, int64_t p, VecF* v) {
         const Bytes32 q = load_bits<Bytes32>(block + 16 + 32 * (p / 2));
         unpack(shift_right(q, 4 * (p % 2)) & 15, v);

@@ -16,8 +16,13 @@ struct Int8 : ChunkDecoder {
     }
 
     static constexpr int kZeroCode = 128;
-    static constexpr int64_t kCodeStep = kCodeBytes;
-    static VecCodes codes(const uint8_t* p) { return load_bits<VecCodes>(p) ^ 0x80; }
+    static constexpr int64_t kCodeColumns = 128, kCodeStep = 128, kCodeGroup = 0;
+    static constexpr bool kPairs = false, kMins = false;
+    static void codes(const uint8_t* unit, VecCodes* out) {
+        for (int64_t i = 0; i < kCodeColumns / kCodeBytes; ++i) {
+            out[i] = load_bits<VecCodes>(unit + i * kCodeBytes) ^ 0x80;
+        }
+    }
 };
 
 // Sixteen bytes as pairs of table[low half], table[high half].
@@ -30,8 +35,9 @@ inline void decode_nibbles(const uint8_t* bytes, const float* table, VecF* v) {
 }
 
 struct NibbleCodes {
-    static constexpr int64_t kCodeStep = kCodeBytes / 2;
-    static VecCodes codes(const uint8_t* p) { return nibble_codes(p); }
+    static constexpr int64_t kCodeColumns = 128, kCodeStep = 64, kCodeGroup = 0;
+    static constexpr bool kPairs = true, kMins = false;
+    static void codes(const uint8_t* unit, VecCodes* out) { nibble_codes<64>(unit, out); }
 };
 
 struct Int4 : ChunkDecoder, NibbleCodes {

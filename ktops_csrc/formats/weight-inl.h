@@ -83,7 +83,10 @@ public:
         table_->dots(tensor_, e, row, n, x, m, c, ldc);
     }
 
-    // Products with codes, of an integer format.
+    // Products with codes, of an integer format: rows of activations for them.
+    CodedRows take_codes(Workspace& workspace, int64_t rows) const {
+        return CodedRows::take(workspace, rows, tensor_, table_->pairs);
+    }
     const WeightTensor& tensor() const { return tensor_; }
     const FormatTable& table() const { return *table_; }
 

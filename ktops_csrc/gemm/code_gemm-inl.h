@@ -2,6 +2,8 @@
 
 // C = A . W^T in integers: A as CodedRows, W in an integer format. What BlockGemm::multiply_nt is to floats.
 
+#include <numeric>
+
 #include "gemm/block_gemm-inl.h"
 #include "isa/micro_dots-inl.h"
 
@@ -16,14 +18,20 @@ public:
     // Row i of A, i < m <= kMaxRows, is row index[i] of x, or first + i without an index.
     CodeGemm(const GemmScratch<T>& scratch, const Weight<T>& weight, int64_t expert, const CodedRows& x,
              const int32_t* index, int64_t first, int64_t m)
-        : scratch_(scratch), w_(weight.tensor()), table_(weight.table()), e_(expert), x_(x), m_(m) {
+        : scratch_(scratch),
+          w_(weight.tensor()),
+          table_(weight.table()),
+          e_(expert),
+          x_(x),
+          group_(x.group),
+          unit_(weight.table().code_columns),
+          m_(m) {
         for (int64_t i = 0; i < m; ++i) index_[i] = index ? index[i] : first + i;
     }
 
     // Writes rows [0, m) of scratch.c: products with the rows of W that `columns` names.
-
     void multiply(const Columns& columns) {
-        const int64_t ldc = columns.total();
+        const int64_t ldc = ldc_ = columns.total();
         float* c = scratch_.c;
         if (m_ <= kCodeDotRows) {
             dots(columns.first, columns.count, c, ldc);
@@ -39,6 +47,8 @@ public:
     }
 
 private:
+    static constexpr int64_t kBlockColumns = MicroDots::kPanels * kPanelColumns;
+    static constexpr int64_t kMaxGroups = kMaxK / 16 + 2, kMaxSegments = 2 * kMaxGroups;
     static constexpr int64_t kLeftBytes = GemmScratch<T>::kLeftElements * static_cast<int64_t>(sizeof(Compute<T>));
 
     void dots(int64_t row, int64_t n, float* c, int64_t ldc) const {
@@ -52,77 +62,118 @@ private:
         }
     }
 
-    // k is walked in blocks of whole groups, or of parts of one group, whose panels and scales fit in scratch.
+    // Bytes of scratch for the scales of a block.
+    static constexpr int64_t kScaleBytes = kLeftBytes / 2;
+
+    // k is walked in blocks of whole units, of whole groups at best, whose panels and scales fit in scratch.
     void panels(const Columns& columns) const {
-        const int64_t ldc = columns.total(), K = w_.columns, padded = round_up(K, CodedRows::kMultiple);
-        const int64_t group = smaller(w_.group, padded);
-        const int64_t fits = smaller(kPanelBytes / ldc - 64, kLeftBytes / 2 / (8 * ldc) * smaller(group, kMaxK));
-        int64_t block = smaller(smaller(fits, kMaxK), (kLeftBytes / 2 / kPanelColumns) - 64);
-        const int64_t step = group % CodedRows::kMultiple ? 2 * group : group;
-        block = step <= block ? block / step * step : block / CodedRows::kMultiple * CodedRows::kMultiple;
-        for (int64_t k = 0; k < padded; k += block) panel_block(columns, k, smaller(block, padded - k), k > 0);
+        const int64_t padded = round_up(w_.columns, unit_), group = smaller(group_, padded);
+        const int64_t groups = kScaleBytes / (2 * kBlockColumns * static_cast<int64_t>(sizeof(float))) - 2;
+        int64_t block = smaller(smaller(groups * group, kMaxK), kPanelBytes / kBlockColumns - 64);
+        const int64_t step = group * unit_ / std::gcd(group, unit_);
+        block = step <= block ? block / step * step : block / unit_ * unit_;
+        for (int64_t k = 0; k < padded; k += block) {
+            const int64_t kn = smaller(block, padded - k);
+            panel_block(columns.first, columns.count, columns.second, 0, k, kn);
+            if (columns.second >= 0) panel_block(columns.second, columns.count, -1, columns.padded(), k, kn);
+        }
     }
 
-    void panel_block(const Columns& columns, int64_t k, int64_t kn, bool accumulate) const {
-        const int64_t ldc = columns.total(), stride = kn * kPanelColumns + 64;
+    // Products with rows [row, row + n) of W, over k in [k, k + kn), for columns of C from `column` on. A few panels
+    // are made and used at a time; meanwhile the codes of the next ones are read into the cache, at the end those of
+    // row `after`.
+    void panel_block(int64_t row, int64_t n, int64_t after, int64_t column, int64_t k, int64_t kn) const {
+        CodeSegment segments[kMaxSegments];
+        float* scales = reinterpret_cast<float*>(reinterpret_cast<uint8_t*>(scratch_.left) + kLeftBytes - kScaleBytes);
+        const int64_t num_segments = make_segments(k, kn, scales, segments);
+        for (int64_t j = 0; j < n; j += kBlockColumns) {
+            const int64_t count = smaller(kBlockColumns, n - j), next = j + kBlockColumns;
+            make_panels(row + j, count, k, kn, segments[num_segments - 1].group, scales);
+            multiply_panels(count, column + j, next < n ? row + next : after, k, kn, segments, num_segments);
+        }
+    }
+
+    void make_panels(int64_t row, int64_t n, int64_t k, int64_t kn, int64_t last_group, float* scales) const {
         auto* panels = reinterpret_cast<uint8_t*>(scratch_.panels);
         auto* rows = reinterpret_cast<uint8_t*>(scratch_.left);
-        float* scales = reinterpret_cast<float*>(rows + kLeftBytes / 2);
-        CodeSegment segments[kMaxK / kChunk];
-        const int64_t num_segments = make_segments(k, kn, scales, ldc, segments);
-        float* mins = scales + num_segments * ldc;
-        const auto prepare = [&](int64_t first, int64_t count, int64_t at) {
-            for (int64_t j = 0; j < count; j += kPanelColumns) {
-                const int64_t n = smaller(kPanelColumns, count - j);
-                table_.code_panel(w_, e_, first + j, n, k, kn, rows, panels + (at + j) / kPanelColumns * stride);
-            }
-            for (int64_t j = 0; j < round_up(count, kPanelColumns); ++j) {
-                float scale[kMaxK / kChunk] = {}, min[kMaxK / kChunk] = {};
-                if (j < count) table_.code_scales(w_, e_, first + j, segments[0].group, num_segments, scale, min);
-                for (int64_t s = 0; s < num_segments; ++s) {
-                    scales[s * ldc + at + j] = scale[s];
-                    mins[s * ldc + at + j] = min[s];
-                }
-            }
-        };
-        prepare(columns.first, columns.count, 0);
-        if (columns.second >= 0) prepare(columns.second, columns.count, columns.padded());
-        for (int64_t p = 0; p < ldc / kPanelColumns; p += MicroDots::kPanels) {
-            const int count = static_cast<int>(smaller(MicroDots::kPanels, ldc / kPanelColumns - p));
-            for (int64_t i = 0; i < m_; i += MicroDots::kRows) {
-                const int m = static_cast<int>(smaller(MicroDots::kRows, m_ - i));
-                const int8_t* a[MicroDots::kRows];
-                const float* sums[MicroDots::kRows];
-                for (int r = 0; r < m; ++r) {
-                    a[r] = x_.row(index_[i + r]) + k;
-                    sums[r] = x_.row_sums(index_[i + r]);
-                }
-                MicroDots::multiply({m, count, a, sums, panels + p * stride, stride, segments, num_segments,
-                                     scratch_.c + i * ldc + p * kPanelColumns, ldc, accumulate});
-            }
-            for (int64_t s = 0; s < num_segments; ++s) {
-                segments[s].scale += MicroDots::kPanels * kPanelColumns;
-                if (segments[s].min) segments[s].min += MicroDots::kPanels * kPanelColumns;
+        const int64_t first = k / group_, groups = last_group - first + 1;
+        for (int64_t j = 0; j < n; j += kPanelColumns, panels += panel_stride(kn)) {
+            table_.code_panel(w_, e_, row + j, smaller(kPanelColumns, n - j), k, kn, rows, panels);
+        }
+        for (int64_t j = 0; j < round_up(n, kPanelColumns); ++j) {
+            float scale[kMaxGroups] = {}, min[kMaxGroups] = {};
+            if (j < n) table_.code_scales(w_, e_, row + j, first, groups, scale, min);
+            for (int64_t g = 0; g < groups; ++g) {
+                scales[2 * g * kBlockColumns + j] = scale[g];
+                scales[(2 * g + 1) * kBlockColumns + j] = min[g];
             }
         }
     }
 
-    // The groups that [k, k + kn) is made of.
-    int64_t make_segments(int64_t k, int64_t kn, const float* scales, int64_t ldc, CodeSegment* segments) const {
-        const int64_t last = round_up(w_.columns, CodedRows::kMultiple);
-        int64_t n = 0;
-        for (int64_t at = k; at < k + kn; ++n) {
-            const int64_t group = at / w_.group, end = smaller(k + kn, (group + 1) * w_.group);
-            // what is beyond the last column belongs to the last group
-            const bool is_last = (group + 1) * w_.group >= w_.columns;
-            const int64_t stop = is_last ? smaller(k + kn, last) : end;
-            const bool starts = at % w_.group == 0, zeros = w_.zero.data != nullptr;
-            segments[n] = {(stop - at) / 4, group, scales + n * ldc, starts && zeros ? scales : nullptr,
-                           starts && !zeros ? table_.zero_code : 0};
-            at = stop;
+    void multiply_panels(int64_t n, int64_t column, int64_t next, int64_t k, int64_t kn, const CodeSegment* segments,
+                         int64_t num_segments) const {
+        const int panels = static_cast<int>(ceil_div(n, kPanelColumns));
+        // the bytes of [k, k + kn) of the next rows, each in a part of the calls
+        const int64_t line = 64, lines = ceil_div(w_.row_bytes * kn, round_up(w_.columns, unit_) * line);
+        const int64_t calls = ceil_div(m_, MicroDots::kRows);
+        for (int64_t i = 0, call = 0; i < m_; i += MicroDots::kRows, ++call) {
+            const int m = static_cast<int>(smaller(MicroDots::kRows, m_ - i));
+            const int8_t* a[MicroDots::kRows];
+            const float* sums[MicroDots::kRows];
+            for (int r = 0; r < m; ++r) {
+                a[r] = x_.row(index_[i + r]) + k;
+                sums[r] = x_.row_sums(index_[i + r]);
+            }
+            const int64_t at = call * n * lines / calls;
+            const uint8_t* ahead = w_.codes + e_ * w_.expert_bytes + (larger(next, 0) + at / lines) * w_.row_bytes +
+                                   w_.row_bytes * k / w_.columns + at % lines * line;
+            MicroDots::multiply({m, panels, a, sums, reinterpret_cast<const uint8_t*>(scratch_.panels),
+                                 panel_stride(kn), segments, num_segments, scratch_.c + i * ldc_ + column, ldc_, ahead,
+                                 next < 0 ? 0 : line});
         }
-        for (int64_t s = 0; s < n; ++s) {
-            if (segments[s].min) segments[s].min = scales + (n + s) * ldc;
+    }
+
+    // Panels don't start a power of two apart: their lines would share a few sets of the cache.
+    static int64_t panel_stride(int64_t kn) { return kn * kPanelColumns + 64; }
+
+    // The runs of steps that the groups of [k, k + kn) are made of, and where their scales are.
+    int64_t make_segments(int64_t k, int64_t kn, const float* scales, CodeSegment* segments) const {
+        int64_t n = 0;
+        bool adds = k > 0;
+        for (int64_t at = k, end = k + kn; at < end;) {
+            const int64_t group = at / group_, next = (group + 1) * group_;
+            const int64_t stop =
+                next >= w_.columns ? end : smaller(end, next);  // what is beyond the last column is its
+            const bool starts = at % group_ == 0;
+            const float* scale = scales + 2 * (group - k / group_) * kBlockColumns;
+            const auto run = [&](int64_t first, int64_t count) {
+                segments[n++] = {(first - k) / 4,
+                                 count / 4,
+                                 group,
+                                 scale,
+                                 starts && table_.code_mins ? scale + kBlockColumns : nullptr,
+                                 starts && !table_.code_mins ? table_.zero_code : 0,
+                                 false,
+                                 adds};
+            };
+            if (x_.pairs) {
+                while (at < stop) {
+                    const int64_t unit = at / unit_ * unit_, whole = at == unit ? (stop - at) / unit_ * unit_ : 0;
+                    const int64_t to = whole ? at + whole : smaller(stop, unit + unit_), half = (at - unit) / 2;
+                    if (whole) {
+                        run(at, whole);
+                    } else {
+                        run(unit + half, (to - at) / 2);
+                        run(unit + unit_ / 2 + half, (to - at) / 2);
+                    }
+                    at = to;
+                }
+            } else {
+                run(at, stop - at);
+                at = stop;
+            }
+            segments[n - 1].ends = true;
+            adds = true;
         }
         return n;
     }
@@ -132,7 +183,7 @@ private:
     const FormatTable& table_;
     int64_t e_;
     const CodedRows& x_;
-    int64_t m_;
+    int64_t group_, unit_, m_, ldc_ = 0;
     int64_t index_[kMaxRows];
 };
 

@@ -35,19 +35,25 @@ inline VecF in_one_register(VecDotsF x) {
     }
 }
 
-// Four-bit codes as bytes in the order of split chunks: the low halves of 16 bytes, then their high halves.
-inline VecCodes nibble_codes(const uint8_t* p) {
+// Four-bit codes as bytes: the low halves of kBytes bytes, then their high halves.
+template <int64_t kBytes>
+inline void nibble_codes(const uint8_t* p, VecCodes* out) {
+    typedef uint16_t Words __attribute__((vector_size(kCodeBytes)));
+    if constexpr (kBytes < kCodeBytes) {
 #if KT_VECTOR_BYTES == 64
-    const __m512i twice = _mm512_setr_epi64(0, 1, 0, 1, 2, 3, 2, 3);  // each 16 bytes two times
-    const __m512i halves =
-        _mm512_set_epi64(0x0004000400040004, 0x0004000400040004, 0, 0, 0x0004000400040004, 0x0004000400040004, 0, 0);
-    const __m512i bytes = _mm512_castsi256_si512(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
-    const __m512i shifted = _mm512_srlv_epi16(_mm512_permutexvar_epi64(twice, bytes), halves);
-    return (VecCodes)_mm512_and_si512(shifted, _mm512_set1_epi8(15));
-#else
-    const Bytes16 bytes = load_bits<Bytes16>(p), halves[2] = {bytes & 15, bytes >> 4};
-    return load_bits<VecCodes>(halves);
+        const __m512i halves = _mm512_set_epi64(0x0004000400040004, 0x0004000400040004, 0x0004000400040004,
+                                                0x0004000400040004, 0, 0, 0, 0);
+        const __m512i twice = _mm512_broadcast_i64x4(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+        out[0] = (VecCodes)_mm512_and_si512(_mm512_srlv_epi16(twice, halves), _mm512_set1_epi8(15));
 #endif
+    } else {
+        constexpr int64_t n = kBytes / kCodeBytes;
+        for (int64_t i = 0; i < n; ++i) {
+            const auto bytes = load_bits<VecCodes>(p + i * kCodeBytes);
+            out[i] = bytes & 15;
+            out[n + i] = (VecCodes)((Words)bytes >> 4) & 15;
+        }
+    }
 }
 
 }  // namespace kt::KT_ISA

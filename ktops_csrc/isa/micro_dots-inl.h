@@ -3,7 +3,7 @@
 // The micro-kernel of integer products: rows of signed codes of activations times panels of unsigned codes of weights.
 //
 //   panel       [k / 4][16][4]: one zmm register holds four codes of each of 16 columns
-//   segments    parts of k with one scale for each column: their exact sums are scaled and added up in float32
+//   segments    parts of k with one scale for each column: exact sums of groups are scaled and added up in float32
 //   registers   6 rows x 4 panels = 24 sums, 4 for a step of the panels, 1 for the broadcast of a row
 
 #include "isa/dot4-inl.h"
@@ -11,17 +11,19 @@
 
 namespace kt::KT_ISA {
 
-// Steps of four codes of one group. For 16 columns of every panel: the scale, and what is taken off times the row's sum
-// of the group; null where `zero` times that sum is taken off the integers instead, or where a segment before did it.
+// A run of steps, of four codes each, that belong to one group: the last one of a group `ends` it. For the columns of
+// C: the scales, and what is taken off times the row's sum of the group; null where `zero` times that sum is taken off
+// the integers instead, or where a run before has done it.
 struct CodeSegment {
-    int64_t steps, group;
+    int64_t first, steps, group;
     const float *scale, *min;
     int32_t zero;
+    bool ends, adds;  // adds: to what C holds
 };
 
 struct CodeArguments {
     int m, panels;
-    const int8_t* const* a;    // rows, from the first code of the first segment on
+    const int8_t* const* a;    // rows, from the first code of the panels on
     const float* const* sums;  // of every row: of its groups
     const uint8_t* b;
     int64_t b_stride;
@@ -29,7 +31,8 @@ struct CodeArguments {
     int64_t num_segments;
     float* c;
     int64_t ldc;
-    bool accumulate;
+    const uint8_t* ahead;  // what is read into the cache meanwhile, every 16 codes of a row
+    int64_t ahead_step;
 };
 
 struct MicroDots {
@@ -53,83 +56,68 @@ private:
 
     template <int M, int P>
     static void kernel(const CodeArguments& g) {
-        if constexpr (P == 4 && V == 1) {
-            if (g.num_segments > 2) {  // sums of floats fit in registers beside those of integers
-                CodeArguments half = g;
-                half.panels = 2;
-                segments<M, 2, true>(half);
-                half.b += 2 * g.b_stride;
-                half.c += 2 * kPanelColumns;
-                return segments<M, 2, true>(half, 2 * kPanelColumns);
-            }
-        }
-        segments<M, P, false>(g);
-    }
-
-    // columns: by which the segments' scales are ahead of these panels.
-    template <int M, int P, bool kKeep>
-    static void segments(const CodeArguments& g, int64_t columns = 0) {
-        const uint8_t* b = g.b;
-        VecDotsF kept[kKeep ? M : 1][kKeep ? P * V : 1];
-        if constexpr (kKeep) {
-#pragma GCC unroll 8
-            for (int i = 0; i < M; ++i) {
-#pragma GCC unroll 8
-                for (int j = 0; j < P * V; ++j) {
-                    kept[i][j] = g.accumulate ? load_bits<VecDotsF>(g.c + i * g.ldc + j * kDotLanes) : VecDotsF{};
-                }
-            }
-        }
-        int64_t k = 0;
+        constexpr int64_t kUnroll = 4;  // steps; every run is a multiple
+        const uint8_t* ahead = g.ahead;
+        VecDots sums[M][P * V];
+        bool starts = true;
         for (int64_t s = 0; s < g.num_segments; ++s) {
             const CodeSegment& segment = g.segments[s];
-            VecDots sums[M][P * V];
             const int8_t* a[M];
 #pragma GCC unroll 8
-            for (int i = 0; i < M; ++i) {
-                a[i] = g.a[i] + k;
-                const auto zero = segment.zero * static_cast<int32_t>(g.sums[i][segment.group]);
+            for (int i = 0; i < M; ++i) a[i] = g.a[i] + 4 * segment.first;
+            if (starts) start<M, P>(g, segment, sums);
+            const uint8_t* b = g.b + 64 * segment.first;
+            for (int64_t step = 0; step < segment.steps; step += kUnroll) {
+                __builtin_prefetch(ahead, 0, 2);
+                ahead += g.ahead_step;
+#pragma GCC unroll 4
+                for (int u = 0; u < kUnroll; ++u, b += 64) {
+                    VecCodes panel[P * V];
 #pragma GCC unroll 8
-                for (int j = 0; j < P * V; ++j) sums[i][j] = VecDots{} - zero;
-            }
-            for (int64_t step = 0; step < segment.steps; ++step, b += 64) {
-                VecCodes panel[P * V];
+                    for (int j = 0; j < P * V; ++j) {
+                        panel[j] = load_bits<VecCodes>(b + j / V * g.b_stride + j % V * kCodeBytes);
+                    }
 #pragma GCC unroll 8
-                for (int j = 0; j < P * V; ++j) {
-                    panel[j] = load_bits<VecCodes>(b + j / V * g.b_stride + j % V * kCodeBytes);
-                }
+                    for (int i = 0; i < M; ++i) {
+                        const auto x =
+                            (VecCodes)(VecDots{} + read(reinterpret_cast<const int32_t*>(a[i] + 4 * (step + u))));
 #pragma GCC unroll 8
-                for (int i = 0; i < M; ++i) {
-                    const VecCodes x = (VecCodes)(VecDots{} + read(reinterpret_cast<const int32_t*>(a[i] + 4 * step)));
-#pragma GCC unroll 8
-                    for (int j = 0; j < P * V; ++j) sums[i][j] = dot4(sums[i][j], panel[j], x);
-                }
-            }
-            k += 4 * segment.steps;
-#pragma GCC unroll 8
-            for (int j = 0; j < P * V; ++j) {
-                const auto scale = load_bits<VecDotsF>(segment.scale + columns + j * kDotLanes);
-                const auto min = segment.min ? load_bits<VecDotsF>(segment.min + columns + j * kDotLanes) : VecDotsF{};
-#pragma GCC unroll 8
-                for (int i = 0; i < M; ++i) {
-                    VecDotsF sum = dots_to_floats(sums[i][j]) * scale;
-                    if (segment.min) sum -= min * g.sums[i][segment.group];
-                    if constexpr (kKeep) {
-                        kept[i][j] += sum;
-                    } else {
-                        float* c = g.c + i * g.ldc + j * kDotLanes;
-                        if (g.accumulate || s > 0) sum += load_bits<VecDotsF>(c);
-                        std::memcpy(c, &sum, sizeof(sum));
+                        for (int j = 0; j < P * V; ++j) sums[i][j] = dot4(sums[i][j], panel[j], x);
                     }
                 }
             }
+            starts = segment.ends;
+            if (segment.ends) finish<M, P>(g, segment, sums);
         }
-        if constexpr (kKeep) {
+    }
+
+    template <int M, int P>
+    __attribute__((always_inline)) static void start(const CodeArguments& g, const CodeSegment& segment,
+                                                     VecDots (&sums)[M][P * V]) {
+#pragma GCC unroll 8
+        for (int i = 0; i < M; ++i) {
+            const auto zero = segment.zero * static_cast<int32_t>(g.sums[i][segment.group]);
+#pragma GCC unroll 8
+            for (int j = 0; j < P * V; ++j) sums[i][j] = VecDots{} - zero;
+        }
+    }
+
+    // c (+)= scale * sums - min * the row's sum
+    template <int M, int P>
+    __attribute__((always_inline)) static void finish(const CodeArguments& g, const CodeSegment& segment,
+                                                      const VecDots (&sums)[M][P * V]) {
+#pragma GCC unroll 8
+        for (int j = 0; j < P * V; ++j) {
+            const auto scale = load_bits<VecDotsF>(segment.scale + j * kDotLanes);
 #pragma GCC unroll 8
             for (int i = 0; i < M; ++i) {
-#pragma GCC unroll 8
-                for (int j = 0; j < P * V; ++j)
-                    std::memcpy(g.c + i * g.ldc + j * kDotLanes, &kept[i][j], sizeof(VecDotsF));
+                float* c = g.c + i * g.ldc + j * kDotLanes;
+                VecDotsF sum = dots_to_floats(sums[i][j]) * scale;
+                if (segment.min) {
+                    sum -= load_bits<VecDotsF>(segment.min + j * kDotLanes) * g.sums[i][segment.group];
+                }
+                if (segment.adds) sum += load_bits<VecDotsF>(c);
+                std::memcpy(c, &sum, sizeof(sum));
             }
         }
     }

@@ -91,6 +91,15 @@ inline void store_partial(T* p, Vec<Acc<T>> v, int64_t n) {
     std::memcpy(p, lanes, static_cast<size_t>(n) * sizeof(T));
 }
 
+#if KT_VECTOR_BYTES == 64
+inline Vec<float> load_partial(const float* p, int64_t n) {
+    return (Vec<float>)_mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << n) - 1), p);
+}
+inline void store_partial(float* p, Vec<float> v, int64_t n) {
+    _mm512_mask_storeu_ps(p, static_cast<__mmask16>((1u << n) - 1), (__m512)v);
+}
+#endif
+
 // f(i, n) for consecutive pieces [i, i + n) of [0, count), with n = kLanes but for the last.
 template <class A, class F>
 inline void for_each_vector(int64_t count, F f) {

@@ -58,22 +58,24 @@ private:
         xa_ = results.saved_xa ? static_cast<T*>(results.saved_xa) : workspace.take<T>(R * p_.gate_up_rank);
         ha_ = results.saved_ha ? static_cast<T*>(results.saved_ha) : workspace.take<T>(R * p_.down_rank);
         routes_ = workspace.take<Acc<T>>(CombineDown::route_elements(p_, routing_));
-        if (uses_codes<T>(p_, p_.down_proj)) coded_h_ = CodedRows::take(workspace, R, p_.down_proj);
+        if (uses_codes<T>(p_, p_.down_proj)) coded_h_ = layer.down.take_codes(workspace, R);
         threads_ = Thread<T>::take(workspace, p_, routing_);
     }
 
     void run() {
         const int64_t active = routing_.num_active;
-        const int64_t i_slab = slab_width(kSlab<T>, layer_.I, active, p_.num_threads),
+        const int64_t i_slab =
+                          slab_width(layer_.coded_x.codes ? kCodeSlab<T> : kSlab<T>, layer_.I, active, p_.num_threads),
                       i_slabs = ceil_div(layer_.I, i_slab);
         const DownProduct<T> product{layer_, h_, ha_, coded_h_};
-        const CombineDown combine(layer_, threads_, product, routes_, static_cast<T*>(results_.output), kSlab<T>);
+        const CombineDown combine(layer_, threads_, product, routes_, static_cast<T*>(results_.output),
+                                  coded_h_.codes ? kCodeSlab<T> : kSlab<T>);
 
         const auto code_x = [&](int64_t token, int) { layer_.code_token(token); };
         const auto code_h = [&](int64_t route, int) {
             if constexpr (std::is_same_v<A, float>) {
                 const T* h = h_ + route * layer_.I;
-                quantize_row(h, layer_.I, p_.down_proj.group, layer_.down.table().split, coded_h_, route);
+                quantize_row(h, layer_.I, coded_h_, route);
             }
         };
         const auto project_x = [&](int64_t task, int thread) {

@@ -25,6 +25,10 @@ constexpr int64_t kSlab = BlockGemm<T>::kCopiesRows ? 256 : 64;
 template <class T>
 constexpr int64_t kSlabRows = smaller(kMaxRows, kMaxRows* kMaxColumns / (2 * kSlab<T>));
 
+// The same of products with codes, which read the codes of the next columns of a task ahead.
+template <class T>
+constexpr int64_t kCodeSlab = larger(kSlab<T>, 128);
+
 // Columns of I over which <h, dh> is summed before the sums are added up.
 constexpr int64_t kDotSlab = 64;
 
@@ -97,7 +101,7 @@ private:
 // Whether products with this weight are computed in integers.
 template <class T>
 inline bool uses_codes(const Problem& p, const WeightTensor& weight) {
-    if (std::is_same_v<T, double> || weight.is_dense() || !format_of(weight).integers) return false;
+    if (std::is_same_v<T, double> || weight.is_dense() || !format_of(weight).code_group) return false;
     if (p.compute != Computation::kAuto) return p.compute == Computation::kInt8;
     return p.inference && p.num_tokens * p.top_k <= KT_CODE_ROWS * p.num_experts;
 }
@@ -128,7 +132,7 @@ struct Layer {
             weights[i] = static_cast<Acc<T>>(p.topk_weights.at(routing.token[i], routing.route[i] % p.top_k));
         }
         route_weights = weights;
-        if (uses_codes<T>(p, p.gate_up_proj)) coded_x = CodedRows::take(workspace, p.num_tokens, p.gate_up_proj);
+        if (uses_codes<T>(p, p.gate_up_proj)) coded_x = gate_up.take_codes(workspace, p.num_tokens);
     }
     static size_t bytes(const Problem& p, const Routing& routing) {
         return Workspace::padded<Acc<T>>(routing.num_routes) +
@@ -139,7 +143,7 @@ struct Layer {
     void code_token(int64_t token) const {
         if constexpr (std::is_same_v<Acc<T>, float>) {
             const T* x = static_cast<const T*>(p.hidden_states) + token * H;
-            quantize_row(x, H, p.gate_up_proj.group, gate_up.table().split, coded_x, token);
+            quantize_row(x, H, coded_x, token);
         }
     }
 
@@ -188,7 +192,7 @@ inline void gate_up_product(const Thread<T>& thread, const Layer<T>& layer, int6
     const Problem& p = layer.p;
     const Columns columns{column, n, layer.I + column};
     Acc<T>* bias_g = thread.bias;
-    Acc<T>* bias_u = thread.bias + kSlab<T>;
+    Acc<T>* bias_u = thread.bias + columns.padded();
     load_bias(p.gate_up_bias, expert, column, n, bias_g);
     load_bias(p.gate_up_bias, expert, layer.I + column, n, bias_u);
     const int64_t begin = layer.routing.offsets[expert];

@@ -113,7 +113,7 @@ MoeArguments::MoeArguments(const char* op, KT_MOE_PARAMETERS)
     p.gate_up_proj = weight(gate_up, formats.gate_up, gate_up_proj, gate_up_scale, gate_up_zero);
     p.down_proj = weight(down, formats.down, down_proj, down_scale, down_zero);
     for (const Format* format : {formats.gate_up, formats.down}) {
-        check.require(p.compute != Computation::kInt8 || (format && format->integers),
+        check.require(p.compute != Computation::kInt8 || (format && format->code_group),
                       "compute must be auto or bf16 for weight_format '", weight_format, "', got 'int8'");
     }
     check.require(p.compute != Computation::kInt8 || dtype != DType::kFloat64,

@@ -20,7 +20,6 @@
 #include "formats/groups-inl.h"
 #include "isa/direct-inl.h"
 #include "isa/dot4-inl.h"
-#include "isa/pack-inl.h"
 
 namespace kt::KT_ISA {
 
@@ -41,11 +40,10 @@ public:
         with_few_rows(m, [&](auto rows) { dots_of<rows()>(w, e, row, n, x, index, m, c, ldc); });
     }
 
-    // Codes [k, k + kn) of 16 rows, of which n exist, as a panel: [kn / 4][16][4]. k and kn are multiples of
-    // kColumns; what lies beyond the last column is any code. rows: scratch of 16 rows of kn + 64.
-    static void panel(const WeightTensor& w, int64_t e, int64_t row, int64_t n, int64_t k, int64_t kn, uint8_t* rows,
-                      uint8_t* panel) {
-        const int64_t stride = kn + 64;
+    // Codes [k, k + kn) of n rows, `stride` bytes apart. k and kn are multiples of kColumns; what lies beyond the last
+    // column is any code.
+    static void rows(const WeightTensor& w, int64_t e, int64_t row, int64_t n, int64_t k, int64_t kn, uint8_t* out,
+                     int64_t stride) {
         for (int64_t j = 0; j < n; ++j) {
             const uint8_t* unit = row_codes(w, e, row + j) + k / kColumns * kStep;
             uint8_t last[kStep];
@@ -53,12 +51,8 @@ public:
                 if (__builtin_expect(k + i + kColumns > w.columns, 0)) unit = copy_last(unit, w.columns - k - i, last);
                 VecCodes codes[V];
                 Decoder::codes(unit, codes);
-                std::memcpy(rows + j * stride + i, codes, sizeof(codes));
+                std::memcpy(out + j * stride + i, codes, sizeof(codes));
             }
-        }
-        for (int64_t i = 0; i < kn; i += 64) {
-            KT_TRANSPOSE_16X16(reinterpret_cast<const char*>(rows + i), stride,
-                               reinterpret_cast<uint32_t*>(panel + i * kPanelColumns));
         }
     }
 
@@ -213,6 +207,9 @@ private:
     // From the scales of one group after the other to those of the lanes of vector v.
     template <int64_t kGroup, int v, int... Is>
     __attribute__((always_inline)) static VecDotsF of_lanes(const float* scale, std::integer_sequence<int, Is...>) {
+        if constexpr (column_of(v, kDotLanes - 1) / kGroup == column_of(v, 0) / kGroup) {
+            return VecDotsF{} + scale[column_of(v, 0) / kGroup];
+        }
         constexpr int64_t kFirst = column_of(v, 0) / kGroup / kDotLanes * kDotLanes;
         const auto scales = load_bits<VecDotsF>(scale + kFirst);
         return __builtin_shufflevector(scales, scales, static_cast<int>(column_of(v, Is) / kGroup - kFirst)...);

@@ -179,7 +179,7 @@ constexpr FormatTable format_table() {
         static_assert(Decoder::kCodeGroup == (kCodeGroup > 1 ? kCodeGroup : 0));
         using Codes = CodeKernels<Decoder, kZeros>;
         table.code_dots = &Codes::dots;
-        table.code_panel = &Codes::panel;
+        table.code_rows = &Codes::rows;
         table.code_scales = &Codes::scales;
         table.zero_code = Decoder::kZeroCode;
         table.code_columns = Decoder::kCodeColumns;

@@ -62,8 +62,8 @@ struct FormatTable {
     // Of integer formats: functions of CodeKernels, null for others.
     void (*code_dots)(const WeightTensor&, int64_t e, int64_t row, int64_t n, const CodedRows& x, const int64_t* index,
                       int64_t m, float* c, int64_t ldc);
-    void (*code_panel)(const WeightTensor&, int64_t e, int64_t row, int64_t n, int64_t k, int64_t kn, uint8_t* rows,
-                       uint8_t* panel);
+    void (*code_rows)(const WeightTensor&, int64_t e, int64_t row, int64_t n, int64_t k, int64_t kn, uint8_t* out,
+                      int64_t stride);
     void (*code_scales)(const WeightTensor&, int64_t e, int64_t row, int64_t first, int64_t count, float* scale,
                         float* min);
     int zero_code;

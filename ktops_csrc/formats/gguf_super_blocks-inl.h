@@ -149,11 +149,26 @@ struct Q6_K : SuperBlockDecoder<16, 0> {
 
     static State prepare(const uint8_t* block) {
         State s;
-        const float d = float16(block + 208);
-        for (int i = 0; i < 16; i += kLanes<float>) {
-            store(s.scale + i, to_floats(widen_signed(block + 192 + i)) * d);
-        }
+        code_scales(block, s.scale);
         return s;
+    }
+
+    static constexpr int kZeroCode = 32;
+    static constexpr int64_t kCodeColumns = 256, kCodeStep = kBytes, kCodeGroup = 16;
+    static constexpr bool kPairs = false, kMins = false;
+    static void codes(const uint8_t* block, VecCodes* out) {
+        constexpr int kVectors = 128 / static_cast<int>(kCodeBytes), kShift = 8 / kVectors;
+        for (int h = 0; h < 2; ++h) {
+            nibble_codes<64>(block + 64 * h, out + h * kVectors);
+            for (int v = 0; v < kVectors; ++v) {
+                const VecCodes high = shifted_twice(block + 128 + 32 * h, kShift * v, kShift * v + 2) & 3;
+                out[h * kVectors + v] |= high << 4;
+            }
+        }
+    }
+    static void code_scales(const uint8_t* block, float* out) {
+        const float d = float16(block + 208);
+        for (int i = 0; i < 16; i += kLanes<float>) store(out + i, to_floats(widen_signed(block + 192 + i)) * d);
     }
     static void decode(const uint8_t* block, const State& s, int64_t p, VecF* v) {
         const int64_t h = p / 4, r = p % 4;

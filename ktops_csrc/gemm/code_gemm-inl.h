@@ -7,6 +7,10 @@
 #include "gemm/block_gemm-inl.h"
 #include "isa/micro_dots-inl.h"
 
+#ifdef KT_INT8_TILES
+#include "gemm/code_tiles-inl.h"
+#endif
+
 namespace kt::KT_ISA {
 
 // Up to this many rows, codes are multiplied where they lie; a panel would not be used often enough.
@@ -38,6 +42,11 @@ public:
             if (columns.second >= 0) dots(columns.second, columns.count, c + columns.padded(), ldc);
             return;
         }
+#ifdef KT_INT8_TILES
+        if (CodeTiles<T>::fits(w_, table_, group_)) {
+            return CodeTiles<T>(scratch_, w_, table_, e_, x_, index_, m_).multiply(columns);
+        }
+#endif
         panels(columns);
         for (int64_t i = 0; i < m_; ++i) {
             float* row = c + i * ldc;
@@ -98,7 +107,11 @@ private:
         auto* rows = reinterpret_cast<uint8_t*>(scratch_.left);
         const int64_t first = k / group_, groups = last_group - first + 1;
         for (int64_t j = 0; j < n; j += kPanelColumns, panels += panel_stride(kn)) {
-            table_.code_panel(w_, e_, row + j, smaller(kPanelColumns, n - j), k, kn, rows, panels);
+            table_.code_rows(w_, e_, row + j, smaller(kPanelColumns, n - j), k, kn, rows, kn + 64);
+            for (int64_t i = 0; i < kn; i += 64) {
+                KT_TRANSPOSE_16X16(reinterpret_cast<const char*>(rows + i), kn + 64,
+                                   reinterpret_cast<uint32_t*>(panels + i * kPanelColumns));
+            }
         }
         for (int64_t j = 0; j < round_up(n, kPanelColumns); ++j) {
             float scale[kMaxGroups] = {}, min[kMaxGroups] = {};

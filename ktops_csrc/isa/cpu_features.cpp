@@ -40,7 +40,7 @@ constexpr int kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PE
 
 bool cpu_has_tiles() {
     const Leaf seven = cpuid(7, 0);
-    return bit(seven.edx, 22) && bit(seven.edx, 24);  // AMX-BF16, AMX-TILE
+    return bit(seven.edx, 22) && bit(seven.edx, 24) && bit(seven.edx, 25);  // AMX-BF16, AMX-TILE, AMX-INT8
 }
 
 // 0 or errno

@@ -35,18 +35,28 @@ inline VecF in_one_register(VecDotsF x) {
     }
 }
 
+// kCodeBytes bytes: the 32 at p shifted right by `low` bits, and where there are 64 again by `high` bits. Bits of a
+// byte's neighbour come in from above.
+inline VecCodes shifted_twice(const uint8_t* p, int low, int high) {
+    typedef uint16_t Words __attribute__((vector_size(kCodeBytes)));
+#if KT_VECTOR_BYTES == 64
+    const auto bytes = (Words)_mm512_broadcast_i64x4(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+    Words shifts;
+    for (int i = 0; i < 32; ++i) shifts[i] = static_cast<uint16_t>(i < 16 ? low : high);
+    return (VecCodes)_mm512_srlv_epi16((__m512i)bytes, (__m512i)shifts);
+#else
+    static_cast<void>(high);
+    return (VecCodes)(load_bits<Words>(p) >> low);
+#endif
+}
+
 // Four-bit codes as bytes: the low halves of kBytes bytes, then their high halves.
 template <int64_t kBytes>
 inline void nibble_codes(const uint8_t* p, VecCodes* out) {
-    typedef uint16_t Words __attribute__((vector_size(kCodeBytes)));
     if constexpr (kBytes < kCodeBytes) {
-#if KT_VECTOR_BYTES == 64
-        const __m512i halves = _mm512_set_epi64(0x0004000400040004, 0x0004000400040004, 0x0004000400040004,
-                                                0x0004000400040004, 0, 0, 0, 0);
-        const __m512i twice = _mm512_broadcast_i64x4(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
-        out[0] = (VecCodes)_mm512_and_si512(_mm512_srlv_epi16(twice, halves), _mm512_set1_epi8(15));
-#endif
+        out[0] = shifted_twice(p, 0, 4) & 15;
     } else {
+        typedef uint16_t Words __attribute__((vector_size(kCodeBytes)));
         constexpr int64_t n = kBytes / kCodeBytes;
         for (int64_t i = 0; i < n; ++i) {
             const auto bytes = load_bits<VecCodes>(p + i * kCodeBytes);

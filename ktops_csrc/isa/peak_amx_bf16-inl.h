@@ -5,7 +5,8 @@
 
 namespace kt::KT_ISA {
 
-inline double peak_bfloat16_tiles(int64_t iterations) {
+template <class Products>
+inline double peak_tiles(int64_t iterations, double flops, Products products) {
     const TileRegion region;
     _tile_zero(0);
     _tile_zero(1);
@@ -16,14 +17,28 @@ inline double peak_bfloat16_tiles(int64_t iterations) {
     _tile_zero(6);
     _tile_zero(7);
     const auto start = std::chrono::steady_clock::now();
-    for (int64_t i = 0; i < iterations; ++i) {
+    for (int64_t i = 0; i < iterations; ++i) products();
+    const std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - start;
+    return static_cast<double>(iterations) * 4 * flops / seconds.count();
+}
+
+inline double peak_bfloat16_tiles(int64_t iterations) {
+    return peak_tiles(iterations, 2.0 * 16 * 16 * 32, [] {
         _tile_dpbf16ps(0, 4, 6);
         _tile_dpbf16ps(1, 4, 7);
         _tile_dpbf16ps(2, 5, 6);
         _tile_dpbf16ps(3, 5, 7);
-    }
-    const std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - start;
-    return static_cast<double>(iterations) * 4 * (2.0 * 16 * 16 * 32) / seconds.count();
+    });
+}
+
+// An operation is a product or a sum.
+inline double peak_int8_tiles(int64_t iterations) {
+    return peak_tiles(iterations, 2.0 * 16 * 16 * 64, [] {
+        _tile_dpbusd(0, 4, 6);
+        _tile_dpbusd(1, 4, 7);
+        _tile_dpbusd(2, 5, 6);
+        _tile_dpbusd(3, 5, 7);
+    });
 }
 
 }  // namespace kt::KT_ISA

@@ -97,13 +97,18 @@ private:
 #ifndef KT_CODE_ROWS
 #define KT_CODE_ROWS 0
 #endif
+// And with any number of rows, from so many columns on that share a scale.
+#ifndef KT_CODE_GROUP
+#define KT_CODE_GROUP (int64_t{1} << 62)
+#endif
 
 // Whether products with this weight are computed in integers.
 template <class T>
 inline bool uses_codes(const Problem& p, const WeightTensor& weight) {
     if (std::is_same_v<T, double> || weight.is_dense() || !format_of(weight).code_group) return false;
     if (p.compute != Computation::kAuto) return p.compute == Computation::kInt8;
-    return p.inference && p.num_tokens * p.top_k <= KT_CODE_ROWS * p.num_experts;
+    return p.inference &&
+           (p.num_tokens * p.top_k <= KT_CODE_ROWS * p.num_experts || code_group(weight) >= KT_CODE_GROUP);
 }
 
 template <class T>

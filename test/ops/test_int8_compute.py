@@ -12,6 +12,11 @@ from ktops.testing.weights import in_format
 
 FORMATS = [("int8", 0), ("int8", 32), ("int4", 0), ("int4", 96), ("int4", 128), ("uint4", 0), ("uint4", 32)]
 SIZES = [(1, 256, 256), (3, 1024, 96), (20, 160, 96), (60, 97, 36), (30, 4160, 64), (3, 4352, 64)]
+BLOCKS = ["q4_k", "q6_k"]
+BLOCK_SIZES = [(1, 256, 256), (3, 1024, 256), (40, 512, 256)]
+CASES = [(*format, *size) for format in FORMATS for size in SIZES] + [
+    (name, 0, *size) for name in BLOCKS for size in BLOCK_SIZES
+]
 FAST = ("amx_bf16", "avx512_bf16")
 """The rows that multiply integers faster than floats: where "auto" means "int8"."""
 
@@ -40,8 +45,7 @@ def expected(inputs: dict) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("num_tokens,hidden_size,intermediate_size", SIZES)
-@pytest.mark.parametrize("name,group_size", FORMATS)
+@pytest.mark.parametrize("name,group_size,num_tokens,hidden_size,intermediate_size", CASES)
 def test_products_of_integers(isa, name, group_size, num_tokens, hidden_size, intermediate_size, dtype):
     inputs = moe_inputs(num_tokens, hidden_size, intermediate_size, 4, 2, dtype=dtype)
     inputs = in_format(inputs, name, group_size)

@@ -1,0 +1,132 @@
+#pragma once
+
+// C = A . W^T in integers with tiles (isa/micro_dots_amx_int8-inl.h): rows of W are decoded, rows of A are put into
+// panels, and blocks of C are summed transposed.
+
+#include "gemm/block_gemm-inl.h"
+#include "isa/micro_dots_amx_int8-inl.h"
+
+namespace kt::KT_ISA {
+
+template <class T>
+class CodeTiles {
+public:
+    CodeTiles(const GemmScratch<T>& scratch, const WeightTensor& w, const FormatTable& table, int64_t expert,
+              const CodedRows& x, const int64_t* index, int64_t m)
+        : w_(w),
+          table_(table),
+          e_(expert),
+          x_(x),
+          index_(index),
+          m_(m),
+          group_(x.group < w.columns ? x.group : round_up(w.columns, table.code_columns)),
+          c_(scratch.c),
+          panels_(reinterpret_cast<uint8_t*>(scratch.panels)),
+          rows_(reinterpret_cast<uint8_t*>(scratch.left)) {}
+
+    // Whether groups are whole tiles, in the order of codes.
+    static bool fits(const WeightTensor& w, const FormatTable& table, int64_t group) {
+        return group >= w.columns || (group % table.code_columns == 0 && group <= kMaxK);
+    }
+
+    // Writes rows [0, m) of C: products with the rows of W that `columns` names.
+    void multiply(const Columns& columns) {
+        ldc_ = columns.total();
+        const int64_t padded = round_up(w_.columns, table_.code_columns);
+        const int64_t block = group_ <= kMaxK ? kMaxK / group_ * group_ : kMaxK;
+        for (int64_t k = 0; k < padded; k += block) {
+            const int64_t kn = smaller(block, padded - k);
+            make_panels(k, kn);
+            multiply_rows(columns.first, columns.count, 0, k, kn);
+            if (columns.second >= 0) multiply_rows(columns.second, columns.count, columns.padded(), k, kn);
+        }
+    }
+
+private:
+    static constexpr int64_t kRows = TileDots::kRows, kMaxGroups = kMaxK / 64;
+
+    static int64_t panel_stride(int64_t kn) { return kn * kPanelColumns + 64; }
+    // Rows don't start a power of two apart: their lines would share a few sets of the cache.
+    static int64_t row_stride(int64_t kn) { return kn + 64; }
+
+    void make_panels(int64_t k, int64_t kn) const {
+        for (int64_t i = 0; i < m_; i += kPanelColumns) {
+            uint8_t* panel = panels_ + i / kPanelColumns * panel_stride(kn);
+            for (int64_t j = i; j < smaller(m_, i + kPanelColumns); ++j) {
+                std::memcpy(rows_ + (j - i) * row_stride(kn), x_.row(index_[j]) + k, static_cast<size_t>(kn));
+            }
+            for (int64_t j = 0; j < kn; j += TileDots::kColumns) {
+                KT_TRANSPOSE_16X16(reinterpret_cast<const char*>(rows_ + j), row_stride(kn),
+                                   reinterpret_cast<uint32_t*>(panel + j * kPanelColumns));
+            }
+        }
+    }
+
+    // Products with rows [row, row + n) of W, over [k, k + kn), for columns of C from `column` on.
+    void multiply_rows(int64_t row, int64_t n, int64_t column, int64_t k, int64_t kn) const {
+        const int64_t first = k / group_, groups = (smaller(k + kn, w_.columns) - 1) / group_ - first + 1;
+        for (int64_t j = 0; j < n; j += kRows) {
+            const int64_t count = smaller(kRows, n - j);
+            table_.code_rows(w_, e_, row + j, count, k, kn, rows_, row_stride(kn));
+            alignas(64) float scale[kMaxGroups][kRows] = {}, min[kMaxGroups][kRows] = {};
+            for (int64_t r = 0; r < count; ++r) {
+                float scales[kMaxGroups], mins[kMaxGroups];
+                table_.code_scales(w_, e_, row + j + r, first, groups, scales, mins);
+                for (int64_t g = 0; g < groups; ++g) {
+                    scale[g][r] = scales[g];
+                    min[g][r] = (k + g * group_) % group_ ? 0 : mins[g];  // else the block before has taken it
+                }
+            }
+            for (int64_t i = 0; i < m_; i += kRows) {
+                // the rows after these, some in each pass
+                const int64_t part = kRows * i / m_, end = kRows * smaller(m_, i + kRows) / m_;
+                TileDots::ReadAhead ahead{codes_at(row + j + kRows + part, k), w_.row_bytes, end - part,
+                                          w_.row_bytes * TileDots::kColumns / w_.columns};
+                for (int64_t g = 0; g < groups; ++g) {
+                    const int64_t from = g * group_, steps = (smaller(group_, kn - from)) / TileDots::kColumns;
+                    alignas(64) int32_t sums[32 * 32];
+                    TileDots::multiply(rows_ + from, row_stride(kn), count,
+                                       panels_ + i / kPanelColumns * panel_stride(kn) + from * kPanelColumns,
+                                       panel_stride(kn), m_ - i, steps, sums, ahead);
+                    ahead.from += steps * ahead.bytes;
+                    add(sums, i, column + j, count, scale[g], min[g], first + g, k > 0 || g > 0);
+                }
+            }
+        }
+    }
+
+    // Where the codes of columns [k, ...) of a row are, about.
+    const uint8_t* codes_at(int64_t row, int64_t k) const {
+        return w_.codes + e_ * w_.expert_bytes + row * w_.row_bytes + w_.row_bytes * k / w_.columns;
+    }
+
+    // C (+)= (scale * sums - min * the row's sum of a group) * the row's scale
+    void add(const int32_t* sums, int64_t i, int64_t column, int64_t n, const float* scale, const float* min,
+             int64_t group, bool adds) const {
+        for (int64_t p = i; p < smaller(m_, i + kRows); p += kPanelColumns) {
+            for (int64_t q = 0; q < n; q += kPanelColumns) {
+                alignas(64) uint32_t block[16 * 16];
+                KT_TRANSPOSE_16X16(reinterpret_cast<const char*>(sums + q * 32 + p - i), 128, block);
+                const VecF factor = load(scale + q), offset = load(min + q);
+                for (int64_t r = p; r < smaller(m_, p + kPanelColumns); ++r) {
+                    float* c = c_ + r * ldc_ + column + q;
+                    const VecF sum = to_floats(load_bits<VecI32>(block + 16 * (r - p)));
+                    const VecF product = sum * factor - offset * x_.row_sums(index_[r])[group];
+                    const float of_row = x_.scale[index_[r]];
+                    store(c, adds ? load(c) + product * of_row : product * of_row);
+                }
+            }
+        }
+    }
+
+    const WeightTensor& w_;
+    const FormatTable& table_;
+    int64_t e_;
+    const CodedRows& x_;
+    const int64_t* index_;
+    int64_t m_, group_, ldc_ = 0;
+    float* c_;
+    uint8_t *panels_, *rows_;
+};
+
+}  // namespace kt::KT_ISA

@@ -16,7 +16,7 @@ from ktops.testing.budgets import SAFETY, rms, rounding_level
 
 HERE = Path(__file__).parent
 CSRC = HERE.parents[1] / "ktops_csrc"
-LINE = "KT_FORMAT(toy, Toy, kUInt8, 1, 1, kFloats, false, false)\n"
+LINE = "KT_FORMAT(toy, Toy, kUInt8, 1, 1, kFloats, false, 0)\n"
 
 
 class Toy(Format):

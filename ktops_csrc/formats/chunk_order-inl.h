@@ -20,6 +20,19 @@ inline void order(const T* x, int64_t k, bool split, float* out) {
     }
 }
 
+// The even ones of a unit of codes, and then the odd ones.
+inline void put_pairs(const int8_t* codes, int8_t* out) {
+    constexpr int64_t kHalf = CodedRows::kUnit / 2;
+    typedef uint16_t Words __attribute__((vector_size(KT_VECTOR_BYTES)));
+    typedef int8_t Bytes __attribute__((vector_size(KT_VECTOR_BYTES / 2)));
+    for (int64_t i = 0; i < kHalf; i += KT_VECTOR_BYTES / 2) {
+        const auto pairs = load_bits<Words>(codes + 2 * i);
+        const auto even = __builtin_convertvector(pairs, Bytes), odd = __builtin_convertvector(pairs >> 8, Bytes);
+        std::memcpy(out + i, &even, sizeof(even));
+        std::memcpy(out + kHalf + i, &odd, sizeof(odd));
+    }
+}
+
 // Row i of `rows` from k elements: round(x / scale) with scale = max |x| / 127.
 template <class T>
 inline void quantize_row(const T* x, int64_t k, const CodedRows& rows, int64_t i) {
@@ -36,23 +49,32 @@ inline void quantize_row(const T* x, int64_t k, const CodedRows& rows, int64_t i
     int8_t* out = rows.codes + i * rows.stride;
     float* sums = rows.sums + i * rows.sums_stride;
     for (int64_t g = 0; g < rows.sums_stride; ++g) sums[g] = 0;
+    int64_t group_end = rows.group;
     constexpr int64_t kUnit = CodedRows::kUnit, kPart = 16;  // columns; parts lie in one group each
     for (int64_t j = 0; j < rows.stride; j += kUnit, out += kUnit) {
-        float values[kUnit] = {};
         const int64_t count = larger(0, smaller(kUnit, k - j));
-        for_each_vector<float>(count,
-                               [&](int64_t s, int64_t n) { store_n(values + s, load_n(x + j + s, n) * inverse, n); });
-        int32_t integers[kUnit];
-        for (int s = 0; s < kUnit; s += kLanes<float>) {
-            const VecI32 rounded = bit_cast<VecI32>(load(values + s) + kRound) - kRoundBits;
-            std::memcpy(integers + s, &rounded, sizeof(rounded));
-        }
+        int8_t codes[kUnit] = {};
         for (int64_t s = 0; s < count; s += kPart) {
-            int32_t sum = 0;
-            for (int64_t p = 0; p < kPart; ++p) sum += integers[s + p];
-            sums[(j + s) / rows.group] += static_cast<float>(sum);
+            VecI32 sum{};
+            for_each_vector<float>(smaller(kPart, count - s), [&](int64_t i, int64_t n) {
+                VecF v = load_n(x + j + s + i, n) * inverse;
+                __asm__("" : "+x"(v));  // the product is a float32 before it is an integer: no fused multiply-add
+                const VecI32 integers = bit_cast<VecI32>(v + kRound) - kRoundBits;
+                const auto bytes = __builtin_convertvector(integers, VecI8);
+                std::memcpy(codes + s + i, &bytes, sizeof(bytes));
+                sum += integers;
+            });
+            if (j + s >= group_end) {
+                group_end += rows.group;
+                ++sums;
+            }
+            *sums += sum_lanes<float>(to_floats(sum));
         }
-        for (int64_t s = 0; s < kUnit; ++s) out[s] = static_cast<int8_t>(integers[index_at(s, kUnit, rows.pairs)]);
+        if (rows.pairs) {
+            put_pairs(codes, out);
+        } else {
+            std::memcpy(out, codes, sizeof(codes));
+        }
     }
 }
 

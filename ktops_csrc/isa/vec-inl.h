@@ -25,6 +25,8 @@ typedef uint32_t VecU32 __attribute__((vector_size(KT_VECTOR_BYTES)));
 typedef int32_t VecI32 __attribute__((vector_size(KT_VECTOR_BYTES)));
 typedef uint16_t VecU16 __attribute__((vector_size(KT_VECTOR_BYTES / 2)));  // as many lanes as VecU32
 
+typedef int8_t VecI8 __attribute__((vector_size(KT_VECTOR_BYTES / 4)));  // as many lanes as VecI32
+
 // Halves of 32 bits each, zero-extended. GCC 12 makes five instructions of one zmm's conversion.
 inline VecU32 widen(VecU16 x) {
 #if KT_VECTOR_BYTES == 64

@@ -11,7 +11,15 @@ from ktops.testing.inputs import densified, moe_inputs
 from ktops.testing.weights import in_format
 
 FORMATS = [("int8", 0), ("int8", 32), ("int4", 0), ("int4", 96), ("int4", 128), ("uint4", 0), ("uint4", 32)]
-SIZES = [(1, 256, 256), (3, 1024, 96), (20, 160, 96), (90, 97, 36), (30, 4160, 64), (3, 4352, 64)]
+SIZES = [
+    (1, 256, 256),
+    (3, 1024, 96),
+    (20, 160, 96),
+    (60, 97, 36),
+    (90, 256, 64),
+    (30, 4160, 64),
+    (3, 4352, 64),
+]
 BLOCKS = ["q4_k", "q6_k"]
 BLOCK_SIZES = [(1, 256, 256), (3, 1024, 256), (40, 512, 256)]
 CASES = [(*format, *size) for format in FORMATS for size in SIZES] + [

@@ -44,6 +44,9 @@ SECONDS = 0.3  # of a sample
 DISTINCT = 16  # experts with weights of their own
 _LAYER, _CODES = "layer.pt", "codes.pt"
 
+INTEGERS = (*GROUPED, "q4_k", "q6_k")
+"""Formats whose codes ktops may multiply as integers."""
+
 ROUNDED_ACTIVATIONS = 0.05
 """Allowed where integers may be multiplied: activations are rounded to 127 steps of the largest of a row."""
 
@@ -149,7 +152,7 @@ def allowed(method: Method, contestant: str) -> float:
     """Relative error that is taken for right."""
     if contestant == THEIRS and method.quantises:
         return OWN_CODES[method.format]
-    integers = method.format in GROUPED
+    integers = method.format in INTEGERS
     if contestant == OURS:
         integers = integers and method.mode == "forward"
     elif method.name == "LLAMAFILE":

@@ -116,7 +116,7 @@ def test_what_kt_kernel_cannot_run_is_listed(monkeypatch, capsys):
         ("AMXINT4", 0.05, 0.5),
         ("RAWINT4", 0.05, 0.05),
         ("RAWINT4_SFT", 2 * forward_budget(torch.bfloat16), 0.05),
-        ("LLAMAFILE", 2 * forward_budget(torch.bfloat16), 0.05),
+        ("LLAMAFILE", 0.05, 0.05),
     ],
 )
 def test_what_is_taken_for_right(name, ours, theirs):

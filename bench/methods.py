@@ -124,9 +124,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 
 def stored(weight: ExpertWeight) -> dict:
     """What the contestants read: the arguments of ExpertWeight."""
-    codes = dict(zip(("weight", "scale", "zero"), weight.codes, strict=True))
     sizes = {"shape": tuple(weight.shape), "group_size": weight.group_size}
-    return {"format": weight.format, **sizes, **codes}
+    return {"format": weight.format, **sizes, **weight.codes._asdict()}
 
 
 def quantised(layer: Layer, method: Method, file: Path) -> Layer:
@@ -140,7 +139,7 @@ def quantised(layer: Layer, method: Method, file: Path) -> Layer:
     for name in ("gate_up", "down"):
         dense = getattr(layer, f"{name}_proj")
         few = random_weight(dense[:DISTINCT], method.format, method.group_size)
-        tensors = (t if t is None else t[chosen] for t in few.codes)
+        tensors = few.codes.map(lambda tensor: tensor[chosen])
         weight = ExpertWeight(few.format, dense.shape, *tensors, group_size=few.group_size)
         codes[name] = stored(weight)
         setattr(decoded, f"{name}_proj", weight.dequantize(torch.bfloat16))
@@ -278,8 +277,7 @@ def row_key(row: dict) -> tuple:
 def main(argv: list[str] | None = None) -> int:
     args = parse_arguments(argv)
     torch.set_num_threads(args.threads)
-    calibration = Calibration(args.threads)
-    machine = results.machine_record(calibration)
+    machine = results.machine_record(Calibration(args.threads))
     report.print_machine(machine)
     rows: list[dict] = []
     with tempfile.TemporaryDirectory() as folder:

@@ -6,11 +6,12 @@ from torch import Tensor
 from bench import moe_fwd, moe_sft
 from bench.layer import Inputs, Layer, Variant
 from ktops import ExpertWeight
+from ktops.formats import Codes
 
 
 def expert_weight(stored: dict) -> ExpertWeight:
     """The weight of {"format", "shape", "group_size", "weight", "scale", "zero"}."""
-    codes = (t if t is None else t.clone() for t in (stored[name] for name in ("weight", "scale", "zero")))
+    codes = Codes(*(stored[name] for name in Codes._fields)).map(Tensor.clone)
     return ExpertWeight(stored["format"], stored["shape"], *codes, group_size=stored["group_size"])
 
 

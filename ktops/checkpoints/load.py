@@ -14,9 +14,9 @@ from ktops.checkpoints.progress import progress
 from ktops.formats.expert_weight import COMPUTE_DTYPES
 from ktops.integrations import enable_peft
 from ktops.integrations.quantize_experts import format_bytes
-from ktops.integrations.swap import Unsupported, exchange, find_experts, listed_experts
+from ktops.integrations.swap import Unsupported, exchange_stacked, find_experts, listed_experts
 from ktops.integrations.transformers.architectures import activation_name, unsupported_computation
-from ktops.nn import KTExperts, KTExpertSequence
+from ktops.nn import KTExperts
 
 LAYER = re.compile(r"(?:^|.*\.)(?:layers|blocks|h)\.(\d+)\.")
 
@@ -129,8 +129,7 @@ def load_experts(
             made[name] = KTExperts.from_parameters(*weights, *biases, activation=_activation(module))
             made[name].train(module.training)
     for name, module in modules.items():
-        listed = isinstance(module, nn.ModuleList)
-        exchange(model, module, KTExpertSequence(made[name]) if listed else made[name])
+        exchange_stacked(model, module, made[name])
     enable_peft()
     return _report(plan, made)
 

@@ -1,12 +1,9 @@
 """How far quantised weights, and what is computed with them, are from what they stand for."""
 
-from typing import Protocol
-
 import torch
 from torch import Tensor
 
 from ktops.formats.expert_weight import ExpertWeight
-from ktops.formats.format import Codes
 from ktops.formats.registry import get_format
 
 
@@ -36,17 +33,7 @@ class RelativeError:
         return (self.difference / self.norm) ** 0.5 if self.norm else float("inf")
 
 
-class Quantized(Protocol):
-    """What has experts in a format: an :class:`ExpertWeight`, or those of a checkpoint."""
-
-    format: str
-    group_size: int
-    shape: tuple[int, ...]
-
-    def expert(self, index: int) -> Codes: ...
-
-
-def decode(weight: Quantized, index: int) -> Tensor:
+def decode(weight: ExpertWeight, index: int) -> Tensor:
     """The float32 weights [N, K] of one expert, by the specification of the format."""
     return get_format(weight.format).dequantize(weight.expert(index), weight.shape[-1], weight.group_size)
 

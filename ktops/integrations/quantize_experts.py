@@ -13,14 +13,13 @@ from ktops.formats.error import relative_error
 from ktops.integrations import enable_peft
 from ktops.integrations.swap import (
     Unsupported,
-    exchange,
+    exchange_stacked,
     find_experts,
     listed_experts,
     require_plain,
     stacked_experts,
 )
 from ktops.nn.expert_list import stacked_copy
-from ktops.nn.expert_sequence import KTExpertSequence
 from ktops.nn.experts import KTExperts
 
 DTYPE_NAMES = {torch.bfloat16: "bf16", torch.float32: "f32", torch.float64: "f64"}
@@ -158,9 +157,7 @@ def quantize_experts(
             stacked = dense.pop(name).stacked()
             quantized, layer = _quantize_layer(name, stacked, weight_format, group_size, method)
             del stacked
-            module = found.pop(name)
-            listed = isinstance(module, nn.ModuleList)
-            exchange(model, module, KTExpertSequence(quantized) if listed else quantized)
+            exchange_stacked(model, found.pop(name), quantized)
             layers.append(layer)
             step(1)
     enable_peft()

@@ -265,6 +265,11 @@ def exchange(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
                 parent.__dict__.pop("moe_infer", None)
 
 
+def exchange_stacked(model: nn.Module, old: nn.Module, new: KTExperts) -> None:
+    """The same with stacked experts; in place of a ModuleList they are made one that can be iterated."""
+    exchange(model, old, KTExpertSequence(new) if isinstance(old, nn.ModuleList) else new)
+
+
 def _has_moe_infer(block: nn.Module) -> bool:
     method = getattr(type(block), "moe_infer", None)
     return method is not None and list(inspect.signature(method).parameters) == [

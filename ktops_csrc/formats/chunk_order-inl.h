@@ -5,9 +5,6 @@
 
 namespace kt::KT_ISA {
 
-// The one of n weights that comes at position j: first those of even index and then those of odd index, or in order.
-inline int64_t index_at(int64_t j, int64_t n, bool split) { return split ? j % (n / 2) * 2 + j / (n / 2) : j; }
-
 // A row of k elements in the order of chunks (split or not), zeros up to a whole chunk.
 template <class T>
 inline void order(const T* x, int64_t k, bool split, float* out) {
@@ -16,7 +13,7 @@ inline void order(const T* x, int64_t k, bool split, float* out) {
         const int64_t n = smaller(kChunk, k - i);
         for_each_vector<float>(n,
                                [&](int64_t j, int64_t count) { store_n(part + j, load_n(x + i + j, count), count); });
-        for (int64_t j = 0; j < kChunk; ++j) out[j] = part[index_at(j, kChunk, split)];
+        for (int64_t j = 0; j < kChunk; ++j) out[j] = split ? part[j % (kChunk / 2) * 2 + j / (kChunk / 2)] : part[j];
     }
 }
 

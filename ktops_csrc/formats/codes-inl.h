@@ -45,7 +45,7 @@ public:
     static void rows(const WeightTensor& w, int64_t e, int64_t row, int64_t n, int64_t k, int64_t kn, uint8_t* out,
                      int64_t stride) {
         for (int64_t j = 0; j < n; ++j) {
-            const uint8_t* unit = row_codes(w, e, row + j) + k / kColumns * kStep;
+            const uint8_t* unit = w.row(e, row + j) + k / kColumns * kStep;
             uint8_t last[kStep];
             for (int64_t i = 0; i < kn; i += kColumns, unit += kStep) {
                 if (__builtin_expect(k + i + kColumns > w.columns, 0)) unit = copy_last(unit, w.columns - k - i, last);
@@ -60,7 +60,7 @@ public:
     static void scales(const WeightTensor& w, int64_t e, int64_t row, int64_t first, int64_t count, float* scale,
                        float* min) {
         if constexpr (kInUnit) {
-            const uint8_t* codes = row_codes(w, e, row);
+            const uint8_t* codes = w.row(e, row);
             for (int64_t g = first / kGroups * kGroups; g < first + count; g += kGroups) {
                 const uint8_t* unit = codes + g / kGroups * kStep;
                 uint8_t last[kStep];
@@ -84,10 +84,6 @@ public:
     }
 
 private:
-    static const uint8_t* row_codes(const WeightTensor& w, int64_t e, int64_t row) {
-        return w.codes + e * w.expert_bytes + row * w.row_bytes;
-    }
-
     // A last unit of so many columns: its bytes may be the last ones there are.
     __attribute__((noinline)) static const uint8_t* copy_last(const uint8_t* from, int64_t columns, uint8_t* last) {
         std::memset(last, 0, kStep);
@@ -106,17 +102,15 @@ private:
         const int8_t* a[M];
         const float* a_sums[M];
         for (int i = 0; i < M; ++i) a[i] = x.row(index[i < m ? i : 0]), a_sums[i] = x.row_sums(index[i < m ? i : 0]);
-        const PieceGroups whole = kInUnit ? PieceGroups() : PieceGroups(w, 0);
+        const PieceGroups whole = kInUnit ? PieceGroups() : PieceGroups(w, 0);  // of most rows: all of one
         const auto add = [&](const DotRows& rows) __attribute__((always_inline)) {
             VecDotsF total[M][R] = {};
-            Units units(w, row_codes(w, e, row + rows.first), rows.apart * w.row_bytes);
+            Units units(w, w.row(e, row + rows.first), rows.apart * w.row_bytes);
             if constexpr (kInUnit) {
                 add_units<M>(units, a, a_sums, total);
             } else {
-                const PieceGroups* piece = &whole;
-                for (PieceGroups part; units.k < w.columns; piece = &part) {
-                    if (whole.end < w.columns) part = PieceGroups(w, units.k), piece = &part;
-                    Groups groups(w, e, row, rows, *piece);
+                while (units.k < w.columns) {
+                    const Groups groups(w, e, row, rows, whole.end == w.columns ? whole : PieceGroups(w, units.k));
                     take_zeros<M>(groups, a_sums, total);
                     add_groups<M>(units, w.group, groups, a, total);
                 }

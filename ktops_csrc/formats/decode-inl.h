@@ -22,7 +22,7 @@ public:
     void start(const WeightTensor& w, int64_t e, int64_t row, int64_t first, int64_t end) {
         const int64_t k = first / kChunk * kChunk;
         columns_ = w.columns;
-        block_ = w.codes + e * w.expert_bytes + row * w.row_bytes + k / Decoder::kBlock * Decoder::kBytes;
+        block_ = w.row(e, row) + k / Decoder::kBlock * Decoder::kBytes;
         part_ = k / kChunk % kParts;
         if (part_) state_ = Decoder::prepare(block_);
         if constexpr (kScales != Scales::kNone) {
@@ -163,18 +163,8 @@ private:
 template <class Decoder, Scales kScales, bool kZeros, int64_t kCodeGroup>
 constexpr FormatTable format_table() {
     using Kernels = FormatKernels<Decoder, kScales, kZeros>;
-    FormatTable table{&Kernels::template rows<float>,
-                      &Kernels::template rows<bfloat16>,
-                      &Kernels::dots,
-                      kFewRows,
-                      Decoder::kSplit,
-                      nullptr,
-                      nullptr,
-                      nullptr,
-                      0,
-                      0,
-                      false,
-                      false};
+    FormatTable table{&Kernels::template rows<float>, &Kernels::template rows<bfloat16>, &Kernels::dots, kFewRows,
+                      Decoder::kSplit};
     if constexpr (kCodeGroup > 0) {
         static_assert(Decoder::kCodeGroup == (kCodeGroup > 1 ? kCodeGroup : 0));
         using Codes = CodeKernels<Decoder, kZeros>;

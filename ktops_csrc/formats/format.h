@@ -58,6 +58,7 @@ struct WeightTensor {
     GroupValues scale, zero;
 
     bool is_dense() const { return format == FormatId::dense; }
+    const uint8_t* row(int64_t e, int64_t i) const { return codes + e * expert_bytes + i * row_bytes; }
 };
 
 inline const Format& format_of(const WeightTensor& weight) { return kFormats[static_cast<int>(weight.format)]; }

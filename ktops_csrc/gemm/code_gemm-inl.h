@@ -58,7 +58,11 @@ public:
 private:
     static constexpr int64_t kBlockColumns = MicroDots::kPanels * kPanelColumns;
     static constexpr int64_t kMaxGroups = kMaxK / 16 + 2, kMaxSegments = 2 * kMaxGroups;
+    // What a block keeps in scratch: scale and min of every group and column; its panels; 16 rows of codes.
     static constexpr int64_t kLeftBytes = GemmScratch<T>::kLeftElements * static_cast<int64_t>(sizeof(Compute<T>));
+    static constexpr int64_t kScaleBytes = 2 * kMaxGroups * kBlockColumns * static_cast<int64_t>(sizeof(float));
+    static_assert(MicroDots::kPanels * code_panel_stride(kMaxK) <= kPanelBytes);
+    static_assert(kPanelColumns * code_row_stride(kMaxK) + kScaleBytes <= kLeftBytes);
 
     void dots(int64_t row, int64_t n, float* c, int64_t ldc) const {
         const int64_t few = table_.few_rows;
@@ -71,16 +75,10 @@ private:
         }
     }
 
-    // Bytes of scratch for the scales of a block.
-    static constexpr int64_t kScaleBytes = kLeftBytes / 2;
-
-    // k is walked in blocks of whole units, of whole groups at best, whose panels and scales fit in scratch.
+    // k is walked in blocks of whole units, of whole groups at best.
     void panels(const Columns& columns) const {
-        const int64_t padded = round_up(w_.columns, unit_), group = smaller(group_, padded);
-        const int64_t groups = kScaleBytes / (2 * kBlockColumns * static_cast<int64_t>(sizeof(float))) - 2;
-        int64_t block = smaller(smaller(groups * group, kMaxK), kPanelBytes / kBlockColumns - 64);
-        const int64_t step = group * unit_ / std::gcd(group, unit_);
-        block = step <= block ? block / step * step : block / unit_ * unit_;
+        const int64_t padded = round_up(w_.columns, unit_), groups = std::lcm(smaller(group_, padded), unit_);
+        const int64_t step = groups <= kMaxK ? groups : unit_, block = kMaxK / step * step;
         for (int64_t k = 0; k < padded; k += block) {
             const int64_t kn = smaller(block, padded - k);
             panel_block(columns.first, columns.count, columns.second, 0, k, kn);
@@ -105,13 +103,10 @@ private:
     void make_panels(int64_t row, int64_t n, int64_t k, int64_t kn, int64_t last_group, float* scales) const {
         auto* panels = reinterpret_cast<uint8_t*>(scratch_.panels);
         auto* rows = reinterpret_cast<uint8_t*>(scratch_.left);
-        const int64_t first = k / group_, groups = last_group - first + 1;
-        for (int64_t j = 0; j < n; j += kPanelColumns, panels += panel_stride(kn)) {
-            table_.code_rows(w_, e_, row + j, smaller(kPanelColumns, n - j), k, kn, rows, kn + 64);
-            for (int64_t i = 0; i < kn; i += 64) {
-                KT_TRANSPOSE_16X16(reinterpret_cast<const char*>(rows + i), kn + 64,
-                                   reinterpret_cast<uint32_t*>(panels + i * kPanelColumns));
-            }
+        const int64_t first = k / group_, groups = last_group - first + 1, stride = code_row_stride(kn);
+        for (int64_t j = 0; j < n; j += kPanelColumns, panels += code_panel_stride(kn)) {
+            table_.code_rows(w_, e_, row + j, smaller(kPanelColumns, n - j), k, kn, rows, stride);
+            for (int64_t i = 0; i < kn; i += 64) transpose_block(rows + i, stride, panels + i * kPanelColumns);
         }
         for (int64_t j = 0; j < round_up(n, kPanelColumns); ++j) {
             float scale[kMaxGroups] = {}, min[kMaxGroups] = {};
@@ -138,16 +133,13 @@ private:
                 sums[r] = x_.row_sums(index_[i + r]);
             }
             const int64_t at = call * n * lines / calls;
-            const uint8_t* ahead = w_.codes + e_ * w_.expert_bytes + (larger(next, 0) + at / lines) * w_.row_bytes +
-                                   w_.row_bytes * k / w_.columns + at % lines * line;
+            const uint8_t* ahead =
+                w_.row(e_, larger(next, 0) + at / lines) + w_.row_bytes * k / w_.columns + at % lines * line;
             MicroDots::multiply({m, panels, a, sums, reinterpret_cast<const uint8_t*>(scratch_.panels),
-                                 panel_stride(kn), segments, num_segments, scratch_.c + i * ldc_ + column, ldc_, ahead,
-                                 next < 0 ? 0 : line});
+                                 code_panel_stride(kn), segments, num_segments, scratch_.c + i * ldc_ + column, ldc_,
+                                 ahead, next < 0 ? 0 : line});
         }
     }
-
-    // Panels don't start a power of two apart: their lines would share a few sets of the cache.
-    static int64_t panel_stride(int64_t kn) { return kn * kPanelColumns + 64; }
 
     // The runs of steps that the groups of [k, k + kn) are made of, and where their scales are.
     int64_t make_segments(int64_t k, int64_t kn, const float* scales, CodeSegment* segments) const {

@@ -4,6 +4,7 @@
 // panels, and blocks of C are summed transposed.
 
 #include "gemm/block_gemm-inl.h"
+#include "isa/micro_dots-inl.h"
 #include "isa/micro_dots_amx_int8-inl.h"
 
 namespace kt::KT_ISA {
@@ -45,20 +46,12 @@ public:
 private:
     static constexpr int64_t kRows = TileDots::kRows, kMaxGroups = kMaxK / 64;
 
-    static int64_t panel_stride(int64_t kn) { return kn * kPanelColumns + 64; }
-    // Rows don't start a power of two apart: their lines would share a few sets of the cache.
-    static int64_t row_stride(int64_t kn) { return kn + 64; }
-
     void make_panels(int64_t k, int64_t kn) const {
         for (int64_t i = 0; i < m_; i += kPanelColumns) {
-            uint8_t* panel = panels_ + i / kPanelColumns * panel_stride(kn);
-            for (int64_t j = i; j < smaller(m_, i + kPanelColumns); ++j) {
-                std::memcpy(rows_ + (j - i) * row_stride(kn), x_.row(index_[j]) + k, static_cast<size_t>(kn));
-            }
-            for (int64_t j = 0; j < kn; j += TileDots::kColumns) {
-                KT_TRANSPOSE_16X16(reinterpret_cast<const char*>(rows_ + j), row_stride(kn),
-                                   reinterpret_cast<uint32_t*>(panel + j * kPanelColumns));
-            }
+            pack_columns(smaller(kPanelColumns, m_ - i), kn, panels_ + i / kPanelColumns * code_panel_stride(kn),
+                         [&](int64_t j, int64_t at, int64_t count, uint8_t* to) {
+                             std::memcpy(to, x_.row(index_[i + j]) + k + at, static_cast<size_t>(count));
+                         });
         }
     }
 
@@ -67,7 +60,7 @@ private:
         const int64_t first = k / group_, groups = (smaller(k + kn, w_.columns) - 1) / group_ - first + 1;
         for (int64_t j = 0; j < n; j += kRows) {
             const int64_t count = smaller(kRows, n - j);
-            table_.code_rows(w_, e_, row + j, count, k, kn, rows_, row_stride(kn));
+            table_.code_rows(w_, e_, row + j, count, k, kn, rows_, code_row_stride(kn));
             alignas(64) float scale[kMaxGroups][kRows] = {}, min[kMaxGroups][kRows] = {};
             for (int64_t r = 0; r < count; ++r) {
                 float scales[kMaxGroups], mins[kMaxGroups];
@@ -80,24 +73,19 @@ private:
             for (int64_t i = 0; i < m_; i += kRows) {
                 // the rows after these, some in each pass
                 const int64_t part = kRows * i / m_, end = kRows * smaller(m_, i + kRows) / m_;
-                TileDots::ReadAhead ahead{codes_at(row + j + kRows + part, k), w_.row_bytes, end - part,
-                                          w_.row_bytes * TileDots::kColumns / w_.columns};
+                TileDots::ReadAhead ahead{w_.row(e_, row + j + kRows + part) + w_.row_bytes * k / w_.columns,
+                                          w_.row_bytes, end - part, w_.row_bytes * TileDots::kColumns / w_.columns};
                 for (int64_t g = 0; g < groups; ++g) {
                     const int64_t from = g * group_, steps = (smaller(group_, kn - from)) / TileDots::kColumns;
                     alignas(64) int32_t sums[32 * 32];
-                    TileDots::multiply(rows_ + from, row_stride(kn), count,
-                                       panels_ + i / kPanelColumns * panel_stride(kn) + from * kPanelColumns,
-                                       panel_stride(kn), m_ - i, steps, sums, ahead);
+                    TileDots::multiply(rows_ + from, code_row_stride(kn), count,
+                                       panels_ + i / kPanelColumns * code_panel_stride(kn) + from * kPanelColumns,
+                                       code_panel_stride(kn), m_ - i, steps, sums, ahead);
                     ahead.from += steps * ahead.bytes;
                     add(sums, i, column + j, count, scale[g], min[g], first + g, k > 0 || g > 0);
                 }
             }
         }
-    }
-
-    // Where the codes of columns [k, ...) of a row are, about.
-    const uint8_t* codes_at(int64_t row, int64_t k) const {
-        return w_.codes + e_ * w_.expert_bytes + row * w_.row_bytes + w_.row_bytes * k / w_.columns;
     }
 
     // C (+)= (scale * sums - min * the row's sum of a group) * the row's scale

@@ -35,6 +35,11 @@ struct CodeArguments {
     int64_t ahead_step;
 };
 
+// Bytes from one panel of codes, or row of them, to the next: not a power of two, or their lines would share a few sets
+// of the cache.
+constexpr int64_t code_panel_stride(int64_t k) { return k * kPanelColumns + 64; }
+constexpr int64_t code_row_stride(int64_t k) { return k + 64; }
+
 struct MicroDots {
 #ifdef KT_INT8_DOT
     static constexpr int kRows = 6, kPanels = 4;

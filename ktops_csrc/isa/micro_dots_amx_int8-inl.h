@@ -48,21 +48,16 @@ private:
     static void kernel(const uint8_t* w, int64_t stride, const uint8_t* panels, int64_t panel_stride, int64_t steps,
                        int32_t* sums, const ReadAhead& ahead) {
         TileRegion::settle(w);
-        _tile_zero(0);
-        _tile_zero(1);
-        _tile_zero(2);
-        _tile_zero(3);
+        zero_sums();
         for (int64_t t = 0; t < steps; ++t) {
             const uint8_t* panel = panels + t * kTileBytes;
             _tile_loadd(4, w + t * kColumns, stride);
             _tile_loadd(5, panel, 64);
-            for (int64_t i = 0; i < kTileBytes; i += 64) __builtin_prefetch(panel + kAhead * kTileBytes + i);
+            prefetch_tile(panel + kAhead * kTileBytes);
             _tile_dpbusd(0, 4, 5);
             if constexpr (M > 1) {
                 _tile_loadd(6, panel + panel_stride, 64);
-                for (int64_t i = 0; i < kTileBytes; i += 64) {
-                    __builtin_prefetch(panel + panel_stride + kAhead * kTileBytes + i);
-                }
+                prefetch_tile(panel + panel_stride + kAhead * kTileBytes);
                 _tile_dpbusd(1, 4, 6);
             }
             if constexpr (N > 1) {

@@ -44,6 +44,19 @@ struct TileRegion {
 };
 #define KT_REGION TileRegion
 
+inline void zero_sums() {
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+}
+
+// A tile of a panel, 16 lines one after the other.
+inline void prefetch_tile(const void* tile) {
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; ++i) __builtin_prefetch(static_cast<const char*>(tile) + 64 * i);
+}
+
 template <>
 struct MicroGemm<bfloat16> {
     static constexpr int kRows = 32;
@@ -150,18 +163,6 @@ private:
             for (int64_t i = 0; i < rows; ++i) __builtin_prefetch(line + i * stride, 0, 2);
         }
     };
-
-    static void prefetch_tile(const bfloat16* tile) {
-#pragma GCC unroll 16
-        for (int i = 0; i < 16; ++i) __builtin_prefetch(tile + i * kTileK);
-    }
-
-    static void zero_sums() {
-        _tile_zero(0);
-        _tile_zero(1);
-        _tile_zero(2);
-        _tile_zero(3);
-    }
 
     static void kernel(const TilesOfA& a, const MicroArguments<bfloat16>& g, const ReadAhead& ahead) {
         if (g.m > 16) return g.panels > 1 ? kernel<2, 2>(a, g, ahead) : kernel<2, 1>(a, g, ahead);

@@ -76,10 +76,9 @@ public:
         } else {
             load_groups(w.scale, e, row, first, count, scale);
             if constexpr (kZeros) load_groups(w.zero, e, row, first, count, min);
-            for_each_vector<float>(count, [&](int64_t g, int64_t n) {
-                const VecF factor = kZeros ? load_n(min + g, n) : VecF{} + Decoder::kZeroCode;
-                store_n(min + g, load_n(scale + g, n) * factor, n);
-            });
+            for (int64_t g = 0; g < count; g += kLanes<float>) {
+                store(min + g, load(scale + g) * (kZeros ? load(min + g) : VecF{} + Decoder::kZeroCode));
+            }
         }
     }
 
@@ -103,9 +102,9 @@ private:
         const float* a_sums[M];
         for (int i = 0; i < M; ++i) a[i] = x.row(index[i < m ? i : 0]), a_sums[i] = x.row_sums(index[i < m ? i : 0]);
         const PieceGroups whole = kInUnit ? PieceGroups() : PieceGroups(w, 0);  // of most rows: all of one
-        const auto add = [&](const DotRows& rows) __attribute__((always_inline)) {
+        const auto add = [&](const DotRows& rows, int64_t ahead) __attribute__((always_inline)) {
             VecDotsF total[M][R] = {};
-            Units units(w, w.row(e, row + rows.first), rows.apart * w.row_bytes);
+            Units units(w, w.row(e, row + rows.first), rows.apart * w.row_bytes, ahead);
             if constexpr (kInUnit) {
                 add_units<M>(units, a, a_sums, total);
             } else {
@@ -122,11 +121,12 @@ private:
             put_dots<M>(sums, m, rows,
                         [&](int64_t i, int64_t j, float sum) { c[i * ldc + j] = sum * x.scale[index[i]]; });
         };
-        const DotGroups groups(n, w.row_bytes, 4096);
+        const DotGroups groups = streams(n, w.row_bytes);
         for (int64_t g = 0; g < groups.count; ++g) {
             const DotRows rows = groups.at(g);
+            const int64_t ahead = read_ahead(groups, g, w.row_bytes);
             const bool all = rows.count == kDotRows;  // of less, each row by itself, as if it were all of them
-            for (int64_t j = 0; j < (all ? 1 : rows.count); ++j) add(all ? rows : DotRows{rows.first + j, 0, 1});
+            for (int64_t j = 0; j < (all ? 1 : rows.count); ++j) add(all ? rows : DotRows{rows.first + j, 0, 1}, ahead);
         }
     }
 
@@ -134,12 +134,12 @@ private:
     struct Units {
         const uint8_t* unit;
         int64_t apart;  // bytes, from one row to the next
-        const int64_t columns, last_k;
+        const int64_t ahead, columns, last_k;
         int64_t k = 0;  // the first column of the next ones
         uint8_t last[R * kStep];
 
-        Units(const WeightTensor& w, const uint8_t* first, int64_t apart)
-            : unit(first), apart(apart), columns(w.columns), last_k(w.columns / kColumns * kColumns) {}
+        Units(const WeightTensor& w, const uint8_t* first, int64_t apart, int64_t ahead)
+            : unit(first), apart(apart), ahead(ahead), columns(w.columns), last_k(w.columns / kColumns * kColumns) {}
 
         // f(r, unit of row r, its codes, columns k of a) for every row; then the next ones follow.
         template <int M, class F>
@@ -159,7 +159,7 @@ private:
             for (int r = 0; r < R; ++r) {
                 const uint8_t* from = unit + r * apart;
 #pragma GCC unroll 4
-                for (int64_t line = 0; line < kStep; line += 64) __builtin_prefetch(from + kReadAhead + line);
+                for (int64_t line = 0; line < kStep; line += 64) __builtin_prefetch(from + ahead + line);
                 VecCodes codes[V];
                 Decoder::codes(from, codes);
                 f(r, from, codes, x);
@@ -204,8 +204,12 @@ private:
         if constexpr (column_of(v, kDotLanes - 1) / kGroup == column_of(v, 0) / kGroup) {
             return VecDotsF{} + scale[column_of(v, 0) / kGroup];
         }
-        constexpr int64_t kFirst = column_of(v, 0) / kGroup / kDotLanes * kDotLanes;
-        const auto scales = load_bits<VecDotsF>(scale + kFirst);
+        constexpr int64_t kBegin = column_of(v, 0) / kGroup, kEnd = column_of(v, kDotLanes - 1) / kGroup + 1;
+        // those of a unit are in a register; else no more than what is needed: what several stores have written keeps a
+        // load waiting
+        constexpr bool kFew = !kInUnit && kEnd - kBegin <= 4;
+        constexpr int64_t kFirst = kFew ? kBegin : kBegin / kDotLanes * kDotLanes;
+        const VecDotsF scales = kFew ? repeat_four(scale + kFirst) : load_bits<VecDotsF>(scale + kFirst);
         return __builtin_shufflevector(scales, scales, static_cast<int>(column_of(v, Is) / kGroup - kFirst)...);
     }
 
@@ -260,22 +264,16 @@ private:
 
     // Their scales, and zero points if they have any, of kDotRows rows; zeros behind them.
     struct Groups : PieceGroups {
-        float scale[R][kPieceGroups + kDotLanes], zero[kZeros ? R : 1][kZeros ? kPieceGroups + kDotLanes : 1];
+        static constexpr int64_t kRoom = group_room(kPieceGroups + 1) + kDotLanes;
+        float scale[R][kRoom], zero[kZeros ? R : 1][kZeros ? kRoom : 1];
 
         __attribute__((always_inline)) Groups(const WeightTensor& w, int64_t e, int64_t row, const DotRows& rows,
                                               const PieceGroups& piece)
             : PieceGroups(piece) {
             for (int r = 0; r < R; ++r) {
-                load(w.scale, e, row + rows.row(r), scale[r]);
-                if constexpr (kZeros) load(w.zero, e, row + rows.row(r), zero[r]);
+                load_groups(w.scale, e, row + rows.row(r), this->first, this->count, scale[r]);
+                if constexpr (kZeros) load_groups(w.zero, e, row + rows.row(r), this->first, this->count, zero[r]);
             }
-        }
-
-    private:
-        void load(const GroupValues& values, int64_t e, int64_t row, float* out) {
-            const VecDotsF none{};
-            std::memcpy(out + this->count, &none, sizeof(none));
-            load_groups(values, e, row, this->first, this->count, out);
         }
     };
 

@@ -51,7 +51,7 @@ public:
         }
     }
 
-    void prefetch() const { __builtin_prefetch(block_ + kReadAhead); }
+    void prefetch(int64_t ahead) const { __builtin_prefetch(block_ + ahead); }
 
 private:
     // The last bytes of a row may be the last ones there are.
@@ -78,8 +78,8 @@ private:
     const uint8_t* block_;
     int64_t columns_, group_, group_end_, part_, index_;
     typename Decoder::State state_;
-    float scales_[kScales == Scales::kNone ? 1 : kPieceGroups + 1];
-    float zeros_[kZeros ? kPieceGroups + 1 : 1];
+    float scales_[kScales == Scales::kNone ? 1 : group_room(kPieceGroups + 1)];
+    float zeros_[kZeros ? group_room(kPieceGroups + 1) : 1];
     uint8_t last_[kParts == 1 ? Decoder::kBytes : 1] = {};
 };
 
@@ -125,12 +125,13 @@ private:
                         float* c, int64_t ldc) {
         const float* a[M];
         for (int i = 0; i < M; ++i) a[i] = x[i < m ? i : 0];
-        const DotGroups groups(n, w.row_bytes, 4096);
+        const DotGroups groups = streams(n, w.row_bytes);
         for (int64_t g = 0; g < groups.count; ++g) {
             const DotRows rows = groups.at(g);
+            const int64_t ahead = read_ahead(groups, g, w.row_bytes);
             VecF sums[M][kDotRows] = {};
             for_each_piece(0, w.columns, [&](int64_t first, int64_t end) __attribute__((always_inline)) {
-                add_piece<M>(w, e, row, rows, first, end, a, sums);
+                add_piece<M>(w, e, row, rows, first, end, a, ahead, sums);
             });
             put_dots<M>(sums, m, rows, [&](int64_t i, int64_t j, float sum) { c[i * ldc + j] = sum; });
         }
@@ -140,7 +141,7 @@ private:
     // row.
     template <int M>
     static void add_piece(const WeightTensor& w, int64_t e, int64_t row, const DotRows& rows, int64_t first,
-                          int64_t end, const float* const* x, VecF (&sums)[M][kDotRows]) {
+                          int64_t end, const float* const* x, int64_t ahead, VecF (&sums)[M][kDotRows]) {
         constexpr int L = kLanes<float>;
         Reader readers[kDotRows];
         for (int64_t r = 0; r < kDotRows; ++r) readers[r].start(w, e, row + rows.row(r), first, end);
@@ -148,7 +149,7 @@ private:
 #pragma GCC unroll 4
             for (int64_t r = 0; r < kDotRows; ++r) {
                 VecF v[kChunkVectors];
-                readers[r].prefetch();
+                readers[r].prefetch(ahead);
                 readers[r].next(k, v);
 #pragma GCC unroll 8
                 for (int i = 0; i < M; ++i) {

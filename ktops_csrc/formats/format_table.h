@@ -9,6 +9,9 @@
 
 namespace kt {
 
+// Numbers of n groups, in whole vectors.
+constexpr int64_t group_room(int64_t n) { return round_up(n, 16); }
+
 // Rows of activations as codes, zeros up to whole units: in order, or of every unit the even columns and then the odd
 // ones.
 struct CodedRows {
@@ -59,7 +62,7 @@ struct FormatTable {
     int64_t few_rows;  // that dots take at most
     bool split;        // the order of a chunk
 
-    // Of integer formats: functions of CodeKernels.
+    // Of integer formats: functions of CodeKernels. code_scales writes group_room(count) numbers.
     void (*code_dots)(const WeightTensor&, int64_t e, int64_t row, int64_t n, const CodedRows& x, const int64_t* index,
                       int64_t m, float* c, int64_t ldc) = nullptr;
     void (*code_rows)(const WeightTensor&, int64_t e, int64_t row, int64_t n, int64_t k, int64_t kn, uint8_t* out,

@@ -3,9 +3,10 @@
 // What products with few rows share, with floats or with codes: scales and zero points of the groups of a row, pieces
 // of rows, and sums.
 
-#include "formats/format.h"
+#include "formats/format_table.h"
 #include "isa/chunk-inl.h"
 #include "isa/direct-inl.h"
+#include "isa/dot4-inl.h"
 
 namespace kt::KT_ISA {
 
@@ -13,28 +14,34 @@ namespace kt::KT_ISA {
 constexpr int64_t kPiece = 4096;
 constexpr int64_t kPieceGroups = kPiece / kChunk;
 
-// n numbers of a row's groups as float32.
+// n numbers of a row's groups as float32, and zeros up to group_room(n): what reads vectors of them soon
+// after would have to wait for a store of less.
 inline void load_groups(const GroupValues& values, int64_t e, int64_t row, int64_t first, int64_t n, float* out) {
     const int64_t offset = e * values.expert_stride + row / values.row_block * values.row_stride + first;
-    const auto* bytes = static_cast<const uint8_t*>(values.data) + offset;
-    const auto* halves = static_cast<const uint16_t*>(values.data) + offset;
-    const auto vectors = [&](const auto* p) {
-        for_each_vector<float>(n, [&](int64_t i, int64_t count) { store_n(out + i, load_n(p + i, count), count); });
+    constexpr int64_t L = kLanes<float>;
+    const auto vectors = [&](auto load) {
+        for (int64_t i = 0; i < group_room(n); i += L) store(out + i, load(i, larger(0, smaller(L, n - i))));
+    };
+    const auto halves = [&](int64_t i, int64_t count) {
+        return load_bits_partial<VecU16>(static_cast<const uint16_t*>(values.data) + offset + i, count);
+    };
+    const auto bytes = [&](int64_t i, int64_t count) {
+        const auto x = load_bits_partial<VecU8>(static_cast<const uint8_t*>(values.data) + offset + i, count);
+        return widen_unsigned(reinterpret_cast<const uint8_t*>(&x));
     };
     switch (values.type) {
         case GroupValues::Type::kFloat32:
-            return vectors(static_cast<const float*>(values.data) + offset);
+            return vectors([&](int64_t i, int64_t count) {
+                return load_partial(static_cast<const float*>(values.data) + offset + i, count);
+            });
         case GroupValues::Type::kBFloat16:
-            return vectors(static_cast<const bfloat16*>(values.data) + offset);
+            return vectors([&](int64_t i, int64_t count) { return from_bfloat16(halves(i, count)); });
         case GroupValues::Type::kFloat16:
-            for (int64_t i = 0; i < n; ++i) out[i] = float16(halves + i);
-            return;
+            return vectors([&](int64_t i, int64_t count) { return from_float16(halves(i, count)); });
         case GroupValues::Type::kUInt8:
-            for (int64_t i = 0; i < n; ++i) out[i] = static_cast<float>(bytes[i]);
-            return;
+            return vectors([&](int64_t i, int64_t count) { return to_floats(bytes(i, count)); });
         case GroupValues::Type::kExponent:
-            for (int64_t i = 0; i < n; ++i) out[i] = power_of_two(bytes[i]);
-            return;
+            return vectors([&](int64_t i, int64_t count) { return powers_of_two(bytes(i, count)); });
     }
 }
 
@@ -49,6 +56,16 @@ inline __attribute__((always_inline)) void for_each_piece(int64_t first, int64_t
 
 // Bytes between a code and the one that is read ahead when it is used.
 constexpr int64_t kReadAhead = 1024;
+
+// n rows of codes as streams, unless these were shorter than a page: streams that share one are slower.
+inline DotGroups streams(int64_t n, int64_t row_bytes) { return {n, n / kDotRows * row_bytes >= 4096}; }
+
+// What to add to a code's address to read ahead. At the end of a stream lies the next one, which has been read: the
+// rows that come after all of these are read instead.
+inline int64_t read_ahead(const DotGroups& groups, int64_t g, int64_t row_bytes) {
+    const bool ends = g >= groups.apart - ceil_div(kReadAhead, row_bytes);
+    return kReadAhead + (ends ? (kDotRows - 1) * groups.apart * row_bytes : 0);
+}
 
 // Rows of activations that share a read of codes, at most; f(1, 2 or 4 as a constant) for m of them.
 constexpr int kFewRows = KT_VECTOR_BYTES == 64 ? 4 : KT_VECTOR_BYTES == 32 ? 2 : 1;

@@ -19,7 +19,7 @@ struct PlainFloat16 : ChunkDecoder {
     static constexpr int64_t kBytes = 2 * kChunk;
 
     static void decode(const uint8_t* block, NoState, int64_t, VecF* v) {
-        for (int i = 0; i < kChunkVectors; ++i) v[i] = load_float16(block + 2 * i * kLanes<float>);
+        for (int i = 0; i < kChunkVectors; ++i) v[i] = from_float16(load_bits<VecU16>(block + 2 * i * kLanes<float>));
     }
 };
 

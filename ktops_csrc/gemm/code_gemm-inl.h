@@ -66,10 +66,10 @@ private:
 
     void dots(int64_t row, int64_t n, float* c, int64_t ldc) const {
         const int64_t few = table_.few_rows;
-        constexpr int64_t kStrip = 64;  // rows of W that stay in cache for all rows of A
-        for (int64_t j = 0; j < n; j += kStrip) {
+        const int64_t strip = m_ > few ? 64 : n;  // rows of W that stay in cache for all rows of A
+        for (int64_t j = 0; j < n; j += strip) {
             for (int64_t i = 0; i < m_; i += few) {
-                table_.code_dots(w_, e_, row + j, smaller(kStrip, n - j), x_, index_ + i, smaller(few, m_ - i),
+                table_.code_dots(w_, e_, row + j, smaller(strip, n - j), x_, index_ + i, smaller(few, m_ - i),
                                  c + i * ldc + j, ldc);
             }
         }
@@ -109,7 +109,7 @@ private:
             for (int64_t i = 0; i < kn; i += 64) transpose_block(rows + i, stride, panels + i * kPanelColumns);
         }
         for (int64_t j = 0; j < round_up(n, kPanelColumns); ++j) {
-            float scale[kMaxGroups] = {}, min[kMaxGroups] = {};
+            float scale[group_room(kMaxGroups)] = {}, min[group_room(kMaxGroups)] = {};
             if (j < n) table_.code_scales(w_, e_, row + j, first, groups, scale, min);
             for (int64_t g = 0; g < groups; ++g) {
                 scales[2 * g * kBlockColumns + j] = scale[g];

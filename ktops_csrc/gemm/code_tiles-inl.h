@@ -63,7 +63,7 @@ private:
             table_.code_rows(w_, e_, row + j, count, k, kn, rows_, code_row_stride(kn));
             alignas(64) float scale[kMaxGroups][kRows] = {}, min[kMaxGroups][kRows] = {};
             for (int64_t r = 0; r < count; ++r) {
-                float scales[kMaxGroups], mins[kMaxGroups];
+                float scales[group_room(kMaxGroups)], mins[group_room(kMaxGroups)];
                 table_.code_scales(w_, e_, row + j + r, first, groups, scales, mins);
                 for (int64_t g = 0; g < groups; ++g) {
                     scale[g][r] = scales[g];

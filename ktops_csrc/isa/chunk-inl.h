@@ -69,14 +69,14 @@ inline void unpack(Bytes32 x, VecF* v) {
 }
 
 // Halves of IEEE binary16, exactly.
-inline VecF load_float16(const void* p) {
+inline VecF from_float16(VecU16 x) {
 #if KT_VECTOR_BYTES == 64
-    return (VecF)_mm512_cvtph_ps(_mm256_loadu_si256(static_cast<const __m256i*>(p)));
+    return (VecF)_mm512_cvtph_ps((__m256i)x);
 #elif KT_VECTOR_BYTES == 32
-    return (VecF)_mm256_cvtph_ps(_mm_loadu_si128(static_cast<const __m128i*>(p)));
+    return (VecF)_mm256_cvtph_ps((__m128i)x);
 #else
     VecF out;
-    for (int i = 0; i < kLanes<float>; ++i) out[i] = float16(static_cast<const uint16_t*>(p) + i);
+    for (int i = 0; i < kLanes<float>; ++i) out[i] = float16_to_float(x[i]);
     return out;
 #endif
 }
@@ -132,12 +132,10 @@ inline void unpack_fp8(const uint8_t* p, VecF* v) {
 #endif
 }
 
-// 2^(e - 127), an E8M0 number: 0 is 2^-127, 255 is NaN.
-inline float power_of_two(uint8_t e) {
-    const uint32_t bits = e == 0 ? 0x400000u : e == 255 ? 0x7fc00000u : static_cast<uint32_t>(e) << 23;
-    float value;
-    std::memcpy(&value, &bits, sizeof(value));
-    return value;
+// 2^(e - 127), E8M0 numbers: 0 is 2^-127, 255 is NaN.
+inline VecF powers_of_two(VecI32 e) {
+    const VecI32 smallest = VecI32{} + 0x400000, nan = VecI32{} + 0x7fc00000;
+    return (VecF)(e == 0 ? smallest : e == 255 ? nan : e << 23);
 }
 
 template <int... Is>

@@ -90,21 +90,17 @@ struct DotRows {
     int64_t row(int64_t i) const { return first + smaller(i, count - 1) * apart; }
 };
 
-// n rows of W, `stride` apart, in the order in which they are read. Rows shorter than a page are taken from different
-// pages: each of kDotRows streams reads `apart` rows, one after the other. Streams that share a page are slower, by a
-// quarter for rows of 1.5 KiB, where memory is the limit: in a single pass. What is left over is read row by row.
+// n rows of W in the order in which they are read: kDotRows streams of `apart` rows each, and then what is left over;
+// else kDotRows neighbours at a time.
 struct DotGroups {
-    int64_t apart, spread, count;
+    int64_t apart, count;
 
-    DotGroups(int64_t n, int64_t stride, int64_t page)
-        : apart(ceil_div(page, larger(stride, 1))),
-          spread(apart > 1 ? n / (kDotRows * apart) * apart : 0),
-          count(spread + ceil_div(n - spread * kDotRows, kDotRows)),
-          rows_(n) {}
+    DotGroups(int64_t n, bool streams)
+        : apart(streams && n >= 2 * kDotRows ? n / kDotRows : 1), count(ceil_div(n, kDotRows)), rows_(n) {}
 
     DotRows at(int64_t g) const {
-        if (g < spread) return {g / apart * apart * kDotRows + g % apart, apart, kDotRows};
-        const int64_t first = spread * kDotRows + (g - spread) * kDotRows;
+        if (g < apart && apart > 1) return {g, apart, kDotRows};
+        const int64_t first = g * kDotRows;
         return {first, 1, smaller(kDotRows, rows_ - first)};
     }
 
@@ -127,7 +123,8 @@ public:
     static void dots(const T* const* a, int64_t m, const T* w, int64_t stride, int64_t n, int64_t k, A* c,
                      int64_t ldc) {
         const int64_t passes = ceil_div(m, kDirectTile), tile = ceil_div(m, passes);
-        const DotGroups groups(n, passes > 1 ? kPage : stride, kPage);
+        // Rows that share a page are slower side by side, by a quarter for rows of 1.5 KiB, where memory is the limit.
+        const DotGroups groups(n, passes == 1 && stride < kPage && n / kDotRows * stride >= kPage);
         for (int64_t g = 0; g < groups.count; ++g) {
             const DotRows rows = groups.at(g);
             const T* next = w + groups.at(g + 1).first * stride;

@@ -24,6 +24,15 @@ inline VecDots dot4(VecDots sum, VecCodes weights, VecCodes x) {
 
 inline VecDotsF dots_to_floats(VecDots x) { return __builtin_convertvector(x, VecDotsF); }
 
+// Four numbers, again and again.
+inline VecDotsF repeat_four(const float* p) {
+#if KT_VECTOR_BYTES == 64
+    return (VecDotsF)_mm512_broadcast_f32x4(_mm_loadu_ps(p));
+#else
+    return VecDotsF{p[0], p[1], p[2], p[3], p[0], p[1], p[2], p[3]};
+#endif
+}
+
 // One register: lanes beyond it are added to those in it.
 inline VecF in_one_register(VecDotsF x) {
     if constexpr (sizeof(VecDotsF) == sizeof(VecF)) {

@@ -26,6 +26,7 @@ typedef int32_t VecI32 __attribute__((vector_size(KT_VECTOR_BYTES)));
 typedef uint16_t VecU16 __attribute__((vector_size(KT_VECTOR_BYTES / 2)));  // as many lanes as VecU32
 
 typedef int8_t VecI8 __attribute__((vector_size(KT_VECTOR_BYTES / 4)));  // as many lanes as VecI32
+typedef uint8_t VecU8 __attribute__((vector_size(KT_VECTOR_BYTES / 4)));
 
 // Halves of 32 bits each, zero-extended. GCC 12 makes five instructions of one zmm's conversion.
 inline VecU32 widen(VecU16 x) {
@@ -58,7 +59,8 @@ inline Vec<A> broadcast(A x) {
 
 inline Vec<float> load(const float* p) { return load_bits<Vec<float>>(p); }
 inline Vec<double> load(const double* p) { return load_bits<Vec<double>>(p); }
-inline Vec<float> load(const bfloat16* p) { return bit_cast<Vec<float>>(widen(load_bits<VecU16>(p)) << 16); }
+inline Vec<float> from_bfloat16(VecU16 x) { return bit_cast<Vec<float>>(widen(x) << 16); }
+inline Vec<float> load(const bfloat16* p) { return from_bfloat16(load_bits<VecU16>(p)); }
 
 // The upper halves of float32, rounded to nearest even: bfloat16 in 32 bits.
 inline VecU32 round_to_bfloat16(Vec<float> v) {
@@ -80,11 +82,30 @@ inline void store(bfloat16* p, Vec<float> v) {
 }
 
 // The first n lanes only; the others read as zero.
+template <class V, class P>
+inline V load_bits_partial(const P* p, int64_t n) {
+    V v{};
+    std::memcpy(&v, p, static_cast<size_t>(n) * sizeof(P));
+    return v;
+}
+#if KT_VECTOR_BYTES == 64
+template <>
+inline VecU8 load_bits_partial<VecU8>(const uint8_t* p, int64_t n) {
+    return (VecU8)_mm_maskz_loadu_epi8(static_cast<__mmask16>((1u << n) - 1), p);
+}
+template <>
+inline VecU16 load_bits_partial<VecU16>(const uint16_t* p, int64_t n) {
+    return (VecU16)_mm256_maskz_loadu_epi16(static_cast<__mmask16>((1u << n) - 1), p);
+}
+#endif
 template <class T>
 inline auto load_partial(const T* p, int64_t n) {
     T lanes[kLanes<Acc<T>>] = {};
     std::memcpy(lanes, p, static_cast<size_t>(n) * sizeof(T));
     return load(lanes);
+}
+inline Vec<float> load_partial(const bfloat16* p, int64_t n) {
+    return from_bfloat16(load_bits_partial<VecU16>(reinterpret_cast<const uint16_t*>(p), n));
 }
 template <class T>
 inline void store_partial(T* p, Vec<Acc<T>> v, int64_t n) {

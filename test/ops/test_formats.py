@@ -86,6 +86,11 @@ def test_sizes_that_fill_no_group(isa, name, group_size, num_tokens):
     check_against_reference(in_format(inputs, name, group_size))
 
 
+def test_streams_of_rows_and_what_they_leave_over(isa):
+    inputs = moe_inputs(3, 1024, 98, 3, 2, dtype=torch.bfloat16)
+    check_against_reference(in_format(inputs, "fp8_e4m3", 128))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("name", ["int4", "fp8_e4m3", "q4_k"])
 def test_other_activations(isa, name, dtype):

@@ -13,7 +13,7 @@ from ktops.testing.weights import in_format
 FORMATS = [("int8", 0), ("int8", 32), ("int4", 0), ("int4", 96), ("int4", 128), ("uint4", 0), ("uint4", 32)]
 SIZES = [
     (1, 256, 256),
-    (3, 1024, 96),
+    (3, 1024, 98),
     (20, 160, 96),
     (60, 97, 36),
     (90, 256, 64),

@@ -14,8 +14,8 @@ namespace kt::KT_ISA {
 constexpr int64_t kPiece = 4096;
 constexpr int64_t kPieceGroups = kPiece / kChunk;
 
-// n numbers of a row's groups as float32, and zeros up to group_room(n): what reads vectors of them soon
-// after would have to wait for a store of less.
+// n numbers of a row's groups as float32, and zeros up to group_room(n): what reads vectors of them soon after would
+// have to wait for a store of less.
 inline void load_groups(const GroupValues& values, int64_t e, int64_t row, int64_t first, int64_t n, float* out) {
     const int64_t offset = e * values.expert_stride + row / values.row_block * values.row_stride + first;
     constexpr int64_t L = kLanes<float>;
@@ -55,7 +55,7 @@ inline __attribute__((always_inline)) void for_each_piece(int64_t first, int64_t
 }
 
 // Bytes between a code and the one that is read ahead when it is used.
-constexpr int64_t kReadAhead = 1024;
+constexpr int64_t kReadAhead = 1536;
 
 // n rows of codes as streams, unless these were shorter than a page: streams that share one are slower.
 inline DotGroups streams(int64_t n, int64_t row_bytes) { return {n, n / kDotRows * row_bytes >= 4096}; }
@@ -63,7 +63,7 @@ inline DotGroups streams(int64_t n, int64_t row_bytes) { return {n, n / kDotRows
 // What to add to a code's address to read ahead. At the end of a stream lies the next one, which has been read: the
 // rows that come after all of these are read instead.
 inline int64_t read_ahead(const DotGroups& groups, int64_t g, int64_t row_bytes) {
-    const bool ends = g >= groups.apart - ceil_div(kReadAhead, row_bytes);
+    const bool ends = groups.apart > 1 && g >= groups.apart - ceil_div(kReadAhead, row_bytes);
     return kReadAhead + (ends ? (kDotRows - 1) * groups.apart * row_bytes : 0);
 }
 

@@ -11,15 +11,14 @@
 //   kPairs                    whether a byte holds two columns: then the codes of a unit are those of even columns and
 //                             then those of odd columns, else in order
 //   codes(unit, out)          these codes, vector by vector
+//   kCodesAByte               codes that each byte holds by itself, at the same place in kCodesAByte parts of the unit:
+//                             then codes_of(bytes, out) gives them, a vector of each part; or 0
 //   kCodeGroup                columns that share a scale that lies in the unit, or 0: scales are beside the weight
 //   code_scales(unit, out)    the scales in a unit, followed by s z if kMins; zeros up to 16 numbers
 //   kMins, kZeroCode          whether groups in a unit have a zero point of their own; z where they have none
 
-#include "formats/decoder-inl.h"
-#include "formats/format_table.h"
-#include "formats/groups-inl.h"
+#include "formats/code_rows-inl.h"
 #include "isa/direct-inl.h"
-#include "isa/dot4-inl.h"
 
 namespace kt::KT_ISA {
 
@@ -31,7 +30,7 @@ class CodeKernels {
     static constexpr int R = static_cast<int>(kDotRows);
     static constexpr bool kInUnit = Decoder::kCodeGroup > 0;
     static constexpr int64_t kGroups = kInUnit ? kColumns / Decoder::kCodeGroup : 1;
-    static constexpr int64_t kUnitScales = (kGroups * (Decoder::kMins ? 2 : 1) + 15) / 16 * 16;
+    static constexpr int64_t kUnitScales = CodeRows<Decoder, kZeros>::kUnitScales;
 
 public:
     // c[i][j] = x[i] . row (row + j), i < m <= kFewRows, x[i] being row index[i] of `x`.
@@ -40,56 +39,7 @@ public:
         with_few_rows(m, [&](auto rows) { dots_of<rows()>(w, e, row, n, x, index, m, c, ldc); });
     }
 
-    // Codes [k, k + kn) of n rows, `stride` bytes apart. k and kn are multiples of kColumns; what lies beyond the last
-    // column is any code.
-    static void rows(const WeightTensor& w, int64_t e, int64_t row, int64_t n, int64_t k, int64_t kn, uint8_t* out,
-                     int64_t stride) {
-        for (int64_t j = 0; j < n; ++j) {
-            const uint8_t* unit = w.row(e, row + j) + k / kColumns * kStep;
-            uint8_t last[kStep];
-            for (int64_t i = 0; i < kn; i += kColumns, unit += kStep) {
-                if (__builtin_expect(k + i + kColumns > w.columns, 0)) unit = copy_last(unit, w.columns - k - i, last);
-                VecCodes codes[V];
-                Decoder::codes(unit, codes);
-                std::memcpy(out + j * stride + i, codes, sizeof(codes));
-            }
-        }
-    }
-
-    // Scales of groups [first, first + count) of a row, and scale * zero.
-    static void scales(const WeightTensor& w, int64_t e, int64_t row, int64_t first, int64_t count, float* scale,
-                       float* min) {
-        if constexpr (kInUnit) {
-            const uint8_t* codes = w.row(e, row);
-            for (int64_t g = first / kGroups * kGroups; g < first + count; g += kGroups) {
-                const uint8_t* unit = codes + g / kGroups * kStep;
-                uint8_t last[kStep];
-                const int64_t columns = w.columns - g * Decoder::kCodeGroup;
-                if (columns < kColumns) unit = copy_last(unit, columns, last);
-                float scales[kUnitScales];
-                Decoder::code_scales(unit, scales);
-                for (int64_t i = larger(0, first - g); i < smaller(kGroups, first + count - g); ++i) {
-                    scale[g + i - first] = scales[i];
-                    min[g + i - first] = Decoder::kMins ? scales[kGroups + i] : scales[i] * Decoder::kZeroCode;
-                }
-            }
-        } else {
-            load_groups(w.scale, e, row, first, count, scale);
-            if constexpr (kZeros) load_groups(w.zero, e, row, first, count, min);
-            for (int64_t g = 0; g < count; g += kLanes<float>) {
-                store(min + g, load(scale + g) * (kZeros ? load(min + g) : VecF{} + Decoder::kZeroCode));
-            }
-        }
-    }
-
 private:
-    // A last unit of so many columns: its bytes may be the last ones there are.
-    __attribute__((noinline)) static const uint8_t* copy_last(const uint8_t* from, int64_t columns, uint8_t* last) {
-        std::memset(last, 0, kStep);
-        if (columns > 0) std::memcpy(last, from, static_cast<size_t>(ceil_div(columns * kStep, kColumns)));
-        return last;
-    }
-
     // The first column of the four that lane `lane` of vector v sums, or of their pairs.
     static constexpr int64_t column_of(int v, int lane) {
         return (v % S * kCodeBytes + 4 * lane) * (Decoder::kPairs ? 2 : 1);
@@ -145,7 +95,8 @@ private:
         template <int M, class F>
         __attribute__((always_inline)) void next(const int8_t* const* a, F f) {
             if (__builtin_expect(k == last_k, 0)) {
-                for (int r = 0; r < R; ++r) copy_last(unit + r * apart, columns - k, last + r * kStep);
+                for (int r = 0; r < R; ++r)
+                    CodeRows<Decoder, kZeros>::copy_last(unit + r * apart, columns - k, last + r * kStep);
                 unit = last;
                 apart = kStep;
             }

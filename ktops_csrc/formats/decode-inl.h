@@ -168,10 +168,11 @@ constexpr FormatTable format_table() {
                       Decoder::kSplit};
     if constexpr (kCodeGroup > 0) {
         static_assert(Decoder::kCodeGroup == (kCodeGroup > 1 ? kCodeGroup : 0));
-        using Codes = CodeKernels<Decoder, kZeros>;
-        table.code_dots = &Codes::dots;
-        table.code_rows = &Codes::rows;
-        table.code_scales = &Codes::scales;
+        using Rows = CodeRows<Decoder, kZeros>;
+        table.code_dots = &CodeKernels<Decoder, kZeros>::dots;
+        table.code_rows = &Rows::rows;
+        table.code_panel = &Rows::panel;
+        table.code_scales = &Rows::scales;
         table.zero_code = Decoder::kZeroCode;
         table.code_columns = Decoder::kCodeColumns;
         table.pairs = Decoder::kPairs;

@@ -45,6 +45,15 @@ struct GroupValues {
     Type type = Type::kFloat32;
     int64_t expert_stride = 0, row_stride = 0;  // elements; groups are contiguous
     int64_t row_block = 1;
+
+    int64_t element_bytes() const {
+        return type == Type::kFloat32 ? 4 : type == Type::kBFloat16 || type == Type::kFloat16 ? 2 : 1;
+    }
+    // The first group of a row.
+    const uint8_t* at(int64_t e, int64_t row) const {
+        const int64_t element = e * expert_stride + row / row_block * row_stride;
+        return static_cast<const uint8_t*>(data) + element * element_bytes();
+    }
 };
 
 // [E, rows, columns] in a format: rows of bytes. Or dense, then nothing else is set.

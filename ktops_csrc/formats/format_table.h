@@ -62,13 +62,15 @@ struct FormatTable {
     int64_t few_rows;  // that dots take at most
     bool split;        // the order of a chunk
 
-    // Of integer formats: functions of CodeKernels. code_scales writes group_room(count) numbers.
+    // Of integer formats: functions of CodeKernels and CodeRows.
     void (*code_dots)(const WeightTensor&, int64_t e, int64_t row, int64_t n, const CodedRows& x, const int64_t* index,
                       int64_t m, float* c, int64_t ldc) = nullptr;
     void (*code_rows)(const WeightTensor&, int64_t e, int64_t row, int64_t n, int64_t k, int64_t kn, uint8_t* out,
                       int64_t stride) = nullptr;
-    void (*code_scales)(const WeightTensor&, int64_t e, int64_t row, int64_t first, int64_t count, float* scale,
-                        float* min) = nullptr;
+    void (*code_panel)(const WeightTensor&, int64_t e, int64_t row, int64_t n, int64_t k, int64_t kn,
+                       uint8_t* out) = nullptr;
+    void (*code_scales)(const WeightTensor&, int64_t e, int64_t row, int64_t n, int64_t first, int64_t count,
+                        float* scale, float* min, int64_t apart) = nullptr;
     int zero_code = 0;
     int64_t code_columns = 0;               // of a unit
     bool pairs = false, code_mins = false;  // the order of codes; whether groups have a zero point of their own

@@ -21,6 +21,7 @@ struct SuperBlockDecoder {
     static constexpr int64_t kBlock = 256;
     static constexpr bool kSplit = false;
     static constexpr float kFactor = 1;
+    static constexpr int kCodesAByte = 0;
 
     // Of every chunk, or of every half of one.
     struct State {

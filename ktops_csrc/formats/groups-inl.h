@@ -17,22 +17,22 @@ constexpr int64_t kPieceGroups = kPiece / kChunk;
 // n numbers of a row's groups as float32, and zeros up to group_room(n): what reads vectors of them soon after would
 // have to wait for a store of less.
 inline void load_groups(const GroupValues& values, int64_t e, int64_t row, int64_t first, int64_t n, float* out) {
-    const int64_t offset = e * values.expert_stride + row / values.row_block * values.row_stride + first;
+    const uint8_t* from = values.at(e, row) + first * values.element_bytes();
     constexpr int64_t L = kLanes<float>;
     const auto vectors = [&](auto load) {
         for (int64_t i = 0; i < group_room(n); i += L) store(out + i, load(i, larger(0, smaller(L, n - i))));
     };
     const auto halves = [&](int64_t i, int64_t count) {
-        return load_bits_partial<VecU16>(static_cast<const uint16_t*>(values.data) + offset + i, count);
+        return load_bits_partial<VecU16>(reinterpret_cast<const uint16_t*>(from) + i, count);
     };
     const auto bytes = [&](int64_t i, int64_t count) {
-        const auto x = load_bits_partial<VecU8>(static_cast<const uint8_t*>(values.data) + offset + i, count);
+        const auto x = load_bits_partial<VecU8>(from + i, count);
         return widen_unsigned(reinterpret_cast<const uint8_t*>(&x));
     };
     switch (values.type) {
         case GroupValues::Type::kFloat32:
             return vectors([&](int64_t i, int64_t count) {
-                return load_partial(static_cast<const float*>(values.data) + offset + i, count);
+                return load_partial(reinterpret_cast<const float*>(from) + i, count);
             });
         case GroupValues::Type::kBFloat16:
             return vectors([&](int64_t i, int64_t count) { return from_bfloat16(halves(i, count)); });

@@ -18,9 +18,11 @@ struct Int8 : ChunkDecoder {
     static constexpr int kZeroCode = 128;
     static constexpr int64_t kCodeColumns = 128, kCodeStep = 128, kCodeGroup = 0;
     static constexpr bool kPairs = false, kMins = false;
+    static constexpr int kCodesAByte = 1;
+    static void codes_of(VecCodes bytes, VecCodes* out) { out[0] = bytes ^ 0x80; }
     static void codes(const uint8_t* unit, VecCodes* out) {
         for (int64_t i = 0; i < kCodeColumns / kCodeBytes; ++i) {
-            out[i] = load_bits<VecCodes>(unit + i * kCodeBytes) ^ 0x80;
+            codes_of(load_bits<VecCodes>(unit + i * kCodeBytes), out + i);
         }
     }
 };
@@ -37,6 +39,8 @@ inline void decode_nibbles(const uint8_t* bytes, const float* table, VecF* v) {
 struct NibbleCodes {
     static constexpr int64_t kCodeColumns = 128, kCodeStep = 64, kCodeGroup = 0;
     static constexpr bool kPairs = true, kMins = false;
+    static constexpr int kCodesAByte = 2;
+    static void codes_of(VecCodes bytes, VecCodes* out) { split_nibbles(bytes, out, out + 1); }
     static void codes(const uint8_t* unit, VecCodes* out) { nibble_codes<64>(unit, out); }
 };
 

@@ -16,12 +16,17 @@ namespace kt::KT_ISA {
 // Up to this many rows, codes are multiplied where they lie; a panel would not be used often enough.
 constexpr int64_t kCodeDotRows = 8;
 
+// Rows of W from `row` on that a thread will probably need after a product: they are read ahead.
+struct NextRows {
+    int64_t expert = -1, row = 0;  // none
+};
+
 template <class T>
 class CodeGemm {
 public:
     // Row i of A, i < m <= kMaxRows, is row index[i] of x, or first + i without an index.
     CodeGemm(const GemmScratch<T>& scratch, const Weight<T>& weight, int64_t expert, const CodedRows& x,
-             const int32_t* index, int64_t first, int64_t m)
+             const int32_t* index, int64_t first, int64_t m, const NextRows& after)
         : scratch_(scratch),
           w_(weight.tensor()),
           table_(weight.table()),
@@ -29,7 +34,8 @@ public:
           x_(x),
           group_(x.group),
           unit_(weight.table().code_columns),
-          m_(m) {
+          m_(m),
+          after_(after) {
         for (int64_t i = 0; i < m; ++i) index_[i] = index ? index[i] : first + i;
     }
 
@@ -48,21 +54,16 @@ public:
         }
 #endif
         panels(columns);
-        for (int64_t i = 0; i < m_; ++i) {
-            float* row = c + i * ldc;
-            for_each_vector<float>(
-                ldc, [&](int64_t j, int64_t n) { store_n(row + j, load_n(row + j, n) * x_.scale[index_[i]], n); });
-        }
     }
 
 private:
     static constexpr int64_t kBlockColumns = MicroDots::kPanels * kPanelColumns;
     static constexpr int64_t kMaxGroups = kMaxK / 16 + 2, kMaxSegments = 2 * kMaxGroups;
-    // What a block keeps in scratch: scale and min of every group and column; its panels; 16 rows of codes.
+    // What a block keeps in scratch: its panels; scale and min of every group and column.
     static constexpr int64_t kLeftBytes = GemmScratch<T>::kLeftElements * static_cast<int64_t>(sizeof(Compute<T>));
     static constexpr int64_t kScaleBytes = 2 * kMaxGroups * kBlockColumns * static_cast<int64_t>(sizeof(float));
     static_assert(MicroDots::kPanels * code_panel_stride(kMaxK) <= kPanelBytes);
-    static_assert(kPanelColumns * code_row_stride(kMaxK) + kScaleBytes <= kLeftBytes);
+    static_assert(kScaleBytes <= kLeftBytes);
 
     void dots(int64_t row, int64_t n, float* c, int64_t ldc) const {
         const int64_t few = table_.few_rows;
@@ -81,65 +82,112 @@ private:
         const int64_t step = groups <= kMaxK ? groups : unit_, block = kMaxK / step * step;
         for (int64_t k = 0; k < padded; k += block) {
             const int64_t kn = smaller(block, padded - k);
-            panel_block(columns.first, columns.count, columns.second, 0, k, kn);
-            if (columns.second >= 0) panel_block(columns.second, columns.count, -1, columns.padded(), k, kn);
+            const NextRows after = k + kn < padded ? NextRows{} : after_;
+            const bool both = columns.second >= 0;
+            panel_block(columns.first, columns.count, both ? NextRows{e_, columns.second} : after, 0, k, kn);
+            if (both) panel_block(columns.second, columns.count, after, columns.padded(), k, kn);
         }
     }
 
     // Products with rows [row, row + n) of W, over k in [k, k + kn), for columns of C from `column` on. A few panels
     // are made and used at a time; meanwhile the codes of the next ones are read into the cache, at the end those of
-    // row `after`.
-    void panel_block(int64_t row, int64_t n, int64_t after, int64_t column, int64_t k, int64_t kn) const {
+    // `after`.
+    void panel_block(int64_t row, int64_t n, const NextRows& after, int64_t column, int64_t k, int64_t kn) const {
         CodeSegment segments[kMaxSegments];
-        float* scales = reinterpret_cast<float*>(reinterpret_cast<uint8_t*>(scratch_.left) + kLeftBytes - kScaleBytes);
+        auto* scales = reinterpret_cast<float*>(scratch_.left);
         const int64_t num_segments = make_segments(k, kn, scales, segments);
         for (int64_t j = 0; j < n; j += kBlockColumns) {
             const int64_t count = smaller(kBlockColumns, n - j), next = j + kBlockColumns;
             make_panels(row + j, count, k, kn, segments[num_segments - 1].group, scales);
-            multiply_panels(count, column + j, next < n ? row + next : after, k, kn, segments, num_segments);
+            multiply_panels(count, column + j, next < n ? NextRows{e_, row + next} : after, k, kn, segments,
+                            num_segments);
         }
     }
 
     void make_panels(int64_t row, int64_t n, int64_t k, int64_t kn, int64_t last_group, float* scales) const {
         auto* panels = reinterpret_cast<uint8_t*>(scratch_.panels);
-        auto* rows = reinterpret_cast<uint8_t*>(scratch_.left);
-        const int64_t first = k / group_, groups = last_group - first + 1, stride = code_row_stride(kn);
+        const int64_t first = k / group_, groups = last_group - first + 1;
         for (int64_t j = 0; j < n; j += kPanelColumns, panels += code_panel_stride(kn)) {
-            table_.code_rows(w_, e_, row + j, smaller(kPanelColumns, n - j), k, kn, rows, stride);
-            for (int64_t i = 0; i < kn; i += 64) transpose_block(rows + i, stride, panels + i * kPanelColumns);
-        }
-        for (int64_t j = 0; j < round_up(n, kPanelColumns); ++j) {
-            float scale[group_room(kMaxGroups)] = {}, min[group_room(kMaxGroups)] = {};
-            if (j < n) table_.code_scales(w_, e_, row + j, first, groups, scale, min);
-            for (int64_t g = 0; g < groups; ++g) {
-                scales[2 * g * kBlockColumns + j] = scale[g];
-                scales[(2 * g + 1) * kBlockColumns + j] = min[g];
-            }
+            const int64_t count = smaller(kPanelColumns, n - j);
+            table_.code_panel(w_, e_, row + j, count, k, kn, panels);
+            table_.code_scales(w_, e_, row + j, count, first, groups, scales + j, scales + kBlockColumns + j,
+                               2 * kBlockColumns);
         }
     }
 
-    void multiply_panels(int64_t n, int64_t column, int64_t next, int64_t k, int64_t kn, const CodeSegment* segments,
-                         int64_t num_segments) const {
+    void multiply_panels(int64_t n, int64_t column, const NextRows& next, int64_t k, int64_t kn,
+                         const CodeSegment* segments, int64_t num_segments) const {
         const int panels = static_cast<int>(ceil_div(n, kPanelColumns));
-        // the bytes of [k, k + kn) of the next rows, each in a part of the calls
-        const int64_t line = 64, lines = ceil_div(w_.row_bytes * kn, round_up(w_.columns, unit_) * line);
-        const int64_t calls = ceil_div(m_, MicroDots::kRows);
-        for (int64_t i = 0, call = 0; i < m_; i += MicroDots::kRows, ++call) {
+        const auto* b = reinterpret_cast<const uint8_t*>(scratch_.panels);
+        ReadAhead ahead(w_, next, n, k, ceil_div(w_.row_bytes * kn, round_up(w_.columns, unit_)),
+                        ceil_div(m_, MicroDots::kRows));
+        const int64_t first = segments[0].group, groups = segments[num_segments - 1].group - first + 1;
+        int32_t starts_of[MicroDots::kRows][group_room(kMaxGroups)];
+        for (int64_t i = 0; i < m_; i += MicroDots::kRows) {
             const int m = static_cast<int>(smaller(MicroDots::kRows, m_ - i));
             const int8_t* a[MicroDots::kRows];
             const float* sums[MicroDots::kRows];
+            const int32_t* starts[MicroDots::kRows];
+            float scale[MicroDots::kRows];
             for (int r = 0; r < m; ++r) {
-                a[r] = x_.row(index_[i + r]) + k;
-                sums[r] = x_.row_sums(index_[i + r]);
+                const int64_t row = index_[i + r];
+                a[r] = x_.row(row) + k;
+                sums[r] = x_.row_sums(row);
+                scale[r] = x_.scale[row];
+                starts[r] = starts_of[r] - first;
+                if (i + r + MicroDots::kRows < m_) {
+                    __builtin_prefetch(x_.row_sums(index_[i + r + MicroDots::kRows]) + first, 0, 2);
+                }
+                if (table_.code_mins) continue;
+                for (int64_t g = 0; g < groups; g += kLanes<float>) {
+                    const auto sum = __builtin_convertvector(load(sums[r] + first + g), VecI32);
+                    const VecI32 start = sum * -table_.zero_code;
+                    std::memcpy(starts_of[r] + g, &start, sizeof(start));
+                }
             }
-            const int64_t at = call * n * lines / calls;
-            const uint8_t* ahead =
-                w_.row(e_, larger(next, 0) + at / lines) + w_.row_bytes * k / w_.columns + at % lines * line;
-            MicroDots::multiply({m, panels, a, sums, reinterpret_cast<const uint8_t*>(scratch_.panels),
-                                 code_panel_stride(kn), segments, num_segments, scratch_.c + i * ldc_ + column, ldc_,
-                                 ahead, next < 0 ? 0 : line});
+            MicroDots::multiply({m, panels, a, sums, starts, scale, b, code_panel_stride(kn), segments, num_segments,
+                                 scratch_.c + i * ldc_ + column, ldc_, ahead.call(), ahead.step});
         }
     }
+
+    // What is read ahead during so many calls: `bytes` from column k on of each of the n rows from `next` on; and their
+    // scales.
+    class ReadAhead {
+    public:
+        ReadAhead(const WeightTensor& w, const NextRows& next, int64_t n, int64_t k, int64_t bytes, int64_t calls)
+            : step(next.expert < 0 ? 0 : kLine),
+              lines_(ceil_div(bytes, kLine)),
+              lines_a_call_(ceil_div(n * lines_, calls)),
+              row_bytes_(step ? w.row_bytes : 0),
+              row_(w.row(larger(next.expert, 0), next.row) + w.row_bytes * k / w.columns) {
+            if (step) prefetch(w.scale, next, n), prefetch(w.zero, next, n);
+        }
+
+        // Where the next call reads, `step` bytes at a time.
+        const uint8_t* call() {
+            const uint8_t* at = row_ + line_ * step;
+            for (line_ += lines_a_call_; line_ >= lines_; line_ -= lines_) row_ += row_bytes_;
+            return at;
+        }
+
+        const int64_t step;
+
+    private:
+        static constexpr int64_t kLine = 64;
+
+        // Inline: GCC takes a function that only prefetches for one that does nothing, and leaves it out.
+        __attribute__((always_inline)) static void prefetch(const GroupValues& values, const NextRows& next,
+                                                            int64_t n) {
+            if (!values.data) return;
+            const uint8_t* from = values.at(next.expert, next.row);
+            for (int64_t i = 0; i < n * values.row_stride * values.element_bytes(); i += kLine) {
+                __builtin_prefetch(from + i, 0, 2);
+            }
+        }
+
+        int64_t lines_, lines_a_call_, row_bytes_, line_ = 0;
+        const uint8_t* row_;
+    };
 
     // The runs of steps that the groups of [k, k + kn) are made of, and where their scales are.
     int64_t make_segments(int64_t k, int64_t kn, const float* scales, CodeSegment* segments) const {
@@ -157,9 +205,10 @@ private:
                                  group,
                                  scale,
                                  starts && table_.code_mins ? scale + kBlockColumns : nullptr,
-                                 starts && !table_.code_mins ? table_.zero_code : 0,
+                                 starts && !table_.code_mins,
                                  false,
-                                 adds};
+                                 adds,
+                                 false};
             };
             if (x_.pairs) {
                 while (at < stop) {
@@ -180,6 +229,7 @@ private:
             segments[n - 1].ends = true;
             adds = true;
         }
+        segments[n - 1].last = k + kn >= w_.columns;
         return n;
     }
 
@@ -189,15 +239,17 @@ private:
     int64_t e_;
     const CodedRows& x_;
     int64_t group_, unit_, m_, ldc_ = 0;
+    NextRows after_;
     int64_t index_[kMaxRows];
 };
 
 // C = A . W^T of a block whose rows of A are rows of x, see CodeGemm.
 template <class T>
 inline void multiply_codes(BlockGemm<T>& block, const GemmScratch<T>& scratch, const Weight<T>& weight, int64_t expert,
-                           const CodedRows& x, const int32_t* index, int64_t first, int64_t m, const Columns& columns) {
+                           const CodedRows& x, const int32_t* index, int64_t first, int64_t m, const Columns& columns,
+                           const NextRows& after) {
     if constexpr (std::is_same_v<Acc<T>, float>) {
-        CodeGemm<T>(scratch, weight, expert, x, index, first, m).multiply(columns);
+        CodeGemm<T>(scratch, weight, expert, x, index, first, m, after).multiply(columns);
         block.holds_product();
     }
 }

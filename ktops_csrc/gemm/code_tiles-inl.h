@@ -62,14 +62,11 @@ private:
             const int64_t count = smaller(kRows, n - j);
             table_.code_rows(w_, e_, row + j, count, k, kn, rows_, code_row_stride(kn));
             alignas(64) float scale[kMaxGroups][kRows] = {}, min[kMaxGroups][kRows] = {};
-            for (int64_t r = 0; r < count; ++r) {
-                float scales[group_room(kMaxGroups)], mins[group_room(kMaxGroups)];
-                table_.code_scales(w_, e_, row + j + r, first, groups, scales, mins);
-                for (int64_t g = 0; g < groups; ++g) {
-                    scale[g][r] = scales[g];
-                    min[g][r] = (k + g * group_) % group_ ? 0 : mins[g];  // else the block before has taken it
-                }
+            for (int64_t r = 0; r < count; r += kPanelColumns) {
+                table_.code_scales(w_, e_, row + j + r, smaller(kPanelColumns, count - r), first, groups, scale[0] + r,
+                                   min[0] + r, kRows);
             }
+            if (k % group_) std::memset(min, 0, sizeof(min));  // the block before has taken it
             for (int64_t i = 0; i < m_; i += kRows) {
                 // the rows after these, some in each pass
                 const int64_t part = kRows * i / m_, end = kRows * smaller(m_, i + kRows) / m_;

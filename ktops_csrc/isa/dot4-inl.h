@@ -59,19 +59,20 @@ inline VecCodes shifted_twice(const uint8_t* p, int low, int high) {
 #endif
 }
 
+inline void split_nibbles(VecCodes bytes, VecCodes* low, VecCodes* high) {
+    typedef uint16_t Words __attribute__((vector_size(kCodeBytes)));
+    *low = bytes & 15;
+    *high = (VecCodes)((Words)bytes >> 4) & 15;
+}
+
 // Four-bit codes as bytes: the low halves of kBytes bytes, then their high halves.
 template <int64_t kBytes>
 inline void nibble_codes(const uint8_t* p, VecCodes* out) {
     if constexpr (kBytes < kCodeBytes) {
         out[0] = shifted_twice(p, 0, 4) & 15;
     } else {
-        typedef uint16_t Words __attribute__((vector_size(kCodeBytes)));
         constexpr int64_t n = kBytes / kCodeBytes;
-        for (int64_t i = 0; i < n; ++i) {
-            const auto bytes = load_bits<VecCodes>(p + i * kCodeBytes);
-            out[i] = bytes & 15;
-            out[n + i] = (VecCodes)((Words)bytes >> 4) & 15;
-        }
+        for (int64_t i = 0; i < n; ++i) split_nibbles(load_bits<VecCodes>(p + i * kCodeBytes), out + i, out + n + i);
     }
 }
 

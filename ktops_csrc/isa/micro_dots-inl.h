@@ -12,19 +12,22 @@
 namespace kt::KT_ISA {
 
 // A run of steps, of four codes each, that belong to one group: the last one of a group `ends` it. For the columns of
-// C: the scales, and what is taken off times the row's sum of the group; null where `zero` times that sum is taken off
-// the integers instead, or where a run before has done it.
+// C: the scales, and what is taken off times the row's sum of the group; null where the sums begin with that, or where
+// a run before has taken it.
 struct CodeSegment {
     int64_t first, steps, group;
     const float *scale, *min;
-    int32_t zero;
+    bool begins;      // with the row's start of the group, else with 0
     bool ends, adds;  // adds: to what C holds
+    bool last;        // C is whole then, and multiplied by the rows' scales
 };
 
 struct CodeArguments {
     int m, panels;
-    const int8_t* const* a;    // rows, from the first code of the panels on
-    const float* const* sums;  // of every row: of its groups
+    const int8_t* const* a;        // rows, from the first code of the panels on
+    const float* const* sums;      // of every row: of its groups
+    const int32_t* const* starts;  // of every row and group: what its sums begin with
+    const float* row_scale;        // of every row
     const uint8_t* b;
     int64_t b_stride;
     const CodeSegment* segments;
@@ -101,27 +104,44 @@ private:
                                                      VecDots (&sums)[M][P * V]) {
 #pragma GCC unroll 8
         for (int i = 0; i < M; ++i) {
-            const auto zero = segment.zero * static_cast<int32_t>(g.sums[i][segment.group]);
+            const int32_t first = segment.begins ? g.starts[i][segment.group] : 0;
 #pragma GCC unroll 8
-            for (int j = 0; j < P * V; ++j) sums[i][j] = VecDots{} - zero;
+            for (int j = 0; j < P * V; ++j) sums[i][j] = VecDots{} + first;
         }
     }
 
-    // c (+)= scale * sums - min * the row's sum
     template <int M, int P>
     __attribute__((always_inline)) static void finish(const CodeArguments& g, const CodeSegment& segment,
                                                       const VecDots (&sums)[M][P * V]) {
+        const auto put = [&](auto min, auto adds, auto last) __attribute__((always_inline)) {
+            put_sums<M, P, min(), adds(), last()>(g, segment, sums);
+        };
+        using Yes = std::true_type;
+        using No = std::false_type;
+        const auto with_min = [&](auto min) __attribute__((always_inline)) {
+            if (!segment.adds) return segment.last ? put(min, No(), Yes()) : put(min, No(), No());
+            segment.last ? put(min, Yes(), Yes()) : put(min, Yes(), No());
+        };
+        segment.min ? with_min(Yes()) : with_min(No());
+    }
+
+    // c (+)= scale * sums - min * the row's sum, at last times the row's scale
+    template <int M, int P, bool kMin, bool kAdds, bool kLast>
+    __attribute__((always_inline)) static void put_sums(const CodeArguments& g, const CodeSegment& segment,
+                                                        const VecDots (&sums)[M][P * V]) {
+        const float *scales = segment.scale, *mins = segment.min;
+        const int64_t group = segment.group, ldc = g.ldc;
 #pragma GCC unroll 8
         for (int j = 0; j < P * V; ++j) {
-            const auto scale = load_bits<VecDotsF>(segment.scale + j * kDotLanes);
+            const auto scale = load_bits<VecDotsF>(scales + j * kDotLanes);
+            const auto min = kMin ? load_bits<VecDotsF>(mins + j * kDotLanes) : VecDotsF{};
+            float* c = g.c + j * kDotLanes;
 #pragma GCC unroll 8
-            for (int i = 0; i < M; ++i) {
-                float* c = g.c + i * g.ldc + j * kDotLanes;
+            for (int i = 0; i < M; ++i, c += ldc) {
                 VecDotsF sum = dots_to_floats(sums[i][j]) * scale;
-                if (segment.min) {
-                    sum -= load_bits<VecDotsF>(segment.min + j * kDotLanes) * g.sums[i][segment.group];
-                }
-                if (segment.adds) sum += load_bits<VecDotsF>(c);
+                if constexpr (kMin) sum -= min * g.sums[i][group];
+                if constexpr (kAdds) sum += load_bits<VecDotsF>(c);
+                if constexpr (kLast) sum *= g.row_scale[i];
                 std::memcpy(c, &sum, sizeof(sum));
             }
         }

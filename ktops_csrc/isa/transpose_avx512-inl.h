@@ -10,7 +10,10 @@ namespace kt::KT_ISA {
 //
 //   unpack epi32   a0 b0 a1 b1 | ...      unpack epi64   a0 b0 c0 d0 | ...
 //   shuffle i32x4  128-bit blocks 0, 2 of two registers, then again: rows of the result
-inline void transpose_16x16_avx512(const char* rows, int64_t stride, uint32_t* out) {
+//
+// put(k, dword k of every row)
+template <class Put>
+inline __attribute__((always_inline)) void transpose_16x16_avx512(const char* rows, int64_t stride, Put put) {
     __m512i r[16], t[16];
 #pragma GCC unroll 16
     for (int i = 0; i < 16; ++i) r[i] = _mm512_loadu_si512(rows + i * stride);
@@ -35,11 +38,13 @@ inline void transpose_16x16_avx512(const char* rows, int64_t stride, uint32_t* o
     }
 #pragma GCC unroll 8
     for (int i = 0; i < 8; ++i) {
-        const __m512i low = _mm512_shuffle_i32x4(t[i], t[i + 8], 0x88);
-        const __m512i high = _mm512_shuffle_i32x4(t[i], t[i + 8], 0xdd);
-        _mm512_storeu_si512(out + 16 * i, low);
-        _mm512_storeu_si512(out + 16 * (i + 8), high);
+        put(i, _mm512_shuffle_i32x4(t[i], t[i + 8], 0x88));
+        put(i + 8, _mm512_shuffle_i32x4(t[i], t[i + 8], 0xdd));
     }
+}
+
+inline void transpose_16x16_avx512(const char* rows, int64_t stride, uint32_t* out) {
+    transpose_16x16_avx512(rows, stride, [&](int k, __m512i x) { _mm512_storeu_si512(out + 16 * k, x); });
 }
 
 }  // namespace kt::KT_ISA

@@ -19,8 +19,8 @@ struct GradProduct {
     const Layer<T>& layer;
     const T *grad_gate_up, *dgub;
 
-    void multiply(const Thread<T>&, BlockGemm<T>& block, int64_t expert, int64_t route, int64_t,
-                  const Columns& columns) const {
+    void multiply(const Thread<T>&, BlockGemm<T>& block, int64_t expert, int64_t route, int64_t, const Columns& columns,
+                  const NextRows&) const {
         const int64_t rank = layer.p.gate_up_rank, k = 2 * layer.I;
         block.multiply_nn({grad_gate_up + route * k, k}, k, layer.gate_up, expert, columns);
         if (rank) block.multiply_nn({dgub + route * rank, rank}, rank, layer.A1, expert, columns);
@@ -156,7 +156,7 @@ private:
     void recompute(const Thread<T>& thread, int64_t expert, int64_t column) {
         const int64_t n = smaller(kSlab<T>, I_ - column);
         const T* xa = static_cast<const T*>(b_.saved_xa);
-        gate_up_product(thread, layer_, expert, column, n, xa, [&](int64_t route, const A* g, const A* u) {
+        gate_up_product(thread, layer_, expert, column, n, xa, NextRows{}, [&](int64_t route, const A* g, const A* u) {
             T* to = recomputed_ + route * 2 * I_ + column;
             for_each_vector<A>(n, [&](int64_t j, int64_t count) {
                 store_n(to + j, load(g + j), count);

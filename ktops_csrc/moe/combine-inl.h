@@ -20,7 +20,8 @@ inline int64_t lower_bound(const int32_t* sorted, int64_t begin, int64_t end, in
 }
 
 // Product has
-//   multiply(thread, block, expert, first_route, count, columns)   the rows of `count` of an expert's routes
+//   multiply(thread, block, expert, first_route, count, columns, after)   the rows of `count` of an expert's routes;
+//                                       after: the rows of the weight that come next
 //   start(thread, expert, column, n)    before value() for these columns
 //   value(thread, route, c, j)          what is added for vector c of the row, j columns after `column`
 template <class T, class Product>
@@ -50,7 +51,8 @@ public:
     void run(int64_t task, int thread) const {
         const int64_t column = task % slabs_ * width_, n = smaller(width_, layer_.H - column);
         if (routes_) {
-            keep_rows(threads_[thread], routing_.active[task / slabs_], column, n);
+            keep_rows(threads_[thread], routing_.active[task / slabs_], column, n,
+                      rows_of_next(layer_.p, routing_, task, slabs_, width_));
         } else {
             sum_block(threads_[thread], task / slabs_ * kTokenBlock, column, n);
         }
@@ -73,18 +75,18 @@ private:
     // put(route, row) for routes [begin, end) of an expert.
     template <class Put>
     void rows(const Thread<T>& thread, int64_t expert, int64_t begin, int64_t end, int64_t column, int64_t n,
-              Put put) const {
+              const NextRows& after, Put put) const {
         const Columns columns{column, n};
         product_.start(thread, expert, column, n);
         for_each_row_block(end - begin, [&](int64_t row, int64_t count) {
             BlockGemm<T> block(thread.gemm, count, columns.padded());
-            product_.multiply(thread, block, expert, begin + row, count, columns);
+            product_.multiply(thread, block, expert, begin + row, count, columns, after);
             for (int64_t i = 0; i < count; ++i) put(begin + row + i, block.row(i));
         });
     }
 
-    void keep_rows(const Thread<T>& thread, int64_t expert, int64_t column, int64_t n) const {
-        rows(thread, expert, routing_.offsets[expert], routing_.offsets[expert + 1], column, n,
+    void keep_rows(const Thread<T>& thread, int64_t expert, int64_t column, int64_t n, const NextRows& after) const {
+        rows(thread, expert, routing_.offsets[expert], routing_.offsets[expert + 1], column, n, after,
              [&](int64_t route, const A* c) {
                  A* to = routes_ + route * layer_.H + column;
                  for_each_vector<A>(n, [&](int64_t j, int64_t count) {
@@ -103,7 +105,8 @@ private:
             begin = lower_bound(routing_.token, begin, end, first_token);
             end = lower_bound(routing_.token, begin, end, first_token + tokens);
             if (begin == end) continue;
-            rows(thread, expert, begin, end, column, n, [&](int64_t route, const A* c) {
+            const NextRows after = a + 1 < routing_.num_active ? NextRows{routing_.active[a + 1], column} : NextRows{};
+            rows(thread, expert, begin, end, column, n, after, [&](int64_t route, const A* c) {
                 A* sums = thread.sums + (routing_.token[route] - first_token) * padded;
                 for (int64_t j = 0; j < padded; j += kLanes<A>) {
                     store(sums + j, load(sums + j) + product_.value(thread, route, load(c + j), j));

@@ -14,10 +14,10 @@ struct DownProduct {
     const CodedRows& coded_h;  // [R, I], if down takes codes
 
     void multiply(const Thread<T>& thread, BlockGemm<T>& block, int64_t expert, int64_t route, int64_t count,
-                  const Columns& columns) const {
+                  const Columns& columns, const NextRows& after) const {
         const int64_t rank = layer.p.down_rank;
         if (coded_h.codes) {
-            multiply_codes(block, thread.gemm, layer.down, expert, coded_h, nullptr, route, count, columns);
+            multiply_codes(block, thread.gemm, layer.down, expert, coded_h, nullptr, route, count, columns, after);
         } else {
             block.multiply_nt({h + route * layer.I, layer.I}, layer.I, layer.down, expert, columns);
         }
@@ -86,7 +86,8 @@ private:
         const auto gate_up = [&](int64_t task, int thread) {
             const ExpertTask at(routing_, task, i_slabs);
             const int64_t column = at.piece * i_slab;
-            activate(threads_[thread], at.expert, column, smaller(i_slab, layer_.I - column));
+            activate(threads_[thread], at.expert, column, smaller(i_slab, layer_.I - column),
+                     rows_of_next(p_, routing_, task, i_slabs, i_slab));
         };
         const auto project_h = [&](int64_t task, int thread) {
             const int64_t e = routing_.active[task], first = routing_.offsets[e];
@@ -108,9 +109,9 @@ private:
     }
 
     // h = act(g) u, and [g | u] for backward
-    void activate(const Thread<T>& thread, int64_t expert, int64_t column, int64_t n) {
+    void activate(const Thread<T>& thread, int64_t expert, int64_t column, int64_t n, const NextRows& after) {
         with_activation(p_.activation, [&](auto activation) {
-            gate_up_product(thread, layer_, expert, column, n, xa_,
+            gate_up_product(thread, layer_, expert, column, n, xa_, after,
                             [&](int64_t route, const Acc<T>* g, const Acc<T>* u) {
                                 T* h = h_ + route * layer_.I + column;
                                 T* saved = static_cast<T*>(results_.saved_gate_up);

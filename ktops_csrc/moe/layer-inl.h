@@ -165,6 +165,15 @@ struct ExpertTask {
         : expert(routing.active[task / pieces]), piece(task % pieces) {}
 };
 
+// The rows of W of the task that a thread takes after `task`, most likely: the others take those between. A piece is
+// `width` rows.
+inline NextRows rows_of_next(const Problem& p, const Routing& routing, int64_t task, int64_t pieces, int64_t width) {
+    const int64_t next = task + p.num_threads;
+    if (next >= routing.num_active * pieces) return {};
+    const ExpertTask at(routing, next, pieces);
+    return {at.expert, at.piece * width};
+}
+
 // out[row][0 .. rank) = a . A^T (transposed) or a . B, for all rows of one expert.
 template <bool kTransposed, class T>
 inline void low_rank_product(const GemmScratch<T>& scratch, const Layer<T>& layer, int64_t expert, const Rows<T>& a,
@@ -190,10 +199,10 @@ inline void low_rank_product(const GemmScratch<T>& scratch, const Layer<T>& laye
 }
 
 // [g | u] = x Wgu^T + s1 xa B1^T + bgu for columns [column, column + n) of g and of u; epilogue(row, g, u) gets
-// pointers to n accumulators of each.
+// pointers to n accumulators of each. after: the thread's next task.
 template <class T, class Epilogue>
 inline void gate_up_product(const Thread<T>& thread, const Layer<T>& layer, int64_t expert, int64_t column, int64_t n,
-                            const T* xa, Epilogue epilogue) {
+                            const T* xa, const NextRows& after, Epilogue epilogue) {
     const Problem& p = layer.p;
     const Columns columns{column, n, layer.I + column};
     Acc<T>* bias_g = thread.bias;
@@ -206,7 +215,7 @@ inline void gate_up_product(const Thread<T>& thread, const Layer<T>& layer, int6
         BlockGemm<T> block(thread.gemm, count, columns.total());
         if (layer.coded_x.codes) {
             multiply_codes(block, thread.gemm, layer.gate_up, expert, layer.coded_x, layer.routing.token + first, 0,
-                           count, columns);
+                           count, columns, after);
         } else {
             block.multiply_nt(layer.by_token(p.hidden_states, first), layer.H, layer.gate_up, expert, columns);
         }

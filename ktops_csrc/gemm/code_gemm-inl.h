@@ -59,11 +59,13 @@ public:
 private:
     static constexpr int64_t kBlockColumns = MicroDots::kPanels * kPanelColumns;
     static constexpr int64_t kMaxGroups = kMaxK / 16 + 2, kMaxSegments = 2 * kMaxGroups;
-    // What a block keeps in scratch: its panels; scale and min of every group and column.
+    // What a block keeps in scratch: its panels; scale and min of every group and column; the starts of every row.
     static constexpr int64_t kLeftBytes = GemmScratch<T>::kLeftElements * static_cast<int64_t>(sizeof(Compute<T>));
-    static constexpr int64_t kScaleBytes = 2 * kMaxGroups * kBlockColumns * static_cast<int64_t>(sizeof(float));
+    static constexpr int64_t kScales = 2 * kMaxGroups * kBlockColumns;
     static_assert(MicroDots::kPanels * code_panel_stride(kMaxK) <= kPanelBytes);
-    static_assert(kScaleBytes <= kLeftBytes);
+    static_assert((kScales + kMaxRows * group_room(kMaxGroups)) * 4 <= kLeftBytes);
+
+    float* scales() const { return reinterpret_cast<float*>(scratch_.left); }
 
     void dots(int64_t row, int64_t n, float* c, int64_t ldc) const {
         const int64_t few = table_.few_rows;
@@ -76,76 +78,79 @@ private:
         }
     }
 
+    // Columns [k, k + kn), and the runs of steps that their groups are made of.
+    struct Block {
+        int64_t k, kn;
+        const CodeSegment* segments;
+        int64_t num_segments;
+
+        int64_t groups() const { return segments[num_segments - 1].group + 1; }
+    };
+
     // k is walked in blocks of whole units, of whole groups at best.
-    void panels(const Columns& columns) const {
+    void panels(const Columns& columns) {
         const int64_t padded = round_up(w_.columns, unit_), groups = std::lcm(smaller(group_, padded), unit_);
-        const int64_t step = groups <= kMaxK ? groups : unit_, block = kMaxK / step * step;
-        for (int64_t k = 0; k < padded; k += block) {
-            const int64_t kn = smaller(block, padded - k);
+        const int64_t step = groups <= kMaxK ? groups : unit_, most = kMaxK / step * step;
+        CodeSegment segments[kMaxSegments];
+        for (int64_t k = 0; k < padded; k += most) {
+            const int64_t kn = smaller(most, padded - k);
+            const Block block{k, kn, segments, make_segments(k, kn, segments)};
+            take_rows(block);
             const NextRows after = k + kn < padded ? NextRows{} : after_;
             const bool both = columns.second >= 0;
-            panel_block(columns.first, columns.count, both ? NextRows{e_, columns.second} : after, 0, k, kn);
-            if (both) panel_block(columns.second, columns.count, after, columns.padded(), k, kn);
+            panel_block(block, columns.first, columns.count, both ? NextRows{e_, columns.second} : after, 0);
+            if (both) panel_block(block, columns.second, columns.count, after, columns.padded());
         }
     }
 
-    // Products with rows [row, row + n) of W, over k in [k, k + kn), for columns of C from `column` on. A few panels
-    // are made and used at a time; meanwhile the codes of the next ones are read into the cache, at the end those of
-    // `after`.
-    void panel_block(int64_t row, int64_t n, const NextRows& after, int64_t column, int64_t k, int64_t kn) const {
-        CodeSegment segments[kMaxSegments];
-        auto* scales = reinterpret_cast<float*>(scratch_.left);
-        const int64_t num_segments = make_segments(k, kn, scales, segments);
+    // What the micro-kernel gets of each row of A.
+    void take_rows(const Block& block) {
+        const int64_t first = block.k / group_, room = group_room(block.groups());
+        auto* starts = reinterpret_cast<int32_t*>(scales() + kScales);
+        for (int64_t i = 0; i < m_; ++i, starts += room) {
+            a_[i] = x_.row(index_[i]) + block.k;
+            sums_[i] = x_.row_sums(index_[i]) + first;
+            row_scale_[i] = x_.scale[index_[i]];
+            starts_[i] = starts;
+            if (table_.code_mins) continue;
+            for (int64_t g = 0; g < room; g += kLanes<float>) {
+                const VecI32 start = __builtin_convertvector(load(sums_[i] + g), VecI32) * -table_.zero_code;
+                std::memcpy(starts + g, &start, sizeof(start));
+            }
+        }
+    }
+
+    // Products with rows [row, row + n) of W, over the columns of `block`, for columns of C from `column` on. A few
+    // panels are made and used at a time; meanwhile the codes of the next ones are read into the cache, at the end
+    // those of `after`.
+    void panel_block(const Block& block, int64_t row, int64_t n, const NextRows& after, int64_t column) const {
         for (int64_t j = 0; j < n; j += kBlockColumns) {
             const int64_t count = smaller(kBlockColumns, n - j), next = j + kBlockColumns;
-            make_panels(row + j, count, k, kn, segments[num_segments - 1].group, scales);
-            multiply_panels(count, column + j, next < n ? NextRows{e_, row + next} : after, k, kn, segments,
-                            num_segments);
+            make_panels(block, row + j, count);
+            multiply_panels(block, count, column + j, next < n ? NextRows{e_, row + next} : after);
         }
     }
 
-    void make_panels(int64_t row, int64_t n, int64_t k, int64_t kn, int64_t last_group, float* scales) const {
+    void make_panels(const Block& block, int64_t row, int64_t n) const {
         auto* panels = reinterpret_cast<uint8_t*>(scratch_.panels);
-        const int64_t first = k / group_, groups = last_group - first + 1;
-        for (int64_t j = 0; j < n; j += kPanelColumns, panels += code_panel_stride(kn)) {
+        const int64_t first = block.k / group_;
+        for (int64_t j = 0; j < n; j += kPanelColumns, panels += code_panel_stride(block.kn)) {
             const int64_t count = smaller(kPanelColumns, n - j);
-            table_.code_panel(w_, e_, row + j, count, k, kn, panels);
-            table_.code_scales(w_, e_, row + j, count, first, groups, scales + j, scales + kBlockColumns + j,
-                               2 * kBlockColumns);
+            table_.code_panel(w_, e_, row + j, count, block.k, block.kn, panels);
+            table_.code_scales(w_, e_, row + j, count, first, block.groups(), scales() + j,
+                               scales() + kBlockColumns + j, 2 * kBlockColumns);
         }
     }
 
-    void multiply_panels(int64_t n, int64_t column, const NextRows& next, int64_t k, int64_t kn,
-                         const CodeSegment* segments, int64_t num_segments) const {
+    void multiply_panels(const Block& block, int64_t n, int64_t column, const NextRows& next) const {
         const int panels = static_cast<int>(ceil_div(n, kPanelColumns));
         const auto* b = reinterpret_cast<const uint8_t*>(scratch_.panels);
-        ReadAhead ahead(w_, next, n, k, ceil_div(w_.row_bytes * kn, round_up(w_.columns, unit_)),
+        ReadAhead ahead(w_, next, n, block.k, ceil_div(w_.row_bytes * block.kn, round_up(w_.columns, unit_)),
                         ceil_div(m_, MicroDots::kRows));
-        const int64_t first = segments[0].group, groups = segments[num_segments - 1].group - first + 1;
-        int32_t starts_of[MicroDots::kRows][group_room(kMaxGroups)];
         for (int64_t i = 0; i < m_; i += MicroDots::kRows) {
             const int m = static_cast<int>(smaller(MicroDots::kRows, m_ - i));
-            const int8_t* a[MicroDots::kRows];
-            const float* sums[MicroDots::kRows];
-            const int32_t* starts[MicroDots::kRows];
-            float scale[MicroDots::kRows];
-            for (int r = 0; r < m; ++r) {
-                const int64_t row = index_[i + r];
-                a[r] = x_.row(row) + k;
-                sums[r] = x_.row_sums(row);
-                scale[r] = x_.scale[row];
-                starts[r] = starts_of[r] - first;
-                if (i + r + MicroDots::kRows < m_) {
-                    __builtin_prefetch(x_.row_sums(index_[i + r + MicroDots::kRows]) + first, 0, 2);
-                }
-                if (table_.code_mins) continue;
-                for (int64_t g = 0; g < groups; g += kLanes<float>) {
-                    const auto sum = __builtin_convertvector(load(sums[r] + first + g), VecI32);
-                    const VecI32 start = sum * -table_.zero_code;
-                    std::memcpy(starts_of[r] + g, &start, sizeof(start));
-                }
-            }
-            MicroDots::multiply({m, panels, a, sums, starts, scale, b, code_panel_stride(kn), segments, num_segments,
+            MicroDots::multiply({m, panels, a_ + i, sums_ + i, starts_ + i, row_scale_ + i, b,
+                                 code_panel_stride(block.kn), block.segments, block.num_segments,
                                  scratch_.c + i * ldc_ + column, ldc_, ahead.call(), ahead.step});
         }
     }
@@ -189,16 +194,16 @@ private:
         const uint8_t* row_;
     };
 
-    // The runs of steps that the groups of [k, k + kn) are made of, and where their scales are.
-    int64_t make_segments(int64_t k, int64_t kn, const float* scales, CodeSegment* segments) const {
+    // Groups count from the one that k is in. How many segments there are.
+    int64_t make_segments(int64_t k, int64_t kn, CodeSegment* segments) const {
         int64_t n = 0;
         bool adds = k > 0;
         for (int64_t at = k, end = k + kn; at < end;) {
-            const int64_t group = at / group_, next = (group + 1) * group_;
+            const int64_t group = at / group_ - k / group_, next = (at / group_ + 1) * group_;
             const int64_t stop =
                 next >= w_.columns ? end : smaller(end, next);  // what is beyond the last column is its
             const bool starts = at % group_ == 0;
-            const float* scale = scales + 2 * (group - k / group_) * kBlockColumns;
+            const float* scale = scales() + 2 * group * kBlockColumns;
             const auto run = [&](int64_t first, int64_t count) {
                 segments[n++] = {(first - k) / 4,
                                  count / 4,
@@ -241,6 +246,10 @@ private:
     int64_t group_, unit_, m_, ldc_ = 0;
     NextRows after_;
     int64_t index_[kMaxRows];
+    const int8_t* a_[kMaxRows];
+    const float* sums_[kMaxRows];
+    const int32_t* starts_[kMaxRows];
+    float row_scale_[kMaxRows];
 };
 
 // C = A . W^T of a block whose rows of A are rows of x, see CodeGemm.

@@ -95,6 +95,10 @@ private:
              });
     }
 
+    __attribute__((always_inline)) static void prefetch_row(const A* row, int64_t n) {
+        for (int64_t j = 0; j < n; j += 64 / static_cast<int64_t>(sizeof(A))) __builtin_prefetch(row + j, 1);
+    }
+
     void sum_block(const Thread<T>& thread, int64_t first_token, int64_t column, int64_t n) const {
         const int64_t tokens = smaller(kTokenBlock, layer_.p.num_tokens - first_token),
                       padded = round_up(n, kPanelColumns);
@@ -107,7 +111,11 @@ private:
             if (begin == end) continue;
             const NextRows after = a + 1 < routing_.num_active ? NextRows{routing_.active[a + 1], column} : NextRows{};
             rows(thread, expert, begin, end, column, n, after, [&](int64_t route, const A* c) {
-                A* sums = thread.sums + (routing_.token[route] - first_token) * padded;
+                const auto sums_of = [&](int64_t r) {
+                    return thread.sums + (routing_.token[r] - first_token) * padded;
+                };
+                A* sums = sums_of(route);
+                if (route + 1 < end) prefetch_row(sums_of(route + 1), padded);
                 for (int64_t j = 0; j < padded; j += kLanes<A>) {
                     store(sums + j, load(sums + j) + product_.value(thread, route, load(c + j), j));
                 }

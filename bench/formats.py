@@ -13,7 +13,6 @@ Exit status: 0, or 1 if a result was wrong.
 """
 
 import argparse
-import json
 import statistics
 import sys
 import time
@@ -217,18 +216,17 @@ def save(machine: dict, rows: list[dict], isa: str) -> None:
 
 
 def section(isa: str) -> str:
-    """The block of docs/formats.md for a row of kernels, from the saved file of this machine's kind."""
+    """The block of docs/formats.md for a row of kernels: a table for each machine with a saved file."""
     from bench.plots import markdown
 
-    (file,) = results.RESULTS.glob(f"formats-*-{isa}.json")
-    record = json.loads(file.read_text())
-    machine, threads = record["machine"], str(record["machine"]["threads"])
-    revisions = ", ".join(sorted({row["revision"] for row in record["rows"]}))
-    bandwidth = machine["read_bytes_per_second"][threads] / 1e9
-    origin = (
-        f"{machine['cpu']}, {threads} threads, row {isa}, revision {revisions}; {bandwidth:.1f} GB/s.\n\n"
-    )
-    return origin + markdown(*table(record["rows"]))
+    tables = []
+    for record in results.load("formats", isa=isa):
+        machine, threads = record["machine"], str(record["machine"]["threads"])
+        revisions = ", ".join(sorted({row["revision"] for row in record["rows"]}))
+        bandwidth = machine["read_bytes_per_second"][threads] / 1e9
+        origin = f"{machine['cpu']}, {threads} threads, row {isa}, revision {revisions}; {bandwidth:.1f} GB/s"
+        tables.append(f"{origin}.\n\n{markdown(*table(record['rows']))}")
+    return "\n".join(tables)
 
 
 if __name__ == "__main__":

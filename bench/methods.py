@@ -16,7 +16,6 @@ Exit status: 0, or 1 if a result of ktops was wrong, or 3 if it never had a quie
 
 import argparse
 import copy
-import json
 import statistics
 import sys
 import tempfile
@@ -300,16 +299,16 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def section(isa: str) -> str:
-    """The block of docs/formats.md for a row of kernels, from the saved file of this machine's kind."""
+    """The block of docs/formats.md for a row of kernels: tables for each machine with a saved file."""
+    return "\n".join(map(machine_section, results.load("methods", isa=isa))) or "Not measured yet.\n"
+
+
+def machine_section(record: dict) -> str:
     from bench.plots import markdown
 
-    files = list(results.RESULTS.glob(f"methods-*-{isa}.json"))
-    if not files:
-        return "Not measured yet.\n"
-    record = json.loads(files[0].read_text())
     machine, rows = record["machine"], record["rows"]
     revisions = ", ".join(sorted({row["revision"] for row in rows}))
-    text = f"{machine['cpu']}, {machine['threads']} threads, row {isa}, revision {revisions}.\n"
+    text = f"{machine['cpu']}, {machine['threads']} threads, row {record['isa']}, revision {revisions}.\n"
     for mode in OPS:
         if any(row["mode"] == mode for row in rows):
             text += f"\n{mode.capitalize()}:\n\n{markdown(*table([r for r in rows if r['mode'] == mode]))}"

@@ -113,7 +113,7 @@ def exit_status(rows: list[dict]) -> int:
     return 1 if statuses & {"wrong", "slower"} else 3 if "busy" in statuses else 0
 
 
-def load(bench: str, folder: Path | None = None) -> list[dict]:
-    """Every file of a bench: {"bench", "isa", "machine", "rows"}, by name."""
-    files = sorted((folder or RESULTS).glob(f"{bench}-*.json"))
+def load(bench: str, folder: Path | None = None, isa: str = "*") -> list[dict]:
+    """Every file of a bench, or of a row: {"bench", "isa", "machine", "rows"}, by name."""
+    files = sorted((folder or RESULTS).glob(f"{bench}-*-{isa}.json"))
     return [json.loads(file.read_text()) for file in files]

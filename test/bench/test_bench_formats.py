@@ -74,6 +74,20 @@ def test_unknown_format(layer):
         formats.contestant("int3", layer)
 
 
+def test_machines_have_tables_of_their_own(tmp_path, monkeypatch):
+    monkeypatch.setattr(results, "RESULTS", tmp_path)
+    row = {
+        "shape": "tiny", "mode": "forward", "tokens": 1, "format": "int8", "speed": 2, "isa": "avx512_bf16",
+    }  # fmt: skip
+    for cpu, fraction in (("One CPU", 0.25), ("Other CPU", 0.75)):
+        machine = {**MACHINE, "cpu": cpu, "revision": "abc"}
+        results.save("formats", machine, "avx512_bf16", [{**row, "fraction": fraction}], formats.row_key)
+    first, second = formats.section("avx512_bf16").split("Other CPU")
+    assert first.startswith("One CPU, 1 threads, row avx512_bf16, revision abc; 1.0 GB/s.\n\n| format |")
+    assert "| int8 | 0.25 (2.00) |" in first and "| int8 | 0.75 (2.00) |" in second
+    assert formats.section("avx512") == ""
+
+
 def test_page_holds_the_saved_results():
     page = formats.PAGE.read_text()
     rows = {json.loads(file.read_text())["isa"] for file in results.RESULTS.glob("formats-*.json")}

@@ -64,7 +64,7 @@ public:
         constexpr int64_t N = kPanelColumns;
         if (!kInUnit && w.group >= w.columns && one_a_row(w.scale) && (!kZeros || one_a_row(w.zero))) {
             float ones[N], seconds[N];
-            load_groups(w.scale, e, row, 0, n, ones);
+            load_scales(w, e, row, 0, n, ones);
             if constexpr (kZeros) load_groups(w.zero, e, row, 0, n, seconds);
             return put_scales(ones, seconds, scale, min);
         }
@@ -81,6 +81,14 @@ public:
                 put_scales(by_group + i * N, second_by_group + (kSecond ? i * N : 0), scale + (g + i) * apart,
                            min + (g + i) * apart);
             }
+        }
+    }
+
+    // load_groups of scales beside the weight.
+    static void load_scales(const WeightTensor& w, int64_t e, int64_t row, int64_t first, int64_t n, float* out) {
+        load_groups(w.scale, e, row, first, n, out);
+        if constexpr (Decoder::kFactor != 1) {
+            for (int64_t i = 0; i < group_room(n); i += kLanes<float>) store(out + i, load(out + i) * Decoder::kFactor);
         }
     }
 
@@ -131,7 +139,7 @@ private:
                 }
             }
         } else {
-            load_groups(w.scale, e, row, first, count, scale);
+            load_scales(w, e, row, first, count, scale);
             if constexpr (kZeros) load_groups(w.zero, e, row, first, count, second);
         }
     }

@@ -30,7 +30,8 @@ class CodeKernels {
     static constexpr int R = static_cast<int>(kDotRows);
     static constexpr bool kInUnit = Decoder::kCodeGroup > 0;
     static constexpr int64_t kGroups = kInUnit ? kColumns / Decoder::kCodeGroup : 1;
-    static constexpr int64_t kUnitScales = CodeRows<Decoder, kZeros>::kUnitScales;
+    using Rows = CodeRows<Decoder, kZeros>;
+    static constexpr int64_t kUnitScales = Rows::kUnitScales;
 
 public:
     // c[i][j] = x[i] . row (row + j), i < m <= kFewRows, x[i] being row index[i] of `x`.
@@ -95,8 +96,7 @@ private:
         template <int M, class F>
         __attribute__((always_inline)) void next(const int8_t* const* a, F f) {
             if (__builtin_expect(k == last_k, 0)) {
-                for (int r = 0; r < R; ++r)
-                    CodeRows<Decoder, kZeros>::copy_last(unit + r * apart, columns - k, last + r * kStep);
+                for (int r = 0; r < R; ++r) Rows::copy_last(unit + r * apart, columns - k, last + r * kStep);
                 unit = last;
                 apart = kStep;
             }
@@ -222,7 +222,7 @@ private:
                                               const PieceGroups& piece)
             : PieceGroups(piece) {
             for (int r = 0; r < R; ++r) {
-                load_groups(w.scale, e, row + rows.row(r), this->first, this->count, scale[r]);
+                Rows::load_scales(w, e, row + rows.row(r), this->first, this->count, scale[r]);
                 if constexpr (kZeros) load_groups(w.zero, e, row + rows.row(r), this->first, this->count, zero[r]);
             }
         }

@@ -10,6 +10,7 @@
 // Source: ggml-common.h and the dequantize functions of ggml and of the gguf package.
 
 #include "formats/decoder-inl.h"
+#include "isa/dot4-inl.h"
 
 namespace kt::KT_ISA {
 
@@ -36,19 +37,53 @@ inline VecI32 fifth_bits(const uint8_t* qh, int64_t first) {
     return (VecI32)((bits >> (VecU32)lane_indices()) << 4) & 16;
 }
 
-struct Q8_0 : ChunkDecoder {
-    static constexpr int64_t kBytes = 34;
+// Codes of four blocks of so many bytes, with d in front.
+template <int64_t kBlockBytes>
+struct BlockCodes : ChunkDecoder {
+    static constexpr int64_t kBytes = kBlockBytes;
+
+    static constexpr int64_t kCodeColumns = 128, kCodeStep = 4 * kBytes, kCodeGroup = 32;
+    static constexpr bool kPairs = false, kMins = false;
+    static constexpr int kCodesAByte = 0;
+    static void code_scales(const uint8_t* unit, float* out) {
+        VecU16 halves{};
+        for (int i = 0; i < 4; ++i) halves[i] = read(reinterpret_cast<const uint16_t*>(unit + i * kBytes));
+        store(out, from_float16(halves));
+        for (int i = kLanes<float>; i < 16; i += kLanes<float>) store(out + i, VecF{});
+    }
+
+protected:
+    // load(codes of a block, bytes from one block to the next) for every vector of a unit.
+    template <class F>
+    static void for_each_vector_of_codes(const uint8_t* unit, VecCodes* out, F load) {
+        constexpr int64_t kBlocks = kCodeBytes / kChunk;
+        for (int64_t i = 0; i < kCodeColumns / kCodeBytes; ++i) {
+            out[i] = load(unit + i * kBlocks * kBytes + 2, kBytes);
+        }
+    }
+};
+
+struct Q8_0 : BlockCodes<34> {
     static void decode(const uint8_t* block, NoState, int64_t, VecF* v) {
         const float d = float16(block);
         for (int i = 0; i < kChunkVectors; ++i) v[i] = to_floats(widen_signed(block + 2 + i * kLanes<float>)) * d;
     }
+
+    static constexpr int kZeroCode = 128;
+    static void codes(const uint8_t* unit, VecCodes* out) {
+        for_each_vector_of_codes(unit, out, [](auto... at) { return load_parts(at...) ^ 0x80; });
+    }
 };
 
-struct Q4_0 : ChunkDecoder {
-    static constexpr int64_t kBytes = 18;
+struct Q4_0 : BlockCodes<18> {
     static void decode(const uint8_t* block, NoState, int64_t, VecF* v) {
         const float d = float16(block);
         for_each_nibble(block + 2, [&](VecI32 q, int i) { v[i] = to_floats(q - 8) * d; });
+    }
+
+    static constexpr int kZeroCode = 8;
+    static void codes(const uint8_t* unit, VecCodes* out) {
+        for_each_vector_of_codes(unit, out, [](auto... at) { return nibble_parts(at...); });
     }
 };
 
@@ -83,11 +118,19 @@ struct Q5_1 : ChunkDecoder {
 // Of the non-linear four-bit formats.
 alignas(64) constexpr float kNonLinear[16] = {-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113};
 
-struct IQ4_NL : ChunkDecoder {
-    static constexpr int64_t kBytes = 18;
+constexpr int kNonLinearZero = 128;
+constexpr uint8_t kNonLinearCodes[16] = {1, 24, 45, 63, 79, 93, 106, 118, 129, 141, 153, 166, 181, 197, 217, 241};
+
+struct IQ4_NL : BlockCodes<18> {
     static void decode(const uint8_t* block, NoState, int64_t, VecF* v) {
         const float d = float16(block);
         for_each_nibble(block + 2, [&](VecI32 q, int i) { v[i] = lookup(kNonLinear, q) * d; });
+    }
+
+    static constexpr int kZeroCode = kNonLinearZero;
+    static void codes(const uint8_t* unit, VecCodes* out) {
+        for_each_vector_of_codes(unit, out,
+                                 [](auto... at) { return lookup_codes(kNonLinearCodes, nibble_parts(at...)); });
     }
 };
 

@@ -185,14 +185,31 @@ struct IQ4_XS : SuperBlockDecoder<8, 0> {
 
     static State prepare(const uint8_t* block) {
         State s;
-        const float d = float16(block);
-        const int high = read(reinterpret_cast<const uint16_t*>(block + 2));
-        for (int p = 0; p < 8; ++p) {
-            const int scale = (block[4 + p / 2] >> 4 * (p % 2) & 15) | (high >> 2 * p & 3) << 4;
-            s.scale[p] = d * static_cast<float>(scale - 32);
-        }
+        float scales[16];
+        code_scales(block, scales);
+        std::memcpy(s.scale, scales, sizeof(s.scale));
         return s;
     }
+
+    static constexpr int kZeroCode = kNonLinearZero;
+    static constexpr int64_t kCodeColumns = 256, kCodeStep = kBytes, kCodeGroup = 32;
+    static constexpr bool kPairs = false, kMins = false;
+    static void codes(const uint8_t* block, VecCodes* out) {
+        for (int64_t i = 0; i < kCodeColumns / kCodeBytes; ++i) {
+            out[i] = lookup_codes(kNonLinearCodes, nibble_parts(block + 8 + i * kCodeBytes / 2, 16));
+        }
+    }
+    static void code_scales(const uint8_t* block, float* out) {
+        const VecF d = VecF{} + float16(block);
+        const VecU32 low = VecU32{} + read(reinterpret_cast<const uint32_t*>(block + 4)),
+                     high = VecU32{} + read(reinterpret_cast<const uint16_t*>(block + 2));
+        for (int i = 0; i < 16; i += kLanes<float>) {
+            const VecI32 lanes = lane_indices() + i;
+            const VecU32 p = (VecU32)lanes & 7, scale = (low >> 4 * p & 15) | (high >> 2 * p & 3) << 4;
+            store(out + i, to_floats((VecI32)scale - 32) * (VecF)(lanes < 8 ? (VecI32)d : VecI32{}));
+        }
+    }
+
     static void decode(const uint8_t* block, const State& s, int64_t p, VecF* v) {
         for_each_nibble(block + 8 + 16 * p, [&](VecI32 q, int i) { v[i] = lookup(kNonLinear, q) * s.scale[p]; });
     }

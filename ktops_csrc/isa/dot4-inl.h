@@ -65,6 +65,60 @@ inline void split_nibbles(VecCodes bytes, VecCodes* low, VecCodes* high) {
     *high = (VecCodes)((Words)bytes >> 4) & 15;
 }
 
+// 32 bytes at p, and where there are 64 those `apart` bytes behind them.
+inline VecCodes load_parts(const uint8_t* p, int64_t apart) {
+#if KT_VECTOR_BYTES == 64
+    const auto* parts = reinterpret_cast<const __m256i*>(p);
+    const auto* second = reinterpret_cast<const __m256i*>(p + apart);
+    return (VecCodes)_mm512_inserti64x4(_mm512_castsi256_si512(_mm256_loadu_si256(parts)), _mm256_loadu_si256(second),
+                                        1);
+#else
+    static_cast<void>(apart);
+    return load_bits<VecCodes>(p);
+#endif
+}
+
+// The same of four-bit codes: the low halves of 16 bytes, then their high halves.
+inline VecCodes nibble_parts(const uint8_t* p, int64_t apart) {
+    typedef uint16_t Words __attribute__((vector_size(kCodeBytes)));
+#if KT_VECTOR_BYTES >= 32
+    const auto twice = [](const uint8_t* part) {
+        return _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(part)));
+    };
+#endif
+    Words shifts;
+    for (int i = 0; i < static_cast<int>(kCodeBytes) / 2; ++i) shifts[i] = i / 8 % 2 ? 4 : 0;
+#if KT_VECTOR_BYTES == 64
+    const __m512i bytes = _mm512_inserti64x4(_mm512_castsi256_si512(twice(p)), twice(p + apart), 1);
+    return (VecCodes)_mm512_srlv_epi16(bytes, (__m512i)shifts) & 15;
+#else
+    static_cast<void>(apart);
+#if KT_VECTOR_BYTES == 32
+    const auto bytes = (Words)twice(p);
+#else
+    Words bytes;
+    std::memcpy(&bytes, p, 16);
+    std::memcpy(reinterpret_cast<char*>(&bytes) + 16, p, 16);
+#endif
+    return (VecCodes)(bytes >> shifts) & 15;
+#endif
+}
+
+// table[index] of every byte, index < 16.
+inline VecCodes lookup_codes(const uint8_t* table, VecCodes index) {
+#if KT_VECTOR_BYTES == 64
+    const __m128i row = _mm_loadu_si128(reinterpret_cast<const __m128i*>(table));
+    return (VecCodes)_mm512_shuffle_epi8(_mm512_broadcast_i32x4(row), (__m512i)index);
+#elif KT_VECTOR_BYTES == 32
+    const __m128i row = _mm_loadu_si128(reinterpret_cast<const __m128i*>(table));
+    return (VecCodes)_mm256_shuffle_epi8(_mm256_broadcastsi128_si256(row), (__m256i)index);
+#else
+    VecCodes out;
+    for (int i = 0; i < kCodeBytes; ++i) out[i] = table[index[i]];
+    return out;
+#endif
+}
+
 // Four-bit codes as bytes: the low halves of kBytes bytes, then their high halves.
 template <int64_t kBytes>
 inline void nibble_codes(const uint8_t* p, VecCodes* out) {

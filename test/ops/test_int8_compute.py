@@ -11,6 +11,8 @@ from ktops.testing.inputs import densified, moe_inputs
 from ktops.testing.weights import in_format
 
 FORMATS = [("int8", 0), ("int8", 32), ("int4", 0), ("int4", 96), ("int4", 128), ("uint4", 0), ("uint4", 32)]
+CHUNKS = [("mxfp4", 32), ("q8_0", 0), ("q4_0", 0), ("iq4_nl", 0)]
+CHUNK_SIZES = [(1, 256, 256), (3, 1024, 96), (20, 160, 96), (90, 256, 64), (30, 4160, 64)]
 SIZES = [
     (1, 256, 256),
     (3, 1024, 98),
@@ -20,10 +22,12 @@ SIZES = [
     (30, 4160, 64),
     (3, 4352, 64),
 ]
-BLOCKS = ["q4_k", "q6_k"]
+BLOCKS = ["q4_k", "q6_k", "iq4_xs"]
 BLOCK_SIZES = [(1, 256, 256), (3, 4352, 256), (40, 512, 256)]
-CASES = [(*format, *size) for format in FORMATS for size in SIZES] + [
-    (name, 0, *size) for name in BLOCKS for size in BLOCK_SIZES
+CASES = [
+    *((*format, *size) for format in FORMATS for size in SIZES),
+    *((*format, *size) for format in CHUNKS for size in CHUNK_SIZES),
+    *((name, 0, *size) for name in BLOCKS for size in BLOCK_SIZES),
 ]
 FAST = ("amx_bf16", "avx512_bf16")
 """The rows that multiply integers faster than floats: where "auto" means "int8"."""
@@ -139,7 +143,7 @@ def test_same_result_for_any_number_of_threads(isa):
         assert torch.equal(ktops.moe_sft(**inputs, compute="int8"), expected)
 
 
-@pytest.mark.parametrize("name", ["fp8_e4m3", "q8_0", "bf16"])
+@pytest.mark.parametrize("name", ["fp8_e4m3", "q5_0", "bf16"])
 def test_formats_without_integers(name):
     inputs = in_format(moe_inputs(4, 256, 256, 2, 2), name, 0)
     with pytest.raises(

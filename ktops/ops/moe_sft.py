@@ -175,7 +175,7 @@ def moe_sft(
         save: what backward needs. "activations" keeps [g | u] of every route; "recompute" computes it again
             in backward for one more gate_up product and 2·T·K·I fewer saved elements.
         compute: how products with weights in a format are computed. "bf16" decodes the weights to the dtype
-            of hidden_states. "int8" (integer formats) also rounds every row of activations to int8
+            of hidden_states. "int8" (formats with integer codes) also rounds every row of activations to int8
             with a scale, and multiplies integers. "auto": "int8" where nothing requires a gradient and the
             kernels are faster with it, else "bf16".
 

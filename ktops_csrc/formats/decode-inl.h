@@ -51,7 +51,8 @@ public:
         }
     }
 
-    void prefetch(int64_t ahead) const { __builtin_prefetch(block_ + ahead); }
+    // What lies so many bytes behind the next chunk.
+    void prefetch(int64_t ahead) const { __builtin_prefetch(block_ + part_ * (Decoder::kBytes / kParts) + ahead); }
 
 private:
     // The last bytes of a row may be the last ones there are.
@@ -97,6 +98,7 @@ struct FormatKernels {
                 reader.start(w, e, i, first, end);
                 for (int64_t k = first / kChunk * kChunk; k < end; k += kChunk) {
                     VecF v[kChunkVectors];
+                    reader.prefetch(kReadAhead);
                     reader.next(k, v);
                     if (__builtin_expect(k >= first && k + kChunk <= end, 1)) {
                         store_chunk<Decoder::kSplit>(v, out + k - column);

@@ -38,12 +38,15 @@ public:
     }
 
     // The same of n <= kPanelColumns rows as a panel, [kn / 4][16][4]. Columns of the panel beyond them are any codes.
-    static void panel(const WeightTensor& w, int64_t e, int64_t row, int64_t n, int64_t k, int64_t kn, uint8_t* out) {
+    // What lies `ahead` bytes behind is read ahead, if that is not 0.
+    static void panel(const WeightTensor& w, int64_t e, int64_t row, int64_t n, int64_t k, int64_t kn, uint8_t* out,
+                      int64_t ahead) {
         int64_t i = 0;
         if constexpr (Decoder::kCodesAByte > 0 && kCodeBytes == 64) {
             if (n == kPanelColumns) {
                 const uint8_t* unit = w.row(e, row) + k / kColumns * kStep;
                 for (; i < kn && k + i + kColumns <= w.columns; i += kColumns, unit += kStep) {
+                    if (ahead) prefetch_units(unit + ahead, w.row_bytes);
                     unit_panel(unit, w.row_bytes, out + i * kPanelColumns);
                 }
             }
@@ -51,6 +54,7 @@ public:
         for (; i < kn; i += kColumns) {
             constexpr int64_t kStride = kColumns + 64;  // not a power of two
             alignas(64) uint8_t unit[kPanelColumns * kStride];
+            if (ahead) prefetch_units(w.row(e, row) + (k + i) / kColumns * kStep + ahead, w.row_bytes);
             rows(w, e, row, n, k + i, kColumns, unit, kStride);
             for (int64_t j = 0; j < kColumns; j += 64)
                 transpose_block(unit + j, kStride, out + (i + j) * kPanelColumns);
@@ -100,6 +104,12 @@ public:
     }
 
 private:
+    __attribute__((always_inline)) static void prefetch_units(const uint8_t* unit, int64_t row_bytes) {
+        for (int64_t j = 0; j < kPanelColumns; ++j) {
+            for (int64_t b = 0; b < kStep; b += 64) __builtin_prefetch(unit + j * row_bytes + b, 0, 2);
+        }
+    }
+
     // A unit of each of 16 rows, whose bytes are codes by themselves: as they are transposed.
     static void unit_panel(const uint8_t* unit, int64_t row_bytes, uint8_t* out) {
         constexpr int64_t kBlocks = kStep / 64, kBlockBytes = 64 * kPanelColumns;

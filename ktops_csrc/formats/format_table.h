@@ -67,8 +67,8 @@ struct FormatTable {
                       int64_t m, float* c, int64_t ldc) = nullptr;
     void (*code_rows)(const WeightTensor&, int64_t e, int64_t row, int64_t n, int64_t k, int64_t kn, uint8_t* out,
                       int64_t stride) = nullptr;
-    void (*code_panel)(const WeightTensor&, int64_t e, int64_t row, int64_t n, int64_t k, int64_t kn,
-                       uint8_t* out) = nullptr;
+    void (*code_panel)(const WeightTensor&, int64_t e, int64_t row, int64_t n, int64_t k, int64_t kn, uint8_t* out,
+                       int64_t ahead) = nullptr;
     void (*code_scales)(const WeightTensor&, int64_t e, int64_t row, int64_t n, int64_t first, int64_t count,
                         float* scale, float* min, int64_t apart) = nullptr;
     int zero_code = 0;

@@ -131,12 +131,20 @@ private:
         }
     }
 
+    // Of a row of W.
+    int64_t block_bytes(const Block& block) const {
+        return ceil_div(w_.row_bytes * block.kn, round_up(w_.columns, unit_));
+    }
+
     void make_panels(const Block& block, int64_t row, int64_t n) const {
         auto* panels = reinterpret_cast<uint8_t*>(scratch_.panels);
         const int64_t first = block.k / group_;
+        // with few rows, the micro-kernel has too few steps to read all of the next panels ahead
+        const int64_t lines = ceil_div(m_, MicroDots::kRows) * block.kn / MicroDots::kCodesALine;
+        const int64_t ahead = lines * 64 < n * block_bytes(block) ? kPanelColumns * w_.row_bytes : 0;
         for (int64_t j = 0; j < n; j += kPanelColumns, panels += code_panel_stride(block.kn)) {
             const int64_t count = smaller(kPanelColumns, n - j);
-            table_.code_panel(w_, e_, row + j, count, block.k, block.kn, panels);
+            table_.code_panel(w_, e_, row + j, count, block.k, block.kn, panels, ahead);
             table_.code_scales(w_, e_, row + j, count, first, block.groups(), scales() + j,
                                scales() + kBlockColumns + j, 2 * kBlockColumns);
         }
@@ -145,8 +153,7 @@ private:
     void multiply_panels(const Block& block, int64_t n, int64_t column, const NextRows& next) const {
         const int panels = static_cast<int>(ceil_div(n, kPanelColumns));
         const auto* b = reinterpret_cast<const uint8_t*>(scratch_.panels);
-        ReadAhead ahead(w_, next, n, block.k, ceil_div(w_.row_bytes * block.kn, round_up(w_.columns, unit_)),
-                        ceil_div(m_, MicroDots::kRows));
+        ReadAhead ahead(w_, next, n, block.k, block_bytes(block), ceil_div(m_, MicroDots::kRows));
         for (int64_t i = 0; i < m_; i += MicroDots::kRows) {
             const int m = static_cast<int>(smaller(MicroDots::kRows, m_ - i));
             MicroDots::multiply({m, panels, a_ + i, sums_ + i, starts_ + i, row_scale_ + i, b,

@@ -34,7 +34,7 @@ struct CodeArguments {
     int64_t num_segments;
     float* c;
     int64_t ldc;
-    const uint8_t* ahead;  // what is read into the cache meanwhile, every 16 codes of a row
+    const uint8_t* ahead;  // what is read into the cache meanwhile, every kCodesALine codes of a row
     int64_t ahead_step;
 };
 
@@ -49,6 +49,7 @@ struct MicroDots {
 #else
     static constexpr int kRows = 2, kPanels = 1;
 #endif
+    static constexpr int64_t kCodesALine = 16;  // of a row, while which a line is read ahead
 
     static void multiply(const CodeArguments& g) { call(g, std::make_integer_sequence<int, kRows * kPanels>()); }
 
@@ -64,7 +65,7 @@ private:
 
     template <int M, int P>
     static void kernel(const CodeArguments& g) {
-        constexpr int64_t kUnroll = 4;  // steps; every run is a multiple
+        constexpr int64_t kUnroll = kCodesALine / 4;  // steps; every run is a multiple
         const uint8_t* ahead = g.ahead;
         VecDots sums[M][P * V];
         bool starts = true;

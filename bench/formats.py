@@ -37,7 +37,7 @@ PAGE = results.ROOT / "docs" / "formats.md"
 FORMATS = (
     "int8", "int8@int8", "int4:0@int8", "int4:128", "int4:128@int8", "int4:32@int8", "uint4:128",
     "uint4:128@int8", "fp8_e4m3:128", "mxfp8", "mxfp4", "mxfp4@int8", "q8_0", "q8_0@int8", "q4_0",
-    "q4_0@int8", "q4_k", "q4_k@int8", "q5_k", "q6_k", "q6_k@int8", "iq4_xs", "iq4_xs@int8",
+    "q4_0@int8", "q4_k", "q4_k@int8", "q5_k", "q5_k@int8", "q6_k", "q6_k@int8", "iq4_xs", "iq4_xs@int8",
 )  # fmt: skip
 TOKENS = (1, 16, 2048)
 ROUNDED_ACTIVATIONS = 0.05

@@ -43,7 +43,7 @@ SECONDS = 0.3  # of a sample
 DISTINCT = 16  # experts with weights of their own
 _LAYER, _CODES = "layer.pt", "codes.pt"
 
-INTEGERS = (*GROUPED, "mxfp4", "q8_0", "q4_k", "q6_k")
+INTEGERS = (*GROUPED, "mxfp4", "q8_0", "q4_k", "q5_k", "q6_k")
 """Formats whose codes ktops may multiply as integers."""
 
 ROUNDED_ACTIVATIONS = 0.05

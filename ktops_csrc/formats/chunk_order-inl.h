@@ -52,7 +52,8 @@ inline float largest_of(const T* x, int64_t k) {
 template <class T>
 inline void quantize_row(const T* x, int64_t k, const CodedRows& rows, int64_t i) {
     constexpr int64_t kUnit = CodedRows::kUnit, L = kLanes<float>;
-    const float largest = largest_of(x, k), inverse = largest > 0 ? 127 / largest : 0;
+    const float largest = largest_of(x, k);
+    const float inverse = largest > 4e-37f ? 127 / largest : 0;  // of less it is infinite: zeros then
     rows.scale[i] = largest / 127;
     float* sums = rows.sums + i * rows.sums_stride;
     for (int64_t g = 0; g < rows.sums_stride; ++g) sums[g] = 0;

@@ -97,6 +97,12 @@ struct ScaleAndMinDecoder : SuperBlockDecoder<8, 8> {
         scales(block, s.scale);
         return s;
     }
+
+    static constexpr int kZeroCode = 0;
+    static constexpr int64_t kCodeColumns = 256, kCodeGroup = 32;
+    static constexpr bool kPairs = false, kMins = true;
+    static void code_scales(const uint8_t* block, float* out) { scales(block, out); }
+
     static void scales(const uint8_t* block, float* out) {
         typedef uint32_t Words __attribute__((vector_size(16)));
         const auto x = load_bits<Words>(block);  // d and dmin, then the twelve bytes
@@ -121,13 +127,10 @@ struct ScaleAndMinDecoder : SuperBlockDecoder<8, 8> {
 struct Q4_K : ScaleAndMinDecoder {
     static constexpr int64_t kBytes = 144;
 
-    static constexpr int kZeroCode = 0;
-    static constexpr int64_t kCodeColumns = 256, kCodeStep = kBytes, kCodeGroup = 32;
-    static constexpr bool kPairs = false, kMins = true;
+    static constexpr int64_t kCodeStep = kBytes;
     static void codes(const uint8_t* block, VecCodes* out) {
         for (int i = 0; i < 4; ++i) nibble_codes<32>(block + 16 + 32 * i, out + i * 64 / kCodeBytes);
     }
-    static void code_scales(const uint8_t* block, float* out) { scales(block, out); }
 
     static void decode(const uint8_t* block, const State& s, int64_t p, VecF* v) {
         const Bytes32 q = load_bits<Bytes32>(block + 16 + 32 * (p / 2));
@@ -138,6 +141,18 @@ struct Q4_K : ScaleAndMinDecoder {
 
 struct Q5_K : ScaleAndMinDecoder {
     static constexpr int64_t kBytes = 176;
+
+    static constexpr int64_t kCodeStep = kBytes;
+    static void codes(const uint8_t* block, VecCodes* out) {
+        constexpr int kVectors = 64 / static_cast<int>(kCodeBytes);
+        for (int i = 0; i < 4; ++i, out += kVectors) {
+            nibble_codes<32>(block + 48 + 32 * i, out);
+            for (int v = 0; v < kVectors; ++v) {
+                out[v] |= (shifted_twice(block + 16, 2 * i + v, 2 * i + 1) & 1) << 4;
+            }
+        }
+    }
+
     static void decode(const uint8_t* block, const State& s, int64_t p, VecF* v) {
         const Bytes32 q = load_bits<Bytes32>(block + 48 + 32 * (p / 2)), high = load_bits<Bytes32>(block + 16);
         unpack((shift_right(q, 4 * (p % 2)) & 15) | (shift_right(high, p) & 1) << 4, v);

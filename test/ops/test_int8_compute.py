@@ -22,7 +22,7 @@ SIZES = [
     (30, 4160, 64),
     (3, 4352, 64),
 ]
-BLOCKS = ["q4_k", "q6_k", "iq4_xs"]
+BLOCKS = ["q4_k", "q5_k", "q6_k", "iq4_xs"]
 BLOCK_SIZES = [(1, 256, 256), (3, 4352, 256), (40, 512, 256)]
 CASES = [
     *((*format, *size) for format in FORMATS for size in SIZES),
@@ -125,12 +125,13 @@ def test_recompute_is_the_same(isa):
 
 
 def test_rows_of_zeros_and_infinities(isa):
-    inputs = in_format(moe_inputs(4, 64, 32, 4, 2), "int8", 0)
+    inputs = in_format(moe_inputs(5, 64, 32, 4, 2), "int8", 0)
     inputs["hidden_states"][0] = 0
+    inputs["hidden_states"][4] = 1e-38  # 127 times its inverse is infinite
     inputs["hidden_states"][1, 3] = torch.inf
     inputs["hidden_states"][2, 5] = torch.nan
     output = ktops.moe_sft(**inputs, compute="int8")
-    assert torch.equal(output[0], torch.zeros(64))
+    assert torch.equal(output[[0, 4]], torch.zeros(2, 64))
     assert output[1:3].isnan().all()
     assert output[3].isfinite().all()
 

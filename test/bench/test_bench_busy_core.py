@@ -29,10 +29,11 @@ def test_a_busy_core_costs_at_most_2_5_times(op):
 
     What others start in the very moment of a busy sample makes one ratio too large, never all of them; so the
     smallest of several rounds decides, and the test stops at the first that passes. A fixed split of the work
-    between two threads costs about 2 and passes, too; what fails is losing time slices at many barriers.
+    between two threads costs about 2 and passes, too; what fails is losing time slices at many barriers. A
+    call lasts several slices of 3 ms: a shorter one loses more than its own time with a single one.
     """
     layer, variant = Layer(Shape("small", 1024, 512, 16, 2), seed=0), Variant(16 if op is moe_sft else 0)
-    inputs = layer.inputs(128)
+    inputs = layer.inputs(1024)
 
     def call():
         op.call(layer, variant, inputs)

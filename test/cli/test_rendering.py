@@ -12,7 +12,7 @@ import pytest
 from ktops.cli.encoding import IGNORED, encode
 from ktops.cli.errors import UserError
 from ktops.cli.layouts import read_record
-from ktops.cli.rendering import CHAT_TEMPLATE
+from ktops.cli.rendering import CHAT_TEMPLATE, answers
 
 CHATML = (
     "{% for m in messages %}{{ '<' + m.role + '>' + m.content + '<end>' }}{% endfor %}"
@@ -145,6 +145,25 @@ def test_arguments_as_text_and_missing_content_as_an_empty_string_where_the_temp
         f"<assistant>{written}<assistant>Yes.<end>"
     ]
     assert learned(learn(PRINTED, [USER, CALL])) == ['weather{"city": "Oslo", "days": 2}<end>']
+
+
+class NullContent:
+    """A tokenizer with DeepSeek-R1's template: calls are where the content is null."""
+
+    chat_template, special_tokens_map = "", {}
+
+    def apply_chat_template(self, messages, tokenize, add_generation_prompt=False):
+        texts = [
+            m["content"] or "{name} {arguments}".format(**m["tool_calls"][0]["function"])
+            for m in messages
+            if m["content"] is None or "tool_calls" not in m
+        ]
+        return "|".join([*texts, ""])
+
+
+def test_a_call_with_null_as_content_where_the_template_wants_it():
+    (answer,) = answers(read_record({"messages": [USER, CALL]}, "here"), NullContent())
+    assert answer.text[answer.start :] == 'weather {"city": "Oslo", "days": 2}|'
 
 
 def test_an_answer_begins_where_the_template_begins_it_though_it_rewrites_the_prompt(learn):

@@ -18,6 +18,7 @@ class Options:
 
     model: str | None = None
     data: str | None = None
+    ignore_keys: str = ""
     eval_fraction: float = 0.05
     max_steps: int | None = None
     epochs: float | None = None

@@ -12,8 +12,16 @@ from ktops.checkpoints.errors import CheckpointError
 from ktops.checkpoints.experts import Experts, Requantized, Step, no_step, stack
 from ktops.checkpoints.matrix import Matrix, expect, expect_dim
 from ktops.checkpoints.names import EVERY_EXPERT, Key
-from ktops.checkpoints.packed import Packing, Tensors
-from ktops.checkpoints.schemes import PLAIN, deinterleaved, matrices, own_layout, transposed
+from ktops.checkpoints.packed import Tensors
+from ktops.checkpoints.quantization_config import QuantizationConfig
+from ktops.checkpoints.schemes import (
+    PLAIN,
+    deinterleaved,
+    is_of_activations,
+    matrices,
+    own_layout,
+    transposed,
+)
 from ktops.checkpoints.view import View
 from ktops.formats import ExpertWeight, get_format
 
@@ -39,12 +47,14 @@ class Layer:
         interleaved: whether gate and up are alternate rows in the file, as in gpt-oss.
     """
 
-    def __init__(self, name: str, index: int, keyed: dict[Key, View], packing: Packing) -> None:
+    def __init__(self, name: str, index: int, keyed: dict[Key, View], config: QuantizationConfig) -> None:
         self.name, self.index = name, index
         self.tensors = list(keyed.values())
-        self._packing = packing
+        self._config = config
         self._projections: dict[str, dict[int, Tensors]] = defaultdict(lambda: defaultdict(dict))
         for key, view in keyed.items():
+            if is_of_activations(key.tensor):
+                continue
             self._projections[key.projection][key.expert][key.tensor] = view
         gate_up = self._projections.get("gate_up", {}).get(EVERY_EXPERT, {})
         self._transposed = self._is_transposed()
@@ -121,12 +131,16 @@ class Layer:
             options: group_size and method, as of :func:`ktops.quantize`.
 
         Raises:
-            CheckpointError: as of :meth:`check`; gate_up_proj and down_proj have groups of other sizes.
+            CheckpointError: as of :meth:`check`; gate_up_proj and down_proj have groups of other sizes; without
+                weight_format, experts are in several formats.
             ValueError: the format cannot hold these weights.
         """
         self.check()
         both = self.gate_up_proj, self.down_proj
-        if weight_format is not None:
+        if weight_format is None:
+            for experts in both:
+                experts.expect_one_format()
+        else:
             both = tuple(_in_format(experts, weight_format, options) for experts in both)
         size = max(experts.group_size for experts in both)
         return tuple(self._in_groups(experts, size) for experts in both)
@@ -233,7 +247,7 @@ class Layer:
         if self._transposed and projections != ("gate", "up"):
             made = [transposed(part) for part in tensors]
         else:
-            made = matrices(tensors, self._packing, stacked=len(projections) > 1)
+            made = matrices(tensors, self._config, stacked=len(projections) > 1)
         return [deinterleaved(m) for m in made] if self.interleaved and projections == ("gate_up",) else made
 
     def _is_transposed(self) -> bool:

@@ -32,12 +32,14 @@ class Experts(ABC):
     Attributes:
         format, group_size, shape: as of :class:`ktops.ExpertWeight`.
         mapped: bytes that :meth:`read` maps instead of reading them.
+        mixture: what is to be said where experts are in several formats in the files.
     """
 
     format: str
     group_size: int
     shape: tuple[int, int, int]
     mapped = 0
+    mixture: str | None = None
 
     @abstractmethod
     def expert(self, index: int) -> Codes:
@@ -46,9 +48,6 @@ class Experts(ABC):
     def name(self, index: int) -> str:
         """What errors call an expert."""
         return f"expert {index}"
-
-    def expect_one_format(self) -> None:
-        """Raises CheckpointError if the experts are in several formats in the files."""
 
     def __len__(self) -> int:
         return self.shape[0]
@@ -274,7 +273,11 @@ class Mixed(Experts):
 
     def __init__(self, experts: list[list[Matrix]]) -> None:
         self.parts = [[FileExperts([[part]]) for part in parts] for parts in experts]
-        self._index, self._odd, self._common = _odd_one(experts)
+        index, odd, common = _odd_one(experts)
+        self.mixture = (
+            f"{odd.name}: expert {index} differs from the others: expected {_words(common)}, got "
+            f"{_words(odd)}: give weight_format to have them all in one format"
+        )
         first = self.parts[0]
         if any(part.shape[-1] != first[0].shape[-1] for part in first):
             raise CheckpointError(f"{first[0].name(0)}: gate and up must have as many columns")
@@ -282,12 +285,6 @@ class Mixed(Experts):
         self.format, self.group_size = "fp32", 0
         self.scheme = "mixed " + " and ".join(
             dict.fromkeys(part.scheme for parts in experts for part in parts)
-        )
-
-    def expect_one_format(self) -> None:
-        raise CheckpointError(
-            f"{self._odd.name}: expert {self._index} differs from the others: expected {_words(self._common)}, "
-            f"got {_words(self._odd)}: give weight_format to have them all in one format"
         )
 
     def expert(self, index: int) -> Codes:
@@ -303,7 +300,7 @@ class Mixed(Experts):
 
 
 def _odd_one(experts: list[list[Matrix]]) -> tuple[int, Matrix, Matrix]:
-    """The first expert with a matrix that is not laid out as in most experts, that matrix, and one of theirs."""
+    """The first expert whose matrix is not laid out as in most experts, that matrix, and one of theirs."""
     for parts in zip(*experts, strict=True):
         (layout, _), *others = Counter(part.layout for part in parts).most_common()
         if others:

@@ -131,15 +131,16 @@ class Layer:
             options: group_size and method, as of :func:`ktops.quantize`.
 
         Raises:
-            CheckpointError: as of :meth:`check`; gate_up_proj and down_proj have groups of other sizes; without
-                weight_format, experts are in several formats.
+            CheckpointError: as of :meth:`check`; gate_up_proj and down_proj have groups of other sizes;
+                weight_format is None and experts are in several formats.
             ValueError: the format cannot hold these weights.
         """
         self.check()
         both = self.gate_up_proj, self.down_proj
         if weight_format is None:
             for experts in both:
-                experts.expect_one_format()
+                if experts.mixture is not None:
+                    raise CheckpointError(experts.mixture)
         else:
             both = tuple(_in_format(experts, weight_format, options) for experts in both)
         size = max(experts.group_size for experts in both)
@@ -284,18 +285,21 @@ def _without_bias(tensors: Tensors) -> Tensors:
 
 def _slices(tensors: Tensors) -> list[Tensors]:
     """The tensors of each expert, of those that hold all."""
-    state = tensors.get("_extra_state")
-    stacked = {name: view for name, view in tensors.items() if name != "_extra_state"}
+    state, shape = tensors.get("_extra_state"), tensors.get("weight_shape")
+    own = {} if state is None else {"_extra_state": state}
+    if shape is not None and shape.dim == 1:  # of all experts together, or of each of them
+        own["weight_shape"] = shape.tail(2)
+    stacked = {name: view for name, view in tensors.items() if name not in own}
     if not stacked:
-        raise CheckpointError(f"{state}: the weight that belongs to it is missing")
+        raise CheckpointError(f"{state or shape}: the weight that belongs to it is missing")
     sizes = {view.shape[0] if view.dim else None for view in stacked.values()}
     (first, *_) = stacked.values()
     for view in stacked.values():
         if not view.dim or not view.nbytes:
             what = f"unknown scheme: ktops has no format for {view.blocks}" if view.blocks else "it is empty"
-            raise CheckpointError(f"{view}: {what}, shape {list(view.shape)}")
+            raise CheckpointError(f"{view}: {what}, shape {list(view.weights_shape)}")
     if len(sizes) > 1:
-        shapes = ", ".join(f"{name} {list(view.shape)}" for name, view in stacked.items())
+        shapes = ", ".join(f"{name} {list(view.weights_shape)}" for name, view in stacked.items())
         raise CheckpointError(f"{first}: other numbers of experts: {shapes}")
     (count,) = sizes
     if state is not None:
@@ -303,11 +307,13 @@ def _slices(tensors: Tensors) -> list[Tensors]:
         layout = own_layout(state)
         if layout["shape"][0] != count:
             raise CheckpointError(f"{first}: must have {layout['shape'][0]} experts, got {count}")
-    own = {} if state is None else {"_extra_state": state}
     return [{name: view.select(i) for name, view in stacked.items()} | own for i in range(count)]
 
 
 def _in_format(experts: Experts, weight_format: str, options: dict) -> Experts:
     made = Requantized(experts, weight_format, **options)
     same_size = options.get("group_size") is None or made.group_size == experts.group_size
-    return experts if experts.format == weight_format and same_size else made
+    if experts.format == weight_format and same_size:
+        return experts
+    made.known.check_written()
+    return made

@@ -3,13 +3,13 @@
 Words hold 32 / bits codes. Of 4 bits and with the lowest code first, they are the bytes of int4's rows.
 
 GPTQ   qweight int32 [K * bits / 32, N], the lowest code first along K; scales [G, N]; qzeros int32
-       [G, N * bits / 32], codes one less than the zero point (format "gptq_v2": the zero point); g_idx int32 [K],
-       the group of every column
-AWQ    4 bits: qweight int32 [K, N / 8], nibbles along N in the order 0, 2, 4, 6, 1, 3, 5, 7; scales [G, N]; qzeros
-       int32 [G, N / 8] in the same order
+       [G, N * bits / 32], codes one less than the zero point (format "gptq_v2": the zero point); g_idx int32
+       [K], the group of every column
+AWQ    4 bits: qweight int32 [K, N / 8], nibbles along N in the order 0, 2, 4, 6, 1, 3, 5, 7; scales [G, N];
+       qzeros int32 [G, N / 8] in the same order
 pack-quantized   weight_packed int32 [N, ceil(K * bits / 32)], the lowest code first; weight_scale [N, G];
-       weight_zero_point int32 [ceil(N * bits / 32), G], packed along N, or int8 [N, G] less the middle of the codes;
-       weight_g_idx as GPTQ's
+       weight_zero_point int32 [ceil(N * bits / 32), G], packed along N, or int8 [N, G] less the middle of the
+       codes; weight_g_idx as GPTQ's
 """
 
 from typing import NamedTuple
@@ -37,8 +37,8 @@ Tensors = dict[str, View]
 
 
 def unpacked(words: Tensor, bits: int = 4, dim: int = -1) -> Tensor:
-    """int32 [..., n] -> uint8 [..., 32 / bits * n] of 4 or 8 bits, the lowest first; along another dimension if
-    asked."""
+    """int32 [..., n] -> uint8 [..., 32 / bits * n] of 4 or 8 bits, the lowest first; or along another
+    dimension."""
     words = words.movedim(dim, -1).contiguous()
     codes = words.view(torch.uint8)
     return (unpack_nibbles(codes, words.shape[-1] * 8) if bits == 4 else codes).movedim(-1, dim)
@@ -79,7 +79,8 @@ def _expect_readable(view: View, bits: int, symmetric: bool = True) -> None:
     if bits not in (4, 8) or (bits == 8 and not symmetric):
         given = f"{bits} bits" if symmetric else f"{bits} bits with other zero points"
         raise CheckpointError(
-            f"{view}: ktops reads packed weights of 4 bits, and of 8 bits whose zero point is 128, got {given}"
+            f"{view}: ktops reads packed weights of 4 bits, and of 8 bits whose zero point is 128, got "
+            f"{given}"
         )
 
 
@@ -157,8 +158,8 @@ class Gptq(NamedTuple):
 
 
 def gptq(matrices: list[tuple[Tensors, Packing]]) -> list[Matrix]:
-    """All matrices of a projection: uint4, or int4 and int8 if every zero point is in the middle, or dense if columns
-    of a group are apart (act-order)."""
+    """All matrices of a projection: uint4, or int4 and int8 if every zero point is in the middle, or dense if
+    columns of a group are apart (act-order)."""
     parts = [_gptq(tensors, packing) for tensors, packing in matrices]
     if any(part.is_reordered() for part in parts):
         dtype = torch.float16 if parts[0].scales.dtype == torch.float16 else torch.bfloat16
@@ -204,15 +205,15 @@ def _with_known_zeros(part: Gptq) -> Gptq:
     if part.symmetric:
         if not (any(middle) if part.zero_offset is None else middle[part.zero_offset]):
             warn_once(
-                f"ktops: the zero points of the GPTQ weights in {folder} are taken to be {part.middle}, as the "
-                "quantization config says (sym: true), though there are others in qzeros"
+                f"ktops: the zero points of the GPTQ weights in {folder} are taken to be {part.middle}, as "
+                "the quantization config says (sym: true), though there are others in qzeros"
             )
         return part
     offset = 0 if middle[0] else 1
     if not middle[1]:
         warn_once(
-            f"ktops: nothing in {folder} says how the zero points of the GPTQ weights are stored: they are taken "
-            f"to be as {'gptq_v2 has them, as they are' if middle[0] else 'gptq has them, less one'}. "
+            f"ktops: nothing in {folder} says how the zero points of the GPTQ weights are stored: they are "
+            f"taken to be as {'gptq_v2 has them, as they are' if middle[0] else 'gptq has them, less one'}. "
             "quantize_config.json says it: checkpoint_format"
         )
     return part._replace(zero_offset=offset)
@@ -325,7 +326,8 @@ def _packed_zeros(tensors: Tensors, packing: Packing, bits: int, shape: tuple[in
         if packing.symmetric is False:
             weight = tensors["weight_packed"]
             raise CheckpointError(
-                f"{weight}: weight_zero_point is missing beside it: the quantization config says symmetric: false"
+                f"{weight}: weight_zero_point is missing beside it: the quantization config says symmetric: "
+                "false"
             )
         return None
     if zero.dtype == torch.int8:

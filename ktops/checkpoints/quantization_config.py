@@ -1,4 +1,4 @@
-"""What is written beside the weights about how they are packed: config.json's quantization_config, and others."""
+"""What is written beside packed weights about them: config.json's quantization_config, and others."""
 
 import json
 import re
@@ -109,7 +109,7 @@ def read_json(path: Path) -> dict:
 
 
 def _configs(config: dict, owners: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], dict]]:
-    """The quantization configs in a config and its sub-configs, with the names of their parts of the model."""
+    """The quantization configs in a config and its sub-configs, with their parts of the model."""
     for key in KEYS:
         if isinstance(config.get(key), dict) and config[key]:
             yield owners, config[key]
@@ -150,7 +150,7 @@ def _zero_offset(config: dict, method: str | None) -> int | None:
 
 
 def _override(config: dict, module: str) -> dict:
-    """What GPTQModel's ``dynamic``, by the first pattern, or AutoRound's ``extra_config`` says of a module."""
+    """What GPTQModel's ``dynamic`` (the first pattern) or AutoRound's ``extra_config`` says of a module."""
     for key, value in _dict(config, "dynamic").items():
         negative, pattern = key.startswith("-:"), key.removeprefix("+:").removeprefix("-:")
         if _matches(re.match, pattern, module):
@@ -176,8 +176,8 @@ def _matches(match, pattern: str, module: str) -> bool:
 def _weights(groups: dict, module: str) -> dict:
     """The weights' arguments of the group of compressed-tensors that a module is in.
 
-    Targets are names, patterns after "re:", or classes; the more exact one counts. Which class a module has is not
-    known: any class fits.
+    Targets are names, patterns after "re:", or classes; the more exact one counts. Any class fits: those of
+    modules are not known.
     """
     best, weights = -1, {}
     for group in groups.values():

@@ -62,7 +62,7 @@ def is_of_activations(name: str) -> bool:
 
 
 def matrices(parts: list[Tensors], config: QuantizationConfig, *, stacked: bool) -> list[Matrix]:
-    """The matrices of a layer's projection, checked: shapes and dtypes, of packed ones also groups and zero points.
+    """The matrices of a layer's projection, checked: shapes, dtypes, of packed ones groups and zero points.
 
     Args:
         parts: the tensors of each, of all experts. They may be in several schemes.
@@ -116,12 +116,13 @@ def _expect_complete(parts: list[Tensors], kinds: dict[frozenset[str], list[int]
         )
 
 
-def _expect_no_others(tensors: Tensors, *known: str) -> None:
-    others = sorted(set(tensors) - {*known, *LOOKED_UP})
+def _expect_no_others(tensors: Tensors, *used: str) -> None:
+    others = sorted(set(tensors) - {*used, *LOOKED_UP})
     if others:
+        known = ", ".join(sorted(set(tensors) - set(others))) or "nothing else"
         raise UnknownScheme(
             f"{tensors[others[0]]}: unknown scheme: {_called(others)}ktops does not know what "
-            f"{', '.join(others)} mean beside {', '.join(sorted(set(tensors) - set(others))) or 'nothing else'}"
+            f"{', '.join(others)} mean beside {known}"
         )
 
 
@@ -210,8 +211,8 @@ def _expect_floats(weight: View, packing: Packing) -> None:
     """Integers with E8M0 scales have the same tensors as MXFP4."""
     if packing.data_type is not None and "int" in packing.data_type:
         raise UnknownScheme(
-            f"{weight}: unknown scheme: weights of 4 bits with E8M0 scales, which the quantization config says "
-            f"are {packing.data_type}, not floats"
+            f"{weight}: unknown scheme: weights of 4 bits with E8M0 scales, which the quantization config "
+            f"says are {packing.data_type}, not floats"
         )
 
 
@@ -284,7 +285,8 @@ def _compressed(tensors: Tensors, packing: Packing) -> Matrix:
 def _gguf(weight: View) -> Matrix:
     if weight.blocks not in BLOCKS:
         raise UnknownScheme(
-            f"{weight}: unknown scheme: ktops has no format for {weight.blocks}, shape {list(weight.shape)}"
+            f"{weight}: unknown scheme: ktops has no format for {weight.blocks}, shape "
+            f"{list(weight.weights_shape)}"
         )
     expect_dim(weight, 2)
     rows, size = weight.shape

@@ -1,4 +1,4 @@
-"""Writes test/checkpoints/published: one layer's experts, quantised by the libraries that people publish with.
+"""Writes test/checkpoints/published: a layer's experts, quantised by the libraries that people publish with.
 
 Run by hand, as the libraries want other packages than the tests do:
 
@@ -6,10 +6,11 @@ Run by hand, as the libraries want other packages than the tests do:
     python test/checkpoints/publish.py
 
 Every case is {case}.safetensors, the tensors of the experts as the library saved them; {case}.json, its
-quantization_config and the library with its version; and {weights}.npz, expert 1 in float16 by the library's own
-dequantizer: shared by the cases that mean the same, which this script asserts.
+quantization_config and the library with its version; and {weights}.npz, expert 1 in float16 by the library's
+own dequantizer: shared by the cases that mean the same, which this script asserts.
 """
 
+import functools
 import importlib
 import json
 import tempfile
@@ -106,9 +107,8 @@ def dequantized(config: dict, parts: dict[str, torch.Tensor]) -> torch.Tensor:
     from auto_round.export.export_to_autoround.export import dynamic_import_quant_linear_for_packing
     from auto_round.export.export_to_awq.utils import dequantize_gemm
 
-    packing = config.get(
-        "packing_format", {"gptq": "auto_round:auto_gptq"}.get(config["quant_method"], "awq")
-    )
+    named = {"gptq": "auto_round:auto_gptq", "awq": "auto_round:auto_awq"}.get(config["quant_method"])
+    packing = config.get("packing_format", named)
     rows, group = parts["scales"].shape[1], config["group_size"]
     if "awq" in packing:
         return dequantize_gemm(parts["qweight"], parts["qzeros"], parts["scales"], config["bits"], group).T
@@ -142,7 +142,7 @@ def auto_round(source: Path, folder: Path) -> None:
             str(folder / case), format=layout
         )
         config, matrices = read(folder / case)
-        write(case, "auto_round", config, matrices, weights, lambda parts, c=config: dequantized(c, parts))
+        write(case, "auto_round", config, matrices, weights, functools.partial(dequantized, config))
 
 
 def llm_compressor(source: Path, folder: Path) -> None:
@@ -157,9 +157,8 @@ def llm_compressor(source: Path, folder: Path) -> None:
         oneshot(model=model, recipe=recipe)
         model.save_pretrained(folder / case, save_compressed=True)
         config, matrices = read(folder / case)
-        write(
-            case, "llmcompressor", config, matrices, weights, lambda parts, c=config: decompressed(c, parts)
-        )
+        decode = functools.partial(decompressed, config)
+        write(case, "llmcompressor", config, matrices, weights, decode)
 
 
 def gptqmodel(source: Path, folder: Path) -> None:

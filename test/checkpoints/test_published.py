@@ -1,4 +1,4 @@
-"""Experts in files that other libraries have written, compared with their own dequantisers: see publish.py."""
+"""Experts in files that other libraries wrote, compared with their own dequantisers: see publish.py."""
 
 import json
 import shutil
@@ -34,8 +34,8 @@ FORMATS = {
 }
 REFUSED = {
     "extra_config": (
-        r"experts\.1\.up_proj\.qweight .*: expert 1 differs from the others: expected int4 .*, got int8 .*: give "
-        "weight_format"
+        r"experts\.1\.up_proj\.qweight .*: expert 1 differs from the others: expected int4 .*, got int8 .*: "
+        "give weight_format"
     ),
     "llmcompressor_w8_zero_points": "experts.0.gate_proj.weight_packed .* got 8 bits with other zero points",
     "mxint4": r"experts.0.gate_proj.weight_packed .* are mx_int, not floats \(quant_method auto-round\)",

@@ -3,7 +3,6 @@
 import json
 import re
 from collections.abc import Iterator
-from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -40,6 +39,27 @@ class Packing(NamedTuple):
     data_type: str | None = None
 
 
+class _Part(NamedTuple):
+    """The quantization config of a model, or of a part of it.
+
+    Attributes:
+        owners: names of the part, outermost first: ("thinker", "text").
+        config: for every module.
+        names, patterns: what is said of some modules, by their names, or for the first pattern that fits.
+    """
+
+    owners: tuple[str, ...]
+    config: dict
+    names: dict[str, dict]
+    patterns: list[tuple[re.Pattern, dict]]
+
+    def own(self, module: str) -> dict:
+        """What is said of a module alone."""
+        if module in self.names:
+            return self.names[module]
+        return next((said for pattern, said in self.patterns if pattern.match(module)), {})
+
+
 class QuantizationConfig:
     """The quantization config of a checkpoint, or of the parts of a composite model.
 
@@ -54,33 +74,28 @@ class QuantizationConfig:
     """
 
     def __init__(self, config: dict | None = None, beside: dict | None = None) -> None:
-        found = list(_configs(config or {}, ()))
-        self._parts = [(owners, {**(beside or {}), **part}) for owners, part in found]
-        self._parts = self._parts or [((), beside)] * bool(beside)
-        self.packing = lru_cache(maxsize=None)(self._packing)
+        found = [(owners, {**(beside or {}), **part}) for owners, part in _configs(config or {}, ())]
+        self._parts = [_part(*part) for part in found or [((), beside or {})]]
 
     def __str__(self) -> str:
         """For messages: "quant_method bitsandbytes"; empty if nothing is known."""
-        methods = dict.fromkeys(_method(part) for _, part in self._parts)
+        methods = dict.fromkeys(_method(part.config) for part in self._parts)
         return " and ".join(f"quant_method {method}" for method in methods if method)
 
-    def _packing(self, module: str) -> Packing:
+    def packing(self, module: str) -> Packing:
         """What is known of a module, by its name in the checkpoint."""
         names = set(module.split("."))
-        config = max(self._parts, key=lambda part: len(names.intersection(part[0])), default=((), {}))[1]
-        if isinstance(config.get("config_groups"), dict):
-            return _of_group(_weights(config["config_groups"], module))
-        method = _method(config)
-        own = {**config, **_override(config, module)}
-        bits, group_size = (own.get(key, own.get(older)) for key, older in SIZES)
-        sizes = (value if type(value) is int else None for value in (bits, group_size))
-        symmetric = own["sym"] if isinstance(own.get("sym"), bool) else None
+        part = max(self._parts, key=lambda part: len(names.intersection(part.owners)))
+        config, method = part.config, _method(part.config)
+        said = {**config, **part.own(module)}
         return Packing(
-            *sizes, symmetric, _zero_offset(config, method), _layout(config, method), _text(own, "data_type")
+            bits=_value(said, int, "bits", "w_bit", "num_bits"),
+            group_size=_value(said, int, "group_size", "q_group_size"),
+            symmetric=_value(said, bool, "sym", "symmetric"),
+            zero_offset=_zero_offset(config, method),
+            layout=_layout(config, method),
+            data_type=_text(said, "data_type", "type"),
         )
-
-
-SIZES = (("bits", "w_bit"), ("group_size", "q_group_size"))
 
 
 def read_quantization_config(folder: Path, config: dict) -> QuantizationConfig:
@@ -149,54 +164,54 @@ def _zero_offset(config: dict, method: str | None) -> int | None:
     return None
 
 
-def _override(config: dict, module: str) -> dict:
-    """What GPTQModel's ``dynamic`` (the first pattern) or AutoRound's ``extra_config`` says of a module."""
-    for key, value in _dict(config, "dynamic").items():
-        negative, pattern = key.startswith("-:"), key.removeprefix("+:").removeprefix("-:")
-        if _matches(re.match, pattern, module):
-            return {} if negative or not isinstance(value, dict) else value
-    extra = _dict(config, "extra_config")
-    if isinstance(extra.get(module), dict):
-        return extra[module]
-    patterns = (key for key, value in extra.items() if isinstance(value, dict))
-    return next((extra[key] for key in patterns if _matches(re.fullmatch, key, module)), {})
+def _value(config: dict, kind: type, *keys: str):
+    """The first of these values that is of the type; None if there is none."""
+    return next((config[key] for key in keys if type(config.get(key)) is kind), None)
 
 
 def _dict(config: dict, key: str) -> dict:
     return config[key] if isinstance(config.get(key), dict) else {}
 
 
-def _matches(match, pattern: str, module: str) -> bool:
+def _compiled(pattern: str) -> list[re.Pattern]:
+    """One, or none if this is no regular expression."""
     try:
-        return match(pattern, module) is not None
+        return [re.compile(pattern)]
     except (re.error, RecursionError, OverflowError):
-        return False
+        return []
 
 
-def _weights(groups: dict, module: str) -> dict:
-    """The weights' arguments of the group of compressed-tensors that a module is in.
+def _part(owners: tuple[str, ...], config: dict) -> _Part:
+    """Reads GPTQModel's ``dynamic``, AutoRound's ``extra_config``, compressed-tensors' ``config_groups``.
 
-    Targets are names, patterns after "re:", or classes; the more exact one counts. Any class fits: those of
-    modules are not known.
+    The last one has targets: names, patterns after "re:", or classes, of which experts are Linear.
     """
-    best, weights = -1, {}
-    for group in groups.values():
-        targets = group.get("targets") if isinstance(group, dict) else None
+    names: dict[str, dict] = {}
+    patterns: list[tuple[re.Pattern, dict]] = []
+    for key, said in _dict(config, "dynamic").items():
+        if not isinstance(said, dict) or key.startswith("-:"):
+            said = {}
+        patterns += ((pattern, said) for pattern in _compiled(key.removeprefix("+:").removeprefix("-:")))
+    for key, said in _dict(config, "extra_config").items():
+        if isinstance(said, dict):
+            names[key] = said
+            if not NAME.fullmatch(key):
+                patterns += ((pattern, said) for pattern in _compiled(rf".*?(?:{key})"))
+    classes: dict = {}
+    for group in _dict(config, "config_groups").values():
+        said = _dict(group, "weights") if isinstance(group, dict) else {}
+        targets = group.get("targets") if said else None
         for target in targets if isinstance(targets, list) else ():
             if not isinstance(target, str):
                 continue
-            pattern = target.removeprefix("re:")
-            if target != pattern:
-                rank = 1 if _matches(re.match, pattern, module) else -1
+            if target.startswith("re:"):
+                patterns += ((pattern, said) for pattern in _compiled(target.removeprefix("re:")))
+            elif target == "Linear" or (target[:1].isupper() and not classes):
+                classes = said
             else:
-                rank = 2 if target == module else -1 if "." in target else 0
-            if rank > best:
-                best, weights = rank, _dict(group, "weights")
-    return weights
+                names[target] = said
+    return _Part(owners, {**config, **classes}, names, patterns)
 
 
-def _of_group(weights: dict) -> Packing:
-    bits, group_size = (weights.get(key) for key in ("num_bits", "group_size"))
-    sizes = (value if type(value) is int else None for value in (bits, group_size))
-    symmetric = weights["symmetric"] if isinstance(weights.get("symmetric"), bool) else None
-    return Packing(*sizes, symmetric, data_type=_text(weights, "type"))
+NAME = re.compile(r"[\w.]+")
+"""Of a module, not a pattern."""

@@ -288,7 +288,12 @@ class Mixed(Experts):
         )
 
     def expert(self, index: int) -> Codes:
-        return Codes(torch.cat([rows for part in self.parts[index] for rows in float_rows(part, 0)]))
+        out, row = torch.empty(self.shape[1:]), 0
+        for part in self.parts[index]:
+            for floats in float_rows(part, 0):
+                out[row : row + len(floats)] = floats
+                row += len(floats)
+        return Codes(out)
 
     def name(self, index: int) -> str:
         return f"expert {index} of {' and '.join(part.experts[0][0].name for part in self.parts[index])}"

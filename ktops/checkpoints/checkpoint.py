@@ -1,6 +1,5 @@
 """open_checkpoint: a directory of safetensors files, or GGUF files, and the experts in them."""
 
-import json
 from collections import defaultdict
 from pathlib import Path
 
@@ -8,10 +7,14 @@ from ktops.checkpoints import gguf_file, safetensors_file
 from ktops.checkpoints.errors import CheckpointError
 from ktops.checkpoints.layer import Layer
 from ktops.checkpoints.names import Key, parse
-from ktops.checkpoints.packed import Packing
+from ktops.checkpoints.quantization_config import (
+    CONFIG,
+    QuantizationConfig,
+    read_json,
+    read_quantization_config,
+)
 from ktops.checkpoints.view import View
 
-CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
 MANIFEST = "ktops.json"
 """Says which files hold experts that ktops has written, and their sizes."""
@@ -27,20 +30,26 @@ class Checkpoint:
 
     Attributes:
         path: what was opened.
-        config: of config.json; empty if there is none.
+        config: of config.json, for a safetensors file that beside it; empty if there is none.
         tensors: every tensor by name.
         layers: the layers with experts.
     """
 
-    def __init__(self, path: Path, config: dict, tensors: dict[str, View]) -> None:
+    def __init__(
+        self,
+        path: Path,
+        config: dict,
+        tensors: dict[str, View],
+        quantization: QuantizationConfig | None = None,
+    ) -> None:
         self.path, self.config, self.tensors = path, config, tensors
         keyed: dict[str, dict[Key, View]] = defaultdict(dict)
         for name, view in tensors.items():
             key = parse(name)
             if key is not None:
                 keyed[key.experts][key] = view
-        packing = _packing(config)
-        layers = [Layer(name, next(iter(keys)).layer, keys, packing) for name, keys in keyed.items()]
+        quantization = quantization or QuantizationConfig(config)
+        layers = [Layer(name, next(iter(keys)).layer, keys, quantization) for name, keys in keyed.items()]
         self.layers = sorted(layers, key=lambda layer: (layer.index, layer.name))
 
     def __repr__(self) -> str:
@@ -74,7 +83,6 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     path = Path(path)
     if not path.exists():
         raise CheckpointError(f"{path}: there is no such file or directory")
-    config = _json(path / CONFIG) if (path / CONFIG).exists() else {}
     tensors: dict[str, View] = {}
     for file in _files(path):
         read = gguf_file.read_views if file.suffix == ".gguf" else safetensors_file.read_views
@@ -82,7 +90,11 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
             if name in tensors:
                 raise CheckpointError(f"{view}: the tensor is in {tensors[name].file.path} too")
             tensors[name] = view
-    return Checkpoint(path, config, tensors)
+    if path.suffix == ".gguf" and path.is_file():
+        return Checkpoint(path, {}, tensors)
+    folder = path if path.is_dir() else path.parent
+    config = read_json(folder / CONFIG) if (folder / CONFIG).is_file() else {}
+    return Checkpoint(path, config, tensors, read_quantization_config(folder, config))
 
 
 def _files(path: Path) -> list[Path]:
@@ -92,7 +104,7 @@ def _files(path: Path) -> list[Path]:
         raise CheckpointError(f"{path}: it is being written, or its writing was interrupted: go on with that")
     files: list[Path] = []
     if (path / INDEX).exists():
-        weight_map = _json(path / INDEX).get("weight_map")
+        weight_map = read_json(path / INDEX).get("weight_map")
         if not isinstance(weight_map, dict) or not all(isinstance(n, str) for n in weight_map.values()):
             raise CheckpointError(f"{path / INDEX}: weight_map must map tensors to files")
         files = [path / name for name in sorted(set(weight_map.values()))]
@@ -107,7 +119,7 @@ def _files(path: Path) -> list[Path]:
 
 
 def _manifest_files(path: Path) -> list[Path]:
-    manifest = _json(path)
+    manifest = read_json(path)
     files = manifest.get("files")
     if manifest.get("version") != VERSION or not isinstance(files, dict):
         raise CheckpointError(
@@ -123,26 +135,3 @@ def _manifest_files(path: Path) -> list[Path]:
                 f"{file}: truncated or damaged: {file.stat().st_size} bytes, {path.name} says {size}"
             )
     return [path.parent / name for name in files]
-
-
-def _json(path: Path) -> dict:
-    try:
-        value = json.loads(path.read_text())
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: cannot be read: {error}") from None
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path}: must be a JSON object")
-    return value
-
-
-def _packing(config: dict) -> Packing:
-    """Bits, group size and kind of zero point of packed weights, by the config of GPTQ or AWQ."""
-    parts = [part for part in (config, config.get("text_config")) if isinstance(part, dict)]
-    found = (part["quantization_config"] for part in parts if part.get("quantization_config"))
-    quantization = next(found, None)
-    if not isinstance(quantization, dict):
-        return Packing()
-    bits, group_size = (quantization.get(key) for key in ("bits", "group_size"))
-    offset = 0 if quantization.get("checkpoint_format") == "gptq_v2" else 1
-    sizes = (value if type(value) is int else None for value in (bits, group_size))
-    return Packing(*sizes, zero_offset=offset)

@@ -2,16 +2,19 @@
 
 import json
 from collections import defaultdict
+from functools import cached_property
 from pathlib import Path
 
 from ktops.checkpoints import gguf_file, safetensors_file
 from ktops.checkpoints.errors import CheckpointError
 from ktops.checkpoints.layer import Layer
-from ktops.checkpoints.names import Key, parse
+from ktops.checkpoints.model_names import ModelNames, config_names
+from ktops.checkpoints.names import Key, parse, summary
 from ktops.checkpoints.packed import Packing
 from ktops.checkpoints.view import View
 
 CONFIG = "config.json"
+WHOLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 MANIFEST = "ktops.json"
 """Says which files hold experts that ktops has written, and their sizes."""
@@ -29,26 +32,54 @@ class Checkpoint:
         path: what was opened.
         config: of config.json; empty if there is none.
         tensors: every tensor by name.
-        layers: the layers with experts.
     """
 
-    def __init__(self, path: Path, config: dict, tensors: dict[str, View]) -> None:
+    def __init__(
+        self, path: Path, config: dict, tensors: dict[str, View], names: ModelNames | None = None
+    ) -> None:
         self.path, self.config, self.tensors = path, config, tensors
-        keyed: dict[str, dict[Key, View]] = defaultdict(dict)
-        for name, view in tensors.items():
-            key = parse(name)
-            if key is not None:
-                keyed[key.experts][key] = view
-        packing = _packing(config)
-        layers = [Layer(name, next(iter(keys)).layer, keys, packing) for name, keys in keyed.items()]
-        self.layers = sorted(layers, key=lambda layer: (layer.index, layer.name))
+        if names is not None:
+            self.names = names
 
     def __repr__(self) -> str:
         return f"Checkpoint({str(self.path)!r}, {len(self.layers)} layers with experts)"
 
+    @cached_property
+    def names(self) -> ModelNames | None:
+        """How transformers reads the names, for the model that config.json describes; None if it has none."""
+        return config_names(self.config)
+
+    @cached_property
+    def layers(self) -> list[Layer]:
+        """The layers with experts, by transformers' names where it knows the model, else by the usual ones."""
+        keyed: dict[tuple, dict[Key, View]] = defaultdict(dict)
+        for name, key in self._keys.items():
+            if key is not None:
+                keyed[key.experts, key.module][key] = self.tensors[name]
+        packing = _packing(self.config)
+        layers = [Layer(name, next(iter(keys)).layer, keys, packing) for (name, _), keys in keyed.items()]
+        return sorted(layers, key=lambda layer: (layer.index, layer.name))
+
+    def named_by(self, names: ModelNames | None) -> "Checkpoint":
+        """The same tensors, their names read as transformers does for another model."""
+        return Checkpoint(self.path, self.config, self.tensors, names)
+
     def other_tensors(self) -> dict[str, View]:
         """The tensors that are not experts', by name."""
-        return {name: view for name, view in self.tensors.items() if parse(name) is None}
+        return {name: view for name, view in self.tensors.items() if self._keys[name] is None}
+
+    @cached_property
+    def _keys(self) -> dict[str, Key | None]:
+        read = parse if self.names is None else self.names.key
+        return {name: read(name) for name in self.tensors}
+
+    def require_layers(self) -> None:
+        """Raises CheckpointError, which lists names, unless there are tensors of experts."""
+        if not self.layers:
+            raise CheckpointError(
+                f"{self.path}: there are no tensors of experts with a name that ktops knows: the names are "
+                f"{summary(self.tensors)}"
+            )
 
 
 def open_checkpoint(path: str | Path) -> Checkpoint:
@@ -56,7 +87,8 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
 
     Args:
         path: a directory with safetensors files (of transformers, of a quantiser, or of ktops) or GGUF files,
-            or one file. Of a split GGUF any part.
+            or one file. Of a split GGUF any part. Safetensors files without experts beside GGUF files with
+            experts, as of a vision projector, are left out, and so are GGUF files without beside others.
 
     Returns:
         A :class:`Checkpoint`; its ``layers`` read the experts.
@@ -75,17 +107,21 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     if not path.exists():
         raise CheckpointError(f"{path}: there is no such file or directory")
     config = _json(path / CONFIG) if (path / CONFIG).exists() else {}
+    return Checkpoint(path, config, _views(_files(path, config)))
+
+
+def _views(files: list[Path]) -> dict[str, View]:
     tensors: dict[str, View] = {}
-    for file in _files(path):
+    for file in files:
         read = gguf_file.read_views if file.suffix == ".gguf" else safetensors_file.read_views
         for name, view in read(file).items():
             if name in tensors:
                 raise CheckpointError(f"{view}: the tensor is in {tensors[name].file.path} too")
             tensors[name] = view
-    return Checkpoint(path, config, tensors)
+    return tensors
 
 
-def _files(path: Path) -> list[Path]:
+def _files(path: Path, config: dict) -> list[Path]:
     if path.is_file():
         return gguf_file.split_files(path) if path.suffix == ".gguf" else [path]
     if (path / PROGRESS).exists():
@@ -100,10 +136,23 @@ def _files(path: Path) -> list[Path]:
         mine = _manifest_files(path / MANIFEST)
         others = files or sorted(set(path.glob("*.safetensors")) - set(mine))
         files = [*others, *(file for file in mine if file not in others)]
-    files = files or sorted(path.glob("*.safetensors")) or sorted(path.glob("*.gguf"))
+    files = files or _unlisted_files(path, config)
     if not files:
         raise CheckpointError(f"{path}: there are no safetensors or GGUF files in the directory")
     return files
+
+
+def _unlisted_files(path: Path, config: dict) -> list[Path]:
+    """The files of a directory that has no list of them: those with experts, if there are such."""
+    whole = path / WHOLE
+    safetensors = [whole] if whole.exists() else sorted(path.glob("*.safetensors"))
+    gguf = sorted(path.glob("*.gguf"))
+    if len(gguf) + bool(safetensors) < 2:
+        return safetensors or gguf
+    gguf = [file for file in gguf if any(map(parse, gguf_file.read_views(file)))] or gguf
+    if safetensors and (Checkpoint(path, config, _views(safetensors)).layers or not gguf):
+        return safetensors
+    return gguf
 
 
 def _manifest_files(path: Path) -> list[Path]:

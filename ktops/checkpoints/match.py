@@ -39,7 +39,6 @@ def match_layers(
         >>> match_layers(open_checkpoint("Qwen3-Next-80B-A3B"), model, experts_modules(model))
         {'model.layers.0.mlp.experts': Layer('model.layers.0.mlp.experts', bf16, 512 experts), ...}
     """
-    checkpoint.require_layers()
     found: dict[str, list[Layer]] = defaultdict(list)
     left: dict[str, Layer] = {}
     parts = pretrained_parts(model)
@@ -47,16 +46,18 @@ def match_layers(
         start = f"{part}." if part else ""
         inside = {name.removeprefix(start): m for name, m in modules.items() if name.startswith(start)}
         names = ModelNames(root, inside, conversions)
-        for layer in _beginning_with(prefix, checkpoint.named_by(names).layers, checkpoint):
+        for layer in _beginning_with(prefix, checkpoint.named_by(names)):
             if layer.module is not None:
                 found[start + layer.module].append(layer)
             elif prefix is not None or not names.ignored(layer.name):
                 left[layer.name] = layer
     if not parts:
-        left = {layer.name: layer for layer in _beginning_with(prefix, checkpoint.layers, checkpoint)}
+        left = {layer.name: layer for layer in _beginning_with(prefix, checkpoint)}
         found.update({name: [left[name]] for name in modules if name in left})
     if found:
-        return {name: _one(found[name], f"{name} of the model", checkpoint) for name in modules}
+        for layers in found.values():
+            layers[0].check()
+        return {name: _one(found.get(name, []), f"{name} of the model", checkpoint) for name in modules}
     return _by_number(list(left.values()), modules, checkpoint)
 
 
@@ -66,19 +67,18 @@ def numbered_layer(checkpoint: Checkpoint, index: int, prefix: str | None = None
     Raises:
         CheckpointError: there is none, or several could be meant.
     """
-    checkpoint.require_layers()
-    layers = _beginning_with(prefix, checkpoint.layers, checkpoint)
-    layers = [layer for layer in layers if layer.index == index]
+    layers = [layer for layer in _beginning_with(prefix, checkpoint) if layer.index == index]
     of_model = [layer for layer in layers if layer.module is not None]
     return _one(of_model if len(layers) > 1 and of_model else layers, f"layer {index}", checkpoint)
 
 
-def _beginning_with(prefix: str | None, layers: list[Layer], checkpoint: Checkpoint) -> list[Layer]:
-    chosen = [layer for layer in layers if layer.name.startswith(prefix or "")]
+def _beginning_with(prefix: str | None, checkpoint: Checkpoint) -> list[Layer]:
+    checkpoint.require_layers()
+    chosen = [layer for layer in checkpoint.layers if layer.name.startswith(prefix or "")]
     if not chosen:
         raise CheckpointError(
             f"{checkpoint.path}: no experts have a name that begins with prefix={prefix!r}: there are "
-            f"{_parts(layers)}"
+            f"{_parts(checkpoint.layers)}"
         )
     return chosen
 

@@ -12,6 +12,7 @@ from rich.console import Console
 import ktops
 from ktops.checkpoints import Checkpoint, CheckpointError, CheckpointWriter, Layer, open_checkpoint
 from ktops.checkpoints.checkpoint import MANIFEST
+from ktops.checkpoints.config_parts import with_quantization
 from ktops.checkpoints.experts import Experts, Requantized
 from ktops.checkpoints.layer import BIASES
 from ktops.checkpoints.progress import progress
@@ -213,8 +214,9 @@ def _copy_files(writer: CheckpointWriter, checkpoint: Checkpoint, others: dict) 
         and path.name != REPORT
         and not path.name.startswith(".")
     )
-    if checkpoint.config and not any(name.endswith(QUANTIZED) for name in others):
-        writer.write_config({**checkpoint.config, "quantization_config": {"quant_method": "ktops"}})
+    quantised = checkpoint.config.get("quantization_config") is not None
+    if checkpoint.config and not (quantised and any(name.endswith(QUANTIZED) for name in others)):
+        writer.write_config(with_quantization(checkpoint.config, {"quant_method": "ktops"}))
 
 
 def _show(report: dict, options: Options, console: Console) -> None:

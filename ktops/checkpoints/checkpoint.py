@@ -51,7 +51,7 @@ class Checkpoint:
 
     @cached_property
     def layers(self) -> list[Layer]:
-        """The layers with experts, by transformers' names where it knows the model, else by the usual ones."""
+        """The layers with experts, named as transformers reads them if it knows the model, else as usual."""
         keyed: dict[tuple, dict[Key, View]] = defaultdict(dict)
         for name, key in self._keys.items():
             if key is not None:

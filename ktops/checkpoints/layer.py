@@ -215,7 +215,8 @@ class Layer:
     def _experts(self, *projections: str) -> Experts:
         for layout in self._layouts - {CONCATENATED, INTERLEAVED, None}:
             raise CheckpointError(
-                f"{self.tensors[0]}: unknown scheme: transformers loads {self.module} by the operation {layout}"
+                f"{self.tensors[0]}: unknown scheme: transformers loads {self.module} by the operation "
+                f"{layout}"
             )
         for projection in projections:
             if projection not in self._projections:

@@ -107,8 +107,8 @@ def load_experts(
 
     Raises:
         ktops.checkpoints.CheckpointError: a tensor is missing, has a wrong shape or dtype, or is of an
-            unknown scheme, or a file is truncated; the message names the tensor and the file. The experts of a
-            layer are missing, or several could be meant; the message lists them.
+            unknown scheme, or a file is truncated; the message names the tensor and the file. Or the experts
+            of a layer are missing, or several could be meant; the message lists them.
         ValueError: the model has no experts, or ones that ktops cannot compute; the format cannot hold them.
 
     Example:
@@ -199,7 +199,7 @@ def _activation(module: nn.Module, name: str = "experts") -> str:
 
 
 def _undeclared(module: nn.Module) -> str | None:
-    """Why ktops cannot take the place of experts outside of transformers' experts interface; None if it can."""
+    """Why ktops cannot stand for experts that are not of transformers' experts interface; None if it can."""
     if hasattr(module, "has_gate"):
         return None
     parameters = inspect.signature(module.forward).parameters.values()

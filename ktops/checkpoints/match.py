@@ -23,8 +23,8 @@ def match_layers(
     """The layer of a checkpoint for every experts module of a model.
 
     The layers that transformers would load into the modules, or those whose names are the modules'. A
-    checkpoint without any such, as a GGUF file is, is taken by the numbers of the layers, if it has the layers
-    of one part of a model only.
+    checkpoint without any such, as a GGUF file is, is taken by the numbers of the layers, if it has those of
+    one part of a model only.
 
     Args:
         modules: its experts by name.
@@ -98,7 +98,9 @@ def _one(layers: list[Layer], what: str, checkpoint: Checkpoint) -> Layer:
     return layers[0]
 
 
-def _by_number(layers: list[Layer], modules: dict[str, nn.Module], checkpoint: Checkpoint) -> dict[str, Layer]:
+def _by_number(
+    layers: list[Layer], modules: dict[str, nn.Module], checkpoint: Checkpoint
+) -> dict[str, Layer]:
     families = {family(layer.name) for layer in layers}
     if len(families) > 1:
         raise CheckpointError(
@@ -111,14 +113,14 @@ def _by_number(layers: list[Layer], modules: dict[str, nn.Module], checkpoint: C
         found = NUMBER.findall(name)
         if not found:
             raise ValueError(
-                f"load_experts: {name} must be in a numbered layer, as model.layers.3.mlp.experts, unless the "
-                "checkpoint has this name"
+                f"load_experts: {name} must be in a numbered layer, as model.layers.3.mlp.experts, or have "
+                "this name in the checkpoint"
             )
         number = int(found[-1])
         if number in numbers:
             raise ValueError(
-                f"load_experts: layer {number} of {checkpoint.path} could be {numbers[number]} or {name} of the "
-                "model: call it with the part of the model that is meant"
+                f"load_experts: layer {number} of {checkpoint.path} could be {numbers[number]} or {name} of "
+                "the model: call it with the part of the model that is meant"
             )
         numbers[number] = name
     by_number: dict[int, list[Layer]] = defaultdict(list)

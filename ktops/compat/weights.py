@@ -112,7 +112,8 @@ def from_checkpoint(
 
     Raises:
         CheckpointError: the checkpoint cannot be read.
-        ValueError: it has no such layer, or several, or of other sizes; or the format cannot hold its weights.
+        ValueError: it has no such layer, or several, or of other sizes; or the format cannot hold its
+            weights.
     """
     layer = _layer(path, layer_idx, prefix)
     layer.check()

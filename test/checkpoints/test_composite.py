@@ -95,7 +95,7 @@ def test_wrapper(saved):
     layers = open_checkpoint(path).layers
     numbers = [layer.index for layer in layers if layer.module is not None]
     for layer in layers:
-        of_two = numbers.count(layer.index) > 1 or layer.module is None and layer.index in numbers
+        of_two = numbers.count(layer.index) > 1 or (layer.module is None and layer.index in numbers)
         loaded = wrapper(path, layer, layer.index, layer.name if of_two else None)
         expected = layer.read("int8", group_size=0)
         assert torch.equal(loaded.down_proj.weight, expected.down_proj.weight), layer.name
@@ -121,16 +121,20 @@ def test_prefix_chooses_what_transformers_would_not_load(tmp_path):
     model = load(model_class, path)
     with pytest.raises(
         CheckpointError,
-        match=r"layer 1, model.layers.1.mlp.experts of the model: its experts are missing in .*, which has those "
-        r"of model.layers.\{0 to 1\} and mtp.layers.\{0\}",
+        match=r"layer 1, model.layers.1.mlp.experts of the model: its experts are missing in .*, which has "
+        r"those of model.layers.\{0 to 1\} and mtp.layers.\{0\}",
     ):
         ktops.load_experts(model, path, prefix="mtp.")
-    with pytest.raises(CheckpointError, match=r"begins with prefix='nothing.': there are .*model.layers.\{0 to 1\}"):
+    with pytest.raises(
+        CheckpointError, match=r"begins with prefix='nothing.': there are .*model.layers.\{0 to 1\}"
+    ):
         ktops.load_experts(model, path, prefix="nothing.")
     del model.model.layers[1]
     ktops.load_experts(model, path, "int8", prefix="mtp.", show_progress=False)
     dense = load(model_class, path).model.layers[1].mlp.experts.down_proj.detach() * -2
-    assert torch.equal(model.model.layers[0].mlp.experts.down_proj.weight, ktops.quantize(dense, "int8").weight)
+    assert torch.equal(
+        model.model.layers[0].mlp.experts.down_proj.weight, ktops.quantize(dense, "int8").weight
+    )
 
 
 def test_two_names_of_one_layer(tmp_path):
@@ -152,7 +156,7 @@ def test_two_names_of_one_layer(tmp_path):
     loaded = model.model.layers[0].mlp.experts.down_proj.weight
     stacked = torch.stack([mine[f"layers.0.block_sparse_moe.experts.{e}.w2.weight"] for e in range(8)])
     assert torch.equal(loaded, ktops.quantize(stacked, "int8").weight)
-    with pytest.raises(CheckpointError, match="could be layers.0.*: give prefix="):
+    with pytest.raises(CheckpointError, match=r"could be layers.0.*: give prefix="):
         model_class.from_pretrained(tmp_path, quantization_config=ktops.KTConfig("int8"))
     config = ktops.KTConfig("int8", prefix="layers.")
     chosen = model_class.from_pretrained(tmp_path, quantization_config=config)
@@ -169,7 +173,9 @@ def test_gguf_is_taken_by_number(tmp_path):
     writer = gguf.GGUFWriter(tmp_path / "model.gguf", "qwen3moe")
     rng, dense = numpy.random.default_rng(0), []
     for layer in range(2):
-        weights = [rng.normal(size=size).astype("float32") for size in ((4, 16, 32), (4, 16, 32), (4, 32, 16))]
+        weights = [
+            rng.normal(size=size).astype("float32") for size in ((4, 16, 32), (4, 16, 32), (4, 32, 16))
+        ]
         for name, weight in zip(("gate", "up", "down"), weights, strict=True):
             writer.add_tensor(f"blk.{layer}.ffn_{name}_exps.weight", weight)
         dense.append(torch.from_numpy(weights[2]))
@@ -179,7 +185,7 @@ def test_gguf_is_taken_by_number(tmp_path):
     writer.close()
     with pytest.raises(
         ValueError,
-        match="layer 0 of .* could be thinker.model.language_model.layers.0.mlp.experts or "
+        match=r"layer 0 of .* could be thinker.model.language_model.layers.0.mlp.experts or "
         "talker.model.layers.0.mlp.experts of the model: call it with the part of the model",
     ):
         ktops.load_experts(model, tmp_path / "model.gguf")
@@ -238,7 +244,9 @@ def test_a_missing_layer_is_not_taken_from_mtp(tmp_path):
         if "experts" in name
     }
     save_file(tensors | mtp, file)
-    with pytest.raises(CheckpointError, match="model.layers.0.mlp.experts of the model: its experts are missing"):
+    with pytest.raises(
+        CheckpointError, match=r"model.layers.0.mlp.experts of the model: its experts are missing"
+    ):
         ktops.load_experts(model, tmp_path)
 
 
@@ -248,7 +256,9 @@ def test_layers_of_mtp_alone_are_not_the_model(tmp_path):
     model = load(model_class, tmp_path)
     file = tmp_path / "model.safetensors"
     save_file({name: t for name, t in load_file(file).items() if name.startswith("mtp.")}, file)
-    with pytest.raises(CheckpointError, match=r"its experts are missing in .*, which has those of mtp.layers.\{0\}"):
+    with pytest.raises(
+        CheckpointError, match=r"its experts are missing in .*, which has those of mtp.layers.\{0\}"
+    ):
         ktops.load_experts(model, tmp_path)
 
 

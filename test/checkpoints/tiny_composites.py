@@ -1,15 +1,11 @@
-"""Tiny checkpoints of more than one stack of layers, saved by transformers, some with layers of an MTP module."""
+"""Tiny checkpoints of several stacks of layers, saved by transformers, some with a layer of an MTP module."""
 
-import sys
 from pathlib import Path
 
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
-
-sys.path.append(str(Path(__file__).parents[1] / "integrations"))
-
-from tiny_models import tiny_model  # noqa: E402
+from tiny_models import tiny_model
 
 TEXT = {
     "vocab_size": 64, "hidden_size": 32, "intermediate_size": 24, "moe_intermediate_size": 16,
@@ -23,8 +19,8 @@ LINEAR = {
 }  # fmt: skip
 VISION = {"depth": 1, "hidden_size": 16, "num_heads": 2, "intermediate_size": 16, "out_hidden_size": 32}
 AUDIO = {
-    "num_mel_bins": 8, "encoder_layers": 1, "encoder_attention_heads": 2, "encoder_ffn_dim": 16, "d_model": 16,
-    "output_dim": 32, "downsample_hidden_size": 8,
+    "num_mel_bins": 8, "encoder_layers": 1, "encoder_attention_heads": 2, "encoder_ffn_dim": 16,
+    "d_model": 16, "output_dim": 32, "downsample_hidden_size": 8,
 }  # fmt: skip
 SMALL = {
     "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
@@ -82,7 +78,10 @@ def save(name: str, folder: Path) -> type:
     """Writes a checkpoint; returns the class to load it with."""
     make, loaded, mtp = SAVED[name]
     torch.manual_seed(0)
-    make().save_pretrained(folder)
+    model = make()
+    for weight in (p for key, p in model.named_parameters() if "experts" in key):
+        torch.nn.init.normal_(weight)  # those of a talker are left uninitialised by transformers
+    model.save_pretrained(folder)
     if mtp:
         add_mtp_layer(folder, mtp)
     return getattr(transformers, loaded)

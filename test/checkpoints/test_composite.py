@@ -11,6 +11,7 @@ from tiny_composites import SAVED, save
 import ktops
 from ktops.checkpoints import CheckpointError, open_checkpoint
 from ktops.cli.convert import Options, convert
+from ktops.cli.models import load_model, quantize_experts
 from ktops.compat import KTMoEWrapper
 from ktops.nn import KTExperts
 
@@ -78,6 +79,32 @@ def test_convert(saved, tmp_path):
     assert [layer.module for layer in open_checkpoint(tmp_path / "converted").layers] == [
         layer.module for layer in layers
     ]
+
+
+@pytest.mark.parametrize("name", ["qwen3_5", "qwen3_next", "deepseek_v3", "granite"])
+def test_finetune(name, tmp_path):
+    """What `ktops finetune --model DIR` trains on, of a checkpoint and of a converted one."""
+    save(name, tmp_path / "saved")
+    reference = load(transformers.AutoModelForCausalLM, tmp_path / "saved")
+    convert(Options(tmp_path / "saved", tmp_path / "converted", "int8"), Console(quiet=True))
+    expect_experts(load_model(str(tmp_path / "converted"), torch.float32, "ktops"), reference)
+    model = load_model(str(tmp_path / "saved"), torch.float32, "ktops")
+    quantize_experts(model, "int8")
+    expect_experts(model, reference)
+
+
+def test_a_missing_router_is_initialised(tmp_path):
+    """By transformers, in blocks that initialise the weights of their experts as well."""
+    model_class = save("omni, thinker", tmp_path)
+    file = tmp_path / "model.safetensors"
+    gate = "thinker.model.layers.0.mlp.gate.weight"
+    tensors = load_file(file)
+    tensors.pop(gate)
+    save_file(tensors, file, {"format": "pt"})
+    model = model_class.from_pretrained(tmp_path, quantization_config=ktops.KTConfig("int8"))
+    weight = model.model.language_model.layers[0].mlp.gate.weight
+    assert 0 < weight.std() < 0.1
+    assert isinstance(model.model.language_model.layers[0].mlp.experts, KTExperts)
 
 
 def wrapper(path, layer, layer_idx, prefix=None):

@@ -92,7 +92,8 @@ class KTQuantizer(HfQuantizer):
         conversions = super().update_weight_conversions(weight_conversions, model)
         of_experts = [conversion for conversion in conversions if _is_of_experts(conversion)]
         patterns = {p.replace("*.", r".*\.") for each in of_experts for p in each.source_patterns}
-        model._keys_to_ignore_on_load_unexpected = {*model._keys_to_ignore_on_load_unexpected, *patterns}
+        ignored = model._keys_to_ignore_on_load_unexpected or ()
+        model._keys_to_ignore_on_load_unexpected = {*ignored, *patterns}
         return [conversion for conversion in conversions if conversion not in of_experts]
 
     def _process_model_after_weight_loading(self, model, **kwargs):

@@ -107,7 +107,7 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     if not path.exists():
         raise CheckpointError(f"{path}: there is no such file or directory")
     config = _json(path / CONFIG) if (path / CONFIG).exists() else {}
-    return Checkpoint(path, config, _views(_files(path, config)))
+    return Checkpoint(path, config, _views(_files(path)))
 
 
 def _views(files: list[Path]) -> dict[str, View]:
@@ -121,7 +121,7 @@ def _views(files: list[Path]) -> dict[str, View]:
     return tensors
 
 
-def _files(path: Path, config: dict) -> list[Path]:
+def _files(path: Path) -> list[Path]:
     if path.is_file():
         return gguf_file.split_files(path) if path.suffix == ".gguf" else [path]
     if (path / PROGRESS).exists():
@@ -136,13 +136,13 @@ def _files(path: Path, config: dict) -> list[Path]:
         mine = _manifest_files(path / MANIFEST)
         others = files or sorted(set(path.glob("*.safetensors")) - set(mine))
         files = [*others, *(file for file in mine if file not in others)]
-    files = files or _unlisted_files(path, config)
+    files = files or _unlisted_files(path)
     if not files:
         raise CheckpointError(f"{path}: there are no safetensors or GGUF files in the directory")
     return files
 
 
-def _unlisted_files(path: Path, config: dict) -> list[Path]:
+def _unlisted_files(path: Path) -> list[Path]:
     """The files of a directory that has no list of them: those with experts, if there are such."""
     whole = path / WHOLE
     safetensors = [whole] if whole.exists() else sorted(path.glob("*.safetensors"))
@@ -150,9 +150,8 @@ def _unlisted_files(path: Path, config: dict) -> list[Path]:
     if len(gguf) + bool(safetensors) < 2:
         return safetensors or gguf
     gguf = [file for file in gguf if any(map(parse, gguf_file.read_views(file)))] or gguf
-    if safetensors and (Checkpoint(path, config, _views(safetensors)).layers or not gguf):
-        return safetensors
-    return gguf
+    config = _json(path / CONFIG) if (path / CONFIG).exists() else {}
+    return safetensors if Checkpoint(path, config, _views(safetensors)).layers else gguf
 
 
 def _manifest_files(path: Path) -> list[Path]:

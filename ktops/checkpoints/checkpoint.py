@@ -60,7 +60,7 @@ class Checkpoint:
         layers = [Layer(name, next(iter(keys)).layer, keys, packing) for (name, _), keys in keyed.items()]
         return sorted(layers, key=lambda layer: (layer.index, layer.name))
 
-    def named_by(self, names: ModelNames | None) -> "Checkpoint":
+    def named_by(self, names: ModelNames) -> "Checkpoint":
         """The same tensors, their names read as transformers does for another model."""
         return Checkpoint(self.path, self.config, self.tensors, names)
 

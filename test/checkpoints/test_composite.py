@@ -6,10 +6,14 @@ import torch
 import transformers
 from rich.console import Console
 from safetensors.torch import load_file, save_file
-from tiny_composites import SAVED, save
+from tiny_checkpoints import expect_equal, write_per_expert
+from tiny_composites import SAVED, omni, qwen3_5, save
+from tiny_schemes import SCHEMES
 
 import ktops
 from ktops.checkpoints import CheckpointError, open_checkpoint
+from ktops.checkpoints.match import match_layers
+from ktops.checkpoints.names import family
 from ktops.cli.convert import Options, convert
 from ktops.cli.models import load_model, quantize_experts
 from ktops.compat import KTMoEWrapper
@@ -83,6 +87,34 @@ def test_convert(saved, tmp_path):
     assert [layer.module for layer in open_checkpoint(tmp_path / "converted").layers] == [
         layer.module for layer in layers
     ]
+
+
+@pytest.fixture(scope="module")
+def parts():
+    """A thinker and a text model, whose layers the whole checkpoint has under longer names."""
+    text = qwen3_5().config.text_config
+    return {"thinker": omni().thinker, "vision": transformers.Qwen3_5MoeForCausalLM(text)}
+
+
+@pytest.mark.filterwarnings("ignore:ktops. the GPTQ weights were quantised in an order")
+@pytest.mark.parametrize("names", ["thinker", "vision"])
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_quantised_experts_of_a_part(tmp_path, parts, scheme, names):
+    """Names of scales, codes and zero points are read as those of the weights that they belong to."""
+    dense = write_per_expert(tmp_path, SCHEMES[scheme][0], names=names)
+    for file in tmp_path.glob("*.safetensors"):
+        tensors = load_file(file)
+        start = family(next(name for name in tensors if "experts" in name).partition(".mlp")[0])
+        others = {
+            name.replace(start, "mtp.layers."): t.clone() for name, t in tensors.items() if start in name
+        }
+        save_file(tensors | others, file)
+    (tmp_path / "model.safetensors.index.json").unlink()
+    modules = experts(parts[names])
+    layers = match_layers(open_checkpoint(tmp_path), parts[names], modules)
+    for name, weights in zip(modules, dense, strict=True):
+        assert layers[name].name.startswith(start)
+        expect_equal(layers[name], *weights)
 
 
 @pytest.mark.parametrize("name", ["qwen3_5", "qwen3_next", "deepseek_v3", "granite"])
@@ -244,6 +276,9 @@ def test_parts_of_models(tmp_path):
     assert isinstance(whole.talker.model.layers[0].mlp.experts.down_proj, torch.nn.Parameter)
     ktops.load_experts(whole.talker, tmp_path, "int8", show_progress=False)
     expect_experts(whole.talker, reference.talker)
+    base = whole.thinker.model
+    ktops.load_experts(base, tmp_path, "int8", show_progress=False)
+    expect_experts(base, reference.thinker.model)
     wrapped = Wrapped(transformers.Qwen3OmniMoeForConditionalGeneration.from_pretrained(tmp_path))
     ktops.load_experts(wrapped, tmp_path, "int8", show_progress=False)
     expect_experts(wrapped.inner, reference)

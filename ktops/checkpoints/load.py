@@ -1,6 +1,5 @@
 """load_experts: the experts of a model from a checkpoint, in its format or quantised on the way."""
 
-import inspect
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -192,25 +191,21 @@ def _activation(module: nn.Module, name: str = "experts") -> str:
             raise ValueError(
                 f"load_experts: ktops cannot compute {name}, a list of {len(module)} modules: {reason}"
             ) from None
-    reason = unsupported_computation(module) or _undeclared(module)
+    reason = unsupported_computation(module) or _uneven(module)
     if reason is not None:
         raise ValueError(f"load_experts: ktops cannot compute {name}, a {type(module).__name__}: {reason}")
     return activation_name(module.act_fn)
 
 
-def _undeclared(module: nn.Module) -> str | None:
-    """Why ktops cannot stand for experts that are not of transformers' experts interface; None if it can."""
-    if hasattr(module, "has_gate"):
+def _uneven(module: nn.Module) -> str | None:
+    """Why ktops cannot compute experts of which some have no weights, as LongCat's; None if all have."""
+    weights = [module._parameters.get(name) for name in ("gate_up_proj", "down_proj")]
+    if any(weight is None or weight.dim() != 3 for weight in weights):
         return None
-    parameters = inspect.signature(module.forward).parameters.values()
-    required = [p for p in parameters if p.default is p.empty and p.kind is not p.VAR_KEYWORD]
-    if len(required) != 3 and not any(p.kind is p.VAR_POSITIONAL for p in parameters):
-        names = ", ".join(p.name for p in required)
-        return f"its forward takes ({names}), not hidden states, ids and weights of the experts"
-    shapes = {name: list(weight.shape) for name, weight in module.named_parameters(recurse=False)}
-    if len({shape[0] for shape in shapes.values()}) > 1:
-        return f"its weights are not of one number of experts: {shapes}"
-    return None
+    counts = [len(weight) for weight in weights]
+    return (
+        None if len(set(counts)) == 1 else f"gate_up_proj is of {counts[0]} experts, down_proj of {counts[1]}"
+    )
 
 
 def _compute_dtype(model: nn.Module) -> torch.dtype:

@@ -57,7 +57,7 @@ def match_layers(
     if found:
         for layers in found.values():
             layers[0].check()
-        return {name: _one(found.get(name, []), f"{name} of the model", checkpoint) for name in modules}
+        return {name: _one(found.get(name, []), _number(name), checkpoint, name) for name in modules}
     return _by_number(list(left.values()), modules, checkpoint)
 
 
@@ -69,7 +69,7 @@ def numbered_layer(checkpoint: Checkpoint, index: int, prefix: str | None = None
     """
     layers = [layer for layer in _beginning_with(prefix, checkpoint) if layer.index == index]
     of_model = [layer for layer in layers if layer.module is not None]
-    return _one(of_model if len(layers) > 1 and of_model else layers, f"layer {index}", checkpoint)
+    return _one(of_model if len(layers) > 1 and of_model else layers, index, checkpoint)
 
 
 def _beginning_with(prefix: str | None, checkpoint: Checkpoint) -> list[Layer]:
@@ -83,7 +83,9 @@ def _beginning_with(prefix: str | None, checkpoint: Checkpoint) -> list[Layer]:
     return chosen
 
 
-def _one(layers: list[Layer], what: str, checkpoint: Checkpoint) -> Layer:
+def _one(layers: list[Layer], number: int | None, checkpoint: Checkpoint, name: str | None = None) -> Layer:
+    """The only layer there is, of a number and for a module of the model."""
+    what = f"layer {number}" if name is None else name
     if len(layers) > 1:
         names = " and ".join(layer.name for layer in layers)
         raise CheckpointError(
@@ -91,11 +93,18 @@ def _one(layers: list[Layer], what: str, checkpoint: Checkpoint) -> Layer:
             "right ones begin with"
         )
     if not layers:
+        which = "its experts" if number is None else f"the experts of layer {number}"
         raise CheckpointError(
-            f"{what}: its experts are missing in {checkpoint.path}, which has those of "
+            f"{what}: {which} are missing in {checkpoint.path}, which has those of "
             f"{_parts(checkpoint.layers)}"
         )
     return layers[0]
+
+
+def _number(name: str) -> int | None:
+    """Of the layer that a module is in."""
+    found = NUMBER.findall(name)
+    return int(found[-1]) if found else None
 
 
 def _by_number(
@@ -110,13 +119,12 @@ def _by_number(
         )
     numbers: dict[int, str] = {}
     for name in modules:
-        found = NUMBER.findall(name)
-        if not found:
+        number = _number(name)
+        if number is None:
             raise ValueError(
                 f"load_experts: {name} must be in a numbered layer, as model.layers.3.mlp.experts, or have "
                 "this name in the checkpoint"
             )
-        number = int(found[-1])
         if number in numbers:
             raise ValueError(
                 f"load_experts: layer {number} of {checkpoint.path} could be {numbers[number]} or {name} of "
@@ -126,10 +134,7 @@ def _by_number(
     by_number: dict[int, list[Layer]] = defaultdict(list)
     for layer in layers:
         by_number[layer.index].append(layer)
-    return {
-        name: _one(by_number[number], f"layer {number}, {name} of the model", checkpoint)
-        for number, name in numbers.items()
-    }
+    return {name: _one(by_number[number], number, checkpoint, name) for number, name in numbers.items()}
 
 
 def _parts(layers: Iterable[Layer]) -> str:

@@ -86,22 +86,17 @@ def test_every_architecture(tmp_path):
     ("model_type", "model_class", "message"),
     [
         (
-            "llama4_text",
-            "Llama4ForCausalLM",
-            r"its forward takes \(hidden_states\), not hidden states, ids and weights",
-        ),
-        (
             "longcat_flash",
             "LongcatFlashForCausalLM",
-            "its weights are not of one number of experts: .*gate_up_proj",
+            "gate_up_proj is of 260 experts, down_proj of 4",
         ),
         ("nemotron_h", "NemotronHForCausalLM", "its experts have no gate projection"),
         ("gpt_oss", "GptOssForCausalLM", "its own _apply_gate is not"),
-        ("jetmoe", "JetMoeForCausalLM", "ktops has no activation NoneType"),
+        ("jetmoe", "JetMoeForCausalLM", "(ktops has no activation|its forward takes)"),
         (
             "switch_transformers",
             "SwitchTransformersForConditionalGeneration",
-            "ktops has no activation NoneType",
+            "(ktops has no activation|its forward takes)",
         ),
     ],
 )

@@ -158,9 +158,8 @@ def config_names(config: dict) -> ModelNames | None:
     names = architectures if isinstance(architectures, list) else []
     classes = (getattr(transformers, name, None) for name in names if isinstance(name, str))
     model_class = next((c for c in classes if isinstance(c, type)), None)
-    config = {key: value for key, value in config.items() if key != "quantization_config"}
     try:
-        config = transformers.PreTrainedConfig._decode_special_floats(config)
+        config = transformers.PreTrainedConfig._decode_special_floats(_without_quantization(config))
         return _names_of_class(CONFIG_MAPPING[model_type].from_dict(config), model_class)
     except Exception as error:
         warn_once(
@@ -168,6 +167,14 @@ def config_names(config: dict) -> ModelNames | None:
             f"experts are found by the usual names: {type(error).__name__}: {error}"
         )
         return None
+
+
+def _without_quantization(config: dict) -> dict:
+    return {
+        key: _without_quantization(value) if isinstance(value, dict) else value
+        for key, value in config.items()
+        if key != "quantization_config"
+    }
 
 
 def _names_of_class(config, model_class: type | None) -> ModelNames | None:

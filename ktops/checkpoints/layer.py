@@ -11,7 +11,7 @@ from torch import Tensor
 from ktops.checkpoints.errors import CheckpointError
 from ktops.checkpoints.experts import Experts, Requantized, Step, no_step, stack
 from ktops.checkpoints.matrix import Matrix, expect, expect_dim
-from ktops.checkpoints.names import EVERY_EXPERT, Key
+from ktops.checkpoints.names import CONCATENATED, EVERY_EXPERT, INTERLEAVED, Key, summary
 from ktops.checkpoints.packed import Tensors
 from ktops.checkpoints.quantization_config import QuantizationConfig
 from ktops.checkpoints.schemes import (
@@ -43,6 +43,7 @@ class Layer:
     Attributes:
         name: of the experts in the checkpoint, "model.layers.3.mlp.experts" or, in GGUF, "blk.3".
         index: of the layer.
+        module: the experts module of a model that transformers loads them into; None if it knows none.
         tensors: all tensors of the experts.
         interleaved: whether gate and up are alternate rows in the file, as in gpt-oss.
     """
@@ -50,6 +51,7 @@ class Layer:
     def __init__(self, name: str, index: int, keyed: dict[Key, View], config: QuantizationConfig) -> None:
         self.name, self.index = name, index
         self.tensors = list(keyed.values())
+        self.module = next(iter(keyed)).module
         self._config = config
         self._projections: dict[str, dict[int, Tensors]] = defaultdict(lambda: defaultdict(dict))
         for key, view in keyed.items():
@@ -58,7 +60,8 @@ class Layer:
             self._projections[key.projection][key.expert][key.tensor] = view
         gate_up = self._projections.get("gate_up", {}).get(EVERY_EXPERT, {})
         self._transposed = self._is_transposed()
-        self.interleaved = "blocks" in gate_up or (self._transposed and "bias" in gate_up)
+        self._layouts = {key.layout for key in keyed}
+        self.interleaved = self._is_interleaved(gate_up)
 
     def __repr__(self) -> str:
         return f"Layer({self.name!r}, {self.scheme}, {self.num_experts} experts)"
@@ -225,11 +228,17 @@ class Layer:
         return tensors.get("weight") or next(iter(tensors.values()))
 
     def _experts(self, *projections: str) -> Experts:
+        for layout in self._layouts - {CONCATENATED, INTERLEAVED, None}:
+            raise CheckpointError(
+                f"{self.tensors[0]}: unknown scheme: transformers loads {self.module} by the operation "
+                f"{layout}"
+            )
         for projection in projections:
             if projection not in self._projections:
                 known = self.tensors[0]
                 raise CheckpointError(
-                    f"{self.name}: the {projection} projection of the experts is missing, there is {known}"
+                    f"{self.name}: the {projection} projection of the experts is missing, there is {known}; "
+                    f"the names are {summary(view.name for view in self.tensors)}"
                 )
         tensors = [self._of_experts(projection) for projection in projections]
         if len({len(of_experts) for of_experts in tensors}) > 1:
@@ -250,6 +259,12 @@ class Layer:
         else:
             made = matrices(tensors, self._config, stacked=len(projections) > 1)
         return [deinterleaved(m) for m in made] if self.interleaved and projections == ("gate_up",) else made
+
+    def _is_interleaved(self, gate_up: Tensors) -> bool:
+        """As the model says, else told by the tensors: those of gpt-oss."""
+        if "_extra_state" in gate_up or self._layouts & {CONCATENATED, INTERLEAVED}:
+            return "_extra_state" not in gate_up and INTERLEAVED in self._layouts
+        return "blocks" in gate_up or (self._transposed and "bias" in gate_up)
 
     def _is_transposed(self) -> bool:
         """Whether fused weights are [E, H, 2I] and [E, I, H]: only one of the two ways fits their shapes."""

@@ -53,7 +53,7 @@ def test_unsupported_model_warns_while_compiling():
     model = gpt_oss(experts_implementation="ktops").model.layers[0].mlp
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     x = torch.randn(2, 3, 32)
-    with pytest.warns(UserWarning, match="GptOssExperts"):
+    with torch.no_grad(), pytest.warns(UserWarning, match="GptOssExperts"):
         actual = compiled(x)[0]
     torch._dynamo.reset()
     assert relative_error(actual, model(x)[0]) < MODEL_BUDGET
@@ -196,7 +196,7 @@ def test_expert_parallel_ids_are_skipped():
     experts = make(Qwen3MoeExperts, tiny_config("qwen3_moe"))
     x, (ids, weights) = torch.randn(7, 32), routes(8)
     ids[::2, 0] = 8
-    expected = experts(x, ids, weights)
+    expected = experts(x, ids % 8, weights * (ids < 8))
     experts.config._experts_implementation = "ktops"
     assert relative_error(experts(x, ids, weights), expected) < MODEL_BUDGET
 

@@ -79,11 +79,11 @@ class KTQuantizer(HfQuantizer):
         ignored = model._keys_to_ignore_on_load_unexpected or ()
         model._keys_to_ignore_on_load_unexpected = {*ignored, KEYS_OF_EXPERTS}
 
-    def update_weight_conversions(self, weight_conversions, model):
-        """Without those that would merge the weights of experts."""
+    def update_weight_conversions(self, weight_conversions, *model):
+        """Without those that would merge the weights of experts. transformers gives the model since 5.21."""
         return [
             conversion
-            for conversion in super().update_weight_conversions(weight_conversions, model)
+            for conversion in super().update_weight_conversions(weight_conversions, *model)
             if not _is_of_experts(conversion)
         ]
 

@@ -40,20 +40,17 @@ def found(*checks: Check):
 
 
 @pytest.mark.usefixtures("_small")
-def test_every_check_gives_its_figure(capsys):
-    status = check.main(["--threads", "2"])
-    out = capsys.readouterr().out
-    for words in ("tiny layer", "outside of its steps", "fastest product", "busy core", "resident memory"):
-        assert words in out
-    assert (status == 0) == ("all held" in out) and (status == 1) == ("fell short: " in out)
-
-
-@pytest.mark.usefixtures("_small")
-@pytest.mark.parametrize("function", check.CHECKS)
-def test_figures_are_finite(function):
-    rows = [one.row() for one in function()]
+def test_every_check_gives_its_figures():
+    rows = []
+    for function in check.CHECKS:
+        found = [one.row() for one in function()]
+        assert found or function is check.order_of_rows  # which needs both rows
+        rows += found
     assert all(math.isfinite(row["measured"]) and row["limit"] > 0 for row in rows)
-    assert len({row["check"] for row in rows}) == len(rows)
+    names = [row["check"] for row in rows]
+    assert len(set(names)) == len(names)
+    for words in ("tiny layer", "outside of its steps", "fastest product", "busy core", "resident memory"):
+        assert any(words in name for name in names)
 
 
 @pytest.mark.parametrize(

@@ -57,11 +57,14 @@ class Burner:
         self._process.stdout.close()
 
     def pause(self) -> None:
-        os.kill(self._process.pid, signal.SIGSTOP)
-        time.sleep(_SETTLE_SECONDS)
+        self._send(signal.SIGSTOP, os.WSTOPPED)
 
     def resume(self) -> None:
-        os.kill(self._process.pid, signal.SIGCONT)
+        self._send(signal.SIGCONT, os.WCONTINUED)
+
+    def _send(self, sent: int, until: int) -> None:
+        os.kill(self._process.pid, sent)
+        os.waitid(os.P_PID, self._process.pid, until)
         time.sleep(_SETTLE_SECONDS)
 
 

@@ -18,10 +18,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 import ktops
 from bench.arguments import Parser, lora_rank
-from bench.layer import Layer
+from bench.layer import Inputs, Layer
 from bench.machine import cpu_model
 from bench.shapes import Shape
 
@@ -57,17 +58,13 @@ def saved_bytes(shape: Shape, tokens: int, rank: int, save: str) -> int:
     return 2 * tokens * shape.top_k * (gate_up + 2 * rank)
 
 
-def _call(layer: Layer, tokens: int, rank: int, save: str) -> int:
-    """Resident bytes that one forward and backward add at their peak, less those of their results."""
-    inputs, adapters = layer.inputs(tokens), layer.adapters(rank)
+def call(layer: Layer, inputs: Inputs, rank: int, save: str) -> list[Tensor]:
+    """Output and gradients of one forward and backward."""
+    adapters = layer.adapters(rank)
     leaves = {
         "hidden_states": inputs.hidden_states.requires_grad_(),
         "topk_weights": inputs.topk_weights.requires_grad_(),
     }
-    gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)  # freed memory that is still resident would hide what the call adds
-    before = resident_bytes()
-    reset_peak()
     output = ktops.moe_sft(
         **leaves,
         topk_ids=inputs.topk_ids,
@@ -77,15 +74,26 @@ def _call(layer: Layer, tokens: int, rank: int, save: str) -> int:
         save=save,
     )
     grads = torch.autograd.grad(output, [*leaves.values(), *adapters.values()], inputs.grad_output)
-    results = sum(tensor.nbytes for tensor in (output, *grads))
-    return resident_bytes(peak=True) - before - results
+    return [output, *grads]
+
+
+def _added(layer: Layer, tokens: int, rank: int, save: str) -> int:
+    """Resident bytes that one forward and backward add at their peak, less those of their results."""
+    inputs = layer.inputs(tokens)
+    layer.adapters(rank)
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)  # freed memory that is still resident would hide what the call adds
+    before = resident_bytes()
+    reset_peak()
+    results = call(layer, inputs, rank, save)
+    return resident_bytes(peak=True) - before - sum(tensor.nbytes for tensor in results)
 
 
 def measure(layer: Layer, tokens: int, rank: int, save: str = "activations") -> Usage:
     """Measures one call, after a small one that loads code and starts threads."""
-    _call(layer, 1, rank, save)
+    _added(layer, 1, rank, save)
     ktops.empty_cache()
-    extra = _call(layer, tokens, rank, save)
+    extra = _added(layer, tokens, rank, save)
     scratch = ktops.memory_stats()["bytes_peak"]
     return Usage(extra, saved_bytes(layer.shape, tokens, rank, save), scratch)
 

@@ -173,8 +173,8 @@ def compare(layer: Layer, trees: dict[str, Path], args: argparse.Namespace, scra
     return rows
 
 
-def main(argv: list[str] | None = None) -> int:
-    args = parse_arguments(argv)
+def measure(args: argparse.Namespace) -> list[dict]:
+    """A row for every case of the arguments."""
     torch.set_num_threads(args.threads)
     rows = []
     with tempfile.TemporaryDirectory() as folder:
@@ -182,6 +182,12 @@ def main(argv: list[str] | None = None) -> int:
         with Checkouts(args.revisions, scratch) as trees:
             for size in args.shape:
                 rows += compare(Layer(size, args.seed), trees, args, scratch)
+    return rows
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse_arguments(argv)
+    rows = measure(args)
     report.print_regression(rows, args.threshold)
     return results.exit_status(rows)
 

@@ -66,7 +66,7 @@ def print_columns(columns: tuple[str, ...], table: list[tuple[str, ...]]) -> Non
         return
     view = Table(*columns, pad_edge=False)
     for line in table:
-        view.add_row(*line, style="bold red" if "WRONG" in line else None)
+        view.add_row(*line, style="bold red" if {"WRONG", "NO"} & set(line) else None)
     console = Console()
     if not console.is_terminal:
         console = Console(width=160)
@@ -169,6 +169,25 @@ def busy_core_table(rows: list[dict]) -> tuple[tuple[str, ...], list[tuple[str, 
 def print_busy_core(rows: list[dict]) -> None:
     """One line a case."""
     print_columns(*busy_core_table(rows))
+
+
+def check_table(rows: list[dict]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """(columns, lines): a line a check."""
+    lines = [
+        (
+            row["check"],
+            f"{row['measured']:.3g} {row['unit']}".strip(),
+            f"{row['bound']} {row['limit']:g} {row['unit']}".strip(),
+            "yes" if row["held"] else "NO",
+        )
+        for row in rows
+    ]
+    return ("check", "measured", "limit", "held"), lines
+
+
+def print_check(rows: list[dict]) -> None:
+    """One line a check."""
+    print_columns(*check_table(rows))
 
 
 def run_table(rows: list[dict]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:

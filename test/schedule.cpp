@@ -12,25 +12,19 @@
 #include <thread>
 #include <vector>
 
+#include "launch.h"
+
 namespace {
 
 constexpr int64_t kTasks = 100;
 constexpr int kPhases = 3;
-constexpr std::chrono::seconds kPatience{10};
-
-struct Region {};
+constexpr std::chrono::seconds kPatience{60};  // then a thread hangs
 
 struct Phase {
     std::atomic<int64_t> finished{0};
     std::vector<std::atomic<int>> runs = std::vector<std::atomic<int>>(kTasks);
     std::vector<std::atomic<int>> by_thread;
 };
-
-void start_threads(int64_t n, void (*body)(void*), void* context) {
-    std::vector<std::thread> threads;
-    for (int64_t i = 0; i < n; ++i) threads.emplace_back(body, context);
-    for (std::thread& thread : threads) thread.join();
-}
 
 void wait_for(const std::atomic<int64_t>& finished, int64_t number) {
     const auto deadline = std::chrono::steady_clock::now() + kPatience;

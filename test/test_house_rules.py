@@ -225,6 +225,15 @@ def test_no_test_is_switched_off(name):
     assert not re.search(off, read(name))
 
 
+@pytest.mark.parametrize("name", [name for name in PYTHON if name.startswith("test/")])
+def test_no_test_reads_a_clock_or_resident_memory(name):
+    """They are the machine's; ``bench/check.py`` is the place for what must hold there."""
+    clocks = ("perf" + "_counter", "mono" + "tonic", "process" + "_time", "thread" + "_time", r"time\.time")
+    memory = ("getru" + "sage", "Vm" + "HWM", "Vm" + "RSS", "Rss" + "Anon", "resident" + "_bytes")
+    calls = "|".join((*(rf"{clock}(_ns)?\(" for clock in clocks), *memory))
+    assert not re.search(calls, read(name))
+
+
 @pytest.mark.parametrize("command", [["check"], ["format", "--check"]])
 def test_ruff(command):
     result = subprocess.run(

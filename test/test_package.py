@@ -1,5 +1,6 @@
 """What an installed ktops is: version, types, imports that cost nothing."""
 
+import os
 import re
 import subprocess
 import sys
@@ -85,3 +86,45 @@ def test_dependencies():
     """Only torch is needed; everything else is an extra."""
     required = [line for line in metadata.requires("ktops") if "extra ==" not in line]
     assert [re.match(r"[\w-]+", line).group() for line in required] == ["torch"]
+
+
+def test_tools_of_the_tests_are_pinned():
+    """Except where another version of Python needs another."""
+    project = (ROOT / "pyproject.toml").read_text()
+    extra = re.search(r"^test = \[\n(.*?)^\]", project, re.DOTALL | re.MULTILINE)
+    lines = re.findall(r'"(.+)"', extra[1])
+    pinned = {line.split("==")[0] for line in lines if re.match(r"[\w-]+==\d", line)}
+    assert {"ruff", "hypothesis", "pytest", "compressed-tensors", "gguf"} <= pinned
+    others = [line for line in lines if not re.match(r"[\w-]+==\d", line)]
+    assert all(line == "ktops[cli,formats]" or line.endswith("python_version<'3.11'") for line in others)
+
+
+def test_lower_bounds_are_those_of_the_messages():
+    bounds = dict(re.findall(r'"(transformers|peft)>=([\d.]+)"', (ROOT / "pyproject.toml").read_text()))
+    integrations = ROOT / "ktops" / "integrations"
+    [transformers] = re.findall(
+        r"needs transformers>=([\d.]+):", (integrations / "transformers" / "experts.py").read_text()
+    )
+    [peft] = re.findall(r'^MIN_VERSION = "(.+)"', (integrations / "peft.py").read_text(), re.MULTILINE)
+    assert bounds == {"transformers": transformers, "peft": peft}
+    docs = ROOT / "docs"
+    assert f"Needs `transformers>={transformers}`" in (docs / "transformers.md").read_text()
+    assert f"Needs `peft>={peft}`" in (docs / "peft.md").read_text()
+
+
+def test_ci_reads_the_lower_bounds_of_the_installed_package(tmp_path):
+    folder = tmp_path / "ktops-0.0.0.dist-info"
+    folder.mkdir()
+    requires = [
+        "torch>=2.10",
+        "gguf; extra == 'formats'",
+        "transformers>=5.13; extra == 'transformers'",
+        'peft>=0.21; extra == "transformers"',
+        "ktops[transformers]; extra == 'cli'",
+    ]
+    head = "Metadata-Version: 2.4\nName: ktops\nVersion: 0.0.0\n"
+    (folder / "METADATA").write_text(head + "".join(f"Requires-Dist: {line}\n" for line in requires))
+    command = [sys.executable, ROOT / ".ci" / "oldest.py"]
+    env = os.environ | {"PYTHONPATH": str(tmp_path)}
+    printed = subprocess.run(command, env=env, capture_output=True, text=True, check=True).stdout
+    assert printed.split() == ["transformers==5.13", "peft==0.21"]

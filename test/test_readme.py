@@ -1,5 +1,6 @@
 """README.md and docs/ say what is so: examples run, commands are those of CI, tables match the tree."""
 
+import json
 import re
 import subprocess
 import sys
@@ -15,7 +16,9 @@ from ktops.reference.activation import ACTIVATIONS
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("**/*.md"))]
-EXAMPLES = re.findall(r"^```python\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
+EXAMPLES = dict(
+    re.findall(r"^<!-- example: (\w+) -->\n```python\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
+)
 OPS = (
     "moe_fwd", "moe_sft_fwd", "moe_sft_bwd", "cpu_capability", "cpu_capabilities", "cpu_refusals",
     "set_cpu_capability", "measure_peak", "sum_words", "set_profiling", "profiling", "profiled_steps",
@@ -23,32 +26,60 @@ OPS = (
 )  # fmt: skip
 
 
-def test_there_are_four_examples_of_about_15_lines():
-    lines = [[line for line in example.splitlines() if line.strip()] for example in EXAMPLES]
-    assert len(EXAMPLES) == 4
-    assert all(len(example) <= 15 for example in lines)
+def check_plain(printed: str) -> None:
+    assert printed.startswith("torch.Size([16, 64])")
 
 
-def run_example(number: int, directory: Path) -> str:
-    """What an example prints; it must not warn about ktops."""
-    command = [sys.executable, "-W", "error::UserWarning:ktops", "-c", EXAMPLES[number]]
-    result = subprocess.run(command, cwd=directory, capture_output=True, text=True, timeout=300)
-    assert result.returncode == 0, result.stderr
-    return result.stdout
-
-
-def test_example_of_plain_python(tmp_path):
-    shape, *_ = run_example(0, tmp_path).split("]")
-    assert shape == "torch.Size([16, 64"
-
-
-def test_example_of_transformers_and_peft_trains_every_expert_factor(tmp_path):
-    printed = run_example(1, tmp_path)
+def check_transformers(printed: str) -> None:
+    """Every factor of the experts has a gradient."""
     assert printed.count("lora_A") == printed.count("lora_B") == 4
 
 
-def test_example_of_torch_compile(tmp_path):
-    run_example(2, tmp_path)
+def check_formats(printed: str) -> None:
+    assert "KTExperts(" in printed and "int4" in printed
+
+
+def check_compile(printed: str) -> None:
+    assert printed == ""
+
+
+CHECKS = {
+    "plain": check_plain,
+    "transformers": check_transformers,
+    "formats": check_formats,
+    "compile": check_compile,
+}
+"""Name of an example -> what must be so of what it prints."""
+
+
+def test_every_example_has_a_name_a_check_and_about_15_lines():
+    assert len(re.findall(r"^```python$", README, re.MULTILINE)) == len(EXAMPLES)
+    assert EXAMPLES.keys() == CHECKS.keys()
+    lines = {name: len([line for line in text.splitlines() if line]) for name, text in EXAMPLES.items()}
+    assert max(lines.values()) <= 15, lines
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_example(name, tmp_path):
+    """It must not warn about ktops."""
+    command = [sys.executable, "-W", "error::UserWarning:ktops", "-c", EXAMPLES[name]]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
+    CHECKS[name](result.stdout)
+
+
+def test_the_speed_on_the_first_screen_is_measured():
+    [file] = (ROOT / "bench" / "results").glob("peers-*-2threads-amx_bf16.json")
+    record = json.loads(file.read_text())
+    case = {"shape": "qwen3_30b", "mode": "training", "lora_rank": 16, "tokens": 512, "status": "ok"}
+    rows = {row["contestant"]: row for row in record["rows"] if case.items() <= row.items()}
+    ms = {name: f"{row['seconds'] * 1e3:.0f} ms" for name, row in rows.items()}
+    first_screen = " ".join(README.split("## Two commands")[0].split())
+    assert (
+        f"{ms['ktops']} with ktops, {ms['LoRA grouped_mm']} written by hand with torch's grouped_mm, "
+        f"{ms['kt-kernel']} with kt-kernel 0.7.2 and {ms['PEFT']} with PEFT {record['machine']['peft']}"
+    ) in first_screen
+    assert "kt-kernel==0.7.2" in (ROOT / "docs" / "performance.md").read_text()
 
 
 def test_ci_runs_the_test_command_of_the_readme():
@@ -62,7 +93,7 @@ def test_ci_runs_the_test_command_of_the_readme():
 
 @pytest.mark.parametrize("command", re.findall(r"^python3 -m venv.*$", README, re.MULTILINE))
 def test_commands_name_a_torch_and_build_against_it(command):
-    assert re.search(r"pip install torch==\d+\.\d+\.\d+ ", command)
+    assert re.search(r"pip install -q torch==\d+\.\d+\.\d+ ", command)
     assert all("--no-build-isolation" in part for part in command.split("&&") if "[" in part)
     assert "index-url" not in command
 

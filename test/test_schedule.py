@@ -1,6 +1,6 @@
 """The work of a call is drawn task by task: a thread that is held up holds up nothing but the task it has.
 
-Times on a busy machine show that but roughly (``test/bench/test_bench_busy_core.py``); here it is counted.
+Times on a busy machine show that but roughly (``python -m bench.busy_core``); here it is counted.
 """
 
 import os
@@ -18,18 +18,19 @@ ROOT = Path(__file__).parents[1]
 PHASES, TASKS = 3, 100
 
 
+def compiled(name: str, folder: Path, *sources: str) -> Path:
+    """A program of this folder, compiled with the scheduler of the operators."""
+    csrc, output = ROOT / "ktops_csrc", folder / name
+    files = [Path(__file__).parent / f"{name}.cpp", csrc / "core/environment.cpp"]
+    files += [csrc / "parallel" / source for source in ("profile.cpp", *sources)]
+    flags = ["-std=c++17", "-O1", "-Wall", "-Wextra", "-Werror", "-pthread", f"-I{csrc}"]
+    subprocess.run([os.environ.get("CXX", "g++"), *flags, *files, "-o", output], check=True)
+    return output
+
+
 @pytest.fixture(scope="module")
 def program(tmp_path_factory) -> Path:
-    """schedule.cpp, compiled with the scheduler of the operators."""
-    csrc, output = ROOT / "ktops_csrc", tmp_path_factory.mktemp("schedule") / "schedule"
-    sources = [
-        Path(__file__).parent / "schedule.cpp",
-        csrc / "parallel/profile.cpp",
-        csrc / "core/environment.cpp",
-    ]
-    flags = ["-std=c++17", "-O1", "-Wall", "-Wextra", "-Werror", "-pthread", f"-I{csrc}"]
-    subprocess.run([os.environ.get("CXX", "g++"), *flags, *sources, "-o", output], check=True)
-    return output
+    return compiled("schedule", tmp_path_factory.mktemp("schedule"), "clock.cpp")
 
 
 @pytest.mark.parametrize(("threads", "held"), [(1, 0), (2, 1), (3, 1), (3, 2), (7, 6)])
@@ -60,3 +61,23 @@ def test_products_are_many_tasks_for_every_thread(num_tokens):
     for op, names in PRODUCTS.items():
         tasks = {step.name: step.tasks for step in profile.steps if step.op == op}
         assert all(tasks[name] >= 4 * 2 for name in names), tasks
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_every_moment_of_a_call_belongs_to_one_step(threads, tmp_path):
+    program = compiled("profile", tmp_path)
+    *lines, ticks = subprocess.run(
+        [program, str(threads)], capture_output=True, text=True, check=True
+    ).stdout.splitlines()
+    # name: (calls, tasks, busy, wait, wall)
+    steps = {line.split()[1]: tuple(map(int, line.split()[2:])) for line in lines}
+    assert list(steps) == ["arguments", "prepare", "first", "second", "launch", "finish"]
+    assert sum(wall for *_, wall in steps.values()) == int(ticks)
+    assert steps["arguments"] == (1, 1, 101, 0, 101) and steps["prepare"] == (1, 1, 51, 0, 51)
+    assert steps["finish"] == (1, 1, 71, 0, 71)
+    assert all(busy + wait >= wall for _, _, busy, wait, wall in steps.values())
+    in_threads = sum(busy + wait for name, (_, _, busy, wait, _) in steps.items() if name != "launch")
+    assert in_threads <= threads * int(ticks)
+    if threads == 1:
+        assert steps["first"] == (1, 10, 10_001, 1, 10_002)
+        assert steps["second"] == (1, 1, 1_001, 1, 1_002)

@@ -49,6 +49,8 @@ def folder(tmp_path, monkeypatch):
     results.save("scaling", MACHINE, "scalar", [row(1, 0.002), row(8, 0.004)], key)
     busy = {"ratio": 1.5, "ratio_min": 1.25, "ratio_max": 1.75, "seconds_busy": 0.003}
     results.save("busy_core", MACHINE, "scalar", [row(1, 0.002, **busy)], key)
+    check = {"check": "c", "measured": 0.25, "bound": "at most", "limit": 0.5, "unit": "", "held": True}
+    results.save("check", MACHINE, "scalar", [check], lambda r: (r["check"],))
     return tmp_path
 
 
@@ -57,11 +59,11 @@ def test_the_page_shows_what_the_files_hold(folder):
         f"text {name}\n<!-- begin {name} -->\nbefore\n<!-- end {name} -->\n" for name in plots.SECTIONS
     )
     rendered = plots.render(page, folder / "figures")
-    assert "before" not in rendered and rendered.count("text ") == 4
+    assert "before" not in rendered and rendered.count("text ") == len(plots.SECTIONS)
     assert "| s | forward | 0 | 2 (0.50) | 5 (0.20) |" in rendered
     assert "| s | forward | 1 | 1 | 2 (0.50) | 2.5 (0.40) | WRONG | 3 (0.33) | 1.25 |" in rendered
     assert "| s | forward | 1 | scalar | 2.00 | 3.00 | 1.50 | 1.25..1.75 |" in rendered
-    assert "| tokens | 8 | 4 (0.25) |" in rendered
+    assert "| tokens | 8 | 4 (0.25) |" in rendered and "| c | 0.25 | at most 0.5 | yes |" in rendered
     assert "revision abc123, def456" in rendered and "30 GFLOP/s" in rendered and "25.0 GB/s" in rendered
     assert "Peers have A=B." in rendered
     for name in ("run", "peers", "scaling"):

@@ -44,5 +44,4 @@ def test_table(capsys):
     out = capsys.readouterr().out
     assert out.count("combine_x") == 2 and "T=40 scalar" in out
     (line,) = [line for line in out.splitlines()[:20] if " gate_up " in line]
-    fraction = float(line.split()[-1])
-    assert 0 < fraction < 1.5
+    assert float(line.split()[-1]) > 0

@@ -48,7 +48,7 @@ def publish(folder: Path, case: str, config: dict | None = None) -> None:
     shutil.copy(PUBLISHED / f"{case}.safetensors", folder / MODEL)
     if config is None:
         config = {"quantization_config": CASES[case]["quantization_config"]}
-    (folder / "config.json").write_text(json.dumps({"model_type": "qwen3_moe", **config}))
+    (folder / "config.json").write_text(json.dumps({"model_type": "test", **config}))
 
 
 def opened(path: Path) -> Layer:

@@ -1,7 +1,6 @@
 """A tiny model directory, and the command run in this process or in one of its own."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -66,18 +65,31 @@ def reload_here(monkeypatch):
     monkeypatch.setattr(verify, "run", run)
 
 
+INTERRUPTED = """
+import os, signal, sys
+from ktops.cli import main, progress
+
+def on_log(self, args, state, control, show=progress.ProgressCallback.on_log, **kwargs):
+    show(self, args, state, control, **kwargs)
+    if state.global_step == STEP:
+        os.kill(os.getpid(), signal.SIGINT)
+
+progress.ProgressCallback.on_log = on_log
+sys.argv[0] = "ktops"
+main.main()
+"""
+
+
 @pytest.fixture
-def start_command(tmp_path):
-    """``start(*arguments) -> Popen`` of the command in a process of its own, its output readable by lines."""
+def interrupted_command(tmp_path):
+    """``run(step, *arguments) -> (exit status, stdout, stderr)`` of the command in a process of its own.
 
-    def start(*arguments: object) -> subprocess.Popen:
-        return subprocess.Popen(
-            [sys.executable, "-m", "ktops.cli.main", *map(str, arguments)],
-            cwd=tmp_path,
-            env={**os.environ, "PYTHONUNBUFFERED": "1"},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+    SIGINT comes when it has shown that step, and from inside: from outside it might come too late.
+    """
 
-    return start
+    def run(step: int, *arguments: object) -> tuple[int, str, str]:
+        command = [sys.executable, "-c", INTERRUPTED.replace("STEP", str(step)), *map(str, arguments)]
+        result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+        return result.returncode, result.stdout, result.stderr
+
+    return run

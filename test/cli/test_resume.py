@@ -1,7 +1,6 @@
 """Ctrl-C saves a checkpoint; --resume ends where an uninterrupted run would have ended."""
 
 import json
-import signal
 
 import torch
 from safetensors.torch import load_file
@@ -22,20 +21,16 @@ def losses(directory) -> list[float]:
 
 
 def test_interrupted_and_resumed_run_equals_an_uninterrupted_one(
-    ktops_command, start_command, reload_here, model_directory, data_file, tmp_path
+    ktops_command, interrupted_command, reload_here, model_directory, data_file, tmp_path
 ):
     arguments = options(model_directory, data_file)
-    process = start_command("finetune", *arguments, "--output-dir", "stopped")
-    for line in process.stdout:
-        if f"step {STEPS // 10}/{STEPS}" in line:
-            process.send_signal(signal.SIGINT)
-            break
-    out, err = process.communicate(timeout=60)
-    assert process.returncode == 130, err
-    assert "saving a checkpoint" in out
+    shown = STEPS // 10
+    status, out, err = interrupted_command(shown, "finetune", *arguments, "--output-dir", "stopped")
+    assert status == 130, err
+    assert f"step {shown}/{STEPS}" in out and "saving a checkpoint" in out
     assert "ktops finetune --resume --output-dir stopped" in err and "Traceback" not in err
     (checkpoint,) = (tmp_path / "stopped" / "checkpoints").iterdir()
-    assert STEPS // 10 <= int(checkpoint.name.split("-")[1]) < STEPS
+    assert checkpoint.name == f"checkpoint-{shown + 1}"
     assert not (tmp_path / "stopped" / "metrics.json").exists()
 
     status, out, err = ktops_command("finetune", "--resume", "--output-dir", "stopped")
@@ -58,14 +53,9 @@ def test_interrupted_and_resumed_run_equals_an_uninterrupted_one(
     assert len(losses(tmp_path / "stopped")) == STEPS + 2
 
 
-def test_interrupted_pretraining_is_resumed(ktops_command, start_command, reload_here, tmp_path):
-    process = start_command("finetune", "--pretrain-steps", 4, "--max-steps", 1)
-    for line in process.stdout:
-        if "step 1/4" in line:
-            process.send_signal(signal.SIGINT)
-            break
-    _, err = process.communicate(timeout=60)
-    assert process.returncode == 130 and "--resume" in err
+def test_interrupted_pretraining_is_resumed(ktops_command, interrupted_command, reload_here, tmp_path):
+    status, _, err = interrupted_command(1, "finetune", "--pretrain-steps", 4, "--max-steps", 1)
+    assert status == 130 and "--resume" in err
     assert ktops_command("finetune", "--resume")[0] == 0
     metrics = json.loads((tmp_path / "ktops-finetune" / "metrics.json").read_text())
     assert [entry["step"] for entry in metrics["pretraining"]["steps"]] == [1, 2, 3, 4]

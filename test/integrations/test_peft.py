@@ -11,6 +11,7 @@ from tiny_models import ARCHITECTURES, tiny_batch, tiny_model
 import ktops
 from ktops.integrations.peft import expert_target_parameters
 from ktops.testing.budgets import forward_budget, relative_error
+from ktops.testing.counts import counted
 
 EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 
@@ -347,3 +348,14 @@ def test_mixed_batches_are_refused():
     model = adapted("qwen3_moe").eval()
     with pytest.raises(ValueError, match="does not support mixed adapter batches"):
         model(**tiny_batch(), adapter_names=["default", "__base__"])
+
+
+def test_a_call_with_adapters_adds_views_and_no_copies():
+    model = adapted("qwen3_moe")
+    experts = model.base_model.model.model.layers[0].mlp.experts
+    x, ids = torch.ones(5, model.config.hidden_size), torch.arange(10).view(5, 2) % 4
+    weights = torch.ones(5, 2)
+    with torch.no_grad(), counted() as counts:
+        output = experts(x, ids, weights)
+    assert counts.allocations == [output.nbytes] and counts.operators["kt::moe_fwd"] == 1
+    assert counts.operators.total() <= 26, counts.operators

@@ -2,12 +2,16 @@
 
 import copy
 
+import peft
 import pytest
 import torch
+from packaging.version import Version
 from peft_models import Recorder, adapted, loss_and_gradients, randomize
-from tiny_models import tiny_batch
+from tiny_models import tiny_batch, tiny_model
+from transformers.integrations.peft import MIN_PEFT_VERSION
 
 import ktops
+from ktops.integrations.peft import expert_target_parameters
 from ktops.testing.budgets import gradient_budget, relative_error
 
 pytestmark = pytest.mark.usefixtures("enabled")
@@ -146,3 +150,19 @@ def test_training_reaches_the_same_adapters_as_plain_peft():
     for name, value in results[1].items():
         cosine = torch.nn.functional.cosine_similarity(results[0][name].ravel(), value.ravel(), dim=0)
         assert cosine > 0.999, name
+
+
+def test_add_adapter_of_transformers_works_with_the_peft_that_it_names():
+    """With an older one it refuses, and says which it wants; PEFT's own ways have no such check."""
+    model = tiny_model("qwen3_moe", experts_implementation="ktops")
+    config = peft.LoraConfig(r=2, target_parameters=expert_target_parameters(model))
+    if Version(peft.__version__) < Version(MIN_PEFT_VERSION):
+        with pytest.raises(ValueError, match=f"PEFT .* use a version >= {MIN_PEFT_VERSION}"):
+            model.add_adapter(config)
+        model = peft.get_peft_model(model, config)
+    else:
+        model.add_adapter(config)
+    with Recorder() as recorder:
+        found = loss_and_gradients(model)
+    assert recorder.calls["moe_sft_fwd"] and not recorder.made_expert_stack(model)
+    assert sum("lora_" in name for name in found) == 4 * model.config.num_hidden_layers

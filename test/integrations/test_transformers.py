@@ -12,6 +12,7 @@ from tiny_models import ARCHITECTURES, tiny_batch, tiny_config, tiny_model
 import ktops
 from ktops.nn import KTExperts
 from ktops.testing.budgets import forward_budget, relative_error
+from ktops.testing.counts import counted
 
 pytestmark = pytest.mark.usefixtures("enabled")
 
@@ -190,3 +191,17 @@ def test_save_pretrained_of_ktops_model(tmp_path, through):
     loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, experts_implementation="eager")
     assert relative_error(logits(model.eval()), logits(loaded)) < MODEL_BUDGET
     assert not any(isinstance(module, KTExperts) for module in loaded.modules())
+
+
+@both_ways
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_experts_add_views_and_no_copies_to_the_operator(architecture, through):
+    """Weights of routes in float32 beside bfloat16 included."""
+    model = through(tiny_model(architecture).to(torch.bfloat16))
+    experts = model.get_submodule(experts_modules(model)[0])
+    x = torch.ones(5, experts.down_proj.shape[1], dtype=torch.bfloat16)
+    ids, weights = torch.arange(10).view(5, 2) % experts.num_experts, torch.ones(5, 2)
+    with torch.no_grad(), counted() as counts:
+        output = experts(x, ids, weights)
+    assert counts.allocations == [output.nbytes] and counts.operators["kt::moe_fwd"] == 1
+    assert counts.operators.total() <= 14, counts.operators

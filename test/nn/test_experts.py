@@ -10,6 +10,7 @@ from torch._dynamo.testing import CompileCounter
 import ktops
 from ktops.nn import KTExperts
 from ktops.testing.budgets import forward_budget, gradient_budget, relative_error
+from ktops.testing.counts import counted
 
 E, H, I, K, T = 4, 16, 8, 2, 6  # noqa: E741
 
@@ -213,3 +214,12 @@ def test_integers_are_for_inference(monkeypatch):
     experts.compute = "int8"
     experts.train()(*inputs())
     assert seen == ["bf16", "auto", "int8"]
+
+
+@pytest.mark.parametrize("leading", [(T,), (2, T)])
+def test_a_call_adds_views_and_no_copies_to_the_operator(leading):
+    experts, (x, ids, weights) = make(), inputs(*leading)
+    with torch.no_grad(), counted() as counts:
+        output = experts(x, ids, weights)
+    assert counts.allocations == [output.nbytes] and counts.operators["kt::moe_fwd"] == 1
+    assert counts.operators.total() <= 14, counts.operators

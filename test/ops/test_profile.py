@@ -1,15 +1,14 @@
-"""ktops.profile: every moment of a call belongs to one step."""
+"""ktops.profile: which steps ran, how often; ``test/test_schedule.py``: times, on a clock of its own."""
 
 import os
 import subprocess
 import sys
-import time
 
 import pytest
 import torch
 
 import ktops
-from ktops.testing.compare import random_grad_output, run, threads
+from ktops.testing.compare import random_grad_output, run
 from ktops.testing.inputs import moe_inputs
 
 
@@ -20,20 +19,6 @@ def inputs():
 
 def steps_of(op: str, profile: ktops.Profile) -> list[ktops.Step]:
     return [step for step in profile.steps if step.op == op]
-
-
-def test_steps_account_for_the_time_of_a_call():
-    """The best of some calls: what lies outside of the steps is PyTorch's way to the operator."""
-    inputs = moe_inputs(200, 512, 256, 6, 2, dtype=torch.bfloat16)
-    outside = []
-    for _ in range(5):
-        with ktops.profile() as profile:
-            start = time.perf_counter()
-            ktops.moe_sft(**inputs)
-            elapsed = time.perf_counter() - start
-        outside.append(elapsed - sum(step.wall for step in profile.steps))
-    assert 0 <= min(outside) < 1e-3
-    assert sum(step.wall for step in profile.steps if step.name in ("gate_up", "down")) > 2 * min(outside)
 
 
 def test_steps_of_forward_and_backward(isa, inputs):
@@ -47,21 +32,6 @@ def test_steps_of_forward_and_backward(isa, inputs):
     assert len({(step.op, step.name) for step in profile.steps}) == len(profile.steps)
 
 
-@pytest.mark.parametrize("num_threads", [1, 3])
-def test_threads_add_up(num_threads):
-    inputs = moe_inputs(400, 256, 128, 6, 2, dtype=torch.bfloat16)
-    with threads(num_threads):
-        start = time.perf_counter()
-        with ktops.profile() as profile:
-            ktops.moe_sft(**inputs)
-        elapsed = time.perf_counter() - start
-    assert all(step.busy + step.wait > 0.999 * step.wall for step in profile.steps)
-    in_threads = [step for step in profile.steps if step.name != "launch"]
-    assert sum(step.busy + step.wait for step in in_threads) <= num_threads * elapsed
-    if num_threads == 1:
-        assert sum(step.wait for step in in_threads) < 1e-4
-
-
 def test_off_again_and_nothing_recorded(inputs):
     with ktops.profile() as outer:
         with ktops.profile() as inner:
@@ -72,7 +42,6 @@ def test_off_again_and_nothing_recorded(inputs):
     assert torch.ops.kt.profiled_steps() == recorded
     assert not torch.ops.kt.profiling()
     assert {step.calls for step in inner.steps} == {1} and {step.calls for step in outer.steps} == {2}
-    assert inner.busy < outer.busy
 
 
 def test_a_call_that_fails_does_not_disturb_the_next(inputs):

@@ -74,6 +74,7 @@ class KTQuantizer(HfQuantizer):
     """What transformers calls around the loading of weights."""
 
     def _process_model_before_weight_loading(self, model, checkpoint_files=None, **kwargs):
+        self._model = model
         config = self.quantization_config
         if config.experts_path is not None:
             self._path = Path(config.experts_path)
@@ -86,14 +87,15 @@ class KTQuantizer(HfQuantizer):
         ignored = model._keys_to_ignore_on_load_unexpected or ()
         model._keys_to_ignore_on_load_unexpected = {*ignored, KEYS_OF_EXPERTS}
 
-    def update_weight_conversions(self, weight_conversions, model):
-        """Without those that would merge the weights of experts, by which ktops reads their names."""
+    def update_weight_conversions(self, weight_conversions, *model):
+        """Without those that would merge the weights of experts, by which ktops reads their names. transformers
+        gives the model since 5.21."""
         self._conversions = copy.deepcopy(weight_conversions)
-        conversions = super().update_weight_conversions(weight_conversions, model)
+        conversions = super().update_weight_conversions(weight_conversions, *model)
         of_experts = [conversion for conversion in conversions if _is_of_experts(conversion)]
         patterns = {p.replace("*.", r".*\.") for each in of_experts for p in each.source_patterns}
-        ignored = model._keys_to_ignore_on_load_unexpected or ()
-        model._keys_to_ignore_on_load_unexpected = {*ignored, *patterns}
+        ignored = self._model._keys_to_ignore_on_load_unexpected or ()
+        self._model._keys_to_ignore_on_load_unexpected = {*ignored, *patterns}
         return [conversion for conversion in conversions if conversion not in of_experts]
 
     def _process_model_after_weight_loading(self, model, **kwargs):

@@ -1,0 +1,47 @@
+"""What a call does, counted: operators and allocations, which no machine changes."""
+
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import accumulate
+
+import torch
+
+
+@dataclass
+class Counts:
+    """What PyTorch did in a ``with counted()`` block, on its thread and on that of autograd.
+
+    Attributes:
+        operators: how often each ran, those called by others or from C++ included: {"aten::empty": 1}.
+        allocations: bytes of every tensor that was allocated, in order.
+        peak: the most bytes of these tensors that there were at once.
+    """
+
+    operators: Counter[str] = field(default_factory=Counter)
+    allocations: list[int] = field(default_factory=list)
+    peak: int = 0
+
+
+@contextmanager
+def counted() -> Iterator[Counts]:
+    """Counts what runs inside; the result is complete when the block has ended.
+
+    Memory that is not PyTorch's, that of NumPy or a mapped file for instance, does not count.
+
+    Example:
+        >>> with counted() as counts:
+        ...     torch.ones(4).neg()
+        >>> counts.operators["aten::neg"], counts.allocations, counts.peak
+        (1, [16, 16], 32)
+    """
+    counts = Counts()
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities, profile_memory=True, acc_events=True) as profiler:
+        yield counts
+    events = sorted(profiler.profiler.kineto_results.events(), key=lambda event: event.start_ns())
+    changes = [event.nbytes() for event in events if event.name() == "[memory]"]
+    counts.operators.update(e.name() for e in events if "::" in e.name() and " " not in e.name())
+    counts.allocations.extend(change for change in changes if change > 0)
+    counts.peak = max(accumulate(changes, initial=0))

@@ -1,0 +1,40 @@
+// The profile of one call in two phases, by a clock that a task moves by kTaskTicks, the rest of the call by the other
+// constants below, and each reading by one. Argument: THREADS. Prints the lines of kt::profile::describe(), then the
+// ticks from the first reading to the last.
+
+#include <atomic>
+#include <cstdio>
+#include <cstdlib>
+
+#include "launch.h"
+#include "parallel/schedule.h"
+
+namespace {
+
+constexpr int64_t kArgumentsTicks = 100, kPrepareTicks = 50, kTaskTicks = 1000, kFinishTicks = 70;
+std::atomic<int64_t> ticks{0};
+
+}  // namespace
+
+namespace kt::profile {
+
+int64_t now() { return ++ticks; }
+
+}  // namespace kt::profile
+
+int main(int, char** argv) {
+    const auto task = [](int64_t, int) { ticks += kTaskTicks; };
+    kt::profile::set_enabled(true);
+    {
+        const kt::profile::Call call("op");
+        ticks += kArgumentsTicks;
+        kt::profile::mark("arguments");
+        ticks += kPrepareTicks;
+        kt::Schedule schedule;
+        schedule.add("first", 10, task);
+        schedule.add("second", 1, task);
+        schedule.run<Region>(std::atoi(argv[1]), start_threads);
+        ticks += kFinishTicks;
+    }
+    std::printf("%s%lld\n", kt::profile::describe().c_str(), static_cast<long long>(ticks - 1));
+}

@@ -88,8 +88,10 @@ class KTQuantizer(HfQuantizer):
         model._keys_to_ignore_on_load_unexpected = {*ignored, KEYS_OF_EXPERTS}
 
     def update_weight_conversions(self, weight_conversions, *model):
-        """Without those that would merge the weights of experts, by which ktops reads their names. transformers
-        gives the model since 5.21."""
+        """Without those that would merge the weights of experts, by which ktops reads their names.
+
+        transformers gives the model since 5.21.
+        """
         self._conversions = copy.deepcopy(weight_conversions)
         conversions = super().update_weight_conversions(weight_conversions, *model)
         of_experts = [conversion for conversion in conversions if _is_of_experts(conversion)]

@@ -12,7 +12,7 @@ from ktops.checkpoints.errors import CheckpointError
 from ktops.checkpoints.layer import BIASES, Layer
 from ktops.checkpoints.progress import progress
 from ktops.formats.expert_weight import COMPUTE_DTYPES
-from ktops.integrations import enable_peft
+from ktops.integrations import enable_peft, enable_saving
 from ktops.integrations.quantize_experts import format_bytes
 from ktops.integrations.swap import Unsupported, exchange_stacked, find_experts, listed_experts
 from ktops.integrations.transformers.architectures import activation_name, unsupported_computation
@@ -131,6 +131,7 @@ def load_experts(
     for name, module in modules.items():
         exchange_stacked(model, module, made[name])
     enable_peft()
+    enable_saving(model)
     return _report(plan, made)
 
 

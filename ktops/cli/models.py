@@ -57,20 +57,34 @@ def load_model(directory: str, dtype, experts_implementation: str):
         experts_implementation: "ktops", or one of transformers' own ("eager", "grouped_mm", "batched_mm").
 
     Raises:
-        UserError: transformers cannot load it, or does not know the implementation for this architecture.
+        UserError: transformers cannot load it, does not know the implementation for this architecture, or
+            does not find all of its weights in the files.
     """
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     import ktops
+    from ktops.checkpoints.config import is_ktops
+    from ktops.integrations.transformers.loaded import require_loaded
 
-    if experts_implementation == "ktops":
-        ktops.enable()
+    ktops.enable()
     try:
-        return AutoModelForCausalLM.from_pretrained(
-            directory, dtype=dtype, experts_implementation=experts_implementation, local_files_only=True
+        config = AutoConfig.from_pretrained(directory, local_files_only=True)
+        if experts_implementation != "ktops" and is_ktops(getattr(config, "quantization_config", None)):
+            raise UserError(
+                f"--experts-implementation {experts_implementation}: the experts in {directory} are in a format of "
+                "ktops, which runs them"
+            )
+        model, info = AutoModelForCausalLM.from_pretrained(
+            directory,
+            dtype=dtype,
+            experts_implementation=experts_implementation,
+            local_files_only=True,
+            output_loading_info=True,
         )
-    except (ValueError, KeyError, OSError) as error:
+        require_loaded(model, info["missing_keys"], info["unexpected_keys"], heads=True)
+    except (ValueError, KeyError, OSError, RuntimeError, ImportError) as error:
         raise UserError(f"--model: {directory} cannot be loaded: {error}") from None
+    return model
 
 
 def quantize_experts(

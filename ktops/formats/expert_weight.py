@@ -130,6 +130,23 @@ class ExpertWeight(nn.Module):
                 f"ExpertWeight: the state dict is of another layout: expected {self._layout()}, got {layout}"
             )
 
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, *args) -> None:
+        """Takes the tensors of the state dict instead of writing into its own: copies and files share those.
+
+        Raises:
+            ValueError: the state dict is of another layout.
+            TypeError: a tensor has another dtype.
+        """
+        state = state_dict.get(f"{prefix}_extra_state")
+        if state is not None:
+            self.set_extra_state(state)
+        for name, tensor in self.codes._asdict().items():
+            given = state_dict.get(f"{prefix}{name}")
+            if tensor is not None and given is not None and given.dtype != tensor.dtype:
+                raise TypeError(f"ExpertWeight: {prefix}{name} must be {tensor.dtype}, got {given.dtype}")
+        metadata = {**local_metadata, "assign_to_params_buffers": True}
+        super()._load_from_state_dict(state_dict, prefix, metadata, *args)
+
     def extra_repr(self) -> str:
         group = f", group_size={self.group_size}" if self.group_size else ""
         return f"{self.format!r}, shape={list(self.shape)}{group}, dtype={self.dtype}"

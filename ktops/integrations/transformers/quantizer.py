@@ -4,19 +4,37 @@ The experts modules are replaced by stand-ins without weights before transformer
 dense experts are ever made, and by :class:`ktops.nn.KTExperts` after it.
 """
 
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import FunctionType
 
-from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import PrefixChange
+from transformers.quantizers.auto import (
+    AUTO_QUANTIZATION_CONFIG_MAPPING,
+    AUTO_QUANTIZER_MAPPING,
+    AutoHfQuantizer,
+)
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from ktops.checkpoints.checkpoint import open_checkpoint
+from ktops.checkpoints.config import LOADER, is_ktops, needs_quantizer
 from ktops.checkpoints.load import PendingExperts, experts_modules, load_experts
-from ktops.formats import METHODS, get_format
+from ktops.formats import METHODS, ExpertWeight, get_format
 from ktops.integrations.swap import exchange
+from ktops.integrations.transformers.loaded import require_loaded
+from ktops.integrations.transformers.other_quantizer import PlainQuantizer, other_quantizer
 
 NAME = "ktops"
-"""``quant_method`` in config.json."""
+"""``quant_method`` of a KTConfig."""
 
+WATCHED = "_adjust_missing_and_unexpected_keys"
+"""The method of a model that transformers calls with what it did not find in the files, or not in the model."""
 
 KEYS_OF_EXPERTS = r"(^|\.)experts\.(\d+\.|gate_up_proj|gate_proj|up_proj|down_proj)"
 """Keys that transformers finds in the files and is not to load, or to report."""
@@ -25,11 +43,16 @@ KEYS_OF_EXPERTS = r"(^|\.)experts\.(\d+\.|gate_up_proj|gate_proj|up_proj|down_pr
 class KTConfig(QuantizationConfigMixin):
     """How ``from_pretrained`` loads the experts of a model; the other weights load as they do without.
 
+    A checkpoint whose other tensors are quantized too, by another library, is loaded by both: that library's
+    quantizer reads those, ktops the experts. Where the quantizer can decode (FP8, compressed-tensors), the other
+    weights become dense ones of the model's dtype: experts and hidden states are on the CPU.
+
     Args:
         weight_format: one of ``ktops.formats.names()``; None keeps the format of the checkpoint.
-        group_size, method: as of :func:`ktops.quantize`, where weights are quantised.
+        group_size, method: as of :func:`ktops.quantize`, where weights are quantized.
         experts_path: another checkpoint to take the experts from, a directory or a GGUF file; default: the
             one that is loaded.
+        other: the quantization_config of the tensors that are not experts'; default: the one in config.json.
 
     Raises:
         ValueError: unknown format or method, or the format does not have the group size.
@@ -46,11 +69,13 @@ class KTConfig(QuantizationConfigMixin):
         group_size: int | None = None,
         method: str = "rtn",
         experts_path: str | None = None,
+        other: dict | QuantizationConfigMixin | None = None,
         **_,
     ) -> None:
         self.quant_method = NAME
         self.weight_format, self.group_size, self.method = weight_format, group_size, method
         self.experts_path = experts_path
+        self.other = other
         if weight_format is not None:
             known = get_format(weight_format)
             known.check_group_size(known.default_group_size if group_size is None else group_size)
@@ -59,51 +84,180 @@ class KTConfig(QuantizationConfigMixin):
             raise ValueError(f"KTConfig: method must be one of {', '.join(known_methods)}, got {method!r}")
 
     def to_dict(self) -> dict:
-        """What config.json says: a model that is saved has its experts with it."""
-        return {key: value for key, value in super().to_dict().items() if key != "experts_path"}
+        """What config.json says: a model that is saved has its experts with it, in their formats."""
+        made: dict = {"loader": LOADER}
+        if self.weight_format is not None:
+            made |= {
+                "weight_format": self.weight_format,
+                "group_size": self.group_size,
+                "method": self.method,
+            }
+        if self.other is not None:
+            made["other"] = self.other if isinstance(self.other, dict) else self.other.to_dict()
+        return made
 
 
 class KTQuantizer(HfQuantizer):
-    """What transformers calls around the loading of weights."""
+    """What transformers calls around the loading of weights, and when it saves them.
 
-    def _process_model_before_weight_loading(self, model, checkpoint_files=None, **kwargs):
-        config = self.quantization_config
-        if config.experts_path is not None:
-            self._path = Path(config.experts_path)
-        elif checkpoint_files:
-            self._path = Path(checkpoint_files[0]).parent
-        else:
-            raise ValueError("KTConfig: the weights must come from files, or give experts_path")
+    The experts are ktops'. For everything else each of transformers' hooks is handed on to :attr:`other`.
+
+    Attributes:
+        other: the quantizer of the tensors that are not experts', a :class:`PlainQuantizer` if they have none.
+    """
+
+    def __init__(self, quantization_config: KTConfig, **_) -> None:
+        super().__init__(quantization_config, pre_quantized=True)
+        self.other: HfQuantizer = PlainQuantizer(quantization_config)
+        self._refusal: Exception | None = None
+        self._loading_info = None
+        if quantization_config.other is not None:
+            with self._refusing():
+                self.other = other_quantizer(quantization_config.other)
+
+    @contextmanager
+    def _refusing(self) -> Iterator[None]:
+        """What the other quantizer misses is an error only once there are tensors for it."""
+        try:
+            yield
+        except (ImportError, RuntimeError, ValueError) as error:
+            self._refusal = error
+
+    def validate_environment(self, *args, **kwargs) -> None:
+        with self._refusing():
+            self.other.validate_environment(*args, **kwargs)
+
+    def preprocess_model(self, model, dtype=None, checkpoint_files=None, **kwargs) -> None:
+        self._path = self._experts_path(checkpoint_files)
+        if self.quantization_config.other is not None:
+            self._require_other(Path(checkpoint_files[0]).parent)
         for module in experts_modules(model).values():
             exchange(model, module, PendingExperts(module))
         ignored = model._keys_to_ignore_on_load_unexpected or ()
         model._keys_to_ignore_on_load_unexpected = {*ignored, KEYS_OF_EXPERTS}
+        self.other.preprocess_model(model, dtype=dtype, checkpoint_files=checkpoint_files, **kwargs)
+        self._watch(model)
+
+    def _experts_path(self, checkpoint_files) -> Path:
+        if not checkpoint_files:
+            raise ValueError("KTConfig: the weights must come from the files of a checkpoint")
+        path = self.quantization_config.experts_path
+        return Path(checkpoint_files[0]).parent if path is None else Path(path)
+
+    def _require_other(self, directory: Path) -> None:
+        """Raises if tensors need the other quantizer and it cannot run; takes none if no tensor needs it."""
+        if not needs_quantizer(open_checkpoint(directory).other_tensors()):
+            self.other = PlainQuantizer(self.quantization_config)
+        elif self._refusal is not None:
+            raise type(self._refusal)(
+                f"ktops: the experts of {directory} can be loaded, but other tensors in it are quantized too, and "
+                f"what reads those cannot run here: {self._refusal}"
+            ) from self._refusal
+
+    def _watch(self, model) -> None:
+        """transformers makes weights that are not in the files anew and says so in a log: keep what it finds."""
+        adjust = model._adjust_missing_and_unexpected_keys
+
+        def watched(loading_info) -> None:
+            adjust(loading_info)
+            self._loading_info = loading_info
+
+        model.__dict__[WATCHED] = watched
 
     def update_weight_conversions(self, weight_conversions, model):
         """Without those that would merge the weights of experts."""
-        return [
-            conversion
-            for conversion in super().update_weight_conversions(weight_conversions, model)
-            if not _is_of_experts(conversion)
-        ]
+        return self.other.update_weight_conversions(without_experts(weight_conversions), model)
 
-    def _process_model_after_weight_loading(self, model, **kwargs):
-        config = self.quantization_config
-        load_experts(
-            model, self._path, config.weight_format, group_size=config.group_size, method=config.method
-        )
+    def postprocess_model(self, model, **kwargs):
+        del model.__dict__[WATCHED]
+        if self._loading_info is not None:
+            require_loaded(model, self._loading_info.missing_keys, self._loading_info.unexpected_keys)
+        self._loading_info = None
+        self.other.postprocess_model(model, **kwargs)
+        asked = self.quantization_config
+        if getattr(self.other.quantization_config, "dequantize", False):
+            self.other = PlainQuantizer(asked)
+        self.quantization_config = KTConfig(other=None if self.is_plain else self.other.quantization_config)
+        model.is_quantized = not self.is_plain
+        model.hf_quantizer = self
+        load_experts(model, self._path, asked.weight_format, group_size=asked.group_size, method=asked.method)
         return model
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether everything but the experts is as it is without a quantizer."""
+        return isinstance(self.other, PlainQuantizer)
+
     def is_serializable(self) -> bool:
-        return True
+        return self.other.is_serializable()
 
     @property
     def is_trainable(self) -> bool:
-        return True
+        return self.other.is_trainable
+
+    @property
+    def is_qat_trainable(self) -> bool:
+        return self.other.is_qat_trainable
 
     @property
     def is_compileable(self) -> bool:
-        return True
+        return self.other.is_compileable
+
+    @property
+    def quantized_element_size(self) -> float | None:
+        return getattr(self.other, "quantized_element_size", None)
+
+
+def _handed_on(name: str):
+    def hook(self, *args, **kwargs):
+        return getattr(self.other, name)(*args, **kwargs)
+
+    hook.__name__ = name
+    return hook
+
+
+for _name, _member in vars(HfQuantizer).items():
+    if isinstance(_member, FunctionType) and not _name.startswith("_") and _name not in vars(KTQuantizer):
+        setattr(KTQuantizer, _name, _handed_on(_name))
+
+
+def attach(model: nn.Module) -> None:
+    """Lets transformers save a model whose experts are in formats: its config and its names of tensors say so.
+
+    Args:
+        model: any module; every PreTrainedModel in it that has such experts is changed.
+    """
+    for part in model.modules():
+        if isinstance(part, PreTrainedModel) and any(isinstance(m, ExpertWeight) for m in part.modules()):
+            quantizer = getattr(part, "hf_quantizer", None)
+            if not isinstance(quantizer, KTQuantizer):
+                quantizer = _around(quantizer)
+            part.hf_quantizer = quantizer
+            part.config.quantization_config = quantizer.quantization_config
+            part._weight_conversions = without_experts(_conversions(part))
+
+
+def _around(other: HfQuantizer | None) -> KTQuantizer:
+    """The quantizer of a model whose other tensors have been loaded by another one."""
+    made = KTQuantizer(KTConfig())
+    if other is not None:
+        made.quantization_config.other = other.quantization_config
+        made.other = other
+    return made
+
+
+def _conversions(model) -> list:
+    """What transformers reverts when it saves the model: what it used to load it, or its default."""
+    used = getattr(model, "_weight_conversions", None)
+    if used is not None:
+        return used
+    default = get_model_conversion_mapping(model, add_legacy=False)
+    return [conversion for conversion in default if not isinstance(conversion, PrefixChange)]
+
+
+def without_experts(conversions: list) -> list:
+    """Conversions of transformers that do not make stacked weights of experts."""
+    return [conversion for conversion in conversions if not _is_of_experts(conversion)]
 
 
 def _is_of_experts(conversion) -> bool:
@@ -112,12 +266,79 @@ def _is_of_experts(conversion) -> bool:
 
 
 def enable() -> None:
-    """Makes ``quant_method="ktops"`` known to transformers; a second call does nothing."""
+    """Makes ktops' loader known to transformers; a second call does nothing."""
     AUTO_QUANTIZATION_CONFIG_MAPPING[NAME] = KTConfig
     AUTO_QUANTIZER_MAPPING[NAME] = KTQuantizer
+    if not _transformers:
+        for name, replacement in (
+            ("supports_quant_method", _supports),
+            ("merge_quantization_configs", _merge),
+        ):
+            _transformers[name] = AutoHfQuantizer.__dict__[name]
+            setattr(AutoHfQuantizer, name, staticmethod(replacement))
 
 
 def disable() -> None:
     """Takes it out again."""
     AUTO_QUANTIZATION_CONFIG_MAPPING.pop(NAME, None)
     AUTO_QUANTIZER_MAPPING.pop(NAME, None)
+    while _transformers:
+        setattr(AutoHfQuantizer, *_transformers.popitem())
+
+
+_transformers: dict = {}
+"""What ``enable`` replaced in AutoHfQuantizer: name -> transformers' own."""
+
+
+def _own(name: str):
+    return _transformers[name].__get__(None, AutoHfQuantizer)
+
+
+def _supports(quantization) -> bool:
+    """``AutoHfQuantizer.supports_quant_method``, which refuses a configuration without quant_method."""
+    return (
+        is_ktops(quantization)
+        or isinstance(quantization, KTConfig)
+        or _own("supports_quant_method")(quantization)
+    )
+
+
+def _merge(quantization, given):
+    """``AutoHfQuantizer.merge_quantization_configs``, where one of the two may be ktops' and one another's.
+
+    Args:
+        quantization: of config.json, or an object.
+        given: the argument of from_pretrained, or None.
+    """
+    ours = isinstance(quantization, KTConfig) or is_ktops(quantization)
+    if not ours and not isinstance(given, KTConfig):
+        return _own("merge_quantization_configs")(quantization, given)
+    if not ours:
+        stored = KTConfig(other=quantization)
+    else:
+        stored = (
+            copy.copy(quantization)
+            if isinstance(quantization, KTConfig)
+            else KTConfig.from_dict(quantization)
+        )
+    other = given
+    if isinstance(given, KTConfig):
+        other, merged = given.other, copy.copy(given)
+        merged.other = stored.other
+        if merged.weight_format is None:
+            merged.weight_format, merged.group_size, merged.method = (
+                stored.weight_format,
+                stored.group_size,
+                stored.method,
+            )
+        stored = merged
+    if other is not None and stored.other is not None:
+        stored.other = _own("merge_quantization_configs")(stored.other, other)
+    elif isinstance(given, KTConfig):
+        stored.other = stored.other or other
+    elif other is not None:
+        raise ValueError(
+            f"from_pretrained: quantization_config must be a KTConfig, the model is one of ktops', got a "
+            f"{type(given).__name__}: nothing but its experts is quantized"
+        )
+    return stored

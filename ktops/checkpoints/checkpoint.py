@@ -12,6 +12,7 @@ from ktops.checkpoints.packed import Packing
 from ktops.checkpoints.view import View
 
 CONFIG = "config.json"
+WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 MANIFEST = "ktops.json"
 """Says which files hold experts that ktops has written, and their sizes."""
@@ -96,6 +97,10 @@ def _files(path: Path) -> list[Path]:
         if not isinstance(weight_map, dict) or not all(isinstance(n, str) for n in weight_map.values()):
             raise CheckpointError(f"{path / INDEX}: weight_map must map tensors to files")
         files = [path / name for name in sorted(set(weight_map.values()))]
+        if (path / WEIGHTS).exists():  # what transformers reads; the index is of an earlier saving
+            return [path / WEIGHTS]
+        if any(name.endswith("._extra_state") for name in weight_map):
+            return files
     if (path / MANIFEST).exists():
         mine = _manifest_files(path / MANIFEST)
         others = files or sorted(set(path.glob("*.safetensors")) - set(mine))

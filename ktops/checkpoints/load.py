@@ -27,12 +27,14 @@ class PendingExperts(nn.Module):
     Attributes:
         num_experts, hidden_size, intermediate_size: as of :class:`ktops.nn.KTExperts`.
         activation: its name.
+        is_list: whether they are a ModuleList, which the MoE block iterates.
     """
 
     def __init__(self, experts: nn.Module) -> None:
         super().__init__()
         self.activation = _activation(experts)
         self.num_experts, self.hidden_size, self.intermediate_size = _sizes(experts)
+        self.is_list = isinstance(experts, nn.ModuleList)
         self.train(experts.training)
 
     def forward(self, *args, **kwargs):
@@ -84,8 +86,8 @@ def load_experts(
     model has already stay until then; a model whose experts are on the meta device never has both.
 
     Args:
-        model: with stacked experts, on any device, or with ModuleLists of gated MLPs on the CPU, as
-            :func:`ktops.swap_experts` takes them; before adapters are added.
+        model: with stacked experts or ModuleLists of gated MLPs, as :func:`ktops.swap_experts` takes them,
+            on any device; before adapters are added.
         path: of a directory or file, as :func:`ktops.checkpoints.open_checkpoint` takes it. Layers are
             matched by their numbers.
         weight_format: one of ``ktops.formats.names()``; None keeps the format of the checkpoint.
@@ -155,7 +157,7 @@ def _activation(module: nn.Module, name: str = "experts") -> str:
         return module.activation
     if isinstance(module, nn.ModuleList):
         try:
-            return listed_experts(module)[0].activation
+            return listed_experts(module, any_device=True)[0].activation
         except Unsupported as reason:
             raise ValueError(
                 f"load_experts: ktops cannot compute {name}, a list of {len(module)} modules: {reason}"
@@ -197,7 +199,7 @@ def _sizes(module: nn.Module) -> tuple[int, int, int] | None:
     if isinstance(module, (KTExperts, PendingExperts)):
         return module.num_experts, module.hidden_size, module.intermediate_size
     if isinstance(module, nn.ModuleList):
-        _, _, down = listed_experts(module)[0].projections()
+        _, _, down = listed_experts(module, any_device=True)[0].projections()
         return len(module), down.out_features, down.in_features
     weight = module._parameters.get("down_proj")
     if weight is None or weight.dim() != 3 or weight.dtype in (torch.uint8, torch.int8):

@@ -12,6 +12,7 @@ from tiny_checkpoints import decode
 
 import ktops
 from ktops.checkpoints import CheckpointWriter, open_checkpoint
+from ktops.checkpoints.config import converted
 from ktops.nn import KTExperts
 from ktops.testing.budgets import relative_error
 
@@ -96,7 +97,7 @@ def test_directory_of_the_writer(saved, tmp_path):
         writer.write_layer(layer.name, *layer.experts("int8"))
     writer.write_tensors(source.other_tensors())
     writer.copy(path.glob("*.json"))
-    writer.write_config({**source.config, "quantization_config": {"quant_method": "ktops"}})
+    writer.write_config(converted(source.config, source.other_tensors()))
     writer.finish()
     quantised, info = load(tmp_path / "ktops")
     assert not any(info.values())

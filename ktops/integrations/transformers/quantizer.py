@@ -12,8 +12,6 @@ from types import FunctionType
 
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import PrefixChange
 from transformers.quantizers.auto import (
     AUTO_QUANTIZATION_CONFIG_MAPPING,
     AUTO_QUANTIZER_MAPPING,
@@ -234,7 +232,7 @@ def attach(model: nn.Module) -> None:
                 quantizer = _around(quantizer)
             part.hf_quantizer = quantizer
             part.config.quantization_config = quantizer.quantization_config
-            part._weight_conversions = without_experts(_conversions(part))
+            part._weight_conversions = _conversions(part, quantizer)
 
 
 def _around(other: HfQuantizer | None) -> KTQuantizer:
@@ -246,13 +244,12 @@ def _around(other: HfQuantizer | None) -> KTQuantizer:
     return made
 
 
-def _conversions(model) -> list:
-    """What transformers reverts when it saves the model: what it used to load it, or its default."""
-    used = getattr(model, "_weight_conversions", None)
-    if used is not None:
-        return used
-    default = get_model_conversion_mapping(model, add_legacy=False)
-    return [conversion for conversion in default if not isinstance(conversion, PrefixChange)]
+def _conversions(model, quantizer: KTQuantizer) -> list:
+    """What transformers reverts when it saves the model: what another quantizer needs reverted.
+
+    Else the names in the files are those of the state dict, as a Trainer that resumes takes them for.
+    """
+    return [] if quantizer.is_plain else without_experts(getattr(model, "_weight_conversions", None) or [])
 
 
 def without_experts(conversions: list) -> list:

@@ -1,9 +1,9 @@
 """What config.json says of a directory whose experts ktops has written.
 
-``quantization_config`` is ``{"loader": "ktops"}``, and ``"other"`` in it is what the source said, where the tensors
-that are not experts' are quantized too. There is no ``quant_method`` in it: transformers skips a method that it does
-not know, and would make the experts anew at random; without any it refuses to load the model. After ktops.enable()
-it takes ktops' loader.
+``quantization_config`` is ``{"loader": "ktops"}``, and ``"other"`` in it is what the source said, where the
+tensors that are not experts' are quantized too. There is no ``quant_method`` in it: transformers skips a
+method that it does not know, and would make the experts anew at random; without any it refuses to load the
+model. After ktops.enable() it takes ktops' loader.
 """
 
 from collections.abc import Mapping
@@ -31,6 +31,12 @@ def is_ktops(quantization) -> bool:
     )
 
 
+def quantization_of(config: Mapping) -> Mapping | None:
+    """The quantization_config of a config.json, wherever it says it."""
+    text = config.get("text_config")
+    return config.get("quantization_config") or (text or {}).get("quantization_config")
+
+
 def needs_quantizer(tensors: Mapping[str, View]) -> bool:
     """Whether another library's quantizer is needed to read these tensors, by name."""
     return any(name.endswith(QUANTIZED) or view.dtype in CODES for name, view in tensors.items())
@@ -48,11 +54,9 @@ def converted(config: dict, other_tensors: Mapping[str, View]) -> dict:
         {'model_type': 'qwen3_moe', 'quantization_config': {'loader': 'ktops'}}
     """
     made = {key: value for key, value in config.items() if key != "quantization_config"}
-    found = config.get("quantization_config")
-    text = config.get("text_config")
+    found, text = quantization_of(config), config.get("text_config")
     if isinstance(text, dict) and "quantization_config" in text:
         made["text_config"] = {key: value for key, value in text.items() if key != "quantization_config"}
-        found = found or text["quantization_config"]
     if is_ktops(found):
         found = found.get("other")
     other = {"other": found} if found and needs_quantizer(other_tensors) else {}

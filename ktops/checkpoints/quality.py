@@ -28,7 +28,7 @@ KEYS = ("hidden_act", "hidden_activation", "mlp_hidden_act")
 
 
 class Activation(NamedTuple):
-    """What outputs of experts are computed with, None: they are not compared; and what is to be said of it."""
+    """What outputs of experts are computed with, None: they are not compared; and what to say of it."""
 
     name: str | None
     note: str | None = None
@@ -116,8 +116,8 @@ def compare(name: str, source: Layer, converted: Layer, activation: str | None) 
 def _compare_expert(
     source: Layer, converted: Layer, index: int, tokens: Tensor, activation: str | None, errors: dict
 ) -> tuple[Tensor, Tensor] | None:
-    """Outputs of an expert of the converted layer and of the source, with an activation; few rows are floats at
-    a time."""
+    """Outputs of an expert of the converted layer and of the source, if there is an activation; few rows are
+    floats at a time."""
     made = expected = tokens
     for kind in ("gate_up", "down"):
         pair = [getattr(layer, f"{kind}_proj") for layer in (converted, source)]

@@ -198,8 +198,8 @@ def _report(options: Options, group_size: int, activation: Activation, layers: l
 
 
 def _copy_files(writer: CheckpointWriter, checkpoint: Checkpoint, others: dict) -> None:
-    """Configuration, tokenizer and the like. The configuration says that ktops loads the experts, and what the
-    source said of other tensors that are quantized."""
+    """Configuration, tokenizer and the like. The configuration says that ktops loads the experts, and what
+    the source said of other tensors that are quantized."""
     if not checkpoint.path.is_dir():
         return
     writer.copy(

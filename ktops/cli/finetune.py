@@ -59,7 +59,12 @@ def finetune(options: Options, directory: Path, console: Console, overwrite: boo
     split = _encode(conversations, tokenizer, options, report)
 
     transformers.set_seed(options.seed)
-    model = load_model(base, options.torch_dtype, options.experts_implementation)
+    model = load_model(
+        base,
+        options.torch_dtype,
+        options.experts_implementation,
+        keep_format=options.weight_format is None,
+    )
     quantized = quantize_experts(
         model, options.weight_format, options.group_size, options.quantize_method, show_progress=True
     )

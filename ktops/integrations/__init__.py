@@ -33,14 +33,14 @@ def enable_peft() -> None:
 
 
 def enable_saving(model) -> None:
-    """Lets transformers save a model of its own whose experts are in formats, so that from_pretrained loads it.
+    """Lets transformers save a model of its own whose experts are in formats, for from_pretrained to load.
 
     Where transformers is too old for :func:`enable`, it knows nothing of formats, and nothing is done.
     """
     if "transformers" in sys.modules and importlib.util.find_spec("transformers.core_model_loading"):
-        from ktops.integrations.transformers import quantizer
+        from ktops.integrations.transformers import saving
 
-        quantizer.attach(model)
+        saving.attach(model)
 
 
 def disable() -> None:

@@ -14,8 +14,8 @@ class KTExpertSequence(nn.Module):
     """The experts of one layer in stacked weights, in place of a ModuleList of modules.
 
     ``sequence[i](rows)`` runs the op with all rows routed to expert i; called itself, with the routes of all
-    tokens, it runs one op for all experts. Adapters go on ``stacked``; the state dict has the keys of ``stacked``
-    itself, without its name.
+    tokens, it runs one op for all experts. Adapters go on ``stacked``; the state dict has the keys of
+    ``stacked`` itself, without its name.
 
     Args:
         stacked: the experts, with weights in a format for example: then there are no separate Parameters that

@@ -51,6 +51,16 @@ def compressed(layout: str, weights: dict):
     return scaled(maker(layout, weights), 2.0**-4), compressed_config(layout, weights)
 
 
+def mixed_config() -> dict:
+    """As Kimi-K2.5 is published: attention in FP8, experts in int4."""
+    made = compressed_config("float-quantized", {**FP8, "strategy": "channel"})
+    experts = compressed_config("pack-quantized", {**INT4, "strategy": "group", "group_size": 32})
+    groups = {"group_0": made["config_groups"]["group_0"], "group_1": experts["config_groups"]["group_0"]}
+    groups["group_0"]["targets"] = ["re:.*self_attn.*"]
+    groups["group_1"]["targets"] = ["re:.*experts.*"]
+    return {**made, "format": "mixed-precision", "config_groups": groups}
+
+
 GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 32, "desc_act": False, "sym": True}
 PUBLISHED = {
     "fp8": (
@@ -64,13 +74,20 @@ PUBLISHED = {
     ),
     "compressed fp8": compressed("float-quantized", {**FP8, "strategy": "channel"}),
     "compressed int4": compressed("pack-quantized", {**INT4, "strategy": "group", "group_size": 32}),
+    "compressed mixed": (
+        compressed("pack-quantized", {**INT4, "strategy": "group", "group_size": 32})[0],
+        mixed_config(),
+    ),
     "gptq": (scaled(gptq), GPTQ),
     "gptq act-order": (scaled(gptq_act_order), {**GPTQ, "desc_act": True}),
     "awq": (scaled(awq), {"quant_method": "awq", "bits": 4, "group_size": 32, "version": "gemm"}),
 }
 """name -> (make, the quantization_config of config.json)"""
 
-DECODED = ("fp8", "compressed fp8", "compressed int4")
+ATTENTIONS = {"compressed mixed": "compressed fp8"}
+"""Whose make attention has, where it is another."""
+
+DECODED = ("fp8", "compressed fp8", "compressed int4", "compressed mixed")
 """Those whose attention transformers decodes on any machine; the others need libraries for a GPU."""
 
 
@@ -84,8 +101,10 @@ def write(folder, scheme: str, *, attention: bool, **changes):
     rng = numpy.random.default_rng(0)
     tensors, written = load_file(dense / "model.safetensors"), {}
     for name, tensor in tensors.items():
-        if re.fullmatch(f"{EXPERTS}|{ATTENTION}" if attention else EXPERTS, name):
-            parts, tensors[name] = make(rng, *tensor.shape)
+        of_attention = attention and re.fullmatch(ATTENTION, name)
+        if of_attention or re.fullmatch(EXPERTS, name):
+            attention_make, _ = PUBLISHED[ATTENTIONS.get(scheme, scheme)]
+            parts, tensors[name] = (attention_make if of_attention else make)(rng, *tensor.shape)
             written |= {f"{name.removesuffix('.weight')}.{kind}": part for kind, part in parts.items()}
         else:
             written[name] = tensor

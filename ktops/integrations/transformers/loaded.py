@@ -29,18 +29,19 @@ def require_loaded(
     random = sorted(name for name in missing if name.startswith(base))
     if random:
         raise CheckpointError(
-            f"{_listed(random)} of {type(model).__name__}: not in the checkpoint, or not in a form that config.json "
-            "tells how to read: the weights would be random"
+            f"{listed(random)} of {type(model).__name__}: not in the checkpoint, or not in a form that "
+            "config.json tells how to read: the weights would be random"
         )
     modules = dict(model.named_modules())
     left = sorted(name for name in unexpected if name.endswith(SCALES) and name.rpartition(".")[0] in modules)
     if left:
         raise CheckpointError(
-            f"{_listed(left)}: the weights of {type(model).__name__} are quantized, but config.json does not name the "
-            "quantizer in quantization_config: they would be read as they lie"
+            f"{listed(left)}: the weights of {type(model).__name__} are quantized, but config.json does not "
+            "name the quantizer in quantization_config: they would be read as they lie"
         )
 
 
-def _listed(names: list[str]) -> str:
+def listed(names: list[str]) -> str:
+    """The first of some names, and how many more there are."""
     more = f" and {len(names) - MOST_NAMES} more" if len(names) > MOST_NAMES else ""
     return ", ".join(names[:MOST_NAMES]) + more

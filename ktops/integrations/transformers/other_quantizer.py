@@ -11,6 +11,12 @@ from transformers.quantizers.quantizer_finegrained_fp8 import FineGrainedFP8HfQu
 class PlainQuantizer(HfQuantizer):
     """Of weights that are not quantized: does nothing."""
 
+    def preprocess_model(self, model, **kwargs) -> None:
+        pass
+
+    def postprocess_model(self, model, **kwargs):
+        return model
+
     def is_serializable(self) -> bool:
         return True
 

@@ -4,26 +4,18 @@ The experts modules are replaced by stand-ins without weights before transformer
 dense experts are ever made, and by :class:`ktops.nn.KTExperts` after it.
 """
 
-import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FunctionType
 
-from torch import nn
-from transformers import PreTrainedModel
-from transformers.quantizers.auto import (
-    AUTO_QUANTIZATION_CONFIG_MAPPING,
-    AUTO_QUANTIZER_MAPPING,
-    AutoHfQuantizer,
-)
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ktops.checkpoints.checkpoint import open_checkpoint
-from ktops.checkpoints.config import LOADER, is_ktops, needs_quantizer
+from ktops.checkpoints.config import LOADER, needs_quantizer
 from ktops.checkpoints.load import PendingExperts, experts_modules, load_experts
-from ktops.formats import METHODS, ExpertWeight, get_format
+from ktops.formats import METHODS, get_format
 from ktops.integrations.swap import exchange
 from ktops.integrations.transformers.loaded import require_loaded
 from ktops.integrations.transformers.other_quantizer import PlainQuantizer, other_quantizer
@@ -32,7 +24,7 @@ NAME = "ktops"
 """``quant_method`` of a KTConfig."""
 
 WATCHED = "_adjust_missing_and_unexpected_keys"
-"""The method of a model that transformers calls with what it did not find in the files, or not in the model."""
+"""The method of a model that transformers calls with what only the model has, or only the files."""
 
 KEYS_OF_EXPERTS = r"(^|\.)experts\.(\d+\.|gate_up_proj|gate_proj|up_proj|down_proj)"
 """Keys that transformers finds in the files and is not to load, or to report."""
@@ -42,8 +34,8 @@ class KTConfig(QuantizationConfigMixin):
     """How ``from_pretrained`` loads the experts of a model; the other weights load as they do without.
 
     A checkpoint whose other tensors are quantized too, by another library, is loaded by both: that library's
-    quantizer reads those, ktops the experts. Where the quantizer can decode (FP8, compressed-tensors), the other
-    weights become dense ones of the model's dtype: experts and hidden states are on the CPU.
+    quantizer reads those, ktops the experts. Where the quantizer can decode (FP8, compressed-tensors), the
+    other weights become dense ones of the model's dtype: experts and hidden states are on the CPU.
 
     Args:
         weight_format: one of ``ktops.formats.names()``; None keeps the format of the checkpoint.
@@ -101,7 +93,7 @@ class KTQuantizer(HfQuantizer):
     The experts are ktops'. For everything else each of transformers' hooks is handed on to :attr:`other`.
 
     Attributes:
-        other: the quantizer of the tensors that are not experts', a :class:`PlainQuantizer` if they have none.
+        other: the quantizer of the tensors that are not experts'; of plain ones a :class:`PlainQuantizer`.
     """
 
     def __init__(self, quantization_config: KTConfig, **_) -> None:
@@ -126,9 +118,12 @@ class KTQuantizer(HfQuantizer):
             self.other.validate_environment(*args, **kwargs)
 
     def preprocess_model(self, model, dtype=None, checkpoint_files=None, **kwargs) -> None:
-        self._path = self._experts_path(checkpoint_files)
-        if self.quantization_config.other is not None:
+        path = self.quantization_config.experts_path
+        if not checkpoint_files and path is None:
+            raise ValueError("KTConfig: the weights must come from files, or give experts_path")
+        if checkpoint_files:
             self._require_other(Path(checkpoint_files[0]).parent)
+        self._path = Path(checkpoint_files[0]).parent if path is None else Path(path)
         for module in experts_modules(model).values():
             exchange(model, module, PendingExperts(module))
         ignored = model._keys_to_ignore_on_load_unexpected or ()
@@ -136,24 +131,20 @@ class KTQuantizer(HfQuantizer):
         self.other.preprocess_model(model, dtype=dtype, checkpoint_files=checkpoint_files, **kwargs)
         self._watch(model)
 
-    def _experts_path(self, checkpoint_files) -> Path:
-        if not checkpoint_files:
-            raise ValueError("KTConfig: the weights must come from the files of a checkpoint")
-        path = self.quantization_config.experts_path
-        return Path(checkpoint_files[0]).parent if path is None else Path(path)
-
     def _require_other(self, directory: Path) -> None:
         """Raises if tensors need the other quantizer and it cannot run; takes none if no tensor needs it."""
+        if self.quantization_config.other is None:
+            return
         if not needs_quantizer(open_checkpoint(directory).other_tensors()):
             self.other = PlainQuantizer(self.quantization_config)
         elif self._refusal is not None:
             raise type(self._refusal)(
-                f"ktops: the experts of {directory} can be loaded, but other tensors in it are quantized too, and "
-                f"what reads those cannot run here: {self._refusal}"
+                f"ktops: the experts of {directory} can be loaded, but other tensors in it are quantized "
+                f"too, and what reads those cannot run here: {self._refusal}"
             ) from self._refusal
 
     def _watch(self, model) -> None:
-        """transformers makes weights that are not in the files anew and says so in a log: keep what it finds."""
+        """transformers makes weights that are not in the files anew and logs it: keeps what it finds."""
         adjust = model._adjust_missing_and_unexpected_keys
 
         def watched(loading_info) -> None:
@@ -219,39 +210,6 @@ for _name, _member in vars(HfQuantizer).items():
         setattr(KTQuantizer, _name, _handed_on(_name))
 
 
-def attach(model: nn.Module) -> None:
-    """Lets transformers save a model whose experts are in formats: its config and its names of tensors say so.
-
-    Args:
-        model: any module; every PreTrainedModel in it that has such experts is changed.
-    """
-    for part in model.modules():
-        if isinstance(part, PreTrainedModel) and any(isinstance(m, ExpertWeight) for m in part.modules()):
-            quantizer = getattr(part, "hf_quantizer", None)
-            if not isinstance(quantizer, KTQuantizer):
-                quantizer = _around(quantizer)
-            part.hf_quantizer = quantizer
-            part.config.quantization_config = quantizer.quantization_config
-            part._weight_conversions = _conversions(part, quantizer)
-
-
-def _around(other: HfQuantizer | None) -> KTQuantizer:
-    """The quantizer of a model whose other tensors have been loaded by another one."""
-    made = KTQuantizer(KTConfig())
-    if other is not None:
-        made.quantization_config.other = other.quantization_config
-        made.other = other
-    return made
-
-
-def _conversions(model, quantizer: KTQuantizer) -> list:
-    """What transformers reverts when it saves the model: what another quantizer needs reverted.
-
-    Else the names in the files are those of the state dict, as a Trainer that resumes takes them for.
-    """
-    return [] if quantizer.is_plain else without_experts(getattr(model, "_weight_conversions", None) or [])
-
-
 def without_experts(conversions: list) -> list:
     """Conversions of transformers that do not make stacked weights of experts."""
     return [conversion for conversion in conversions if not _is_of_experts(conversion)]
@@ -260,82 +218,3 @@ def without_experts(conversions: list) -> list:
 def _is_of_experts(conversion) -> bool:
     targets = getattr(conversion, "target_patterns", ())
     return any("experts.gate_up_proj" in target or "experts.down_proj" in target for target in targets)
-
-
-def enable() -> None:
-    """Makes ktops' loader known to transformers; a second call does nothing."""
-    AUTO_QUANTIZATION_CONFIG_MAPPING[NAME] = KTConfig
-    AUTO_QUANTIZER_MAPPING[NAME] = KTQuantizer
-    if not _transformers:
-        for name, replacement in (
-            ("supports_quant_method", _supports),
-            ("merge_quantization_configs", _merge),
-        ):
-            _transformers[name] = AutoHfQuantizer.__dict__[name]
-            setattr(AutoHfQuantizer, name, staticmethod(replacement))
-
-
-def disable() -> None:
-    """Takes it out again."""
-    AUTO_QUANTIZATION_CONFIG_MAPPING.pop(NAME, None)
-    AUTO_QUANTIZER_MAPPING.pop(NAME, None)
-    while _transformers:
-        setattr(AutoHfQuantizer, *_transformers.popitem())
-
-
-_transformers: dict = {}
-"""What ``enable`` replaced in AutoHfQuantizer: name -> transformers' own."""
-
-
-def _own(name: str):
-    return _transformers[name].__get__(None, AutoHfQuantizer)
-
-
-def _supports(quantization) -> bool:
-    """``AutoHfQuantizer.supports_quant_method``, which refuses a configuration without quant_method."""
-    return (
-        is_ktops(quantization)
-        or isinstance(quantization, KTConfig)
-        or _own("supports_quant_method")(quantization)
-    )
-
-
-def _merge(quantization, given):
-    """``AutoHfQuantizer.merge_quantization_configs``, where one of the two may be ktops' and one another's.
-
-    Args:
-        quantization: of config.json, or an object.
-        given: the argument of from_pretrained, or None.
-    """
-    ours = isinstance(quantization, KTConfig) or is_ktops(quantization)
-    if not ours and not isinstance(given, KTConfig):
-        return _own("merge_quantization_configs")(quantization, given)
-    if not ours:
-        stored = KTConfig(other=quantization)
-    else:
-        stored = (
-            copy.copy(quantization)
-            if isinstance(quantization, KTConfig)
-            else KTConfig.from_dict(quantization)
-        )
-    other = given
-    if isinstance(given, KTConfig):
-        other, merged = given.other, copy.copy(given)
-        merged.other = stored.other
-        if merged.weight_format is None:
-            merged.weight_format, merged.group_size, merged.method = (
-                stored.weight_format,
-                stored.group_size,
-                stored.method,
-            )
-        stored = merged
-    if other is not None and stored.other is not None:
-        stored.other = _own("merge_quantization_configs")(stored.other, other)
-    elif isinstance(given, KTConfig):
-        stored.other = stored.other or other
-    elif other is not None:
-        raise ValueError(
-            f"from_pretrained: quantization_config must be a KTConfig, the model is one of ktops', got a "
-            f"{type(given).__name__}: nothing but its experts is quantized"
-        )
-    return stored

@@ -134,18 +134,25 @@ class ExpertWeight(nn.Module):
         """Takes the tensors of the state dict instead of writing into its own: copies and files share those.
 
         Raises:
-            ValueError: the state dict is of another layout.
-            TypeError: a tensor has another dtype.
+            ValueError, TypeError: the state dict is of another layout, or a tensor of a wrong shape or dtype.
         """
         state = state_dict.get(f"{prefix}_extra_state")
         if state is not None:
             self.set_extra_state(state)
-        for name, tensor in self.codes._asdict().items():
-            given = state_dict.get(f"{prefix}{name}")
-            if tensor is not None and given is not None and given.dtype != tensor.dtype:
-                raise TypeError(f"ExpertWeight: {prefix}{name} must be {tensor.dtype}, got {given.dtype}")
+        given = {
+            name: state_dict[prefix + name].to(tensor.device)
+            for name, tensor in self.codes._asdict().items()
+            if tensor is not None and prefix + name in state_dict
+        }
+        try:
+            get_format(self.format).check(self.codes._replace(**given), self.shape, self.group_size)
+        except (ValueError, TypeError) as error:
+            raise type(error)(
+                f"ExpertWeight: {prefix.removesuffix('.')} in the state dict: {error}"
+            ) from None
+        tensors = {**state_dict, **{prefix + name: tensor for name, tensor in given.items()}}
         metadata = {**local_metadata, "assign_to_params_buffers": True}
-        super()._load_from_state_dict(state_dict, prefix, metadata, *args)
+        super()._load_from_state_dict(tensors, prefix, metadata, *args)
 
     def extra_repr(self) -> str:
         group = f", group_size={self.group_size}" if self.group_size else ""

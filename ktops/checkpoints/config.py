@@ -42,7 +42,7 @@ def needs_quantizer(tensors: Mapping[str, View]) -> bool:
     return any(name.endswith(QUANTIZED) or view.dtype in CODES for name, view in tensors.items())
 
 
-def converted(config: dict, other_tensors: Mapping[str, View]) -> dict:
+def converted_config(config: dict, other_tensors: Mapping[str, View]) -> dict:
     """The config.json of a directory with the experts in ktops' layout and the other tensors as they are.
 
     Args:
@@ -50,7 +50,7 @@ def converted(config: dict, other_tensors: Mapping[str, View]) -> dict:
         other_tensors: those that are not experts', by name.
 
     Example:
-        >>> converted({"model_type": "qwen3_moe"}, {})
+        >>> converted_config({"model_type": "qwen3_moe"}, {})
         {'model_type': 'qwen3_moe', 'quantization_config': {'loader': 'ktops'}}
     """
     made = {key: value for key, value in config.items() if key != "quantization_config"}

@@ -12,7 +12,7 @@ from rich.console import Console
 import ktops
 from ktops.checkpoints import Checkpoint, CheckpointError, CheckpointWriter, Layer, open_checkpoint
 from ktops.checkpoints.checkpoint import MANIFEST
-from ktops.checkpoints.config import converted
+from ktops.checkpoints.config import converted_config
 from ktops.checkpoints.experts import Experts, Requantized
 from ktops.checkpoints.layer import BIASES
 from ktops.checkpoints.progress import progress
@@ -212,7 +212,7 @@ def _copy_files(writer: CheckpointWriter, checkpoint: Checkpoint, others: dict) 
         and not path.name.startswith(".")
     )
     if checkpoint.config:
-        writer.write_config(converted(checkpoint.config, others))
+        writer.write_config(converted_config(checkpoint.config, others))
 
 
 def _show(report: dict, options: Options, console: Console) -> None:

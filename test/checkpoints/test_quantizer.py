@@ -11,8 +11,7 @@ from test_load import config, logits, tiny_model
 from tiny_checkpoints import decode
 
 import ktops
-from ktops.checkpoints import CheckpointWriter, open_checkpoint
-from ktops.checkpoints.config import converted
+from ktops.checkpoints import CheckpointWriter, converted_config, open_checkpoint
 from ktops.nn import KTExperts
 from ktops.testing.budgets import relative_error
 
@@ -123,7 +122,7 @@ def test_directory_of_the_writer(saved, tmp_path):
         writer.write_layer(layer.name, *layer.experts("int8"))
     writer.write_tensors(source.other_tensors())
     writer.copy(path.glob("*.json"))
-    writer.write_config(converted(source.config, source.other_tensors()))
+    writer.write_config(converted_config(source.config, source.other_tensors()))
     writer.finish()
     quantised, info = load(tmp_path / "ktops")
     assert not any(info.values())

@@ -43,9 +43,21 @@ def _quantizer(model: PreTrainedModel) -> KTQuantizer:
     return made
 
 
-def _conversions(model, quantizer: KTQuantizer) -> list:
-    """What transformers reverts when it saves the model: what another quantizer needs reverted.
+def _conversions(model: PreTrainedModel, quantizer: KTQuantizer) -> list:
+    """What transformers reverts when it saves the model: what another quantizer has made of its tensors.
 
-    Else the names in the files are those of the state dict, as a Trainer that resumes takes them for.
+    The names in the files are those of the state dict, as a Trainer that resumes takes them for.
     """
-    return [] if quantizer.is_plain else without_experts(getattr(model, "_weight_conversions", None) or [])
+    if quantizer.is_plain:
+        return []
+    used = without_experts(getattr(model, "_weight_conversions", None) or [])
+    return [conversion for conversion in used if _is_reversible(conversion)]
+
+
+def _is_reversible(conversion) -> bool:
+    """Not where a quantizer's modules write their own tensors, as those of bitsandbytes do."""
+    try:
+        conversion.reverse_transform()
+    except NotImplementedError:
+        return False
+    return True

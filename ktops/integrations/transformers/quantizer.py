@@ -4,6 +4,7 @@ The experts modules are replaced by stand-ins without weights before transformer
 dense experts are ever made, and by :class:`ktops.nn.KTExperts` after it.
 """
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,7 +27,7 @@ NAME = "ktops"
 WATCHED = "_adjust_missing_and_unexpected_keys"
 """The method of a model that transformers calls with what only the model has, or only the files."""
 
-KEYS_OF_EXPERTS = r"(^|\.)experts\.(\d+\.|gate_up_proj|gate_proj|up_proj|down_proj)"
+KEYS_OF_EXPERTS = re.compile(r"(^|\.)experts\.(\d+\.|gate_up_proj|gate_proj|up_proj|down_proj)")
 """Keys that transformers finds in the files and is not to load, or to report."""
 
 
@@ -126,8 +127,6 @@ class KTQuantizer(HfQuantizer):
         self._path = Path(checkpoint_files[0]).parent if path is None else Path(path)
         for module in experts_modules(model).values():
             exchange(model, module, PendingExperts(module))
-        ignored = model._keys_to_ignore_on_load_unexpected or ()
-        model._keys_to_ignore_on_load_unexpected = {*ignored, KEYS_OF_EXPERTS}
         self.other.preprocess_model(model, dtype=dtype, checkpoint_files=checkpoint_files, **kwargs)
         self._watch(model)
 
@@ -144,10 +143,15 @@ class KTQuantizer(HfQuantizer):
             ) from self._refusal
 
     def _watch(self, model) -> None:
-        """transformers makes weights that are not in the files anew and logs it: keeps what it finds."""
+        """transformers makes weights that are not in the files anew and logs it: keeps what it finds.
+
+        That it finds no place for the weights of experts is as it should be.
+        """
         adjust = model._adjust_missing_and_unexpected_keys
 
         def watched(loading_info) -> None:
+            left = (name for name in loading_info.unexpected_keys if not KEYS_OF_EXPERTS.search(name))
+            loading_info.unexpected_keys = set(left)
             adjust(loading_info)
             self._loading_info = loading_info
 

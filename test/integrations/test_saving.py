@@ -8,10 +8,13 @@ import torch
 import transformers
 from moe_blocks import InferBlock, LoopBlock
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
 from test_trainer import losses, trainer
 from tiny_models import ARCHITECTURES, tiny_model
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.conversion_mapping import register_checkpoint_conversion_mapping
+from transformers.core_model_loading import Transpose, WeightConverter
 
 import ktops
 from ktops.nn import KTExperts, KTExpertSequence
@@ -188,6 +191,32 @@ def test_lists_of_experts(tmp_path, block):
         assert not torch.equal(other(x), expected)
         other.load_state_dict(model.state_dict())
         assert torch.equal(other(x), expected)
+
+
+class TransposedConfig(ListConfig):
+    model_type = "list_of_experts_with_transposed_routers"
+
+
+class TransposedModel(ListModel):
+    config_class = TransposedConfig
+
+
+def test_other_tensors_that_files_have_in_another_layout(tmp_path):
+    """They are written as they are read: transposed, under the same name."""
+    transposed = WeightConverter("gate.weight", "gate.weight", [Transpose(0, 1)])
+    register_checkpoint_conversion_mapping(TransposedConfig.model_type, [transposed], overwrite=True)
+    model = TransposedModel(TransposedConfig()).eval()
+    ktops.quantize_experts(model, "int8", show_progress=False)
+    for each in (model, loaded_from(model, tmp_path / "first", TransposedModel)):
+        again = loaded_from(each, tmp_path / "again", TransposedModel)
+        assert torch.equal(again.layers[0].gate.weight, model.layers[0].gate.weight)
+        written = load_file(tmp_path / "again" / "model.safetensors")["layers.0.gate.weight"]
+        assert torch.equal(written, model.layers[0].gate.weight.T)
+
+
+def loaded_from(model, path, kind):
+    model.save_pretrained(path)
+    return loaded(path, kind)
 
 
 @pytest.mark.parametrize("architecture", ["qwen3_moe", "mixtral"])

@@ -5,7 +5,7 @@ dense experts are ever made, and by :class:`ktops.nn.KTExperts` after it.
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FunctionType
@@ -214,7 +214,7 @@ for _name, _member in vars(HfQuantizer).items():
         setattr(KTQuantizer, _name, _handed_on(_name))
 
 
-def without_experts(conversions: list) -> list:
+def without_experts(conversions: Iterable) -> list:
     """Conversions of transformers that do not make stacked weights of experts."""
     return [conversion for conversion in conversions if not _is_of_experts(conversion)]
 

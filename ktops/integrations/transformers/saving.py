@@ -4,6 +4,8 @@ from collections.abc import Iterator
 
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter
 
 from ktops.formats import ExpertWeight
 from ktops.integrations.transformers.quantizer import KTConfig, KTQuantizer, without_experts
@@ -21,7 +23,7 @@ def attach(model: nn.Module) -> None:
         known |= dict.fromkeys(_with_formats(part), quantizer)
         part.hf_quantizer = quantizer
         part.config.quantization_config = quantizer.quantization_config
-        part._weight_conversions = _conversions(part, quantizer)
+        part._weight_conversions = _conversions(part)
 
 
 def _with_formats(model: nn.Module) -> Iterator[PreTrainedModel]:
@@ -43,21 +45,22 @@ def _quantizer(model: PreTrainedModel) -> KTQuantizer:
     return made
 
 
-def _conversions(model: PreTrainedModel, quantizer: KTQuantizer) -> list:
-    """What transformers reverts when it saves the model: what another quantizer has made of its tensors.
+def _conversions(model: PreTrainedModel) -> list[WeightConverter]:
+    """What transformers reverts when it saves the model: what other tensors than experts' were computed from.
 
-    The names in the files are those of the state dict, as a Trainer that resumes takes them for.
+    Names stay those of the state dict, as a Trainer that resumes takes them for.
     """
-    if quantizer.is_plain:
-        return []
-    used = without_experts(getattr(model, "_weight_conversions", None) or [])
-    return [conversion for conversion in used if _is_reversible(conversion)]
+    used = getattr(model, "_weight_conversions", None)
+    if used is None:
+        used = get_model_conversion_mapping(model, add_legacy=False)
+    converters = (conversion for conversion in used if isinstance(conversion, WeightConverter))
+    return [converter for converter in without_experts(converters) if _is_reversible(converter)]
 
 
-def _is_reversible(conversion) -> bool:
+def _is_reversible(converter: WeightConverter) -> bool:
     """Not where a quantizer's modules write their own tensors, as those of bitsandbytes do."""
     try:
-        conversion.reverse_transform()
+        converter.reverse_transform()
     except NotImplementedError:
         return False
     return True

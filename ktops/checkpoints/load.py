@@ -27,6 +27,7 @@ class PendingExperts(nn.Module):
         activation: its name.
         is_concatenated: whether the rows of gate come before those of up in its weights; None: not known.
         is_list: whether they are a ModuleList, which the MoE block iterates.
+        biased: which of gate_up_proj and down_proj have a bias.
 
     The names of the weights are there too, as tensors without memory that are no parameters: MoE blocks of
     transformers initialize the weights of their experts themselves.
@@ -40,6 +41,7 @@ class PendingExperts(nn.Module):
         for name, weight in experts.named_parameters(recurse=False):
             setattr(self, name, torch.empty_like(weight, device="meta", requires_grad=False))
         self.is_list = isinstance(experts, nn.ModuleList)
+        self.biased = [name for name in BIASES if _has_bias(experts, name)]
         self.train(experts.training)
 
     def forward(self, *args, **kwargs):
@@ -238,13 +240,22 @@ def _check_fit(layer: Layer, name: str, module: nn.Module) -> None:
             f"{layer.tensors[0]}: {name} of the model has [num_experts, hidden_size, intermediate_size] = "
             f"{list(expected)}, the checkpoint {list(got)}"
         )
-    for bias in BIASES:
-        expected, got = _has_bias(module, bias), layer.has_bias(bias)
+    for projection in BIASES:
+        expected, got = _has_bias(module, projection), layer.has_bias(projection)
         if expected != got:
             raise CheckpointError(
-                f"{layer.tensors[0]}: {name} of the model has {'a' if expected else 'no'} {bias}, the checkpoint "
-                f"has {'one' if got else 'none'}"
+                f"{layer.tensors[0]}: {projection} of {name} has {'a' if expected else 'no'} bias in the "
+                f"model, but {'one' if got else 'none'} in the checkpoint"
             )
+
+
+def _has_bias(module: nn.Module, projection: str) -> bool:
+    if isinstance(module, PendingExperts):
+        return projection in module.biased
+    if isinstance(module, nn.ModuleList):
+        gate, _, down = listed_experts(module, any_device=True)[0].projections()
+        return (gate if projection == "gate_up_proj" else down).bias is not None
+    return getattr(module, BIASES[projection], None) is not None
 
 
 def _report(plan: list, made: dict[str, KTExperts]) -> LoadReport:

@@ -4,7 +4,7 @@
     python -m bench.methods --peer kt-kernel=VENV/bin/python --methods AMXINT8 RAWINT4 --tokens 1 16
 
 Inference methods run forward, SFT methods forward and backward with LoRA. Both contestants get the same
-codes, quantised from the layer's bfloat16 weights, but for methods of kt-kernel that quantise by themselves.
+codes, quantized from the layer's bfloat16 weights, but for methods of kt-kernel that quantize by themselves.
 Each method has a pair of worker processes of its own. A result is checked before it is timed: with
 ktops.reference on the decoded codes, or on the bfloat16 weights if kt-kernel has made codes of its own. The
 figures are milliseconds of the median call, ktops / kt-kernel, and in brackets how many times as fast ktops
@@ -61,7 +61,7 @@ class Method:
     name: str
     format: str
     group_size: int = 0
-    quantises: bool = False
+    quantizes: bool = False
 
     @property
     def mode(self) -> str:
@@ -75,10 +75,10 @@ class Method:
 
 METHODS = (
     Method("BF16", "bf16"),
-    Method("AMXINT8", "int8", quantises=True),
-    Method("MOE_INT8", "int8", quantises=True),
-    Method("AMXINT4", "int4", quantises=True),
-    Method("MOE_INT4", "int4", quantises=True),
+    Method("AMXINT8", "int8", quantizes=True),
+    Method("MOE_INT8", "int8", quantizes=True),
+    Method("AMXINT4", "int4", quantizes=True),
+    Method("MOE_INT4", "int4", quantizes=True),
     Method("RAWINT4", "int4", 32),
     Method("GPTQ_INT4", "int4", 128),
     Method("FP8", "fp8_e4m3", 128),
@@ -88,12 +88,12 @@ METHODS = (
     Method("LLAMAFILE", "q4_k"),
     Method("LLAMAFILE", "q6_k"),
     Method("LLAMAFILE", "q8_0"),
-    Method("AMXBF16_SFT", "bf16", quantises=True),
-    Method("AMXINT8_SFT", "int8", quantises=True),
-    Method("AMXINT4_SFT", "int4", quantises=True),
-    Method("AMXINT4_1_SFT", "uint4", quantises=True),
+    Method("AMXBF16_SFT", "bf16", quantizes=True),
+    Method("AMXINT8_SFT", "int8", quantizes=True),
+    Method("AMXINT4_SFT", "int4", quantizes=True),
+    Method("AMXINT4_1_SFT", "uint4", quantizes=True),
     Method("AMXINT4_KGroup_SFT", "int4", 32),
-    Method("AMXINT4_1KGroup_SFT", "uint4", 128, quantises=True),
+    Method("AMXINT4_1KGroup_SFT", "uint4", 128, quantizes=True),
     Method("RAWINT4_SFT", "int4", 32),
     Method("AMXFP8_SFT", "fp8_e4m3", 128),
     Method("MXFP4_SFT", "mxfp4", 32),
@@ -127,10 +127,10 @@ def stored(weight: ExpertWeight) -> dict:
     return {"format": weight.format, **sizes, **weight.codes._asdict()}
 
 
-def quantised(layer: Layer, method: Method, file: Path) -> Layer:
+def quantized(layer: Layer, method: Method, file: Path) -> Layer:
     """Writes the layer's codes to a file; returns the layer with the weights that they stand for.
 
-    A few experts are quantised, and repeated: it takes long, and values do not matter.
+    A few experts are quantized, and repeated: it takes long, and values do not matter.
     """
     decoded = copy.copy(layer)
     codes = {}
@@ -148,7 +148,7 @@ def quantised(layer: Layer, method: Method, file: Path) -> Layer:
 
 def allowed(method: Method, contestant: str) -> float:
     """Relative error that is taken for right."""
-    if contestant == THEIRS and method.quantises:
+    if contestant == THEIRS and method.quantizes:
         return OWN_CODES[method.format]
     integers = method.format in INTEGERS
     if contestant == OURS:
@@ -210,12 +210,12 @@ def row_of(case: dict, ours: Entrant, theirs: Entrant) -> dict:
 
 def method_rows(method: Method, layer: Layer, args: argparse.Namespace, scratch: Path) -> list[dict]:
     """The rows of a method, in a pair of processes that lives no longer."""
-    decoded = quantised(layer, method, scratch / _CODES)
+    decoded = quantized(layer, method, scratch / _CODES)
     op, variant = OPS[method.mode], Variant(args.rank if method.mode == "training" else 0)
     budget = forward_budget(torch.bfloat16)
 
     def check(entrant: Entrant, inputs, result) -> float:
-        own = entrant.name == THEIRS and method.quantises
+        own = entrant.name == THEIRS and method.quantizes
         factor = allowed(method, entrant.name) / budget
         return op.check(layer if own else decoded, variant, inputs, result, factor)
 

@@ -7,7 +7,7 @@ the best two of four experts. `trained`: the experts of the small model that `kt
 layers, with the tokens and routes that they get on its stories. DIR is that model (ktops-finetune/base, say);
 without it one is made, which takes minutes.
 
-Weights: ||dequantised - w|| / ||w||. Output: the same of the sums of the experts, computed in float32 by
+Weights: ||dequantized - w|| / ||w||. Output: the same of the sums of the experts, computed in float32 by
 ktops.moe_sft. Bits: bytes of memory, scales included, per weight. --save writes bench/results/quality.json
 and its table in docs/formats.md.
 """

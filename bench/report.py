@@ -223,7 +223,7 @@ def write_json(file: Path, machine: dict, rows: list[dict]) -> None:
 
 
 def write_plot(file: Path, machine: dict, rows: list[dict]) -> None:
-    """Fraction of the roofline of every row as bars, memory-bound and compute-bound in two colours.
+    """Fraction of the roofline of every row as bars, memory-bound and compute-bound in two colors.
 
     Raises:
         ImportError: matplotlib is not installed.
@@ -235,18 +235,18 @@ def write_plot(file: Path, machine: dict, rows: list[dict]) -> None:
     from matplotlib.patches import Patch
 
     rows = [row for row in rows if row["status"] == "ok"][::-1]
-    colours = {"compute": "tab:blue", "memory": "tab:orange"}
+    colors = {"compute": "tab:blue", "memory": "tab:orange"}
     figure, axes = pyplot.subplots(figsize=(8, 1.2 + 0.28 * len(rows)), layout="constrained")
     labels = [f"{r['shape']}  T={r['tokens']}  {mode(r)}  r={r['lora_rank']}  {r['isa']}" for r in rows]
     places = range(len(rows))
-    bars = axes.barh(places, [r["fraction"] for r in rows], color=[colours[r["bound"]] for r in rows])
+    bars = axes.barh(places, [r["fraction"] for r in rows], color=[colors[r["bound"]] for r in rows])
     axes.bar_label(bars, fmt="%.2f", padding=2, fontsize=8)
     axes.set_yticks(places, labels, fontsize=8)
     axes.set_xlim(0, max([1.0, *(r["fraction"] for r in rows)]) * 1.08)
     axes.axvline(1.0, color="black", linewidth=0.8)
     axes.set_xlabel("fraction of the roofline")
     axes.set_title(f"{machine['cpu']}, {machine['threads']} threads", fontsize=9)
-    handles = [Patch(color=colour, label=f"{bound} bound") for bound, colour in colours.items()]
+    handles = [Patch(color=color, label=f"{bound} bound") for bound, color in colors.items()]
     figure.legend(handles=handles, loc="outside lower center", ncols=2, fontsize=8, frameon=False)
     figure.savefig(file, dpi=150)
     pyplot.close(figure)

@@ -1,7 +1,7 @@
 """No function of the compiled library holds an instruction that its row of kernels was not asked for.
 
 Rows live in namespaces of their own (kt::avx2, kt::avx512, ...). Everything else, the scalar row, static
-initialisers, inline functions of the standard library and what the linker made, runs on any x86-64.
+initializers, inline functions of the standard library and what the linker made, runs on any x86-64.
 """
 
 import re
@@ -101,7 +101,7 @@ def test_every_row_is_seen(by_row):
     assert all(len(by_row[row]) >= 2 for row in ALLOWED)
 
 
-def test_static_initialisers_are_among_the_functions(by_row):
+def test_static_initializers_are_among_the_functions(by_row):
     """What runs when the library is loaded is disassembled too, and belongs to no row."""
     assert any("_GLOBAL__sub_I" in name for name in by_row[""])
     assert {"_init", "PyInit__C"} <= set(by_row[""])
@@ -128,6 +128,6 @@ def test_static_initialisers_are_among_the_functions(by_row):
         ("tilerelease", "amx"),
     ],
 )
-def test_extensions_are_recognised(instruction, expected):
+def test_extensions_are_recognized(instruction, expected):
     listing = f"0000000000001000 <f>:\n    1000:\t{instruction}\n"
     assert {which for _, which in functions(listing)["f"]} == ({expected} if expected else set())

@@ -1,7 +1,7 @@
 """kt-kernel's methods by name, on codes from a file: the C++ class that KTMoEWrapper takes for the method.
 
 KTMoEWrapper cannot be constructed for inference without an accelerator, as it pins memory, and reads experts
-that are quantised already from a checkpoint only: here its classes get the pointers that its loaders would
+that are quantized already from a checkpoint only: here its classes get the pointers that its loaders would
 give them. SFT methods go through KTMoEWrapper.
 """
 
@@ -63,7 +63,7 @@ class Contestant(kt_kernel_moe.Contestant):
     Args:
         method: a name that KTMoEWrapper knows.
         file: {"gate_up": {...}, "down": {...}}, each with "format", "group_size", "weight" and "scale".
-            Methods that quantise do so from the layer's weights.
+            Methods that quantize do so from the layer's weights.
     """
 
     def __init__(self, layer: Layer, rank: int, method: str, file: str) -> None:
@@ -149,7 +149,7 @@ class Contestant(kt_kernel_moe.Contestant):
                 stacked = RAWINT4ExpertWeights(*map(torch.stack, pairs))
                 wrapper.load_rawint4_weights(stacked, self.experts)
         elif self.method in ("AMXINT8_SFT", "INT8_SFT"):
-            # load_weights_from_tensors refuses, though the class quantises when it is given tensors
+            # load_weights_from_tensors refuses, though the class quantizes when it is given tensors
             wrapper.gate_proj, wrapper.up_proj, wrapper.down_proj = self.gate, self.up, self.down
             wrapper.load_weights(self.experts)
         else:

@@ -96,7 +96,7 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     """Opens a checkpoint: headers only, no weight is read.
 
     Args:
-        path: a directory with safetensors files (of transformers, of a quantiser, or of ktops) or GGUF files,
+        path: a directory with safetensors files (of transformers, of a quantizer, or of ktops) or GGUF files,
             or one file. Of a split GGUF any part. Safetensors files without experts beside GGUF files with
             experts, as of a vision projector, are left out, and so are GGUF files without beside others.
 

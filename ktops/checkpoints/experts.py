@@ -1,4 +1,4 @@
-"""The experts of a projection [E, N, K], one by one: from files, from memory, or quantised on the way."""
+"""The experts of a projection [E, N, K], one by one: from files, from memory, or quantized on the way."""
 
 import ctypes
 from abc import ABC, abstractmethod
@@ -19,7 +19,7 @@ Step = Callable[[int], None]
 """Called with the number of experts of a projection that are done."""
 
 CHUNK_WEIGHTS = 1 << 18
-"""Weights that are floats at a time while they are quantised; in whole blocks of 128 rows."""
+"""Weights that are floats at a time while they are quantized; in whole blocks of 128 rows."""
 
 
 def no_step(count: int) -> None:
@@ -265,7 +265,7 @@ def _rows(tensor: Tensor, begin: int, end: int, rows: int) -> Tensor:
 
 
 class Mixed(Experts):
-    """Experts in files in several formats, as float32: to be quantised to one.
+    """Experts in files in several formats, as float32: to be quantized to one.
 
     Args:
         experts: of every expert the matrices that stand one above the other.

@@ -127,7 +127,7 @@ class Layer:
             self._bias_views(name)
 
     def experts(self, weight_format: str | None = None, **options) -> tuple[Experts, Experts]:
-        """gate_up_proj and down_proj, quantised on the way if weight_format is given.
+        """gate_up_proj and down_proj, quantized on the way if weight_format is given.
 
         Args:
             weight_format: None keeps the formats of the checkpoint.

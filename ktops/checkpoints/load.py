@@ -1,4 +1,4 @@
-"""load_experts: the experts of a model from a checkpoint, in its format or quantised on the way."""
+"""load_experts: the experts of a model from a checkpoint, in its format or quantized on the way."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -100,7 +100,7 @@ def load_experts(
             those that transformers would load by their names; of a file without such names, as GGUF, those of
             the same numbers.
         weight_format: one of ``ktops.formats.names()``; None keeps the format of the checkpoint.
-        group_size, method: as of :func:`ktops.quantize`, where weights are quantised.
+        group_size, method: as of :func:`ktops.quantize`, where weights are quantized.
         prefix: only experts whose names in the checkpoint begin so, "thinker.model." for example, where
             several could be meant.
         show_progress: a bar in a terminal, a line every ten seconds elsewhere.

@@ -228,8 +228,8 @@ def _dense(parts: list[Gptq], dtype: torch.dtype) -> list[Matrix]:
     name = "fp16" if dtype == torch.float16 else "bf16"
     weights = sum(part.rows * part.columns for part in parts)
     warn_once(
-        f"ktops: the GPTQ weights were quantised in an order of their own (desc_act): they are decoded to "
-        f"{name}, 16 bits a weight instead of about 4.5. Give weight_format='int4' to quantise them again."
+        f"ktops: the GPTQ weights were quantized in an order of their own (desc_act): they are decoded to "
+        f"{name}, 16 bits a weight instead of about 4.5. Give weight_format='int4' to quantize them again."
     )
     made = []
     for part in parts:

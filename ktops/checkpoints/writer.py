@@ -245,7 +245,7 @@ class CheckpointWriter:
             self._done("tensors", path.name, path, list(part))
 
     def copy(self, files: Iterable[Path]) -> None:
-        """Copies small files as they are: configuration, tokenizer, licence. Not the index of the source."""
+        """Copies small files as they are: configuration, tokenizer, license. Not the index of the source."""
         for file in files:
             if file.name not in (INDEX, MANIFEST, PROGRESS):
                 shutil.copyfile(file, self.partial / file.name)

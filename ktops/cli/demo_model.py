@@ -64,7 +64,7 @@ def config(tokenizer):
 
 
 def create(tokenizer, dtype, experts_implementation: str):
-    """A randomly initialised model whose routers already tell tokens apart: their logits have unit
+    """A randomly initialized model whose routers already tell tokens apart: their logits have unit
     variance."""
     import torch
     from transformers import AutoModelForCausalLM

@@ -113,7 +113,7 @@ def require_format(option: str, name: str, group_size: int | None) -> None:
 
 
 def require_method(option: str, name: str, method: str | None) -> None:
-    """Raises UserError for a method of quantisation that the weight format does not have."""
+    """Raises UserError for a method of quantization that the weight format does not have."""
     from ktops.formats import get_format
 
     methods = get_format(name).methods

@@ -131,7 +131,7 @@ class SFTWrapper(ExpertsWrapper):
         through ``.data`` or another library are not.
 
         Raises:
-            RuntimeError: the weights are not loaded or the adapters not initialised.
+            RuntimeError: the weights are not loaded or the adapters not initialized.
         """
         self._check_loaded()
         if self.trains_lora:
@@ -198,7 +198,7 @@ class SFTWrapper(ExpertsWrapper):
                 forwards are kept; backward takes the newest first.
 
         Raises:
-            RuntimeError: the weights are not loaded or the adapters not initialised.
+            RuntimeError: the weights are not loaded or the adapters not initialized.
             ValueError: a wrong shape.
         """
         inputs = self._inputs(hidden_states, expert_ids, weights)

@@ -77,7 +77,7 @@ def _read(experts: Experts, order: list[int]) -> Tensor | ExpertWeight:
 def from_tensors(
     gate: Tensor, up: Tensor, down: Tensor, order: list[int], format: str, group_size: int
 ) -> Weights:
-    """Quantised expert by expert.
+    """Quantized expert by expert.
 
     Raises:
         TypeError: a dtype is none of bfloat16, float16, float32, or gate's and up's differ.
@@ -108,7 +108,7 @@ def from_checkpoint(
     Args:
         prefix: what the name of the layer's experts begins with, where several layers have the number.
         sizes: num_experts, hidden_size and moe_intermediate_size that the layer must have.
-        group_size: of the method, where it quantises.
+        group_size: of the method, where it quantizes.
 
     Raises:
         CheckpointError: the checkpoint cannot be read.
@@ -133,7 +133,7 @@ def from_checkpoint(
         again = [name for name in layer.formats if name not in PLAIN.values()]
         if again and any(isinstance(experts, Requantized) for experts in both):
             warn_once(
-                f"KTMoEWrapper: {layer.name} in {path} is {layer.scheme}: quantised again, to {method.format}"
+                f"KTMoEWrapper: {layer.name} in {path} is {layer.scheme}: quantized again, to {method.format}"
             )
     return tuple(_read(experts, order) for experts in both)
 

@@ -25,14 +25,14 @@ class KTMoEWrapper:
             so where ``torch.get_num_threads()`` is another number.
         weight_path: of the checkpoint for ``load_weights``: a directory or a GGUF file; may be None.
         chunked_prefill_size: kept, without effect: there are no buffers that it would have to size.
-        cpu_save: no effect but a warning: ``ktops convert`` stores quantised checkpoints.
+        cpu_save: no effect but a warning: ``ktops convert`` stores quantized checkpoints.
         max_deferred_experts_per_token: in mode "inference", see there. None: 0.
         method: how the experts are stored, one of ``ktops.compat.INFERENCE_METHODS`` or ``SFT_METHODS``.
         mode: "inference" or "sft".
         num_gpu_experts: in mode "sft", so many experts, the first ones, are computed elsewhere.
         lora_rank, lora_alpha: of the adapters; scaling = lora_alpha / lora_rank.
         max_cache_depth: how many forwards may wait for their backward; older ones are forgotten.
-        group_size: of the methods with "KGroup" in their names, and of GPTQ_INT4 where it quantises.
+        group_size: of the methods with "KGroup" in their names, and of GPTQ_INT4 where it quantizes.
         zero_point: False: AMXINT4_1KGroup_SFT without zero points, as AMXINT4_KGroup_SFT.
         prefix: what the name of the layer's experts in the checkpoint begins with, "thinker.model." for
             example: needed where several of its layers have the number layer_idx.

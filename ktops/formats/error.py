@@ -1,4 +1,4 @@
-"""How far quantised weights, and what is computed with them, are from what they stand for."""
+"""How far quantized weights, and what is computed with them, are from what they stand for."""
 
 import torch
 from torch import Tensor

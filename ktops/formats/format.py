@@ -43,9 +43,9 @@ class Format(ABC):
         dtype: of the weight tensor, whose last dimension is :meth:`row_elements` long.
         group_sizes: what ``group_size`` may be: 0 stands for one scale per row, or for blocks that hold their
             own scales; -1 in the tuple for any multiple of 32.
-        methods: of quantisation that it knows.
+        methods: of quantization that it knows.
         has_scale, has_zero: which tensors there are besides the weight.
-        written: whether weights can be quantised to it, or only read.
+        written: whether weights can be quantized to it, or only read.
     """
 
     name: str
@@ -96,7 +96,7 @@ class Format(ABC):
         return FLOAT_SCALES
 
     def check_written(self) -> None:
-        """Raises ValueError if weights cannot be quantised to the format."""
+        """Raises ValueError if weights cannot be quantized to the format."""
         return
 
     def check_group_size(self, group_size: int) -> None:

@@ -1,6 +1,6 @@
 """The block formats of ggml, as GGUF files store them: weight uint8 [..., N, K / block * bytes].
 
-The scales lie inside the blocks. The specification of decoding is the `gguf` package's, and so is quantising,
+The scales lie inside the blocks. The specification of decoding is the `gguf` package's, and so is quantizing,
 but for the k-quants (`k_quants.py`).
 """
 
@@ -18,7 +18,7 @@ BLOCKS = {
 
 
 READ_ONLY = ("iq4_nl", "iq4_xs")
-"""Formats that neither the gguf package nor ktops quantises to."""
+"""Formats that neither the gguf package nor ktops quantizes to."""
 
 
 class GgufBlocks(Format):

@@ -217,7 +217,7 @@ def _restored(groups: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
 
 
 def _half_quadratic_zero(groups: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
-    """The zero point that minimises sum |error|^0.7, by half-quadratic splitting (Badri and Shaji, 2023).
+    """The zero point that minimizes sum |error|^0.7, by half-quadratic splitting (Badri and Shaji, 2023).
 
     Alternates a shrinkage of the error and the mean that fits it, with the weight of the split growing.
     """

@@ -134,7 +134,7 @@ def squared_error(groups: Tensor, step: Tensor, offset: Tensor, layout: Layout) 
 
 def least_error(groups: Tensor, start: Scales, layout: Layout) -> Scales:
     """The best scales that were found, block by block not worse than those to start with."""
-    found = neighbours(groups, rounded(*search(groups, layout), layout), layout)
+    found = neighbors(groups, rounded(*search(groups, layout), layout), layout)
     errors = (
         squared_error(groups, scales.step, scales.offset, layout).sum(1, keepdim=True)
         for scales in (found, start)
@@ -172,7 +172,7 @@ def trials(groups: Tensor, step: Tensor, offset: Tensor, size: float, layout: La
     yield step, offset
 
 
-def neighbours(groups: Tensor, scales: Scales, layout: Layout) -> Scales:
+def neighbors(groups: Tensor, scales: Scales, layout: Layout) -> Scales:
     """For each group the best of the integers around: both rounded to nearest need not be."""
     best, least = scales, squared_error(groups, scales.step, scales.offset, layout)
     lowest = 0 if layout.has_minimum else -layout.most

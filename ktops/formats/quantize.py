@@ -21,8 +21,8 @@ def quantize(
             mxfp4 and mxfp8, blocks of 128 x 128 for fp8_e4m3, else 0.
         method: "rtn" rounds to nearest with the scale that reaches the largest weight; "mse" (int8, int4,
             uint4, k-quants) searches the scale, of either sign, and the zero point with the least squared
-            error; "hqq" (uint4) is half-quadratic quantisation (Badri and Shaji, 2023): the zero point that
-            minimises sum |error|^0.7. Zero points of uint4 are float16 in these two, not integers.
+            error; "hqq" (uint4) is half-quadratic quantization (Badri and Shaji, 2023): the zero point that
+            minimizes sum |error|^0.7. Zero points of uint4 are float16 in these two, not integers.
 
     Returns:
         The weights as an :class:`ExpertWeight`, to be computed in weight.dtype.

@@ -11,7 +11,7 @@ def register(format: Format) -> None:
 
 
 def names(*, written: bool = False) -> tuple[str, ...]:
-    """The names of all formats, or of those that weights can be quantised to."""
+    """The names of all formats, or of those that weights can be quantized to."""
     return tuple(name for name, format in _formats.items() if format.written or not written)
 
 

@@ -115,9 +115,9 @@ def quantize_experts(
     :class:`ktops.nn.KTExperts` among them, becomes a KTExperts whose weights are :class:`ktops.ExpertWeight`;
     a ModuleList of gated MLPs that :func:`ktops.swap_experts` would take becomes a
     :class:`ktops.nn.KTExpertSequence` of such, for a block that iterates it. Routers, shared experts and
-    biases stay as they are. All layers are checked first; then one after the other is quantised, and its
+    biases stay as they are. All layers are checked first; then one after the other is quantized, and its
     dense weights are freed (if the caller keeps no reference to them) before the next one is. Adapters are
-    put on afterwards, as on any model: LoRA trains on the quantised weights.
+    put on afterwards, as on any model: LoRA trains on the quantized weights.
 
     Args:
         model: on the CPU, its experts in bfloat16, float32 or float64, without adapters on them.
@@ -148,7 +148,7 @@ def quantize_experts(
     if refused:
         raise ValueError(
             f"quantize_experts: {len(refused)} of {len(found)} experts modules of {type(model).__name__} "
-            f"cannot be quantised: {'; '.join(refused)}"
+            f"cannot be quantized: {'; '.join(refused)}"
         )
     layers = []
     dtype = DTYPE_NAMES[next(iter(dense.values())).down[0].dtype]
@@ -167,7 +167,7 @@ def quantize_experts(
 
 @dataclass(frozen=True)
 class _Dense:
-    """Experts to be quantised: their weights, matrices in any number, and what makes a KTExperts of them."""
+    """Experts to be quantized: their weights, matrices in any number, and what makes a KTExperts of them."""
 
     gate_up: list[Tensor]
     down: list[Tensor]
@@ -176,7 +176,7 @@ class _Dense:
 
 def _dense_experts(name: str, module: nn.Module) -> _Dense:
     if "base_layer" in name.split("."):
-        raise Unsupported("it has adapters: quantise first, then put adapters on")
+        raise Unsupported("it has adapters: quantize first, then put adapters on")
     if isinstance(module, nn.ModuleList):
         experts = listed_experts(module)
         rows = [[projection.weight for projection in expert.projections()] for expert in experts]

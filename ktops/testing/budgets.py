@@ -5,7 +5,7 @@ Errors are norm-wise, ||actual - reference||_F / ||reference||_F, against float6
 One rounding to a dtype of unit roundoff u (bfloat16 2^-8, float32 2^-24) is an error uniform in ±u times the
 binade, u/√3 RMS; values in a binade are √2 of it RMS or more (mantissas no steeper than 1/m²). So it costs
 ``rms(dtype)`` = u/√6 norm-wise. Independent roundings add in quadrature. What an error becomes on its way
-to a result is not modelled but measured: the float64 reference is run again with every element of every
+to a result is not modeled but measured: the float64 reference is run again with every element of every
 input wrong by ``rounding_level`` (``ktops.testing.compare.sensitivity``). The factors that a kernel rounds
 (h, x A^T, [dg | du], ...) are as many as the inputs, so a kernel with one rounding per factor and per result
 lands at about 1.0 to 1.2 of that measure, the same formula with every operation rounded at 1.5 to 2.0, and

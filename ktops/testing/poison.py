@@ -1,4 +1,4 @@
-"""Uninitialised memory made visible."""
+"""Uninitialized memory made visible."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

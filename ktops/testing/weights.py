@@ -34,9 +34,9 @@ def variants(columns: int) -> list[tuple[str, int]]:
 
 
 def random_weight(dense: Tensor, name: str, group_size: int, seed: int = 0) -> ExpertWeight:
-    """Weights [E, N, K] in a format: the dense ones quantised, or random codes of about their size.
+    """Weights [E, N, K] in a format: the dense ones quantized, or random codes of about their size.
 
-    The latter in k-quants and i-quants: their bytes take more values than quantising gives them.
+    The latter in k-quants and i-quants: their bytes take more values than quantizing gives them.
     """
     known = get_format(name)
     if not isinstance(known, GgufBlocks) or name not in HALVES:

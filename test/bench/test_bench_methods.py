@@ -127,7 +127,7 @@ def test_what_is_taken_for_right(name, ours, theirs):
 @pytest.mark.parametrize("method", {(m.format, m.group_size): m for m in methods.METHODS}.values(), ids=str)
 def test_codes_in_the_file_are_those_of_the_reference(method, tmp_path):
     layer = Layer(Shape("tiny", 256, 256, 2, 1), 0)
-    decoded = methods.quantised(layer, method, tmp_path / "codes.pt")
+    decoded = methods.quantized(layer, method, tmp_path / "codes.pt")
     stored = torch.load(tmp_path / "codes.pt", weights_only=True)
     for name in ("gate_up", "down"):
         assert torch.equal(

@@ -1,4 +1,4 @@
-"""Writes test/checkpoints/published: a layer's experts, quantised by the libraries that people publish with.
+"""Writes test/checkpoints/published: a layer's experts, quantized by the libraries that people publish with.
 
 Run by hand, as the libraries want other packages than the tests do:
 
@@ -162,7 +162,7 @@ def llm_compressor(source: Path, folder: Path) -> None:
 
 
 def gptqmodel(source: Path, folder: Path) -> None:
-    """Its modules, rounding to nearest: the model's quantisation wants calibration."""
+    """Its modules, rounding to nearest: the model's quantization wants calibration."""
     from gptqmodel.nn_modules.qlinear.torch import TorchLinear
     from gptqmodel.quantization.config import QuantizeConfig
     from gptqmodel.utils.model import convert_gptq_v2_to_v1_format_module

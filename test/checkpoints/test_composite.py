@@ -96,10 +96,10 @@ def parts():
     return {"thinker": omni().thinker, "vision": transformers.Qwen3_5MoeForCausalLM(text)}
 
 
-@pytest.mark.filterwarnings("ignore:ktops. the GPTQ weights were quantised in an order")
+@pytest.mark.filterwarnings("ignore:ktops. the GPTQ weights were quantized in an order")
 @pytest.mark.parametrize("names", ["thinker", "vision"])
 @pytest.mark.parametrize("scheme", SCHEMES)
-def test_quantised_experts_of_a_part(tmp_path, parts, scheme, names):
+def test_quantized_experts_of_a_part(tmp_path, parts, scheme, names):
     """Names of scales, codes and zero points are read as those of the weights that they belong to."""
     dense = write_per_expert(tmp_path, SCHEMES[scheme][0], names=names)
     for file in tmp_path.glob("*.safetensors"):

@@ -159,7 +159,7 @@ def expect_named_error_or_success(name: str, path) -> None:
 
 
 @pytest.mark.parametrize("name", WRITERS)
-@pytest.mark.filterwarnings("ignore:ktops. the GPTQ weights were quantised in an order")
+@pytest.mark.filterwarnings("ignore:ktops. the GPTQ weights were quantized in an order")
 @pytest.mark.filterwarnings("ignore:ktops. nothing in")
 @pytest.mark.filterwarnings("ignore:ktops. the zero points of")
 @settings(max_examples=EXAMPLES, deadline=None, derandomize=True)

@@ -16,7 +16,7 @@ SHAPES = {"gate": (E, I, H), "up": (E, I, H), "down": (E, H, I)}
 
 
 def blocks(rng, shape, kind) -> numpy.ndarray:
-    """Quantised by the package, or for types that it only reads random bytes with finite scales."""
+    """Quantized by the package, or for types that it only reads random bytes with finite scales."""
     if kind.name in WRITTEN:
         return gguf.quantize(rng.standard_normal(shape).astype(numpy.float32), kind)
     block, size = gguf.GGML_QUANT_SIZES[kind]

@@ -61,7 +61,7 @@ def small(make):
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
-@pytest.mark.filterwarnings("ignore:ktops. the GPTQ weights were quantised in an order")
+@pytest.mark.filterwarnings("ignore:ktops. the GPTQ weights were quantized in an order")
 def test_logits(tmp_path, scheme):
     make, name = SCHEMES[scheme]
     write_per_expert(tmp_path, small(make), **SIZES)
@@ -82,7 +82,7 @@ def test_logits(tmp_path, scheme):
 
 
 @pytest.mark.parametrize("scheme", ["bf16", "fp8 blocks", "gptq act-order"])
-def test_quantised_on_the_way(tmp_path, scheme):
+def test_quantized_on_the_way(tmp_path, scheme):
     make, _ = SCHEMES[scheme]
     dense = write_per_expert(tmp_path, make, **SIZES)
     model = tiny_model().bfloat16()

@@ -27,7 +27,7 @@ class Model(nn.Module):
 
 @pytest.mark.parametrize("scheme", ["fp8 blocks", "int8", "pack-quantized", "gptq", "awq", "mxfp4"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_one_dense_matrix_among_quantised_ones(tmp_path, scheme, dtype):
+def test_one_dense_matrix_among_quantized_ones(tmp_path, scheme, dtype):
     """down of expert 2: the ninth matrix."""
     calls = iter(range(1000))
 

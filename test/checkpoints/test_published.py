@@ -1,4 +1,4 @@
-"""Experts in files that other libraries wrote, compared with their own dequantisers: see publish.py."""
+"""Experts in files that other libraries wrote, compared with their own dequantizers: see publish.py."""
 
 import json
 import shutil

@@ -146,7 +146,7 @@ def test_gptq_of_8_bits(tmp_path, with_config, with_g_idx):
     assert checkpoint.layers[0].read().down_proj.group_size == 32
 
 
-@pytest.mark.filterwarnings("ignore:ktops. the GPTQ weights were quantised in an order")
+@pytest.mark.filterwarnings("ignore:ktops. the GPTQ weights were quantized in an order")
 def test_gptq_of_8_bits_in_an_order_of_its_own(tmp_path):
     def make(rng, rows, columns):
         tensors, dense = eight_bits(rng, rows, columns, reorder=True, zero=100)

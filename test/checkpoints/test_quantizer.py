@@ -41,9 +41,9 @@ def experts(model) -> list[KTExperts]:
     return [layer.mlp.experts for layer in model.model.layers]
 
 
-def with_decoded_experts(quantised, model):
-    """A dense model with the experts of a quantised one."""
-    for layer, loaded in zip(model.model.layers, experts(quantised), strict=True):
+def with_decoded_experts(quantized, model):
+    """A dense model with the experts of a quantized one."""
+    for layer, loaded in zip(model.model.layers, experts(quantized), strict=True):
         layer.mlp.experts.gate_up_proj.data = decode(loaded.gate_up_proj)
         layer.mlp.experts.down_proj.data = decode(loaded.down_proj)
     return model
@@ -53,12 +53,12 @@ def with_decoded_experts(quantised, model):
 def test_logits(saved, name):
     model, path = saved
     kt = ktops.KTConfig(weight_format=name, group_size=FORMATS[name])
-    quantised, info = load(path, quantization_config=kt)
+    quantized, info = load(path, quantization_config=kt)
     assert not any(info.values())
-    for loaded, layer in zip(experts(quantised), model.model.layers, strict=True):
+    for loaded, layer in zip(experts(quantized), model.model.layers, strict=True):
         expected = ktops.quantize(layer.mlp.experts.down_proj.detach(), name, group_size=FORMATS[name])
         assert torch.equal(loaded.down_proj.weight.view(torch.uint8), expected.weight.view(torch.uint8))
-    assert relative_error(logits(quantised), logits(with_decoded_experts(quantised, model))) < 1e-5
+    assert relative_error(logits(quantized), logits(with_decoded_experts(quantized, model))) < 1e-5
 
 
 def test_no_dense_experts_are_made(saved, monkeypatch):
@@ -79,13 +79,13 @@ def test_no_dense_experts_are_made(saved, monkeypatch):
 @pytest.mark.parametrize("name", FORMATS)
 def test_saved_and_loaded_again(saved, tmp_path, name):
     _, path = saved
-    quantised, _ = load(path, quantization_config=ktops.KTConfig(name, group_size=FORMATS[name]))
-    quantised.save_pretrained(tmp_path / "quantised")
-    again, info = load(tmp_path / "quantised")
+    quantized, _ = load(path, quantization_config=ktops.KTConfig(name, group_size=FORMATS[name]))
+    quantized.save_pretrained(tmp_path / "quantized")
+    again, info = load(tmp_path / "quantized")
     assert not any(info.values())
-    assert torch.equal(logits(quantised), logits(again))
+    assert torch.equal(logits(quantized), logits(again))
     assert experts(again)[0].down_proj.format == name
-    state = load_file(tmp_path / "quantised" / "model.safetensors")
+    state = load_file(tmp_path / "quantized" / "model.safetensors")
     dense = [tensor for tensor in state.values() if tensor.dtype == torch.float32]
     assert not any(tensor.shape == experts(again)[0].down_proj.shape for tensor in dense)
 
@@ -124,11 +124,11 @@ def test_directory_of_the_writer(saved, tmp_path):
     writer.copy(path.glob("*.json"))
     writer.write_config(converted_config(source.config, source.other_tensors()))
     writer.finish()
-    quantised, info = load(tmp_path / "ktops")
+    quantized, info = load(tmp_path / "ktops")
     assert not any(info.values())
     reference, _ = load(path, quantization_config=ktops.KTConfig("int8"))
-    assert torch.equal(logits(quantised), logits(reference))
-    first = experts(quantised)[0].down_proj.weight
+    assert torch.equal(logits(quantized), logits(reference))
+    first = experts(quantized)[0].down_proj.weight
     assert torch.equal(first, open_checkpoint(tmp_path / "ktops").layers[0].read().down_proj.weight)
 
 

@@ -13,7 +13,7 @@ from ktops.checkpoints import CheckpointError, experts, open_checkpoint
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
-@pytest.mark.filterwarnings("ignore:ktops. the GPTQ weights were quantised in an order")
+@pytest.mark.filterwarnings("ignore:ktops. the GPTQ weights were quantized in an order")
 def test_scheme(tmp_path, scheme):
     make, name = SCHEMES[scheme]
     checkpoint_weights = write_per_expert(tmp_path, make)
@@ -223,7 +223,7 @@ def test_one_file_without_index_and_config(tmp_path):
 @pytest.mark.parametrize(
     "options", [{"weight_format": "int4", "group_size": 32, "method": "mse"}, {"weight_format": "fp8_e4m3"}]
 )
-def test_quantised_on_the_way(tmp_path, monkeypatch, chunk, options):
+def test_quantized_on_the_way(tmp_path, monkeypatch, chunk, options):
     """Another format of what the weights mean; chunks of 128 rows make no difference."""
     monkeypatch.setattr(experts, "CHUNK_WEIGHTS", chunk)
     dense = write_per_expert(tmp_path, plain(torch.bfloat16), layers=1)
@@ -237,7 +237,7 @@ def test_quantised_on_the_way(tmp_path, monkeypatch, chunk, options):
 
 
 @pytest.mark.parametrize("scheme", ["fp8 blocks", "mxfp4"])
-def test_quantised_on_the_way_from_groups(tmp_path, monkeypatch, scheme):
+def test_quantized_on_the_way_from_groups(tmp_path, monkeypatch, scheme):
     monkeypatch.setattr(experts, "CHUNK_WEIGHTS", 1)
     make, _ = SCHEMES[scheme]
     dense = write_per_expert(tmp_path, make, layers=1, intermediate=256, hidden=128)

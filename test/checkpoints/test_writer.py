@@ -30,7 +30,7 @@ def folders(tmp_path):
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
-@pytest.mark.filterwarnings("ignore:ktops. the GPTQ weights were quantised in an order")
+@pytest.mark.filterwarnings("ignore:ktops. the GPTQ weights were quantized in an order")
 def test_round_trip(folders, scheme):
     source, target = folders
     make, name = SCHEMES[scheme]

@@ -80,7 +80,7 @@ def save(name: str, folder: Path) -> type:
     torch.manual_seed(0)
     model = make()
     for weight in (p for key, p in model.named_parameters() if "experts" in key):
-        torch.nn.init.normal_(weight)  # those of a talker are left uninitialised by transformers
+        torch.nn.init.normal_(weight)  # those of a talker are left uninitialized by transformers
     model.save_pretrained(folder)
     if mtp:
         add_mtp_layer(folder, mtp)

@@ -25,7 +25,7 @@ def lines(*records) -> str:
 
 
 @pytest.mark.parametrize("text", [json.dumps([ALPACA, MESSAGES], indent=1), lines(ALPACA, MESSAGES)])
-def test_layouts_are_recognised_in_json_and_jsonl(tmp_path, text):
+def test_layouts_are_recognized_in_json_and_jsonl(tmp_path, text):
     examples = load_examples(write(tmp_path / "data", text))
     assert [example.messages for example in examples] == [ALPACA_CONVERSATION, MESSAGES["messages"]]
 

@@ -1,4 +1,4 @@
-"""`ktops finetune --weight-format`: LoRA on quantised experts, saved and loaded."""
+"""`ktops finetune --weight-format`: LoRA on quantized experts, saved and loaded."""
 
 import json
 import re

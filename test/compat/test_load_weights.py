@@ -45,7 +45,7 @@ AS_STORED = {
 }
 """method -> the schemes whose weights it takes as they are"""
 
-QUANTISED = {
+QUANTIZED = {
     "AMXINT4": ("int4", 0), "AMXINT8": ("int8", 0), "MOE_INT4": ("int4", 0), "MOE_INT8": ("int8", 0),
     "RAWINT4": ("int4", 32), "GPTQ_INT4": ("uint4", 64), "AMXINT4_KGroup_SFT": ("int4", 64),
 }  # fmt: skip
@@ -68,7 +68,7 @@ def assert_holds(wrapper, gate_up: torch.Tensor, down: torch.Tensor) -> None:
     assert torch.equal(dense(wrapper.down_proj), down.double())
 
 
-@pytest.mark.filterwarnings("ignore:ktops. the GPTQ weights were quantised in an order of their own")
+@pytest.mark.filterwarnings("ignore:ktops. the GPTQ weights were quantized in an order of their own")
 @pytest.mark.parametrize(
     ("method", "scheme"), [(method, scheme) for method, schemes in AS_STORED.items() for scheme in schemes]
 )
@@ -88,21 +88,21 @@ def test_weights_as_they_are_stored(tmp_path, method, scheme):
     assert_close(train(wrapper, routed, factors, grad), expected, gradient_budget(BF16))
 
 
-@pytest.mark.parametrize("method", QUANTISED)
-def test_quantised_while_loading(tmp_path, recwarn, method):
+@pytest.mark.parametrize("method", QUANTIZED)
+def test_quantized_while_loading(tmp_path, recwarn, method):
     layers = write(tmp_path, "bf16")
     wrapper = load(method, tmp_path)
-    format, group_size = QUANTISED[method]
+    format, group_size = QUANTIZED[method]
     for weight, given in zip((wrapper.gate_up_proj, wrapper.down_proj), layers[1], strict=True):
         assert (weight.format, weight.group_size) == (format, group_size)
         assert torch.equal(dense(weight), dense(ktops.quantize(given, format, group_size=group_size)))
-    assert not [warning for warning in recwarn if "quantised again" in str(warning.message)]
+    assert not [warning for warning in recwarn if "quantized again" in str(warning.message)]
 
 
-def test_quantised_again_with_a_warning(tmp_path):
+def test_quantized_again_with_a_warning(tmp_path):
     warn_once.cache_clear()
     layers = write(tmp_path, "fp8 blocks")
-    with pytest.warns(UserWarning, match="is fp8 blocks: quantised again, to int8"):
+    with pytest.warns(UserWarning, match="is fp8 blocks: quantized again, to int8"):
         wrapper = load("AMXINT8", tmp_path)
     assert torch.equal(dense(wrapper.gate_up_proj), dense(ktops.quantize(layers[1][0], "int8")))
 

@@ -45,7 +45,7 @@ def test_the_table_has_every_method():
 
 @pytest.mark.parametrize("method", [*FORMATS, f"AMXINT4_1KGroup_SFT{SKIP}"])
 def test_weights_are_those_of_the_format(method):
-    """The same as quantising all experts at once, the gate's rows above up's."""
+    """The same as quantizing all experts at once, the gate's rows above up's."""
     wrapper = make(method, group_size=64)
     format, group_size = FORMATS[method.removesuffix(SKIP)]
     gate, up, down = weights(wrapper)

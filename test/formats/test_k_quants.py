@@ -138,7 +138,7 @@ def test_weights_beyond_the_scales(name, value):
 
 @pytest.mark.parametrize("method", ["rtn", "mse"])
 @pytest.mark.parametrize("name", NAMES)
-def test_blocks_do_not_depend_on_their_neighbours(name, method):
+def test_blocks_do_not_depend_on_their_neighbors(name, method):
     """Nor on the pieces in which they are made."""
     rows = normal(1, 300, 512)
     whole = ktops.quantize(rows, name, method=method)

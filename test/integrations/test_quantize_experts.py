@@ -90,12 +90,12 @@ def test_nothing_changes_on_an_error():
     assert "group_size must be one of 0, any multiple of 32" in refused(model, "int4", group_size=7)
     message = refused(model, "mxfp4")
     assert (
-        f"2 of 2 experts modules of Qwen3MoeForCausalLM cannot be quantised: {first}: down_proj: " in message
+        f"2 of 2 experts modules of Qwen3MoeForCausalLM cannot be quantized: {first}: down_proj: " in message
     )
     assert "needs rows of a multiple of 32 weights, got 24" in message and second in message
     with torch.no_grad():
         model.get_submodule(second).down_proj[3, 2, 1] = torch.inf
-    assert f"1 of 2 experts modules of Qwen3MoeForCausalLM cannot be quantised: {second}: down_proj has" in (
+    assert f"1 of 2 experts modules of Qwen3MoeForCausalLM cannot be quantized: {second}: down_proj has" in (
         refused(model, "int8")
     )
 
@@ -179,4 +179,4 @@ def test_adapters_come_after_the_format(enabled):
     config = LoraConfig(r=2, target_modules=[], target_parameters=["mlp.experts.down_proj"])
     model = tiny_model("qwen3_moe")
     model.set_experts_implementation("ktops")
-    assert "it has adapters: quantise first" in refused(get_peft_model(model, config), "int8")
+    assert "it has adapters: quantize first" in refused(get_peft_model(model, config), "int8")

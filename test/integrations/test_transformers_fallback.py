@@ -89,7 +89,7 @@ def make(experts_class, config, **attributes):
         ({"has_gate": False}, "no gate projection"),
         ({"is_transposed": True}, r"\[num_experts, in_features, out_features\]"),
         ({"is_concatenated": False}, "interleaved"),
-        ({"has_post_expert_norm": True}, "normalises"),
+        ({"has_post_expert_norm": True}, "normalizes"),
         ({"act_fn": ACT2FN["relu"]}, "no activation ReLU"),
         ({"act_fn": ACT2FN["quick_gelu"]}, "no activation QuickGELU"),
         ({"act_fn": torch.tanh}, "no activation tanh"),
@@ -171,10 +171,10 @@ def test_own_gate_that_clamps_keeps_its_own_implementation():
     assert relative_error(actual, expected) < MODEL_BUDGET
 
 
-def test_quantised_experts_run_eagerly():
-    """Each quantised layer decorates the class once more: the eager forward is under all of them."""
+def test_quantized_experts_run_eagerly():
+    """Each quantized layer decorates the class once more: the eager forward is under all of them."""
 
-    class Quantised(nn.Module):
+    class Quantized(nn.Module):
         def __init__(self, config):
             super().__init__()
             weight = torch.zeros(2, 4, 4, dtype=torch.float8_e4m3fn)
@@ -184,9 +184,9 @@ def test_quantised_experts_run_eagerly():
             return hidden_states + 1
 
     for _ in range(3):
-        Quantised = use_experts_implementation(Quantised)
-    experts = Quantised(tiny_config("qwen3_moe", experts_implementation="ktops"))
-    with pytest.warns(UserWarning, match="its weights are quantised"):
+        Quantized = use_experts_implementation(Quantized)
+    experts = Quantized(tiny_config("qwen3_moe", experts_implementation="ktops"))
+    with pytest.warns(UserWarning, match="its weights are quantized"):
         assert experts(torch.zeros(3, 4), None, None).eq(1).all()
     from transformers.integrations.finegrained_fp8 import ALL_FP8_EXPERTS_FUNCTIONS
 

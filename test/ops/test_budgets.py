@@ -19,7 +19,7 @@ from ktops.testing.poison import poisoned_memory
 
 
 @one_thread()
-def modelled(inputs: dict, grad_output: torch.Tensor, arithmetic, skip: str = "") -> dict:
+def modeled(inputs: dict, grad_output: torch.Tensor, arithmetic, skip: str = "") -> dict:
     """What a kernel with this arithmetic returns; ``skip`` names an input that it forgets."""
     names = floating(inputs)
     leaves = require_grad(upcast(inputs))
@@ -44,12 +44,12 @@ def case():
 
 @pytest.fixture(scope="module")
 def good(case):
-    return modelled(*case, Rounded())
+    return modeled(*case, Rounded())
 
 
 @pytest.fixture(scope="module")
 def careless(case):
-    return modelled(*case, RoundedAccumulation())
+    return modeled(*case, RoundedAccumulation())
 
 
 def test_one_rounding_per_factor_passes(case, good):
@@ -62,7 +62,7 @@ def test_one_rounding_per_factor_passes_where_sums_cancel(seed):
         2, 3, 1, 2, 1 + seed % 2, dtype=torch.bfloat16, lora_rank=1 + seed % 3, bias=seed % 4 == 0, seed=seed
     )
     grad_output = random_grad_output(inputs)
-    assert_matches_reference(modelled(inputs, grad_output, Rounded()), inputs, grad_output)
+    assert_matches_reference(modeled(inputs, grad_output, Rounded()), inputs, grad_output)
 
 
 @pytest.mark.parametrize("result", ["output", "hidden_states", "down_proj", "gate_up_lora_A", "down_lora_B"])
@@ -77,7 +77,7 @@ FORGOTTEN = ("gate_up_bias", "down_bias", "gate_up_lora_B", "down_lora_B", "gate
 @pytest.mark.parametrize("skip", FORGOTTEN)
 def test_missing_terms_fail(case, skip):
     with pytest.raises(AssertionError, match="relative error"):
-        assert_matches_reference(modelled(*case, Rounded(), skip=skip), *case)
+        assert_matches_reference(modeled(*case, Rounded(), skip=skip), *case)
 
 
 @pytest.mark.parametrize("name", ["output", "hidden_states", "gate_up_lora_A"])

@@ -64,7 +64,7 @@ def test_compiled_with_inductor():
 
 
 def test_no_recompilation_for_other_numbers_of_tokens():
-    """After the first call; that one may compile twice, when Dynamo restarts to specialise the scalings."""
+    """After the first call; that one may compile twice, when Dynamo restarts to specialize the scalings."""
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(layer, backend=counter, fullgraph=True, dynamic=True)
     frames = []

@@ -59,7 +59,7 @@ def unsupported_layout(experts: nn.Module) -> str | None:
     """Why the op cannot compute an experts module of transformers, None if it can. Reads no weight."""
     weight = experts._parameters.get("down_proj")
     if weight is not None and weight.element_size() == 1:
-        return f"its weights are quantised, {weight.dtype}"
+        return f"its weights are quantized, {weight.dtype}"
     if getattr(experts, "is_transposed", False):
         return "its weights are stored as [num_experts, in_features, out_features]"
     if not getattr(experts, "is_concatenated", True):
@@ -74,7 +74,7 @@ def unsupported_computation(experts: nn.Module) -> str | None:
     if not getattr(experts, "has_gate", True):
         return "its experts have no gate projection"
     if getattr(experts, "has_post_expert_norm", False):
-        return "it normalises the output of every expert"
+        return "it normalizes the output of every expert"
     gate = getattr(experts, "_apply_gate", None)
     if gate is not None and gate.__module__ != "transformers.integrations.moe":
         attribute = GATES.get(f"{gate.__module__.rpartition('.')[2]}.{gate.__qualname__}")

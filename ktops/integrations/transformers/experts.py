@@ -86,7 +86,7 @@ def experts_forward(
 
 
 def _own_forward(experts: nn.Module, reason: str, lora: dict, *args: Tensor) -> Tensor:
-    """The model's own implementation: "grouped_mm", transformers' default, or for quantised experts eager."""
+    """The model's own implementation: "grouped_mm", transformers' default, or for quantized experts eager."""
     name = f"{type(experts).__module__}.{type(experts).__qualname__}"
     if lora:
         raise NotImplementedError(f"ktops: LoRA on {name} cannot be computed: {reason}")

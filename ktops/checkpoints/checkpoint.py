@@ -1,17 +1,23 @@
 """open_checkpoint: a directory of safetensors files, or GGUF files, and the experts in them."""
 
-import json
 from collections import defaultdict
+from functools import cached_property
 from pathlib import Path
 
 from ktops.checkpoints import gguf_file, safetensors_file
 from ktops.checkpoints.errors import CheckpointError
 from ktops.checkpoints.layer import Layer
-from ktops.checkpoints.names import Key, parse
-from ktops.checkpoints.packed import Packing
+from ktops.checkpoints.model_names import ModelNames, config_names
+from ktops.checkpoints.names import Key, parse, summary
+from ktops.checkpoints.quantization_config import (
+    CONFIG,
+    QuantizationConfig,
+    read_json,
+    read_quantization_config,
+)
 from ktops.checkpoints.view import View
 
-CONFIG = "config.json"
+WHOLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 MANIFEST = "ktops.json"
 """Says which files hold experts that ktops has written, and their sizes."""
@@ -27,28 +33,63 @@ class Checkpoint:
 
     Attributes:
         path: what was opened.
-        config: of config.json; empty if there is none.
+        config: of config.json, for a safetensors file that beside it; empty if there is none.
         tensors: every tensor by name.
-        layers: the layers with experts.
     """
 
-    def __init__(self, path: Path, config: dict, tensors: dict[str, View]) -> None:
+    def __init__(
+        self,
+        path: Path,
+        config: dict,
+        tensors: dict[str, View],
+        quantization: QuantizationConfig | None = None,
+        names: ModelNames | None = None,
+    ) -> None:
         self.path, self.config, self.tensors = path, config, tensors
-        keyed: dict[str, dict[Key, View]] = defaultdict(dict)
-        for name, view in tensors.items():
-            key = parse(name)
-            if key is not None:
-                keyed[key.experts][key] = view
-        packing = _packing(config)
-        layers = [Layer(name, next(iter(keys)).layer, keys, packing) for name, keys in keyed.items()]
-        self.layers = sorted(layers, key=lambda layer: (layer.index, layer.name))
+        self.quantization = quantization or QuantizationConfig(config)
+        if names is not None:
+            self.names = names
 
     def __repr__(self) -> str:
         return f"Checkpoint({str(self.path)!r}, {len(self.layers)} layers with experts)"
 
+    @cached_property
+    def names(self) -> ModelNames | None:
+        """How transformers reads the names, for the model that config.json describes; None if it has none."""
+        return config_names(self.config)
+
+    @cached_property
+    def layers(self) -> list[Layer]:
+        """The layers with experts, named as transformers reads them if it knows the model, else as usual."""
+        keyed: dict[tuple, dict[Key, View]] = defaultdict(dict)
+        for name, key in self._keys.items():
+            if key is not None:
+                keyed[key.experts, key.module][key] = self.tensors[name]
+        layers = [
+            Layer(name, next(iter(keys)).layer, keys, self.quantization) for (name, _), keys in keyed.items()
+        ]
+        return sorted(layers, key=lambda layer: (layer.index, layer.name))
+
+    def named_by(self, names: ModelNames) -> "Checkpoint":
+        """The same tensors, their names read as transformers does for another model."""
+        return Checkpoint(self.path, self.config, self.tensors, self.quantization, names)
+
     def other_tensors(self) -> dict[str, View]:
         """The tensors that are not experts', by name."""
-        return {name: view for name, view in self.tensors.items() if parse(name) is None}
+        return {name: view for name, view in self.tensors.items() if self._keys[name] is None}
+
+    @cached_property
+    def _keys(self) -> dict[str, Key | None]:
+        read = parse if self.names is None else self.names.key
+        return {name: read(name) for name in self.tensors}
+
+    def require_layers(self) -> None:
+        """Raises CheckpointError, which lists names, unless there are tensors of experts."""
+        if not self.layers:
+            raise CheckpointError(
+                f"{self.path}: there are no tensors of experts with a name that ktops knows: the names are "
+                f"{summary(self.tensors)}"
+            )
 
 
 def open_checkpoint(path: str | Path) -> Checkpoint:
@@ -56,7 +97,8 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
 
     Args:
         path: a directory with safetensors files (of transformers, of a quantiser, or of ktops) or GGUF files,
-            or one file. Of a split GGUF any part.
+            or one file. Of a split GGUF any part. Safetensors files without experts beside GGUF files with
+            experts, as of a vision projector, are left out, and so are GGUF files without beside others.
 
     Returns:
         A :class:`Checkpoint`; its ``layers`` read the experts.
@@ -74,15 +116,22 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     path = Path(path)
     if not path.exists():
         raise CheckpointError(f"{path}: there is no such file or directory")
-    config = _json(path / CONFIG) if (path / CONFIG).exists() else {}
+    if path.is_file() and path.suffix == ".gguf":
+        return Checkpoint(path, {}, _views(_files(path)))
+    folder = path if path.is_dir() else path.parent
+    config = _config(folder)
+    return Checkpoint(path, config, _views(_files(path)), read_quantization_config(folder, config))
+
+
+def _views(files: list[Path]) -> dict[str, View]:
     tensors: dict[str, View] = {}
-    for file in _files(path):
+    for file in files:
         read = gguf_file.read_views if file.suffix == ".gguf" else safetensors_file.read_views
         for name, view in read(file).items():
             if name in tensors:
                 raise CheckpointError(f"{view}: the tensor is in {tensors[name].file.path} too")
             tensors[name] = view
-    return Checkpoint(path, config, tensors)
+    return tensors
 
 
 def _files(path: Path) -> list[Path]:
@@ -92,7 +141,7 @@ def _files(path: Path) -> list[Path]:
         raise CheckpointError(f"{path}: it is being written, or its writing was interrupted: go on with that")
     files: list[Path] = []
     if (path / INDEX).exists():
-        weight_map = _json(path / INDEX).get("weight_map")
+        weight_map = read_json(path / INDEX).get("weight_map")
         if not isinstance(weight_map, dict) or not all(isinstance(n, str) for n in weight_map.values()):
             raise CheckpointError(f"{path / INDEX}: weight_map must map tensors to files")
         files = [path / name for name in sorted(set(weight_map.values()))]
@@ -100,14 +149,30 @@ def _files(path: Path) -> list[Path]:
         mine = _manifest_files(path / MANIFEST)
         others = files or sorted(set(path.glob("*.safetensors")) - set(mine))
         files = [*others, *(file for file in mine if file not in others)]
-    files = files or sorted(path.glob("*.safetensors")) or sorted(path.glob("*.gguf"))
+    files = files or _unlisted_files(path)
     if not files:
         raise CheckpointError(f"{path}: there are no safetensors or GGUF files in the directory")
     return files
 
 
+def _unlisted_files(path: Path) -> list[Path]:
+    """The files of a directory that has no list of them: those with experts, if there are such."""
+    whole = path / WHOLE
+    safetensors = [whole] if whole.exists() else sorted(path.glob("*.safetensors"))
+    gguf = sorted(path.glob("*.gguf"))
+    if len(gguf) + bool(safetensors) < 2:
+        return safetensors or gguf
+    gguf = [file for file in gguf if any(map(parse, gguf_file.read_views(file)))] or gguf
+    safetensors_only = Checkpoint(path, _config(path), _views(safetensors))
+    return safetensors if safetensors_only.layers else gguf
+
+
+def _config(folder: Path) -> dict:
+    return read_json(folder / CONFIG) if (folder / CONFIG).is_file() else {}
+
+
 def _manifest_files(path: Path) -> list[Path]:
-    manifest = _json(path)
+    manifest = read_json(path)
     files = manifest.get("files")
     if manifest.get("version") != VERSION or not isinstance(files, dict):
         raise CheckpointError(
@@ -123,26 +188,3 @@ def _manifest_files(path: Path) -> list[Path]:
                 f"{file}: truncated or damaged: {file.stat().st_size} bytes, {path.name} says {size}"
             )
     return [path.parent / name for name in files]
-
-
-def _json(path: Path) -> dict:
-    try:
-        value = json.loads(path.read_text())
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: cannot be read: {error}") from None
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path}: must be a JSON object")
-    return value
-
-
-def _packing(config: dict) -> Packing:
-    """Bits, group size and kind of zero point of packed weights, by the config of GPTQ or AWQ."""
-    parts = [part for part in (config, config.get("text_config")) if isinstance(part, dict)]
-    found = (part["quantization_config"] for part in parts if part.get("quantization_config"))
-    quantization = next(found, None)
-    if not isinstance(quantization, dict):
-        return Packing()
-    bits, group_size = (quantization.get(key) for key in ("bits", "group_size"))
-    offset = 0 if quantization.get("checkpoint_format") == "gptq_v2" else 1
-    sizes = (value if type(value) is int else None for value in (bits, group_size))
-    return Packing(*sizes, zero_offset=offset)

@@ -2,6 +2,7 @@
 
 import ctypes
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Callable, Iterator
 
 import torch
@@ -31,12 +32,14 @@ class Experts(ABC):
     Attributes:
         format, group_size, shape: as of :class:`ktops.ExpertWeight`.
         mapped: bytes that :meth:`read` maps instead of reading them.
+        mixture: what is to be said where experts are in several formats in the files.
     """
 
     format: str
     group_size: int
     shape: tuple[int, int, int]
     mapped = 0
+    mixture: str | None = None
 
     @abstractmethod
     def expert(self, index: int) -> Codes:
@@ -261,9 +264,69 @@ def _rows(tensor: Tensor, begin: int, end: int, rows: int) -> Tensor:
     return tensor[begin // 128 : -(-end // 128)]
 
 
+class Mixed(Experts):
+    """Experts in files in several formats, as float32: to be quantised to one.
+
+    Args:
+        experts: of every expert the matrices that stand one above the other.
+    """
+
+    def __init__(self, experts: list[list[Matrix]]) -> None:
+        self.parts = [[FileExperts([[part]]) for part in parts] for parts in experts]
+        index, odd, common = _odd_one(experts)
+        self.mixture = (
+            f"{odd.name}: expert {index} differs from the others: expected {_words(common)}, got "
+            f"{_words(odd)}: give weight_format to have them all in one format"
+        )
+        first = self.parts[0]
+        if any(part.shape[-1] != first[0].shape[-1] for part in first):
+            raise CheckpointError(f"{first[0].name(0)}: gate and up must have as many columns")
+        self.shape = len(experts), sum(part.shape[1] for part in first), first[0].shape[-1]
+        self.format, self.group_size = "fp32", 0
+        self.scheme = "mixed " + " and ".join(
+            dict.fromkeys(part.scheme for parts in experts for part in parts)
+        )
+
+    def expert(self, index: int) -> Codes:
+        out, row = torch.empty(self.shape[1:]), 0
+        for part in self.parts[index]:
+            for floats in float_rows(part, 0):
+                out[row : row + len(floats)] = floats
+                row += len(floats)
+        return Codes(out)
+
+    def name(self, index: int) -> str:
+        return f"expert {index} of {' and '.join(part.experts[0][0].name for part in self.parts[index])}"
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in memory, as float32."""
+        return 4 * torch.Size(self.shape).numel()
+
+
+def _odd_one(experts: list[list[Matrix]]) -> tuple[int, Matrix, Matrix]:
+    """The first expert whose matrix is not laid out as in most experts, that matrix, and one of theirs."""
+    for parts in zip(*experts, strict=True):
+        (layout, _), *others = Counter(part.layout for part in parts).most_common()
+        if others:
+            index = next(index for index, part in enumerate(parts) if part.layout != layout)
+            return index, parts[index], next(part for part in parts if part.layout == layout)
+    raise AssertionError("all experts are alike")
+
+
+def _are_mixed(experts: list[list[Matrix]]) -> bool:
+    """Whether experts are of one shape, but not laid out alike."""
+    return any(
+        len({part.layout for part in parts}) > 1 and len({(part.rows, part.columns) for part in parts}) == 1
+        for parts in zip(*experts, strict=True)
+    )
+
+
 def stack(experts: list[list[Matrix]]) -> Experts:
     """The experts of a projection; decoded to bf16, with a warning, if gate and up differ in format."""
     first = experts[0]
+    if _are_mixed(experts):
+        return Mixed(experts)
     if all((part.format, part.group_size) == (first[0].format, first[0].group_size) for part in first):
         return FileExperts(experts)
     warn_once(

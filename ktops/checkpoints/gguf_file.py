@@ -24,6 +24,13 @@ TYPES = {
 }  # fmt: skip
 """ggml's types that are formats of ktops."""
 
+OTHER_TYPES = {
+    9: "Q8_1", 15: "Q8_K", 16: "IQ2_XXS", 17: "IQ2_XS", 18: "IQ3_XXS", 19: "IQ1_S", 21: "IQ3_S", 22: "IQ2_S",
+    29: "IQ1_M", 34: "TQ1_0", 35: "TQ2_0", 39: "MXFP4", 40: "NVFP4",
+    41: "Q1_0",
+}  # fmt: skip
+"""Those that are not: for messages."""
+
 SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 STRING, ARRAY = 8, 9
 MAX_DIMENSIONS = 4
@@ -137,11 +144,14 @@ def _view(file: TensorFile, name: str, shape: tuple[int, ...], kind: int, offset
                 f"{name} in {file.path}: {blocks} needs rows of a multiple of {weights} weights, got shape "
                 f"{list(shape)}"
             )
-        view = View(name, file, offset, torch.uint8, (*shape[:-1], shape[-1] // weights * size), blocks)
+        view = View(
+            name, file, offset, torch.uint8, (*shape[:-1], shape[-1] // weights * size), blocks, shape[-1]
+        )
     elif kind in DTYPES:
         view = View(name, file, offset, DTYPES[kind], shape)
     else:
-        view = View(name, file, offset, torch.uint8, (*shape[:-1], 0), f"ggml type {kind}")
+        known = OTHER_TYPES.get(kind, f"ggml type {kind}")
+        view = View(name, file, offset, torch.uint8, (*shape[:-1], 0), known, shape[-1] if shape else None)
     if offset + math.prod(view.shape) * view.dtype.itemsize > file.size:
         raise CheckpointError(
             f"{view}: truncated: the tensor ends at byte {offset + view.nbytes} of a file of {file.size}"

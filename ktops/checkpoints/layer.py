@@ -11,9 +11,17 @@ from torch import Tensor
 from ktops.checkpoints.errors import CheckpointError
 from ktops.checkpoints.experts import Experts, Requantized, Step, no_step, stack
 from ktops.checkpoints.matrix import Matrix, expect, expect_dim
-from ktops.checkpoints.names import EVERY_EXPERT, Key
-from ktops.checkpoints.packed import Packing, Tensors
-from ktops.checkpoints.schemes import PLAIN, deinterleaved, matrices, own_layout, transposed
+from ktops.checkpoints.names import CONCATENATED, EVERY_EXPERT, INTERLEAVED, Key, summary
+from ktops.checkpoints.packed import Tensors
+from ktops.checkpoints.quantization_config import QuantizationConfig
+from ktops.checkpoints.schemes import (
+    PLAIN,
+    deinterleaved,
+    is_of_activations,
+    matrices,
+    own_layout,
+    transposed,
+)
 from ktops.checkpoints.view import View
 from ktops.formats import ExpertWeight, get_format
 
@@ -35,20 +43,25 @@ class Layer:
     Attributes:
         name: of the experts in the checkpoint, "model.layers.3.mlp.experts" or, in GGUF, "blk.3".
         index: of the layer.
+        module: the experts module of a model that transformers loads them into; None if it knows none.
         tensors: all tensors of the experts.
         interleaved: whether gate and up are alternate rows in the file, as in gpt-oss.
     """
 
-    def __init__(self, name: str, index: int, keyed: dict[Key, View], packing: Packing) -> None:
+    def __init__(self, name: str, index: int, keyed: dict[Key, View], config: QuantizationConfig) -> None:
         self.name, self.index = name, index
         self.tensors = list(keyed.values())
-        self._packing = packing
+        self.module = next(iter(keyed)).module
+        self._config = config
         self._projections: dict[str, dict[int, Tensors]] = defaultdict(lambda: defaultdict(dict))
         for key, view in keyed.items():
+            if is_of_activations(key.tensor):
+                continue
             self._projections[key.projection][key.expert][key.tensor] = view
         gate_up = self._projections.get("gate_up", {}).get(EVERY_EXPERT, {})
         self._transposed = self._is_transposed()
-        self.interleaved = "blocks" in gate_up or (self._transposed and "bias" in gate_up)
+        self._layouts = {key.layout for key in keyed}
+        self.interleaved = self._is_interleaved(gate_up)
 
     def __repr__(self) -> str:
         return f"Layer({self.name!r}, {self.scheme}, {self.num_experts} experts)"
@@ -121,12 +134,17 @@ class Layer:
             options: group_size and method, as of :func:`ktops.quantize`.
 
         Raises:
-            CheckpointError: as of :meth:`check`; gate_up_proj and down_proj have groups of other sizes.
+            CheckpointError: as of :meth:`check`; gate_up_proj and down_proj have groups of other sizes;
+                weight_format is None and experts are in several formats.
             ValueError: the format cannot hold these weights.
         """
         self.check()
         both = self.gate_up_proj, self.down_proj
-        if weight_format is not None:
+        if weight_format is None:
+            for experts in both:
+                if experts.mixture is not None:
+                    raise CheckpointError(experts.mixture)
+        else:
             both = tuple(_in_format(experts, weight_format, options) for experts in both)
         size = max(experts.group_size for experts in both)
         return tuple(self._in_groups(experts, size) for experts in both)
@@ -210,11 +228,17 @@ class Layer:
         return tensors.get("weight") or next(iter(tensors.values()))
 
     def _experts(self, *projections: str) -> Experts:
+        for layout in self._layouts - {CONCATENATED, INTERLEAVED, None}:
+            raise CheckpointError(
+                f"{self.tensors[0]}: unknown scheme: transformers loads {self.module} by the operation "
+                f"{layout}"
+            )
         for projection in projections:
             if projection not in self._projections:
                 known = self.tensors[0]
                 raise CheckpointError(
-                    f"{self.name}: the {projection} projection of the experts is missing, there is {known}"
+                    f"{self.name}: the {projection} projection of the experts is missing, there is {known}; "
+                    f"the names are {summary(view.name for view in self.tensors)}"
                 )
         tensors = [self._of_experts(projection) for projection in projections]
         if len({len(of_experts) for of_experts in tensors}) > 1:
@@ -233,8 +257,14 @@ class Layer:
         if self._transposed and projections != ("gate", "up"):
             made = [transposed(part) for part in tensors]
         else:
-            made = matrices(tensors, self._packing, stacked=len(projections) > 1)
+            made = matrices(tensors, self._config, stacked=len(projections) > 1)
         return [deinterleaved(m) for m in made] if self.interleaved and projections == ("gate_up",) else made
+
+    def _is_interleaved(self, gate_up: Tensors) -> bool:
+        """As the model says, else told by the tensors: those of gpt-oss."""
+        if "_extra_state" in gate_up or self._layouts & {CONCATENATED, INTERLEAVED}:
+            return "_extra_state" not in gate_up and INTERLEAVED in self._layouts
+        return "blocks" in gate_up or (self._transposed and "bias" in gate_up)
 
     def _is_transposed(self) -> bool:
         """Whether fused weights are [E, H, 2I] and [E, I, H]: only one of the two ways fits their shapes."""
@@ -270,18 +300,21 @@ def _without_bias(tensors: Tensors) -> Tensors:
 
 def _slices(tensors: Tensors) -> list[Tensors]:
     """The tensors of each expert, of those that hold all."""
-    state = tensors.get("_extra_state")
-    stacked = {name: view for name, view in tensors.items() if name != "_extra_state"}
+    state, shape = tensors.get("_extra_state"), tensors.get("weight_shape")
+    own = {} if state is None else {"_extra_state": state}
+    if shape is not None and shape.dim == 1:  # of all experts together, or of each of them
+        own["weight_shape"] = shape.tail(2)
+    stacked = {name: view for name, view in tensors.items() if name not in own}
     if not stacked:
-        raise CheckpointError(f"{state}: the weight that belongs to it is missing")
+        raise CheckpointError(f"{state or shape}: the weight that belongs to it is missing")
     sizes = {view.shape[0] if view.dim else None for view in stacked.values()}
     (first, *_) = stacked.values()
     for view in stacked.values():
         if not view.dim or not view.nbytes:
             what = f"unknown scheme: ktops has no format for {view.blocks}" if view.blocks else "it is empty"
-            raise CheckpointError(f"{view}: {what}, shape {list(view.shape)}")
+            raise CheckpointError(f"{view}: {what}, shape {list(view.weights_shape)}")
     if len(sizes) > 1:
-        shapes = ", ".join(f"{name} {list(view.shape)}" for name, view in stacked.items())
+        shapes = ", ".join(f"{name} {list(view.weights_shape)}" for name, view in stacked.items())
         raise CheckpointError(f"{first}: other numbers of experts: {shapes}")
     (count,) = sizes
     if state is not None:
@@ -289,11 +322,13 @@ def _slices(tensors: Tensors) -> list[Tensors]:
         layout = own_layout(state)
         if layout["shape"][0] != count:
             raise CheckpointError(f"{first}: must have {layout['shape'][0]} experts, got {count}")
-    own = {} if state is None else {"_extra_state": state}
     return [{name: view.select(i) for name, view in stacked.items()} | own for i in range(count)]
 
 
 def _in_format(experts: Experts, weight_format: str, options: dict) -> Experts:
     made = Requantized(experts, weight_format, **options)
     same_size = options.get("group_size") is None or made.group_size == experts.group_size
-    return experts if experts.format == weight_format and same_size else made
+    if experts.format == weight_format and same_size:
+        return experts
+    made.known.check_written()
+    return made

@@ -1,15 +1,15 @@
 """load_experts: the experts of a model from a checkpoint, in its format or quantised on the way."""
 
-import re
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from ktops.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from ktops.checkpoints.checkpoint import open_checkpoint
 from ktops.checkpoints.errors import CheckpointError
 from ktops.checkpoints.layer import BIASES, Layer
+from ktops.checkpoints.match import match_layers
 from ktops.checkpoints.progress import progress
 from ktops.formats.expert_weight import COMPUTE_DTYPES
 from ktops.integrations import enable_peft
@@ -18,8 +18,6 @@ from ktops.integrations.swap import Unsupported, exchange_stacked, find_experts,
 from ktops.integrations.transformers.architectures import activation_name, unsupported_computation
 from ktops.nn import KTExperts
 
-LAYER = re.compile(r"(?:^|.*\.)(?:layers|blocks|h)\.(\d+)\.")
-
 
 class PendingExperts(nn.Module):
     """Stands for experts that are to be loaded: knows what they compute, has no weights.
@@ -27,12 +25,19 @@ class PendingExperts(nn.Module):
     Attributes:
         num_experts, hidden_size, intermediate_size: as of :class:`ktops.nn.KTExperts`.
         activation: its name.
+        is_concatenated: whether the rows of gate come before those of up in its weights; None: not known.
+
+    The names of the weights are there too, as tensors without memory that are no parameters: MoE blocks of
+    transformers initialise the weights of their experts themselves.
     """
 
     def __init__(self, experts: nn.Module) -> None:
         super().__init__()
         self.activation = _activation(experts)
         self.num_experts, self.hidden_size, self.intermediate_size = _sizes(experts)
+        self.is_concatenated = getattr(experts, "is_concatenated", None)
+        for name, weight in experts.named_parameters(recurse=False):
+            setattr(self, name, torch.empty_like(weight, device="meta", requires_grad=False))
         self.train(experts.training)
 
     def forward(self, *args, **kwargs):
@@ -74,6 +79,7 @@ def load_experts(
     *,
     group_size: int | None = None,
     method: str = "rtn",
+    prefix: str | None = None,
     show_progress: bool = True,
 ) -> LoadReport:
     """Fills a model's experts from a checkpoint: each experts module becomes a :class:`ktops.nn.KTExperts`.
@@ -86,10 +92,13 @@ def load_experts(
     Args:
         model: with stacked experts, on any device, or with ModuleLists of gated MLPs on the CPU, as
             :func:`ktops.swap_experts` takes them; before adapters are added.
-        path: of a directory or file, as :func:`ktops.checkpoints.open_checkpoint` takes it. Layers are
-            matched by their numbers.
+        path: of a directory or file, as :func:`ktops.checkpoints.open_checkpoint` takes it. The layers are
+            those that transformers would load by their names; of a file without such names, as GGUF, those of
+            the same numbers.
         weight_format: one of ``ktops.formats.names()``; None keeps the format of the checkpoint.
         group_size, method: as of :func:`ktops.quantize`, where weights are quantised.
+        prefix: only experts whose names in the checkpoint begin so, "thinker.model." for example, where
+            several could be meant.
         show_progress: a bar in a terminal, a line every ten seconds elsewhere.
 
     Returns:
@@ -97,7 +106,8 @@ def load_experts(
 
     Raises:
         ktops.checkpoints.CheckpointError: a tensor is missing, has a wrong shape or dtype, or is of an
-            unknown scheme, or a file is truncated; the message names the tensor and the file.
+            unknown scheme, or a file is truncated; the message names the tensor and the file. Or the experts
+            of a layer are missing, or several could be meant; the message lists them.
         ValueError: the model has no experts, or ones that ktops cannot compute; the format cannot hold them.
 
     Example:
@@ -106,14 +116,36 @@ def load_experts(
         experts of 48 layers in fp8_e4m3: 27.0 GiB, of which 0.0 KiB mapped from the files (fp8 blocks)
     """
     modules = experts_modules(model)
-    checkpoint = open_checkpoint(path)
+    layers = match_layers(open_checkpoint(path), model, modules, prefix=prefix)
+    options = {"weight_format": weight_format, "group_size": group_size, "method": method}
+    return load_layers(model, modules, layers, options, show_progress=show_progress)
+
+
+def load_layers(
+    model: nn.Module,
+    modules: dict[str, nn.Module],
+    layers: dict[str, Layer],
+    options: dict,
+    *,
+    show_progress: bool = True,
+) -> LoadReport:
+    """What :func:`load_experts` does once it knows the layer of every experts module.
+
+    Args:
+        modules: the experts of the model by name.
+        layers: of a checkpoint, by the same names.
+        options: weight_format, group_size and method, as of :func:`load_experts`.
+
+    Raises:
+        CheckpointError, ValueError: as of :func:`load_experts`.
+    """
     dtype = _compute_dtype(model)
     plan = []
     for name, module in modules.items():
-        layer = _layer_of(checkpoint, name)
+        layer = layers[name]
         _check_fit(layer, name, module)
         try:
-            both = layer.experts(weight_format, group_size=group_size, method=method)
+            both = layer.experts(**options)
         except CheckpointError:
             raise
         except ValueError as error:
@@ -159,36 +191,26 @@ def _activation(module: nn.Module, name: str = "experts") -> str:
             raise ValueError(
                 f"load_experts: ktops cannot compute {name}, a list of {len(module)} modules: {reason}"
             ) from None
-    reason = unsupported_computation(module)
+    reason = unsupported_computation(module) or _uneven(module)
     if reason is not None:
         raise ValueError(f"load_experts: ktops cannot compute {name}, a {type(module).__name__}: {reason}")
     return activation_name(module.act_fn)
 
 
+def _uneven(module: nn.Module) -> str | None:
+    """Why ktops cannot compute experts of which some have no weights, as LongCat's; None if all have."""
+    weights = [module._parameters.get(name) for name in ("gate_up_proj", "down_proj")]
+    if any(weight is None or weight.dim() != 3 for weight in weights):
+        return None
+    counts = [len(weight) for weight in weights]
+    return (
+        None if len(set(counts)) == 1 else f"gate_up_proj is of {counts[0]} experts, down_proj of {counts[1]}"
+    )
+
+
 def _compute_dtype(model: nn.Module) -> torch.dtype:
     """What the model computes in: the dtype of its first weight that has one of ktops' dtypes."""
     return next((p.dtype for p in model.parameters() if p.dtype in COMPUTE_DTYPES), torch.bfloat16)
-
-
-def _layer_of(checkpoint: Checkpoint, name: str) -> Layer:
-    """The layer of a checkpoint for an experts module: of its number and, of several, the most alike name."""
-    match = LAYER.match(f"{name}.")
-    if match is None:
-        raise ValueError(f"load_experts: {name} must be in a numbered layer: model.layers.3.mlp.experts")
-    found = [layer for layer in checkpoint.layers if layer.index == int(match[1])]
-    if not found:
-        numbers = [layer.index for layer in checkpoint.layers]
-        there = f"those of layers {min(numbers)} to {max(numbers)}" if numbers else "no experts"
-        raise CheckpointError(
-            f"{name}: the experts of layer {match[1]} are missing in {checkpoint.path}, which has {there}"
-        )
-    wanted = name.split(".")
-
-    def likeness(layer: Layer) -> tuple[bool, int, int]:
-        parts = layer.name.split(".")
-        return parts == wanted, -len(set(parts) ^ set(wanted)), -len(parts)
-
-    return max(found, key=likeness)
 
 
 def _sizes(module: nn.Module) -> tuple[int, int, int] | None:

@@ -1,4 +1,4 @@
-"""What checkpoints call the tensors of experts.
+"""What checkpoints call the tensors of experts, without a model to ask (:mod:`.model_names` asks one).
 
 Per expert   {base}.layers.{L}.mlp.experts.{e}.{gate_proj, up_proj, down_proj}.{tensor}, with other names for
              mlp, and w1, w3, w2 for the projections
@@ -8,6 +8,7 @@ GGUF         blk.{L}.ffn_{gate, up, down, gate_up}_exps.{tensor}
 """
 
 import re
+from collections.abc import Iterable
 from typing import NamedTuple
 
 EXPERTS = re.compile(r"((?:.+\.)?(?:layers|blocks|h)\.(\d{1,9})\.(?:.+\.)?experts)\.(.+)")
@@ -22,16 +23,24 @@ PROJECTIONS = {
 
 EVERY_EXPERT = -1
 
+CONCATENATED, INTERLEAVED = "concatenated", "interleaved"
+"""How the rows of gate and up lie in one tensor: all of gate first, or alternating."""
+
+_LISTED = 12
+
 
 class Key(NamedTuple):
     """What a tensor's name says.
 
     Attributes:
-        experts: the name of the experts module in the checkpoint, "model.layers.3.mlp.experts".
+        experts: the name of the experts in the checkpoint, "model.layers.3.mlp.experts".
         layer: its number.
         expert: which one; EVERY_EXPERT if the tensor holds all.
         projection: "gate", "up", "down" or "gate_up".
         tensor: "weight", "bias", "weight_scale", ...
+        module: the experts module of the model that transformers loads it into; None if there is none.
+        layout: CONCATENATED or INTERLEAVED; None: told by the tensors; else the name of an operation of
+            transformers that ktops does not know.
     """
 
     experts: str
@@ -39,14 +48,16 @@ class Key(NamedTuple):
     expert: int
     projection: str
     tensor: str
+    module: str | None = None
+    layout: str | None = None
 
 
 def parse(name: str) -> Key | None:
     """The parts of the name of an expert's tensor; None for any other tensor.
 
     Example:
-        >>> parse("model.layers.3.mlp.experts.7.up_proj.weight")
-        Key(experts='model.layers.3.mlp.experts', layer=3, expert=7, projection='up', tensor='weight')
+        >>> parse("model.layers.3.mlp.experts.7.up_proj.weight")[:5]
+        ('model.layers.3.mlp.experts', 3, 7, 'up', 'weight')
     """
     match = GGUF.fullmatch(name)
     if match:
@@ -56,12 +67,47 @@ def parse(name: str) -> Key | None:
     if not match:
         return None
     experts, layer, rest = match.groups()
+    found = parse_tensor(rest)
+    return None if found is None else Key(experts, int(layer), *found)
+
+
+def parse_tensor(rest: str) -> tuple[int, str, str] | None:
+    """Expert, projection and tensor of a name without that of the experts; None if it is of no expert.
+
+    Example:
+        >>> parse_tensor("7.up_proj.weight")
+        (7, 'up', 'weight')
+    """
     one = ONE_EXPERT.fullmatch(rest)
     if one:
         expert, projection, tensor = one.groups()
-        return Key(experts, int(layer), int(expert), PROJECTIONS[projection], tensor)
+        return int(expert), PROJECTIONS[projection], tensor
     fused = FUSED.fullmatch(rest)
     if fused:
         projection, tensor = fused.groups()
-        return Key(experts, int(layer), EVERY_EXPERT, PROJECTIONS[projection], tensor or "weight")
+        return EVERY_EXPERT, PROJECTIONS[projection], tensor or "weight"
     return None
+
+
+def family(name: str) -> str:
+    """What stands before the number of the layer: the same for all layers of a part of a model.
+
+    Example:
+        >>> family("thinker.model.layers.3.mlp.experts")
+        'thinker.model.layers.'
+    """
+    numbers = list(re.finditer(r"(?:^|(?<=\.))\d+(?=\.|$)", name))
+    return name[: numbers[-1].start()] if numbers else name
+
+
+def summary(names: Iterable[str]) -> str:
+    """Names for people, numbers as ``*``; those that could be experts' first.
+
+    Example:
+        >>> summary(f"model.layers.{layer}.moe.w1" for layer in range(48))
+        'model.layers.*.moe.w1'
+    """
+    kinds = dict.fromkeys(re.sub(r"(?:^|(?<=\.))\d+(?=\.|$)", "*", name) for name in names)
+    ordered = sorted(kinds, key=lambda kind: not re.search("expert|moe|exps|mlp|ffn|feed_forward", kind))
+    more = f" and {len(ordered) - _LISTED} more" if len(ordered) > _LISTED else ""
+    return (", ".join(ordered[:_LISTED]) or "none") + more

@@ -1,12 +1,15 @@
-"""Four-bit integers in int32 words: GPTQ, AWQ and compressed-tensors' pack-quantized, into int4 and uint4.
+"""Integers in int32 words: GPTQ, AWQ and compressed-tensors' pack-quantized, into int4, uint4 and int8.
 
-GPTQ   qweight int32 [K / 8, N], the lowest nibble first along K; scales [G, N]; qzeros int32 [G, N / 8],
-       nibbles one less than the zero point (format "gptq_v2": the zero point); g_idx int32 [K], the group of
-       every column
-AWQ    qweight int32 [K, N / 8], nibbles along N in the order 0, 2, 4, 6, 1, 3, 5, 7; scales [G, N]; qzeros
-       int32 [G, N / 8] in the same order
-pack-quantized   weight_packed int32 [N, ceil(K / 8)], the lowest nibble first; weight_scale [N, G];
-       weight_zero_point int32 [ceil(N / 8), G], packed along N; weight_g_idx as GPTQ's
+Words hold 32 / bits codes. Of 4 bits and with the lowest code first, they are the bytes of int4's rows.
+
+GPTQ   qweight int32 [K * bits / 32, N], the lowest code first along K; scales [G, N]; qzeros int32
+       [G, N * bits / 32], codes one less than the zero point (format "gptq_v2": the zero point); g_idx int32
+       [K], the group of every column
+AWQ    4 bits: qweight int32 [K, N / 8], nibbles along N in the order 0, 2, 4, 6, 1, 3, 5, 7; scales [G, N];
+       qzeros int32 [G, N / 8] in the same order
+pack-quantized   weight_packed int32 [N, ceil(K * bits / 32)], the lowest code first; weight_scale [N, G];
+       weight_zero_point int32 [ceil(N * bits / 32), G], packed along N, or int8 [N, G] less the middle of the
+       codes; weight_g_idx as GPTQ's
 """
 
 from typing import NamedTuple
@@ -15,8 +18,9 @@ import torch
 from torch import Tensor
 
 from ktops._warn import warn_once
-from ktops.checkpoints.errors import CheckpointError
+from ktops.checkpoints.errors import CheckpointError, UnknownScheme
 from ktops.checkpoints.matrix import Field, Fields, Matrix, expect, expect_dim
+from ktops.checkpoints.quantization_config import Packing
 from ktops.checkpoints.view import View
 from ktops.formats.format import FLOAT_SCALES
 from ktops.formats.integer import unpack_nibbles
@@ -25,38 +29,59 @@ AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 CHUNK = 128
 """Columns of AWQ weights that are unpacked at a time."""
 
+WIDTHS = range(1, 9)
+LAYOUTS = (None, "gptq", "gptq_v2", "gptq_p", "gemm", "exllama", "ipex")
+"""Of the tensors of GPTQ and AWQ, those that are as above; with 4 and 8 bits "gptq_p" is "gptq_v2"."""
+
 Tensors = dict[str, View]
 
 
-class Packing(NamedTuple):
-    """What config.json says of packed weights; None: nothing."""
-
-    bits: int | None = None
-    group_size: int | None = None
-    zero_offset: int = 1
-
-
-def nibbles(words: Tensor, dim: int = -1) -> Tensor:
-    """int32 [..., n] -> uint8 [..., 8 n], the lowest first; along another dimension if asked."""
+def unpacked(words: Tensor, bits: int = 4, dim: int = -1) -> Tensor:
+    """int32 [..., n] -> uint8 [..., 32 / bits * n] of 4 or 8 bits, the lowest first; or along another
+    dimension."""
     words = words.movedim(dim, -1).contiguous()
-    return unpack_nibbles(words.view(torch.uint8), words.shape[-1] * 8).movedim(-1, dim)
+    codes = words.view(torch.uint8)
+    return (unpack_nibbles(codes, words.shape[-1] * 8) if bits == 4 else codes).movedim(-1, dim)
+
+
+def signed(codes: Tensor) -> Tensor:
+    """uint8 codes of 8 bits -> int8, less 128"""
+    return (codes ^ 128).view(torch.int8)
 
 
 def _group_size(scales: View, groups: int, columns: int, packing: Packing) -> int:
+    """The shapes decide; what the config says, where it fits them, tells how long the last group is."""
+    if groups == 1:
+        return 0
     size = packing.group_size or 0
-    if size <= 0:
-        size = 0 if groups == 1 else -(-columns // groups)
-    if (1 if size == 0 else -(-columns // size)) != groups:
+    if size > 0 and -(-columns // size) == groups:
+        return size
+    if columns % max(groups, 1) or not groups:
+        known = f" and group_size {size}" if size > 0 else ""
         raise CheckpointError(
-            f"{scales}: must have {1 if size == 0 else -(-columns // size)} groups for {columns} columns and "
-            f"group_size {size}, got shape {list(scales.shape)}"
+            f"{scales}: must have a number of groups that fits {columns} columns{known}, got shape "
+            f"{list(scales.shape)}"
         )
-    return 0 if groups == 1 else size
+    return columns // groups
 
 
-def _expect_4_bits(view: View, packing: Packing) -> None:
-    if packing.bits not in (None, 4):
-        raise CheckpointError(f"{view}: ktops reads packed weights of 4 bits, got {packing.bits}")
+def _width(fits: list[int], packing: Packing) -> int:
+    """The bits of a weight, of those that fit the shapes: what the config says, or else 4, or else 8."""
+    return next((bits for bits in (packing.bits, 4, 8) if bits in fits), fits[0] if fits else 4)
+
+
+def _fitting(words: int, count: int, among=WIDTHS) -> list[int]:
+    """The widths of which so many words hold so many codes."""
+    return [bits for bits in among if words == -(-count * bits // 32)]
+
+
+def _expect_readable(view: View, bits: int, symmetric: bool = True) -> None:
+    if bits not in (4, 8) or (bits == 8 and not symmetric):
+        given = f"{bits} bits" if symmetric else f"{bits} bits with other zero points"
+        raise CheckpointError(
+            f"{view}: ktops reads packed weights of 4 bits, and of 8 bits whose zero point is 128, got "
+            f"{given}"
+        )
 
 
 class Gptq(NamedTuple):
@@ -66,8 +91,10 @@ class Gptq(NamedTuple):
     qzeros: View
     scales: View
     g_idx: View | None
+    bits: int
     group_size: int
-    zero_offset: int
+    zero_offset: int | None
+    symmetric: bool | None
 
     @property
     def rows(self) -> int:
@@ -75,11 +102,21 @@ class Gptq(NamedTuple):
 
     @property
     def columns(self) -> int:
-        return self.qweight.shape[0] * 8
+        return self.qweight.shape[0] * 32 // self.bits
+
+    @property
+    def middle(self) -> int:
+        return 1 << self.bits - 1
+
+    def stored_zeros(self) -> Tensor:
+        """uint8 [G, N], as they are in the file"""
+        return unpacked(self.qzeros.read(), self.bits)[:, : self.rows]
 
     def zeros(self) -> Tensor:
-        """uint8 [G, N]"""
-        return nibbles(self.qzeros.read()) + self.zero_offset
+        """int16 [G, N]"""
+        if self.symmetric:
+            return torch.full(self.scales.shape, self.middle, dtype=torch.int16)
+        return self.stored_zeros().to(torch.int16) + self.zero_offset
 
     def groups(self) -> Tensor:
         """The group of every column, int64 [K]."""
@@ -94,7 +131,7 @@ class Gptq(NamedTuple):
         return not torch.equal(self.groups(), torch.arange(self.columns) // self.group_size)
 
     def codes(self) -> Tensor:
-        """uint8 [N, K / 2]: the words along K are the bytes of int4's rows, once transposed."""
+        """uint8 [N, K / 2], or [N, K]: the words along K are the bytes of int4's rows, once transposed."""
         return self.qweight.read().T.contiguous().view(torch.uint8)
 
     def dense(self, dtype: torch.dtype) -> Tensor:
@@ -103,47 +140,88 @@ class Gptq(NamedTuple):
         codes, out = self.codes(), torch.empty(self.rows, self.columns, dtype=dtype)
         for row in range(0, self.rows, 128):
             rows = slice(row, row + 128)
-            integers = unpack_nibbles(codes[rows], self.columns).float() - zeros[:, rows].T[:, groups]
-            out[rows] = integers * scales[:, rows].T[:, groups]
+            integers = unpack_nibbles(codes[rows], self.columns) if self.bits == 4 else codes[rows]
+            out[rows] = (integers.float() - zeros[:, rows].T[:, groups]) * scales[:, rows].T[:, groups]
         return out
 
+    def matrix(self, symmetric: bool) -> Matrix:
+        grouped, size, where = self.scales.shape[::-1], self.group_size, str(self.qweight)
+        scale = Field.of(self.scales).then(lambda t: t.T, grouped)
+        if self.bits == 8:
+            shape = (self.rows, self.columns)
+            codes = Field(shape, torch.int8, make=lambda: signed(self.codes()))
+            return Matrix("int8", size, *shape, Fields(codes, scale), "gptq", where)
+        codes = Field((self.rows, self.columns // 2), torch.uint8, make=self.codes)
+        zero = Field(grouped, torch.uint8, make=lambda: self.zeros().T.to(torch.uint8))
+        fields = Fields(codes, scale, None if symmetric else zero)
+        return Matrix("int4" if symmetric else "uint4", size, self.rows, self.columns, fields, "gptq", where)
 
-def gptq(matrices: list[Tensors], packing: Packing) -> list[Matrix]:
-    """All matrices of a projection: uint4, int4 if every zero point is 8, or dense if columns of a group are
-    apart (act-order)."""
-    parts = [_gptq(tensors, packing) for tensors in matrices]
+
+def gptq(matrices: list[tuple[Tensors, Packing]]) -> list[Matrix]:
+    """All matrices of a projection: uint4, or int4 and int8 if every zero point is in the middle, or dense if
+    columns of a group are apart (act-order)."""
+    parts = [_gptq(tensors, packing) for tensors, packing in matrices]
     if any(part.is_reordered() for part in parts):
         dtype = torch.float16 if parts[0].scales.dtype == torch.float16 else torch.bfloat16
         return _dense(parts, dtype)
-    symmetric = all(bool((part.zeros() == 8).all()) for part in parts)
-    made = []
+    symmetric = {}
     for part in parts:
-        grouped = part.scales.shape[::-1]
-        fields = Fields(
-            Field((part.rows, part.columns // 2), torch.uint8, make=part.codes),
-            Field.of(part.scales).then(lambda t: t.T, grouped),
-            None if symmetric else Field(grouped, torch.uint8, make=lambda part=part: part.zeros().T),
-        )
-        name = "int4" if symmetric else "uint4"
-        made.append(Matrix(name, part.group_size, part.rows, part.columns, fields, "gptq", str(part.qweight)))
-    return made
+        same = part.symmetric or bool((part.zeros() == part.middle).all())
+        _expect_readable(part.qweight, part.bits, same)
+        symmetric[part.bits] = symmetric.get(part.bits, True) and same
+    return [part.matrix(symmetric[part.bits]) for part in parts]
 
 
 def _gptq(tensors: Tensors, packing: Packing) -> Gptq:
     qweight, qzeros, scales = tensors["qweight"], tensors["qzeros"], tensors["scales"]
-    _expect_4_bits(qweight, packing)
-    expect_dim(qweight, 2)
-    expect_dim(scales, 2)
+    for view in (qweight, qzeros, scales):
+        expect_dim(view, 2)
+    _expect_layout(qweight, packing)
     words, rows = qweight.shape
-    groups, columns = scales.shape[0], words * 8
+    groups, g_idx = scales.shape[0], tensors.get("g_idx")
+    fits = _fitting(qzeros.shape[1], rows)
+    if g_idx is not None and g_idx.dim == 1:
+        fits = _fitting(words, g_idx.shape[0], fits)
+    bits = _width(fits, packing)
+    _expect_readable(qweight, bits)
+    columns = words * 32 // bits
     expect(qweight, (words, rows), torch.int32)
     expect(scales, (groups, rows), *FLOAT_SCALES)
-    expect(qzeros, (groups, rows // 8), torch.int32)
-    g_idx = tensors.get("g_idx")
+    expect(qzeros, (groups, -(-rows * bits // 32)), torch.int32)
     if g_idx is not None:
         expect(g_idx, (columns,), torch.int32, torch.int64)
     size = _group_size(scales, groups, columns, packing)
-    return Gptq(qweight, qzeros, scales, g_idx, size, packing.zero_offset)
+    made = Gptq(qweight, qzeros, scales, g_idx, bits, size, packing.zero_offset, packing.symmetric)
+    return _with_known_zeros(made)
+
+
+def _with_known_zeros(part: Gptq) -> Gptq:
+    """Warns where zero points are not what the config says, or where nothing says how they are stored."""
+    if part.zero_offset is not None and not part.symmetric:
+        return part
+    stored = part.stored_zeros()
+    middle = [bool((stored + offset == part.middle).all()) for offset in (0, 1)]
+    folder = part.qzeros.file.path.parent
+    if part.symmetric:
+        if not (any(middle) if part.zero_offset is None else middle[part.zero_offset]):
+            warn_once(
+                f"ktops: the zero points of the GPTQ weights in {folder} are taken to be {part.middle}, as "
+                "the quantization config says (sym: true), though there are others in qzeros"
+            )
+        return part
+    offset = 0 if middle[0] else 1
+    if not middle[1]:
+        warn_once(
+            f"ktops: nothing in {folder} says how the zero points of the GPTQ weights are stored: they are "
+            f"taken to be as {'gptq_v2 has them, as they are' if middle[0] else 'gptq has them, less one'}. "
+            "quantize_config.json says it: checkpoint_format"
+        )
+    return part._replace(zero_offset=offset)
+
+
+def _expect_layout(view: View, packing: Packing) -> None:
+    if packing.layout not in LAYOUTS:
+        raise UnknownScheme(f"{view}: unknown scheme: the layout {packing.layout!r} of packed weights")
 
 
 def _dense(parts: list[Gptq], dtype: torch.dtype) -> list[Matrix]:
@@ -161,19 +239,17 @@ def _dense(parts: list[Gptq], dtype: torch.dtype) -> list[Matrix]:
     return made
 
 
-def awq(matrices: list[Tensors], packing: Packing) -> list[Matrix]:
-    return [_awq(tensors, packing) for tensors in matrices]
-
-
-def _awq(tensors: Tensors, packing: Packing) -> Matrix:
+def awq(tensors: Tensors, packing: Packing) -> Matrix:
     qweight, qzeros, scales = tensors["qweight"], tensors["qzeros"], tensors["scales"]
-    _expect_4_bits(qweight, packing)
-    expect_dim(qweight, 2)
-    expect_dim(scales, 2)
-    (columns, words), groups = qweight.shape, scales.shape[0]
-    rows = words * 8
-    expect(qweight, (columns, words), torch.int32)
-    expect(scales, (groups, rows), *FLOAT_SCALES)
+    for view in (qweight, qzeros, scales):
+        expect_dim(view, 2)
+    _expect_layout(qweight, packing)
+    (columns, words), (groups, rows) = qweight.shape, scales.shape
+    bits = _width(_fitting(words, rows), packing)
+    if bits != 4:
+        raise CheckpointError(f"{qweight}: ktops reads AWQ weights of 4 bits, got {bits} bits")
+    expect(qweight, (columns, rows // 8), torch.int32)
+    expect(scales, (groups, words * 8), *FLOAT_SCALES)
     expect(qzeros, (groups, words), torch.int32)
     size = _group_size(scales, groups, columns, packing)
 
@@ -198,41 +274,67 @@ def _awq(tensors: Tensors, packing: Packing) -> Matrix:
 
 def _in_awq_order(words: Tensor) -> Tensor:
     """int32 [n, N / 8] -> uint8 [n, N]"""
-    packed = nibbles(words).unflatten(-1, (-1, 8))
+    packed = unpacked(words).unflatten(-1, (-1, 8))
     return packed[..., torch.tensor(AWQ_ORDER).argsort()].flatten(-2)
 
 
 def pack_quantized(tensors: Tensors, packing: Packing) -> Matrix:
     weight, scale = tensors["weight_packed"], tensors["weight_scale"]
-    _expect_4_bits(weight, packing)
     expect_dim(weight, 2)
     expect_dim(scale, 2)
     rows, words = weight.shape
     expect(weight, (rows, words), torch.int32)
-    columns = words * 8
-    shape = tensors.get("weight_shape")
-    if shape is not None:
-        expect(shape, (2,), torch.int32, torch.int64)
-        given = shape.read().tolist()
-        if given[0] != rows or -(-given[1] // 8) != words:
-            raise CheckpointError(f"{shape}: {given} does not fit weight_packed of shape {[rows, words]}")
-        columns = given[1]
+    bits, columns = _width_and_columns(tensors, packing)
+    _expect_readable(weight, bits)
     groups = scale.shape[1]
     expect(scale, (rows, groups), *FLOAT_SCALES)
     size = _group_size(scale, groups, columns, packing)
     _expect_in_order(tensors.get("weight_g_idx"), columns, size)
-    as_bytes = Field.of(weight.viewed(torch.uint8, rows, words * 4))
+    zeros = _packed_zeros(tensors, packing, bits, (rows, groups))
+    codes = Field.of(weight.viewed(torch.uint8, rows, words * 4))
+    if bits == 8:
+        _expect_readable(weight, bits, zeros is None or bool((zeros.read() == 128).all()))
+        codes = codes.then(lambda t: signed(t[:, :columns]), (rows, columns), torch.int8)
+        fields = Fields(codes, Field.of(scale))
+        return Matrix("int8", size, rows, columns, fields, "pack-quantized", str(weight))
     used = -(-columns // 2)
     if used != words * 4:
-        as_bytes = as_bytes.then(lambda t: t[:, :used], (rows, used))
-    zero = tensors.get("weight_zero_point")
+        codes = codes.then(lambda t: t[:, :used], (rows, used))
+    name = "int4" if zeros is None else "uint4"
+    fields = Fields(codes, Field.of(scale), zeros)
+    return Matrix(name, size, rows, columns, fields, "pack-quantized", str(weight))
+
+
+def _width_and_columns(tensors: Tensors, packing: Packing) -> tuple[int, int]:
+    """By weight_shape; by the config if there is none."""
+    weight, shape = tensors["weight_packed"], tensors.get("weight_shape")
+    rows, words = weight.shape
+    if shape is None:
+        bits = packing.bits if packing.bits in WIDTHS else 4
+        return bits, words * 32 // bits
+    expect(shape, (2,), torch.int32, torch.int64)
+    given = shape.read().tolist()
+    fits = _fitting(words, given[1])
+    if given[0] != rows or not fits:
+        raise CheckpointError(f"{shape}: {given} does not fit weight_packed of shape {[rows, words]}")
+    return _width(fits, packing), given[1]
+
+
+def _packed_zeros(tensors: Tensors, packing: Packing, bits: int, shape: tuple[int, int]) -> Field | None:
+    zero, rows = tensors.get("weight_zero_point"), shape[0]
     if zero is None:
-        fields = Fields(as_bytes, Field.of(scale))
-        return Matrix("int4", size, rows, columns, fields, "pack-quantized", str(weight))
-    expect(zero, (-(-rows // 8), groups), torch.int32)
-    zeros = Field.of(zero).then(lambda t: nibbles(t, 0)[:rows], (rows, groups), torch.uint8)
-    fields = Fields(as_bytes, Field.of(scale), zeros)
-    return Matrix("uint4", size, rows, columns, fields, "pack-quantized", str(weight))
+        if packing.symmetric is False:
+            weight = tensors["weight_packed"]
+            raise CheckpointError(
+                f"{weight}: weight_zero_point is missing beside it: the quantization config says symmetric: "
+                "false"
+            )
+        return None
+    if zero.dtype == torch.int8:
+        expect(zero, shape)
+        return Field.of(zero).then(lambda t: t.view(torch.uint8) + (1 << bits - 1), shape, torch.uint8)
+    expect(zero, (-(-rows * bits // 32), shape[1]), torch.int32)
+    return Field.of(zero).then(lambda t: unpacked(t, bits, 0)[:rows], shape, torch.uint8)
 
 
 def _expect_in_order(g_idx: View | None, columns: int, group_size: int) -> None:

@@ -4,13 +4,15 @@ The tensors of a matrix go by what follows its name: ``weight``, ``weight_scale_
 """
 
 import json
+import re
 
 import torch
 from torch import Tensor
 
-from ktops.checkpoints.errors import CheckpointError
+from ktops.checkpoints.errors import CheckpointError, UnknownScheme
 from ktops.checkpoints.matrix import Field, Fields, Matrix, expect, expect_dim
 from ktops.checkpoints.packed import Packing, Tensors, awq, gptq, pack_quantized
+from ktops.checkpoints.quantization_config import QuantizationConfig
 from ktops.checkpoints.view import View
 from ktops.formats import get_format
 from ktops.formats.floating import exponents
@@ -21,65 +23,125 @@ PLAIN = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 SCALES = ("weight_scale_inv", "weight_scale", "scale_inv", "scale", "scales")
 """What the scales of floating-point and 8-bit weights are called."""
 
-IGNORED = ("bias", "input_scale", "input_zero_point", "activation_scale", "weight_g_idx")
-"""Tensors that do not say what the weights are: of the activations, or looked up by the scheme itself."""
+OF_ACTIVATIONS = re.compile(
+    "(input|output|act|activation|k|v|kv|q|attn|kv_cache)_"
+    "(scale|zero_point|global_scale|scale_inv|scale_ub|min|max|amax|observer)"
+)
+"""Tensors that do not say what the weights are."""
+
+LOOKED_UP = ("bias", "g_idx", "weight_g_idx", "weight_shape")
+"""Tensors that may be there or not."""
+
+GPTQ = ("qweight", "qzeros", "scales")
+
+OTHERS = {
+    "weight_global_scale": "NVFP4",
+    "weight_scale_2": "NVFP4 of ModelOpt",
+    "pre_quant_scale": "weights of scaled activations (AWQ of ModelOpt, SmoothQuant)",
+    "smooth_scale": "weights of scaled activations",
+    "SCB": "LLM.int8 of bitsandbytes",
+    "absmax": "4 bits of bitsandbytes",
+    "W_q": "HQQ",
+    "weight_qdata": "torchao",
+    "w_bf16_to_fp8_scale": "AutoRound's integers for FP8 activations",
+    "codebooks": "AQLM",
+    "Qidxs": "QuIP#",
+    "trellis": "EXL3",
+    "q_weight": "EXL2",
+    "B": "Marlin",
+    "weight_zero_point": "8 bits with zero points",
+}
+"""Tensors of schemes that are not read, by which they are known."""
 
 BLOCK = 128
 
 
-def matrices(parts: list[Tensors], packing: Packing, *, stacked: bool) -> list[Matrix]:
-    """The matrices of a layer's projection, checked: shapes and dtypes, of GPTQ also groups and zero points.
+def is_of_activations(name: str) -> bool:
+    """Whether a tensor, by what follows its matrix' name, does not say what the weights are."""
+    return OF_ACTIVATIONS.fullmatch(name) is not None
+
+
+def matrices(parts: list[Tensors], config: QuantizationConfig, *, stacked: bool) -> list[Matrix]:
+    """The matrices of a layer's projection, checked: shapes, dtypes, of packed ones groups and zero points.
 
     Args:
-        parts: the tensors of each, of all experts.
-        packing: what config.json says.
+        parts: the tensors of each, of all experts. They may be in several schemes.
+        config: what is said of packed weights.
         stacked: two of them stand one above the other, so that blocks of rows must fit together.
 
     Raises:
         CheckpointError: naming the tensor and the file.
     """
-    kinds = {frozenset(tensors) for tensors in parts}
-    if len(kinds) > 1:
-        _raise_uneven(parts)
-    (names,) = kinds
-    first = parts[0]
-    if {"qweight", "qzeros", "scales"} <= names:
-        _expect_no_others(first, "qweight", "qzeros", "scales", "g_idx")
-        return _gptq_or_awq(parts, packing)
-    return [_matrix(tensors, packing, stacked) for tensors in parts]
+    kinds: dict[frozenset[str], list[int]] = {}
+    for index, tensors in enumerate(parts):
+        kinds.setdefault(frozenset(tensors).difference(LOOKED_UP), []).append(index)
+    _expect_complete(parts, kinds)
+    made: dict[int, Matrix] = {}
+    try:
+        for names, indices in kinds.items():
+            alike = [(parts[index], _packing(parts[index], config)) for index in indices]
+            made |= zip(indices, _alike(names, alike, stacked), strict=True)
+    except UnknownScheme as error:
+        raise UnknownScheme(f"{error} ({config})" if str(config) else str(error)) from None
+    return [made[index] for index in range(len(parts))]
 
 
-def _raise_uneven(parts: list[Tensors]) -> None:
-    everything = set().union(*parts)
-    for tensors in parts:
-        for missing in sorted(everything - set(tensors)):
-            kind, known = next(iter(tensors.items()))
-            raise CheckpointError(
-                f"{known.name.removesuffix(kind)}{missing} is missing in {known.file.path}: other experts "
-                "have it"
-            )
+def _packing(tensors: Tensors, config: QuantizationConfig) -> Packing:
+    kind, view = next(iter(tensors.items()))
+    return config.packing(view.name.removesuffix(kind).rstrip("._"))
 
 
-def _expect_no_others(tensors: Tensors, *known: str) -> None:
-    others = sorted(set(tensors) - {*known, *IGNORED})
-    if others:
+def _alike(names: frozenset[str], parts: list[tuple[Tensors, Packing]], stacked: bool) -> list[Matrix]:
+    """Matrices with tensors of the same names."""
+    if names.issuperset(GPTQ):
+        for tensors, _ in parts:
+            _expect_no_others(tensors, *GPTQ)
+        if _is_gptq(*parts[0]):
+            return gptq(parts)
+        return [awq(*part) for part in parts]
+    return [_matrix(tensors, packing, stacked) for tensors, packing in parts]
+
+
+def _expect_complete(parts: list[Tensors], kinds: dict[frozenset[str], list[int]]) -> None:
+    """Experts of several schemes may be, but not with a part of the tensors that others have."""
+    for names, indices in kinds.items():
+        larger = next((other for other in kinds if names < other), None)
+        tensors = parts[indices[0]]
+        if larger is None or (names == {"weight"} and tensors["weight"].dtype in PLAIN):
+            continue
+        kind, known = next(iter(tensors.items()))
+        missing = min(larger - names)
         raise CheckpointError(
-            f"{tensors[others[0]]}: unknown scheme: ktops does not know what {', '.join(others)} mean beside "
-            f"{', '.join(sorted(set(tensors) - set(others))) or 'nothing else'}"
+            f"{known.name.removesuffix(kind)}{missing} is missing in {known.file.path}: other experts have it"
         )
 
 
-def _gptq_or_awq(parts: list[Tensors], packing: Packing) -> list[Matrix]:
-    qweight, scales = parts[0]["qweight"], parts[0]["scales"]
-    expect_dim(qweight, 2)
-    expect_dim(scales, 2)
+def _expect_no_others(tensors: Tensors, *used: str) -> None:
+    others = sorted(set(tensors) - {*used, *LOOKED_UP})
+    if others:
+        known = ", ".join(sorted(set(tensors) - set(others))) or "nothing else"
+        raise UnknownScheme(
+            f"{tensors[others[0]]}: unknown scheme: {_called(others)}ktops does not know what "
+            f"{', '.join(others)} mean beside {known}"
+        )
+
+
+def _called(names: list[str]) -> str:
+    return next((f"{OTHERS[name]}: " for name in names if name in OTHERS), "")
+
+
+def _is_gptq(tensors: Tensors, packing: Packing) -> bool:
+    qweight, qzeros, scales = (tensors[name] for name in GPTQ)
+    for view in (qweight, qzeros, scales):
+        expect_dim(view, 2)
     if qweight.shape[1] == scales.shape[1]:
-        return gptq(parts, packing)
-    if qweight.shape[1] * 8 == scales.shape[1]:
-        return awq(parts, packing)
-    raise CheckpointError(
+        return True
+    if qweight.shape[1] * 8 == scales.shape[1] or qweight.shape[1] == qzeros.shape[1]:
+        return False
+    layout = f", but the layout {packing.layout!r}" if packing.layout else ""
+    raise UnknownScheme(
         f"{qweight}: unknown scheme: shape {list(qweight.shape)} with scales {list(scales.shape)} is neither "
-        "GPTQ nor AWQ of 4 bits"
+        f"GPTQ nor AWQ of 4 bits{layout}"
     )
 
 
@@ -92,41 +154,66 @@ def _matrix(tensors: Tensors, packing: Packing, stacked: bool) -> Matrix:
     if "weight_packed" in tensors:
         return _compressed(tensors, packing)
     if "weight" not in tensors:
-        known = next(iter(tensors.values()))
-        raise CheckpointError(f"{known}: the weight that belongs to it is missing, or the scheme is unknown")
+        known, called = next(iter(tensors.values())), _called(sorted(tensors))
+        raise UnknownScheme(
+            f"{known}: {called}the weight that belongs to it is missing, or the scheme is unknown"
+        )
     weight = tensors["weight"]
     scale = next((tensors[name] for name in SCALES if name in tensors), None)
+    zero = tensors.get("weight_zero_point")
+    if zero is not None and not zero.read().float().any():
+        tensors = {name: view for name, view in tensors.items() if view is not zero}
     _expect_no_others(tensors, "weight", *SCALES)
     if weight.blocks is not None:
         return _gguf(weight)
     expect_dim(weight, 2)
     if weight.dtype in PLAIN:
         if scale is not None:
-            raise CheckpointError(f"{scale}: unknown scheme: a scale of weights in {weight.dtype}")
+            raise UnknownScheme(f"{scale}: unknown scheme: a scale of weights in {weight.dtype}")
         fields = Fields(Field.of(weight))
         return Matrix(PLAIN[weight.dtype], 0, *weight.shape, fields, PLAIN[weight.dtype], str(weight))
     if scale is None:
-        raise CheckpointError(f"{weight}: its scale is missing, or the scheme is unknown: {weight.dtype}")
-    return _scaled(weight, scale, stacked)
+        raise UnknownScheme(f"{weight}: its scale is missing, or the scheme is unknown: {weight.dtype}")
+    return _scaled(weight, scale, packing, stacked)
 
 
-def _scaled(weight: View, scale: View, stacked: bool) -> Matrix:
+def _scaled(weight: View, scale: View, packing: Packing, stacked: bool) -> Matrix:
     """8-bit and 4-bit weights with a scale, told by dtypes and shapes."""
     rows, columns = weight.shape
     groups = (rows, -(-columns // 32))
     if weight.dtype == torch.float8_e4m3fn and scale.dtype == torch.uint8 and scale.shape == groups:
         return _microscaling("mxfp8", weight, scale)
     if weight.dtype in (torch.int8, torch.uint8) and scale.dtype == torch.uint8:
+        _expect_floats(weight, packing)
         return _microscaling("mxfp4", weight, scale)
     if weight.dtype == torch.float8_e4m3fn:
         return _fp8(weight, scale, stacked)
     if weight.dtype == torch.int8:
-        return Matrix(
-            "int8", 0, rows, columns, Fields(Field.of(weight), _per_row(weight, scale)), "int8", str(weight)
-        )
-    raise CheckpointError(
+        return _int8(weight, scale)
+    raise UnknownScheme(
         f"{weight}: unknown scheme: {weight.dtype} with a scale {scale.dtype} {list(scale.shape)}"
     )
+
+
+def _int8(weight: View, scale: View) -> Matrix:
+    """With a scale of every row, of the tensor, or of groups of columns."""
+    rows, columns = weight.shape
+    groups = scale.shape[1] if scale.dim == 2 and scale.shape[0] == rows else 1
+    if groups <= 1 or columns % groups:
+        fields = Fields(Field.of(weight), _per_row(weight, scale))
+        return Matrix("int8", 0, rows, columns, fields, "int8", str(weight))
+    expect(scale, (rows, groups), *FLOAT_SCALES)
+    fields = Fields(Field.of(weight), Field.of(scale))
+    return Matrix("int8", columns // groups, rows, columns, fields, "int8", str(weight))
+
+
+def _expect_floats(weight: View, packing: Packing) -> None:
+    """Integers with E8M0 scales have the same tensors as MXFP4."""
+    if packing.data_type is not None and "int" in packing.data_type:
+        raise UnknownScheme(
+            f"{weight}: unknown scheme: weights of 4 bits with E8M0 scales, which the quantization config "
+            f"says are {packing.data_type}, not floats"
+        )
 
 
 def _per_row(weight: View, scale: View) -> Field:
@@ -187,16 +274,20 @@ def _compressed(tensors: Tensors, packing: Packing) -> Matrix:
     if scale is None:
         raise CheckpointError(f"{weight}: weight_scale is missing beside it")
     if weight.dtype == torch.uint8 and scale.dtype == torch.uint8:
-        _expect_no_others(tensors, "weight_packed", "weight_scale", "weight_shape")
+        _expect_no_others(tensors, "weight_packed", "weight_scale")
         expect_dim(weight, 2)
+        _expect_floats(weight, packing)
         return _microscaling("mxfp4", weight, scale)
-    _expect_no_others(tensors, "weight_packed", "weight_scale", "weight_shape", "weight_zero_point")
+    _expect_no_others(tensors, "weight_packed", "weight_scale", "weight_zero_point")
     return pack_quantized(tensors, packing)
 
 
 def _gguf(weight: View) -> Matrix:
     if weight.blocks not in BLOCKS:
-        raise CheckpointError(f"{weight}: unknown scheme: ktops has no format for {weight.blocks}")
+        raise UnknownScheme(
+            f"{weight}: unknown scheme: ktops has no format for {weight.blocks}, shape "
+            f"{list(weight.weights_shape)}"
+        )
     expect_dim(weight, 2)
     rows, size = weight.shape
     block, block_bytes = BLOCKS[weight.blocks]
@@ -243,7 +334,7 @@ def transposed(tensors: Tensors) -> Matrix:
     _expect_no_others(tensors, "weight")
     expect_dim(weight, 2)
     if weight.dtype not in PLAIN:
-        raise CheckpointError(f"{weight}: unknown scheme: transposed weights in {weight.dtype}")
+        raise UnknownScheme(f"{weight}: unknown scheme: transposed weights in {weight.dtype}")
     columns, rows = weight.shape
     name = PLAIN[weight.dtype]
     field = Field.of(weight).then(lambda t: t.T, (rows, columns))

@@ -59,7 +59,8 @@ class View:
         name: of the whole tensor.
         file, offset: where its bytes begin.
         dtype, shape: of the tensor.
-        blocks: name of the format, where these are ggml's blocks of bytes.
+        blocks: name of the type, where these are ggml's blocks of bytes.
+        columns: weights in a row of blocks.
     """
 
     name: str
@@ -68,6 +69,7 @@ class View:
     dtype: torch.dtype
     shape: tuple[int, ...]
     blocks: str | None = None
+    columns: int | None = None
 
     def __str__(self) -> str:
         return f"{self.name} in {self.file.path}"
@@ -80,14 +82,25 @@ class View:
     def dim(self) -> int:
         return len(self.shape)
 
+    @property
+    def weights_shape(self) -> tuple[int, ...]:
+        """The shape in weights; :attr:`shape` if these are no blocks."""
+        return self.shape if self.columns is None else (*self.shape[:-1], self.columns)
+
     def select(self, index: int) -> "View":
         """The slice at an index of the first dimension."""
         part = replace(self, shape=self.shape[1:])
         return replace(part, offset=self.offset + index * part.nbytes)
 
+    def tail(self, count: int) -> "View":
+        """The last elements of a tensor of one dimension."""
+        first = max(self.shape[0] - count, 0)
+        offset = self.offset + first * self.dtype.itemsize
+        return replace(self, offset=offset, shape=(self.shape[0] - first,))
+
     def viewed(self, dtype: torch.dtype, *shape: int) -> "View":
         """The same bytes as another dtype and shape."""
-        other = replace(self, dtype=dtype, shape=shape)
+        other = replace(self, dtype=dtype, shape=shape, columns=None)
         assert other.nbytes == self.nbytes
         return other
 

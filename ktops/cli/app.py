@@ -89,10 +89,20 @@ def finetune(
         str | None,
         typer.Option(
             metavar="FILE",
-            help="JSON or JSONL, alpaca (instruction, input, output) or messages (role, content).",
+            help="JSON or JSONL: messages, conversations, prompt and completion, alpaca (instruction, input, "
+            "output) or text.",
             rich_help_panel=_MODEL,
         ),
     ] = None,
+    ignore_keys: Annotated[
+        str,
+        typer.Option(
+            metavar="NAMES",
+            help="Keys of records and messages in FILE that are left out: id,source. Without it, a key that "
+            "the chat template doesn't write is an error.",
+            rich_help_panel=_MODEL,
+        ),
+    ] = "",
     eval_fraction: Annotated[
         float, typer.Option(help="Share of the examples in FILE that is held out.", rich_help_panel=_MODEL)
     ] = 0.05,

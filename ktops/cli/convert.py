@@ -12,6 +12,7 @@ from rich.console import Console
 import ktops
 from ktops.checkpoints import Checkpoint, CheckpointError, CheckpointWriter, Layer, open_checkpoint
 from ktops.checkpoints.checkpoint import MANIFEST
+from ktops.checkpoints.config_parts import with_quantization
 from ktops.checkpoints.experts import Experts, Requantized
 from ktops.checkpoints.layer import BIASES
 from ktops.checkpoints.progress import progress
@@ -108,8 +109,7 @@ def _require_destination(options: Options) -> None:
 
 def _plan(checkpoint: Checkpoint, options: Options) -> list[Part]:
     """Every layer, checked: nothing is written before all of it can be."""
-    if not checkpoint.layers:
-        raise CheckpointError(f"{checkpoint.path}: there are no tensors of experts")
+    checkpoint.require_layers()
     settings = {"group_size": options.group_size, "method": options.method or "rtn"}
     parts = []
     for layer in checkpoint.layers:
@@ -122,9 +122,15 @@ def _plan(checkpoint: Checkpoint, options: Options) -> list[Part]:
             raise
         except ValueError as error:
             raise UserError(f"--format {options.weight_format}: {layer.name}: {error}") from None
-        name = f"model.layers.{layer.index}.mlp.experts" if layer.name.startswith("blk.") else layer.name
-        parts.append(Part(name, layer, both))
+        parts.append(Part(_written_name(layer), layer, both))
     return parts
+
+
+def _written_name(layer: Layer) -> str:
+    """What the experts are called in DST: as in SRC, if that is a name of experts there."""
+    if layer.name.rpartition(".")[2] == "experts":
+        return layer.name
+    return layer.module or f"model.layers.{layer.index}.mlp.experts"
 
 
 def _settings(options: Options, checkpoint: Checkpoint) -> dict:
@@ -208,8 +214,9 @@ def _copy_files(writer: CheckpointWriter, checkpoint: Checkpoint, others: dict) 
         and path.name != REPORT
         and not path.name.startswith(".")
     )
-    if checkpoint.config and not any(name.endswith(QUANTIZED) for name in others):
-        writer.write_config({**checkpoint.config, "quantization_config": {"quant_method": "ktops"}})
+    quantised = checkpoint.config.get("quantization_config") is not None
+    if checkpoint.config and not (quantised and any(name.endswith(QUANTIZED) for name in others)):
+        writer.write_config(with_quantization(checkpoint.config, {"quant_method": "ktops"}))
 
 
 def _show(report: dict, options: Options, console: Console) -> None:

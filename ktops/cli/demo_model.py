@@ -3,8 +3,8 @@
 from pathlib import Path
 
 from ktops.cli import corpus
-from ktops.cli.data import from_alpaca
-from ktops.cli.encoding import CHAT_TEMPLATE
+from ktops.cli.layouts import from_alpaca
+from ktops.cli.rendering import CHAT_TEMPLATE
 
 VOCAB_SIZE = 2048
 MAX_LENGTH = 128
@@ -97,7 +97,7 @@ def make_tokenizer():
     train, _ = corpus.instructions()
     conversations = [
         "### Instruction:\n{}\n\n### Response:\n{}".format(
-            *(message["content"] for message in from_alpaca(record))
+            *(message["content"] for message in from_alpaca(record).messages)
         )
         for record in train
     ]

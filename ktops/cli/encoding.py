@@ -1,28 +1,14 @@
-"""Turns conversations into token ids, with the loss on the tokens of the answers only."""
+"""Turns examples into token ids, with the loss on the tokens of the answers only."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
-from ktops.cli.data import Conversation
 from ktops.cli.errors import UserError
+from ktops.cli.layouts import Conversation, Example, PlainText
+from ktops.cli.rendering import CHAT_TEMPLATE, answers
 
 IGNORED = -100
 """Label of a token without loss (the ignore_index of torch.nn.functional.cross_entropy)."""
-
-CHAT_TEMPLATE = (
-    "{%- for message in messages -%}"
-    "{%- if message.role == 'assistant' -%}"
-    "{{ '### Response:\\n' + message.content + eos_token }}"
-    "{%- else -%}"
-    "{{ '' if loop.first else '\\n\\n' }}"
-    "{{ '### ' + {'user': 'Instruction', 'system': 'System', 'tool': 'Input'}[message.role] + ':\\n' }}"
-    "{{ message.content }}"
-    "{%- if loop.last or loop.nextitem.role == 'assistant' -%}{{ '\\n\\n' }}{%- endif -%}"
-    "{%- endif -%}"
-    "{%- endfor -%}"
-    "{%- if add_generation_prompt -%}{{ '### Response:\\n' }}{%- endif -%}"
-)
-"""Given to a tokenizer that has no chat template: the headings of the alpaca prompt, the answer ended by
-eos."""
 
 
 @dataclass
@@ -50,61 +36,74 @@ def prepare_tokenizer(tokenizer) -> None:
         tokenizer.chat_template = CHAT_TEMPLATE
 
 
-def encode(conversations: list[Conversation], tokenizer, max_length: int) -> Encoded:
-    """``{"input_ids", "attention_mask", "labels"}`` of every conversation, cut to max_length tokens.
+def encode(examples: list[Example], tokenizer, max_length: int) -> Encoded:
+    """``{"input_ids", "attention_mask", "labels"}`` of every example, cut to max_length tokens.
 
-    Labels are the token ids where an answer stands (with the tokens that end it) and -100 elsewhere. A
-    conversation whose answers lie wholly behind max_length is dropped. A chat template that writes earlier
-    answers differently from the last one (as those that leave out old reasoning do) gives one example for
-    each answer.
+    Labels are the token ids where an answer stands (with the tokens that end it) and -100 elsewhere; of plain
+    text everything but the prompt is an answer, and the end-of-text token ends it. An example whose answers
+    lie wholly behind max_length is dropped. A chat template that writes earlier answers differently from the
+    last one (as those that leave out old reasoning do) gives one example for each answer.
+
+    Raises:
+        UserError: the chat template refuses a conversation, or leaves something of it out.
     """
     encoded = Encoded([])
-    for conversation in conversations:
-        for text, answers in _render(conversation, tokenizer):
-            tokens = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-            labels = [
-                token if any(first <= start < end for first, end in answers) else IGNORED
-                for token, (start, _) in zip(tokens["input_ids"], tokens["offset_mapping"], strict=True)
-            ]
-            encoded.truncated += len(labels) > max_length
+    for example in examples:
+        for ids, labels in _tokens(example, tokenizer):
+            encoded.truncated += len(ids) > max_length
             # The model predicts token i from the tokens before it: the first token never counts.
             if all(label == IGNORED for label in labels[1:max_length]):
                 encoded.dropped += 1
                 continue
             encoded.examples.append(
                 {
-                    "input_ids": tokens["input_ids"][:max_length],
-                    "attention_mask": tokens["attention_mask"][:max_length],
+                    "input_ids": ids[:max_length],
+                    "attention_mask": [1] * len(ids[:max_length]),
                     "labels": labels[:max_length],
                 }
             )
     return encoded
 
 
-def _render(conversation: Conversation, tokenizer) -> list[tuple[str, list[tuple[int, int]]]]:
-    """The text of a conversation and the (start, end) characters of its answers; several if answers don't
-    nest."""
+def encode_question(example: Example, tokenizer) -> list[int]:
+    """The token ids after which a model writes the last answer of an example; none for text without a
+    prompt."""
+    if isinstance(example, Conversation):
+        return tokenizer(answers(example, tokenizer)[-1].prompt, add_special_tokens=False)["input_ids"]
+    ids = tokenizer(example.prompt)["input_ids"] if example.prompt else []
+    return ids[:-1] if ids and ids[-1] == tokenizer.eos_token_id else ids
 
-    def render(messages, **kwargs):
-        try:
-            return tokenizer.apply_chat_template(messages, tokenize=False, **kwargs)
-        except Exception as error:  # templates raise what they like, in a jinja2 exception
-            roles = ", ".join(message["role"] for message in messages)
-            raise UserError(
-                f"the chat template refuses a conversation with the roles {roles}: {error}"
-            ) from None
 
-    turns = []
-    for i, message in enumerate(conversation):
-        if message["role"] == "assistant":
-            prompt = render(conversation[:i], add_generation_prompt=True)
-            text = render(conversation[: i + 1])
-            if not text.startswith(prompt):
-                prompt = render(conversation[:i])
-            if not text.startswith(prompt):
-                raise UserError("the chat template does not keep a prompt unchanged when its answer is added")
-            turns.append((text, (len(prompt), len(text))))
-    whole = turns[-1][0]
-    if all(whole.startswith(text) for text, _ in turns):
-        return [(whole, [span for _, span in turns])]
-    return [(text, [span]) for text, span in turns]
+def _tokens(example: Example, tokenizer) -> Iterator[tuple[list[int], list[int]]]:
+    """(token ids, labels) of an example; several if its answers don't nest."""
+    if isinstance(example, PlainText):
+        text = example.prompt + example.completion
+        tokens = tokenizer(text, return_offsets_mapping=True)
+        ids = tokens["input_ids"]
+        labels = _labels(tokens, [(len(example.prompt), len(text))]) if example.prompt else list(ids)
+        if ids[-1] != tokenizer.eos_token_id:
+            ids, labels = [*ids, tokenizer.eos_token_id], [*labels, IGNORED]
+        yield ids, [*labels[:-1], ids[-1]]
+        return
+    for text, spans in _texts(example, tokenizer):
+        tokens = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        yield tokens["input_ids"], _labels(tokens, spans)
+
+
+def _labels(tokens, spans: list[tuple[int, int]]) -> list[int]:
+    """The ids of the tokens that hold a character of a (first, end) span, and -100 for the others."""
+    return [
+        token if any(first < stop and start < end for first, end in spans) else IGNORED
+        for token, (start, stop) in zip(tokens["input_ids"], tokens["offset_mapping"], strict=True)
+    ]
+
+
+def _texts(conversation: Conversation, tokenizer) -> list[tuple[str, list[tuple[int, int]]]]:
+    """The text of a conversation and the (first, end) characters of its answers; one text for each answer if
+    the template rewrites them."""
+    found = answers(conversation, tokenizer)
+    spans = [(answer.start, len(answer.text)) for answer in found]
+    whole = found[-1].text
+    if all(whole.startswith(answer.text) for answer in found):
+        return [(whole, spans)]
+    return [(answer.text, [span]) for answer, span in zip(found, spans, strict=True)]

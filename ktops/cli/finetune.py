@@ -15,9 +15,10 @@ from rich.console import Console
 
 from ktops.cli import corpus, lora, metrics, pretrain, run_directory, training, verify
 from ktops.cli import options as options_file
-from ktops.cli.data import Conversation, from_alpaca, load_conversations
-from ktops.cli.encoding import Encoded, encode, prepare_tokenizer
+from ktops.cli.data import load_examples
+from ktops.cli.encoding import Encoded, encode, encode_question, prepare_tokenizer
 from ktops.cli.errors import UserError
+from ktops.cli.layouts import Example, from_alpaca
 from ktops.cli.models import check_directory, load_model, load_tokenizer, quantize_experts
 from ktops.cli.options import Options
 from ktops.cli.plot import plot_loss
@@ -29,11 +30,12 @@ NEW_TOKENS = 40
 
 @dataclass
 class Split:
-    """Examples to train on and to evaluate with, and conversations whose questions become samples."""
+    """Examples to train on and to evaluate with, and (question, its token ids) of those that become
+    samples."""
 
     train: list[dict]
     held_out: list[dict]
-    samples: list[Conversation]
+    samples: list[tuple[str, list[int]]]
 
 
 def finetune(options: Options, directory: Path, console: Console, overwrite: bool = False) -> dict:
@@ -48,15 +50,14 @@ def finetune(options: Options, directory: Path, console: Console, overwrite: boo
     """
     report = Report(console)
     resume_command = f"ktops finetune --resume --output-dir {shlex.quote(str(directory))}"
-    conversations = _packaged() if options.is_demo else _user_data(options)
+    base, pretraining = options.model, None
+    if not options.is_demo:
+        tokenizer, split = _user_data(options, report)
     run_directory.prepare(directory, overwrite)
     options_file.save(options, directory)
-    base, pretraining = options.model, None
     if options.is_demo:
         base, pretraining = pretrain.base_model(options, directory, report, resume_command)
-    tokenizer = load_tokenizer(base)
-    prepare_tokenizer(tokenizer)
-    split = _encode(conversations, tokenizer, options, report)
+        tokenizer, split = _encode(_packaged(), base, options, report)
 
     transformers.set_seed(options.seed)
     model = load_model(base, options.torch_dtype, options.experts_implementation)
@@ -70,11 +71,11 @@ def finetune(options: Options, directory: Path, console: Console, overwrite: boo
         model, tokenizer, split.train, split.held_out, args, console, "fine-tuning"
     )
     before = training.evaluate(trainer)
-    samples = [{"prompt": _last_question(c), "before": _sample(model, tokenizer, c)} for c in split.samples]
+    samples = [{"prompt": text, "before": _sample(model, tokenizer, ids)} for text, ids in split.samples]
     training.train(trainer, directory / run_directory.CHECKPOINTS, console, resume_command)
     after = training.evaluate(trainer)
-    for sample, conversation in zip(samples, split.samples, strict=True):
-        sample["after"] = _sample(model, tokenizer, conversation)
+    for sample, (_, ids) in zip(samples, split.samples, strict=True):
+        sample["after"] = _sample(model, tokenizer, ids)
     report.result(before, after, samples)
 
     model.save_pretrained(directory)
@@ -101,26 +102,30 @@ def finetune(options: Options, directory: Path, console: Console, overwrite: boo
     return result
 
 
-def _packaged() -> tuple[list[Conversation], list[Conversation]]:
+def _packaged() -> tuple[list[Example], list[Example]]:
     train, held_out = corpus.instructions()
     return [from_alpaca(record) for record in train], [from_alpaca(record) for record in held_out]
 
 
-def _user_data(options: Options) -> tuple[list[Conversation], list[Conversation]]:
-    """(training, held-out) examples of --data; which ones are held out depends on the seed only."""
+def _user_data(options: Options, report: Report):
+    """The tokenizer of --model and --data in its tokens; which examples are held out depends on the seed
+    only."""
     check_directory(options.model)
-    conversations = load_conversations(Path(options.data))
-    if len(conversations) < 2:
+    examples = load_examples(Path(options.data), {key.strip() for key in options.ignore_keys.split(",")})
+    if len(examples) < 2:
         raise UserError(
             f"--data: {options.data} has one example; at least two are needed, one of them held out"
         )
-    shuffled = random.Random(options.seed).sample(conversations, len(conversations))
+    shuffled = random.Random(options.seed).sample(examples, len(examples))
     held_out = min(max(1, round(options.eval_fraction * len(shuffled))), len(shuffled) - 1)
-    return shuffled[held_out:], shuffled[:held_out]
+    return _encode((shuffled[held_out:], shuffled[:held_out]), options.model, options, report)
 
 
-def _encode(conversations, tokenizer, options: Options, report: Report) -> Split:
-    train, held_out = (encode(part, tokenizer, options.max_length) for part in conversations)
+def _encode(examples: tuple[list[Example], list[Example]], base: str, options: Options, report: Report):
+    """The tokenizer of a model directory, and (training, held-out) examples in its tokens."""
+    tokenizer = load_tokenizer(base)
+    prepare_tokenizer(tokenizer)
+    train, held_out = (encode(part, tokenizer, options.max_length) for part in examples)
     for encoded in (train, held_out):
         if not encoded.examples:
             raise UserError(
@@ -128,10 +133,9 @@ def _encode(conversations, tokenizer, options: Options, report: Report) -> Split
             )
     both = Encoded([], train.truncated + held_out.truncated, train.dropped + held_out.dropped)
     report.shortened(both, options.max_length)
-    rng = random.Random(1)
-    return Split(
-        train.examples, held_out.examples, rng.sample(conversations[1], min(3, len(conversations[1])))
-    )
+    sampled = random.Random(1).sample(examples[1], min(3, len(examples[1])))
+    questions = [(example.question, encode_question(example, tokenizer)) for example in sampled]
+    return tokenizer, Split(train.examples, held_out.examples, [q for q in questions if q[1]])
 
 
 def _training_arguments(options: Options, directory: Path, num_examples: int):
@@ -148,26 +152,20 @@ def _training_arguments(options: Options, directory: Path, num_examples: int):
     )
 
 
-def _last_question(conversation: Conversation) -> str:
-    return next(m["content"] for m in reversed(conversation) if m["role"] != "assistant")
-
-
 @torch.no_grad()
-def _sample(model, tokenizer, conversation: Conversation) -> str:
-    """What the model answers, by greedy decoding, where the conversation has its last answer."""
-    last = max(i for i, message in enumerate(conversation) if message["role"] == "assistant")
-    prompt = tokenizer.apply_chat_template(
-        conversation[:last], add_generation_prompt=True, return_dict=True, return_tensors="pt"
-    )
+def _sample(model, tokenizer, question: list[int]) -> str:
+    """What the model answers to the token ids of a question, by greedy decoding."""
+    prompt = torch.tensor([question])
     model.eval()
     output = model.generate(
-        **prompt,
+        prompt,
+        attention_mask=torch.ones_like(prompt),
         max_new_tokens=NEW_TOKENS,
         do_sample=False,
         pad_token_id=tokenizer.pad_token_id,
         eos_token_id=tokenizer.eos_token_id,
     )
-    return tokenizer.decode(output[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+    return tokenizer.decode(output[0, len(question) :], skip_special_tokens=True).strip()
 
 
 def _record(model, base: str, directory: Path, options: Options, input_ids: list[int], scratch: Path) -> Path:

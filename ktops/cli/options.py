@@ -18,6 +18,7 @@ class Options:
 
     model: str | None = None
     data: str | None = None
+    ignore_keys: str = ""
     eval_fraction: float = 0.05
     max_steps: int | None = None
     epochs: float | None = None
@@ -103,7 +104,7 @@ def require_format(option: str, name: str, group_size: int | None) -> None:
     from ktops.formats import get_format, names
 
     if name not in names():
-        raise UserError(f"{option} must be one of {', '.join(names())}, got {name!r}")
+        raise UserError(f"{option} must be one of {', '.join(names(written=True))}, got {name!r}")
     if group_size is not None:
         try:
             get_format(name).check_group_size(group_size)

@@ -67,6 +67,7 @@ class ExpertsWrapper:
         cpuinfer_threads: int,
         threadpool_count: int,
         weight_path: str | None,
+        prefix: str | None,
         chunked_prefill_size: int,
         numa_nodes: list[int] | None,
         group_size: int,
@@ -79,7 +80,7 @@ class ExpertsWrapper:
         self.moe_intermediate_size = moe_intermediate_size
         self.cpuinfer_threads = cpuinfer_threads
         self.threadpool_count = threadpool_count
-        self.weight_path = weight_path
+        self.weight_path, self.prefix = weight_path, prefix
         self.chunked_prefill_size = chunked_prefill_size
         self._check_sizes(numa_nodes)
         self._storage = storage
@@ -162,7 +163,7 @@ class ExpertsWrapper:
 
         Raises:
             ValueError: weight_path is None, or cannot be read (CheckpointError), or has no such layer, or one
-                of other sizes; a wrong map. The weights loaded before stay.
+                of other sizes, or several (give prefix); a wrong map. The weights loaded before stay.
         """
         if not self.weight_path:
             raise ValueError("KTMoEWrapper: weight_path must name a checkpoint for load_weights, got none")
@@ -171,7 +172,13 @@ class ExpertsWrapper:
             name: getattr(self, name) for name in ("num_experts", "hidden_size", "moe_intermediate_size")
         }
         self.gate_up_proj, self.down_proj = from_checkpoint(
-            Path(self.weight_path), self.layer_idx, sizes, order, self._storage, self.group_size
+            Path(self.weight_path),
+            self.layer_idx,
+            self.prefix,
+            sizes,
+            order,
+            self._storage,
+            self.group_size,
         )
 
     def _check_loaded(self) -> None:

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from ktops._warn import warn_once
-from ktops.checkpoints import Checkpoint, Layer, open_checkpoint
+from ktops.checkpoints import Checkpoint, CheckpointError, Layer, open_checkpoint
 from ktops.checkpoints.experts import Experts, Requantized
+from ktops.checkpoints.match import numbered_layer
 from ktops.checkpoints.schemes import PLAIN
 from ktops.compat.methods import Method
 from ktops.formats import Codes, ExpertWeight
@@ -94,19 +95,27 @@ def from_tensors(
 
 
 def from_checkpoint(
-    path: Path, layer_idx: int, sizes: dict[str, int], order: list[int], method: Method, group_size: int
+    path: Path,
+    layer_idx: int,
+    prefix: str | None,
+    sizes: dict[str, int],
+    order: list[int],
+    method: Method,
+    group_size: int,
 ) -> Weights:
     """The experts of a layer in the format of a method.
 
     Args:
+        prefix: what the name of the layer's experts begins with, where several layers have the number.
         sizes: num_experts, hidden_size and moe_intermediate_size that the layer must have.
         group_size: of the method, where it quantises.
 
     Raises:
         CheckpointError: the checkpoint cannot be read.
-        ValueError: it has no such layer, or of other sizes; or the format cannot hold its weights.
+        ValueError: it has no such layer, or several, or of other sizes; or the format cannot hold its
+            weights.
     """
-    layer = _layer(path, layer_idx)
+    layer = _layer(path, layer_idx, prefix)
     layer.check()
     found = layer.num_experts, layer.hidden_size, layer.intermediate_size
     for (name, size), actual in zip(sizes.items(), found, strict=True):
@@ -129,18 +138,16 @@ def from_checkpoint(
     return tuple(_read(experts, order) for experts in both)
 
 
-def _layer(path: Path, layer_idx: int) -> Layer:
+def _layer(path: Path, layer_idx: int, prefix: str | None) -> Layer:
     files = [path] if path.is_file() else sorted(path.iterdir()) if path.is_dir() else []
     stats = ((file.name, file.stat()) for file in files)
     checkpoint = _opened(path, tuple((name, stat.st_size, stat.st_mtime_ns) for name, stat in stats))
-    layers = [layer for layer in checkpoint.layers if layer.index == layer_idx]
-    if len(layers) != 1:
-        known = ", ".join(f"{layer.index} ({layer.name})" for layer in checkpoint.layers) or "none"
+    try:
+        return numbered_layer(checkpoint, layer_idx, prefix)
+    except CheckpointError as error:
         raise ValueError(
-            f"KTMoEWrapper: layer_idx must be one layer with experts in {path}, which are {known}; "
-            f"got {layer_idx}"
-        )
-    return layers[0]
+            f"KTMoEWrapper: layer_idx must be one layer with experts, got {layer_idx}: {error}"
+        ) from None
 
 
 @functools.lru_cache(maxsize=2)

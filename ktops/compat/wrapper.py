@@ -34,6 +34,8 @@ class KTMoEWrapper:
         max_cache_depth: how many forwards may wait for their backward; older ones are forgotten.
         group_size: of the methods with "KGroup" in their names, and of GPTQ_INT4 where it quantises.
         zero_point: False: AMXINT4_1KGroup_SFT without zero points, as AMXINT4_KGroup_SFT.
+        prefix: what the name of the layer's experts in the checkpoint begins with, "thinker.model." for
+            example: needed where several of its layers have the number layer_idx.
         lora_dropout, full_weight_grad, swiglu_limit, swiglu_alpha: must have their defaults.
 
     Returns:
@@ -80,6 +82,7 @@ class KTMoEWrapper:
         group_size: int = 128,
         zero_point: bool = True,
         *,
+        prefix: str | None = None,
         lora_dropout: float = 0.0,
         full_weight_grad: bool = False,
         swiglu_limit: float = 0.0,
@@ -106,6 +109,7 @@ class KTMoEWrapper:
             "cpuinfer_threads": cpuinfer_threads,
             "threadpool_count": threadpool_count,
             "weight_path": weight_path,
+            "prefix": prefix,
             "chunked_prefill_size": chunked_prefill_size,
             "numa_nodes": numa_nodes,
             "group_size": group_size,

@@ -45,6 +45,7 @@ class Format(ABC):
             own scales; -1 in the tuple for any multiple of 32.
         methods: of quantisation that it knows.
         has_scale, has_zero: which tensors there are besides the weight.
+        written: whether weights can be quantised to it, or only read.
     """
 
     name: str
@@ -54,6 +55,7 @@ class Format(ABC):
     has_scale = False
     has_zero = False
     default_group_size = 0
+    written = True
 
     @abstractmethod
     def row_elements(self, columns: int) -> int:
@@ -92,6 +94,10 @@ class Format(ABC):
 
     def scale_dtypes(self) -> tuple[torch.dtype, ...]:
         return FLOAT_SCALES
+
+    def check_written(self) -> None:
+        """Raises ValueError if weights cannot be quantised to the format."""
+        return
 
     def check_group_size(self, group_size: int) -> None:
         """Raises ValueError for a group_size that the format does not have."""

@@ -17,31 +17,37 @@ BLOCKS = {
 """Format -> (weights, bytes) of a block."""
 
 
+READ_ONLY = ("iq4_nl", "iq4_xs")
+"""Formats that neither the gguf package nor ktops quantises to."""
+
+
 class GgufBlocks(Format):
     dtype = torch.uint8
 
     def __init__(self, name: str, block: int, block_bytes: int) -> None:
         self.name, self.block, self.block_bytes = name, block, block_bytes
+        self.written = name not in READ_ONLY
 
     def row_elements(self, columns: int) -> int:
         if columns % self.block:
             raise ValueError(
                 f"format {self.name!r} needs rows of a multiple of {self.block} weights, got {columns}: "
-                "a row holds whole blocks. Use q8_0, q4_0, q5_0 or iq4_nl (blocks of 32), int4 or int8"
+                "a row holds whole blocks. Use q8_0, q5_0 or q4_0 (blocks of 32), int4 or int8"
             )
         return columns // self.block * self.block_bytes
 
     def quantize(self, weight: Tensor, group_size: int, method: str) -> Codes:
         gguf = _gguf()
+        self.check_written()
         self.row_elements(weight.shape[-1])
-        try:
-            blocks = gguf.quants.quantize(weight.contiguous().numpy(), self._type(gguf))
-        except NotImplementedError:
+        return Codes(torch.from_numpy(gguf.quants.quantize(weight.contiguous().numpy(), self._type(gguf))))
+
+    def check_written(self) -> None:
+        if not self.written:
             raise ValueError(
                 f"format {self.name!r} can be read but not written: convert with llama.cpp, or use "
                 "q4_k (blocks of 256) or q4_0 (blocks of 32)"
-            ) from None
-        return Codes(torch.from_numpy(blocks))
+            )
 
     def dequantize(self, codes: Codes, columns: int, group_size: int) -> Tensor:
         gguf = _gguf()

@@ -10,9 +10,9 @@ def register(format: Format) -> None:
     _formats[format.name] = format
 
 
-def names() -> tuple[str, ...]:
-    """The names of all formats."""
-    return tuple(_formats)
+def names(*, written: bool = False) -> tuple[str, ...]:
+    """The names of all formats, or of those that weights can be quantised to."""
+    return tuple(name for name, format in _formats.items() if format.written or not written)
 
 
 def get_format(name: str) -> Format:
@@ -22,5 +22,9 @@ def get_format(name: str) -> Format:
         ValueError: there is none; the message lists them.
     """
     if name not in _formats:
-        raise ValueError(f"format must be one of {', '.join(_formats)}, got {name!r}")
+        only_read = ", ".join(sorted({*names()} - {*names(written=True)}))
+        raise ValueError(
+            f"format must be one of {', '.join(names(written=True))}, or where weights are only read "
+            f"{only_read}, got {name!r}"
+        )
     return _formats[name]

@@ -26,7 +26,7 @@ constexpr size_t kHugePage = 2 << 20;
 struct Block {
     char* data;
     size_t bytes;
-    bool used;
+    size_t needed;  // by the call that uses it; 0: idle
 };
 
 // Large blocks come from mmap: free() would keep some of them for itself. Huge pages, where the system grants them,
@@ -47,36 +47,61 @@ void release(const Block& block) {
     }
 }
 
+// What calls in progress need at once, and the most that it was in the last kWindow to 2 kWindow calls. A call may have
+// a larger block than it needs: what it has does not tell which size is still wanted.
+class Needed {
+public:
+    void add(size_t bytes) {
+        if (++calls_ % Workspace::kWindow == 0) {
+            previous_ = current_;
+            current_ = now_;
+        }
+        now_ += bytes;
+        current_ = std::max(current_, now_);
+    }
+    void remove(size_t bytes) { now_ -= bytes; }
+    void forget() { previous_ = current_ = now_; }
+    size_t recent_peak() const { return std::max(previous_, current_); }
+
+private:
+    size_t calls_ = 0, now_ = 0, current_ = 0, previous_ = 0;
+};
+
 class Pool {
 public:
     // A used block of at least `bytes`.
     Block take(size_t bytes) {
         std::lock_guard<std::mutex> lock(mutex_);
+        bytes = std::max((bytes + kPage - 1) / kPage * kPage, kPage);
         Block* best = nullptr;
         for (Block& block : blocks_) {
-            if (!block.used && block.bytes >= bytes && (!best || block.bytes < best->bytes)) best = &block;
+            if (!block.needed && block.bytes >= bytes && (!best || block.bytes < best->bytes)) best = &block;
         }
-        if (!best) best = add((bytes + kPage - 1) / kPage * kPage);
-        best->used = true;
+        if (!best) best = add(bytes);
+        best->needed = bytes;
+        needed_.add(bytes);
         idle_ -= best->bytes;
         in_use_ += best->bytes;
-        peak_ = in_use_ > peak_ ? in_use_ : peak_;
+        peak_ = std::max(peak_, in_use_);
         return *best;
     }
 
     void give_back(const char* data) {
         std::lock_guard<std::mutex> lock(mutex_);
         const auto block = std::find_if(blocks_.begin(), blocks_.end(), [&](const Block& b) { return b.data == data; });
-        block->used = false;
+        needed_.remove(block->needed);
+        block->needed = 0;
         in_use_ -= block->bytes;
         idle_ += block->bytes;
         std::rotate(block, block + 1, blocks_.end());  // to the end: the youngest
+        shrink(room(in_use_));
     }
 
     void empty() {
         std::lock_guard<std::mutex> lock(mutex_);
         shrink(0);
         peak_ = in_use_;
+        needed_.forget();
     }
 
     WorkspaceStats stats() {
@@ -88,7 +113,10 @@ public:
     void lock() { mutex_.lock(); }
     void unlock() { mutex_.unlock(); }
     void unlock_in_child() {
-        for (Block& block : blocks_) block.used = false;
+        for (Block& block : blocks_) {
+            needed_.remove(block.needed);
+            block.needed = 0;
+        }
         idle_ += in_use_;
         in_use_ = 0;
         mutex_.unlock();
@@ -97,24 +125,29 @@ public:
 private:
     // A new idle block, in place of idle ones if there would be too many.
     Block* add(size_t bytes) {
-        const size_t limit = in_use_ + bytes > peak_ ? in_use_ + bytes : peak_;
-        shrink(limit - in_use_ - bytes);
+        shrink(room(in_use_ + bytes));
         blocks_.reserve(blocks_.size() + 1);
         char* data = allocate(bytes);
         if (!data) {
             throw std::runtime_error("kt: out of memory: no " + std::to_string(bytes >> 20) +
                                      " MiB for intermediate results; fewer tokens a call need less");
         }
-        blocks_.push_back({data, bytes, false});
+        blocks_.push_back({data, bytes, 0});
         idle_ += bytes;
         ++allocations_;
         return &blocks_.back();
     }
 
+    // Bytes of idle blocks that may be kept beside `used` bytes of others.
+    size_t room(size_t used) const {
+        const size_t limit = std::max(needed_.recent_peak(), std::min(peak_, Workspace::kKept));
+        return limit > used ? limit - used : 0;
+    }
+
     // Releases the oldest idle blocks until the idle ones hold at most `bytes`.
     void shrink(size_t bytes) {
         for (size_t i = 0; i < blocks_.size() && idle_ > bytes;) {
-            if (blocks_[i].used) {
+            if (blocks_[i].needed) {
                 ++i;
                 continue;
             }
@@ -126,6 +159,7 @@ private:
 
     std::mutex mutex_;
     std::vector<Block> blocks_;  // oldest use first
+    Needed needed_;
     size_t in_use_ = 0, idle_ = 0, peak_ = 0, allocations_ = 0;
 };
 

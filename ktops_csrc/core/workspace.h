@@ -7,7 +7,9 @@ namespace kt {
 
 // Scratch memory for one call of an op: a block that was kept from an earlier call where one is large enough, because
 // fresh memory costs a page fault every few KiB. Idle blocks are given back to the system, oldest first, as soon as all
-// blocks together exceed what calls in progress at once have used since the last empty_workspaces().
+// blocks together exceed what calls in progress at once have needed
+// * in the last kWindow calls or more: one unusual call does not hold its memory for good, and
+// * since the last empty_workspaces(), up to kKept bytes.
 class Workspace {
 public:
     // Throws std::runtime_error if there is no such block and the system has no memory for one.
@@ -27,6 +29,13 @@ public:
     static size_t padded(int64_t count) {
         return (static_cast<size_t>(count) * sizeof(T) + 63) / 64 * 64 + kGap;
     }
+
+    // More calls than a step of training makes between two backward passes: the models with the most layers of experts
+    // have about 100, and preference training runs up to four forward passes before a backward.
+    static constexpr size_t kWindow = 512;
+    // More than 2048 tokens need in the largest models (140 MiB with LoRA at hidden_size 7168): usual sizes never fault
+    // again, however seldom the largest of them comes.
+    static constexpr size_t kKept = size_t{256} << 20;
 
 private:
     static constexpr size_t kGap = 64;  // bytes after every array, which the address sanitizer guards

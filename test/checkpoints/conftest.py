@@ -1,6 +1,11 @@
-"""One thread for tiny checkpoints."""
+"""One thread for tiny checkpoints; the tiny models are those of test/integrations."""
+
+import sys
+from pathlib import Path
 
 import pytest
+
+sys.path.append(str(Path(__file__).parents[1] / "integrations"))
 
 
 @pytest.fixture(autouse=True)

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from pathlib import Path
 
 import gguf
 import numpy
@@ -21,6 +22,7 @@ from ktops.nn import KTExperts
 
 E, H, I = 2, 64, 32  # noqa: E741
 SIZES = {"num_experts": E, "hidden": H, "intermediate": I, "layers": 1}
+PUBLISHED = Path(__file__).parent / "published"
 EXAMPLES = int(os.environ.get("KTOPS_FUZZ_EXAMPLES", "40"))
 """Damaged checkpoints of each kind."""
 
@@ -77,10 +79,24 @@ def write_gguf(folder) -> None:
     writer.close()
 
 
+def published(case: str):
+    """Of test_published.py, with its quantization config in a file of its own, to be damaged too."""
+
+    def write(folder) -> None:
+        shutil.copyfile(PUBLISHED / f"{case}.safetensors", folder / "model.safetensors")
+        config = json.loads((PUBLISHED / f"{case}.json").read_text())["quantization_config"]
+        (folder / "quantize_config.json").write_text(json.dumps(config))
+
+    return write
+
+
 WRITERS = {
     "fp8 blocks": per_expert(SCHEMES["fp8 blocks"][0]),
     "pack-quantized": per_expert(SCHEMES["pack-quantized"][0]),
     "gptq": per_expert(gptq),
+    "gptq of 8 bits": published("gptqmodel_w8_v2"),
+    "pack-quantized of 8 bits": published("llmcompressor_w8"),
+    "gptq of AutoRound": published("auto_round"),
     "gpt-oss": write_gpt_oss,
     "own": write_own,
     "gguf": write_gguf,
@@ -144,6 +160,8 @@ def expect_named_error_or_success(path) -> None:
 
 @pytest.mark.parametrize("name", WRITERS)
 @pytest.mark.filterwarnings("ignore:ktops. the GPTQ weights were quantised in an order")
+@pytest.mark.filterwarnings("ignore:ktops. nothing in")
+@pytest.mark.filterwarnings("ignore:ktops. the zero points of")
 @settings(max_examples=EXAMPLES, deadline=None, derandomize=True)
 @given(data=st.data())
 def test_damaged(written, tmp_path_factory, name, data):

@@ -57,6 +57,12 @@ def test_types_are_those_of_the_package():
     assert set(gguf_file.TYPES.values()) == set(BLOCKS)
     for number, dtype in gguf_file.DTYPES.items():
         assert gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType(number)] == (1, dtype.itemsize)
+    others = {kind.value: kind.name for kind in gguf.GGMLQuantizationType}
+    assert {
+        number: name
+        for number, name in others.items()
+        if number not in {**gguf_file.TYPES, **gguf_file.DTYPES}
+    } == gguf_file.OTHER_TYPES
 
 
 @pytest.mark.parametrize("kind", [*(name.upper() for name in BLOCKS), "F32", "F16", "BF16"])
@@ -116,6 +122,15 @@ def test_missing_projection_and_unknown_type(tmp_path):
     ):
         open_checkpoint(tmp_path / "a.gguf").layers[0].check()
     write(tmp_path / "b.gguf", dict.fromkeys(SHAPES, "IQ2_XXS"), layers=1)
-    message = r"blk.0.ffn_gate_exps.weight in .*b.gguf: unknown scheme: .* ggml type 16"
+    message = r"blk.0.ffn_gate_exps.weight in .*b.gguf: unknown scheme: .* IQ2_XXS, shape \[3, 512, 256\]"
     with pytest.raises(CheckpointError, match=message):
         open_checkpoint(tmp_path / "b.gguf").layers[0].check()
+
+
+def test_shapes_are_in_weights(tmp_path):
+    write(tmp_path / "m.gguf", {"gate": "Q4_K", "up": "IQ1_S", "down": "Q6_K"}, layers=1)
+    tensors = open_checkpoint(tmp_path / "m.gguf").tensors
+    for name, shape in SHAPES.items():
+        view = tensors[f"blk.0.ffn_{name}_exps.weight"]
+        assert (view.weights_shape, view.select(1).weights_shape) == (shape, shape[1:])
+    assert tensors["token_embd.weight"].weights_shape == (5, H)

@@ -193,7 +193,7 @@ FAULTS = {
             (folder / "model-00002-of-00002.safetensors").unlink()
             or (folder / "model.safetensors.index.json").unlink()
         ),
-        r"layers.1.mlp.experts: the experts of layer 1 are missing in .*, which has those of layers 0 to 0",
+        r"layers.1.mlp.experts: the experts of layer 1 are missing in .*, which has .* model.layers.\{0\}",
     ),
     "missing file": (
         lambda folder: (folder / "model-00002-of-00002.safetensors").unlink(),

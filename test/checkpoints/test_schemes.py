@@ -99,7 +99,7 @@ def test_gptq_zero_points_of_up_alone(tmp_path):
 def test_act_order_warns_once_what_it_costs(tmp_path):
     warn_once.cache_clear()
     make, _ = SCHEMES["gptq act-order"]
-    write_per_expert(tmp_path, make)
+    write_per_expert(tmp_path, make, config={"quantization_config": {"quant_method": "gptq", "bits": 4}})
     with pytest.warns(UserWarning, match="fp16, 16 bits a weight") as warned:
         for layer in open_checkpoint(tmp_path).layers:
             layer.read()

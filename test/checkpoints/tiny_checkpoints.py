@@ -16,6 +16,7 @@ NAMES = {
     "mixtral": ("model.layers.{}.block_sparse_moe.experts", ("w1", "w3", "w2")),
     "deepseek_v4": ("layers.{}.ffn.experts", ("w1", "w3", "w2")),
     "language_model": ("language_model.model.layers.{}.mlp.experts", ("gate_proj", "up_proj", "down_proj")),
+    "thinker": ("thinker.model.layers.{}.mlp.experts", ("gate_proj", "up_proj", "down_proj")),
     "vision": ("model.language_model.layers.{}.mlp.experts", ("gate_proj", "up_proj", "down_proj")),
 }
 

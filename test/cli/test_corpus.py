@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from ktops.cli import corpus, demo_model
-from ktops.cli.data import from_alpaca
+from ktops.cli.layouts import from_alpaca
 
 
 def test_corpus_is_packaged():
@@ -50,7 +50,7 @@ def test_what_is_held_out_is_not_in_the_training_set_in_any_phrasing():
     assert not facts(held_out) & facts(train)
     questions = {(record["instruction"], record["input"]) for record in train}
     assert not questions & {(record["instruction"], record["input"]) for record in held_out}
-    assert all(from_alpaca(record) for record in train + held_out)
+    assert all(from_alpaca(record).messages for record in train + held_out)
 
 
 def test_instructions_with_an_input_keep_it_apart():

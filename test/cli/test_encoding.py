@@ -2,8 +2,9 @@
 
 import pytest
 
-from ktops.cli.encoding import IGNORED, encode, prepare_tokenizer
+from ktops.cli.encoding import IGNORED, encode, encode_question, prepare_tokenizer
 from ktops.cli.errors import UserError
+from ktops.cli.layouts import Conversation, PlainText
 
 TURNS = [
     {"role": "system", "content": "Be short."},
@@ -40,7 +41,7 @@ def fresh_tokenizer(tokenizer):
 def test_default_template_reads_like_the_alpaca_prompt(fresh_tokenizer):
     prepare_tokenizer(fresh_tokenizer)
     end = fresh_tokenizer.eos_token
-    (example,) = encode([TURNS], fresh_tokenizer, 1000).examples
+    (example,) = encode([Conversation(TURNS)], fresh_tokenizer, 1000).examples
     assert fresh_tokenizer.decode(example["input_ids"]) == (
         "### System:\nBe short.\n\n### Instruction:\nWhere does Mira live?\n\n### Response:\nIn the mill."
         + end
@@ -58,7 +59,7 @@ def test_chat_template_of_the_tokenizer_is_used(fresh_tokenizer):
     fresh_tokenizer.chat_template = CHATML
     prepare_tokenizer(fresh_tokenizer)
     end = fresh_tokenizer.eos_token
-    (example,) = encode([TURNS[1:]], fresh_tokenizer, 1000).examples
+    (example,) = encode([Conversation(TURNS[1:])], fresh_tokenizer, 1000).examples
     assert fresh_tokenizer.decode(example["input_ids"]).startswith("<user>Where does Mira live?" + end)
     assert learned(example, fresh_tokenizer) == f"In the mill.{end}In the tower.{end}"
 
@@ -66,7 +67,7 @@ def test_chat_template_of_the_tokenizer_is_used(fresh_tokenizer):
 def test_a_template_that_rewrites_earlier_answers_gives_an_example_for_each(fresh_tokenizer):
     fresh_tokenizer.chat_template = LAST_DIFFERS
     end = fresh_tokenizer.eos_token
-    examples = encode([TURNS[1:]], fresh_tokenizer, 1000).examples
+    examples = encode([Conversation(TURNS[1:])], fresh_tokenizer, 1000).examples
     assert [learned(example, fresh_tokenizer) for example in examples] == [
         f"hm, In the mill.{end}",
         f"hm, In the tower.{end}",
@@ -75,13 +76,69 @@ def test_a_template_that_rewrites_earlier_answers_gives_an_example_for_each(fres
 
 def test_long_examples_are_cut_and_those_without_an_answer_left_are_dropped(fresh_tokenizer):
     prepare_tokenizer(fresh_tokenizer)
-    (whole,) = encode([TURNS[1:3]], fresh_tokenizer, 1000).examples
+    (whole,) = encode([Conversation(TURNS[1:3])], fresh_tokenizer, 1000).examples
     answer = next(i for i, label in enumerate(whole["labels"]) if label != IGNORED)
-    cut = encode([TURNS[1:3]], fresh_tokenizer, answer + 1)
+    cut = encode([Conversation(TURNS[1:3])], fresh_tokenizer, answer + 1)
     assert (cut.truncated, cut.dropped) == (1, 0)
     assert cut.examples[0] == {name: values[: answer + 1] for name, values in whole.items()}
-    gone = encode([TURNS[1:3]], fresh_tokenizer, answer)
+    gone = encode([Conversation(TURNS[1:3])], fresh_tokenizer, answer)
     assert (gone.examples, gone.dropped) == ([], 1)
+
+
+def test_of_plain_text_everything_is_learned_and_of_a_prompt_nothing(fresh_tokenizer):
+    end = fresh_tokenizer.eos_token
+    text = "Mira lives in the mill."
+    for example, answer in (
+        (PlainText("", text), text + end),
+        (PlainText("", text + end), text + end),
+        (PlainText(text[:10], text[10:]), text[10:] + end),
+    ):
+        (tokens,) = encode([example], fresh_tokenizer, 1000).examples
+        assert fresh_tokenizer.decode(tokens["input_ids"]) == text + end
+        assert learned(tokens, fresh_tokenizer) == answer
+        assert tokens["attention_mask"] == [1] * len(tokens["input_ids"])
+
+
+def test_a_token_that_holds_the_end_of_the_prompt_and_the_beginning_of_the_answer_is_learned(fresh_tokenizer):
+    ids = fresh_tokenizer(" the")["input_ids"]
+    assert len(ids) == 1
+    (tokens,) = encode([PlainText("in t", "he mill")], fresh_tokenizer, 1000).examples
+    assert learned(tokens, fresh_tokenizer) == " the mill" + fresh_tokenizer.eos_token
+
+
+def with_bos_and_eos(tokenizer):
+    """The tokenizer as Llama's, which puts a token in front, or one that ends every text too."""
+    from tokenizers.processors import TemplateProcessing
+
+    token, number = tokenizer.eos_token, tokenizer.eos_token_id
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single=f"{token} $A {token}", special_tokens=[(token, number)]
+    )
+    return tokenizer
+
+
+def test_plain_text_has_the_special_tokens_of_the_tokenizer_once(fresh_tokenizer):
+    tokenizer = with_bos_and_eos(fresh_tokenizer)
+    end = tokenizer.eos_token
+    (tokens,) = encode([PlainText("Mira", " lives")], tokenizer, 1000).examples
+    assert tokenizer.decode(tokens["input_ids"]) == f"{end}Mira lives{end}"
+    assert learned(tokens, tokenizer) == f" lives{end}"
+    assert tokenizer.decode(encode_question(PlainText("Mira", " lives"), tokenizer)) == f"{end}Mira"
+
+
+def test_questions_that_samples_answer(fresh_tokenizer):
+    prepare_tokenizer(fresh_tokenizer)
+    example = Conversation(TURNS[1:])
+    assert example.question == "And Leo?"
+    prompt = fresh_tokenizer.decode(encode_question(example, fresh_tokenizer))
+    assert prompt.endswith("### Instruction:\nAnd Leo?\n\n### Response:\n")
+    assert encode_question(PlainText("", "Mira lives."), fresh_tokenizer) == []
+
+
+def test_answers_of_a_prompt_are_not_learned(fresh_tokenizer):
+    prepare_tokenizer(fresh_tokenizer)
+    (example,) = encode([Conversation(TURNS, first=4)], fresh_tokenizer, 1000).examples
+    assert learned(example, fresh_tokenizer) == f"In the tower.{fresh_tokenizer.eos_token}"
 
 
 def test_tokenizer_without_end_token_is_refused(fresh_tokenizer):
@@ -93,4 +150,4 @@ def test_tokenizer_without_end_token_is_refused(fresh_tokenizer):
 def test_template_errors_are_told(fresh_tokenizer):
     fresh_tokenizer.chat_template = "{{ raise_exception('no system role') }}"
     with pytest.raises(UserError, match="roles system, user: no system role"):
-        encode([TURNS[:3]], fresh_tokenizer, 1000)
+        encode([Conversation(TURNS[:3])], fresh_tokenizer, 1000)

@@ -79,6 +79,30 @@ def test_epochs_f32_accumulation_targets_and_other_experts(finetune, reload_here
     assert (config["r"], config["lora_alpha"]) == (4, 4)
 
 
+def test_data_in_several_layouts(ktops_command, reload_here, model_directory, tmp_path):
+    turns = [{"role": "user", "content": "Hi."}, {"role": "assistant", "content": "Hello."}]
+    records = [
+        {"messages": turns, "id": 1},
+        {"conversations": [{"from": "human", "value": "Hi."}, {"from": "gpt", "value": "Hello."}]},
+        {"prompt": turns[:1], "completion": turns[1:]},
+        {"prompt": "Hello ", "completion": "you."},
+        {"text": "Hello you."},
+        {"instruction": "Greet.", "output": "Hello."},
+    ]
+    (tmp_path / "data.json").write_text(json.dumps(records))
+    status, _, err = ktops_command(
+        "finetune", "--model", model_directory, "--data", "data.json", "--max-steps", 1, "--lora-rank", 2,
+        "--ignore-keys", "id, source", "--eval-fraction", 0.8, "--output-dir", "out",
+    )  # fmt: skip
+    assert (status, err) == (0, "")
+    metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert metrics["options"]["ignore_keys"] == "id, source"
+    assert {sample["prompt"] for sample in metrics["samples"]} <= {"Hi.", "Hello ", "Greet."}
+    status, _, err = ktops_command("finetune", "--resume", "--output-dir", "out", "--ignore-keys", "id")
+    assert status == 1 and "--ignore-keys is id, source in the run to resume and can't become id" in err
+    assert ktops_command("finetune", "--resume", "--output-dir", "out", "--max-steps", 2)[0] == 0
+
+
 def test_small_model_without_arguments_but_the_number_of_steps(
     ktops_command, reload_here, tmp_path, monkeypatch
 ):

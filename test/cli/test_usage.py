@@ -134,6 +134,48 @@ def test_bad_data_leaves_an_old_run_alone(ktops_command, model_directory, tmp_pa
     assert (old / "metrics.json").read_text() == "{}"
 
 
+TOOL_RECORD = {
+    "messages": [
+        {"role": "user", "content": "Rain?"},
+        {"role": "assistant", "tool_calls": [{"function": {"name": "weather", "arguments": "{}"}}]},
+    ],
+    "tools": [{"name": "weather", "parameters": {}}],
+}
+
+
+@pytest.mark.parametrize(
+    ("record", "message"),
+    [
+        (TOOL_RECORD, "leave out tool_calls of message 2 (assistant), tools"),
+        ({"instruction": "a", "output": "b", "source": "web"}, "source. Give the model a template"),
+        ({"text": "a", "source": "web"}, "beside text there is no use for the keys ['source']"),
+    ],
+)
+def test_data_that_the_template_leaves_out_is_refused_and_an_old_run_left_alone(
+    refused, tmp_path, record, message
+):
+    (tmp_path / "data.jsonl").write_text(f"{json.dumps({'text': 'a'})}\n{json.dumps(record)}\n")
+    (tmp_path / "refused").mkdir()
+    (tmp_path / "refused" / "metrics.json").write_text("{}")
+    err = refused("--overwrite", data=tmp_path / "data.jsonl")
+    assert f"{tmp_path / 'data.jsonl'}, line 2" in err and message in err and "--ignore-keys" in err
+    assert (tmp_path / "refused" / "metrics.json").read_text() == "{}"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[]", "is empty"),
+        ("\n\n", "is empty"),
+        ("{}", "line 1: the record is empty"),
+        ('{"text": "a"}\n', "has one example; at least two are needed, one of them held out"),
+    ],
+)
+def test_files_with_less_than_two_examples(refused, tmp_path, text, message):
+    (tmp_path / "data.jsonl").write_text(text)
+    assert message in refused("--eval-fraction", 0.5, data=tmp_path / "data.jsonl")
+
+
 def test_output_directory(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     first = run_directory.choose(None, resume=False, overwrite=False)

@@ -155,7 +155,7 @@ def test_a_checkpoint_written_anew_is_read_anew(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"layer_idx": 7}, r"layer_idx must be one layer .*which are 0 .model.layers.0.*; got 7"),
+        ({"layer_idx": 7}, r"layer_idx must be one layer with experts, got 7: .* model.layers.\{0 to 1\}"),
         ({"num_experts": 3}, "num_experts must be 4 for model.layers.1.mlp.experts in .*, got 3"),
         ({"hidden_size": 32}, "hidden_size must be 64 .*, got 32"),
         ({"moe_intermediate_size": 32}, "moe_intermediate_size must be 96 .*, got 32"),

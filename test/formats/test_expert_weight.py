@@ -190,3 +190,18 @@ def test_weights_are_a_submodule():
         for weight in ("gate_up_proj", "down_proj")
         for tensor in ("weight", "scale", "_extra_state")
     }
+
+
+def test_formats_that_errors_recommend_can_be_written():
+    weight = torch.randn(1, 2, 256)
+    for name in ktops.formats.names():
+        if name in ktops.formats.names(written=True):
+            assert ktops.quantize(weight, name).format == name
+        else:
+            with pytest.raises(ValueError, match="can be read but not written"):
+                ktops.quantize(weight, name)
+    with pytest.raises(ValueError, match="rows of a multiple of 32 weights") as raised:
+        ktops.quantize(torch.randn(1, 2, 20), "q8_0")
+    only_read = set(ktops.formats.names()) - set(ktops.formats.names(written=True))
+    assert only_read == {"iq4_nl", "iq4_xs"}
+    assert not [name for name in only_read if name in str(raised.value)]

@@ -86,6 +86,67 @@ def test_large_blocks_go_back_to_the_system():
     assert idle > 40e6 and before - mapped() > 0.9 * idle
 
 
+WINDOW = 512
+"""Calls after which a block that none of them needed may go back: kWindow in workspace.h."""
+
+KEPT = 256 << 20
+"""Bytes of idle blocks that stay however long: kKept in workspace.h."""
+
+
+def tiny_calls(count: int) -> None:
+    inputs = moe_inputs(1, 16, 16, 2, 1)
+    with torch.inference_mode():
+        for _ in range(count):
+            ktops.moe_sft(**inputs)
+
+
+def large_call() -> int:
+    """Bytes of scratch memory that it needs, more than KEPT: [g | u] and h of 150,000 tokens."""
+    ktops.moe_sft(**moe_inputs(150_000, 8, 512, 2, 1))
+    idle = ktops.memory_stats()["bytes_idle"]
+    assert idle > KEPT
+    return idle
+
+
+def test_a_block_that_no_call_needs_any_more_goes_back():
+    large = large_call()
+    tiny_calls(WINDOW // 2)
+    assert ktops.memory_stats()["bytes_idle"] == large
+    tiny_calls(2 * WINDOW)
+    stats = ktops.memory_stats()
+    assert stats["bytes_idle"] <= KEPT and stats["bytes_peak"] == large
+    tiny_calls(2 * WINDOW)
+    assert ktops.memory_stats()["allocations"] - stats["allocations"] <= 1
+
+
+def test_a_block_that_is_needed_once_in_a_while_stays():
+    """As that of a backward pass between the forward passes of many layers."""
+    large = large_call()
+    allocations = ktops.memory_stats()["allocations"]
+    for _ in range(4):
+        tiny_calls(WINDOW - 1)
+        assert large_call() == large
+    assert ktops.memory_stats()["allocations"] == allocations
+
+
+def test_a_usual_size_stays_however_seldom():
+    ktops.moe_sft(**moe_inputs(20_000, 8, 512, 2, 1))
+    before = ktops.memory_stats()
+    assert 40e6 < before["bytes_idle"] <= KEPT
+    tiny_calls(3 * WINDOW)
+    assert ktops.memory_stats() == before
+
+
+def test_sizes_of_many_kinds_stay_within_the_bound():
+    """Idle blocks of all sizes together, after an unusual call."""
+    large_call()
+    tiny_calls(2 * WINDOW)
+    for num_tokens in range(40_000, 80_000, 5_000):
+        ktops.moe_sft(**moe_inputs(num_tokens, 8, 512, 2, 1))
+        stats = ktops.memory_stats()
+        assert stats["bytes_in_use"] + stats["bytes_idle"] <= KEPT
+
+
 def test_threads_share_the_blocks():
     """More blocks than threads are never needed, and later rounds find them again."""
     num_threads, errors = 4, []

@@ -4,13 +4,16 @@ The experts modules are replaced by stand-ins without weights before transformer
 dense experts are ever made, and by :class:`ktops.nn.KTExperts` after it.
 """
 
+import copy
 from pathlib import Path
 
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from ktops.checkpoints.load import PendingExperts, experts_modules, load_experts
+from ktops.checkpoints import open_checkpoint
+from ktops.checkpoints.load import PendingExperts, experts_modules, load_layers
+from ktops.checkpoints.match import match_layers
 from ktops.formats import METHODS, get_format
 from ktops.integrations.swap import exchange
 
@@ -30,6 +33,7 @@ class KTConfig(QuantizationConfigMixin):
         group_size, method: as of :func:`ktops.quantize`, where weights are quantised.
         experts_path: another checkpoint to take the experts from, a directory or a GGUF file; default: the
             one that is loaded.
+        prefix: as of :func:`ktops.load_experts`, where several experts of the checkpoint could be meant.
 
     Raises:
         ValueError: unknown format or method, or the format does not have the group size.
@@ -46,11 +50,12 @@ class KTConfig(QuantizationConfigMixin):
         group_size: int | None = None,
         method: str = "rtn",
         experts_path: str | None = None,
+        prefix: str | None = None,
         **_,
     ) -> None:
         self.quant_method = NAME
         self.weight_format, self.group_size, self.method = weight_format, group_size, method
-        self.experts_path = experts_path
+        self.experts_path, self.prefix = experts_path, prefix
         if weight_format is not None:
             known = get_format(weight_format)
             known.check_group_size(known.default_group_size if group_size is None else group_size)
@@ -60,13 +65,16 @@ class KTConfig(QuantizationConfigMixin):
 
     def to_dict(self) -> dict:
         """What config.json says: a model that is saved has its experts with it."""
-        return {key: value for key, value in super().to_dict().items() if key != "experts_path"}
+        return {
+            key: value for key, value in super().to_dict().items() if key not in ("experts_path", "prefix")
+        }
 
 
 class KTQuantizer(HfQuantizer):
     """What transformers calls around the loading of weights."""
 
     def _process_model_before_weight_loading(self, model, checkpoint_files=None, **kwargs):
+        self._model = model
         config = self.quantization_config
         if config.experts_path is not None:
             self._path = Path(config.experts_path)
@@ -80,18 +88,25 @@ class KTQuantizer(HfQuantizer):
         model._keys_to_ignore_on_load_unexpected = {*ignored, KEYS_OF_EXPERTS}
 
     def update_weight_conversions(self, weight_conversions, *model):
-        """Without those that would merge the weights of experts. transformers gives the model since 5.21."""
-        return [
-            conversion
-            for conversion in super().update_weight_conversions(weight_conversions, *model)
-            if not _is_of_experts(conversion)
-        ]
+        """Without those that would merge the weights of experts, by which ktops reads their names.
+
+        transformers gives the model since 5.21.
+        """
+        self._conversions = copy.deepcopy(weight_conversions)
+        conversions = super().update_weight_conversions(weight_conversions, *model)
+        of_experts = [conversion for conversion in conversions if _is_of_experts(conversion)]
+        patterns = {p.replace("*.", r".*\.") for each in of_experts for p in each.source_patterns}
+        ignored = self._model._keys_to_ignore_on_load_unexpected or ()
+        self._model._keys_to_ignore_on_load_unexpected = {*ignored, *patterns}
+        return [conversion for conversion in conversions if conversion not in of_experts]
 
     def _process_model_after_weight_loading(self, model, **kwargs):
-        config = self.quantization_config
-        load_experts(
-            model, self._path, config.weight_format, group_size=config.group_size, method=config.method
+        config, modules = self.quantization_config, experts_modules(model)
+        layers = match_layers(
+            open_checkpoint(self._path), model, modules, prefix=config.prefix, conversions=self._conversions
         )
+        options = {name: getattr(config, name) for name in ("weight_format", "group_size", "method")}
+        load_layers(model, modules, layers, options)
         return model
 
     def is_serializable(self) -> bool:

@@ -1,0 +1,148 @@
+"""Which layer of a checkpoint is meant by an experts module of a model, or by a number."""
+
+from collections import defaultdict
+from collections.abc import Iterable
+
+from torch import nn
+
+from ktops.checkpoints.checkpoint import Checkpoint
+from ktops.checkpoints.errors import CheckpointError
+from ktops.checkpoints.layer import Layer
+from ktops.checkpoints.model_names import NUMBER, ModelNames, pretrained_parts
+from ktops.checkpoints.names import family
+
+
+def match_layers(
+    checkpoint: Checkpoint,
+    model: nn.Module,
+    modules: dict[str, nn.Module],
+    *,
+    prefix: str | None = None,
+    conversions: list | None = None,
+) -> dict[str, Layer]:
+    """The layer of a checkpoint for every experts module of a model.
+
+    The layers that transformers would load into the modules, or those whose names are the modules'. A
+    checkpoint without any such, as a GGUF file is, is taken by the numbers of the layers, if it has those of
+    one part of a model only.
+
+    Args:
+        modules: its experts by name.
+        prefix: only layers whose names in the checkpoint begin so.
+        conversions: what transformers loads the model with; default: what it would.
+
+    Raises:
+        CheckpointError: the layer of a module is missing, or several could be meant.
+        ValueError: several modules of the model have the number of a layer.
+
+    Example:
+        >>> match_layers(open_checkpoint("Qwen3-Next-80B-A3B"), model, experts_modules(model))
+        {'model.layers.0.mlp.experts': Layer('model.layers.0.mlp.experts', bf16, 512 experts), ...}
+    """
+    found: dict[str, list[Layer]] = defaultdict(list)
+    left: dict[str, Layer] = {}
+    parts = pretrained_parts(model)
+    for part, root in parts.items():
+        start = f"{part}." if part else ""
+        inside = {name.removeprefix(start): m for name, m in modules.items() if name.startswith(start)}
+        names = ModelNames(root, inside, conversions)
+        for layer in _beginning_with(prefix, checkpoint.named_by(names)):
+            if layer.module is not None:
+                found[start + layer.module].append(layer)
+            elif prefix is not None or not names.ignored(layer.name):
+                left[layer.name] = layer
+    if not parts:
+        left = {layer.name: layer for layer in _beginning_with(prefix, checkpoint)}
+        found.update({name: [left[name]] for name in modules if name in left})
+    if found:
+        for layers in found.values():
+            layers[0].check()
+        return {name: _one(found.get(name, []), _number(name), checkpoint, name) for name in modules}
+    return _by_number(list(left.values()), modules, checkpoint)
+
+
+def numbered_layer(checkpoint: Checkpoint, index: int, prefix: str | None = None) -> Layer:
+    """The layer of a number: of several the one that transformers loads, not that of an MTP layer.
+
+    Raises:
+        CheckpointError: there is none, or several could be meant.
+    """
+    layers = [layer for layer in _beginning_with(prefix, checkpoint) if layer.index == index]
+    of_model = [layer for layer in layers if layer.module is not None]
+    return _one(of_model if len(layers) > 1 and of_model else layers, index, checkpoint)
+
+
+def _beginning_with(prefix: str | None, checkpoint: Checkpoint) -> list[Layer]:
+    checkpoint.require_layers()
+    chosen = [layer for layer in checkpoint.layers if layer.name.startswith(prefix or "")]
+    if not chosen:
+        raise CheckpointError(
+            f"{checkpoint.path}: no experts have a name that begins with prefix={prefix!r}: there are "
+            f"{_parts(checkpoint.layers)}"
+        )
+    return chosen
+
+
+def _one(layers: list[Layer], number: int | None, checkpoint: Checkpoint, name: str | None = None) -> Layer:
+    """The only layer there is, of a number and for a module of the model."""
+    what = f"layer {number}" if name is None else name
+    if len(layers) > 1:
+        names = " and ".join(layer.name for layer in layers)
+        raise CheckpointError(
+            f"{checkpoint.path}: the experts of {what} could be {names}: give prefix=, what the names of the "
+            "right ones begin with"
+        )
+    if not layers:
+        which = "its experts" if number is None else f"the experts of layer {number}"
+        raise CheckpointError(
+            f"{what}: {which} are missing in {checkpoint.path}, which has those of "
+            f"{_parts(checkpoint.layers)}"
+        )
+    return layers[0]
+
+
+def _number(name: str) -> int | None:
+    """Of the layer that a module is in."""
+    found = NUMBER.findall(name)
+    return int(found[-1]) if found else None
+
+
+def _by_number(
+    layers: list[Layer], modules: dict[str, nn.Module], checkpoint: Checkpoint
+) -> dict[str, Layer]:
+    families = {family(layer.name) for layer in layers}
+    if len(families) > 1:
+        raise CheckpointError(
+            f"{checkpoint.path}: the names of the model's experts, {next(iter(modules))}, are not there, and "
+            f"the experts could be any of {_parts(layers)}: give prefix=, what the names of the right ones "
+            "begin with"
+        )
+    numbers: dict[int, str] = {}
+    for name in modules:
+        number = _number(name)
+        if number is None:
+            raise ValueError(
+                f"load_experts: {name} must be in a numbered layer, as model.layers.3.mlp.experts, or have "
+                "this name in the checkpoint"
+            )
+        if number in numbers:
+            raise ValueError(
+                f"load_experts: layer {number} of {checkpoint.path} could be {numbers[number]} or {name} of "
+                "the model: call it with the part of the model that is meant"
+            )
+        numbers[number] = name
+    by_number: dict[int, list[Layer]] = defaultdict(list)
+    for layer in layers:
+        by_number[layer.index].append(layer)
+    return {name: _one(by_number[number], number, checkpoint, name) for number, name in numbers.items()}
+
+
+def _parts(layers: Iterable[Layer]) -> str:
+    """Layers for people: "model.layers.{0 to 47} and mtp.layers.{0}"."""
+    indices: dict[str, list[int]] = defaultdict(list)
+    for layer in layers:
+        indices[family(layer.name)].append(layer.index)
+    spans = (
+        f"{name}{{{min(of)}{f' to {max(of)}' if max(of) > min(of) else ''}}}" for name, of in indices.items()
+    )
+    return " and ".join(spans) or "no experts"

@@ -1,0 +1,246 @@
+"""ModelNames: the names of experts' tensors as transformers itself reads them, by its conversion table."""
+
+import copy
+import re
+import sys
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+
+from ktops._warn import warn_once
+from ktops.checkpoints.names import (
+    CONCATENATED,
+    EVERY_EXPERT,
+    FUSED,
+    GGUF,
+    INTERLEAVED,
+    PROJECTIONS,
+    Key,
+    parse,
+    parse_tensor,
+)
+from ktops.nn.expert_sequence import KTExpertSequence
+
+NUMBER = re.compile(r"(?:^|\.)(\d+)(?=\.|$)")
+OF_EXPERT = re.compile(r"(?:(?<=\.)|^)experts\.(\d+)(?=\.)")
+TENSORS = ("gate_up_proj", "gate_proj", "up_proj", "down_proj")
+MATRICES = ("gate_proj", "up_proj", "down_proj", "w1", "w3", "w2")
+
+
+class ModelNames:
+    """Which tensors of a checkpoint transformers would load into which experts of a model.
+
+    Args:
+        model: a PreTrainedModel, on any device; its experts may be replaced by modules of ktops.
+        modules: its experts by name.
+        conversions: transformers' renamings and conversions; default: those of the model.
+
+    Example:
+        >>> names = ModelNames(model, experts_modules(model))
+        >>> names.key("model.layers.3.block_sparse_moe.input_linear.weight").projection
+        'gate_up'
+    """
+
+    def __init__(
+        self, model: nn.Module, modules: dict[str, nn.Module], conversions: list | None = None
+    ) -> None:
+        from transformers.core_model_loading import WeightConverter, WeightRenaming
+
+        if conversions is None:
+            from transformers.conversion_mapping import get_model_conversion_mapping
+
+            conversions = get_model_conversion_mapping(model)
+        conversions = copy.deepcopy(conversions)
+        self._renamings = [each for each in conversions if isinstance(each, WeightRenaming)]
+        self._converters = [each for each in conversions if isinstance(each, WeightConverter)]
+        self._by_pattern = {p: each for each in self._converters for p in each.source_patterns}
+        self._prefix = model.base_model_prefix
+        self._ignored = [re.compile(p) for p in model._keys_to_ignore_on_load_unexpected or ()]
+        owners = {name: _owner(model, name) for name in modules}
+        self._modules = {owners[name]: module for name, module in modules.items()}
+        self.names = {owner: name for name, owner in owners.items()}
+        keys = {name for name, _ in (*model.named_parameters(), *model.named_buffers())}
+        for name in self._modules:
+            keys |= {f"{name}.{tensor}" for tensor in TENSORS}
+            keys |= {f"{name}.0.{matrix}.weight" for matrix in MATRICES}
+        self._keys = dict.fromkeys(keys, True)
+        self._resolved: dict[str, Key | None] = {}
+
+    def key(self, name: str) -> Key | None:
+        """The parts of the name of an expert's tensor, of the model or of none; None for any other tensor."""
+        if GGUF.fullmatch(name):
+            return parse(name)
+        expert = OF_EXPERT.search(name)
+        first = name if expert is None else f"{name[: expert.start(1)]}0{name[expert.end(1) :]}"
+        if first not in self._resolved:
+            self._resolved[first] = self._resolve(first)
+        key = self._resolved[first]
+        if key is None:
+            return parse(name)
+        return key if expert is None or key.expert == EVERY_EXPERT else key._replace(expert=int(expert[1]))
+
+    def ignored(self, name: str) -> bool:
+        """Whether transformers leaves a tensor of this name out without a word, as those of MTP layers."""
+        return any(pattern.search(name) for pattern in self._ignored)
+
+    def _resolve(self, name: str) -> Key | None:
+        for dense, tensor in _dense_names(name):
+            renamed, pattern = self._rename(dense)
+            key = self._converted(name, renamed, pattern) if pattern else self._renamed(name, renamed)
+            if key is not None:
+                return key if tensor is None else key._replace(tensor=tensor)
+        return None
+
+    def _rename(self, name: str) -> tuple[str, str | None]:
+        """What transformers makes of a name, and the pattern of the conversion that it is a source of."""
+        from transformers.core_model_loading import rename_source_key
+
+        renamed, pattern = rename_source_key(
+            name, self._renamings, self._converters, self._prefix, self._keys
+        )
+        if renamed not in self._keys and name in self._keys:
+            return rename_source_key(name, [], [], self._prefix, self._keys)
+        return renamed, pattern
+
+    def _renamed(self, name: str, renamed: str) -> Key | None:
+        """Of a tensor that is loaded as it is."""
+        for module, rest in _splits(renamed):
+            if module in self._modules:
+                found = parse_tensor(rest)
+                return None if found is None else self._key(name, module, *found)
+        return None
+
+    def _converted(self, name: str, renamed: str, pattern: str) -> Key | None:
+        """Of a tensor that is loaded through operations."""
+        converter = self._by_pattern[pattern]
+        module, _, target = renamed.rpartition(".")
+        if module not in self._modules or FUSED.fullmatch(target) is None:
+            return None
+        operations = list(converter.operations)
+        kinds = [type(operation).__name__ for operation in operations]
+        sources = converter.source_patterns
+        expert = EVERY_EXPERT
+        if kinds[:1] == ["MergeModulelist"]:
+            if OF_EXPERT.search(name) is None:
+                return None
+            expert, kinds, operations = 0, kinds[1:], operations[1:]
+        projection, layout = PROJECTIONS[target], None
+        if projection == "gate_up" and len(sources) == 2 and kinds == ["Concatenate"]:
+            projection = ("gate", "up")[sources.index(pattern)]
+        elif kinds == ["Interleave"] and len(sources) == 1 and not operations[0].inverse:
+            layout = INTERLEAVED
+        elif kinds not in ([], ["Transpose"]) or len(sources) > 1 or len(converter.target_patterns) > 1:
+            layout = ", ".join(kinds)
+        return self._key(name, module, expert, projection, "weight", layout)
+
+    def _key(self, name, module, expert, projection, tensor, layout=None) -> Key:
+        numbers = NUMBER.findall(module)
+        concatenated = getattr(self._modules[module], "is_concatenated", None)
+        if layout is None and concatenated is not None:
+            layout = CONCATENATED if concatenated else INTERLEAVED
+        layer = int(numbers[-1]) if numbers else -1
+        return Key(_experts(name), layer, expert, projection, tensor, self.names[module], layout)
+
+
+def config_names(config: dict) -> ModelNames | None:
+    """The names of the model that config.json describes; None if transformers has no such model."""
+    model_type, architectures = config.get("model_type"), config.get("architectures")
+    if not isinstance(model_type, str):
+        return None
+    try:
+        import transformers
+        from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+    except ImportError:
+        return None
+    if model_type not in CONFIG_MAPPING:
+        return None
+    names = architectures if isinstance(architectures, list) else []
+    classes = (getattr(transformers, name, None) for name in names if isinstance(name, str))
+    model_class = next((c for c in classes if isinstance(c, type)), None)
+    try:
+        config = transformers.PreTrainedConfig._decode_special_floats(_without_quantization(config))
+        return _names_of_class(CONFIG_MAPPING[model_type].from_dict(config), model_class)
+    except Exception as error:
+        warn_once(
+            f"ktops: transformers cannot make the {model_type!r} model that config.json describes, so that "
+            f"experts are found by the usual names: {type(error).__name__}: {error}"
+        )
+        return None
+
+
+def _without_quantization(config: dict) -> dict:
+    return {
+        key: _without_quantization(value) if isinstance(value, dict) else value
+        for key, value in config.items()
+        if key != "quantization_config"
+    }
+
+
+def _names_of_class(config, model_class: type | None) -> ModelNames | None:
+    """Of a model without weights."""
+    from transformers import AutoModel, AutoModelForCausalLM
+    from transformers.initialization import no_init_weights
+
+    from ktops.integrations.swap import find_experts
+
+    with torch.device("meta"), no_init_weights():
+        if model_class is not None:
+            model = model_class._from_config(config)
+        elif type(config) in AutoModelForCausalLM._model_mapping:
+            model = AutoModelForCausalLM.from_config(config)
+        elif type(config) in AutoModel._model_mapping:
+            model = AutoModel.from_config(config)
+        else:
+            return None
+    try:
+        modules = find_experts(model, "open_checkpoint")
+    except ValueError:
+        modules = {}
+    return ModelNames(model, modules)
+
+
+def pretrained_parts(model: nn.Module) -> dict[str, nn.Module]:
+    """The outermost models of transformers in a model, by name: often itself, ""."""
+    transformers = sys.modules.get("transformers.modeling_utils")
+    if transformers is None:
+        return {}
+    parts: dict[str, nn.Module] = {}
+    for name, module in model.named_modules():
+        inside = any(part == "" or name.startswith(f"{part}.") for part in parts)
+        if not inside and isinstance(module, transformers.PreTrainedModel):
+            parts[name] = module
+    return parts
+
+
+def _owner(model: nn.Module, name: str) -> str:
+    """The name that the experts had before ktops put its own module around them."""
+    parent, _, _ = name.rpartition(".")
+    return parent if isinstance(model.get_submodule(parent), KTExpertSequence) else name
+
+
+def _dense_names(name: str) -> Iterator[tuple[str, str | None]]:
+    """Names under which transformers' table may know the weight that a tensor belongs to, and which of its
+    tensors it is: the table names dense ones. None: what the new name says."""
+    yield name, None
+    owner, _, tensor = name.rpartition(".")
+    if tensor != "weight":
+        yield f"{owner}.weight", tensor
+    yield owner, tensor
+    fused = re.fullmatch(r"(.+\.(?:gate_up_proj|gate_proj|up_proj|down_proj))_(\w+)", name)
+    if fused:
+        yield fused[1], fused[2]
+
+
+def _splits(name: str) -> Iterator[tuple[str, str]]:
+    """Where a module's name could end: after the first dot, the second, ..."""
+    parts = name.split(".")
+    for count in range(len(parts) - 1, 0, -1):
+        yield ".".join(parts[:count]), ".".join(parts[count:])
+
+
+def _experts(name: str) -> str:
+    """The part of a tensor's name that all tensors of the experts have in common."""
+    parts = name.split(".")
+    end = len(parts) - parts[::-1].index("experts") if "experts" in parts else len(parts) - 2
+    return ".".join(parts[:end])

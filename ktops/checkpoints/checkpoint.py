@@ -17,7 +17,7 @@ from ktops.checkpoints.quantization_config import (
 )
 from ktops.checkpoints.view import View
 
-WHOLE = "model.safetensors"
+WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 MANIFEST = "ktops.json"
 """Says which files hold experts that ktops has written, and their sizes."""
@@ -145,6 +145,10 @@ def _files(path: Path) -> list[Path]:
         if not isinstance(weight_map, dict) or not all(isinstance(n, str) for n in weight_map.values()):
             raise CheckpointError(f"{path / INDEX}: weight_map must map tensors to files")
         files = [path / name for name in sorted(set(weight_map.values()))]
+        if (path / WEIGHTS).exists():  # what transformers reads; the index is of an earlier saving
+            return [path / WEIGHTS]
+        if any(name.endswith("._extra_state") for name in weight_map):
+            return files
     if (path / MANIFEST).exists():
         mine = _manifest_files(path / MANIFEST)
         others = files or sorted(set(path.glob("*.safetensors")) - set(mine))
@@ -157,7 +161,7 @@ def _files(path: Path) -> list[Path]:
 
 def _unlisted_files(path: Path) -> list[Path]:
     """The files of a directory that has no list of them: those with experts, if there are such."""
-    whole = path / WHOLE
+    whole = path / WEIGHTS
     safetensors = [whole] if whole.exists() else sorted(path.glob("*.safetensors"))
     gguf = sorted(path.glob("*.gguf"))
     if len(gguf) + bool(safetensors) < 2:

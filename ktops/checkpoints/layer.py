@@ -194,6 +194,10 @@ class Layer:
         biases = (self.bias(name, dtype) for name in BIASES)
         return LayerWeights(gate_up.read(dtype, step), down.read(dtype, step), *biases)
 
+    def has_bias(self, name: str) -> bool:
+        """Whether "gate_up_proj" or "down_proj" has one."""
+        return self._bias_views(name) is not None
+
     def bias(self, name: str, dtype: torch.dtype) -> Tensor | None:
         """The bias of "gate_up_proj" [E, 2I] or "down_proj" [E, H]; None if there is none."""
         parts = self._bias_views(name)

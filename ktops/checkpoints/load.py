@@ -12,7 +12,7 @@ from ktops.checkpoints.layer import BIASES, Layer
 from ktops.checkpoints.match import match_layers
 from ktops.checkpoints.progress import progress
 from ktops.formats.expert_weight import COMPUTE_DTYPES
-from ktops.integrations import enable_peft
+from ktops.integrations import enable_peft, enable_saving
 from ktops.integrations.quantize_experts import format_bytes
 from ktops.integrations.swap import Unsupported, exchange_stacked, find_experts, listed_experts
 from ktops.integrations.transformers.architectures import activation_name, unsupported_computation
@@ -26,9 +26,11 @@ class PendingExperts(nn.Module):
         num_experts, hidden_size, intermediate_size: as of :class:`ktops.nn.KTExperts`.
         activation: its name.
         is_concatenated: whether the rows of gate come before those of up in its weights; None: not known.
+        is_list: whether they are a ModuleList, which the MoE block iterates.
+        biased: which of gate_up_proj and down_proj have a bias.
 
     The names of the weights are there too, as tensors without memory that are no parameters: MoE blocks of
-    transformers initialise the weights of their experts themselves.
+    transformers initialize the weights of their experts themselves.
     """
 
     def __init__(self, experts: nn.Module) -> None:
@@ -38,6 +40,8 @@ class PendingExperts(nn.Module):
         self.is_concatenated = getattr(experts, "is_concatenated", None)
         for name, weight in experts.named_parameters(recurse=False):
             setattr(self, name, torch.empty_like(weight, device="meta", requires_grad=False))
+        self.is_list = isinstance(experts, nn.ModuleList)
+        self.biased = [name for name in BIASES if _has_bias(experts, name)]
         self.train(experts.training)
 
     def forward(self, *args, **kwargs):
@@ -90,8 +94,8 @@ def load_experts(
     model has already stay until then; a model whose experts are on the meta device never has both.
 
     Args:
-        model: with stacked experts, on any device, or with ModuleLists of gated MLPs on the CPU, as
-            :func:`ktops.swap_experts` takes them; before adapters are added.
+        model: with stacked experts or ModuleLists of gated MLPs, as :func:`ktops.swap_experts` takes them,
+            on any device; before adapters are added.
         path: of a directory or file, as :func:`ktops.checkpoints.open_checkpoint` takes it. The layers are
             those that transformers would load by their names; of a file without such names, as GGUF, those of
             the same numbers.
@@ -163,6 +167,7 @@ def load_layers(
     for name, module in modules.items():
         exchange_stacked(model, module, made[name])
     enable_peft()
+    enable_saving(model)
     return _report(plan, made)
 
 
@@ -186,7 +191,7 @@ def _activation(module: nn.Module, name: str = "experts") -> str:
         return module.activation
     if isinstance(module, nn.ModuleList):
         try:
-            return listed_experts(module)[0].activation
+            return listed_experts(module, any_device=True)[0].activation
         except Unsupported as reason:
             raise ValueError(
                 f"load_experts: ktops cannot compute {name}, a list of {len(module)} modules: {reason}"
@@ -218,7 +223,7 @@ def _sizes(module: nn.Module) -> tuple[int, int, int] | None:
     if isinstance(module, (KTExperts, PendingExperts)):
         return module.num_experts, module.hidden_size, module.intermediate_size
     if isinstance(module, nn.ModuleList):
-        _, _, down = listed_experts(module)[0].projections()
+        _, _, down = listed_experts(module, any_device=True)[0].projections()
         return len(module), down.out_features, down.in_features
     weight = module._parameters.get("down_proj")
     if weight is None or weight.dim() != 3 or weight.dtype in (torch.uint8, torch.int8):
@@ -235,6 +240,22 @@ def _check_fit(layer: Layer, name: str, module: nn.Module) -> None:
             f"{layer.tensors[0]}: {name} of the model has [num_experts, hidden_size, intermediate_size] = "
             f"{list(expected)}, the checkpoint {list(got)}"
         )
+    for projection in BIASES:
+        expected, got = _has_bias(module, projection), layer.has_bias(projection)
+        if expected != got:
+            raise CheckpointError(
+                f"{layer.tensors[0]}: {projection} of {name} has {'a' if expected else 'no'} bias in the "
+                f"model, but {'one' if got else 'none'} in the checkpoint"
+            )
+
+
+def _has_bias(module: nn.Module, projection: str) -> bool:
+    if isinstance(module, PendingExperts):
+        return projection in module.biased
+    if isinstance(module, nn.ModuleList):
+        gate, _, down = listed_experts(module, any_device=True)[0].projections()
+        return (gate if projection == "gate_up_proj" else down).bias is not None
+    return getattr(module, BIASES[projection], None) is not None
 
 
 def _report(plan: list, made: dict[str, KTExperts]) -> LoadReport:

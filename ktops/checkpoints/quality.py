@@ -1,6 +1,7 @@
 """How far the experts of a converted layer are from those they were made from."""
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,8 +17,41 @@ MOST_EXPERTS = 16
 
 TOKENS = 32
 
-ACTIVATIONS = {"gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh"}
-"""hidden_act of config.json -> activation of the op; silu where there is another."""
+ACTIVATIONS = {
+    "silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_fast": "gelu_tanh",
+    "gelu_accurate": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu_python_tanh": "gelu_tanh",
+}  # fmt: skip
+"""hidden_act of config.json -> activation of the op."""
+
+KEYS = ("hidden_act", "hidden_activation", "mlp_hidden_act")
+"""What config.json may call the activation of the experts."""
+
+
+class Activation(NamedTuple):
+    """What outputs of experts are computed with, None: they are not compared; and what to say of it."""
+
+    name: str | None
+    note: str | None = None
+
+
+def find_activation(config: dict) -> Activation:
+    """The activation that a config.json names, of its text model if it has several.
+
+    Example:
+        >>> find_activation({"hidden_act": "gelu_pytorch_tanh"})
+        Activation(name='gelu_tanh', note=None)
+    """
+    thinker = config.get("thinker_config") or {}
+    for part in (config.get("text_config"), thinker.get("text_config"), config):
+        given = next((part[key] for key in KEYS if part.get(key) is not None), None) if part else None
+        if given is None:
+            continue
+        if given not in ACTIVATIONS:
+            return Activation(None, f"outputs are not compared: ktops has no activation {given!r}")
+        if part.get("swiglu_limit") is not None:
+            return Activation(None, f"outputs are not compared: ktops has no {given!r} with a swiglu_limit")
+        return Activation(ACTIVATIONS[given])
+    return Activation("silu", "no config.json names the activation: outputs are compared with silu")
 
 
 @dataclass(frozen=True)
@@ -29,7 +63,7 @@ class LayerQuality:
         scheme: how the source stores them.
         num_experts, measured_experts: of the layer, and those compared.
         gate_up_error, down_error: of the weights.
-        output_error: of each expert's output for random normal tokens.
+        output_error: of each expert's output for random normal tokens; None if they were not compared.
         bytes, bytes_bf16: of all weights of the layer, converted and in bf16.
     """
 
@@ -39,26 +73,31 @@ class LayerQuality:
     measured_experts: int
     gate_up_error: float
     down_error: float
-    output_error: float
+    output_error: float | None
     bytes: int
     bytes_bf16: int
 
 
 @torch.no_grad()
-def compare(name: str, source: Layer, converted: Layer, hidden_act: str | None = None) -> LayerQuality:
+def compare(name: str, source: Layer, converted: Layer, activation: str | None) -> LayerQuality:
     """Compares two layers expert by expert, in float32.
+
+    Args:
+        name: of the layer in the converted checkpoint.
+        source, converted: the layers.
+        activation: of the experts, as of :func:`ktops.moe_sft`; None: outputs are not compared.
 
     Raises:
         CheckpointError: weights of the source are not finite.
     """
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randn(TOKENS, source.hidden_size, generator=generator)
-    activation = ACTIVATIONS.get(hidden_act, "silu")
     errors = {"gate_up": RelativeError(), "down": RelativeError(), "output": RelativeError()}
     count = min(source.num_experts, MOST_EXPERTS)
     for index in (number * source.num_experts // count for number in range(count)):
         outputs = _compare_expert(source, converted, index, tokens, activation, errors)
-        errors["output"].add(*outputs)
+        if outputs is not None:
+            errors["output"].add(*outputs)
         give_back_freed_memory()
     both = converted.gate_up_proj, converted.down_proj
     return LayerQuality(
@@ -66,16 +105,19 @@ def compare(name: str, source: Layer, converted: Layer, hidden_act: str | None =
         source.scheme,
         source.num_experts,
         count,
-        *(error.value for error in errors.values()),
+        errors["gate_up"].value,
+        errors["down"].value,
+        None if activation is None else errors["output"].value,
         bytes=converted.nbytes,
         bytes_bf16=2 * sum(torch.Size(experts.shape).numel() for experts in both),
     )
 
 
 def _compare_expert(
-    source: Layer, converted: Layer, index: int, tokens: Tensor, activation: str, errors: dict
-) -> tuple[Tensor, Tensor]:
-    """Outputs of an expert of the converted layer and of the source; few rows are floats at a time."""
+    source: Layer, converted: Layer, index: int, tokens: Tensor, activation: str | None, errors: dict
+) -> tuple[Tensor, Tensor] | None:
+    """Outputs of an expert of the converted layer and of the source, if there is an activation; few rows are
+    floats at a time."""
     made = expected = tokens
     for kind in ("gate_up", "down"):
         pair = [getattr(layer, f"{kind}_proj") for layer in (converted, source)]
@@ -86,12 +128,16 @@ def _compare_expert(
                     f"{source.name}: {kind}_proj of expert {index} has values that are not finite"
                 )
             errors[kind].add(ours, theirs)
+            if activation is None:
+                continue
             parts[0].append(made @ ours.T)
             parts[1].append(expected @ theirs.T)
+        if activation is None:
+            continue
         made, expected = (torch.cat(part, dim=1) for part in parts)
         if kind == "gate_up":
             made, expected = (_activated(gate_up, activation) for gate_up in (made, expected))
-    return made, expected
+    return None if activation is None else (made, expected)
 
 
 def _activated(gate_up: Tensor, activation: str) -> Tensor:

@@ -251,7 +251,7 @@ class CheckpointWriter:
                 shutil.copyfile(file, self.partial / file.name)
 
     def write_config(self, config: dict) -> None:
-        """Writes config.json."""
+        """Writes config.json; :func:`ktops.checkpoints.converted_config` makes it of the source's."""
         _write_json(self.partial / CONFIG, config)
 
     def finish(self) -> Path:

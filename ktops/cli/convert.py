@@ -12,11 +12,11 @@ from rich.console import Console
 import ktops
 from ktops.checkpoints import Checkpoint, CheckpointError, CheckpointWriter, Layer, open_checkpoint
 from ktops.checkpoints.checkpoint import MANIFEST
-from ktops.checkpoints.config_parts import with_quantization
+from ktops.checkpoints.config import converted_config
 from ktops.checkpoints.experts import Experts, Requantized
 from ktops.checkpoints.layer import BIASES
 from ktops.checkpoints.progress import progress
-from ktops.checkpoints.quality import compare
+from ktops.checkpoints.quality import Activation, compare, find_activation
 from ktops.cli.errors import Interrupted, UserError
 from ktops.formats import quantize
 from ktops.integrations.quantize_experts import format_bytes
@@ -24,9 +24,6 @@ from ktops.integrations.quantize_experts import format_bytes
 REPORT = "ktops-report.json"
 WEIGHTS = {".safetensors", ".gguf", ".bin", ".pt", ".pth", ".onnx", ".h5", ".msgpack"}
 """What is not copied along. What ktops has written is not, either."""
-
-QUANTIZED = ("scale", "scale_inv", "zero_point", "qweight", "qzeros", "weight_packed", "blocks", "scales")
-"""How names of tensors end that need the quantiser of the source."""
 
 
 @dataclass(frozen=True)
@@ -153,7 +150,7 @@ def _write(writer: CheckpointWriter, checkpoint: Checkpoint, parts: list[Part], 
     file = writer.partial / REPORT
     measured = json.loads(file.read_text())["layers"] if file.exists() else []
     layers = {layer["name"]: layer for layer in measured}
-    hidden_act = (checkpoint.config.get("text_config") or checkpoint.config).get("hidden_act")
+    activation = find_activation(checkpoint.config)
     others = {} if _is_gguf(checkpoint) else checkpoint.other_tensors()
     left = [part for part in parts if not writer.has(part.name)]
     total = 2 * sum(part.layer.num_experts for part in left) + len(others)
@@ -164,9 +161,10 @@ def _write(writer: CheckpointWriter, checkpoint: Checkpoint, parts: list[Part], 
                 writer.write_layer(part.name, *part.experts, *biases, step=step)
                 layers.pop(part.name, None)
             if part.name not in layers:
-                (converted,) = open_checkpoint(writer.layer_file(part.name)).layers
-                layers[part.name] = asdict(compare(part.name, part.layer, converted, hidden_act))
-                report = _report(options, parts[0].experts[0].group_size, list(layers.values()))
+                (written,) = open_checkpoint(writer.layer_file(part.name)).layers
+                layers[part.name] = asdict(compare(part.name, part.layer, written, activation.name))
+                size = parts[0].experts[0].group_size
+                report = _report(options, size, activation, list(layers.values()))
                 file.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
         if others:
             writer.write_tensors(others, step=step)
@@ -179,9 +177,11 @@ def _is_gguf(checkpoint: Checkpoint) -> bool:
     return any(view.file.path.suffix == ".gguf" for view in checkpoint.tensors.values())
 
 
-def _report(options: Options, group_size: int, layers: list[dict]) -> dict:
-    def mean(*names: str) -> float:
+def _report(options: Options, group_size: int, activation: Activation, layers: list[dict]) -> dict:
+    def mean(*names: str) -> float | None:
         errors = [layer[name] for layer in layers for name in names]
+        if None in errors:
+            return None
         return (sum(error**2 for error in errors) / len(errors)) ** 0.5
 
     size, dense = (sum(layer[name] for layer in layers) for name in ("bytes", "bytes_bf16"))
@@ -194,6 +194,8 @@ def _report(options: Options, group_size: int, layers: list[dict]) -> dict:
         "bytes": size,
         "bytes_bf16": dense,
         "ratio": dense / size,
+        "activation": activation.name,
+        "activation_note": activation.note,
         "relative_error": mean("gate_up_error", "down_error"),
         "output_error": mean("output_error"),
         "layers": layers,
@@ -201,8 +203,8 @@ def _report(options: Options, group_size: int, layers: list[dict]) -> dict:
 
 
 def _copy_files(writer: CheckpointWriter, checkpoint: Checkpoint, others: dict) -> None:
-    """Configuration, tokenizer and the like. The configuration says that ktops loads the experts, unless
-    other tensors need the quantiser that it names."""
+    """Configuration, tokenizer and the like. The configuration says that ktops loads the experts, and what
+    the source said of other tensors that are quantized."""
     if not checkpoint.path.is_dir():
         return
     writer.copy(
@@ -214,19 +216,23 @@ def _copy_files(writer: CheckpointWriter, checkpoint: Checkpoint, others: dict) 
         and path.name != REPORT
         and not path.name.startswith(".")
     )
-    quantised = checkpoint.config.get("quantization_config") is not None
-    if checkpoint.config and not (quantised and any(name.endswith(QUANTIZED) for name in others)):
-        writer.write_config(with_quantization(checkpoint.config, {"quant_method": "ktops"}))
+    if checkpoint.config:
+        writer.write_config(converted_config(checkpoint.config, others))
 
 
 def _show(report: dict, options: Options, console: Console) -> None:
     group = f", group {report['group_size']}" if report["group_size"] else ""
-    worst = max(report["layers"], key=lambda layer: layer["output_error"])
+    errors = f"relative error {report['relative_error']:.2g}"
+    if report["output_error"] is not None:
+        worst = max(report["layers"], key=lambda layer: layer["output_error"])
+        errors += f", of the output {report['output_error']:.2g} "
+        errors += f"(most: {worst['output_error']:.2g} in {worst['name']})"
+    if report["activation_note"]:
+        errors += f"; {report['activation_note']}"
     for line in (
         f"{len(report['layers'])} layers of experts: {format_bytes(report['bytes'])} in {report['format']}"
         f"{group} (bf16: {format_bytes(report['bytes_bf16'])}, {report['ratio']:.2f} times smaller)",
-        f"relative error {report['relative_error']:.2g}, of the output {report['output_error']:.2g} "
-        f"(most: {worst['output_error']:.2g} in {worst['name']})",
+        errors,
         f"written: {options.destination}, errors of every layer in {REPORT}",
     ):
         console.print(f"  {line}", soft_wrap=True)

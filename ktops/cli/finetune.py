@@ -60,7 +60,12 @@ def finetune(options: Options, directory: Path, console: Console, overwrite: boo
         tokenizer, split = _encode(_packaged(), base, options, report)
 
     transformers.set_seed(options.seed)
-    model = load_model(base, options.torch_dtype, options.experts_implementation)
+    model = load_model(
+        base,
+        options.torch_dtype,
+        options.experts_implementation,
+        keep_format=options.weight_format is None,
+    )
     quantized = quantize_experts(
         model, options.weight_format, options.group_size, options.quantize_method, show_progress=True
     )

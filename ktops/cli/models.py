@@ -48,29 +48,49 @@ def load_tokenizer(directory: str):
         raise UserError(f"--model: the tokenizer in {directory} cannot be loaded: {error}") from None
 
 
-def load_model(directory: str, dtype, experts_implementation: str):
+def load_model(directory: str, dtype, experts_implementation: str, *, keep_format: bool = True):
     """The causal language model of a directory, its experts run by the given implementation.
 
     Args:
         directory: a Hugging Face model directory.
         dtype: torch.bfloat16 or torch.float32, of the weights in memory.
         experts_implementation: "ktops", or one of transformers' own ("eager", "grouped_mm", "batched_mm").
+        keep_format: whether "ktops" leaves experts that another library has quantized in their format; else
+            transformers decodes them, if it can.
 
     Raises:
-        UserError: transformers cannot load it, or does not know the implementation for this architecture.
+        UserError: transformers cannot load it, does not know the implementation for this architecture, or
+            does not find all of its weights in the files.
     """
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     import ktops
+    from ktops.checkpoints.config import is_ktops, quantization_of
+    from ktops.integrations.transformers.loaded import require_loaded
 
-    if experts_implementation == "ktops":
-        ktops.enable()
+    ktops.enable()
     try:
-        return AutoModelForCausalLM.from_pretrained(
-            directory, dtype=dtype, experts_implementation=experts_implementation, local_files_only=True
+        quantized = quantization_of(AutoConfig.from_pretrained(directory, local_files_only=True).to_dict())
+        loader = None
+        if experts_implementation == "ktops":
+            loader = ktops.KTConfig() if quantized and keep_format else None
+        elif is_ktops(quantized):
+            raise UserError(
+                f"--experts-implementation {experts_implementation}: the experts in {directory} are in a "
+                "format of ktops, which runs them"
+            )
+        model, info = AutoModelForCausalLM.from_pretrained(
+            directory,
+            dtype=dtype,
+            experts_implementation=experts_implementation,
+            quantization_config=loader,
+            local_files_only=True,
+            output_loading_info=True,
         )
-    except (ValueError, KeyError, OSError) as error:
+        require_loaded(model, info["missing_keys"], info["unexpected_keys"], heads=True)
+    except (ValueError, KeyError, OSError, RuntimeError, ImportError) as error:
         raise UserError(f"--model: {directory} cannot be loaded: {error}") from None
+    return model
 
 
 def quantize_experts(

@@ -101,7 +101,12 @@ def check(record: Record) -> dict[str, float]:
     from ktops.cli.models import load_model, quantize_experts
 
     torch.set_num_threads(record.num_threads)
-    base = load_model(record.base, getattr(torch, record.dtype), record.experts_implementation)
+    base = load_model(
+        record.base,
+        getattr(torch, record.dtype),
+        record.experts_implementation,
+        keep_format=record.weight_format is None,
+    )
     quantize_experts(base, record.weight_format, record.group_size, record.quantize_method)
     model = PeftModel.from_pretrained(base, record.adapter)
     expected = tensors["logits"]

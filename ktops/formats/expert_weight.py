@@ -130,6 +130,30 @@ class ExpertWeight(nn.Module):
                 f"ExpertWeight: the state dict is of another layout: expected {self._layout()}, got {layout}"
             )
 
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, *args) -> None:
+        """Takes the tensors of the state dict instead of writing into its own: copies and files share those.
+
+        Raises:
+            ValueError, TypeError: the state dict is of another layout, or a tensor of a wrong shape or dtype.
+        """
+        state = state_dict.get(f"{prefix}_extra_state")
+        if state is not None:
+            self.set_extra_state(state)
+        given = {
+            name: state_dict[prefix + name].to(tensor.device)
+            for name, tensor in self.codes._asdict().items()
+            if tensor is not None and prefix + name in state_dict
+        }
+        try:
+            get_format(self.format).check(self.codes._replace(**given), self.shape, self.group_size)
+        except (ValueError, TypeError) as error:
+            raise type(error)(
+                f"ExpertWeight: {prefix.removesuffix('.')} in the state dict: {error}"
+            ) from None
+        tensors = {**state_dict, **{prefix + name: tensor for name, tensor in given.items()}}
+        metadata = {**local_metadata, "assign_to_params_buffers": True}
+        super()._load_from_state_dict(tensors, prefix, metadata, *args)
+
     def extra_repr(self) -> str:
         group = f", group_size={self.group_size}" if self.group_size else ""
         return f"{self.format!r}, shape={list(self.shape)}{group}, dtype={self.dtype}"

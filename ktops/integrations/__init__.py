@@ -1,6 +1,7 @@
 """Other libraries, each imported only when used."""
 
 import importlib.util
+import sys
 
 __all__ = ["disable", "enable"]
 
@@ -29,6 +30,17 @@ def enable_peft() -> None:
         from ktops.integrations import peft
 
         peft.enable()
+
+
+def enable_saving(model) -> None:
+    """Lets transformers save a model of its own whose experts are in formats, for from_pretrained to load.
+
+    Where transformers is too old for :func:`enable`, it knows nothing of formats, and nothing is done.
+    """
+    if "transformers" in sys.modules and importlib.util.find_spec("transformers.core_model_loading"):
+        from ktops.integrations.transformers import saving
+
+        saving.attach(model)
 
 
 def disable() -> None:

@@ -56,11 +56,18 @@ def enable() -> None:
     from peft.tuners.lora.layer import ParamWrapper
     from peft.tuners.tuners_utils import BaseTuner
 
-    _peft.update(
-        forward=ParamWrapper.forward, merge=ParamWrapper.merge, inject_adapter=BaseTuner.inject_adapter
-    )
-    ParamWrapper.forward, ParamWrapper.merge = _forward, _merge
-    BaseTuner.inject_adapter = _inject_adapter
+    replaced = {
+        ParamWrapper: {"forward": _forward, "merge": _merge},
+        BaseTuner: {
+            "inject_adapter": _inject_adapter,
+            "merge_adapter": _merge_adapter,
+            "_unload_and_optionally_merge": _unload_and_optionally_merge,
+        },
+    }
+    for owner, methods in replaced.items():
+        for name, method in methods.items():
+            _peft[name] = getattr(owner, name)
+            setattr(owner, name, method)
 
 
 def disable() -> None:
@@ -69,8 +76,10 @@ def disable() -> None:
         from peft.tuners.lora.layer import ParamWrapper
         from peft.tuners.tuners_utils import BaseTuner
 
-        ParamWrapper.forward, ParamWrapper.merge = _peft.pop("forward"), _peft.pop("merge")
-        BaseTuner.inject_adapter = _peft.pop("inject_adapter")
+        for name in ("forward", "merge"):
+            setattr(ParamWrapper, name, _peft.pop(name))
+        for name in list(_peft):
+            setattr(BaseTuner, name, _peft.pop(name))
 
 
 def expert_target_parameters(model: nn.Module) -> list[str]:
@@ -186,6 +195,28 @@ def _merge(wrapper: nn.Module, *args, **kwargs) -> None:
     """``ParamWrapper.merge``, which weights in a format have no room for."""
     _require_dense(wrapper, "merged")
     _peft["merge"](wrapper, *args, **kwargs)
+
+
+def _merge_adapter(tuner, adapter_names: list[str] | None = None, *args, **kwargs) -> None:
+    """``BaseTuner.merge_adapter``, refused before the first layer is merged."""
+    _require_mergeable(tuner, adapter_names)
+    _peft["merge_adapter"](tuner, adapter_names, *args, **kwargs)
+
+
+def _unload_and_optionally_merge(tuner, merge: bool = True, *args, **kwargs) -> nn.Module:
+    """The same of ``BaseTuner.merge_and_unload``."""
+    if merge:
+        _require_mergeable(tuner, kwargs.get("adapter_names"))
+    return _peft["_unload_and_optionally_merge"](tuner, merge, *args, **kwargs)
+
+
+def _require_mergeable(tuner, adapter_names: list[str] | None) -> None:
+    from peft.tuners.lora.layer import ParamWrapper
+
+    names = set(tuner.active_adapters if adapter_names is None else adapter_names)
+    for module in tuner.model.modules():
+        if isinstance(module, ParamWrapper) and names.intersection(module.lora_A):
+            _require_dense(module, "merged")
 
 
 def _require_dense(wrapper: nn.Module, what: str) -> None:

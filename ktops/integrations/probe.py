@@ -34,9 +34,19 @@ def disagreement_of_experts(module: nn.Module, experts: KTExperts) -> str | None
 
 
 def disagreement_of_expert(module: nn.Module, expert: KTExpert) -> str | None:
-    """What speaks against ``expert`` in place of ``module``; tried on a float32 copy with random weights."""
+    """What speaks against ``expert`` in place of ``module``; tried on a float32 copy with random weights.
+
+    The modules may be on any device, also while new tensors are made on another one than the CPU.
+    """
+    with torch.device("cpu"):
+        return _disagreement_of_expert(module, expert)
+
+
+def _disagreement_of_expert(module: nn.Module, expert: KTExpert) -> str | None:
     module, expert = copy.deepcopy((module, expert))
-    module.float().train()
+    if any(parameter.is_meta for parameter in module.parameters()):
+        module.to_empty(device="cpu")
+    module.to("cpu").float().train()
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in module.parameters():

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ktops.checkpoints.progress import progress
 from ktops.formats import ExpertWeight, quantize
 from ktops.formats.error import relative_error
-from ktops.integrations import enable_peft
+from ktops.integrations import enable_peft, enable_saving
 from ktops.integrations.swap import (
     Unsupported,
     exchange_stacked,
@@ -161,6 +161,7 @@ def quantize_experts(
             layers.append(layer)
             step(1)
     enable_peft()
+    enable_saving(model)
     return QuantizationReport(weight_format, quantized.down_proj.group_size, method, dtype, tuple(layers))
 
 

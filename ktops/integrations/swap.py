@@ -4,6 +4,7 @@ import inspect
 import warnings
 from collections import defaultdict
 
+import torch
 from torch import nn
 
 from ktops.integrations import enable_peft
@@ -181,8 +182,15 @@ def _expert_list(experts: nn.ModuleList, save: str) -> KTExpertList:
     return KTExpertList(listed_experts(experts, save))
 
 
-def listed_experts(experts: nn.ModuleList, save: str = "activations") -> list[KTExpert]:
+def listed_experts(
+    experts: nn.ModuleList, save: str = "activations", *, any_device: bool = False
+) -> list[KTExpert]:
     """The experts of a ModuleList as KTExpert, with their modules as they are; nothing is moved.
+
+    Args:
+        experts: the modules.
+        save: as of :func:`swap_experts`.
+        any_device: whether their weights, which are to be replaced, may be elsewhere than on the CPU.
 
     Raises:
         Unsupported: the op does not compute what they do, or they have hooks.
@@ -192,7 +200,7 @@ def listed_experts(experts: nn.ModuleList, save: str = "activations") -> list[KT
         if not all(is_plain_linear(projection) for expert in experts for projection in expert.projections()):
             raise Unsupported("its projections are not plain nn.Linear: they have adapters or hooks")
         return list(experts)
-    names, attribute, activation = _check_experts(list(experts))
+    names, attribute, activation = _check_experts(list(experts), any_device)
     made = [KTExpert(expert, names, attribute, activation, save) for expert in experts]
     difference = disagreement_of_expert(experts[0], made[0])
     if difference:
@@ -200,7 +208,7 @@ def listed_experts(experts: nn.ModuleList, save: str = "activations") -> list[KT
     return made
 
 
-def _check_experts(experts: list[nn.Module]) -> tuple[tuple[str, str, str], str, str]:
+def _check_experts(experts: list[nn.Module], any_device: bool) -> tuple[tuple[str, str, str], str, str]:
     """Names of the projections, attribute and name of the activation: the same for every expert of a list."""
     if not experts or any(expert is None or type(expert) is not type(experts[0]) for expert in experts):
         raise Unsupported("its experts are not all modules of one class")
@@ -224,8 +232,10 @@ def _check_experts(experts: list[nn.Module]) -> tuple[tuple[str, str, str], str,
     gate, up, down = (getattr(experts[0], name).weight for name in names)
     if gate.shape != up.shape or gate.shape != down.shape[::-1]:
         raise Unsupported(f"the projections of its experts, {first}, do not fit together")
-    gate_up = gate.new_empty(1, 1, 1).expand(1, 2 * gate.shape[0], gate.shape[1])
-    reason = unsupported_tensors(gate_up, down.unsqueeze(0))
+    one = torch.empty(1, 1, 1, dtype=gate.dtype, device="cpu" if any_device else gate.device)
+    reason = unsupported_tensors(
+        one.expand(1, 2 * gate.shape[0], gate.shape[1]), one.to(down.dtype).expand(1, *down.shape)
+    )
     if reason is not None:
         raise Unsupported(reason)
     return names, attribute, activation
@@ -267,7 +277,8 @@ def exchange(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
 
 def exchange_stacked(model: nn.Module, old: nn.Module, new: KTExperts) -> None:
     """The same with stacked experts; in place of a ModuleList they are made one that can be iterated."""
-    exchange(model, old, KTExpertSequence(new) if isinstance(old, nn.ModuleList) else new)
+    is_list = isinstance(old, nn.ModuleList) or getattr(old, "is_list", False)
+    exchange(model, old, KTExpertSequence(new) if is_list else new)
 
 
 def _has_moe_infer(block: nn.Module) -> bool:

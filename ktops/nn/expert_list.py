@@ -222,9 +222,10 @@ def stacked_copy(experts: list[KTExpert]) -> KTExperts:
             none = tensors[0][0] is None
             yield None if none else nn.Parameter(torch.stack([torch.cat(each) for each in tensors]), False)
 
-    return KTExperts.from_parameters(
+    made = KTExperts.from_parameters(
         *stacks("weight"), *stacks("bias"), activation=experts[0].activation, save=experts[0].save
     )
+    return made.train(experts[0].training)
 
 
 def _pack_after_loading(experts: KTExpertList, _) -> None:

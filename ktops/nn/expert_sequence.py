@@ -1,5 +1,6 @@
 """KTExpertSequence: stacked experts for a MoE block that iterates a ModuleList."""
 
+import re
 from collections.abc import Callable, Iterator
 from functools import partial
 
@@ -13,7 +14,8 @@ class KTExpertSequence(nn.Module):
     """The experts of one layer in stacked weights, in place of a ModuleList of modules.
 
     ``sequence[i](rows)`` runs the op with all rows routed to expert i; called itself, with the routes of all
-    tokens, it runs one op for all experts. Adapters go on ``stacked``.
+    tokens, it runs one op for all experts. Adapters go on ``stacked``; the state dict has the keys of
+    ``stacked`` itself, without its name.
 
     Args:
         stacked: the experts, with weights in a format for example: then there are no separate Parameters that
@@ -31,6 +33,8 @@ class KTExpertSequence(nn.Module):
         self.num_experts = stacked.num_experts
         self.stacked = stacked
         self.training = stacked.training
+        self.register_state_dict_post_hook(partial(_rename, old="stacked.", new=""))
+        self.register_load_state_dict_pre_hook(partial(_rename, old="", new="stacked."))
 
     def __len__(self) -> int:
         return self.num_experts
@@ -54,3 +58,12 @@ class KTExpertSequence(nn.Module):
     def moe_infer(self, x: Tensor, topk_ids: Tensor, topk_weight: Tensor) -> Tensor:
         """The method that MoE blocks of the DeepSeek family call in evaluation mode."""
         return self(x, topk_ids, topk_weight)
+
+
+def _rename(_, state_dict: dict, prefix: str, *args, old: str, new: str) -> None:
+    """The weights and biases of the experts, with another name between the prefix and theirs."""
+    pattern = re.compile(re.escape(prefix + old) + r"((?:gate_up|down)_proj(?:_bias|\.[a-z_]+)?)")
+    for key in list(state_dict):
+        match = pattern.fullmatch(key)
+        if match:
+            state_dict[f"{prefix}{new}{match[1]}"] = state_dict.pop(key)

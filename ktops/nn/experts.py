@@ -163,6 +163,7 @@ class KTExperts(nn.Module):
             save=save,
             compute=compute,
             device="meta",
+            dtype=down_proj.dtype,
         )
         for name, (tensor, _) in given.items():
             if isinstance(tensor, ExpertWeight):

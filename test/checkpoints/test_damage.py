@@ -28,14 +28,14 @@ EXAMPLES = int(os.environ.get("KTOPS_FUZZ_EXAMPLES", "40"))
 
 
 class Model(nn.Module):
-    """Named as a model of transformers, with experts only."""
+    """Named as a model of transformers, with experts only, as one of the checkpoints has them."""
 
-    def __init__(self) -> None:
+    def __init__(self, name: str) -> None:
         super().__init__()
         self.model = nn.Module()
         self.model.layers = nn.ModuleList([nn.Module()])
         self.model.layers[0].mlp = nn.Module()
-        self.model.layers[0].mlp.experts = KTExperts(E, H, I, device="meta")
+        self.model.layers[0].mlp.experts = KTExperts(E, H, I, bias=name == "gpt-oss", device="meta")
 
 
 def per_expert(make):
@@ -141,8 +141,8 @@ def damage(draw, data: bytes) -> bytes:
     return bytes(changed)
 
 
-def expect_named_error_or_success(path) -> None:
-    model = Model()
+def expect_named_error_or_success(name: str, path) -> None:
+    model = Model(name)
     before = model.model.layers[0].mlp.experts
     try:
         load_experts(model, path, show_progress=False)
@@ -180,14 +180,14 @@ def test_damaged(written, tmp_path_factory, name, data):
         else:
             changed = damage(data.draw, original)
         (folder / file).write_bytes(changed)
-        expect_named_error_or_success(folder)
+        expect_named_error_or_success(name, folder)
     finally:
         shutil.rmtree(folder)
 
 
 @pytest.mark.parametrize("name", WRITERS)
 def test_undamaged(written, name):
-    model = Model()
+    model = Model(name)
     load_experts(model, written[name], show_progress=False)
     assert model.model.layers[0].mlp.experts.gate_up_proj.shape == (E, 2 * I, H)
 
@@ -252,4 +252,4 @@ def test_json(written, tmp_path, file, content):
     for path in written["fp8 blocks"].iterdir():
         shutil.copyfile(path, tmp_path / path.name)
     (tmp_path / file).write_text(content)
-    expect_named_error_or_success(tmp_path)
+    expect_named_error_or_success("fp8 blocks", tmp_path)

@@ -182,6 +182,17 @@ def test_layers_of_other_parts_are_told_apart_by_name(tmp_path):
     assert torch.equal(decode(model.model.layers[0].mlp.experts.gate_up_proj), dense[0][0])
 
 
+def test_biases_that_the_file_has_not(tmp_path):
+    write_per_expert(tmp_path, plain(torch.bfloat16), **SIZES)
+    model = tiny_model()
+    for layer in model.model.layers:
+        layer.mlp.experts = KTExperts(E, H, I, bias=True)
+    with pytest.raises(
+        CheckpointError, match=r"gate_up_proj of model.layers.0.mlp.experts has a bias in the mo"
+    ):
+        ktops.load_experts(model, tmp_path)
+
+
 def snapshot(model) -> dict:
     return {name: (id(m), dict(m._parameters)) for name, m in model.named_modules()}
 
@@ -230,6 +241,12 @@ FAULTS = {
     "truncated": (
         lambda folder: cut(folder / "model-00002-of-00002.safetensors"),
         r"in .*00002.safetensors: truncated: the tensor ends at byte",
+    ),
+    "biases that the model has not": (
+        lambda folder: edit(
+            folder, lambda t: t.update({f"{PREFIX}.{e}.down_proj.bias": torch.ones(H) for e in range(E)})
+        ),
+        r"down_proj of model.layers.1.mlp.experts has no bias in the model, but one in the checkpoint",
     ),
     "another tensor": (
         lambda folder: edit(

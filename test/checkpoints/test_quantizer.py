@@ -11,7 +11,7 @@ from test_load import config, logits, tiny_model
 from tiny_checkpoints import decode
 
 import ktops
-from ktops.checkpoints import CheckpointWriter, open_checkpoint
+from ktops.checkpoints import CheckpointWriter, converted_config, open_checkpoint
 from ktops.nn import KTExperts
 from ktops.testing.budgets import relative_error
 
@@ -76,16 +76,42 @@ def test_no_dense_experts_are_made(saved, monkeypatch):
     assert seen and not any("experts" in name for name in seen)
 
 
-def test_saved_and_loaded_again(saved, tmp_path):
+@pytest.mark.parametrize("name", FORMATS)
+def test_saved_and_loaded_again(saved, tmp_path, name):
     _, path = saved
-    quantised, _ = load(path, quantization_config=ktops.KTConfig("int4", group_size=32))
+    quantised, _ = load(path, quantization_config=ktops.KTConfig(name, group_size=FORMATS[name]))
     quantised.save_pretrained(tmp_path / "quantised")
     again, info = load(tmp_path / "quantised")
     assert not any(info.values())
     assert torch.equal(logits(quantised), logits(again))
-    assert experts(again)[0].down_proj.format == "int4"
+    assert experts(again)[0].down_proj.format == name
     state = load_file(tmp_path / "quantised" / "model.safetensors")
-    assert not any(tensor.shape == experts(again)[0].down_proj.shape for tensor in state.values())
+    dense = [tensor for tensor in state.values() if tensor.dtype == torch.float32]
+    assert not any(tensor.shape == experts(again)[0].down_proj.shape for tensor in dense)
+
+
+@pytest.mark.parametrize("said", [{"quant_method": "ktops"}, {"loader": "ktops", "weight_format": "int4"}])
+def test_formats_that_config_json_asks_for(saved, said):
+    """By whoever writes it: as it is in the files, or quantized while it is loaded."""
+    _, path = saved
+    written = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps({**written, "quantization_config": said}))
+    for options in ({}, {"quantization_config": ktops.KTConfig()}):
+        model, _ = load(path, **options)
+        assert experts(model)[0].down_proj.format == said.get("weight_format", "fp32")
+
+
+def test_another_default_dtype(saved):
+    """No dtype was given, so that none can be wrong."""
+    _, path = saved
+    torch.set_default_dtype(torch.float16)
+    try:
+        model, _ = load(path, quantization_config=ktops.KTConfig("int8"), dtype=torch.bfloat16)
+        dense = torch.zeros(2, 2, 3, dtype=torch.float32), torch.zeros(2, 3, 1, dtype=torch.float32)
+        assert KTExperts.from_parameters(*map(torch.nn.Parameter, dense)).down_proj.dtype == torch.float32
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert experts(model)[0].down_proj.dtype == torch.bfloat16
 
 
 def test_directory_of_the_writer(saved, tmp_path):
@@ -96,7 +122,7 @@ def test_directory_of_the_writer(saved, tmp_path):
         writer.write_layer(layer.name, *layer.experts("int8"))
     writer.write_tensors(source.other_tensors())
     writer.copy(path.glob("*.json"))
-    writer.write_config({**source.config, "quantization_config": {"quant_method": "ktops"}})
+    writer.write_config(converted_config(source.config, source.other_tensors()))
     writer.finish()
     quantised, info = load(tmp_path / "ktops")
     assert not any(info.values())

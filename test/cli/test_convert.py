@@ -1,6 +1,7 @@
 """`ktops convert` from a checkpoint to a directory that ktops loads, interrupted or not."""
 
 import json
+import shutil
 from pathlib import Path
 
 import gguf
@@ -70,7 +71,7 @@ def test_what_is_written(convert, model_directory, tmp_path):
         assert max(errors.values()) < said["output_error"] < 2.5 * max(errors.values())
         assert said["measured_experts"] == said["num_experts"] == 8
     assert report["ratio"] == 24 / 7 and 0.05 < report["relative_error"] < 0.15
-    assert checkpoint.config == source.config | {"quantization_config": {"quant_method": "ktops"}}
+    assert checkpoint.config == source.config | {"quantization_config": {"loader": "ktops"}}
     for name, view in source.other_tensors().items():
         assert torch.equal(checkpoint.other_tensors()[name].read(), view.read())
     assert files(tmp_path / "out")["tokenizer.json"] == files(model_directory)["tokenizer.json"]
@@ -213,12 +214,13 @@ def test_weights_that_the_format_cannot_hold(convert, tmp_path):
 
 
 @pytest.mark.parametrize("scaled", [False, True])
-def test_the_quantiser_of_other_tensors_stays(convert, tmp_path, scaled):
-    """FP8 experts become ktops' own; FP8 attention needs the configuration that the source has."""
+def test_the_quantizer_of_other_tensors_stays(convert, tmp_path, scaled):
+    """FP8 experts become ktops' own; FP8 attention needs what the configuration of the source says, too."""
     (tmp_path / "fp8").mkdir()
     base = "model.layers.0"
-    tensors = {f"{base}.self_attn.q_proj.weight": torch.randn(32, 32).to(torch.float8_e4m3fn)}
+    tensors = {f"{base}.self_attn.q_proj.weight": torch.randn(32, 32).to(torch.bfloat16)}
     if scaled:
+        tensors = {name: tensor.to(torch.float8_e4m3fn) for name, tensor in tensors.items()}
         tensors[f"{base}.self_attn.q_proj.weight_scale_inv"] = torch.rand(1, 1)
     for expert in range(2):
         for name in ("gate", "up", "down"):
@@ -226,12 +228,48 @@ def test_the_quantiser_of_other_tensors_stays(convert, tmp_path, scaled):
             tensors[key] = torch.randn(32, 32).to(torch.float8_e4m3fn)
             tensors[f"{key}_scale_inv"] = torch.rand(1, 1)
     save_file(tensors, tmp_path / "fp8" / "model.safetensors")
-    config = {"model_type": "x", "quantization_config": {"quant_method": "fp8"}}
+    fp8 = {"quant_method": "fp8"}
+    config = {"model_type": "x", "text_config": {"hidden_act": "silu", "quantization_config": fp8}}
     (tmp_path / "fp8" / "config.json").write_text(json.dumps(config))
-    assert convert("out", "--format", "int8", source="fp8")[0] == 0
-    checkpoint = open_checkpoint(tmp_path / "out")
-    assert checkpoint.config["quantization_config"] == {"quant_method": "fp8" if scaled else "ktops"}
-    assert checkpoint.layers[0].formats == ("int8", "int8")
-    assert len(checkpoint.other_tensors()) == 1 + scaled
+    expected = {"loader": "ktops", "other": fp8} if scaled else {"loader": "ktops"}
+    for source, destination in (("fp8", "out"), ("out", "again")):
+        assert convert(destination, "--format", "int8", source=source)[0] == 0
+        checkpoint = open_checkpoint(tmp_path / destination)
+        assert checkpoint.config == {
+            "model_type": "x",
+            "text_config": {"hidden_act": "silu"},
+            "quantization_config": expected,
+        }
+        assert checkpoint.layers[0].formats == ("int8", "int8")
+        assert len(checkpoint.other_tensors()) == 1 + scaled
     report = json.loads((tmp_path / "out" / "ktops-report.json").read_text())
     assert report["layers"][0]["scheme"] == "fp8 blocks" and 0 < report["relative_error"] < 0.02
+
+
+@pytest.mark.parametrize(
+    ("config", "activation", "said"),
+    [
+        ({"hidden_act": "gelu_new"}, "gelu_tanh", None),
+        ({"text_config": {"hidden_activation": "gelu"}, "hidden_act": "silu"}, "gelu", None),
+        ({"thinker_config": {"text_config": {"hidden_act": "silu"}}}, "silu", None),
+        ({"hidden_act": "relu2"}, None, "outputs are not compared: ktops has no activation 'relu2'"),
+        (
+            {"hidden_act": "silu", "swiglu_limit": 7.0},
+            None,
+            "outputs are not compared: ktops has no 'silu' with a swiglu_limit",
+        ),
+        ({}, "silu", "no config.json names the activation: outputs are compared with silu"),
+    ],
+)
+def test_activation_of_the_report(convert, model_directory, tmp_path, config, activation, said):
+    """Another one than the model's is never taken without a word."""
+    (tmp_path / "source").mkdir()
+    shutil.copy(model_directory / "model.safetensors", tmp_path / "source")
+    (tmp_path / "source" / "config.json").write_text(json.dumps(config))
+    status, out, _ = convert("out", "--format", "int8", source="source")
+    report = json.loads((tmp_path / "out" / "ktops-report.json").read_text())
+    assert (status, report["activation"], report["activation_note"]) == (0, activation, said)
+    assert said is None or said in " ".join(out.split())
+    measured = [report["output_error"], *(layer["output_error"] for layer in report["layers"])]
+    assert all(error is None for error in measured) == (activation is None)
+    assert 0 < report["relative_error"] < 0.02

@@ -1,9 +1,13 @@
 """`ktops finetune --weight-format`: LoRA on quantised experts, saved and loaded."""
 
 import json
+import re
+import shutil
 
 import pytest
+import torch
 from model_files import save_model
+from safetensors.torch import load_file, save_file
 
 from ktops.cli import finetune
 from ktops.cli import options as options_file
@@ -61,3 +65,40 @@ def test_training_on_blocks_of_256(ktops_command, reload_here, tokenizer, data_f
     assert 0.06 < metrics["quantization"]["relative_error"] < 0.08
     assert metrics["held_out"]["after"]["loss"] < metrics["held_out"]["before"]["loss"] - 0.5
     assert metrics["reload"]["max_abs_difference"] == 0 < metrics["reload"]["adapter_effect"]
+
+
+def write_fp8(source, folder) -> None:
+    """The model with experts and attention in FP8, as DeepSeek and Qwen publish them: of one block each."""
+    shutil.copytree(source, folder)
+    tensors = load_file(folder / "model.safetensors")
+    for name in [
+        name for name in tensors if re.search(r"(self_attn\..|experts\.\d+\..*)_proj\.weight", name)
+    ]:
+        scale = tensors[name].abs().max() / 448
+        tensors[name] = (tensors[name] / scale).to(torch.float8_e4m3fn)
+        tensors[f"{name}_scale_inv"] = scale.float().reshape(1, 1)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    said = json.loads((folder / "config.json").read_text())
+    fp8 = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}
+    (folder / "config.json").write_text(json.dumps({**said, "quantization_config": fp8}))
+
+
+@pytest.mark.parametrize("name", [None, "int8"])
+def test_attention_that_is_quantized_too(
+    ktops_command, reload_here, model_directory, data_file, tmp_path, name
+):
+    """The published model, or one that was converted from it."""
+    write_fp8(model_directory, tmp_path / "model")
+    if name is not None:
+        assert ktops_command("convert", "model", "converted", "--format", name)[0] == 0
+    status, _, err = ktops_command(
+        "finetune", "--model", "model" if name is None else "converted", "--data", data_file,
+        "--max-length", 96, "--max-steps", 3, "--lora-rank", 4, "--learning-rate", 0.05,
+        "--output-dir", "out",
+    )  # fmt: skip
+    assert (status, err) == (0, "")
+    metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert metrics["reload"]["max_abs_difference"] == 0 < metrics["reload"]["adapter_effect"]
+    assert metrics["held_out"]["after"]["loss"] < metrics["held_out"]["before"]["loss"]
+    calls = {name: op["calls"] for name, op in metrics["kt_time"]["ops"].items()}
+    assert calls == {"moe_sft_fwd": 6, "moe_sft_bwd": 6, "moe_fwd": 0}

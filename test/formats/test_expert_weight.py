@@ -38,6 +38,32 @@ def test_state_dict_round_trip(name, group_size):
     assert target.gate_up_proj.format == name
 
 
+def test_loading_leaves_copies_and_files_as_they_are():
+    experts = make()
+    copied, expected = copy.deepcopy(experts), forward(experts)
+    copied.load_state_dict(make(seed=9).state_dict())
+    assert torch.equal(forward(experts), expected)
+    assert torch.equal(forward(copied), forward(make(seed=9)))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda tensor: tensor[:, :-1], "weight must have shape"),
+        (lambda tensor: tensor.float(), "weight must be torch.uint8"),
+    ],
+)
+def test_wrong_tensors_of_a_state_dict(change, message):
+    experts = make()
+    state, expected = experts.state_dict(), forward(experts)
+    state["down_proj.weight"] = change(state["down_proj.weight"])
+    with pytest.raises(
+        (ValueError, TypeError), match=f"ExpertWeight: down_proj in the state dict: {message}"
+    ):
+        experts.load_state_dict(state)
+    assert torch.equal(forward(experts), expected)
+
+
 def test_state_dict_of_another_format():
     state = make("int4", 32).state_dict()
     with pytest.raises((ValueError, RuntimeError), match=r"of another layout|size mismatch"):

@@ -16,6 +16,8 @@ from transformers.models.beam.modeling_beam import BeamExperts
 from transformers.models.deepseek_v4.modeling_deepseek_v4 import DeepseekV4Experts
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
+import ktops
+from ktops._warn import warn_once
 from ktops.integrations.transformers import activation_name, unsupported_layout
 from ktops.reference.activation import ACTIVATIONS
 from ktops.testing.budgets import forward_budget, relative_error
@@ -226,3 +228,42 @@ def test_supported_models_do_not_warn():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         experts(torch.randn(7, 32), *routes(8))
+
+
+def llama4(**keys) -> transformers.PreTrainedModel:
+    sizes = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 24, "intermediate_size_mlp": 48}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "pad_token_id": None}
+    experts = {"num_local_experts": 4, "num_experts_per_tok": 1, "interleave_moe_layer_step": 1}
+    config = transformers.Llama4TextConfig(num_hidden_layers=2, **sizes, **heads, **experts, **keys)
+    return transformers.Llama4ForCausalLM(config)
+
+
+def test_experts_outside_of_the_interface_warn_once(tmp_path):
+    """They never ask for an implementation."""
+    ways = (
+        lambda: llama4(experts_implementation="ktops"),
+        lambda: llama4().set_experts_implementation("ktops"),
+        lambda: transformers.AutoModelForCausalLM.from_pretrained(tmp_path, experts_implementation="ktops"),
+    )
+    llama4().save_pretrained(tmp_path)
+    for way in ways:
+        warn_once.cache_clear()
+        with pytest.warns(UserWarning, match="ktops does not run") as caught:
+            way()
+        assert [str(w.message).count("llama4.Llama4TextExperts: it is not in") for w in caught] == [1]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        llama4().set_experts_implementation("eager")
+
+
+def test_experts_that_take_other_arguments_are_refused(tmp_path):
+    """Llama-4's get the rows of every expert, in order."""
+    llama4().save_pretrained(tmp_path)
+    message = (
+        "Llama4TextExperts: its forward takes other arguments than hidden states, top_k_index and top_k_w"
+    )
+    with pytest.raises(ValueError, match=message):
+        ktops.load_experts(llama4(), tmp_path, show_progress=False)
+    with pytest.raises(ValueError, match=message):
+        kt = ktops.KTConfig("int8")
+        transformers.AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=kt)

@@ -4,6 +4,8 @@ An experts module declares its layout in attributes (``has_gate``, ``is_transpos
 architectures need nothing here. One that looks special but computes the same is a row of ``GATES``.
 """
 
+import inspect
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -67,6 +69,8 @@ def unsupported_layout(experts: nn.Module) -> str | None:
 
 def unsupported_computation(experts: nn.Module) -> str | None:
     """Why the op cannot compute what an experts module does, however its weights lie; None if it can."""
+    if not hasattr(experts, "has_gate") and not _takes_routes(experts):
+        return "its forward takes other arguments than hidden states, top_k_index and top_k_weights"
     if not getattr(experts, "has_gate", True):
         return "its experts have no gate projection"
     if getattr(experts, "has_post_expert_norm", False):
@@ -82,6 +86,14 @@ def unsupported_computation(experts: nn.Module) -> str | None:
     if activation_name(act_fn) is None:
         return f"ktops has no activation {getattr(act_fn, '__name__', type(act_fn).__name__)}"
     return None
+
+
+def _takes_routes(experts: nn.Module) -> bool:
+    try:
+        inspect.signature(experts.forward).bind(None, None, None)
+    except TypeError:
+        return False
+    return True
 
 
 def unsupported_tensors(gate_up_proj: Tensor, down_proj: Tensor) -> str | None:

@@ -23,18 +23,20 @@ def enable() -> None:
     """
     for registry in _registries():
         registry.register(NAME, experts_forward)
-    from ktops.integrations.transformers import quantizer
+    from ktops.integrations.transformers import auto, pretrained
 
-    quantizer.enable()
+    auto.enable()
+    pretrained.enable()
 
 
 def disable() -> None:
     """Take the implementation out again."""
     for registry in _registries():
         registry._global_mapping.pop(NAME, None)
-    from ktops.integrations.transformers import quantizer
+    from ktops.integrations.transformers import auto, pretrained
 
-    quantizer.disable()
+    auto.disable()
+    pretrained.disable()
     warn_once.cache_clear()
 
 

@@ -5,35 +5,48 @@ dense experts are ever made, and by :class:`ktops.nn.KTExperts` after it.
 """
 
 import copy
+import re
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import FunctionType
 
-from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from ktops.checkpoints import open_checkpoint
+from ktops.checkpoints.checkpoint import open_checkpoint
+from ktops.checkpoints.config import LOADER, needs_quantizer
 from ktops.checkpoints.load import PendingExperts, experts_modules, load_layers
 from ktops.checkpoints.match import match_layers
 from ktops.formats import METHODS, get_format
 from ktops.integrations.swap import exchange
+from ktops.integrations.transformers.loaded import require_loaded
+from ktops.integrations.transformers.other_quantizer import PlainQuantizer, other_quantizer
 
 NAME = "ktops"
-"""``quant_method`` in config.json."""
+"""``quant_method`` of a KTConfig."""
 
+WATCHED = "_adjust_missing_and_unexpected_keys"
+"""The method of a model that transformers calls with what only the model has, or only the files."""
 
-KEYS_OF_EXPERTS = r"(^|\.)experts\.(\d+\.|gate_up_proj|gate_proj|up_proj|down_proj)"
+KEYS_OF_EXPERTS = re.compile(r"(^|\.)experts\.(\d+\.|gate_up_proj|gate_proj|up_proj|down_proj)")
 """Keys that transformers finds in the files and is not to load, or to report."""
 
 
 class KTConfig(QuantizationConfigMixin):
     """How ``from_pretrained`` loads the experts of a model; the other weights load as they do without.
 
+    A checkpoint whose other tensors are quantized too, by another library, is loaded by both: that library's
+    quantizer reads those, ktops the experts. Where the quantizer can decode (FP8, compressed-tensors), the
+    other weights become dense ones of the model's dtype: experts and hidden states are on the CPU.
+
     Args:
         weight_format: one of ``ktops.formats.names()``; None keeps the format of the checkpoint.
-        group_size, method: as of :func:`ktops.quantize`, where weights are quantised.
+        group_size, method: as of :func:`ktops.quantize`, where weights are quantized.
         experts_path: another checkpoint to take the experts from, a directory or a GGUF file; default: the
             one that is loaded.
         prefix: as of :func:`ktops.load_experts`, where several experts of the checkpoint could be meant.
+        other: the quantization_config of the tensors that are not experts'; default: the one in config.json.
 
     Raises:
         ValueError: unknown format or method, or the format does not have the group size.
@@ -51,11 +64,12 @@ class KTConfig(QuantizationConfigMixin):
         method: str = "rtn",
         experts_path: str | None = None,
         prefix: str | None = None,
+        other: dict | QuantizationConfigMixin | None = None,
         **_,
     ) -> None:
         self.quant_method = NAME
         self.weight_format, self.group_size, self.method = weight_format, group_size, method
-        self.experts_path, self.prefix = experts_path, prefix
+        self.experts_path, self.prefix, self.other = experts_path, prefix, other
         if weight_format is not None:
             known = get_format(weight_format)
             known.check_group_size(known.default_group_size if group_size is None else group_size)
@@ -64,28 +78,92 @@ class KTConfig(QuantizationConfigMixin):
             raise ValueError(f"KTConfig: method must be one of {', '.join(known_methods)}, got {method!r}")
 
     def to_dict(self) -> dict:
-        """What config.json says: a model that is saved has its experts with it."""
-        return {
-            key: value for key, value in super().to_dict().items() if key not in ("experts_path", "prefix")
-        }
+        """What config.json says: a model that is saved has its experts with it, in their formats."""
+        made: dict = {"loader": LOADER}
+        if self.weight_format is not None:
+            made |= {
+                "weight_format": self.weight_format,
+                "group_size": self.group_size,
+                "method": self.method,
+            }
+        if self.other is not None:
+            made["other"] = self.other if isinstance(self.other, dict) else self.other.to_dict()
+        return made
 
 
 class KTQuantizer(HfQuantizer):
-    """What transformers calls around the loading of weights."""
+    """What transformers calls around the loading of weights, and when it saves them.
 
-    def _process_model_before_weight_loading(self, model, checkpoint_files=None, **kwargs):
-        self._model = model
-        config = self.quantization_config
-        if config.experts_path is not None:
-            self._path = Path(config.experts_path)
-        elif checkpoint_files:
-            self._path = Path(checkpoint_files[0]).parent
-        else:
+    The experts are ktops'. For everything else each of transformers' hooks is handed on to :attr:`other`.
+
+    Attributes:
+        other: the quantizer of the tensors that are not experts'; of plain ones a :class:`PlainQuantizer`.
+    """
+
+    def __init__(self, quantization_config: KTConfig, **_) -> None:
+        super().__init__(quantization_config, pre_quantized=True)
+        self.other: HfQuantizer = PlainQuantizer(quantization_config)
+        self._refusal: Exception | None = None
+        self._loading_info = None
+        self._experts_patterns: list[re.Pattern] = []
+        if quantization_config.other is not None:
+            with self._refusing():
+                self.other = other_quantizer(quantization_config.other)
+
+    @contextmanager
+    def _refusing(self) -> Iterator[None]:
+        """What the other quantizer misses is an error only once there are tensors for it."""
+        try:
+            yield
+        except (ImportError, RuntimeError, ValueError) as error:
+            self._refusal = error
+
+    def validate_environment(self, *args, **kwargs) -> None:
+        with self._refusing():
+            self.other.validate_environment(*args, **kwargs)
+
+    def preprocess_model(self, model, dtype=None, checkpoint_files=None, **kwargs) -> None:
+        path = self.quantization_config.experts_path
+        if not checkpoint_files and path is None:
             raise ValueError("KTConfig: the weights must come from files, or give experts_path")
+        if checkpoint_files:
+            self._require_other(Path(checkpoint_files[0]).parent)
+        self._path = Path(checkpoint_files[0]).parent if path is None else Path(path)
         for module in experts_modules(model).values():
             exchange(model, module, PendingExperts(module))
-        ignored = model._keys_to_ignore_on_load_unexpected or ()
-        model._keys_to_ignore_on_load_unexpected = {*ignored, KEYS_OF_EXPERTS}
+        self.other.preprocess_model(model, dtype=dtype, checkpoint_files=checkpoint_files, **kwargs)
+        self._watch(model)
+
+    def _require_other(self, directory: Path) -> None:
+        """Raises if tensors need the other quantizer and it cannot run; takes none if no tensor needs it."""
+        if self.quantization_config.other is None:
+            return
+        if not needs_quantizer(open_checkpoint(directory).other_tensors()):
+            self.other = PlainQuantizer(self.quantization_config)
+        elif self._refusal is not None:
+            raise type(self._refusal)(
+                f"ktops: the experts of {directory} can be loaded, but other tensors in it are quantized "
+                f"too, and what reads those cannot run here: {self._refusal}"
+            ) from self._refusal
+
+    def _watch(self, model) -> None:
+        """transformers makes weights that are not in the files anew and logs it: keeps what it finds.
+
+        That it finds no place for the weights of experts is as it should be.
+        """
+        adjust = model._adjust_missing_and_unexpected_keys
+
+        def watched(loading_info) -> None:
+            patterns = [KEYS_OF_EXPERTS, *self._experts_patterns]
+            loading_info.unexpected_keys = {
+                name
+                for name in loading_info.unexpected_keys
+                if not any(pattern.search(name) for pattern in patterns)
+            }
+            adjust(loading_info)
+            self._loading_info = loading_info
+
+        model.__dict__[WATCHED] = watched
 
     def update_weight_conversions(self, weight_conversions, *model):
         """Without those that would merge the weights of experts, by which ktops reads their names.
@@ -93,46 +171,77 @@ class KTQuantizer(HfQuantizer):
         transformers gives the model since 5.21.
         """
         self._conversions = copy.deepcopy(weight_conversions)
-        conversions = super().update_weight_conversions(weight_conversions, *model)
-        of_experts = [conversion for conversion in conversions if _is_of_experts(conversion)]
-        patterns = {p.replace("*.", r".*\.") for each in of_experts for p in each.source_patterns}
-        ignored = self._model._keys_to_ignore_on_load_unexpected or ()
-        self._model._keys_to_ignore_on_load_unexpected = {*ignored, *patterns}
-        return [conversion for conversion in conversions if conversion not in of_experts]
+        self._experts_patterns = [
+            re.compile(source.replace("*.", r".*\."))
+            for conversion in weight_conversions
+            if _is_of_experts(conversion)
+            for source in conversion.source_patterns
+        ]
+        return self.other.update_weight_conversions(without_experts(weight_conversions), *model)
 
-    def _process_model_after_weight_loading(self, model, **kwargs):
-        config, modules = self.quantization_config, experts_modules(model)
+    def postprocess_model(self, model, **kwargs):
+        del model.__dict__[WATCHED]
+        if self._loading_info is not None:
+            require_loaded(model, self._loading_info.missing_keys, self._loading_info.unexpected_keys)
+        self._loading_info = None
+        self.other.postprocess_model(model, **kwargs)
+        asked = self.quantization_config
+        if getattr(self.other.quantization_config, "dequantize", False):
+            self.other = PlainQuantizer(asked)
+        self.quantization_config = KTConfig(other=None if self.is_plain else self.other.quantization_config)
+        model.is_quantized = not self.is_plain
+        model.hf_quantizer = self
+        modules = experts_modules(model)
         layers = match_layers(
-            open_checkpoint(self._path), model, modules, prefix=config.prefix, conversions=self._conversions
+            open_checkpoint(self._path), model, modules, prefix=asked.prefix, conversions=self._conversions
         )
-        options = {name: getattr(config, name) for name in ("weight_format", "group_size", "method")}
+        options = {name: getattr(asked, name) for name in ("weight_format", "group_size", "method")}
         load_layers(model, modules, layers, options)
         return model
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether everything but the experts is as it is without a quantizer."""
+        return isinstance(self.other, PlainQuantizer)
+
     def is_serializable(self) -> bool:
-        return True
+        return self.other.is_serializable()
 
     @property
     def is_trainable(self) -> bool:
-        return True
+        return self.other.is_trainable
+
+    @property
+    def is_qat_trainable(self) -> bool:
+        return self.other.is_qat_trainable
 
     @property
     def is_compileable(self) -> bool:
-        return True
+        return self.other.is_compileable
+
+    @property
+    def quantized_element_size(self) -> float | None:
+        return getattr(self.other, "quantized_element_size", None)
+
+
+def _handed_on(name: str):
+    def hook(self, *args, **kwargs):
+        return getattr(self.other, name)(*args, **kwargs)
+
+    hook.__name__ = name
+    return hook
+
+
+for _name, _member in vars(HfQuantizer).items():
+    if isinstance(_member, FunctionType) and not _name.startswith("_") and _name not in vars(KTQuantizer):
+        setattr(KTQuantizer, _name, _handed_on(_name))
+
+
+def without_experts(conversions: Iterable) -> list:
+    """Conversions of transformers that do not make stacked weights of experts."""
+    return [conversion for conversion in conversions if not _is_of_experts(conversion)]
 
 
 def _is_of_experts(conversion) -> bool:
     targets = getattr(conversion, "target_patterns", ())
     return any("experts.gate_up_proj" in target or "experts.down_proj" in target for target in targets)
-
-
-def enable() -> None:
-    """Makes ``quant_method="ktops"`` known to transformers; a second call does nothing."""
-    AUTO_QUANTIZATION_CONFIG_MAPPING[NAME] = KTConfig
-    AUTO_QUANTIZER_MAPPING[NAME] = KTQuantizer
-
-
-def disable() -> None:
-    """Takes it out again."""
-    AUTO_QUANTIZATION_CONFIG_MAPPING.pop(NAME, None)
-    AUTO_QUANTIZER_MAPPING.pop(NAME, None)

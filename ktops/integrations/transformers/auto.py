@@ -1,0 +1,89 @@
+"""Makes ktops' loader known to transformers, which finds the quantizer of a model by its configuration."""
+
+import copy
+
+from transformers.quantizers.auto import (
+    AUTO_QUANTIZATION_CONFIG_MAPPING,
+    AUTO_QUANTIZER_MAPPING,
+    AutoHfQuantizer,
+)
+
+from ktops.checkpoints.config import is_ktops
+from ktops.integrations.transformers.quantizer import NAME, KTConfig, KTQuantizer
+
+
+def enable() -> None:
+    """Makes ktops' loader known to transformers; a second call does nothing."""
+    AUTO_QUANTIZATION_CONFIG_MAPPING[NAME] = KTConfig
+    AUTO_QUANTIZER_MAPPING[NAME] = KTQuantizer
+    if not _replaced:
+        methods = {"supports_quant_method": _supports, "merge_quantization_configs": _merge}
+        for name, method in methods.items():
+            _replaced[name] = AutoHfQuantizer.__dict__[name]
+            setattr(AutoHfQuantizer, name, staticmethod(method))
+
+
+def disable() -> None:
+    """Takes it out again."""
+    AUTO_QUANTIZATION_CONFIG_MAPPING.pop(NAME, None)
+    AUTO_QUANTIZER_MAPPING.pop(NAME, None)
+    while _replaced:
+        setattr(AutoHfQuantizer, *_replaced.popitem())
+
+
+_replaced: dict = {}
+"""What ``enable`` replaced in AutoHfQuantizer: name -> transformers' own."""
+
+
+def _own(name: str):
+    return _replaced[name].__get__(None, AutoHfQuantizer)
+
+
+def _supports(quantization) -> bool:
+    """``AutoHfQuantizer.supports_quant_method``, which refuses a configuration without quant_method."""
+    return (
+        is_ktops(quantization)
+        or isinstance(quantization, KTConfig)
+        or _own("supports_quant_method")(quantization)
+    )
+
+
+def _merge(quantization, given):
+    """``AutoHfQuantizer.merge_quantization_configs``, where one of the two may be ktops' and one another's.
+
+    Args:
+        quantization: of config.json, or an object.
+        given: the argument of from_pretrained, or None.
+    """
+    ours = is_ktops(quantization) or isinstance(quantization, KTConfig)
+    if not ours and not isinstance(given, KTConfig):
+        return _own("merge_quantization_configs")(quantization, given)
+    if not ours:
+        stored = KTConfig(other=quantization)
+    elif isinstance(quantization, KTConfig):
+        stored = copy.copy(quantization)
+    else:
+        stored = KTConfig.from_dict(quantization)
+    if isinstance(given, KTConfig):
+        return _with_arguments(stored, given)
+    if given is not None:
+        if stored.other is None:
+            raise ValueError(
+                "from_pretrained: quantization_config must be a KTConfig for a model of which only the "
+                f"experts are quantized, got a {type(given).__name__}"
+            )
+        stored.other = _own("merge_quantization_configs")(stored.other, given)
+    return stored
+
+
+def _with_arguments(stored: KTConfig, given: KTConfig) -> KTConfig:
+    """What is stored with a model, with what from_pretrained is asked for in place of it."""
+    merged = copy.copy(given)
+    if given.weight_format is None:
+        for name in ("weight_format", "group_size", "method"):
+            setattr(merged, name, getattr(stored, name))
+    if stored.other is not None:
+        merged.other = stored.other
+        if given.other is not None:
+            merged.other = _own("merge_quantization_configs")(stored.other, given.other)
+    return merged

@@ -1,0 +1,89 @@
+"""What transformers does without a word, or with a line in a log, to a model that is asked for "ktops".
+
+It looks up an implementation in the forward of experts modules that are in its experts interface, but takes
+the name for any model: experts that are not in the interface (Llama-4) ignore it. Here that is a warning. And
+weights that it does not find in the files it makes anew at random. Here that is an error, if they are those
+of experts.
+"""
+
+import re
+
+from transformers import PreTrainedModel
+
+from ktops._warn import warn_once
+from ktops.checkpoints.errors import CheckpointError
+from ktops.integrations.swap import find_experts
+from ktops.integrations.transformers.loaded import listed
+from ktops.integrations.transformers.quantizer import NAME, KTConfig
+from ktops.nn.expert_list import KTExpertList
+from ktops.nn.experts import KTExperts
+
+EXPERTS = re.compile(r"(^|\.)experts\.")
+"""In the names of their weights."""
+
+_replaced: dict = {}
+"""What ``enable`` replaced in PreTrainedModel: name -> transformers' own."""
+
+
+def enable() -> None:
+    """Looks at models when they are made, loaded and asked; a second call does nothing."""
+    if not _replaced:
+        for method in (_post_init, _set_experts_implementation, _adjust_missing_and_unexpected_keys):
+            name = method.__name__.removeprefix("_")
+            name = name if hasattr(PreTrainedModel, name) else method.__name__
+            _replaced[name] = getattr(PreTrainedModel, name)
+            setattr(PreTrainedModel, name, method)
+
+
+def disable() -> None:
+    """Gives transformers its own methods back."""
+    while _replaced:
+        setattr(PreTrainedModel, *_replaced.popitem())
+
+
+def _post_init(model: PreTrainedModel) -> None:
+    """``PreTrainedModel.post_init``, which ends the making of a model."""
+    _replaced["post_init"](model)
+    loads_experts = isinstance(getattr(model.config, "quantization_config", None), KTConfig)
+    if _asks_for_ktops(model) and not loads_experts:
+        _warn_if_ignored(model)
+
+
+def _set_experts_implementation(model: PreTrainedModel, experts_implementation: str | dict) -> None:
+    """``PreTrainedModel.set_experts_implementation``."""
+    _replaced["set_experts_implementation"](model, experts_implementation)
+    asked = experts_implementation
+    if NAME in (asked.values() if isinstance(asked, dict) else (asked,)):
+        _warn_if_ignored(model)
+
+
+def _adjust_missing_and_unexpected_keys(model: PreTrainedModel, loading_info) -> None:
+    """``PreTrainedModel._adjust_missing_and_unexpected_keys``, which ends the loading of a model."""
+    _replaced["_adjust_missing_and_unexpected_keys"](model, loading_info)
+    missing = sorted(name for name in loading_info.missing_keys if EXPERTS.search(name))
+    if missing and _asks_for_ktops(model):
+        raise CheckpointError(
+            f"{listed(missing)} of {type(model).__name__}: transformers does not find these weights of "
+            "experts in the checkpoint and would make them anew at random. ktops may read them: "
+            "from_pretrained(..., quantization_config=ktops.KTConfig())"
+        )
+
+
+def _asks_for_ktops(model: PreTrainedModel) -> bool:
+    parts = (part for part in model.modules() if isinstance(part, PreTrainedModel))
+    return any(getattr(part.config, "_experts_implementation", None) == NAME for part in parts)
+
+
+def _warn_if_ignored(model: PreTrainedModel) -> None:
+    try:
+        found = find_experts(model, "")
+    except ValueError:
+        return
+    for module in found.values():
+        if not hasattr(module, "has_gate") and not isinstance(module, (KTExperts, KTExpertList)):
+            name = f"{type(module).__module__}.{type(module).__qualname__}"
+            warn_once(
+                f"ktops does not run {name}: it is not in the experts interface of transformers, so "
+                "experts_implementation='ktops' does not reach it. It runs with its own implementation. "
+                "ktops.swap_experts(model) exchanges experts outside of the interface where it can."
+            )

@@ -12,8 +12,8 @@ from tiny_models import tiny_batch, tiny_config
 from torch import nn
 from transformers.activations import ACT2CLS, ACT2FN
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, use_experts_implementation
+from transformers.models.beam.modeling_beam import BeamExperts
 from transformers.models.deepseek_v4.modeling_deepseek_v4 import DeepseekV4Experts
-from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
 import ktops
@@ -126,25 +126,9 @@ def test_functions_and_torch_modules_as_activation():
     assert activation_name(nn.GELU()) == "gelu"
 
 
-def beam_experts() -> type[nn.Module]:
-    """Those of transformers, or before 5.20.2, which lack them, others of their name with their gate."""
-    try:
-        from transformers.models.beam.modeling_beam import BeamExperts
-    except ModuleNotFoundError:
-
-        class BeamExperts(MixtralExperts):
-            def _apply_gate(self, gate_up):
-                gate, up = gate_up.float().chunk(2, dim=-1)
-                return (self.act_fn(gate) * up).to(gate_up.dtype)
-
-        BeamExperts._apply_gate.__module__ = "transformers.models.beam.modeling_beam"
-        BeamExperts._apply_gate.__qualname__ = "BeamExperts._apply_gate"
-    return BeamExperts
-
-
 def test_own_gate_that_is_the_same_function_runs_in_the_op():
     """Beam's _apply_gate is act_fn(gate) * up in float32."""
-    config, BeamExperts = tiny_config("mixtral"), beam_experts()
+    config = tiny_config("mixtral")
     config.num_experts, config.moe_intermediate_size = config.num_local_experts, config.intermediate_size
     experts = make(BeamExperts, config).double()
     x = torch.randn(7, 32, dtype=torch.float64)

@@ -165,11 +165,8 @@ class KTQuantizer(HfQuantizer):
 
         model.__dict__[WATCHED] = watched
 
-    def update_weight_conversions(self, weight_conversions, *model):
-        """Without those that would merge the weights of experts, by which ktops reads their names.
-
-        transformers gives the model since 5.21.
-        """
+    def update_weight_conversions(self, weight_conversions, model):
+        """Without those that would merge the weights of experts, by which ktops reads their names."""
         self._conversions = copy.deepcopy(weight_conversions)
         self._experts_patterns = [
             re.compile(source.replace("*.", r".*\."))
@@ -177,7 +174,7 @@ class KTQuantizer(HfQuantizer):
             if _is_of_experts(conversion)
             for source in conversion.source_patterns
         ]
-        return self.other.update_weight_conversions(without_experts(weight_conversions), *model)
+        return self.other.update_weight_conversions(without_experts(weight_conversions), model)
 
     def postprocess_model(self, model, **kwargs):
         del model.__dict__[WATCHED]

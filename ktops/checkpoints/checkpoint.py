@@ -55,12 +55,12 @@ class Checkpoint:
 
     @cached_property
     def names(self) -> ModelNames | None:
-        """How transformers reads the names, for the model that config.json describes; None if it has none."""
+        """How transformers maps the names to the model in config.json; None if it does not know it."""
         return config_names(self.config)
 
     @cached_property
     def layers(self) -> list[Layer]:
-        """The layers with experts, named as transformers reads them if it knows the model, else as usual."""
+        """The layers with experts, found by :attr:`names` or, without them, by the usual names."""
         keyed: dict[tuple, dict[Key, View]] = defaultdict(dict)
         for name, key in self._keys.items():
             if key is not None:
@@ -71,7 +71,7 @@ class Checkpoint:
         return sorted(layers, key=lambda layer: (layer.index, layer.name))
 
     def named_by(self, names: ModelNames) -> "Checkpoint":
-        """The same tensors, their names read as transformers does for another model."""
+        """The same tensors, with names mapped to another model."""
         return Checkpoint(self.path, self.config, self.tensors, self.quantization, names)
 
     def other_tensors(self) -> dict[str, View]:
@@ -84,10 +84,10 @@ class Checkpoint:
         return {name: read(name) for name in self.tensors}
 
     def require_layers(self) -> None:
-        """Raises CheckpointError, which lists names, unless there are tensors of experts."""
+        """Raises CheckpointError, which lists the tensor names, if there are no experts."""
         if not self.layers:
             raise CheckpointError(
-                f"{self.path}: there are no tensors of experts with a name that ktops knows: the names are "
+                f"{self.path}: ktops does not recognize any tensor name as an expert's: the names are "
                 f"{summary(self.tensors)}"
             )
 
@@ -96,15 +96,15 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     """Opens a checkpoint: headers only, no weight is read.
 
     Args:
-        path: a directory with safetensors files (of transformers, of a quantizer, or of ktops) or GGUF files,
-            or one file. Of a split GGUF any part. Safetensors files without experts beside GGUF files with
-            experts, as of a vision projector, are left out, and so are GGUF files without beside others.
+        path: a directory with safetensors files (from transformers, a quantizer or ktops) or GGUF files, or a
+            single file; any part of a split GGUF. Files without experts, such as a vision projector, are
+            ignored if other files have them.
 
     Returns:
         A :class:`Checkpoint`; its ``layers`` read the experts.
 
     Raises:
-        CheckpointError: there is no checkpoint, or a file is missing, truncated or damaged; the message names
+        CheckpointError: there is no checkpoint, or a file is missing, truncated or damaged. The message names
             the file and the tensor.
 
     Example:
@@ -129,7 +129,7 @@ def _views(files: list[Path]) -> dict[str, View]:
         read = gguf_file.read_views if file.suffix == ".gguf" else safetensors_file.read_views
         for name, view in read(file).items():
             if name in tensors:
-                raise CheckpointError(f"{view}: the tensor is in {tensors[name].file.path} too")
+                raise CheckpointError(f"{view}: the tensor is also in {tensors[name].file.path}")
             tensors[name] = view
     return tensors
 
@@ -138,14 +138,14 @@ def _files(path: Path) -> list[Path]:
     if path.is_file():
         return gguf_file.split_files(path) if path.suffix == ".gguf" else [path]
     if (path / PROGRESS).exists():
-        raise CheckpointError(f"{path}: it is being written, or its writing was interrupted: go on with that")
+        raise CheckpointError(f"{path}: still being written, or writing was interrupted: finish that first")
     files: list[Path] = []
     if (path / INDEX).exists():
         weight_map = read_json(path / INDEX).get("weight_map")
         if not isinstance(weight_map, dict) or not all(isinstance(n, str) for n in weight_map.values()):
             raise CheckpointError(f"{path / INDEX}: weight_map must map tensors to files")
         files = [path / name for name in sorted(set(weight_map.values()))]
-        if (path / WEIGHTS).exists():  # what transformers reads; the index is of an earlier saving
+        if (path / WEIGHTS).exists():  # as in transformers; the index is left over from an earlier save
             return [path / WEIGHTS]
         if any(name.endswith("._extra_state") for name in weight_map):
             return files
@@ -160,7 +160,7 @@ def _files(path: Path) -> list[Path]:
 
 
 def _unlisted_files(path: Path) -> list[Path]:
-    """The files of a directory that has no list of them: those with experts, if there are such."""
+    """The files of a directory without an index: those with experts, if any have them."""
     whole = path / WEIGHTS
     safetensors = [whole] if whole.exists() else sorted(path.glob("*.safetensors"))
     gguf = sorted(path.glob("*.gguf"))
@@ -186,7 +186,7 @@ def _manifest_files(path: Path) -> list[Path]:
     for name, size in files.items():
         file = path.parent / name
         if not file.exists():
-            raise CheckpointError(f"{file}: the file is missing, {path.name} lists it")
+            raise CheckpointError(f"{file}: the file is missing, but {path.name} lists it")
         if file.stat().st_size != size:
             raise CheckpointError(
                 f"{file}: truncated or damaged: {file.stat().st_size} bytes, {path.name} says {size}"

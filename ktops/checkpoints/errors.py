@@ -1,4 +1,4 @@
-"""The error of this package."""
+"""The errors of this package."""
 
 
 class CheckpointError(ValueError):
@@ -6,4 +6,4 @@ class CheckpointError(ValueError):
 
 
 class UnknownScheme(CheckpointError):
-    """Tensors that ktops does not know the meaning of."""
+    """ktops does not know what the tensors mean."""

@@ -32,7 +32,7 @@ class Experts(ABC):
     Attributes:
         format, group_size, shape: as of :class:`ktops.ExpertWeight`.
         mapped: bytes that :meth:`read` maps instead of reading them.
-        mixture: what is to be said where experts are in several formats in the files.
+        mixture: the error message if the files hold the experts in several formats; else None.
     """
 
     format: str
@@ -265,10 +265,10 @@ def _rows(tensor: Tensor, begin: int, end: int, rows: int) -> Tensor:
 
 
 class Mixed(Experts):
-    """Experts in files in several formats, as float32: to be quantized to one.
+    """Experts that the files hold in several formats, decoded to float32 to be quantized to one.
 
     Args:
-        experts: of every expert the matrices that stand one above the other.
+        experts: for each expert, the matrices that are stacked by rows.
     """
 
     def __init__(self, experts: list[list[Matrix]]) -> None:
@@ -276,11 +276,11 @@ class Mixed(Experts):
         index, odd, common = _odd_one(experts)
         self.mixture = (
             f"{odd.name}: expert {index} differs from the others: expected {_words(common)}, got "
-            f"{_words(odd)}: give weight_format to have them all in one format"
+            f"{_words(odd)}: pass weight_format to quantize them all to one format"
         )
         first = self.parts[0]
         if any(part.shape[-1] != first[0].shape[-1] for part in first):
-            raise CheckpointError(f"{first[0].name(0)}: gate and up must have as many columns")
+            raise CheckpointError(f"{first[0].name(0)}: gate and up must have the same number of columns")
         self.shape = len(experts), sum(part.shape[1] for part in first), first[0].shape[-1]
         self.format, self.group_size = "fp32", 0
         self.scheme = "mixed " + " and ".join(
@@ -305,7 +305,7 @@ class Mixed(Experts):
 
 
 def _odd_one(experts: list[list[Matrix]]) -> tuple[int, Matrix, Matrix]:
-    """The first expert whose matrix is not laid out as in most experts, that matrix, and one of theirs."""
+    """The first expert with a matrix that most others lay out differently, that matrix, and one of theirs."""
     for parts in zip(*experts, strict=True):
         (layout, _), *others = Counter(part.layout for part in parts).most_common()
         if others:
@@ -315,7 +315,7 @@ def _odd_one(experts: list[list[Matrix]]) -> tuple[int, Matrix, Matrix]:
 
 
 def _are_mixed(experts: list[list[Matrix]]) -> bool:
-    """Whether experts are of one shape, but not laid out alike."""
+    """Whether experts have one shape but different layouts."""
     return any(
         len({part.layout for part in parts}) > 1 and len({(part.rows, part.columns) for part in parts}) == 1
         for parts in zip(*experts, strict=True)

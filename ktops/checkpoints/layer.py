@@ -43,7 +43,7 @@ class Layer:
     Attributes:
         name: of the experts in the checkpoint, "model.layers.3.mlp.experts" or, in GGUF, "blk.3".
         index: of the layer.
-        module: the experts module of a model that transformers loads them into; None if it knows none.
+        module: the experts module that transformers would load them into, or None.
         tensors: all tensors of the experts.
         interleaved: whether gate and up are alternate rows in the file, as in gpt-oss.
     """
@@ -165,7 +165,7 @@ class Layer:
         if not fits:
             raise CheckpointError(
                 f"{self._any('down')}: gate, up and down must have groups of one size, got {experts.format} "
-                f"of group_size {experts.group_size} beside {size}: give weight_format and group_size"
+                f"of group_size {experts.group_size} beside {size}: pass weight_format and group_size"
             )
         same = copy.copy(experts)
         same.group_size = size
@@ -209,7 +209,7 @@ class Layer:
         return bias
 
     def _bias_views(self, name: str) -> list[list[View]] | None:
-        """Of every expert the biases of its matrices, checked."""
+        """For each expert, the biases of its matrices, checked."""
         parts = ["down"] if name == "down_proj" else ["gate", "up"]
         if name == "gate_up_proj" and "gate_up" in self._projections:
             parts = ["gate_up"]
@@ -222,7 +222,7 @@ class Layer:
         if not given:
             return None
         if len(given) != len(found) * len(parts):
-            raise CheckpointError(f"{given[0]}: other experts or projections have no bias")
+            raise CheckpointError(f"{given[0]}: some experts or projections have no bias")
         for view in given:
             expect(view, (rows,), *PLAIN)
         return found
@@ -234,20 +234,22 @@ class Layer:
     def _experts(self, *projections: str) -> Experts:
         for layout in self._layouts - {CONCATENATED, INTERLEAVED, None}:
             raise CheckpointError(
-                f"{self.tensors[0]}: unknown scheme: transformers loads {self.module} by the operation "
-                f"{layout}"
+                f"{self.tensors[0]}: unknown scheme: transformers loads {self.module} with the operation "
+                f"{layout}, which ktops does not know"
             )
         for projection in projections:
             if projection not in self._projections:
                 known = self.tensors[0]
                 raise CheckpointError(
-                    f"{self.name}: the {projection} projection of the experts is missing, there is {known}; "
-                    f"the names are {summary(view.name for view in self.tensors)}"
+                    f"{self.name}: the {projection} projection of the experts is missing, though there is "
+                    f"{known}; the names are {summary(view.name for view in self.tensors)}"
                 )
         tensors = [self._of_experts(projection) for projection in projections]
         if len({len(of_experts) for of_experts in tensors}) > 1:
             sizes = " and ".join(f"{len(t)} of {p}" for t, p in zip(tensors, projections, strict=True))
-            raise CheckpointError(f"{self._any(projections[0])}: other numbers of experts: {sizes}")
+            raise CheckpointError(
+                f"{self._any(projections[0])}: projections have different numbers of experts: {sizes}"
+            )
         flat = [_without_bias(part) for of_experts in tensors for part in of_experts]
         if not all(flat):
             raise CheckpointError(f"{self._any(projections[0])}: there is a bias, but no weight beside it")
@@ -265,13 +267,13 @@ class Layer:
         return [deinterleaved(m) for m in made] if self.interleaved and projections == ("gate_up",) else made
 
     def _is_interleaved(self, gate_up: Tensors) -> bool:
-        """As the model says, else told by the tensors: those of gpt-oss."""
+        """As the model says; if it does not, whether the tensors are gpt-oss'."""
         if "_extra_state" in gate_up or self._layouts & {CONCATENATED, INTERLEAVED}:
             return "_extra_state" not in gate_up and INTERLEAVED in self._layouts
         return "blocks" in gate_up or (self._transposed and "bias" in gate_up)
 
     def _is_transposed(self) -> bool:
-        """Whether fused weights are [E, H, 2I] and [E, I, H]: only one of the two ways fits their shapes."""
+        """Whether fused weights are [E, H, 2I] and [E, I, H], by their shapes."""
         both = [self._projections.get(name, {}).get(EVERY_EXPERT, {}) for name in ("gate_up", "down")]
         if any("weight" not in t or "_extra_state" in t or t["weight"].dim != 3 for t in both):
             return False
@@ -279,12 +281,12 @@ class Layer:
         return gate_up[2] == 2 * down[1] and gate_up[1] == down[2]
 
     def _of_experts(self, projection: str) -> list[Tensors]:
-        """The tensors of every expert: of stacked ones, the slices."""
+        """The tensors of every expert; slices, if they are stacked."""
         experts = self._projections[projection]
         if EVERY_EXPERT in experts:
             if len(experts) > 1:
                 raise CheckpointError(
-                    f"{self._any(projection)}: experts both in one tensor and each in its own"
+                    f"{self._any(projection)}: some experts share a tensor, others have their own"
                 )
             return _slices(experts[EVERY_EXPERT])
         last = max(experts)
@@ -303,14 +305,14 @@ def _without_bias(tensors: Tensors) -> Tensors:
 
 
 def _slices(tensors: Tensors) -> list[Tensors]:
-    """The tensors of each expert, of those that hold all."""
+    """The tensors of each expert, sliced from those that hold all experts."""
     state, shape = tensors.get("_extra_state"), tensors.get("weight_shape")
     own = {} if state is None else {"_extra_state": state}
-    if shape is not None and shape.dim == 1:  # of all experts together, or of each of them
+    if shape is not None and shape.dim == 1:  # one for all experts, or a row for each
         own["weight_shape"] = shape.tail(2)
     stacked = {name: view for name, view in tensors.items() if name not in own}
     if not stacked:
-        raise CheckpointError(f"{state or shape}: the weight that belongs to it is missing")
+        raise CheckpointError(f"{state or shape}: its weight is missing")
     sizes = {view.shape[0] if view.dim else None for view in stacked.values()}
     (first, *_) = stacked.values()
     for view in stacked.values():
@@ -319,7 +321,7 @@ def _slices(tensors: Tensors) -> list[Tensors]:
             raise CheckpointError(f"{view}: {what}, shape {list(view.weights_shape)}")
     if len(sizes) > 1:
         shapes = ", ".join(f"{name} {list(view.weights_shape)}" for name, view in stacked.items())
-        raise CheckpointError(f"{first}: other numbers of experts: {shapes}")
+        raise CheckpointError(f"{first}: tensors have different numbers of experts: {shapes}")
     (count,) = sizes
     if state is not None:
         expect_dim(state, 1)

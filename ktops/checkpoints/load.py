@@ -25,11 +25,11 @@ class PendingExperts(nn.Module):
     Attributes:
         num_experts, hidden_size, intermediate_size: as of :class:`ktops.nn.KTExperts`.
         activation: its name.
-        is_concatenated: whether the rows of gate come before those of up in its weights; None: not known.
-        is_list: whether they are a ModuleList, which the MoE block iterates.
+        is_concatenated: whether all rows of gate come before those of up in its weights; None if unknown.
+        is_list: whether they replace a ModuleList, which the MoE block iterates.
         biased: which of gate_up_proj and down_proj have a bias.
 
-    The names of the weights are there too, as tensors without memory that are no parameters: MoE blocks of
+    The names of the weights exist too, as meta tensors that are not parameters, because MoE blocks of
     transformers initialize the weights of their experts themselves.
     """
 
@@ -96,13 +96,12 @@ def load_experts(
     Args:
         model: with stacked experts or ModuleLists of gated MLPs, as :func:`ktops.swap_experts` takes them,
             on any device; before adapters are added.
-        path: of a directory or file, as :func:`ktops.checkpoints.open_checkpoint` takes it. The layers are
-            those that transformers would load by their names; of a file without such names, as GGUF, those of
-            the same numbers.
+        path: a directory or file, as :func:`ktops.checkpoints.open_checkpoint` takes it. Layers are matched
+            by the names that transformers would load; in a file without such names, such as GGUF, by number.
         weight_format: one of ``ktops.formats.names()``; None keeps the format of the checkpoint.
         group_size, method: as of :func:`ktops.quantize`, where weights are quantized.
-        prefix: only experts whose names in the checkpoint begin so, "thinker.model." for example, where
-            several could be meant.
+        prefix: consider only experts whose names in the checkpoint start with it, such as "thinker.model.";
+            needed if several match.
         show_progress: a bar in a terminal, a line every ten seconds elsewhere.
 
     Returns:
@@ -111,7 +110,7 @@ def load_experts(
     Raises:
         ktops.checkpoints.CheckpointError: a tensor is missing, has a wrong shape or dtype, or is of an
             unknown scheme, or a file is truncated; the message names the tensor and the file. Or the experts
-            of a layer are missing, or several could be meant; the message lists them.
+            of a layer are missing, or several match; the message lists them.
         ValueError: the model has no experts, or ones that ktops cannot compute; the format cannot hold them.
 
     Example:
@@ -203,14 +202,12 @@ def _activation(module: nn.Module, name: str = "experts") -> str:
 
 
 def _uneven(module: nn.Module) -> str | None:
-    """Why ktops cannot compute experts of which some have no weights, as LongCat's; None if all have."""
+    """Why ktops cannot compute experts some of which have no weights, such as LongCat's; None if it can."""
     weights = [module._parameters.get(name) for name in ("gate_up_proj", "down_proj")]
     if any(weight is None or weight.dim() != 3 for weight in weights):
         return None
     counts = [len(weight) for weight in weights]
-    return (
-        None if len(set(counts)) == 1 else f"gate_up_proj is of {counts[0]} experts, down_proj of {counts[1]}"
-    )
+    return None if len(set(counts)) == 1 else f"gate_up_proj has {counts[0]} experts, down_proj {counts[1]}"
 
 
 def _compute_dtype(model: nn.Module) -> torch.dtype:
@@ -245,7 +242,7 @@ def _check_fit(layer: Layer, name: str, module: nn.Module) -> None:
         if expected != got:
             raise CheckpointError(
                 f"{layer.tensors[0]}: {projection} of {name} has {'a' if expected else 'no'} bias in the "
-                f"model, but {'one' if got else 'none'} in the checkpoint"
+                f"model, but {'a' if got else 'no'} bias in the checkpoint"
             )
 
 

@@ -1,4 +1,4 @@
-"""Which layer of a checkpoint is meant by an experts module of a model, or by a number."""
+"""Finds the layer of a checkpoint for an experts module of a model, or for a layer number."""
 
 from collections import defaultdict
 from collections.abc import Iterable
@@ -8,8 +8,8 @@ from torch import nn
 from ktops.checkpoints.checkpoint import Checkpoint
 from ktops.checkpoints.errors import CheckpointError
 from ktops.checkpoints.layer import Layer
-from ktops.checkpoints.model_names import NUMBER, ModelNames, pretrained_parts
-from ktops.checkpoints.names import family
+from ktops.checkpoints.model_names import ModelNames, pretrained_parts
+from ktops.checkpoints.names import NUMBER, family
 
 
 def match_layers(
@@ -22,17 +22,17 @@ def match_layers(
 ) -> dict[str, Layer]:
     """The layer of a checkpoint for every experts module of a model.
 
-    The layers that transformers would load into the modules, or those whose names are the modules'. A
-    checkpoint without any such, as a GGUF file is, is taken by the numbers of the layers, if it has those of
-    one part of a model only.
+    These are the layers that transformers would load into the modules, or whose names equal the modules'. A
+    checkpoint without any, such as a GGUF file, is matched by layer number, if it has the layers of only one
+    part of a model.
 
     Args:
-        modules: its experts by name.
-        prefix: only layers whose names in the checkpoint begin so.
-        conversions: what transformers loads the model with; default: what it would.
+        modules: the experts of the model by name.
+        prefix: consider only layers whose names in the checkpoint start with it.
+        conversions: the conversions that transformers loads the model with; default: those of the model.
 
     Raises:
-        CheckpointError: the layer of a module is missing, or several could be meant.
+        CheckpointError: the layer of a module is missing, or several match.
         ValueError: several modules of the model have the number of a layer.
 
     Example:
@@ -62,10 +62,10 @@ def match_layers(
 
 
 def numbered_layer(checkpoint: Checkpoint, index: int, prefix: str | None = None) -> Layer:
-    """The layer of a number: of several the one that transformers loads, not that of an MTP layer.
+    """The layer with this number; if there are several, the one that transformers loads, not an MTP layer.
 
     Raises:
-        CheckpointError: there is none, or several could be meant.
+        CheckpointError: there is none, or several match.
     """
     layers = [layer for layer in _beginning_with(prefix, checkpoint) if layer.index == index]
     of_model = [layer for layer in layers if layer.module is not None]
@@ -77,32 +77,32 @@ def _beginning_with(prefix: str | None, checkpoint: Checkpoint) -> list[Layer]:
     chosen = [layer for layer in checkpoint.layers if layer.name.startswith(prefix or "")]
     if not chosen:
         raise CheckpointError(
-            f"{checkpoint.path}: no experts have a name that begins with prefix={prefix!r}: there are "
+            f"{checkpoint.path}: no experts have a name that starts with prefix={prefix!r}: there are "
             f"{_parts(checkpoint.layers)}"
         )
     return chosen
 
 
 def _one(layers: list[Layer], number: int | None, checkpoint: Checkpoint, name: str | None = None) -> Layer:
-    """The only layer there is, of a number and for a module of the model."""
+    """The only one of these layers; for errors, its number and the module of the model."""
     what = f"layer {number}" if name is None else name
     if len(layers) > 1:
         names = " and ".join(layer.name for layer in layers)
         raise CheckpointError(
-            f"{checkpoint.path}: the experts of {what} could be {names}: give prefix=, what the names of the "
-            "right ones begin with"
+            f"{checkpoint.path}: the experts of {what} could be {names}: pass prefix=, the beginning of the "
+            "right name"
         )
     if not layers:
         which = "its experts" if number is None else f"the experts of layer {number}"
         raise CheckpointError(
-            f"{what}: {which} are missing in {checkpoint.path}, which has those of "
+            f"{what}: {which} are missing in {checkpoint.path}, which has experts of "
             f"{_parts(checkpoint.layers)}"
         )
     return layers[0]
 
 
 def _number(name: str) -> int | None:
-    """Of the layer that a module is in."""
+    """The number of the layer that a module is in."""
     found = NUMBER.findall(name)
     return int(found[-1]) if found else None
 
@@ -113,22 +113,21 @@ def _by_number(
     families = {family(layer.name) for layer in layers}
     if len(families) > 1:
         raise CheckpointError(
-            f"{checkpoint.path}: the names of the model's experts, {next(iter(modules))}, are not there, and "
-            f"the experts could be any of {_parts(layers)}: give prefix=, what the names of the right ones "
-            "begin with"
+            f"{checkpoint.path}: it does not have the names of the model's experts, {next(iter(modules))}, "
+            f"and the experts could be any of {_parts(layers)}: pass prefix=, the beginning of the right name"
         )
     numbers: dict[int, str] = {}
     for name in modules:
         number = _number(name)
         if number is None:
             raise ValueError(
-                f"load_experts: {name} must be in a numbered layer, as model.layers.3.mlp.experts, or have "
-                "this name in the checkpoint"
+                f"load_experts: {name} must be in a numbered layer, such as model.layers.3.mlp.experts, or "
+                "the checkpoint must use its name"
             )
         if number in numbers:
             raise ValueError(
                 f"load_experts: layer {number} of {checkpoint.path} could be {numbers[number]} or {name} of "
-                "the model: call it with the part of the model that is meant"
+                "the model: pass only the right part of the model"
             )
         numbers[number] = name
     by_number: dict[int, list[Layer]] = defaultdict(list)

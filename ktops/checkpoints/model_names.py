@@ -1,4 +1,4 @@
-"""ModelNames: the names of experts' tensors as transformers itself reads them, by its conversion table."""
+"""ModelNames: maps names of experts' tensors as transformers itself does, by its conversion table."""
 
 import copy
 import re
@@ -15,6 +15,7 @@ from ktops.checkpoints.names import (
     FUSED,
     GGUF,
     INTERLEAVED,
+    NUMBER,
     PROJECTIONS,
     Key,
     parse,
@@ -22,7 +23,6 @@ from ktops.checkpoints.names import (
 )
 from ktops.nn.expert_sequence import KTExpertSequence
 
-NUMBER = re.compile(r"(?:^|\.)(\d+)(?=\.|$)")
 OF_EXPERT = re.compile(r"(?:(?<=\.)|^)experts\.(\d+)(?=\.)")
 TENSORS = ("gate_up_proj", "gate_proj", "up_proj", "down_proj")
 MATRICES = ("gate_proj", "up_proj", "down_proj", "w1", "w3", "w2")
@@ -68,7 +68,7 @@ class ModelNames:
         self._resolved: dict[str, Key | None] = {}
 
     def key(self, name: str) -> Key | None:
-        """The parts of the name of an expert's tensor, of the model or of none; None for any other tensor."""
+        """The parts of the name of an expert's tensor, in this model or not; None for any other tensor."""
         if GGUF.fullmatch(name):
             return parse(name)
         expert = OF_EXPERT.search(name)
@@ -81,7 +81,7 @@ class ModelNames:
         return key if expert is None or key.expert == EVERY_EXPERT else key._replace(expert=int(expert[1]))
 
     def ignored(self, name: str) -> bool:
-        """Whether transformers leaves a tensor of this name out without a word, as those of MTP layers."""
+        """Whether transformers silently skips a tensor of this name, as it does with MTP layers."""
         return any(pattern.search(name) for pattern in self._ignored)
 
     def _resolve(self, name: str) -> Key | None:
@@ -93,7 +93,7 @@ class ModelNames:
         return None
 
     def _rename(self, name: str) -> tuple[str, str | None]:
-        """What transformers makes of a name, and the pattern of the conversion that it is a source of."""
+        """The name in the model, and the source pattern of the conversion that it takes part in, if any."""
         from transformers.core_model_loading import rename_source_key
 
         renamed, pattern = rename_source_key(
@@ -104,7 +104,7 @@ class ModelNames:
         return renamed, pattern
 
     def _renamed(self, name: str, renamed: str) -> Key | None:
-        """Of a tensor that is loaded as it is."""
+        """The key of a tensor that is loaded unchanged."""
         for module, rest in _splits(renamed):
             if module in self._modules:
                 found = parse_tensor(rest)
@@ -112,7 +112,7 @@ class ModelNames:
         return None
 
     def _converted(self, name: str, renamed: str, pattern: str) -> Key | None:
-        """Of a tensor that is loaded through operations."""
+        """The key of a tensor that is loaded through operations."""
         converter = self._by_pattern[pattern]
         module, _, target = renamed.rpartition(".")
         if module not in self._modules or FUSED.fullmatch(target) is None:
@@ -163,8 +163,8 @@ def config_names(config: dict) -> ModelNames | None:
         return _names_of_class(CONFIG_MAPPING[model_type].from_dict(config), model_class)
     except Exception as error:
         warn_once(
-            f"ktops: transformers cannot make the {model_type!r} model that config.json describes, so that "
-            f"experts are found by the usual names: {type(error).__name__}: {error}"
+            f"ktops: transformers cannot create the {model_type!r} model that config.json describes, so "
+            f"ktops looks for experts under the usual names: {type(error).__name__}: {error}"
         )
         return None
 
@@ -178,7 +178,7 @@ def _without_quantization(config: dict) -> dict:
 
 
 def _names_of_class(config, model_class: type | None) -> ModelNames | None:
-    """Of a model without weights."""
+    """The names of a model that is created without weights."""
     from transformers import AutoModel, AutoModelForCausalLM
     from transformers.initialization import no_init_weights
 
@@ -220,8 +220,8 @@ def _owner(model: nn.Module, name: str) -> str:
 
 
 def _dense_names(name: str) -> Iterator[tuple[str, str | None]]:
-    """Names under which transformers' table may know the weight that a tensor belongs to, and which of its
-    tensors it is: the table names dense ones. None: what the new name says."""
+    """Names of dense weights, which transformers' table has, that a tensor may belong to, and which of the
+    weight's tensors it is; None: the renamed name says that."""
     yield name, None
     owner, _, tensor = name.rpartition(".")
     if tensor != "weight":
@@ -233,14 +233,14 @@ def _dense_names(name: str) -> Iterator[tuple[str, str | None]]:
 
 
 def _splits(name: str) -> Iterator[tuple[str, str]]:
-    """Where a module's name could end: after the first dot, the second, ..."""
+    """(module, rest) for every dot at which the module's name could end, the longest first."""
     parts = name.split(".")
     for count in range(len(parts) - 1, 0, -1):
         yield ".".join(parts[:count]), ".".join(parts[count:])
 
 
 def _experts(name: str) -> str:
-    """The part of a tensor's name that all tensors of the experts have in common."""
+    """The part of a tensor's name that all tensors of its experts share."""
     parts = name.split(".")
     end = len(parts) - parts[::-1].index("experts") if "experts" in parts else len(parts) - 2
     return ".".join(parts[:end])

@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterable
 from typing import NamedTuple
 
+NUMBER = re.compile(r"(?:^|(?<=\.))\d+(?=\.|$)")
 EXPERTS = re.compile(r"((?:.+\.)?(?:layers|blocks|h)\.(\d{1,9})\.(?:.+\.)?experts)\.(.+)")
 ONE_EXPERT = re.compile(r"(\d{1,9})\.(gate_proj|up_proj|down_proj|gate_up_proj|w1|w2|w3)\.(\w+)")
 FUSED = re.compile(r"(gate_up_proj|gate_proj|up_proj|down_proj)(?:[._](\w+))?")
@@ -24,7 +25,7 @@ PROJECTIONS = {
 EVERY_EXPERT = -1
 
 CONCATENATED, INTERLEAVED = "concatenated", "interleaved"
-"""How the rows of gate and up lie in one tensor: all of gate first, or alternating."""
+"""How gate and up share one tensor: all rows of gate first, or alternating rows."""
 
 _LISTED = 12
 
@@ -39,8 +40,8 @@ class Key(NamedTuple):
         projection: "gate", "up", "down" or "gate_up".
         tensor: "weight", "bias", "weight_scale", ...
         module: the experts module of the model that transformers loads it into; None if there is none.
-        layout: CONCATENATED or INTERLEAVED; None: told by the tensors; else the name of an operation of
-            transformers that ktops does not know.
+        layout: CONCATENATED, INTERLEAVED, or None if the tensors must tell; else the name of a transformers
+            operation that ktops does not know.
     """
 
     experts: str
@@ -72,7 +73,7 @@ def parse(name: str) -> Key | None:
 
 
 def parse_tensor(rest: str) -> tuple[int, str, str] | None:
-    """Expert, projection and tensor of a name without that of the experts; None if it is of no expert.
+    """Expert, projection and tensor of a name, without the name of the experts; None if it is no expert's.
 
     Example:
         >>> parse_tensor("7.up_proj.weight")
@@ -90,24 +91,24 @@ def parse_tensor(rest: str) -> tuple[int, str, str] | None:
 
 
 def family(name: str) -> str:
-    """What stands before the number of the layer: the same for all layers of a part of a model.
+    """What precedes the layer number: the same for all layers of a part of a model.
 
     Example:
         >>> family("thinker.model.layers.3.mlp.experts")
         'thinker.model.layers.'
     """
-    numbers = list(re.finditer(r"(?:^|(?<=\.))\d+(?=\.|$)", name))
+    numbers = list(NUMBER.finditer(name))
     return name[: numbers[-1].start()] if numbers else name
 
 
 def summary(names: Iterable[str]) -> str:
-    """Names for people, numbers as ``*``; those that could be experts' first.
+    """Names for messages, with ``*`` for numbers; names that could be experts' come first.
 
     Example:
         >>> summary(f"model.layers.{layer}.moe.w1" for layer in range(48))
         'model.layers.*.moe.w1'
     """
-    kinds = dict.fromkeys(re.sub(r"(?:^|(?<=\.))\d+(?=\.|$)", "*", name) for name in names)
+    kinds = dict.fromkeys(NUMBER.sub("*", name) for name in names)
     ordered = sorted(kinds, key=lambda kind: not re.search("expert|moe|exps|mlp|ffn|feed_forward", kind))
     more = f" and {len(ordered) - _LISTED} more" if len(ordered) > _LISTED else ""
     return (", ".join(ordered[:_LISTED]) or "none") + more

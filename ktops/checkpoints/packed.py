@@ -3,13 +3,13 @@
 Words hold 32 / bits codes. Of 4 bits and with the lowest code first, they are the bytes of int4's rows.
 
 GPTQ   qweight int32 [K * bits / 32, N], the lowest code first along K; scales [G, N]; qzeros int32
-       [G, N * bits / 32], codes one less than the zero point (format "gptq_v2": the zero point); g_idx int32
-       [K], the group of every column
+       [G, N * bits / 32], the zero points minus one (format "gptq_v2": the zero points); g_idx int32 [K],
+       the group of every column
 AWQ    4 bits: qweight int32 [K, N / 8], nibbles along N in the order 0, 2, 4, 6, 1, 3, 5, 7; scales [G, N];
        qzeros int32 [G, N / 8] in the same order
 pack-quantized   weight_packed int32 [N, ceil(K * bits / 32)], the lowest code first; weight_scale [N, G];
-       weight_zero_point int32 [ceil(N * bits / 32), G], packed along N, or int8 [N, G] less the middle of the
-       codes; weight_g_idx as GPTQ's
+       weight_zero_point int32 [ceil(N * bits / 32), G], packed along N, or int8 [N, G], the zero points minus
+       the middle of the codes; weight_g_idx as GPTQ's
 """
 
 from typing import NamedTuple
@@ -31,7 +31,7 @@ CHUNK = 128
 
 WIDTHS = range(1, 9)
 LAYOUTS = (None, "gptq", "gptq_v2", "gptq_p", "gemm", "exllama", "ipex")
-"""Of the tensors of GPTQ and AWQ, those that are as above; with 4 and 8 bits "gptq_p" is "gptq_v2"."""
+"""Names of the GPTQ and AWQ layouts above; with 4 and 8 bits "gptq_p" is "gptq_v2"."""
 
 Tensors = dict[str, View]
 
@@ -45,12 +45,12 @@ def unpacked(words: Tensor, bits: int = 4, dim: int = -1) -> Tensor:
 
 
 def signed(codes: Tensor) -> Tensor:
-    """uint8 codes of 8 bits -> int8, less 128"""
+    """uint8 codes of 8 bits -> int8, minus 128"""
     return (codes ^ 128).view(torch.int8)
 
 
 def _group_size(scales: View, groups: int, columns: int, packing: Packing) -> int:
-    """The shapes decide; what the config says, where it fits them, tells how long the last group is."""
+    """By the shapes; the config, if it fits them, can make the last group shorter than the others."""
     if groups == 1:
         return 0
     size = packing.group_size or 0
@@ -66,12 +66,12 @@ def _group_size(scales: View, groups: int, columns: int, packing: Packing) -> in
 
 
 def _width(fits: list[int], packing: Packing) -> int:
-    """The bits of a weight, of those that fit the shapes: what the config says, or else 4, or else 8."""
+    """Bits per weight, among those that fit the shapes: the config's if possible, else 4, else 8."""
     return next((bits for bits in (packing.bits, 4, 8) if bits in fits), fits[0] if fits else 4)
 
 
 def _fitting(words: int, count: int, among=WIDTHS) -> list[int]:
-    """The widths of which so many words hold so many codes."""
+    """The bit widths for which exactly this many words hold this many codes."""
     return [bits for bits in among if words == -(-count * bits // 32)]
 
 
@@ -79,8 +79,7 @@ def _expect_readable(view: View, bits: int, symmetric: bool = True) -> None:
     if bits not in (4, 8) or (bits == 8 and not symmetric):
         given = f"{bits} bits" if symmetric else f"{bits} bits with other zero points"
         raise CheckpointError(
-            f"{view}: ktops reads packed weights of 4 bits, and of 8 bits whose zero point is 128, got "
-            f"{given}"
+            f"{view}: packed weights must have 4 bits, or 8 bits with a zero point of 128, got {given}"
         )
 
 
@@ -158,8 +157,8 @@ class Gptq(NamedTuple):
 
 
 def gptq(matrices: list[tuple[Tensors, Packing]]) -> list[Matrix]:
-    """All matrices of a projection: uint4, or int4 and int8 if every zero point is in the middle, or dense if
-    columns of a group are apart (act-order)."""
+    """All matrices of a projection: uint4, or int4 and int8 if every zero point is the middle, or dense if
+    the columns of a group are not adjacent (act-order)."""
     parts = [_gptq(tensors, packing) for tensors, packing in matrices]
     if any(part.is_reordered() for part in parts):
         dtype = torch.float16 if parts[0].scales.dtype == torch.float16 else torch.bfloat16
@@ -196,7 +195,7 @@ def _gptq(tensors: Tensors, packing: Packing) -> Gptq:
 
 
 def _with_known_zeros(part: Gptq) -> Gptq:
-    """Warns where zero points are not what the config says, or where nothing says how they are stored."""
+    """Warns if zero points contradict the config, or if nothing says how they are stored."""
     if part.zero_offset is not None and not part.symmetric:
         return part
     stored = part.stored_zeros()
@@ -205,16 +204,16 @@ def _with_known_zeros(part: Gptq) -> Gptq:
     if part.symmetric:
         if not (any(middle) if part.zero_offset is None else middle[part.zero_offset]):
             warn_once(
-                f"ktops: the zero points of the GPTQ weights in {folder} are taken to be {part.middle}, as "
-                "the quantization config says (sym: true), though there are others in qzeros"
+                f"ktops: the zero points of the GPTQ weights in {folder} are assumed to be {part.middle}, as "
+                "the quantization config says (sym: true), although qzeros holds other values"
             )
         return part
     offset = 0 if middle[0] else 1
     if not middle[1]:
         warn_once(
-            f"ktops: nothing in {folder} says how the zero points of the GPTQ weights are stored: they are "
-            f"taken to be as {'gptq_v2 has them, as they are' if middle[0] else 'gptq has them, less one'}. "
-            "quantize_config.json says it: checkpoint_format"
+            f"ktops: nothing in {folder} says how the zero points of the GPTQ weights are stored: assuming "
+            f"{'unchanged, as in gptq_v2' if middle[0] else 'minus one, as in gptq'}. If that is wrong, set "
+            "checkpoint_format in quantize_config.json"
         )
     return part._replace(zero_offset=offset)
 
@@ -228,8 +227,8 @@ def _dense(parts: list[Gptq], dtype: torch.dtype) -> list[Matrix]:
     name = "fp16" if dtype == torch.float16 else "bf16"
     weights = sum(part.rows * part.columns for part in parts)
     warn_once(
-        f"ktops: the GPTQ weights were quantized in an order of their own (desc_act): they are decoded to "
-        f"{name}, 16 bits a weight instead of about 4.5. Give weight_format='int4' to quantize them again."
+        f"ktops: the GPTQ weights were quantized in an order of their own (desc_act), so they are decoded to "
+        f"{name}, 16 bits per weight instead of about 4.5. Pass weight_format='int4' to quantize them again."
     )
     made = []
     for part in parts:
@@ -247,7 +246,7 @@ def awq(tensors: Tensors, packing: Packing) -> Matrix:
     (columns, words), (groups, rows) = qweight.shape, scales.shape
     bits = _width(_fitting(words, rows), packing)
     if bits != 4:
-        raise CheckpointError(f"{qweight}: ktops reads AWQ weights of 4 bits, got {bits} bits")
+        raise CheckpointError(f"{qweight}: AWQ weights must have 4 bits, got {bits} bits")
     expect(qweight, (columns, rows // 8), torch.int32)
     expect(scales, (groups, words * 8), *FLOAT_SCALES)
     expect(qzeros, (groups, words), torch.int32)
@@ -306,7 +305,7 @@ def pack_quantized(tensors: Tensors, packing: Packing) -> Matrix:
 
 
 def _width_and_columns(tensors: Tensors, packing: Packing) -> tuple[int, int]:
-    """By weight_shape; by the config if there is none."""
+    """From weight_shape, or from the config if there is none."""
     weight, shape = tensors["weight_packed"], tensors.get("weight_shape")
     rows, words = weight.shape
     if shape is None:
@@ -326,8 +325,8 @@ def _packed_zeros(tensors: Tensors, packing: Packing, bits: int, shape: tuple[in
         if packing.symmetric is False:
             weight = tensors["weight_packed"]
             raise CheckpointError(
-                f"{weight}: weight_zero_point is missing beside it: the quantization config says symmetric: "
-                "false"
+                f"{weight}: weight_zero_point is missing beside it, but the quantization config says "
+                "symmetric: false"
             )
         return None
     if zero.dtype == torch.int8:
@@ -344,6 +343,6 @@ def _expect_in_order(g_idx: View | None, columns: int, group_size: int) -> None:
     groups = g_idx.read().long()
     if not torch.equal(groups, torch.arange(columns) // group_size) and not (groups == -1).all():
         raise CheckpointError(
-            f"{g_idx}: columns of a group that do not lie together are read from GPTQ only: save the "
-            "checkpoint with actorder='static'"
+            f"{g_idx}: groups whose columns are not adjacent are read from GPTQ only: save the checkpoint "
+            "with actorder='static'"
         )

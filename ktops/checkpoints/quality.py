@@ -1,4 +1,4 @@
-"""How far the experts of a converted layer are from those they were made from."""
+"""The errors of a converted layer's experts relative to their source."""
 
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -13,7 +13,7 @@ from ktops.formats.error import RelativeError
 from ktops.reference import activation as functions
 
 MOST_EXPERTS = 16
-"""Experts of a layer that are compared, evenly spread."""
+"""The most experts of a layer that are compared, evenly spaced."""
 
 TOKENS = 32
 
@@ -24,18 +24,18 @@ ACTIVATIONS = {
 """hidden_act of config.json -> activation of the op."""
 
 KEYS = ("hidden_act", "hidden_activation", "mlp_hidden_act")
-"""What config.json may call the activation of the experts."""
+"""Names of the experts' activation in config.json."""
 
 
 class Activation(NamedTuple):
-    """What outputs of experts are computed with, None: they are not compared; and what to say of it."""
+    """The activation that outputs are compared with, None if they are not, and a note for the report."""
 
     name: str | None
     note: str | None = None
 
 
 def find_activation(config: dict) -> Activation:
-    """The activation that a config.json names, of its text model if it has several.
+    """The activation in a config.json, that of the text model if there are several.
 
     Example:
         >>> find_activation({"hidden_act": "gelu_pytorch_tanh"})
@@ -61,7 +61,7 @@ class LayerQuality:
     Attributes:
         name: of the experts in the converted checkpoint.
         scheme: how the source stores them.
-        num_experts, measured_experts: of the layer, and those compared.
+        num_experts, measured_experts: in the layer, and compared.
         gate_up_error, down_error: of the weights.
         output_error: of each expert's output for random normal tokens; None if they were not compared.
         bytes, bytes_bf16: of all weights of the layer, converted and in bf16.
@@ -116,8 +116,8 @@ def compare(name: str, source: Layer, converted: Layer, activation: str | None) 
 def _compare_expert(
     source: Layer, converted: Layer, index: int, tokens: Tensor, activation: str | None, errors: dict
 ) -> tuple[Tensor, Tensor] | None:
-    """Outputs of an expert of the converted layer and of the source, if there is an activation; few rows are
-    floats at a time."""
+    """Adds the errors of one expert's weights. Returns its outputs, converted and source, if there is an
+    activation. Only a few rows are floats at a time."""
     made = expected = tokens
     for kind in ("gate_up", "down"):
         pair = [getattr(layer, f"{kind}_proj") for layer in (converted, source)]

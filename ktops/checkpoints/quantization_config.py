@@ -1,8 +1,8 @@
-"""What is written beside packed weights about them: config.json's quantization_config, and others."""
+"""What the quantization config, in config.json or a file beside it, says about packed weights."""
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -10,25 +10,28 @@ from ktops.checkpoints.errors import CheckpointError
 
 CONFIG = "config.json"
 KEYS = ("quantization_config", "compression_config")
-"""Of config.json; the second one is what compressed-tensors wrote first."""
+"""In config.json; early compressed-tensors wrote the second one."""
 
 FILES = ("quantize_config.json", "quant_config.json", "quantization_config.json")
-"""The same in a file of its own: of AutoGPTQ and GPTQModel, of AWQ, of AutoRound."""
+"""Files that hold the same alone: of AutoGPTQ and GPTQModel, of AWQ, of AutoRound."""
 
 STORED_LESS_ONE = {"gptq": 1, "gptq_v2": 0, "gptq_p": 0}
-"""checkpoint_format -> what a zero point in the file lacks."""
+"""checkpoint_format -> what must be added to a stored zero point."""
+
+NAME = re.compile(r"[\w.]+")
+"""The name of a module, as opposed to a pattern."""
 
 
 class Packing(NamedTuple):
-    """What is known of the packed weights of one module; None: nothing.
+    """What is known about the packed weights of one module; None: unknown.
 
     Attributes:
-        bits: of a weight.
+        bits: per weight.
         group_size: columns that share a scale; -1: all.
         symmetric: whether the zero point is the middle of the codes, whatever the file holds.
-        zero_offset: what the zero points in GPTQ's tensors lack: 1, or 0 in the second version of the format.
-        layout: which of the layouts of its tensors a method has used: "gptq_v2", "gemv".
-        data_type: "int", "float", "mx_int" ...
+        zero_offset: what must be added to GPTQ's stored zero points: 1, or 0 in version 2 of the format.
+        layout: the method's tensor layout: "gptq_v2", "gemv".
+        data_type: "int", "float", "mx_int", ...
     """
 
     bits: int | None = None
@@ -44,8 +47,8 @@ class _Part(NamedTuple):
 
     Attributes:
         owners: names of the part, outermost first: ("thinker", "text").
-        config: for every module.
-        names, patterns: what is said of some modules, by their names, or for the first pattern that fits.
+        config: the settings for every module.
+        names, patterns: settings for single modules, by name or by the first pattern that matches.
     """
 
     owners: tuple[str, ...]
@@ -54,7 +57,7 @@ class _Part(NamedTuple):
     patterns: list[tuple[re.Pattern, dict]]
 
     def own(self, module: str) -> dict:
-        """What is said of a module alone."""
+        """The settings for this module alone."""
         if module in self.names:
             return self.names[module]
         return next((said for pattern, said in self.patterns if pattern.match(module)), {})
@@ -65,7 +68,7 @@ class QuantizationConfig:
 
     Args:
         config: of config.json.
-        beside: of a file of its own, for what config.json does not say.
+        beside: of one of FILES, for what config.json does not say.
 
     Example:
         >>> config = {"quantization_config": {"quant_method": "gptq", "bits": 4, "sym": True}}
@@ -83,7 +86,7 @@ class QuantizationConfig:
         return " and ".join(f"quant_method {method}" for method in methods if method)
 
     def packing(self, module: str) -> Packing:
-        """What is known of a module, by its name in the checkpoint."""
+        """What is known about a module, by its name in the checkpoint."""
         names = set(module.split("."))
         part = max(self._parts, key=lambda part: len(names.intersection(part.owners)))
         config, method = part.config, _method(part.config)
@@ -99,10 +102,10 @@ class QuantizationConfig:
 
 
 def read_quantization_config(folder: Path, config: dict) -> QuantizationConfig:
-    """What config.json and the other files of a folder say.
+    """The quantization config in a config.json and the other files of its folder.
 
     Raises:
-        CheckpointError: one of them is no JSON object.
+        CheckpointError: a file is not a JSON object.
     """
     beside = (read_json(folder / name) for name in FILES if (folder / name).is_file())
     return QuantizationConfig(config, next(beside, None))
@@ -123,19 +126,27 @@ def read_json(path: Path) -> dict:
     return value
 
 
-def _configs(config: dict, owners: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], dict]]:
+def sub_configs(config: Mapping) -> dict[str, Mapping]:
+    """The configs of the parts of a composite model, such as text_config, by key."""
+    return {
+        key: part
+        for key, part in config.items()
+        if key.endswith("_config") and key not in KEYS and isinstance(part, Mapping)
+    }
+
+
+def _configs(config: Mapping, owners: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], dict]]:
     """The quantization configs in a config and its sub-configs, with their parts of the model."""
     for key in KEYS:
         if isinstance(config.get(key), dict) and config[key]:
             yield owners, config[key]
             break
-    for key, value in config.items():
-        if key.endswith("_config") and key not in KEYS and isinstance(value, dict):
-            yield from _configs(value, (*owners, key.removesuffix("_config")))
+    for key, part in sub_configs(config).items():
+        yield from _configs(part, (*owners, key.removesuffix("_config")))
 
 
 def _text(config: dict, *keys: str) -> str | None:
-    """The first of these values that there is, in small letters."""
+    """The first of these values that is a string, in lower case."""
     found = (config[key] for key in keys if isinstance(config.get(key), str))
     return next((value.lower() for value in found), None)
 
@@ -151,7 +162,7 @@ def _layout(config: dict, method: str | None) -> str | None:
 
 
 def _is_gptq(config: dict, method: str | None) -> bool:
-    """By its name or, in AutoGPTQ's own file, which names none, by what it always says."""
+    """By the method, or by the keys that AutoGPTQ's own file, which names no method, always has."""
     return method == "gptq" or (method is None and "bits" in config and "desc_act" in config)
 
 
@@ -165,7 +176,7 @@ def _zero_offset(config: dict, method: str | None) -> int | None:
 
 
 def _value(config: dict, kind: type, *keys: str):
-    """The first of these values that is of the type; None if there is none."""
+    """The first of these values that has this type; None if there is none."""
     return next((config[key] for key in keys if type(config.get(key)) is kind), None)
 
 
@@ -174,7 +185,7 @@ def _dict(config: dict, key: str) -> dict:
 
 
 def _compiled(pattern: str) -> list[re.Pattern]:
-    """One, or none if this is no regular expression."""
+    """One pattern, or none if this is not a regular expression."""
     try:
         return [re.compile(pattern)]
     except (re.error, RecursionError, OverflowError):
@@ -184,7 +195,7 @@ def _compiled(pattern: str) -> list[re.Pattern]:
 def _part(owners: tuple[str, ...], config: dict) -> _Part:
     """Reads GPTQModel's ``dynamic``, AutoRound's ``extra_config``, compressed-tensors' ``config_groups``.
 
-    The last one has targets: names, patterns after "re:", or classes, of which experts are Linear.
+    The last has targets: module names, patterns after "re:", or class names, which for experts is Linear.
     """
     names: dict[str, dict] = {}
     patterns: list[tuple[re.Pattern, dict]] = []
@@ -211,7 +222,3 @@ def _part(owners: tuple[str, ...], config: dict) -> _Part:
             else:
                 names[target] = said
     return _Part(owners, {**config, **classes}, names, patterns)
-
-
-NAME = re.compile(r"[\w.]+")
-"""Of a module, not a pattern."""

@@ -27,10 +27,10 @@ OF_ACTIVATIONS = re.compile(
     "(input|output|act|activation|k|v|kv|q|attn|kv_cache)_"
     "(scale|zero_point|global_scale|scale_inv|scale_ub|min|max|amax|observer)"
 )
-"""Tensors that do not say what the weights are."""
+"""Tensors that describe activations, not weights."""
 
 LOOKED_UP = ("bias", "g_idx", "weight_g_idx", "weight_shape")
-"""Tensors that may be there or not."""
+"""Optional tensors, which do not identify a scheme."""
 
 GPTQ = ("qweight", "qzeros", "scales")
 
@@ -51,23 +51,23 @@ OTHERS = {
     "B": "Marlin",
     "weight_zero_point": "8 bits with zero points",
 }
-"""Tensors of schemes that are not read, by which they are known."""
+"""Tensors that identify schemes which are not read."""
 
 BLOCK = 128
 
 
 def is_of_activations(name: str) -> bool:
-    """Whether a tensor, by what follows its matrix' name, does not say what the weights are."""
+    """Whether a tensor describes activations, by the part of its name after the matrix'."""
     return OF_ACTIVATIONS.fullmatch(name) is not None
 
 
 def matrices(parts: list[Tensors], config: QuantizationConfig, *, stacked: bool) -> list[Matrix]:
-    """The matrices of a layer's projection, checked: shapes, dtypes, of packed ones groups and zero points.
+    """The matrices of a layer's projection, checked: shapes and dtypes, groups and zero points if packed.
 
     Args:
-        parts: the tensors of each, of all experts. They may be in several schemes.
-        config: what is said of packed weights.
-        stacked: two of them stand one above the other, so that blocks of rows must fit together.
+        parts: the tensors of each matrix, of all experts; schemes may differ.
+        config: of the checkpoint, for packed weights.
+        stacked: whether gate and up are stacked, so that blocks of rows must fit together.
 
     Raises:
         CheckpointError: naming the tensor and the file.
@@ -103,7 +103,7 @@ def _alike(names: frozenset[str], parts: list[tuple[Tensors, Packing]], stacked:
 
 
 def _expect_complete(parts: list[Tensors], kinds: dict[frozenset[str], list[int]]) -> None:
-    """Experts of several schemes may be, but not with a part of the tensors that others have."""
+    """Several schemes are fine, but not matrices with only some of the tensors that others have."""
     for names, indices in kinds.items():
         larger = next((other for other in kinds if names < other), None)
         tensors = parts[indices[0]]
@@ -112,7 +112,7 @@ def _expect_complete(parts: list[Tensors], kinds: dict[frozenset[str], list[int]
         kind, known = next(iter(tensors.items()))
         missing = min(larger - names)
         raise CheckpointError(
-            f"{known.name.removesuffix(kind)}{missing} is missing in {known.file.path}: other experts have it"
+            f"{known.name.removesuffix(kind)}{missing} is missing in {known.file.path}; other experts have it"
         )
 
 
@@ -155,9 +155,7 @@ def _matrix(tensors: Tensors, packing: Packing, stacked: bool) -> Matrix:
         return _compressed(tensors, packing)
     if "weight" not in tensors:
         known, called = next(iter(tensors.values())), _called(sorted(tensors))
-        raise UnknownScheme(
-            f"{known}: {called}the weight that belongs to it is missing, or the scheme is unknown"
-        )
+        raise UnknownScheme(f"{known}: {called}its weight is missing, or the scheme is unknown")
     weight = tensors["weight"]
     scale = next((tensors[name] for name in SCALES if name in tensors), None)
     zero = tensors.get("weight_zero_point")
@@ -169,7 +167,7 @@ def _matrix(tensors: Tensors, packing: Packing, stacked: bool) -> Matrix:
     expect_dim(weight, 2)
     if weight.dtype in PLAIN:
         if scale is not None:
-            raise UnknownScheme(f"{scale}: unknown scheme: a scale of weights in {weight.dtype}")
+            raise UnknownScheme(f"{scale}: unknown scheme: a scale for weights in {weight.dtype}")
         fields = Fields(Field.of(weight))
         return Matrix(PLAIN[weight.dtype], 0, *weight.shape, fields, PLAIN[weight.dtype], str(weight))
     if scale is None:
@@ -196,7 +194,7 @@ def _scaled(weight: View, scale: View, packing: Packing, stacked: bool) -> Matri
 
 
 def _int8(weight: View, scale: View) -> Matrix:
-    """With a scale of every row, of the tensor, or of groups of columns."""
+    """With a scale per row, per tensor, or per group of columns."""
     rows, columns = weight.shape
     groups = scale.shape[1] if scale.dim == 2 and scale.shape[0] == rows else 1
     if groups <= 1 or columns % groups:
@@ -208,11 +206,11 @@ def _int8(weight: View, scale: View) -> Matrix:
 
 
 def _expect_floats(weight: View, packing: Packing) -> None:
-    """Integers with E8M0 scales have the same tensors as MXFP4."""
+    """Tells MXFP4 from integers with E8M0 scales, which have the same tensors."""
     if packing.data_type is not None and "int" in packing.data_type:
         raise UnknownScheme(
-            f"{weight}: unknown scheme: weights of 4 bits with E8M0 scales, which the quantization config "
-            f"says are {packing.data_type}, not floats"
+            f"{weight}: unknown scheme: 4-bit weights with E8M0 scales must be floats, but the quantization "
+            f"config says {packing.data_type}"
         )
 
 
@@ -261,7 +259,7 @@ def _gpt_oss(tensors: Tensors) -> Matrix:
     """mxfp4, blocks [N, K / 32, 16] and scales [N, K / 32]"""
     blocks, scales = tensors["blocks"], tensors.get("scales")
     if scales is None:
-        raise CheckpointError(f"{blocks}: the scales that belong to it are missing")
+        raise CheckpointError(f"{blocks}: its scales are missing")
     expect_dim(blocks, 3)
     rows, groups, _ = blocks.shape
     expect(blocks, (rows, groups, 16), torch.uint8)
@@ -312,7 +310,7 @@ def _own(tensors: Tensors) -> Matrix:
     """What ktops has written, one expert of it."""
     layout = own_layout(tensors["_extra_state"])
     if "weight" not in tensors:
-        raise CheckpointError(f"{tensors['_extra_state']}: the weight that belongs to it is missing")
+        raise CheckpointError(f"{tensors['_extra_state']}: its weight is missing")
     weight = tensors["weight"]
     _expect_no_others(tensors, "weight", "scale", "zero", "_extra_state")
     views = [tensors.get(name) for name in ("weight", "scale", "zero")]

@@ -84,7 +84,7 @@ class View:
 
     @property
     def weights_shape(self) -> tuple[int, ...]:
-        """The shape in weights; :attr:`shape` if these are no blocks."""
+        """The shape in weights; :attr:`shape` if these are not blocks."""
         return self.shape if self.columns is None else (*self.shape[:-1], self.columns)
 
     def select(self, index: int) -> "View":
@@ -93,7 +93,7 @@ class View:
         return replace(part, offset=self.offset + index * part.nbytes)
 
     def tail(self, count: int) -> "View":
-        """The last elements of a tensor of one dimension."""
+        """The last ``count`` elements of a one-dimensional tensor."""
         first = max(self.shape[0] - count, 0)
         offset = self.offset + first * self.dtype.itemsize
         return replace(self, offset=offset, shape=(self.shape[0] - first,))

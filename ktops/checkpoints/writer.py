@@ -119,6 +119,7 @@ class CheckpointWriter:
         ...         writer.write_layer(layer.name, *layer.experts("int4"))
         >>> writer.write_tensors(source.other_tensors())
         >>> writer.copy(source.path.glob("*.json"))
+        >>> writer.write_config(converted_config(source.config, source.other_tensors()))
         >>> writer.finish()
     """
 
@@ -251,7 +252,7 @@ class CheckpointWriter:
                 shutil.copyfile(file, self.partial / file.name)
 
     def write_config(self, config: dict) -> None:
-        """Writes config.json; :func:`ktops.checkpoints.converted_config` makes it of the source's."""
+        """Writes config.json; see :func:`ktops.checkpoints.converted_config`."""
         _write_json(self.partial / CONFIG, config)
 
     def finish(self) -> Path:

@@ -162,8 +162,8 @@ class ExpertsWrapper:
             physical_to_logical_map_cpu: as for :meth:`load_weights_from_tensors`.
 
         Raises:
-            ValueError: weight_path is None, or cannot be read (CheckpointError), or has no such layer, or one
-                of other sizes, or several (give prefix); a wrong map. The weights loaded before stay.
+            ValueError: weight_path is None or cannot be read (CheckpointError), or has no such layer, several
+                (pass prefix) or one with other sizes; or the map is wrong. Weights loaded before stay.
         """
         if not self.weight_path:
             raise ValueError("KTMoEWrapper: weight_path must name a checkpoint for load_weights, got none")

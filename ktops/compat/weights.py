@@ -106,13 +106,13 @@ def from_checkpoint(
     """The experts of a layer in the format of a method.
 
     Args:
-        prefix: what the name of the layer's experts begins with, where several layers have the number.
+        prefix: the beginning of the name of the layer's experts, if several layers have the number.
         sizes: num_experts, hidden_size and moe_intermediate_size that the layer must have.
         group_size: of the method, where it quantizes.
 
     Raises:
         CheckpointError: the checkpoint cannot be read.
-        ValueError: it has no such layer, or several, or of other sizes; or the format cannot hold its
+        ValueError: it has no such layer, several, or one with other sizes; or the format cannot hold its
             weights.
     """
     layer = _layer(path, layer_idx, prefix)

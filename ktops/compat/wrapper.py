@@ -34,8 +34,8 @@ class KTMoEWrapper:
         max_cache_depth: how many forwards may wait for their backward; older ones are forgotten.
         group_size: of the methods with "KGroup" in their names, and of GPTQ_INT4 where it quantizes.
         zero_point: False: AMXINT4_1KGroup_SFT without zero points, as AMXINT4_KGroup_SFT.
-        prefix: what the name of the layer's experts in the checkpoint begins with, "thinker.model." for
-            example: needed where several of its layers have the number layer_idx.
+        prefix: the beginning of the name of the layer's experts in the checkpoint, such as
+            "thinker.model."; needed if several layers have the number layer_idx.
         lora_dropout, full_weight_grad, swiglu_limit, swiglu_alpha: must have their defaults.
 
     Returns:

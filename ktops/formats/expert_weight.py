@@ -131,10 +131,10 @@ class ExpertWeight(nn.Module):
             )
 
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, *args) -> None:
-        """Takes the tensors of the state dict instead of writing into its own: copies and files share those.
+        """Takes over the state dict's tensors; writing into its own would change copies and mapped files.
 
         Raises:
-            ValueError, TypeError: the state dict is of another layout, or a tensor of a wrong shape or dtype.
+            ValueError, TypeError: the state dict has another layout, or a tensor a wrong shape or dtype.
         """
         state = state_dict.get(f"{prefix}_extra_state")
         if state is not None:

@@ -24,7 +24,7 @@ def get_format(name: str) -> Format:
     if name not in _formats:
         only_read = ", ".join(sorted({*names()} - {*names(written=True)}))
         raise ValueError(
-            f"format must be one of {', '.join(names(written=True))}, or where weights are only read "
-            f"{only_read}, got {name!r}"
+            f"format must be one of {', '.join(names(written=True))}, or, only to read weights, {only_read}, "
+            f"got {name!r}"
         )
     return _formats[name]

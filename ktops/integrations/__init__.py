@@ -33,9 +33,9 @@ def enable_peft() -> None:
 
 
 def enable_saving(model) -> None:
-    """Lets transformers save a model of its own whose experts are in formats, for from_pretrained to load.
+    """Lets transformers save a model whose experts are in formats, so that from_pretrained loads it.
 
-    Where transformers is too old for :func:`enable`, it knows nothing of formats, and nothing is done.
+    Does nothing if transformers is not imported or is too old for :func:`enable`.
     """
     if "transformers" in sys.modules and importlib.util.find_spec("transformers.core_model_loading"):
         from ktops.integrations.transformers import saving

@@ -198,13 +198,13 @@ def _merge(wrapper: nn.Module, *args, **kwargs) -> None:
 
 
 def _merge_adapter(tuner, adapter_names: list[str] | None = None, *args, **kwargs) -> None:
-    """``BaseTuner.merge_adapter``, refused before the first layer is merged."""
+    """``BaseTuner.merge_adapter``, but raises before the first layer is merged if one cannot be."""
     _require_mergeable(tuner, adapter_names)
     _peft["merge_adapter"](tuner, adapter_names, *args, **kwargs)
 
 
 def _unload_and_optionally_merge(tuner, merge: bool = True, *args, **kwargs) -> nn.Module:
-    """The same of ``BaseTuner.merge_and_unload``."""
+    """The same for ``BaseTuner.merge_and_unload``."""
     if merge:
         _require_mergeable(tuner, kwargs.get("adapter_names"))
     return _peft["_unload_and_optionally_merge"](tuner, merge, *args, **kwargs)

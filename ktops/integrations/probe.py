@@ -36,7 +36,7 @@ def disagreement_of_experts(module: nn.Module, experts: KTExperts) -> str | None
 def disagreement_of_expert(module: nn.Module, expert: KTExpert) -> str | None:
     """What speaks against ``expert`` in place of ``module``; tried on a float32 copy with random weights.
 
-    The modules may be on any device, also while new tensors are made on another one than the CPU.
+    The modules may be on any device, and the default device need not be the CPU.
     """
     with torch.device("cpu"):
         return _disagreement_of_expert(module, expert)

@@ -190,7 +190,7 @@ def listed_experts(
     Args:
         experts: the modules.
         save: as of :func:`swap_experts`.
-        any_device: whether their weights, which are to be replaced, may be elsewhere than on the CPU.
+        any_device: whether their weights, which will be replaced, may be on a device other than the CPU.
 
     Raises:
         Unsupported: the op does not compute what they do, or they have hooks.
@@ -276,7 +276,7 @@ def exchange(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
 
 
 def exchange_stacked(model: nn.Module, old: nn.Module, new: KTExperts) -> None:
-    """The same with stacked experts; in place of a ModuleList they are made one that can be iterated."""
+    """The same with stacked experts, in a KTExpertSequence if they replace a ModuleList."""
     is_list = isinstance(old, nn.ModuleList) or getattr(old, "is_list", False)
     exchange(model, old, KTExpertSequence(new) if is_list else new)
 

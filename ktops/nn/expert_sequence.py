@@ -14,8 +14,8 @@ class KTExpertSequence(nn.Module):
     """The experts of one layer in stacked weights, in place of a ModuleList of modules.
 
     ``sequence[i](rows)`` runs the op with all rows routed to expert i; called itself, with the routes of all
-    tokens, it runs one op for all experts. Adapters go on ``stacked``; the state dict has the keys of
-    ``stacked`` itself, without its name.
+    tokens, it runs one op for all experts. Adapters go on ``stacked``. Keys of the state dict are those of
+    ``stacked``, without "stacked." in front.
 
     Args:
         stacked: the experts, with weights in a format for example: then there are no separate Parameters that
@@ -61,7 +61,7 @@ class KTExpertSequence(nn.Module):
 
 
 def _rename(_, state_dict: dict, prefix: str, *args, old: str, new: str) -> None:
-    """The weights and biases of the experts, with another name between the prefix and theirs."""
+    """Replaces ``old`` after the prefix by ``new`` in the keys of the experts' weights and biases."""
     pattern = re.compile(re.escape(prefix + old) + r"((?:gate_up|down)_proj(?:_bias|\.[a-z_]+)?)")
     for key in list(state_dict):
         match = pattern.fullmatch(key)

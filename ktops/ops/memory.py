@@ -7,10 +7,10 @@ def memory_stats() -> dict[str, int]:
     """Bytes and blocks of scratch memory of the operators, of the whole process.
 
     A call takes one block for its intermediate results and leaves it to later calls. Up to 256 MiB of idle
-    blocks stay for good: 2048 tokens of the largest models need less, and fresh memory is slow to touch. More
-    stays as long as one of the last 512 calls needed it, which covers a step of training; after at most 1024
-    calls that did not, the oldest blocks go back to the system. Tensors (results, what forward saves for
-    backward) are not part of it.
+    blocks are kept permanently, because fresh memory is slow to touch; 2048 tokens of the largest models need
+    less. More is kept as long as one of the last 512 calls needed it, which covers a training step; after at
+    most 1024 calls that did not, the oldest blocks go back to the system. Tensors (results, and what forward
+    saves for backward) are not included.
 
     Returns:
         bytes_in_use: of the blocks of calls in progress, 0 between calls.

@@ -1,4 +1,4 @@
-"""What a call does, counted: operators and allocations, which no machine changes."""
+"""Counts what a call does: operators and allocations, which are the same on every machine."""
 
 from collections import Counter
 from collections.abc import Iterator
@@ -14,9 +14,9 @@ class Counts:
     """What PyTorch did in a ``with counted()`` block, on its thread and on that of autograd.
 
     Attributes:
-        operators: how often each ran, those called by others or from C++ included: {"aten::empty": 1}.
+        operators: how often each ran, including those called by others or from C++: {"aten::empty": 1}.
         allocations: bytes of every tensor that was allocated, in order.
-        peak: the most bytes of these tensors that there were at once.
+        peak: the most bytes of these tensors that existed at once.
     """
 
     operators: Counter[str] = field(default_factory=Counter)
@@ -26,9 +26,9 @@ class Counts:
 
 @contextmanager
 def counted() -> Iterator[Counts]:
-    """Counts what runs inside; the result is complete when the block has ended.
+    """Counts what runs inside; the result is complete when the block ends.
 
-    Memory that is not PyTorch's, that of NumPy or a mapped file for instance, does not count.
+    Memory that is not PyTorch's, such as NumPy's or a mapped file, does not count.
 
     Example:
         >>> with counted() as counts:

@@ -156,7 +156,7 @@ def test_wrapper_is_told_which_of_two(tmp_path):
     with pytest.raises(
         ValueError,
         match=r"layer_idx must be one layer with experts, got 1: .* could be "
-        r"talker.model.layers.1.mlp.experts and thinker.model.layers.1.mlp.experts: give prefix=",
+        r"talker.model.layers.1.mlp.experts and thinker.model.layers.1.mlp.experts: pass prefix=",
     ):
         wrapper(tmp_path, layer, 1)
     found = [wrapper(tmp_path, layer, 1, prefix).down_proj.weight for prefix in ("thinker.", "talker.")]
@@ -170,12 +170,12 @@ def test_prefix_chooses_what_transformers_would_not_load(tmp_path):
     model = load(model_class, path)
     with pytest.raises(
         CheckpointError,
-        match=r"model.layers.1.mlp.experts: the experts of layer 1 are missing in .*, which has those of "
+        match=r"model.layers.1.mlp.experts: the experts of layer 1 are missing in .*, which has experts of "
         r"model.layers.\{0 to 1\} and mtp.layers.\{0\}",
     ):
         ktops.load_experts(model, path, prefix="mtp.")
     with pytest.raises(
-        CheckpointError, match=r"begins with prefix='nothing.': there are .*model.layers.\{0 to 1\}"
+        CheckpointError, match=r"starts with prefix='nothing.': there are .*model.layers.\{0 to 1\}"
     ):
         ktops.load_experts(model, path, prefix="nothing.")
     del model.model.layers[1]
@@ -197,7 +197,7 @@ def test_two_names_of_one_layer(tmp_path):
     with pytest.raises(
         CheckpointError,
         match=r"model.layers.0.mlp.experts could be layers.0.block_sparse_moe.experts and "
-        "model.layers.0.block_sparse_moe.experts: give prefix=",
+        "model.layers.0.block_sparse_moe.experts: pass prefix=",
     ):
         ktops.load_experts(model, tmp_path)
     ktops.load_experts(model, tmp_path, "int8", prefix="model.", show_progress=False)
@@ -205,7 +205,7 @@ def test_two_names_of_one_layer(tmp_path):
     loaded = model.model.layers[0].mlp.experts.down_proj.weight
     stacked = torch.stack([mine[f"layers.0.block_sparse_moe.experts.{e}.w2.weight"] for e in range(8)])
     assert torch.equal(loaded, ktops.quantize(stacked, "int8").weight)
-    with pytest.raises(CheckpointError, match=r"could be layers.0.*: give prefix="):
+    with pytest.raises(CheckpointError, match=r"could be layers.0.*: pass prefix="):
         model_class.from_pretrained(tmp_path, quantization_config=ktops.KTConfig("int8"))
     config = ktops.KTConfig("int8", prefix="layers.")
     chosen = model_class.from_pretrained(tmp_path, quantization_config=config)
@@ -235,7 +235,7 @@ def test_gguf_is_taken_by_number(tmp_path):
     with pytest.raises(
         ValueError,
         match=r"layer 0 of .* could be thinker.model.*layers.0.mlp.experts or "
-        "talker.model.layers.0.mlp.experts of the model: call it with the part of the model",
+        "talker.model.layers.0.mlp.experts of the model: pass only the right part of the model",
     ):
         ktops.load_experts(model, tmp_path / "model.gguf")
     ktops.load_experts(model.thinker, tmp_path / "model.gguf", show_progress=False)
@@ -278,7 +278,7 @@ def test_without_config_the_model_decides(tmp_path):
     expect_experts(model, reference)
     with pytest.raises(
         CheckpointError,
-        match=r"no tensors of experts with a name that ktops knows: the names are "
+        match=r"does not recognize any tensor name as an expert's: the names are "
         r".*model.layers.\*.block_sparse_moe.input_linear.weight",
     ):
         open_checkpoint(tmp_path).require_layers()
@@ -308,7 +308,7 @@ def test_layers_of_mtp_alone_are_not_the_model(tmp_path):
     model = load(model_class, tmp_path)
     file = tmp_path / "model.safetensors"
     save_file({name: t for name, t in load_file(file).items() if name.startswith("mtp.")}, file)
-    with pytest.raises(CheckpointError, match=r"are missing in .*, which has those of mtp.layers.\{0\}"):
+    with pytest.raises(CheckpointError, match=r"are missing in .*, which has experts of mtp.layers.\{0\}"):
         ktops.load_experts(model, tmp_path)
 
 

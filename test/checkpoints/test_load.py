@@ -222,7 +222,7 @@ FAULTS = {
     ),
     "missing scale": (
         lambda folder: edit(folder, lambda t: t.pop(f"{PREFIX}.2.up_proj.weight_scale_inv")),
-        r"experts.2.up_proj.weight_scale_inv is missing in .*00002.safetensors: other experts have it",
+        r"experts.2.up_proj.weight_scale_inv is missing in .*00002.safetensors; other experts have it",
     ),
     "wrong shape": (
         lambda folder: edit(folder, lambda t: replace(t, "2.up_proj.weight", lambda w: w[:, 1:])),
@@ -246,7 +246,7 @@ FAULTS = {
         lambda folder: edit(
             folder, lambda t: t.update({f"{PREFIX}.{e}.down_proj.bias": torch.ones(H) for e in range(E)})
         ),
-        r"down_proj of model.layers.1.mlp.experts has no bias in the model, but one in the checkpoint",
+        r"down_proj of model.layers.1.mlp.experts has no bias in the model, but a bias in the checkpoint",
     ),
     "another tensor": (
         lambda folder: edit(

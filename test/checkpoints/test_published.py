@@ -35,10 +35,10 @@ FORMATS = {
 REFUSED = {
     "extra_config": (
         r"experts\.1\.up_proj\.qweight .*: expert 1 differs from the others: expected int4 .*, got int8 .*: "
-        "give weight_format"
+        "pass weight_format"
     ),
     "llmcompressor_w8_zero_points": "experts.0.gate_proj.weight_packed .* got 8 bits with other zero points",
-    "mxint4": r"experts.0.gate_proj.weight_packed .* are mx_int, not floats \(quant_method auto-round\)",
+    "mxint4": r"gate_proj.weight_packed .* must be floats, .* says mx_int \(quant_method auto-round\)",
 }
 MODEL = "model.safetensors"
 

@@ -98,7 +98,7 @@ def test_sym_outranks_zero_points(tmp_path):
     warn_once.cache_clear()
     dense = write_per_expert(tmp_path, make, config=said(**GPTQ, sym=True))
     with pytest.warns(
-        UserWarning, match=r"taken to be 8, as the quantization config says \(sym: true\)"
+        UserWarning, match=r"assumed to be 8, as the quantization config says \(sym: true\)"
     ) as warned:
         expect_checkpoint(open_checkpoint(tmp_path), dense)
     assert len(warned) == 1
@@ -107,7 +107,7 @@ def test_sym_outranks_zero_points(tmp_path):
 def test_zero_points_that_nothing_is_said_of(tmp_path):
     warn_once.cache_clear()
     dense = write_per_expert(tmp_path, asymmetric)
-    with pytest.warns(UserWarning, match="nothing in .* as gptq has them, less one") as warned:
+    with pytest.warns(UserWarning, match="nothing in .* assuming minus one, as in gptq") as warned:
         expect_checkpoint(open_checkpoint(tmp_path), dense)
     assert len(warned) == 1
 
@@ -204,7 +204,7 @@ COMPRESSED = {"targets": ["Linear"], "weights": {"num_bits": 4, "group_size": 32
 @pytest.mark.parametrize(
     "make,config,message",
     [
-        (narrow(2), None, "qweight in .* 4 bits, and of 8 bits whose zero point is 128, got 2 bits"),
+        (narrow(2), None, "qweight in .* must have 4 bits, or 8 bits with a zero point of 128, got 2 bits"),
         (narrow(3), GPTQ, "qweight in .* got 3 bits"),
         (with_other_zero_points, {**GPTQ, "bits": 8}, "qweight in .* got 8 bits with other zero points"),
         (
@@ -215,7 +215,7 @@ COMPRESSED = {"targets": ["Linear"], "weights": {"num_bits": 4, "group_size": 32
         (
             awq_of_8_bits,
             {"quant_method": "awq", "bits": 8},
-            "qweight in .* AWQ weights of 4 bits, got 8 bits",
+            "qweight in .* AWQ weights must have 4 bits, got 8 bits",
         ),
         (gemv, {"quant_method": "awq", "version": "gemv"}, "neither GPTQ nor AWQ .* the layout 'gemv'"),
         (awq, {"quant_method": "awq", "version": "gemv_fast"}, "unknown scheme: the layout 'gemv_fast'"),

@@ -100,7 +100,7 @@ def test_act_order_warns_once_what_it_costs(tmp_path):
     warn_once.cache_clear()
     make, _ = SCHEMES["gptq act-order"]
     write_per_expert(tmp_path, make, config={"quantization_config": {"quant_method": "gptq", "bits": 4}})
-    with pytest.warns(UserWarning, match="fp16, 16 bits a weight") as warned:
+    with pytest.warns(UserWarning, match="fp16, 16 bits per weight") as warned:
         for layer in open_checkpoint(tmp_path).layers:
             layer.read()
     assert len(warned) == 1

@@ -87,7 +87,7 @@ def test_interrupted_and_continued(convert, stop_after_a_layer, tmp_path):
     status, _, err = convert("out", *ARGUMENTS)
     assert (status, err) == (130, "Interrupted. The same command continues.\n")
     assert not (tmp_path / "out").exists()
-    with pytest.raises(CheckpointError, match=r"out\.partial: it is being written, or its writing was inter"):
+    with pytest.raises(CheckpointError, match=r"out\.partial: still being written, or writing was inter"):
         open_checkpoint(tmp_path / "out.partial")
     written = stop_after_a_layer()
     status, out, err = convert("out", *ARGUMENTS)

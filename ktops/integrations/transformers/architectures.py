@@ -70,7 +70,7 @@ def unsupported_layout(experts: nn.Module) -> str | None:
 def unsupported_computation(experts: nn.Module) -> str | None:
     """Why the op cannot compute what an experts module does, however its weights lie; None if it can."""
     if not hasattr(experts, "has_gate") and not _takes_routes(experts):
-        return "its forward takes other arguments than hidden states, top_k_index and top_k_weights"
+        return "its forward does not take (hidden_states, top_k_index, top_k_weights)"
     if not getattr(experts, "has_gate", True):
         return "its experts have no gate projection"
     if getattr(experts, "has_post_expert_norm", False):

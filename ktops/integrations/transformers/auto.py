@@ -1,4 +1,4 @@
-"""Makes ktops' loader known to transformers, which finds the quantizer of a model by its configuration."""
+"""Registers ktops' loader with transformers, which selects a model's quantizer by its config."""
 
 import copy
 
@@ -13,7 +13,7 @@ from ktops.integrations.transformers.quantizer import NAME, KTConfig, KTQuantize
 
 
 def enable() -> None:
-    """Makes ktops' loader known to transformers; a second call does nothing."""
+    """Registers ktops' loader with transformers; a second call does nothing."""
     AUTO_QUANTIZATION_CONFIG_MAPPING[NAME] = KTConfig
     AUTO_QUANTIZER_MAPPING[NAME] = KTQuantizer
     if not _replaced:
@@ -24,7 +24,7 @@ def enable() -> None:
 
 
 def disable() -> None:
-    """Takes it out again."""
+    """Unregisters it."""
     AUTO_QUANTIZATION_CONFIG_MAPPING.pop(NAME, None)
     AUTO_QUANTIZER_MAPPING.pop(NAME, None)
     while _replaced:
@@ -40,7 +40,7 @@ def _own(name: str):
 
 
 def _supports(quantization) -> bool:
-    """``AutoHfQuantizer.supports_quant_method``, which refuses a configuration without quant_method."""
+    """``AutoHfQuantizer.supports_quant_method``, which refuses a config without quant_method."""
     return (
         is_ktops(quantization)
         or isinstance(quantization, KTConfig)
@@ -49,10 +49,10 @@ def _supports(quantization) -> bool:
 
 
 def _merge(quantization, given):
-    """``AutoHfQuantizer.merge_quantization_configs``, where one of the two may be ktops' and one another's.
+    """``AutoHfQuantizer.merge_quantization_configs``, where either config may be ktops'.
 
     Args:
-        quantization: of config.json, or an object.
+        quantization: the model's, from config.json or an object.
         given: the argument of from_pretrained, or None.
     """
     ours = is_ktops(quantization) or isinstance(quantization, KTConfig)
@@ -77,7 +77,7 @@ def _merge(quantization, given):
 
 
 def _with_arguments(stored: KTConfig, given: KTConfig) -> KTConfig:
-    """What is stored with a model, with what from_pretrained is asked for in place of it."""
+    """The config stored with a model, overridden by the one that from_pretrained was given."""
     merged = copy.copy(given)
     if given.weight_format is None:
         for name in ("weight_format", "group_size", "method"):

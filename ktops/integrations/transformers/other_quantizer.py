@@ -1,4 +1,4 @@
-"""The quantizer of the tensors that are not experts': transformers' own of the method, or none."""
+"""The quantizer of all tensors but the experts': transformers' own for the method, or none."""
 
 import torch
 from torch import Tensor
@@ -9,7 +9,7 @@ from transformers.quantizers.quantizer_finegrained_fp8 import FineGrainedFP8HfQu
 
 
 class PlainQuantizer(HfQuantizer):
-    """Of weights that are not quantized: does nothing."""
+    """For weights that are not quantized: does nothing."""
 
     def preprocess_model(self, model, **kwargs) -> None:
         pass
@@ -34,9 +34,9 @@ class PlainQuantizer(HfQuantizer):
 
 
 def other_quantizer(config) -> HfQuantizer:
-    """transformers' quantizer for a quantization_config, a dict of config.json or an object.
+    """transformers' quantizer for a quantization_config, the dict from config.json or an object.
 
-    It decodes the weights while they are loaded if it can, as they are used on the CPU.
+    If it can, it decodes the weights while loading them, because they are used on the CPU.
 
     Raises:
         ValueError, ImportError, RuntimeError: transformers does not know the method, or it needs a library.
@@ -52,10 +52,10 @@ def other_quantizer(config) -> HfQuantizer:
 
 
 class BlockDequantize(Fp8Dequantize):
-    """transformers' decoding of FP8 blocks, with those at the edges that are partly outside of the weight.
+    """transformers' decoding of FP8 blocks, extended to partial blocks at the edges of a weight.
 
-    transformers derives the size of a block from the number of scales: 576 rows with 5 scales (DeepSeek's
-    kv_a_proj) are refused, and 192 with 2 are taken for blocks of 96.
+    transformers derives the block size from the number of scales: it refuses 576 rows with 5 scales
+    (DeepSeek's kv_a_proj) and takes 192 rows with 2 scales for blocks of 96.
     """
 
     def _dequantize_one(

@@ -1,9 +1,8 @@
-"""What transformers does without a word, or with a line in a log, to a model that is asked for "ktops".
+"""Warnings and errors where transformers silently does not do what ``experts_implementation="ktops"`` asks.
 
-It looks up an implementation in the forward of experts modules that are in its experts interface, but takes
-the name for any model: experts that are not in the interface (Llama-4) ignore it. Here that is a warning. And
-weights that it does not find in the files it makes anew at random. Here that is an error, if they are those
-of experts.
+transformers accepts the name for any model, but only experts modules in its experts interface look it up;
+others, such as Llama-4's, ignore it. ktops warns about those. And transformers initializes weights at random
+that it does not find in the files. ktops raises an error if they are experts'.
 """
 
 import re
@@ -19,14 +18,14 @@ from ktops.nn.expert_list import KTExpertList
 from ktops.nn.experts import KTExperts
 
 EXPERTS = re.compile(r"(^|\.)experts\.")
-"""In the names of their weights."""
+"""Matches the names of experts' weights."""
 
 _replaced: dict = {}
 """What ``enable`` replaced in PreTrainedModel: name -> transformers' own."""
 
 
 def enable() -> None:
-    """Looks at models when they are made, loaded and asked; a second call does nothing."""
+    """Checks models when they are created, loaded and switched to "ktops"; a second call does nothing."""
     if not _replaced:
         for method in (_post_init, _set_experts_implementation, _adjust_missing_and_unexpected_keys):
             name = method.__name__.removeprefix("_")
@@ -42,7 +41,7 @@ def disable() -> None:
 
 
 def _post_init(model: PreTrainedModel) -> None:
-    """``PreTrainedModel.post_init``, which ends the making of a model."""
+    """``PreTrainedModel.post_init``, the end of creating a model."""
     _replaced["post_init"](model)
     loads_experts = isinstance(getattr(model.config, "quantization_config", None), KTConfig)
     if _asks_for_ktops(model) and not loads_experts:
@@ -58,13 +57,13 @@ def _set_experts_implementation(model: PreTrainedModel, experts_implementation: 
 
 
 def _adjust_missing_and_unexpected_keys(model: PreTrainedModel, loading_info) -> None:
-    """``PreTrainedModel._adjust_missing_and_unexpected_keys``, which ends the loading of a model."""
+    """``PreTrainedModel._adjust_missing_and_unexpected_keys``, the end of loading a model."""
     _replaced["_adjust_missing_and_unexpected_keys"](model, loading_info)
     missing = sorted(name for name in loading_info.missing_keys if EXPERTS.search(name))
     if missing and _asks_for_ktops(model):
         raise CheckpointError(
             f"{listed(missing)} of {type(model).__name__}: transformers does not find these weights of "
-            "experts in the checkpoint and would make them anew at random. ktops may read them: "
+            "experts in the checkpoint and would make them anew at random. ktops may be able to read them: "
             "from_pretrained(..., quantization_config=ktops.KTConfig())"
         )
 
@@ -84,6 +83,6 @@ def _warn_if_ignored(model: PreTrainedModel) -> None:
             name = f"{type(module).__module__}.{type(module).__qualname__}"
             warn_once(
                 f"ktops does not run {name}: it is not in the experts interface of transformers, so "
-                "experts_implementation='ktops' does not reach it. It runs with its own implementation. "
-                "ktops.swap_experts(model) exchanges experts outside of the interface where it can."
+                "experts_implementation='ktops' has no effect on it, and its own implementation runs. "
+                "ktops.swap_experts(model) replaces experts outside the interface where it can."
             )

@@ -27,26 +27,26 @@ NAME = "ktops"
 """``quant_method`` of a KTConfig."""
 
 WATCHED = "_adjust_missing_and_unexpected_keys"
-"""The method of a model that transformers calls with what only the model has, or only the files."""
+"""The method that transformers calls with the keys that only the model has, or only the files."""
 
 KEYS_OF_EXPERTS = re.compile(r"(^|\.)experts\.(\d+\.|gate_up_proj|gate_proj|up_proj|down_proj)")
-"""Keys that transformers finds in the files and is not to load, or to report."""
+"""Keys in the files that transformers must neither load nor report."""
 
 
 class KTConfig(QuantizationConfigMixin):
-    """How ``from_pretrained`` loads the experts of a model; the other weights load as they do without.
+    """How ``from_pretrained`` loads the experts of a model; the other weights load as they do without it.
 
-    A checkpoint whose other tensors are quantized too, by another library, is loaded by both: that library's
-    quantizer reads those, ktops the experts. Where the quantizer can decode (FP8, compressed-tensors), the
-    other weights become dense ones of the model's dtype: experts and hidden states are on the CPU.
+    If another library has quantized the other tensors too, its quantizer reads those and ktops reads the
+    experts. If that quantizer can decode (FP8, compressed-tensors), the other weights become dense, in the
+    model's dtype, because hidden states are on the CPU.
 
     Args:
         weight_format: one of ``ktops.formats.names()``; None keeps the format of the checkpoint.
         group_size, method: as of :func:`ktops.quantize`, where weights are quantized.
         experts_path: another checkpoint to take the experts from, a directory or a GGUF file; default: the
             one that is loaded.
-        prefix: as of :func:`ktops.load_experts`, where several experts of the checkpoint could be meant.
-        other: the quantization_config of the tensors that are not experts'; default: the one in config.json.
+        prefix: as of :func:`ktops.load_experts`, if several experts of the checkpoint match.
+        other: the quantization_config of all tensors but the experts'; default: the one in config.json.
 
     Raises:
         ValueError: unknown format or method, or the format does not have the group size.
@@ -78,7 +78,7 @@ class KTConfig(QuantizationConfigMixin):
             raise ValueError(f"KTConfig: method must be one of {', '.join(known_methods)}, got {method!r}")
 
     def to_dict(self) -> dict:
-        """What config.json says: a model that is saved has its experts with it, in their formats."""
+        """What goes into config.json; not experts_path and prefix, as a saved model contains its experts."""
         made: dict = {"loader": LOADER}
         if self.weight_format is not None:
             made |= {
@@ -92,12 +92,12 @@ class KTConfig(QuantizationConfigMixin):
 
 
 class KTQuantizer(HfQuantizer):
-    """What transformers calls around the loading of weights, and when it saves them.
+    """The hooks that transformers calls when it loads and saves weights.
 
-    The experts are ktops'. For everything else each of transformers' hooks is handed on to :attr:`other`.
+    ktops handles the experts. For everything else, each hook is forwarded to :attr:`other`.
 
     Attributes:
-        other: the quantizer of the tensors that are not experts'; of plain ones a :class:`PlainQuantizer`.
+        other: the quantizer of all tensors but the experts'; a :class:`PlainQuantizer` if they are plain.
     """
 
     def __init__(self, quantization_config: KTConfig, **_) -> None:
@@ -112,7 +112,7 @@ class KTQuantizer(HfQuantizer):
 
     @contextmanager
     def _refusing(self) -> Iterator[None]:
-        """What the other quantizer misses is an error only once there are tensors for it."""
+        """Keeps what the other quantizer is missing; it becomes an error only if there are tensors for it."""
         try:
             yield
         except (ImportError, RuntimeError, ValueError) as error:
@@ -125,7 +125,7 @@ class KTQuantizer(HfQuantizer):
     def preprocess_model(self, model, dtype=None, checkpoint_files=None, **kwargs) -> None:
         path = self.quantization_config.experts_path
         if not checkpoint_files and path is None:
-            raise ValueError("KTConfig: the weights must come from files, or give experts_path")
+            raise ValueError("KTConfig: the weights must come from files; otherwise pass experts_path")
         if checkpoint_files:
             self._require_other(Path(checkpoint_files[0]).parent)
         self._path = Path(checkpoint_files[0]).parent if path is None else Path(path)
@@ -135,7 +135,7 @@ class KTQuantizer(HfQuantizer):
         self._watch(model)
 
     def _require_other(self, directory: Path) -> None:
-        """Raises if tensors need the other quantizer and it cannot run; takes none if no tensor needs it."""
+        """Raises if tensors need the other quantizer and it cannot run; drops it if no tensor needs it."""
         if self.quantization_config.other is None:
             return
         if not needs_quantizer(open_checkpoint(directory).other_tensors()):
@@ -147,9 +147,9 @@ class KTQuantizer(HfQuantizer):
             ) from self._refusal
 
     def _watch(self, model) -> None:
-        """transformers makes weights that are not in the files anew and logs it: keeps what it finds.
+        """Records which weights transformers does not find in the files, which it would only log.
 
-        That it finds no place for the weights of experts is as it should be.
+        The experts' keys are removed from the unexpected ones, because ktops loads them.
         """
         adjust = model._adjust_missing_and_unexpected_keys
 
@@ -166,7 +166,7 @@ class KTQuantizer(HfQuantizer):
         model.__dict__[WATCHED] = watched
 
     def update_weight_conversions(self, weight_conversions, model):
-        """Without those that would merge the weights of experts, by which ktops reads their names."""
+        """Drops the conversions that would merge experts' weights; ktops keeps them all to map names."""
         self._conversions = copy.deepcopy(weight_conversions)
         self._experts_patterns = [
             re.compile(source.replace("*.", r".*\."))
@@ -198,7 +198,7 @@ class KTQuantizer(HfQuantizer):
 
     @property
     def is_plain(self) -> bool:
-        """Whether everything but the experts is as it is without a quantizer."""
+        """Whether nothing but the experts is quantized."""
         return isinstance(self.other, PlainQuantizer)
 
     def is_serializable(self) -> bool:
@@ -221,7 +221,7 @@ class KTQuantizer(HfQuantizer):
         return getattr(self.other, "quantized_element_size", None)
 
 
-def _handed_on(name: str):
+def _forwarded(name: str):
     def hook(self, *args, **kwargs):
         return getattr(self.other, name)(*args, **kwargs)
 
@@ -231,11 +231,11 @@ def _handed_on(name: str):
 
 for _name, _member in vars(HfQuantizer).items():
     if isinstance(_member, FunctionType) and not _name.startswith("_") and _name not in vars(KTQuantizer):
-        setattr(KTQuantizer, _name, _handed_on(_name))
+        setattr(KTQuantizer, _name, _forwarded(_name))
 
 
 def without_experts(conversions: Iterable) -> list:
-    """Conversions of transformers that do not make stacked weights of experts."""
+    """The conversions of transformers that do not make stacked weights of experts."""
     return [conversion for conversion in conversions if not _is_of_experts(conversion)]
 
 

@@ -12,10 +12,10 @@ from ktops.integrations.transformers.quantizer import KTConfig, KTQuantizer, wit
 
 
 def attach(model: nn.Module) -> None:
-    """Makes the config and the names of tensors say what the experts are.
+    """Sets the config, the quantizer and the conversions that ``save_pretrained`` uses.
 
     Args:
-        model: any module; every PreTrainedModel in it that has such experts is changed.
+        model: any module; every PreTrainedModel in it that has experts in formats is changed.
     """
     known: dict[PreTrainedModel, KTQuantizer] = {}
     for part in _with_formats(model):
@@ -27,14 +27,14 @@ def attach(model: nn.Module) -> None:
 
 
 def _with_formats(model: nn.Module) -> Iterator[PreTrainedModel]:
-    """The models of transformers in a module, outermost first, whose experts are in formats."""
+    """The transformers models in a module whose experts are in formats, outermost first."""
     for part in model.modules():
         if isinstance(part, PreTrainedModel) and any(isinstance(m, ExpertWeight) for m in part.modules()):
             yield part
 
 
 def _quantizer(model: PreTrainedModel) -> KTQuantizer:
-    """That of a model, around the one that has loaded its other tensors."""
+    """The model's KTQuantizer, or a new one around the quantizer that loaded its other tensors."""
     found = getattr(model, "hf_quantizer", None)
     if isinstance(found, KTQuantizer):
         return found
@@ -46,9 +46,9 @@ def _quantizer(model: PreTrainedModel) -> KTQuantizer:
 
 
 def _conversions(model: PreTrainedModel) -> list[WeightConverter]:
-    """What transformers reverts when it saves the model: what other tensors than experts' were computed from.
+    """The conversions that transformers reverts when it saves the model: all but those of experts.
 
-    Names stay those of the state dict, as a Trainer that resumes takes them for.
+    Renamings are left out: names stay those of the state dict, which a Trainer expects when it resumes.
     """
     used = getattr(model, "_weight_conversions", None)
     if used is None:
@@ -58,7 +58,7 @@ def _conversions(model: PreTrainedModel) -> list[WeightConverter]:
 
 
 def _is_reversible(converter: WeightConverter) -> bool:
-    """Not where a quantizer's modules write their own tensors, as those of bitsandbytes do."""
+    """Not if a quantizer's modules write their own tensors, as bitsandbytes' do."""
     try:
         converter.reverse_transform()
     except NotImplementedError:

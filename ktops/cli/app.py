@@ -98,8 +98,8 @@ def finetune(
         str,
         typer.Option(
             metavar="NAMES",
-            help="Keys of records and messages in FILE that are left out: id,source. Without it, a key that "
-            "the chat template doesn't write is an error.",
+            help="Keys of records and messages in FILE to leave out: id,source. Otherwise a key that the "
+            "chat template doesn't write is an error.",
             rich_help_panel=_MODEL,
         ),
     ] = "",

@@ -70,7 +70,7 @@ def convert(options: Options, console: Console) -> dict:
         if done:
             console.print(f"  continuing: {done} of {len(parts)} layers are written and verified")
         elif interrupted:
-            console.print(f"  {partial} is damaged or of other options or another source: starting anew")
+            console.print(f"  {partial} is damaged, or the options or the source changed: starting over")
         report = _write(writer, checkpoint, parts, options)
         writer.finish()
     _show(report, options, console)
@@ -124,7 +124,7 @@ def _plan(checkpoint: Checkpoint, options: Options) -> list[Part]:
 
 
 def _written_name(layer: Layer) -> str:
-    """What the experts are called in DST: as in SRC, if that is a name of experts there."""
+    """The name of the experts in DST: that in SRC, if it is the usual kind."""
     if layer.name.rpartition(".")[2] == "experts":
         return layer.name
     return layer.module or f"model.layers.{layer.index}.mlp.experts"
@@ -203,8 +203,7 @@ def _report(options: Options, group_size: int, activation: Activation, layers: l
 
 
 def _copy_files(writer: CheckpointWriter, checkpoint: Checkpoint, others: dict) -> None:
-    """Configuration, tokenizer and the like. The configuration says that ktops loads the experts, and what
-    the source said of other tensors that are quantized."""
+    """Copies the tokenizer and other small files, and writes a config.json for ktops' loader."""
     if not checkpoint.path.is_dir():
         return
     writer.copy(

@@ -12,19 +12,19 @@ def load_examples(path: Path, ignored: Collection[str] = ()) -> list[Example]:
     """Every example of a data file, in the order of the file.
 
     Args:
-        path: a JSON array, or one JSON object a line (JSONL); which of the two is seen from the first
-            character. The layout of each object is seen from its keys.
-        ignored: keys of records, messages and calls that are left out.
+        path: a JSON array, or one JSON object per line (JSONL); the first character tells which. The keys of
+            each object tell its layout.
+        ignored: keys of records, messages and calls to leave out.
 
     Raises:
-        UserError: the file is missing or empty, a line is not JSON, or an example has another layout; the
+        UserError: the file is missing or empty, a line is not JSON, or an example has an unknown layout; the
             message names the line (or the position in the array) and the keys found.
     """
     return [read_record(record, where, ignored) for where, record in _records(path)]
 
 
 def _records(path: Path) -> list[tuple[str, object]]:
-    """(where it stands, the JSON value) of every example"""
+    """(location, JSON value) of every example"""
     if not path.is_file():
         raise UserError(f"--data: there is no file {path}")
     try:
@@ -62,7 +62,7 @@ def _value(line: str, where: str) -> object:
     except json.JSONDecodeError as error:
         raise UserError(
             f"--data: {where}: not valid JSON ({error.msg}). "
-            "A data file is a JSON array, or one JSON object a line"
+            "A data file is a JSON array, or one JSON object per line"
         ) from None
     except _RepeatedKeyError as error:
         raise UserError(f"--data: {where}: {error}") from None
@@ -73,7 +73,7 @@ class _RepeatedKeyError(Exception):
 
 
 def _object(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    """A JSON object; of a repeated key, json would keep the last value only."""
+    """A JSON object; rejects repeated keys, of which json would silently keep the last."""
     result = dict(pairs)
     if len(result) < len(pairs):
         names = [name for name, _ in pairs]

@@ -21,7 +21,7 @@ class Encoded:
 
 
 def prepare_tokenizer(tokenizer) -> None:
-    """Gives a tokenizer what training needs and it lacks: a pad token and a chat template.
+    """Gives a tokenizer a pad token and a chat template if it has none.
 
     Raises:
         UserError: the tokenizer has no end-of-text token, or cannot map tokens to characters.
@@ -29,7 +29,7 @@ def prepare_tokenizer(tokenizer) -> None:
     if not tokenizer.is_fast:
         raise UserError("--model: the tokenizer must be a fast one (tokenizer.json)")
     if tokenizer.eos_token is None:
-        raise UserError("--model: the tokenizer has no eos_token, so that answers could not end")
+        raise UserError("--model: the tokenizer has no eos_token, so answers could not end")
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     if tokenizer.chat_template is None:
@@ -39,13 +39,13 @@ def prepare_tokenizer(tokenizer) -> None:
 def encode(examples: list[Example], tokenizer, max_length: int) -> Encoded:
     """``{"input_ids", "attention_mask", "labels"}`` of every example, cut to max_length tokens.
 
-    Labels are the token ids where an answer stands (with the tokens that end it) and -100 elsewhere; of plain
-    text everything but the prompt is an answer, and the end-of-text token ends it. An example whose answers
-    lie wholly behind max_length is dropped. A chat template that writes earlier answers differently from the
-    last one (as those that leave out old reasoning do) gives one example for each answer.
+    Labels are the token ids of answers (including the tokens that end them) and -100 elsewhere. In plain text
+    everything but the prompt is an answer, and the end-of-text token ends it. An example whose answers lie
+    entirely beyond max_length is dropped. If a chat template writes earlier answers differently from the last
+    one, for example without their reasoning, every answer becomes an example of its own.
 
     Raises:
-        UserError: the chat template refuses a conversation, or leaves something of it out.
+        UserError: the chat template rejects a conversation, or leaves out a part of it.
     """
     encoded = Encoded([])
     for example in examples:
@@ -66,8 +66,7 @@ def encode(examples: list[Example], tokenizer, max_length: int) -> Encoded:
 
 
 def encode_question(example: Example, tokenizer) -> list[int]:
-    """The token ids after which a model writes the last answer of an example; none for text without a
-    prompt."""
+    """The token ids of the prompt for the last answer of an example; none for text without a prompt."""
     if isinstance(example, Conversation):
         return tokenizer(answers(example, tokenizer)[-1].prompt, add_special_tokens=False)["input_ids"]
     ids = tokenizer(example.prompt)["input_ids"] if example.prompt else []
@@ -75,7 +74,7 @@ def encode_question(example: Example, tokenizer) -> list[int]:
 
 
 def _tokens(example: Example, tokenizer) -> Iterator[tuple[list[int], list[int]]]:
-    """(token ids, labels) of an example; several if its answers don't nest."""
+    """(token ids, labels) of an example; several if no single text holds all of its answers."""
     if isinstance(example, PlainText):
         text = example.prompt + example.completion
         tokens = tokenizer(text, return_offsets_mapping=True)
@@ -91,7 +90,7 @@ def _tokens(example: Example, tokenizer) -> Iterator[tuple[list[int], list[int]]
 
 
 def _labels(tokens, spans: list[tuple[int, int]]) -> list[int]:
-    """The ids of the tokens that hold a character of a (first, end) span, and -100 for the others."""
+    """The ids of tokens that overlap a (first, end) span of characters, and -100 for the others."""
     return [
         token if any(first < stop and start < end for first, end in spans) else IGNORED
         for token, (start, stop) in zip(tokens["input_ids"], tokens["offset_mapping"], strict=True)
@@ -99,8 +98,8 @@ def _labels(tokens, spans: list[tuple[int, int]]) -> list[int]:
 
 
 def _texts(conversation: Conversation, tokenizer) -> list[tuple[str, list[tuple[int, int]]]]:
-    """The text of a conversation and the (first, end) characters of its answers; one text for each answer if
-    the template rewrites them."""
+    """The text of a conversation and the (first, end) spans of its answers; one text per answer if the
+    template rewrites earlier ones."""
     found = answers(conversation, tokenizer)
     spans = [(answer.start, len(answer.text)) for answer in found]
     whole = found[-1].text

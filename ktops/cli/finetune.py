@@ -30,8 +30,7 @@ NEW_TOKENS = 40
 
 @dataclass
 class Split:
-    """Examples to train on and to evaluate with, and (question, its token ids) of those that become
-    samples."""
+    """Examples to train on and to evaluate with, and for samples, (question, its token ids)."""
 
     train: list[dict]
     held_out: list[dict]
@@ -113,8 +112,7 @@ def _packaged() -> tuple[list[Example], list[Example]]:
 
 
 def _user_data(options: Options, report: Report):
-    """The tokenizer of --model and --data in its tokens; which examples are held out depends on the seed
-    only."""
+    """The tokenizer of --model, and --data in its tokens; the seed alone decides what is held out."""
     check_directory(options.model)
     examples = load_examples(Path(options.data), {key.strip() for key in options.ignore_keys.split(",")})
     if len(examples) < 2:
@@ -127,7 +125,7 @@ def _user_data(options: Options, report: Report):
 
 
 def _encode(examples: tuple[list[Example], list[Example]], base: str, options: Options, report: Report):
-    """The tokenizer of a model directory, and (training, held-out) examples in its tokens."""
+    """The tokenizer of a model directory, and the (training, held-out) examples in its tokens."""
     tokenizer = load_tokenizer(base)
     prepare_tokenizer(tokenizer)
     train, held_out = (encode(part, tokenizer, options.max_length) for part in examples)

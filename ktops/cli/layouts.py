@@ -2,8 +2,8 @@
 
 A record with messages (``messages``, ``conversations``, alpaca, ``prompt`` and ``completion`` as lists)
 becomes a :class:`Conversation`, one with text (``text``, ``prompt`` and ``completion`` as strings) a
-:class:`PlainText`. Keys that a layout does not know are kept: whether the chat template writes them is seen
-when it is applied.
+:class:`PlainText`. Keys that a layout does not know are kept; applying the chat template shows whether it
+writes them.
 """
 
 import json
@@ -20,7 +20,7 @@ LAYOUTS = {
     "prompt and completion": {"prompt", "completion"},
     "text": {"text"},
 }
-"""Name of a layout -> the keys that tell it."""
+"""Name of a layout -> the keys that identify it."""
 
 KNOWN = (
     "Known layouts: messages (a list of {role, content}), conversations (a list of {from, value}), alpaca "
@@ -30,13 +30,13 @@ KNOWN = (
 
 @dataclass(frozen=True)
 class Conversation:
-    """An example that the chat template of the tokenizer writes.
+    """An example that is written with the tokenizer's chat template.
 
     Attributes:
-        messages: what ``apply_chat_template`` takes; arguments of calls are dicts, absent content has no key.
-        variables: what else the template is given: tools, documents, and whatever else the record has.
-        first: the answers from this message on are learned.
-        where: the file and the line, for messages.
+        messages: for ``apply_chat_template``; arguments of calls are dicts, absent content has no key.
+        variables: the template's other inputs: tools, documents, and any other key of the record.
+        first: answers from this message on are trained on.
+        where: the file and the line, for error messages.
     """
 
     messages: list[dict]
@@ -46,14 +46,14 @@ class Conversation:
 
     @property
     def question(self) -> str:
-        """The text in front of the last answer."""
+        """The text of the message before the last answer."""
         last = max(i for i, message in enumerate(self.messages) if message["role"] == "assistant")
         return message_text(self.messages[last - 1]) if last else ""
 
 
 @dataclass(frozen=True)
 class PlainText:
-    """An example without a chat template: the completion is learned, the prompt may be empty."""
+    """An example without a chat template: the completion is trained on; the prompt may be empty."""
 
     prompt: str
     completion: str
@@ -71,12 +71,12 @@ def read_record(record: object, where: str, ignored: Collection[str] = ()) -> Ex
     """The example that a record of a data file holds.
 
     Args:
-        record: a JSON value; an object with the keys of one of LAYOUTS.
-        where: the file and the line, for messages.
-        ignored: keys of records, messages and calls that are left out.
+        record: a JSON value; it must be an object with the keys of one of LAYOUTS.
+        where: the file and the line, for error messages.
+        ignored: keys of records, messages and calls to leave out.
 
     Raises:
-        UserError: the record has no layout or two, or something in it has another type than its layout says.
+        UserError: the record has no layout or two, or something in it has the wrong type.
     """
     if not isinstance(record, dict):
         raise UserError(f"--data: {where}: expected a JSON object, got {json.dumps(record)[:60]}")
@@ -90,7 +90,7 @@ def read_record(record: object, where: str, ignored: Collection[str] = ()) -> Ex
         superfluous = ",".join(sorted(set().union(*(LAYOUTS[name] for name in found[1:]))))
         raise UserError(
             f"--data: {where}: the record has {len(found)} layouts, {' and '.join(found)}. "
-            f"To take the first, leave the keys of the other out: --ignore-keys {superfluous}"
+            f"To use the first, leave out the keys of the other: --ignore-keys {superfluous}"
         )
     if found == ["alpaca"]:
         return from_alpaca(record, where, ignored)
@@ -104,8 +104,7 @@ def read_record(record: object, where: str, ignored: Collection[str] = ()) -> Ex
 
 
 def from_alpaca(record: dict, where: str = "example", ignored: Collection[str] = ()) -> Conversation:
-    """The conversation of an alpaca example: instruction and input are the user's turn, output is the
-    answer."""
+    """The conversation of an alpaca example: instruction and input are the question, output is the answer."""
     for key in ("instruction", "input"):
         if not isinstance(record.get(key) or "", str):
             raise UserError(f"--data: {where}: {key} must be a string, got {record[key]!r}")
@@ -137,20 +136,20 @@ def _messages(record: dict, key: str, where: str, ignored: Collection[str]) -> l
 def _conversation(
     messages: list[dict], record: dict, known: Collection[str], where: str, first: int = 0
 ) -> Conversation:
-    """The keys of the record besides the known ones and ``system`` are for the template."""
+    """Keys of the record other than ``known`` and ``system`` go to the template."""
     system = record.get("system")
     if not is_absent(system):
         if not isinstance(system, str):
             raise UserError(f"--data: {where}: system must be a string, got {system!r}")
         if messages and messages[0]["role"] == "system":
             raise UserError(
-                f"--data: {where}: there is a system message, and system beside it. "
-                "To take the message: --ignore-keys system"
+                f"--data: {where}: the record has both a system message and the key system. "
+                "To use the message: --ignore-keys system"
             )
         messages, first = [{"role": "system", "content": system}, *messages], first + bool(first)
     if not any(is_answer(message) for message in messages[first:]):
         raise UserError(
-            f"--data: {where}: there is no answer to learn (no assistant message with text or tool calls)"
+            f"--data: {where}: nothing to train on (no assistant message with text or tool calls)"
         )
     variables = _variables(without(record, {*known, "system"}), where)
     return Conversation(messages, variables, first, where)
@@ -161,8 +160,8 @@ def _variables(rest: dict, where: str) -> dict[str, object]:
     more = variables.pop("chat_template_kwargs", {})
     if not isinstance(more, dict) or more.keys() & variables.keys():
         raise UserError(
-            f"--data: {where}: chat_template_kwargs must be an object whose keys the record does not have, "
-            f"got {more!r}"
+            f"--data: {where}: chat_template_kwargs must be an object that repeats no key of the record, got "
+            f"{more!r}"
         )
     variables |= {key: value for key, value in more.items() if value is not None}
     if "tools" in variables:
@@ -176,7 +175,7 @@ def _variables(rest: dict, where: str) -> dict[str, object]:
 
 
 def _tool(tool: dict) -> dict:
-    """A bare schema of a function in the object that transformers and OpenAI put around it."""
+    """A bare function schema, wrapped as transformers and OpenAI do."""
     return {"type": "function", "function": tool} if "name" in tool and "type" not in tool else tool
 
 
@@ -187,9 +186,9 @@ def _from_text(record: dict, where: str) -> PlainText:
             raise UserError(f"--data: {where}: {key} must be a string, got {record[key]!r}")
     if others := sorted(key for key, value in without(record, keys).items() if not is_absent(value)):
         raise UserError(
-            f"--data: {where}: beside {' and '.join(keys)} there is no use for the keys {others}. "
+            f"--data: {where}: the layout {' and '.join(keys)} has no use for the keys {others}. "
             f"To leave them out: --ignore-keys {','.join(others)}"
         )
     if not record[keys[-1]].strip():
-        raise UserError(f"--data: {where}: there is nothing to learn ({keys[-1]} is empty)")
+        raise UserError(f"--data: {where}: nothing to train on ({keys[-1]} is empty)")
     return PlainText(record["prompt"] if len(keys) == 2 else "", record[keys[-1]], where)

@@ -1,7 +1,7 @@
-"""Messages of training records, in the form that chat templates of transformers take.
+"""Messages of training records, in the form that transformers' chat templates take.
 
-``{"role", "content"}`` and whatever else the record's message has. ``from`` and ``value`` (ShareGPT) become
-role and content, ``tool_calls`` become ``[{"type": "function", "function": {"name", "arguments": dict}}]``.
+That is ``{"role", "content"}`` and any other key of the message. ``from`` and ``value`` (ShareGPT) become
+role and content; ``tool_calls`` become ``[{"type": "function", "function": {"name", "arguments": dict}}]``.
 """
 
 import json
@@ -38,7 +38,7 @@ def message_text(message: dict) -> str:
 
 
 def parsed_json(value: object, key: str, where: str) -> object:
-    """The value, or what it holds if it is a string of JSON.
+    """The value, parsed if it is a string of JSON.
 
     Raises:
         UserError: it is a string that is not JSON.
@@ -52,11 +52,10 @@ def parsed_json(value: object, key: str, where: str) -> object:
 
 
 def normalize(message: object, where: str, ignored: Collection[str] = ()) -> dict:
-    """A message as chat templates take it; keys without a value are left out, but ``content: ""``.
+    """A message as chat templates take it; keys without a value are left out, except ``content: ""``.
 
     Raises:
-        UserError: it has no role, an unknown one, no content where there must be some, or a call without a
-            name.
+        UserError: it has no role, an unknown role, no content where it needs some, or a call without a name.
     """
     if not isinstance(message, dict):
         raise UserError(
@@ -91,7 +90,7 @@ def normalize(message: object, where: str, ignored: Collection[str] = ()) -> dic
 
 
 def _with_calls(message: dict, where: str) -> dict:
-    """ShareGPT's function_call: its content is a call or a list of calls in JSON, after reasoning if any."""
+    """ShareGPT's function_call: its content is a call or a list of calls in JSON, after any reasoning."""
     reasoning, call = "", message.get("content")
     if isinstance(call, str) and "</think>" in call:
         reasoning, tag, call = call.partition("</think>")
@@ -108,7 +107,7 @@ def _calls(calls: object, where: str, ignored: Collection[str]) -> list[dict]:
 
 
 def _call(call: object, where: str, ignored: Collection[str]) -> dict:
-    """``{"type": "function", "function": {"name", "arguments"}}``, and id and index if there are any."""
+    """``{"type": "function", "function": {"name", "arguments"}}``, with id and index if the call has them."""
     if isinstance(call, dict):
         call = {key: value for key, value in without(call, ignored).items() if value is not None}
         function = call.get("function", {key: call[key] for key in ("name", "arguments") if key in call})

@@ -55,12 +55,12 @@ def load_model(directory: str, dtype, experts_implementation: str, *, keep_forma
         directory: a Hugging Face model directory.
         dtype: torch.bfloat16 or torch.float32, of the weights in memory.
         experts_implementation: "ktops", or one of transformers' own ("eager", "grouped_mm", "batched_mm").
-        keep_format: whether "ktops" leaves experts that another library has quantized in their format; else
+        keep_format: whether "ktops" keeps the format of experts that another library has quantized; otherwise
             transformers decodes them, if it can.
 
     Raises:
-        UserError: transformers cannot load it, does not know the implementation for this architecture, or
-            does not find all of its weights in the files.
+        UserError: transformers cannot load the model, does not know the implementation for this architecture,
+            or does not find all weights in the files.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -77,7 +77,7 @@ def load_model(directory: str, dtype, experts_implementation: str, *, keep_forma
         elif is_ktops(quantized):
             raise UserError(
                 f"--experts-implementation {experts_implementation}: the experts in {directory} are in a "
-                "format of ktops, which runs them"
+                "format that only ktops runs: use --experts-implementation ktops"
             )
         model, info = AutoModelForCausalLM.from_pretrained(
             directory,

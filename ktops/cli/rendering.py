@@ -1,7 +1,7 @@
-"""Writes conversations with a chat template, and makes sure that the template writes all of them.
+"""Writes conversations with a chat template, and checks that the template leaves nothing out.
 
-What a template does with a key can't be read off its source, so it is tried: text is replaced by markers that
-must come out again, and other keys are left out, which must change what is written.
+The source of a template does not tell which keys it writes, so they are tried: markers in place of text must
+appear in the output, and removing any other key must change the output.
 """
 
 import inspect
@@ -30,18 +30,17 @@ CHAT_TEMPLATE = (
     "{%- endfor -%}"
     "{%- if add_generation_prompt -%}{{ '### Response:\\n' }}{%- endif -%}"
 )
-"""Given to a tokenizer that has no chat template: the headings of the alpaca prompt, the answer ended by
-eos."""
+"""For a tokenizer without a chat template: the headings of the alpaca prompt; eos ends an answer."""
 
 
 @dataclass(frozen=True)
 class Answer:
-    """An answer of a conversation in the words of a chat template.
+    """An answer of a conversation, as a chat template writes it.
 
     Attributes:
-        prompt: what the model is given to produce it.
+        prompt: the model's input for producing the answer.
         text: the conversation up to the end of the answer.
-        start: the character of text with which the answer begins.
+        start: the index in text where the answer begins.
     """
 
     prompt: str
@@ -50,7 +49,7 @@ class Answer:
 
 
 class _TemplateError(UserError):
-    """What is wrong with a form of a conversation, after how many messages."""
+    """What is wrong with a form of a conversation, and how many messages came before the error."""
 
     def __init__(self, message: str, progress: float):
         super().__init__(message)
@@ -58,14 +57,14 @@ class _TemplateError(UserError):
 
 
 def answers(conversation: Conversation, tokenizer) -> list[Answer]:
-    """The answers to be learned, each with what stands in front of it.
+    """The answers to train on, each with the text in front of it.
 
-    Templates differ in how they take calls and missing text. The forms of the conversation that say the same
-    are tried in turn, and the first that the template writes completely is taken.
+    Templates differ in how they accept calls and missing text. Equivalent forms of the conversation are tried
+    in turn; the first that the template writes completely is used.
 
     Raises:
-        UserError: the template refuses the conversation, or leaves a key or a text out; the message names
-            the record and the keys.
+        UserError: the template rejects the conversation, or leaves out a key or a text; the message names the
+            record and the keys.
     """
     failures = []
     for messages in _forms(conversation.messages):
@@ -77,8 +76,8 @@ def answers(conversation: Conversation, tokenizer) -> list[Answer]:
 
 
 def _forms(messages: list[dict]) -> Iterator[list[dict]]:
-    """The conversation as it is, and with what some templates want: arguments as JSON text, the content of a
-    message without text as None or "", one part of text as a string."""
+    """The conversation unchanged, and in forms that some templates need: arguments as JSON text, None or ""
+    as the content of a message without text, a single text part as a string."""
     choices: list[tuple[Callable[[dict], dict], ...]] = []
     if any("content" not in message for message in messages):
         choices.append((dict, partial(_with_content, content=None), partial(_with_content, content="")))
@@ -116,7 +115,7 @@ def _with_single_part_as_string(message: dict) -> dict:
 
 
 class _Writer:
-    """A chat template and what it is given besides the messages of one conversation."""
+    """A chat template, and its inputs for one conversation besides the messages."""
 
     def __init__(self, conversation: Conversation, tokenizer):
         self.conversation, self.tokenizer = conversation, tokenizer
@@ -141,16 +140,16 @@ class _Writer:
         variables = self.variables if variables is None else variables
         try:
             return self.tokenizer.apply_chat_template(messages, tokenize=False, **variables, **kwargs)
-        except Exception as error:  # templates raise what they like, in a jinja2 exception
+        except Exception as error:  # a template may raise anything
             roles = ", ".join(message["role"] for message in messages)
             raise _TemplateError(
-                f"--data: {self.conversation.where}: the chat template refuses a conversation with the roles "
+                f"--data: {self.conversation.where}: the chat template rejects a conversation with the roles "
                 f"{roles}: {error}",
                 len(messages),
             ) from None
 
     def answer(self, messages: list[dict], variables: dict) -> Answer:
-        """The last message as an answer to the others."""
+        """The last message, as the answer to the others."""
         if len(messages) == 1:
             text = self.write(messages, variables)
             return Answer("", text, self.first_difference(messages, text))
@@ -164,14 +163,14 @@ class _Writer:
         return Answer(prompt, text, self.start(messages, text, prompt.removeprefix(bare)))
 
     def start(self, messages: list[dict], text: str, heading: str) -> int:
-        """Where the last message begins, if the template writes those before it differently once it is
-        there: after the heading of an answer behind them, or else where its own text begins."""
+        """Where the last message begins if its presence changes what the template writes before it: after the
+        heading of an answer that follows the others, or else where its own text begins."""
         changed = [*messages[:-2], _marked(messages[-2]), messages[-1]]
         end = len(text) - _length_in_common(text[::-1], self.write(changed)[::-1])
         if end == 0:
             raise _TemplateError(
-                f"--data: {self.conversation.where}: the chat template rewrites what stands before message "
-                f"{len(messages)}, so that the beginning of this answer is not known",
+                f"--data: {self.conversation.where}: the chat template rewrites the text before message "
+                f"{len(messages)}, so ktops cannot tell where this answer begins",
                 len(messages),
             )
         latest = self.first_difference(messages, text)
@@ -182,7 +181,7 @@ class _Writer:
         return _length_in_common(text, self.write([*messages[:-1], _marked(messages[-1])]))
 
     def check(self, messages: list[dict], first: int, text: str) -> None:
-        """Notes what the text of the messages leaves out of those from ``first`` on."""
+        """Notes what the text leaves out of the messages from ``first`` on."""
         numbers = itertools.count()
         marked = [*messages[:first], *(_marked(message, numbers, TEXT_KEYS) for message in messages[first:])]
         written = self.write(marked)
@@ -215,30 +214,31 @@ class _Writer:
     def complaint(self) -> str:
         names = ", ".join(name for name, _ in self.dropped)
         if self.tokenizer.chat_template == CHAT_TEMPLATE:
-            template = "the model has no chat template, and the headings of alpaca leave out"
+            template = "the model has no chat template, and the alpaca headings used instead leave out"
         else:
             template = "the chat template of the model leaves out"
         keys = ",".join(sorted({key for _, key in self.dropped} - {"content"}))
-        ignore = f", or train without: --ignore-keys {keys}" if keys else ""
+        them = "it" if len(self.dropped) == 1 else "them"
+        ignore = f", or train without {them}: --ignore-keys {keys}" if keys else ""
         return (
             f"--data: {self.conversation.where}: {template} {names}. "
-            f"Give the model a template that writes it (chat_template.jinja in its directory){ignore}"
+            f"Give the model a template that writes {them} (chat_template.jinja in its directory){ignore}"
         )
 
 
 TEXT_KEYS = ("content", "tool_calls")
-"""Keys of a message whose whole text must be written."""
+"""Keys of a message whose text must be written completely."""
 
 THINK_TAGS = re.compile(r"(</?think>)")
-"""Templates take reasoning out of the content at these."""
+"""Where templates separate reasoning from the content."""
 
 
 def _marked(message: dict, numbers: Iterator[int] | None = None, keys: Collection[str] = ()) -> dict:
-    """The message with a marker in place of every text, below the given keys or all but role."""
+    """The message with a marker in place of every text, under these keys or, without any, all but role."""
     numbers = itertools.count() if numbers is None else numbers
 
     def mark(text: str) -> str:
-        """A marker that begins with another letter than the text."""
+        """A marker whose first letter differs from the text's."""
         return (
             f"{'Y' if text.lstrip().startswith('Z') else 'Z'}mark{next(numbers)}Z" if text.strip() else text
         )
@@ -269,7 +269,7 @@ def _marked(message: dict, numbers: Iterator[int] | None = None, keys: Collectio
 
 
 def _is_written(marked: object, text: str) -> bool:
-    """Whether every marker of a value is in the text, and none in the notation of Python."""
+    """Whether every marker of a value is in the text, and no object in Python's notation."""
     if not all(marker in text for marker in re.findall(r"[YZ]mark\d+Z", str(marked))):
         return False
     items = marked if isinstance(marked, list) else []
@@ -278,8 +278,8 @@ def _is_written(marked: object, text: str) -> bool:
 
 
 def _repeats_call(messages: list[dict], i: int, key: str) -> bool:
-    """Whether the key of a result only names the call that the result follows as the template writes it: the
-    n-th result belongs to the n-th call."""
+    """Whether the key of a tool result only repeats what its position says: the n-th result answers the n-th
+    call."""
     if messages[i]["role"] != "tool" or key not in ("tool_call_id", "name"):
         return False
     call = i - 1

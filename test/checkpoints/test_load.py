@@ -212,7 +212,7 @@ FAULTS = {
     ),
     "missing tensor": (
         lambda folder: edit(folder, lambda t: t.pop(f"{PREFIX}.2.up_proj.weight")),
-        r"model.layers.1.mlp.experts.2.up_proj.weight is missing in .*00002.safetensors: other experts have",
+        r"model.layers.1.mlp.experts.2.up_proj.weight is missing in .*00002.safetensors; other experts have",
     ),
     "missing projection": (
         lambda folder: edit(

@@ -109,7 +109,7 @@ def test_starts_anew_if_it_must(convert, stop_after_a_layer, tmp_path, change):
     arguments = ARGUMENTS if change == "a bit" else ("--format", "int8")
     status, out, err = convert("out", *arguments)
     assert (status, err) == (0, "") and len(written) == 2
-    assert "out.partial is damaged or of other options or another source: starting anew" in out
+    assert "out.partial is damaged, or the options or the source changed: starting over" in out
     assert {layer.formats[0] for layer in open_checkpoint(tmp_path / "out").layers} == {arguments[1]}
     assert not list(tmp_path.glob("out.*"))
 

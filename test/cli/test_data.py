@@ -64,7 +64,7 @@ def test_blank_lines_and_line_separators_inside_strings_are_no_lines(tmp_path):
             lines({"instruction": "a", "output": 3}),
             "line 1: the content of a message must be a string or a list of text parts, got 3",
         ),
-        (lines({"instruction": "a", "output": ""}), "line 1: there is no answer to learn"),
+        (lines({"instruction": "a", "output": ""}), "line 1: nothing to train on"),
         (
             lines({"instruction": 1, "input": "x", "output": "b"}),
             "line 1: instruction must be a string, got 1",
@@ -79,8 +79,8 @@ def test_blank_lines_and_line_separators_inside_strings_are_no_lines(tmp_path):
         (lines({"messages": [{"role": "user"}]}), r"role and content, got \['role'\]"),
         (lines({"messages": [{"role": "assistant", "content": None}]}), r"got \['content', 'role'\]"),
         (lines({"messages": [{"role": "bot", "content": "x"}]}), "role must be one of .*, got 'bot'"),
-        (lines({"messages": [{"role": "user", "content": "x"}]}), "line 1: there is no answer to learn"),
-        (lines({"messages": []}), "line 1: there is no answer to learn"),
+        (lines({"messages": [{"role": "user", "content": "x"}]}), "line 1: nothing to train on"),
+        (lines({"messages": []}), "line 1: nothing to train on"),
     ],
 )
 def test_broken_data_is_named_with_its_line(tmp_path, text, message):

@@ -148,7 +148,7 @@ TOOL_RECORD = {
     [
         (TOOL_RECORD, "leave out tool_calls of message 2 (assistant), tools"),
         ({"instruction": "a", "output": "b", "source": "web"}, "source. Give the model a template"),
-        ({"text": "a", "source": "web"}, "beside text there is no use for the keys ['source']"),
+        ({"text": "a", "source": "web"}, "the layout text has no use for the keys ['source']"),
     ],
 )
 def test_data_that_the_template_leaves_out_is_refused_and_an_old_run_left_alone(

@@ -1,14 +1,14 @@
-"""Whether this machine is used as it should be: what no test asserts, since it depends on the machine.
+"""Checks what no test asserts, because it depends on the machine: times, their ratios, resident memory.
 
     python -m bench.check
     python -m bench.check --save
     python -m bench.check --against main
 
-A line a check: measured, limit, held. Times are those of a machine that does nothing else; the checks take
-the median or the best of some rounds, but others' work can still make one fall short. --against also compares
-HEAD with a revision, as bench.regression does.
+One line per check: measured, limit, held. Run it on an otherwise idle machine; the checks take the median or
+the best of several rounds, but other work can still make one fail. --against also compares HEAD with another
+revision, as bench.regression does.
 
-Exit status: 0 if every check held, 1 if something fell short.
+Exit status: 0 if every check held, 1 if one did not.
 """
 
 import argparse
@@ -35,7 +35,7 @@ from ktops.testing.compare import one_thread, threads
 SHAPE = Shape("small", 1024, 512, 16, 2)
 TOKENS = 1024
 WIDE = Shape("wide", 64, 2048, 4, 2)
-"""Intermediate results that are far larger than weights, inputs and results."""
+"""Its intermediate results are far larger than its weights, inputs and outputs."""
 
 ROUNDS = 5
 MAPPED = 40 * memory.MIB
@@ -43,9 +43,9 @@ MAPPED = 40 * memory.MIB
 
 @dataclass(frozen=True)
 class Check:
-    """A figure and its limit, which it must not exceed; with at_least it must reach it.
+    """A figure and its limit, which it must not exceed, or with at_least must reach.
 
-    excused: it held all the same, the figure being within its spread.
+    excused: the check held anyway, because the figure is within its spread.
     """
 
     name: str
@@ -56,7 +56,7 @@ class Check:
     excused: bool = False
 
     def row(self) -> dict:
-        """As tables and files have it."""
+        """The check as tables and files show it."""
         held = self.measured >= self.limit if self.at_least else self.measured <= self.limit
         return {
             "check": self.name, "measured": float(self.measured), "limit": float(self.limit),
@@ -66,7 +66,7 @@ class Check:
 
 
 def call_overhead() -> Iterator[Check]:
-    """A tiny call against the same layer out of PyTorch's operators, at the same moments."""
+    """A tiny call against the same layer built from PyTorch's operators, in turn."""
     function, arguments = overhead.tiny_call()
     ratios = []
     with one_thread(), torch.no_grad():
@@ -74,12 +74,12 @@ def call_overhead() -> Iterator[Check]:
             seconds = overhead.best_seconds(function, 100)
             others = overhead.best_seconds(lambda: overhead.layer_of_operators(*arguments[:5]), 100)
             ratios.append(seconds / others)
-    name = "one token, tiny layer: time of the layer out of PyTorch's operators"
+    name = "one token, tiny layer: time relative to PyTorch's operators"
     yield Check(name, statistics.median(ratios), overhead.LIMIT)
 
 
 def steps_of_a_call() -> Iterator[Check]:
-    """What of a call lies outside of the steps of ktops.profile: PyTorch's way to the operator."""
+    """The part of a call outside the steps of ktops.profile: PyTorch's path to the operator."""
     layer = Layer(SHAPE, seed=0)
     shares = []
     for _ in range(2 * ROUNDS):
@@ -89,21 +89,21 @@ def steps_of_a_call() -> Iterator[Check]:
             OPS["forward"].call(layer, Variant(), inputs)
             elapsed = time.perf_counter() - start
         shares.append(1 - sum(step.wall for step in steps.steps) / elapsed)
-    yield Check(f"T={TOKENS}: share of a call outside of its steps", min(shares), 0.05)
+    yield Check(f"T={TOKENS}: share of a call outside its steps", min(shares), 0.05)
 
 
 def peak_of_a_step() -> Iterator[Check]:
-    """No product is faster than the peak that rooflines are made of."""
+    """No product is faster than the peak that rooflines are based on."""
     isa = ktops.cpu_capability()
     layer, calibration = Layer(SHAPE, seed=0), Calibration(torch.get_num_threads(), 64 << 20)
     limits = calibration.limits(isa, "bfloat16")
     steps, experts = profile.profile_calls("forward", layer, TOKENS, 0, calls=ROUNDS)
     work = profile.step_work(SHAPE, TOKENS, experts, 0)
     rates = [work[step.op, step.name].flops / step.wall for step in steps if step.name in ("gate_up", "down")]
-    yield Check(f"T={TOKENS}: fastest product, of the peak of {isa}", max(rates) / limits.peak, 1.25)
+    yield Check(f"T={TOKENS}: fastest product relative to the peak of {isa}", max(rates) / limits.peak, 1.25)
     cached = statistics.median(calibration.cache_read() for _ in range(ROUNDS))
     each = limits.bandwidth / calibration.num_threads
-    yield Check("read of a cache, of a read of memory by the same thread", cached / each, 1, at_least=True)
+    yield Check("cache read bandwidth relative to memory, one thread", cached / each, 1, at_least=True)
 
 
 def order_of_rows() -> Iterator[Check]:
@@ -113,11 +113,11 @@ def order_of_rows() -> Iterator[Check]:
         first, second = (
             max(torch.ops.kt.measure_peak(row, "bfloat16", 20_000) for _ in range(50)) for row in rows
         )
-        yield Check(f"peak of {rows[0]}, of that of {rows[1]}", first / second, 1.25, at_least=True)
+        yield Check(f"peak of {rows[0]} relative to {rows[1]}", first / second, 1.25, at_least=True)
 
 
 def a_busy_core() -> Iterator[Check]:
-    """See bench.busy_core: a call lasts several time slices; losing many at barriers exceeds the limit."""
+    """See bench.busy_core. A call lasts several time slices; losing many at barriers exceeds the limit."""
     layer = Layer(SHAPE, seed=0)
     with busy_core.Burner() as burner:
         for mode, op in OPS.items():
@@ -132,11 +132,11 @@ def a_busy_core() -> Iterator[Check]:
         with OtherLoad() as load:
             time.sleep(0.5)
         burner.pause()
-    yield Check("load of a process that burns a core, as it is seen", load.cores, 0.5, "cores", at_least=True)
+    yield Check("measured load of a process that burns a core", load.cores, 0.5, "cores", at_least=True)
 
 
 def resident_memory() -> Iterator[Check]:
-    """What a call adds beyond what forward saves, its results and the scratch memory that is counted."""
+    """What a call adds beyond its results, what forward saves, and the counted scratch memory."""
     memory.reset_peak()
     before = memory.resident_bytes()
     fresh = mmap.mmap(-1, MAPPED)  # malloc may hand out pages that are resident
@@ -144,34 +144,34 @@ def resident_memory() -> Iterator[Check]:
     seen = memory.resident_bytes(peak=True) - before
     gc.collect()
     fresh.close()
-    yield Check("resident memory of 40 MiB, as it is seen", seen / memory.MIB, 35, "MiB", at_least=True)
+    yield Check("measured resident memory of 40 MiB", seen / memory.MIB, 35, "MiB", at_least=True)
     for save in ("activations", "recompute"):
         usage = memory.measure(Layer(WIDE, seed=0), 2048, 4, save)
         rest = (usage.extra - usage.saved - usage.scratch) / memory.MIB
-        yield Check(f"resident memory of a call that nothing accounts for, save={save!r}", rest, 16, "MiB")
+        yield Check(f"unaccounted resident memory of a call, save={save!r}", rest, 16, "MiB")
     layer = Layer(SHAPE, seed=0)
     weights = layer.gate_up_proj.nbytes + layer.down_proj.nbytes
     share = memory.measure(layer, 32, 0).extra / weights
-    yield Check("T=32: resident memory of a call, of the weights", share, 0.25)
+    yield Check("T=32: resident memory of a call relative to the weights", share, 0.25)
     memory.measure(Layer(WIDE, seed=0), 2048, 4)
     before, idle = memory.resident_bytes(), ktops.memory_stats()["bytes_idle"]
     ktops.empty_cache()
     if idle:
         returned = (before - memory.resident_bytes()) / idle
-        yield Check("idle scratch memory that empty_cache gives back", returned, 0.9, at_least=True)
+        yield Check("share of idle scratch memory that empty_cache returns", returned, 0.9, at_least=True)
 
 
 CHECKS = (call_overhead, steps_of_a_call, peak_of_a_step, order_of_rows, a_busy_core, resident_memory)
 
 
 def against(revision: str, num_threads: int) -> Iterator[Check]:
-    """HEAD next to a revision, a check a case."""
+    """HEAD next to a revision, one check per case."""
     arguments = regression.parse_arguments(
         [revision, "HEAD", "--shape", "1024,512,16,2", "--tokens", "1", "128", "--threads", str(num_threads)]
     )
     for row in regression.measure(arguments):
-        name = f"T={row['tokens']}, {row['mode']}: time of HEAD, of that of {revision}"
-        ratio = row.get("ratio", math.inf)  # without one the result was wrong, or no sample quiet
+        name = f"T={row['tokens']}, {row['mode']}: time of HEAD relative to {revision}"
+        ratio = row.get("ratio", math.inf)  # absent if the result was wrong or no sample was quiet
         yield Check(name, ratio, arguments.threshold, excused=row["status"] == "ok")
 
 
@@ -197,9 +197,9 @@ def main(argv: list[str] | None = None) -> int:
         if args.save:
             machine = results.machine_record(Calibration(args.threads))
             results.save_by_isa("check", machine, rows, lambda row: (row["check"],))
-    short = [row["check"] for row in rows if not row["held"]]
-    print(f"fell short: {'; '.join(short)}" if short else "all held")
-    return 1 if short else 0
+    failed = [row["check"] for row in rows if not row["held"]]
+    print(f"failed: {'; '.join(failed)}" if failed else "all held")
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":

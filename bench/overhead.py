@@ -5,10 +5,10 @@
 The thread's CPU time of a call, from Python to the kernels and back, the best of many series. "ktops.moe_sft"
 is the public function under torch.no_grad; "torch.ops.kt.moe_fwd" the operator below in torch.inference_mode
 (under torch.no_grad PyTorch asks the operator's autograd first, in Python). The steps are those of
-ktops.profile. Beside them stand F.linear, an operator without arguments, and the same layer out of PyTorch's
-operators, which is as much slower on a slower machine.
+ktops.profile. For comparison, the table also has F.linear, an operator without arguments, and the same layer
+built from PyTorch's operators, which slows down with the machine as ktops does.
 
-Exit status: 1 if ktops.moe_sft takes longer than --limit times the layer out of PyTorch's operators.
+Exit status: 1 if ktops.moe_sft takes longer than --limit times the layer built from PyTorch's operators.
 """
 
 import sys
@@ -23,7 +23,7 @@ from bench.machine import cpu_model
 from bench.shapes import Shape
 
 LIMIT = 0.75
-"""Of what the same layer out of PyTorch's operators takes: 0.3 on a Zen 4."""
+"""Relative to the same layer built from PyTorch's operators; 0.3 on a Zen 4."""
 
 _SERIES = 20
 _SHAPE = Shape("tiny", hidden_size=16, intermediate_size=16, num_experts=4, top_k=2)
@@ -52,7 +52,7 @@ def tiny_call(dtype: torch.dtype = torch.bfloat16) -> tuple[Callable[[], torch.T
 
 
 def layer_of_operators(x, ids, weights, gate_up_proj, down_proj) -> torch.Tensor:
-    """ktops.moe_sft of one token, as one writes it with PyTorch's operators."""
+    """ktops.moe_sft of one token, written with PyTorch's operators."""
     linear, silu = torch.nn.functional.linear, torch.nn.functional.silu
     y = torch.zeros_like(x)
     for route, expert in enumerate(ids[0].tolist()):

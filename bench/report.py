@@ -172,7 +172,7 @@ def print_busy_core(rows: list[dict]) -> None:
 
 
 def check_table(rows: list[dict]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
-    """(columns, lines): a line a check."""
+    """(columns, lines): one line per check."""
     lines = [
         (
             row["check"],

@@ -1,4 +1,4 @@
-"""python -m bench.check: figures, exit status, file. Whether a check holds is the machine's matter."""
+"""python -m bench.check: figures, exit status, file; whether a check holds depends on the machine."""
 
 import math
 
@@ -49,7 +49,7 @@ def test_every_check_gives_its_figures():
     assert all(math.isfinite(row["measured"]) and row["limit"] > 0 for row in rows)
     names = [row["check"] for row in rows]
     assert len(set(names)) == len(names)
-    for words in ("tiny layer", "outside of its steps", "fastest product", "busy core", "resident memory"):
+    for words in ("tiny layer", "outside its steps", "fastest product", "busy core", "resident memory"):
         assert any(words in name for name in names)
 
 
@@ -67,7 +67,7 @@ def test_exit_status(monkeypatch, capsys, checks, status):
     monkeypatch.setattr(check, "CHECKS", found(*checks))
     assert check.main([]) == status
     out = capsys.readouterr().out
-    assert ("NO" in out) == ("fell short" in out) == (status == 1)
+    assert ("NO" in out) == ("failed" in out) == (status == 1)
 
 
 def test_another_revision(monkeypatch, capsys):
@@ -79,7 +79,7 @@ def test_another_revision(monkeypatch, capsys):
     monkeypatch.setattr(check, "CHECKS", ())
     monkeypatch.setattr(regression, "measure", lambda arguments: asked.append(arguments.revisions) or rows)
     assert check.main(["--against", "v1"]) == 0
-    assert asked == [["v1", "HEAD"]] and "of that of v1" in capsys.readouterr().out
+    assert asked == [["v1", "HEAD"]] and "relative to v1" in capsys.readouterr().out
     for worse in ({"ratio": 1.2, "status": "slower"}, {"status": "wrong"}, {"status": "busy"}):
         rows[1] = {"tokens": 1, "mode": "training", **worse}
         assert check.main(["--against", "v1"]) == 1

@@ -227,7 +227,7 @@ def test_no_test_is_switched_off(name):
 
 @pytest.mark.parametrize("name", [name for name in PYTHON if name.startswith("test/")])
 def test_no_test_reads_a_clock_or_resident_memory(name):
-    """They are the machine's; ``bench/check.py`` is the place for what must hold there."""
+    """They depend on the machine and belong in ``bench/check.py``."""
     clocks = ("perf" + "_counter", "mono" + "tonic", "process" + "_time", "thread" + "_time", r"time\.time")
     memory = ("getru" + "sage", "Vm" + "HWM", "Vm" + "RSS", "Rss" + "Anon", "resident" + "_bytes")
     calls = "|".join((*(rf"{clock}(_ns)?\(" for clock in clocks), *memory))

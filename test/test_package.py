@@ -89,7 +89,7 @@ def test_dependencies():
 
 
 def test_tools_of_the_tests_are_pinned():
-    """Except where another version of Python needs another."""
+    """Except where an older Python needs an older version."""
     project = (ROOT / "pyproject.toml").read_text()
     extra = re.search(r"^test = \[\n(.*?)^\]", project, re.DOTALL | re.MULTILINE)
     lines = re.findall(r'"(.+)"', extra[1])

@@ -1,4 +1,4 @@
-"""README.md and docs/ say what is so: examples run, commands are those of CI, tables match the tree."""
+"""README.md and docs/ are true: examples run, commands are those of CI, tables match the tree."""
 
 import json
 import re
@@ -49,7 +49,7 @@ CHECKS = {
     "formats": check_formats,
     "compile": check_compile,
 }
-"""Name of an example -> what must be so of what it prints."""
+"""Name of an example -> the check of its output."""
 
 
 def test_every_example_has_a_name_a_check_and_about_15_lines():

@@ -5,9 +5,19 @@ from pathlib import Path
 
 import pytest
 
+import ktops
+
 sys.path.append(str(Path(__file__).parents[1] / "integrations"))
 
 
 @pytest.fixture(autouse=True)
 def tiny_checkpoints_in_one_thread(single_thread):
     pass
+
+
+@pytest.fixture
+def enabled():
+    """With ktops.enable() while a test runs."""
+    ktops.enable()
+    yield
+    ktops.disable()

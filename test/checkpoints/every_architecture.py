@@ -1,5 +1,5 @@
-"""Every architecture of the installed transformers that has experts, as a model without weights, and its
-experts under the names that are published."""
+"""Every architecture with experts in the installed transformers, as a model without weights, and its experts
+under their published names."""
 
 import re
 from collections.abc import Iterator
@@ -16,25 +16,23 @@ SIZES = {
     "moe_num_experts": 4, "moe_intermediate_size": 8, "intermediate_size": 8, "expert_ffn_hidden_size": 8,
     "vision_intermediate_size": 8, "depth": 2, "num_layers": 2, "encoder_layers": 1,
 }  # fmt: skip
-"""What the experts' size and the number of layers are called; everything else keeps its default."""
+"""Names of the experts' sizes and of the number of layers; everything else keeps its default."""
 
 MORE = {
     "gemma4_text": {
-        "enable_moe_block": True,
-        "moe_intermediate_size": 8,
-        "num_experts": 4,
-        "top_k_experts": 2,
+        "enable_moe_block": True, "moe_intermediate_size": 8, "num_experts": 4, "top_k_experts": 2,
     },
     "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 0},
     "hunyuan_v1_moe": {"head_dim": 16},
     "dots1": {"n_routed_experts": 4, "n_shared_experts": 1},
-}
+}  # fmt: skip
+"""Model type -> what its config needs besides SIZES."""
 
 MAPPINGS = ("FOR_CAUSAL_LM_MAPPING_NAMES", "FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES", "MAPPING_NAMES")
 
 
 def architectures() -> Iterator[tuple[str, type]]:
-    """Model type and class of everything whose module says that it has experts."""
+    """Model type and class of everything whose module uses the experts interface."""
     folder = Path(transformers.__file__).parent / "models"
     for model_type in configuration_auto.CONFIG_MAPPING_NAMES:
         module = configuration_auto.model_type_to_module_name(model_type)
@@ -53,7 +51,7 @@ def architectures() -> Iterator[tuple[str, type]]:
 
 
 def shrink(config) -> None:
-    """Small experts and few layers, in a configuration and in its parts."""
+    """Makes experts small and layers few, in a config and its sub-configs."""
     count = vars(config).get("num_hidden_layers")
     for key, value in list(vars(config).items()):
         if isinstance(value, list) and count and len(value) == count > 2 and "layer_types" in key:
@@ -72,10 +70,10 @@ def shrink(config) -> None:
 
 
 def model_without_weights(model_type: str, model_class: type) -> transformers.PreTrainedModel:
-    """On the meta device.
+    """A small model on the meta device.
 
     Raises:
-        Exception: the configuration cannot be made small, or needs a library that is not there.
+        Exception: the config cannot be made small, or needs a library that is not installed.
     """
     config = configuration_auto.CONFIG_MAPPING[model_type]()
     shrink(config)
@@ -92,7 +90,7 @@ def stacked_experts(model) -> dict[str, torch.nn.Module]:
 
 
 def published(model, modules) -> tuple[dict, dict]:
-    """Random weights of the experts by their names in the model, and as save_pretrained would write them."""
+    """Random weights of the experts under their names in the model, and as save_pretrained writes them."""
     generator = torch.Generator().manual_seed(0)
     weights = {
         f"{name}.{key}": torch.randn(weight.shape, generator=generator).bfloat16()

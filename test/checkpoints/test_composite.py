@@ -1,4 +1,4 @@
-"""Which layer of a checkpoint is meant, where several have its number: as transformers' own loading says."""
+"""Layers of a checkpoint that share a number: the right one is the one that transformers would load."""
 
 import numpy
 import pytest
@@ -6,7 +6,7 @@ import torch
 import transformers
 from rich.console import Console
 from safetensors.torch import load_file, save_file
-from tiny_checkpoints import expect_equal, write_per_expert
+from tiny_checkpoints import expect_equal, write_gguf, write_per_expert
 from tiny_composites import SAVED, omni, qwen3_5, save
 from tiny_schemes import SCHEMES
 
@@ -19,12 +19,7 @@ from ktops.cli.models import load_model, quantize_experts
 from ktops.compat import KTMoEWrapper
 from ktops.nn import KTExperts
 
-
-@pytest.fixture(autouse=True)
-def enabled():
-    ktops.enable()
-    yield
-    ktops.disable()
+pytestmark = pytest.mark.usefixtures("enabled")
 
 
 @pytest.fixture(params=SAVED)
@@ -75,7 +70,7 @@ def test_from_pretrained(saved):
 
 
 def test_convert(saved, tmp_path):
-    """Layers of MTP modules are converted as well, and left out by from_pretrained as in the source."""
+    """MTP layers are converted too, and from_pretrained skips them as it does in the source."""
     path, model_class = saved
     convert(Options(path, tmp_path / "converted", "int8"), Console(quiet=True))
     reference = load(model_class, path)
@@ -100,7 +95,7 @@ def parts():
 @pytest.mark.parametrize("names", ["thinker", "vision"])
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_quantized_experts_of_a_part(tmp_path, parts, scheme, names):
-    """Names of scales, codes and zero points are read as those of the weights that they belong to."""
+    """Names of scales, codes and zero points are mapped as those of their weights are."""
     dense = write_per_expert(tmp_path, SCHEMES[scheme][0], names=names)
     for file in tmp_path.glob("*.safetensors"):
         tensors = load_file(file)
@@ -215,23 +210,17 @@ def test_two_names_of_one_layer(tmp_path):
 
 def test_gguf_is_taken_by_number(tmp_path):
     """A file without the model's names: the only stack of the model, or an error that lists them."""
-    import gguf
-
     save("omni", tmp_path)
     model = transformers.Qwen3OmniMoeForConditionalGeneration.from_pretrained(tmp_path)
-    writer = gguf.GGUFWriter(tmp_path / "model.gguf", "qwen3moe")
-    rng, dense = numpy.random.default_rng(0), []
+    rng, tensors, dense = numpy.random.default_rng(0), {}, []
     for layer in range(2):
         weights = [
             rng.normal(size=size).astype("float32") for size in ((4, 16, 32), (4, 16, 32), (4, 32, 16))
         ]
         for name, weight in zip(("gate", "up", "down"), weights, strict=True):
-            writer.add_tensor(f"blk.{layer}.ffn_{name}_exps.weight", weight)
+            tensors[f"blk.{layer}.ffn_{name}_exps.weight"] = weight
         dense.append(torch.from_numpy(weights[2]))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    write_gguf(tmp_path / "model.gguf", tensors)
     with pytest.raises(
         ValueError,
         match=r"layer 0 of .* could be thinker.model.*layers.0.mlp.experts or "
@@ -244,7 +233,7 @@ def test_gguf_is_taken_by_number(tmp_path):
 
 
 class Wrapped(torch.nn.Module):
-    """A model of transformers inside of another module."""
+    """A transformers model inside another module."""
 
     def __init__(self, model):
         super().__init__()
@@ -252,7 +241,7 @@ class Wrapped(torch.nn.Module):
 
 
 def test_parts_of_models(tmp_path):
-    """The base model, a part of a composite one, and a model inside of another module."""
+    """The base model, a part of a composite model, and a model inside another module."""
     save("omni", tmp_path)
     reference = transformers.Qwen3OmniMoeForConditionalGeneration.from_pretrained(tmp_path)
     whole = transformers.Qwen3OmniMoeForConditionalGeneration.from_pretrained(tmp_path)
@@ -270,7 +259,7 @@ def test_parts_of_models(tmp_path):
 
 
 def test_without_config_the_model_decides(tmp_path):
-    """Names are read as for the model that is given, whatever stands beside the file."""
+    """The given model determines how names are mapped, even without a config.json."""
     model_class = save("granite", tmp_path)
     model, reference = load(model_class, tmp_path), load(model_class, tmp_path)
     (tmp_path / "config.json").unlink()
@@ -303,7 +292,7 @@ def test_a_missing_layer_is_not_taken_from_mtp(tmp_path):
 
 
 def test_layers_of_mtp_alone_are_not_the_model(tmp_path):
-    """Only what transformers leaves out without a word is there: it is not taken by number."""
+    """If there are only layers that transformers skips silently, they are not matched by number."""
     model_class = save("qwen3_next", tmp_path)
     model = load(model_class, tmp_path)
     file = tmp_path / "model.safetensors"

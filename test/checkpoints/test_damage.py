@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-from pathlib import Path
 
 import gguf
 import numpy
@@ -12,30 +11,22 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
-from tiny_checkpoints import write_per_expert
+from test_published import CASES, PUBLISHED
+from tiny_checkpoints import OneLayer, write_gguf, write_per_expert
 from tiny_schemes import SCHEMES, gptq, mxfp4_gpt_oss
-from torch import nn
 
 from ktops.checkpoints import CheckpointError, CheckpointWriter, open_checkpoint
 from ktops.checkpoints.load import load_experts
-from ktops.nn import KTExperts
 
 E, H, I = 2, 64, 32  # noqa: E741
 SIZES = {"num_experts": E, "hidden": H, "intermediate": I, "layers": 1}
-PUBLISHED = Path(__file__).parent / "published"
 EXAMPLES = int(os.environ.get("KTOPS_FUZZ_EXAMPLES", "40"))
 """Damaged checkpoints of each kind."""
 
 
-class Model(nn.Module):
-    """Named as a model of transformers, with experts only, as one of the checkpoints has them."""
-
-    def __init__(self, name: str) -> None:
-        super().__init__()
-        self.model = nn.Module()
-        self.model.layers = nn.ModuleList([nn.Module()])
-        self.model.layers[0].mlp = nn.Module()
-        self.model.layers[0].mlp.experts = KTExperts(E, H, I, bias=name == "gpt-oss", device="meta")
+def tiny_model(name: str) -> OneLayer:
+    """The model of a checkpoint."""
+    return OneLayer(E, H, I, bias=name == "gpt-oss")
 
 
 def per_expert(make):
@@ -65,27 +56,22 @@ def write_own(folder) -> None:
     (folder / "own").rmdir()
 
 
-def write_gguf(folder) -> None:
-    writer = gguf.GGUFWriter(folder / "model.gguf", "qwen3moe")
-    writer.add_array("tokenizer.ggml.tokens", ["a", "bc"])
-    writer.add_array("numbers", [1, 2, 3])
+def write_gguf_experts(folder) -> None:
+    tensors = {}
     for name, shape in (("gate", (E, I, H)), ("up", (E, I, H)), ("down", (E, H, I))):
-        data = gguf.quantize(numpy.ones(shape, numpy.float32), gguf.GGMLQuantizationType.Q8_0)
         kind = gguf.GGMLQuantizationType.Q8_0
-        writer.add_tensor(f"blk.0.ffn_{name}_exps.weight", data, raw_dtype=kind)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+        blocks = gguf.quantize(numpy.ones(shape, numpy.float32), kind)
+        tensors[f"blk.0.ffn_{name}_exps.weight"] = blocks, kind
+    fields = {"tokenizer.ggml.tokens": ["a", "bc"], "numbers": [1, 2, 3]}
+    write_gguf(folder / "model.gguf", tensors, fields)
 
 
 def published(case: str):
-    """Of test_published.py, with its quantization config in a file of its own, to be damaged too."""
+    """A case of test_published.py, with its quantization config in a file of its own, to be damaged too."""
 
     def write(folder) -> None:
         shutil.copyfile(PUBLISHED / f"{case}.safetensors", folder / "model.safetensors")
-        config = json.loads((PUBLISHED / f"{case}.json").read_text())["quantization_config"]
-        (folder / "quantize_config.json").write_text(json.dumps(config))
+        (folder / "quantize_config.json").write_text(json.dumps(CASES[case]["quantization_config"]))
 
     return write
 
@@ -99,7 +85,7 @@ WRITERS = {
     "gptq of AutoRound": published("auto_round"),
     "gpt-oss": write_gpt_oss,
     "own": write_own,
-    "gguf": write_gguf,
+    "gguf": write_gguf_experts,
 }
 
 
@@ -142,7 +128,7 @@ def damage(draw, data: bytes) -> bytes:
 
 
 def expect_named_error_or_success(name: str, path) -> None:
-    model = Model(name)
+    model = tiny_model(name)
     before = model.model.layers[0].mlp.experts
     try:
         load_experts(model, path, show_progress=False)
@@ -187,7 +173,7 @@ def test_damaged(written, tmp_path_factory, name, data):
 
 @pytest.mark.parametrize("name", WRITERS)
 def test_undamaged(written, name):
-    model = Model(name)
+    model = tiny_model(name)
     load_experts(model, written[name], show_progress=False)
     assert model.model.layers[0].mlp.experts.gate_up_proj.shape == (E, 2 * I, H)
 

@@ -4,7 +4,7 @@ import gguf
 import numpy
 import pytest
 import torch
-from tiny_checkpoints import expect_equal
+from tiny_checkpoints import expect_equal, write_gguf
 
 from ktops._warn import warn_once
 from ktops.checkpoints import CheckpointError, gguf_file, open_checkpoint
@@ -28,12 +28,12 @@ def blocks(rng, shape, kind) -> numpy.ndarray:
 def write(path, kinds, layers=2, split=None, skip=()):
     """Experts of ggml types by projection; returns the weights of every layer by gguf's decoding."""
     rng = numpy.random.default_rng(0)
-    writer = gguf.GGUFWriter(path, "qwen3moe")
-    writer.add_block_count(layers)
-    writer.add_array("tokenizer.ggml.tokens", ["a", "bc", "", "d" * 100])
-    writer.add_array("numbers", [1, 2, 3])
-    writer.add_tensor("token_embd.weight", rng.standard_normal((5, H)).astype(numpy.float32))
-    dense = []
+    fields = {
+        "qwen3moe.block_count": layers,
+        "tokenizer.ggml.tokens": ["a", "bc", "", "d" * 100],
+        "numbers": [1, 2, 3],
+    }
+    tensors, dense = {"token_embd.weight": rng.standard_normal((5, H)).astype(numpy.float32)}, []
     for layer in range(layers):
         decoded = {}
         for name, kind in kinds.items():
@@ -41,12 +41,9 @@ def write(path, kinds, layers=2, split=None, skip=()):
             data = blocks(rng, SHAPES[name], kind)
             decoded[name] = torch.from_numpy(gguf.dequantize(data, kind).astype(numpy.float32))
             if name not in skip:
-                writer.add_tensor(f"blk.{layer}.ffn_{name}_exps.weight", data, raw_dtype=kind)
+                tensors[f"blk.{layer}.ffn_{name}_exps.weight"] = data, kind
         dense.append((torch.cat([decoded["gate"], decoded["up"]], 1), decoded["down"]))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    write_gguf(path, tensors, fields)
     return dense
 
 
@@ -104,12 +101,7 @@ def test_split_files(tmp_path):
     rng = numpy.random.default_rng(1)
     kind = gguf.GGMLQuantizationType.Q8_0
     down = blocks(rng, SHAPES["down"], kind)
-    writer = gguf.GGUFWriter(tmp_path / "m-00002-of-00002.gguf", "qwen3moe")
-    writer.add_tensor("blk.0.ffn_down_exps.weight", down, raw_dtype=kind)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    write_gguf(tmp_path / "m-00002-of-00002.gguf", {"blk.0.ffn_down_exps.weight": (down, kind)})
     for name in ("m-00001-of-00002.gguf", "m-00002-of-00002.gguf"):
         (layer,) = open_checkpoint(tmp_path / name).layers
         expect_equal(layer, dense[0][0], torch.from_numpy(gguf.dequantize(down, kind)))

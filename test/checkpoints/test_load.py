@@ -6,7 +6,7 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
-from tiny_checkpoints import decode, write_per_expert
+from tiny_checkpoints import decode, write_gguf, write_per_expert
 from tiny_schemes import SCHEMES, plain
 
 import ktops
@@ -139,20 +139,16 @@ def test_own_directory_is_mapped(tmp_path):
 @pytest.mark.parametrize(("gate_up", "down"), [("Q8_0", "Q8_0"), ("Q4_0", "Q5_1"), ("F16", "BF16")])
 def test_gguf(tmp_path, gate_up, down):
     """Blocks that the gguf package has written, against weights that it has decoded."""
-    rng, dense = numpy.random.default_rng(0), []
-    writer = gguf.GGUFWriter(tmp_path / "model.gguf", "qwen3moe")
+    rng, tensors, dense = numpy.random.default_rng(0), {}, []
     for layer in range(2):
         decoded = {}
         for name, shape in (("gate", (E, I, H)), ("up", (E, I, H)), ("down", (E, H, I))):
             kind = gguf.GGMLQuantizationType[down if name == "down" else gate_up]
             blocks = gguf.quantize(rng.normal(0, 0.1, shape).astype(numpy.float32), kind)
-            writer.add_tensor(f"blk.{layer}.ffn_{name}_exps.weight", blocks, raw_dtype=kind)
+            tensors[f"blk.{layer}.ffn_{name}_exps.weight"] = blocks, kind
             decoded[name] = torch.from_numpy(gguf.dequantize(blocks, kind).astype(numpy.float32))
         dense.append((torch.cat([decoded["gate"], decoded["up"]], 1), decoded["down"]))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    write_gguf(tmp_path / "model.gguf", tensors)
     model = tiny_model()
     report = ktops.load_experts(model, tmp_path / "model.gguf", show_progress=False)
     down_bytes = sum(layer.mlp.experts.down_proj.nbytes for layer in model.model.layers)
@@ -182,7 +178,7 @@ def test_layers_of_other_parts_are_told_apart_by_name(tmp_path):
     assert torch.equal(decode(model.model.layers[0].mlp.experts.gate_up_proj), dense[0][0])
 
 
-def test_biases_that_the_file_has_not(tmp_path):
+def test_biases_that_the_file_lacks(tmp_path):
     write_per_expert(tmp_path, plain(torch.bfloat16), **SIZES)
     model = tiny_model()
     for layer in model.model.layers:
@@ -242,7 +238,7 @@ FAULTS = {
         lambda folder: cut(folder / "model-00002-of-00002.safetensors"),
         r"in .*00002.safetensors: truncated: the tensor ends at byte",
     ),
-    "biases that the model has not": (
+    "biases that the model lacks": (
         lambda folder: edit(
             folder, lambda t: t.update({f"{PREFIX}.{e}.down_proj.bias": torch.ones(H) for e in range(E)})
         ),

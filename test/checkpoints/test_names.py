@@ -1,4 +1,4 @@
-"""Names of experts' tensors: those that transformers publishes, and those of directories with other files."""
+"""Names of experts' tensors as transformers publishes them, and directories with other files."""
 
 import json
 import subprocess
@@ -15,7 +15,7 @@ from every_architecture import (
     stacked_experts,
 )
 from safetensors.torch import save_file
-from tiny_checkpoints import expect_checkpoint, write_per_expert
+from tiny_checkpoints import expect_checkpoint, write_gguf, write_per_expert
 from tiny_composites import save
 from tiny_schemes import plain
 
@@ -32,7 +32,7 @@ MUST_BE_READ = {
     "granitemoehybrid", "hunyuan_v1_moe", "jamba", "lfm2_moe", "minimax", "mixtral", "olmoe", "phimoe",
     "qwen2_moe", "qwen3_5_moe", "qwen3_moe", "qwen3_next", "qwen3_vl_moe",
 }  # fmt: skip
-"""Among the architectures: the test below must have reached these."""
+"""Architectures that the test below must reach."""
 
 REFUSED = {
     "nemotron_h": "the gate projection of the experts is missing, .* the names are .*mixer.experts",
@@ -43,7 +43,7 @@ REFUSED = {
 
 
 def expect_read(path, model) -> None:
-    """What transformers would publish of this model is read to the weights that it has."""
+    """Reading this model as transformers would publish it gives its weights."""
     modules = stacked_experts(model)
     weights, tensors = published(model, modules)
     save_file(tensors, path)
@@ -108,16 +108,8 @@ def test_experts_that_ktops_does_not_compute(tmp_path, model_type, model_class, 
 
 
 def gguf_file(path, names: list[str]) -> None:
-    import gguf
-
-    writer = gguf.GGUFWriter(path, "qwen3moe")
-    for name in names:
-        shape = (2, 64, 32) if "down" in name else (2, 32, 64)
-        writer.add_tensor(name, torch.randn(shape).numpy())
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    shapes = ((2, 64, 32) if "down" in name else (2, 32, 64) for name in names)
+    write_gguf(path, {name: torch.randn(shape).numpy() for name, shape in zip(names, shapes, strict=True)})
 
 
 EXPERTS = [f"blk.0.ffn_{name}_exps.weight" for name in ("gate", "up", "down")]
@@ -128,7 +120,7 @@ OF_THE_MATRIX = [f"blk.0.ffn_{name}_exps.weight.in_sum2" for name in ("gate", "u
     "stray", ["visual.blocks.0.mlp.fc1.weight", "mm_projector.weight", *OF_THE_MATRIX[:1]]
 )
 def test_stray_safetensors_beside_gguf(tmp_path, stray):
-    """A vision projector or an importance matrix is not the model."""
+    """A vision projector or an importance matrix is ignored."""
     gguf_file(tmp_path / "model-Q8_0.gguf", EXPERTS)
     save_file({stray: torch.zeros(3)}, tmp_path / "mmproj.safetensors")
     assert [layer.name for layer in open_checkpoint(tmp_path).layers] == ["blk.0"]

@@ -1,28 +1,17 @@
-"""Tensors that other experts don't have, that say nothing of the weights, or that are of schemes not read."""
+"""Tensors that other experts lack, that do not describe weights, or that belong to unsupported schemes."""
 
 import numpy
 import pytest
 import torch
 from safetensors.torch import save_file
-from tiny_checkpoints import E, H, I, decode, expect_checkpoint, expect_equal, write_per_expert
+from tiny_checkpoints import E, H, I, OneLayer, decode, expect_checkpoint, expect_equal, write_per_expert
 from tiny_schemes import SCHEMES, floats, mxfp4_deepseek, pack_quantized, plain
-from torch import nn
 
 import ktops
 from ktops.checkpoints import CheckpointError, open_checkpoint
-from ktops.nn import KTExperts
 
 EXPERTS = "model.layers.0.mlp.experts"
 GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 32}
-
-
-class Model(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.model = nn.Module()
-        self.model.layers = nn.ModuleList([nn.Module()])
-        self.model.layers[0].mlp = nn.Module()
-        self.model.layers[0].mlp.experts = KTExperts(E, H, I, device="meta")
 
 
 @pytest.mark.parametrize("scheme", ["fp8 blocks", "int8", "pack-quantized", "gptq", "awq", "mxfp4"])
@@ -40,7 +29,7 @@ def test_one_dense_matrix_among_quantized_ones(tmp_path, scheme, dtype):
     expected = rf"{EXPERTS}\.2\.down_proj\.weight in .*: expert 2 differs .* pass weight_format"
     with pytest.raises(CheckpointError, match=expected):
         layer.read()
-    model = Model()
+    model = OneLayer(E, H, I)
     with pytest.raises(CheckpointError, match=expected):
         ktops.load_experts(model, tmp_path)
     assert model.model.layers[0].mlp.experts.gate_up_proj.is_meta
@@ -182,6 +171,11 @@ def mx_integers(rng, rows, columns):
     return {"weight": tensors["weight"], "weight_scale": tensors["scale"].view(torch.uint8)}
 
 
+def with_no_weights(make):
+    """As write_per_expert takes it, where no weights are read."""
+    return lambda rng, rows, columns: (make(rng, rows, columns), torch.zeros(rows, columns))
+
+
 @pytest.mark.parametrize(
     "make,method,message",
     [
@@ -197,11 +191,8 @@ def mx_integers(rng, rows, columns):
     ],
 )
 def test_schemes_that_are_not_read_are_named(tmp_path, make, method, message):
-    def with_weights(rng, rows, columns):
-        return make(rng, rows, columns), torch.zeros(rows, columns)
-
     config = {"quantization_config": {"quant_method": method}}
-    write_per_expert(tmp_path, with_weights, layers=1, config=config)
+    write_per_expert(tmp_path, with_no_weights(make), layers=1, config=config)
     (layer,) = open_checkpoint(tmp_path).layers
     with pytest.raises(
         CheckpointError, match=rf"experts\.0\.gate_proj\.{message}.* \(quant_method {method}\)"
@@ -210,11 +201,8 @@ def test_schemes_that_are_not_read_are_named(tmp_path, make, method, message):
 
 
 def test_integers_with_the_scales_of_mxfp4(tmp_path):
-    def with_weights(rng, rows, columns):
-        return mx_integers(rng, rows, columns), torch.zeros(rows, columns)
-
     config = {"quantization_config": {"quant_method": "auto-round", "data_type": "mx_int"}}
-    write_per_expert(tmp_path, with_weights, layers=1, config=config)
+    write_per_expert(tmp_path, with_no_weights(mx_integers), layers=1, config=config)
     (layer,) = open_checkpoint(tmp_path).layers
     with pytest.raises(CheckpointError, match=r"must be floats, .* says mx_int"):
         layer.check()

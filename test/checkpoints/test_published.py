@@ -44,7 +44,7 @@ MODEL = "model.safetensors"
 
 
 def publish(folder: Path, case: str, config: dict | None = None) -> None:
-    """The files of a case, with what is said of them in config.json."""
+    """Writes the files of a case, with their quantization config in config.json."""
     shutil.copy(PUBLISHED / f"{case}.safetensors", folder / MODEL)
     if config is None:
         config = {"quantization_config": CASES[case]["quantization_config"]}
@@ -52,7 +52,7 @@ def publish(folder: Path, case: str, config: dict | None = None) -> None:
 
 
 def opened(path: Path) -> Layer:
-    """The layer, without a warning."""
+    """The layer; a warning is an error."""
     warn_once.cache_clear()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -62,7 +62,7 @@ def opened(path: Path) -> Layer:
 
 
 def expect_weights(case: str, gate_up, down) -> None:
-    """Those of expert 1, in float16, as the library's modules compute with."""
+    """Compares expert 1 with the float16 weights of the library's own modules."""
     known = numpy.load(PUBLISHED / f"{CASES[case]['weights']}.npz")
     gate, up, expected_down = (
         torch.from_numpy(known[f"model.layers.0.mlp.experts.1.{name}"])

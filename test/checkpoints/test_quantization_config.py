@@ -1,4 +1,4 @@
-"""What the quantization config says of packed weights, and what it does not need to."""
+"""What the quantization config says about packed weights, and what is read without it."""
 
 import numpy
 import pytest
@@ -104,7 +104,7 @@ def test_sym_outranks_zero_points(tmp_path):
     assert len(warned) == 1
 
 
-def test_zero_points_that_nothing_is_said_of(tmp_path):
+def test_zero_points_without_a_config(tmp_path):
     warn_once.cache_clear()
     dense = write_per_expert(tmp_path, asymmetric)
     with pytest.warns(UserWarning, match="nothing in .* assuming minus one, as in gptq") as warned:
@@ -113,7 +113,7 @@ def test_zero_points_that_nothing_is_said_of(tmp_path):
 
 
 def eight_bits(rng, rows, columns, *, group=32, reorder=False, zero=128):
-    """GPTQ of 8 bits, zero points as they are."""
+    """8-bit GPTQ, zero points stored unchanged."""
     codes = rng.integers(0, 256, (columns, rows)).astype(numpy.uint8)
     scales = floats(rng, columns // group, rows).half()
     g_idx = numpy.arange(columns, dtype=numpy.int32) // group
@@ -158,7 +158,7 @@ def test_gptq_of_8_bits_in_an_order_of_its_own(tmp_path):
 
 
 def narrow(bits):
-    """GPTQ of fewer bits: the shapes."""
+    """GPTQ of fewer bits, in shape only."""
 
     def make(rng, rows, columns):
         groups = columns // 32
@@ -231,7 +231,7 @@ def test_refused(tmp_path, make, config, message):
 
 
 def test_shapes_outrank_the_config(tmp_path):
-    """8 bits and groups of 64 are said; 4 bits and groups of 32 are there."""
+    """The config says 8 bits and groups of 64; the tensors have 4 bits and groups of 32."""
     config = said(**{**GPTQ, "bits": 8, "group_size": 64, "sym": True})
     dense = write_per_expert(tmp_path, gptq, hidden=128, config=config)
     checkpoint = open_checkpoint(tmp_path)

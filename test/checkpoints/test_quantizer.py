@@ -17,12 +17,7 @@ from ktops.testing.budgets import relative_error
 
 FORMATS = {"int8": None, "int4": 32, "bf16": None, "q8_0": None, "fp8_e4m3": 128}
 
-
-@pytest.fixture(autouse=True)
-def enabled():
-    ktops.enable()
-    yield
-    ktops.disable()
+pytestmark = pytest.mark.usefixtures("enabled")
 
 
 @pytest.fixture

@@ -2,12 +2,15 @@
 
 import json
 
+import gguf
 import numpy
 import torch
 from safetensors.torch import save_file
+from torch import nn
 
 from ktops.checkpoints import Checkpoint, Layer
 from ktops.formats import ExpertWeight, get_format
+from ktops.nn import KTExperts
 
 E, H, I, LAYERS = 4, 64, 160, 2  # noqa: E741
 
@@ -46,6 +49,33 @@ def write_per_expert(
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
     (folder / "config.json").write_text(json.dumps(config or {"model_type": "test"}))
     return dense
+
+
+def write_gguf(path, tensors: dict, fields: dict | None = None) -> None:
+    """Tensors by name: arrays, or (blocks, their ggml type); and fields of metadata, integers or lists."""
+    writer = gguf.GGUFWriter(path, "qwen3moe")
+    for key, value in (fields or {}).items():
+        (writer.add_array if isinstance(value, list) else writer.add_uint32)(key, value)
+    for name, tensor in tensors.items():
+        data, kind = tensor if isinstance(tensor, tuple) else (tensor, None)
+        writer.add_tensor(name, data, raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+class OneLayer(nn.Module):
+    """A model with nothing but the experts of layer 0, on the meta device, named as in transformers."""
+
+    def __init__(self, num_experts: int, hidden_size: int, intermediate_size: int, *, bias=False) -> None:
+        super().__init__()
+        self.model = nn.Module()
+        self.model.layers = nn.ModuleList([nn.Module()])
+        self.model.layers[0].mlp = nn.Module()
+        self.model.layers[0].mlp.experts = KTExperts(
+            num_experts, hidden_size, intermediate_size, bias=bias, device="meta"
+        )
 
 
 def decode(weight: ExpertWeight) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Tiny checkpoints of several stacks of layers, saved by transformers, some with a layer of an MTP module."""
+"""Tiny checkpoints with several stacks of layers, saved by transformers, some with an MTP layer."""
 
 from pathlib import Path
 
@@ -71,7 +71,7 @@ SAVED = {
     "mixtral": (lambda: tiny_model("mixtral"), "AutoModelForCausalLM", None),
     "granite": (granite, "AutoModelForCausalLM", None),
 }
-"""name -> the model that is saved, the class that is loaded, and the name of an MTP layer beside it"""
+"""name -> the model to save, the class to load, and the name of an additional MTP layer"""
 
 
 def save(name: str, folder: Path) -> type:
@@ -80,7 +80,7 @@ def save(name: str, folder: Path) -> type:
     torch.manual_seed(0)
     model = make()
     for weight in (p for key, p in model.named_parameters() if "experts" in key):
-        torch.nn.init.normal_(weight)  # those of a talker are left uninitialized by transformers
+        torch.nn.init.normal_(weight)  # transformers leaves those of a talker uninitialized
     model.save_pretrained(folder)
     if mtp:
         add_mtp_layer(folder, mtp)
@@ -88,7 +88,7 @@ def save(name: str, folder: Path) -> type:
 
 
 def add_mtp_layer(folder: Path, mtp: str) -> None:
-    """Another layer with the tensors of layer 1, in other values."""
+    """Adds a layer with the tensors of layer 1, but other values."""
     file = folder / "model.safetensors"
     tensors = load_file(file)
     (start,) = {name[: name.index("layers.1.")] for name in tensors if "layers.1.mlp.experts" in name}

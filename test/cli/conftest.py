@@ -84,7 +84,7 @@ main.main()
 def interrupted_command(tmp_path):
     """``run(step, *arguments) -> (exit status, stdout, stderr)`` of the command in a process of its own.
 
-    SIGINT comes when it has shown that step, and from inside: from outside it might come too late.
+    The process sends itself SIGINT after it has shown that step; from outside the signal could come too late.
     """
 
     def run(step: int, *arguments: object) -> tuple[int, str, str]:

@@ -215,7 +215,7 @@ def test_weights_that_the_format_cannot_hold(convert, tmp_path):
 
 @pytest.mark.parametrize("scaled", [False, True])
 def test_the_quantizer_of_other_tensors_stays(convert, tmp_path, scaled):
-    """FP8 experts become ktops' own; FP8 attention needs what the configuration of the source says, too."""
+    """FP8 experts become ktops' own; FP8 attention keeps the source's quantization_config."""
     (tmp_path / "fp8").mkdir()
     base = "model.layers.0"
     tensors = {f"{base}.self_attn.q_proj.weight": torch.randn(32, 32).to(torch.bfloat16)}
@@ -262,7 +262,7 @@ def test_the_quantizer_of_other_tensors_stays(convert, tmp_path, scaled):
     ],
 )
 def test_activation_of_the_report(convert, model_directory, tmp_path, config, activation, said):
-    """Another one than the model's is never taken without a word."""
+    """An activation other than the model's is never used silently."""
     (tmp_path / "source").mkdir()
     shutil.copy(model_directory / "model.safetensors", tmp_path / "source")
     (tmp_path / "source" / "config.json").write_text(json.dumps(config))

@@ -1,8 +1,8 @@
-"""Conversations in the words of chat templates: everything is written, or what is not is named.
+"""Conversations written with chat templates: everything is written, or the error names what is not.
 
-The templates are short, with the structure of published ones: of Qwen3 (the reasoning of the last turn only),
-of DeepSeek-V3 (arguments as text), of gpt-oss (one call, reasoning gone once it was answered), of Llama 3.1
-(no text beside a call) and of models without tools.
+The templates are short versions of published ones: Qwen3 (reasoning of the last turn only), DeepSeek-V3
+(arguments as text), gpt-oss (one call, reasoning dropped once answered), Llama 3.1 (no text beside a call)
+and models without tools.
 """
 
 import copy

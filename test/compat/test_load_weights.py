@@ -7,7 +7,7 @@ import numpy
 import pytest
 import torch
 from safetensors.torch import save_file
-from tiny_checkpoints import write_per_expert
+from tiny_checkpoints import write_gguf, write_per_expert
 from tiny_layer import (
     SIZES,
     adapters,
@@ -107,26 +107,23 @@ def test_quantized_again_with_a_warning(tmp_path):
     assert torch.equal(dense(wrapper.gate_up_proj), dense(ktops.quantize(layers[1][0], "int8")))
 
 
-def write_gguf(path, kind: str) -> list[torch.Tensor]:
+def write_gguf_experts(path, kind: str) -> list[torch.Tensor]:
     """A GGUF file of layer 1; gate, up and down by the gguf package's decoding."""
-    writer, rng = gguf.GGUFWriter(path, "qwen3moe"), numpy.random.default_rng(0)
+    rng, tensors = numpy.random.default_rng(0), {}
     kind, decoded = gguf.GGMLQuantizationType[kind], []
     for name, shape in (("gate", (E, I, H)), ("up", (E, I, H)), ("down", (E, H, I))):
         weights = rng.standard_normal(shape).astype(numpy.float32) / shape[2] ** 0.5
         data = gguf.quantize(weights, kind)
-        writer.add_tensor(f"blk.1.ffn_{name}_exps.weight", data, raw_dtype=kind)
+        tensors[f"blk.1.ffn_{name}_exps.weight"] = data, kind
         decoded.append(torch.from_numpy(gguf.dequantize(data, kind)))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    write_gguf(path, tensors)
     return decoded
 
 
 @pytest.mark.parametrize("kind", ["Q8_0", "Q4_0", "Q5_1", "F16"])
 def test_llamafile(tmp_path, kind):
     """An intermediate size that is no multiple of 256, in the type that the file has."""
-    gate, up, down = write_gguf(tmp_path / "model.gguf", kind)
+    gate, up, down = write_gguf_experts(tmp_path / "model.gguf", kind)
     wrapper = load("LLAMAFILE", tmp_path / "model.gguf")
     assert wrapper.gate_up_proj.format == {"F16": "fp16"}.get(kind, kind.lower())
     assert_holds(wrapper, torch.cat([gate, up], 1), down)

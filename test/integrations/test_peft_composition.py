@@ -153,7 +153,7 @@ def test_training_reaches_the_same_adapters_as_plain_peft():
 
 
 def test_add_adapter_of_transformers_works_with_the_peft_that_it_names():
-    """With an older one it refuses, and says which it wants; PEFT's own ways have no such check."""
+    """With an older PEFT it raises and names the version it needs; PEFT's own methods have no such check."""
     model = tiny_model("qwen3_moe", experts_implementation="ktops")
     config = peft.LoraConfig(r=2, target_parameters=expert_target_parameters(model))
     if Version(peft.__version__) < Version(MIN_PEFT_VERSION):

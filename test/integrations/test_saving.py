@@ -1,4 +1,4 @@
-"""save_pretrained of models with experts in formats, by every way in: from_pretrained loads the same bits."""
+"""save_pretrained of models with experts in formats: from_pretrained loads the same bits."""
 
 import copy
 import json
@@ -51,7 +51,7 @@ def change(experts: KTExperts) -> None:
 
 
 def from_files(architecture: str, folder):
-    """A model that transformers has loaded, with experts that ktops loads from the same files."""
+    """A model loaded by transformers, with experts that ktops loaded from the same files."""
     tiny_model(architecture).save_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder)
     ktops.load_experts(model, folder, "int4", group_size=32, show_progress=False)
@@ -92,7 +92,7 @@ def test_other_ways_to_save(tmp_path, original):
 
 
 def test_saved_where_it_was_loaded_from(tmp_path):
-    """Weights that lie in mapped files stay; what an earlier saving has left is not read."""
+    """Weights in mapped files survive, and leftovers of an earlier save are not read."""
     model = quantized()
     expected = logits(model)
     model.save_pretrained(tmp_path / "saved")
@@ -125,7 +125,7 @@ def test_saved_over_a_converted_directory(tmp_path):
 
 
 def test_swapped_experts(tmp_path):
-    """Dense ones: with the names that the model is published with."""
+    """Dense experts are saved under the model's published names."""
     model = tiny_model("qwen3_moe")
     names = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     ktops.swap_experts(model)
@@ -141,7 +141,7 @@ class ListConfig(PreTrainedConfig):
 
 
 class ListModel(PreTrainedModel):
-    """A model of transformers whose blocks iterate a ModuleList."""
+    """A transformers model whose blocks iterate a ModuleList."""
 
     config_class = ListConfig
     blocks = {"loop": LoopBlock, "infer": InferBlock}  # noqa: RUF012
@@ -202,7 +202,7 @@ class TransposedModel(ListModel):
 
 
 def test_other_tensors_that_files_have_in_another_layout(tmp_path):
-    """They are written as they are read: transposed, under the same name."""
+    """They are written in the layout of the files: transposed, under the same name."""
     transposed = WeightConverter("gate.weight", "gate.weight", [Transpose(0, 1)])
     register_checkpoint_conversion_mapping(TransposedConfig.model_type, [transposed], overwrite=True)
     model = TransposedModel(TransposedConfig()).eval()
@@ -221,7 +221,7 @@ def loaded_from(model, path, kind):
 
 @pytest.mark.parametrize("architecture", ["qwen3_moe", "mixtral"])
 def test_trainer_without_peft(tmp_path, architecture):
-    """The router, attention and everything else that is dense is trained; a run resumes where it was."""
+    """Trains everything that is dense, such as router and attention; a run resumes where it stopped."""
     whole = trainer(tmp_path / "whole", quantized(architecture))
     whole.train()
     parts = trainer(tmp_path / "parts", quantized(architecture), save_strategy="steps", save_steps=2)
@@ -236,7 +236,7 @@ def test_trainer_without_peft(tmp_path, architecture):
 
 
 def test_adapters(tmp_path):
-    """Those of attention merge; those of experts in a format do not, and nothing is changed."""
+    """Adapters on attention merge; on experts in a format that is an error, and nothing is changed."""
     attention, experts = {"target_modules": ["q_proj"]}, {"target_parameters": ["mlp.experts.down_proj"]}
     model = quantized()
     model.save_pretrained(tmp_path / "base")

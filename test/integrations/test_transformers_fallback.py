@@ -239,7 +239,7 @@ def llama4(**keys) -> transformers.PreTrainedModel:
 
 
 def test_experts_outside_of_the_interface_warn_once(tmp_path):
-    """They never ask for an implementation."""
+    """They never look up an implementation."""
     ways = (
         lambda: llama4(experts_implementation="ktops"),
         lambda: llama4().set_experts_implementation("ktops"),
@@ -257,7 +257,7 @@ def test_experts_outside_of_the_interface_warn_once(tmp_path):
 
 
 def test_experts_that_take_other_arguments_are_refused(tmp_path):
-    """Llama-4's get the rows of every expert, in order."""
+    """Llama-4's take the rows of every expert, in order."""
     llama4().save_pretrained(tmp_path)
     message = r"Llama4TextExperts: its forward does not take \(hidden_states, top_k_index, top_k_weights\)"
     with pytest.raises(ValueError, match=message):

@@ -1,6 +1,6 @@
-"""What a call costs besides the work, counted: operators, tensors, functions of Python, starts of threads.
+"""Counts what a call costs besides the work: operators, tensors, Python functions, starts of threads.
 
-How long that takes depends on the machine: ``python -m bench.check``.
+How long that takes depends on the machine; see ``python -m bench.check``.
 """
 
 import sys
@@ -29,7 +29,7 @@ VARIANTS = {
 
 @pytest.fixture(autouse=True)
 def poison():
-    """Memory as it comes: filling it would count."""
+    """Leaves memory unfilled, because filling it would count."""
 
 
 def inputs_of(variant: str = "plain") -> dict:

@@ -72,7 +72,7 @@ def test_growing_calls_keep_one_block():
 
 
 def test_large_blocks_go_back_to_the_system():
-    """20,000 tokens need more than 40 MB for [dg | du] alone; then they are not mapped any more."""
+    """20,000 tokens need more than 40 MB for [dg | du] alone; empty_cache() unmaps them."""
 
     def mapped() -> int:
         with open("/proc/self/statm") as file:
@@ -87,10 +87,10 @@ def test_large_blocks_go_back_to_the_system():
 
 
 WINDOW = 512
-"""Calls after which a block that none of them needed may go back: kWindow in workspace.h."""
+"""Calls after which an unneeded block may go back: kWindow in workspace.h."""
 
 KEPT = 256 << 20
-"""Bytes of idle blocks that stay however long: kKept in workspace.h."""
+"""Bytes of idle blocks that are kept permanently: kKept in workspace.h."""
 
 
 def tiny_calls(count: int) -> None:
@@ -101,7 +101,7 @@ def tiny_calls(count: int) -> None:
 
 
 def large_call() -> int:
-    """Bytes of scratch memory that it needs, more than KEPT: [g | u] and h of 150,000 tokens."""
+    """Makes a call that needs more than KEPT, for [g | u] and h of 150,000 tokens; returns the idle bytes."""
     ktops.moe_sft(**moe_inputs(150_000, 8, 512, 2, 1))
     idle = ktops.memory_stats()["bytes_idle"]
     assert idle > KEPT
@@ -120,7 +120,7 @@ def test_a_block_that_no_call_needs_any_more_goes_back():
 
 
 def test_a_block_that_is_needed_once_in_a_while_stays():
-    """As that of a backward pass between the forward passes of many layers."""
+    """Like the block of a backward pass between the forward passes of many layers."""
     large = large_call()
     allocations = ktops.memory_stats()["allocations"]
     for _ in range(4):

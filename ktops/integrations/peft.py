@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from ktops._warn import warn_once
 from ktops.formats import ExpertWeight
+from ktops.integrations.replacements import Replacements
 from ktops.integrations.transformers import runs_ktops, unsupported_tensors
 
 PREFIXES = {"gate_up_proj": "gate_up", "down_proj": "down"}
@@ -28,8 +29,7 @@ MIN_VERSION = "0.21"
 
 _STACKED = ("gate_up_proj", "gate_proj", "up_proj", "down_proj")
 
-_peft: dict = {}
-"""What ``enable`` replaced: method name -> PEFT's own."""
+_replaced = Replacements()
 
 
 def enable() -> None:
@@ -44,7 +44,7 @@ def enable() -> None:
     import peft
     from packaging.version import Version
 
-    if _peft:
+    if _replaced:
         return
     if Version(peft.__version__) < Version(MIN_VERSION):
         warnings.warn(
@@ -56,30 +56,18 @@ def enable() -> None:
     from peft.tuners.lora.layer import ParamWrapper
     from peft.tuners.tuners_utils import BaseTuner
 
-    replaced = {
-        ParamWrapper: {"forward": _forward, "merge": _merge},
-        BaseTuner: {
-            "inject_adapter": _inject_adapter,
-            "merge_adapter": _merge_adapter,
-            "_unload_and_optionally_merge": _unload_and_optionally_merge,
-        },
-    }
-    for owner, methods in replaced.items():
-        for name, method in methods.items():
-            _peft[name] = getattr(owner, name)
-            setattr(owner, name, method)
+    _replaced.install(ParamWrapper, forward=_forward, merge=_merge)
+    _replaced.install(
+        BaseTuner,
+        inject_adapter=_inject_adapter,
+        merge_adapter=_merge_adapter,
+        _unload_and_optionally_merge=_unload_and_optionally_merge,
+    )
 
 
 def disable() -> None:
     """Give PEFT its own methods back."""
-    if _peft:
-        from peft.tuners.lora.layer import ParamWrapper
-        from peft.tuners.tuners_utils import BaseTuner
-
-        for name in ("forward", "merge"):
-            setattr(ParamWrapper, name, _peft.pop(name))
-        for name in list(_peft):
-            setattr(BaseTuner, name, _peft.pop(name))
+    _replaced.restore()
 
 
 def expert_target_parameters(model: nn.Module) -> list[str]:
@@ -172,7 +160,7 @@ def _forward(wrapper: nn.Module, x: Tensor, *args, **kwargs) -> Tensor:
     """``ParamWrapper.forward``, with factors in place of the dense delta if the experts run through ktops."""
     if not _takes_factors(wrapper, kwargs):
         _require_dense(wrapper, "computed with different adapters in one batch")
-        return _peft["forward"](wrapper, x, *args, **kwargs)
+        return _replaced.original["forward"](wrapper, x, *args, **kwargs)
     if wrapper.disable_adapters:
         if wrapper.merged:
             wrapper.unmerge()
@@ -185,7 +173,7 @@ def _forward(wrapper: nn.Module, x: Tensor, *args, **kwargs) -> Tensor:
                 f"ktops does not compute the LoRA variant {variants} on expert parameters; PEFT does, with a "
                 "dense delta of all experts in every forward."
             )
-            return _peft["forward"](wrapper, x, *args, **kwargs)
+            return _replaced.original["forward"](wrapper, x, *args, **kwargs)
         if adapters:
             kwargs = {**kwargs, **_lora_arguments(wrapper, adapters)}
     return wrapper.base_layer(x, *args, **kwargs)
@@ -194,20 +182,20 @@ def _forward(wrapper: nn.Module, x: Tensor, *args, **kwargs) -> Tensor:
 def _merge(wrapper: nn.Module, *args, **kwargs) -> None:
     """``ParamWrapper.merge``, which weights in a format have no room for."""
     _require_dense(wrapper, "merged")
-    _peft["merge"](wrapper, *args, **kwargs)
+    _replaced.original["merge"](wrapper, *args, **kwargs)
 
 
 def _merge_adapter(tuner, adapter_names: list[str] | None = None, *args, **kwargs) -> None:
     """``BaseTuner.merge_adapter``, but raises before the first layer is merged if one cannot be."""
     _require_mergeable(tuner, adapter_names)
-    _peft["merge_adapter"](tuner, adapter_names, *args, **kwargs)
+    _replaced.original["merge_adapter"](tuner, adapter_names, *args, **kwargs)
 
 
 def _unload_and_optionally_merge(tuner, merge: bool = True, *args, **kwargs) -> nn.Module:
     """The same for ``BaseTuner.merge_and_unload``."""
     if merge:
         _require_mergeable(tuner, kwargs.get("adapter_names"))
-    return _peft["_unload_and_optionally_merge"](tuner, merge, *args, **kwargs)
+    return _replaced.original["_unload_and_optionally_merge"](tuner, merge, *args, **kwargs)
 
 
 def _require_mergeable(tuner, adapter_names: list[str] | None) -> None:
@@ -246,7 +234,7 @@ def _inject_adapter(self, model: nn.Module, adapter_name: str, *args, **kwargs) 
     asked = config.peft_type == "LORA" and not config.inference_mode
     asked = asked and (config.target_parameters or _asks_for_experts(config.target_modules))
     with _weights_in_formats_as_parameters(model):
-        _peft["inject_adapter"](self, model, adapter_name, *args, **kwargs)
+        _replaced.original["inject_adapter"](self, model, adapter_name, *args, **kwargs)
     if asked:
         _warn_if_experts_missed(model, adapter_name)
 

@@ -9,7 +9,10 @@ from transformers.quantizers.auto import (
 )
 
 from ktops.checkpoints.config import is_ktops
+from ktops.integrations.replacements import Replacements
 from ktops.integrations.transformers.quantizer import NAME, KTConfig, KTQuantizer
+
+_replaced = Replacements()
 
 
 def enable() -> None:
@@ -17,26 +20,18 @@ def enable() -> None:
     AUTO_QUANTIZATION_CONFIG_MAPPING[NAME] = KTConfig
     AUTO_QUANTIZER_MAPPING[NAME] = KTQuantizer
     if not _replaced:
-        methods = {"supports_quant_method": _supports, "merge_quantization_configs": _merge}
-        for name, method in methods.items():
-            _replaced[name] = AutoHfQuantizer.__dict__[name]
-            setattr(AutoHfQuantizer, name, staticmethod(method))
+        _replaced.install(
+            AutoHfQuantizer,
+            supports_quant_method=staticmethod(_supports),
+            merge_quantization_configs=staticmethod(_merge),
+        )
 
 
 def disable() -> None:
     """Unregisters it."""
     AUTO_QUANTIZATION_CONFIG_MAPPING.pop(NAME, None)
     AUTO_QUANTIZER_MAPPING.pop(NAME, None)
-    while _replaced:
-        setattr(AutoHfQuantizer, *_replaced.popitem())
-
-
-_replaced: dict = {}
-"""What ``enable`` replaced in AutoHfQuantizer: name -> transformers' own."""
-
-
-def _own(name: str):
-    return _replaced[name].__get__(None, AutoHfQuantizer)
+    _replaced.restore()
 
 
 def _supports(quantization) -> bool:
@@ -44,7 +39,7 @@ def _supports(quantization) -> bool:
     return (
         is_ktops(quantization)
         or isinstance(quantization, KTConfig)
-        or _own("supports_quant_method")(quantization)
+        or _replaced.original["supports_quant_method"](quantization)
     )
 
 
@@ -57,7 +52,7 @@ def _merge(quantization, given):
     """
     ours = is_ktops(quantization) or isinstance(quantization, KTConfig)
     if not ours and not isinstance(given, KTConfig):
-        return _own("merge_quantization_configs")(quantization, given)
+        return _replaced.original["merge_quantization_configs"](quantization, given)
     if not ours:
         stored = KTConfig(other=quantization)
     elif isinstance(quantization, KTConfig):
@@ -72,7 +67,7 @@ def _merge(quantization, given):
                 "from_pretrained: quantization_config must be a KTConfig for a model of which only the "
                 f"experts are quantized, got a {type(given).__name__}"
             )
-        stored.other = _own("merge_quantization_configs")(stored.other, given)
+        stored.other = _replaced.original["merge_quantization_configs"](stored.other, given)
     return stored
 
 
@@ -85,5 +80,5 @@ def _with_arguments(stored: KTConfig, given: KTConfig) -> KTConfig:
     if stored.other is not None:
         merged.other = stored.other
         if given.other is not None:
-            merged.other = _own("merge_quantization_configs")(stored.other, given.other)
+            merged.other = _replaced.original["merge_quantization_configs"](stored.other, given.other)
     return merged

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from ktops._warn import warn_once
 from ktops.checkpoints.errors import CheckpointError
+from ktops.integrations.replacements import Replacements
 from ktops.integrations.swap import find_experts
 from ktops.integrations.transformers.loaded import listed
 from ktops.integrations.transformers.quantizer import NAME, KTConfig
@@ -20,29 +21,28 @@ from ktops.nn.experts import KTExperts
 EXPERTS = re.compile(r"(^|\.)experts\.")
 """Matches the names of experts' weights."""
 
-_replaced: dict = {}
-"""What ``enable`` replaced in PreTrainedModel: name -> transformers' own."""
+_replaced = Replacements()
 
 
 def enable() -> None:
     """Checks models when they are created, loaded and switched to "ktops"; a second call does nothing."""
     if not _replaced:
-        for method in (_post_init, _set_experts_implementation, _adjust_missing_and_unexpected_keys):
-            name = method.__name__.removeprefix("_")
-            name = name if hasattr(PreTrainedModel, name) else method.__name__
-            _replaced[name] = getattr(PreTrainedModel, name)
-            setattr(PreTrainedModel, name, method)
+        _replaced.install(
+            PreTrainedModel,
+            post_init=_post_init,
+            set_experts_implementation=_set_experts_implementation,
+            _adjust_missing_and_unexpected_keys=_adjust_missing_and_unexpected_keys,
+        )
 
 
 def disable() -> None:
     """Gives transformers its own methods back."""
-    while _replaced:
-        setattr(PreTrainedModel, *_replaced.popitem())
+    _replaced.restore()
 
 
 def _post_init(model: PreTrainedModel) -> None:
     """``PreTrainedModel.post_init``, the end of creating a model."""
-    _replaced["post_init"](model)
+    _replaced.original["post_init"](model)
     loads_experts = isinstance(getattr(model.config, "quantization_config", None), KTConfig)
     if _asks_for_ktops(model) and not loads_experts:
         _warn_if_ignored(model)
@@ -50,7 +50,7 @@ def _post_init(model: PreTrainedModel) -> None:
 
 def _set_experts_implementation(model: PreTrainedModel, experts_implementation: str | dict) -> None:
     """``PreTrainedModel.set_experts_implementation``."""
-    _replaced["set_experts_implementation"](model, experts_implementation)
+    _replaced.original["set_experts_implementation"](model, experts_implementation)
     asked = experts_implementation
     if NAME in (asked.values() if isinstance(asked, dict) else (asked,)):
         _warn_if_ignored(model)
@@ -58,7 +58,7 @@ def _set_experts_implementation(model: PreTrainedModel, experts_implementation: 
 
 def _adjust_missing_and_unexpected_keys(model: PreTrainedModel, loading_info) -> None:
     """``PreTrainedModel._adjust_missing_and_unexpected_keys``, the end of loading a model."""
-    _replaced["_adjust_missing_and_unexpected_keys"](model, loading_info)
+    _replaced.original["_adjust_missing_and_unexpected_keys"](model, loading_info)
     missing = sorted(name for name in loading_info.missing_keys if EXPERTS.search(name))
     if missing and _asks_for_ktops(model):
         raise CheckpointError(

@@ -1,0 +1,38 @@
+"""Methods of other libraries' classes that ktops replaces while it is enabled."""
+
+import inspect
+from collections.abc import Callable
+
+
+class Replacements:
+    """Replaces methods of classes, and gives them back.
+
+    Attributes:
+        original: name -> the class's own method, as the class itself has it.
+
+    Example:
+        >>> replacements = Replacements()
+        >>> replacements.install(BaseTuner, inject_adapter=_inject_adapter)
+        >>> replacements.original["inject_adapter"](tuner, model, "default")
+        >>> replacements.restore()
+    """
+
+    def __init__(self) -> None:
+        self.original: dict[str, Callable] = {}
+        self._stored: list[tuple[type, str, object]] = []
+
+    def __bool__(self) -> bool:
+        return bool(self._stored)
+
+    def install(self, owner: type, **methods: object) -> None:
+        """Replaces methods of a class; a static method must be given as ``staticmethod``."""
+        for name, method in methods.items():
+            self.original[name] = getattr(owner, name)
+            self._stored.append((owner, name, inspect.getattr_static(owner, name)))
+            setattr(owner, name, method)
+
+    def restore(self) -> None:
+        """Gives all classes their own methods back."""
+        while self._stored:
+            setattr(*self._stored.pop())
+        self.original.clear()

@@ -1,6 +1,6 @@
-"""Prints constraints for pip: of each package that ktops[transformers] asks for the oldest version it allows.
+"""Prints pip constraints: for each package of the extra "transformers", the oldest version that ktops allows.
 
-Reads what the installed ktops says, which pyproject.toml says.
+The bounds come from the metadata of the installed ktops, and so from pyproject.toml.
 """
 
 import re

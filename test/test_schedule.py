@@ -1,6 +1,6 @@
 """The work of a call is drawn task by task: a thread that is held up holds up nothing but the task it has.
 
-Times on a busy machine show that but roughly (``python -m bench.busy_core``); here it is counted.
+Times on a busy machine show that only roughly (``python -m bench.busy_core``); here it is counted.
 """
 
 import os

@@ -189,10 +189,9 @@ class _Writer:
             name = f"of message {i + 1} ({messages[i]['role']})"
             for key in TEXT_KEYS:
                 if key in marked[i] and not _is_written(marked[i][key], written):
-                    parts = (
-                        ", a list of parts," if key == "content" and isinstance(marked[i][key], list) else ""
-                    )
-                    self.dropped.append((f"{key}{parts} {name}", key))
+                    has_parts = key == "content" and isinstance(marked[i][key], list)
+                    what = "content, a list of parts," if has_parts else key
+                    self.dropped.append((f"{what} {name}", key))
             for key in without(messages[i], {"role", *TEXT_KEYS}):
                 rest = [*messages[:i], without(messages[i], {key}), *messages[i + 1 :]]
                 if not _repeats_call(messages, i, key) and self.is_same(rest, text):

@@ -18,14 +18,9 @@ from ktops.cli.models import load_model
 from ktops.nn import KTExperts
 from ktops.testing.budgets import relative_error
 
+pytestmark = pytest.mark.usefixtures("enabled")
+
 BUDGET = 1e-5
-
-
-@pytest.fixture(autouse=True)
-def enabled():
-    ktops.enable()
-    yield
-    ktops.disable()
 
 
 def load(path, **options):
@@ -174,7 +169,7 @@ def test_experts_that_transformers_does_not_find(tmp_path):
     said = json.loads((source / "config.json").read_text())
     del said["quantization_config"]
     (source / "config.json").write_text(json.dumps(said))
-    with pytest.raises(CheckpointError, match=r"mlp.experts.down_proj, .* would make them anew at random"):
+    with pytest.raises(CheckpointError, match=r"mlp.experts.down_proj, .* would initialize them at random"):
         transformers.AutoModelForCausalLM.from_pretrained(source, experts_implementation="ktops")
     assert load(source, quantization_config=ktops.KTConfig(), experts_implementation="ktops")
 

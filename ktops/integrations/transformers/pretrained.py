@@ -63,7 +63,7 @@ def _adjust_missing_and_unexpected_keys(model: PreTrainedModel, loading_info) ->
     if missing and _asks_for_ktops(model):
         raise CheckpointError(
             f"{listed(missing)} of {type(model).__name__}: transformers does not find these weights of "
-            "experts in the checkpoint and would make them anew at random. ktops may be able to read them: "
+            "experts in the checkpoint and would initialize them at random. ktops may be able to read them: "
             "from_pretrained(..., quantization_config=ktops.KTConfig())"
         )
 

@@ -143,7 +143,7 @@ class KTQuantizer(HfQuantizer):
         elif self._refusal is not None:
             raise type(self._refusal)(
                 f"ktops: the experts of {directory} can be loaded, but other tensors in it are quantized "
-                f"too, and what reads those cannot run here: {self._refusal}"
+                f"too, and the library that reads them cannot run here: {self._refusal}"
             ) from self._refusal
 
     def _watch(self, model) -> None:

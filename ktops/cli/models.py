@@ -2,7 +2,12 @@
 
 from pathlib import Path
 
+import torch
+
 from ktops.cli.errors import UserError
+
+DECODED = {torch.bfloat16: "bf16", torch.float32: "fp32"}
+"""dtype of a model -> the format of decoded experts."""
 
 
 def check_directory(directory: str) -> None:
@@ -55,8 +60,8 @@ def load_model(directory: str, dtype, experts_implementation: str, *, keep_forma
         directory: a Hugging Face model directory.
         dtype: torch.bfloat16 or torch.float32, of the weights in memory.
         experts_implementation: "ktops", or one of transformers' own ("eager", "grouped_mm", "batched_mm").
-        keep_format: whether "ktops" leaves experts that another library has quantized in their format; else
-            transformers decodes them, if it can.
+        keep_format: whether "ktops" leaves experts that another library has quantized in their format, or
+            decodes them.
 
     Raises:
         UserError: transformers cannot load it, does not know the implementation for this architecture, or
@@ -71,9 +76,10 @@ def load_model(directory: str, dtype, experts_implementation: str, *, keep_forma
     ktops.enable()
     try:
         quantized = quantization_of(AutoConfig.from_pretrained(directory, local_files_only=True).to_dict())
-        loader = None
-        if experts_implementation == "ktops":
-            loader = ktops.KTConfig() if quantized and keep_format else None
+        loader = {}  # with None in it, transformers would not see that of config.json
+        if experts_implementation == "ktops" and quantized:
+            decoded = None if keep_format or is_ktops(quantized) else DECODED[dtype]
+            loader = {"quantization_config": ktops.KTConfig(decoded)}
         elif is_ktops(quantized):
             raise UserError(
                 f"--experts-implementation {experts_implementation}: the experts in {directory} are in a "
@@ -83,9 +89,9 @@ def load_model(directory: str, dtype, experts_implementation: str, *, keep_forma
             directory,
             dtype=dtype,
             experts_implementation=experts_implementation,
-            quantization_config=loader,
             local_files_only=True,
             output_loading_info=True,
+            **loader,
         )
         require_loaded(model, info["missing_keys"], info["unexpected_keys"], heads=True)
     except (ValueError, KeyError, OSError, RuntimeError, ImportError) as error:

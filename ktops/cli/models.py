@@ -85,6 +85,8 @@ def load_model(directory: str, dtype, experts_implementation: str, *, keep_forma
                 f"--experts-implementation {experts_implementation}: the experts in {directory} are in a "
                 "format of ktops, which runs them"
             )
+        elif quantized:
+            _require_whole_blocks(directory, quantized.get("weight_block_size"), experts_implementation)
         model, info = AutoModelForCausalLM.from_pretrained(
             directory,
             dtype=dtype,
@@ -97,6 +99,25 @@ def load_model(directory: str, dtype, experts_implementation: str, *, keep_forma
     except (ValueError, KeyError, OSError, RuntimeError, ImportError) as error:
         raise UserError(f"--model: {directory} cannot be loaded: {error}") from None
     return model
+
+
+def _require_whole_blocks(directory: str, block: list[int] | None, experts_implementation: str) -> None:
+    """Raises UserError for FP8 with a block that is partly outside of its weight: transformers takes all
+    blocks for smaller ones, where ktops' loader does not."""
+    from ktops.checkpoints import open_checkpoint
+
+    if block is None:
+        return
+    tensors = open_checkpoint(directory).tensors
+    for name, scale in tensors.items():
+        weight = tensors.get(name.removesuffix("_scale_inv"))
+        if weight is scale or weight is None or len(weight.shape) != 2:
+            continue
+        if any(size > step and size % step for size, step in zip(weight.shape, block, strict=True)):
+            raise UserError(
+                f"--experts-implementation {experts_implementation}: transformers would decode {weight} "
+                f"wrongly: {list(weight.shape)} in blocks of {block}"
+            )
 
 
 def quantize_experts(

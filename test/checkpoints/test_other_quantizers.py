@@ -221,3 +221,14 @@ def test_another_implementation_of_quantized_experts(tmp_path):
     )
     model = load_model(str(source), torch.float32, "eager")
     assert relative_error(logits(model), expected(dense)) < BUDGET
+
+
+def test_blocks_that_transformers_decodes_wrongly(tmp_path):
+    """192 rows of keys with two blocks of 128 are two blocks of 96 to it."""
+    source, _ = published.write(tmp_path, "fp8", attention=True)
+    message = (
+        r"--experts-implementation eager: transformers would decode .*self_attn.k_proj.weight in .* wrongly: "
+        r"\[192, 128\] in blocks of \[128, 128\]"
+    )
+    with pytest.raises(UserError, match=message):
+        load_model(str(source), torch.float32, "eager")

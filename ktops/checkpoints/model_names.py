@@ -84,6 +84,17 @@ class ModelNames:
         """Whether transformers silently skips a tensor of this name, as it does with MTP layers."""
         return any(pattern.search(name) for pattern in self._ignored)
 
+    def uncomputable(self) -> str | None:
+        """Which experts of the model ktops cannot compute, and why; None if it can compute all."""
+        from ktops.integrations.transformers.architectures import unsupported_computation
+
+        for owner, module in self._modules.items():
+            if hasattr(module, "num_experts") and not isinstance(module, nn.ModuleList):
+                reason = unsupported_computation(module)
+                if reason is not None:
+                    return f"ktops cannot compute {owner}, a {type(module).__name__}: {reason}"
+        return None
+
     def _resolve(self, name: str) -> Key | None:
         for dense, tensor in _dense_names(name):
             renamed, pattern = self._rename(dense)

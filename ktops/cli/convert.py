@@ -71,6 +71,11 @@ def convert(options: Options, console: Console) -> dict:
             console.print(f"  continuing: {done} of {len(parts)} layers are written and verified")
         elif interrupted:
             console.print(f"  {partial} is damaged, or the options or the source changed: starting over")
+        uncomputable = _uncomputable(checkpoint)
+        if uncomputable:
+            console.print(
+                f"  {uncomputable}. from_pretrained will refuse {options.destination}", soft_wrap=True
+            )
         report = _write(writer, checkpoint, parts, options)
         writer.finish()
     _show(report, options, console)
@@ -151,6 +156,8 @@ def _write(writer: CheckpointWriter, checkpoint: Checkpoint, parts: list[Part], 
     measured = json.loads(file.read_text())["layers"] if file.exists() else []
     layers = {layer["name"]: layer for layer in measured}
     activation = find_activation(checkpoint.config)
+    if activation.name is not None and _uncomputable(checkpoint):
+        activation = Activation(None, f"outputs are not compared: {_uncomputable(checkpoint)}")
     others = {} if _is_gguf(checkpoint) else checkpoint.other_tensors()
     left = [part for part in parts if not writer.has(part.name)]
     total = 2 * sum(part.layer.num_experts for part in left) + len(others)
@@ -170,6 +177,11 @@ def _write(writer: CheckpointWriter, checkpoint: Checkpoint, parts: list[Part], 
             writer.write_tensors(others, step=step)
     _copy_files(writer, checkpoint, others)
     return json.loads(file.read_text())
+
+
+def _uncomputable(checkpoint: Checkpoint) -> str | None:
+    """Why the model of config.json will not run with what is written, as far as transformers knows it."""
+    return None if checkpoint.names is None else checkpoint.names.uncomputable()
 
 
 def _is_gguf(checkpoint: Checkpoint) -> bool:

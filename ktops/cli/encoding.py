@@ -84,9 +84,28 @@ def _tokens(example: Example, tokenizer) -> Iterator[tuple[list[int], list[int]]
             ids, labels = [*ids, tokenizer.eos_token_id], [*labels, IGNORED]
         yield ids, [*labels[:-1], ids[-1]]
         return
-    for text, spans in _texts(example, tokenizer):
+    for text, spans, after in _texts(example, tokenizer):
         tokens = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-        yield tokens["input_ids"], _labels(tokens, spans)
+        ids, labels = tokens["input_ids"], _labels(tokens, spans)
+        following = tokenizer(after, add_special_tokens=False)["input_ids"][:1]
+        _learn_ends(ids + following, labels, tokens["offset_mapping"], text, spans, tokenizer)
+        yield [*ids, *following][: len(labels)], labels
+
+
+def _learn_ends(ids, labels: list[int], offsets, text: str, spans, tokenizer) -> None:
+    """Labels the special token that follows an answer, if the answer itself does not end with one: the
+    heading of the next turn, with which GLM stops. That of the last answer is one more label."""
+    for _, end in spans:
+        after = next((i for i, (start, _) in enumerate(offsets) if start >= end), len(offsets))
+        written = (i for i in range(after - 1, -1, -1) if text[slice(*offsets[i])].strip())
+        ended = _is_special(ids[next(written, 0)], tokenizer)
+        if not ended and after < len(ids) and _is_special(ids[after], tokenizer):
+            labels[after:] = [ids[after], *labels[after + 1 :]]
+
+
+def _is_special(token: int, tokenizer) -> bool:
+    added = tokenizer.added_tokens_decoder.get(token)
+    return added is not None and added.special
 
 
 def _labels(tokens, spans: list[tuple[int, int]]) -> list[int]:
@@ -97,12 +116,12 @@ def _labels(tokens, spans: list[tuple[int, int]]) -> list[int]:
     ]
 
 
-def _texts(conversation: Conversation, tokenizer) -> list[tuple[str, list[tuple[int, int]]]]:
-    """The text of a conversation and the (first, end) spans of its answers; one text per answer if the
-    template rewrites earlier ones."""
+def _texts(conversation: Conversation, tokenizer) -> list[tuple[str, list[tuple[int, int]], str]]:
+    """The text of a conversation, the (first, end) spans of its answers, and what follows if it goes on; one
+    text per answer if the template rewrites earlier ones."""
     found = answers(conversation, tokenizer)
     spans = [(answer.start, len(answer.text)) for answer in found]
     whole = found[-1].text
     if all(whole.startswith(answer.text) for answer in found):
-        return [(whole, spans)]
-    return [(answer.text, [span]) for answer, span in zip(found, spans, strict=True)]
+        return [(whole, spans, found[-1].after)]
+    return [(answer.text, [span], answer.after) for answer, span in zip(found, spans, strict=True)]

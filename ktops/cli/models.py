@@ -2,7 +2,12 @@
 
 from pathlib import Path
 
+import torch
+
 from ktops.cli.errors import UserError
+
+DECODED = {torch.bfloat16: "bf16", torch.float32: "fp32"}
+"""dtype of a model -> the format of decoded experts."""
 
 
 def check_directory(directory: str) -> None:
@@ -55,8 +60,8 @@ def load_model(directory: str, dtype, experts_implementation: str, *, keep_forma
         directory: a Hugging Face model directory.
         dtype: torch.bfloat16 or torch.float32, of the weights in memory.
         experts_implementation: "ktops", or one of transformers' own ("eager", "grouped_mm", "batched_mm").
-        keep_format: whether "ktops" keeps the format of experts that another library has quantized; otherwise
-            transformers decodes them, if it can.
+        keep_format: whether "ktops" keeps the format of experts that another library has quantized, or
+            decodes them.
 
     Raises:
         UserError: transformers cannot load the model, does not know the implementation for this architecture,
@@ -71,26 +76,48 @@ def load_model(directory: str, dtype, experts_implementation: str, *, keep_forma
     ktops.enable()
     try:
         quantized = quantization_of(AutoConfig.from_pretrained(directory, local_files_only=True).to_dict())
-        loader = None
-        if experts_implementation == "ktops":
-            loader = ktops.KTConfig() if quantized and keep_format else None
+        loader = {}  # with None in it, transformers would not see that of config.json
+        if experts_implementation == "ktops" and quantized:
+            decoded = None if keep_format or is_ktops(quantized) else DECODED[dtype]
+            loader = {"quantization_config": ktops.KTConfig(decoded)}
         elif is_ktops(quantized):
             raise UserError(
                 f"--experts-implementation {experts_implementation}: the experts in {directory} are in a "
                 "format that only ktops runs: use --experts-implementation ktops"
             )
+        elif quantized:
+            _require_whole_blocks(directory, quantized.get("weight_block_size"), experts_implementation)
         model, info = AutoModelForCausalLM.from_pretrained(
             directory,
             dtype=dtype,
             experts_implementation=experts_implementation,
-            quantization_config=loader,
             local_files_only=True,
             output_loading_info=True,
+            **loader,
         )
         require_loaded(model, info["missing_keys"], info["unexpected_keys"], heads=True)
     except (ValueError, KeyError, OSError, RuntimeError, ImportError) as error:
         raise UserError(f"--model: {directory} cannot be loaded: {error}") from None
     return model
+
+
+def _require_whole_blocks(directory: str, block: list[int] | None, experts_implementation: str) -> None:
+    """Raises UserError for FP8 with a block that is partly outside of its weight: transformers takes all
+    blocks for smaller ones, where ktops' loader does not."""
+    from ktops.checkpoints import open_checkpoint
+
+    if block is None:
+        return
+    tensors = open_checkpoint(directory).tensors
+    for name, scale in tensors.items():
+        weight = tensors.get(name.removesuffix("_scale_inv"))
+        if weight is scale or weight is None or len(weight.shape) != 2:
+            continue
+        if any(size > step and size % step for size, step in zip(weight.shape, block, strict=True)):
+            raise UserError(
+                f"--experts-implementation {experts_implementation}: transformers would decode {weight} "
+                f"wrongly: {list(weight.shape)} in blocks of {block}"
+            )
 
 
 def quantize_experts(

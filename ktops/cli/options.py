@@ -150,9 +150,11 @@ def resumed(recorded: Options, given: dict[str, object]) -> Options:
         UserError: another option was given with a value that differs from the recorded one.
     """
     for name, value in given.items():
-        if name != "max_steps" and value != getattr(recorded, name):
+        known = getattr(recorded, name)
+        if name != "max_steps" and value != known:
+            is_what = "not given" if known in (None, "") else known
             raise UserError(
-                f"--resume: --{name.replace('_', '-')} is {getattr(recorded, name)} in the run to resume and "
-                f"can't become {value}. Leave it out, or start another run"
+                f"--resume: --{name.replace('_', '-')} is {is_what} in the run to resume and can't become "
+                f"{value}. Leave it out, or start another run"
             )
     return replace(recorded, max_steps=given.get("max_steps", recorded.max_steps))

@@ -10,7 +10,7 @@ import json
 import math
 import re
 from collections.abc import Callable, Collection, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 from ktops.cli.errors import UserError
@@ -41,11 +41,13 @@ class Answer:
         prompt: the model's input for producing the answer.
         text: the conversation up to the end of the answer.
         start: the index in text where the answer begins.
+        after: what follows in the text if the conversation goes on.
     """
 
     prompt: str
     text: str
     start: int
+    after: str = ""
 
 
 class _TemplateError(UserError):
@@ -134,7 +136,25 @@ class _Writer:
                 self.dropped.append((key, key))
         if self.dropped:
             raise _TemplateError(self.complaint(), math.inf)
-        return [answer for i, answer in zip(asked, found, strict=True) if i >= self.conversation.first]
+        return [
+            replace(answer, after=self.after(messages, i))
+            for i, answer in zip(asked, found, strict=True)
+            if i >= self.conversation.first
+        ]
+
+    def after(self, messages: list[dict], i: int) -> str:
+        """What the template writes behind message i for the next one, or else for the one that is to be
+        expected; "" if it refuses that, or then writes message i differently, even without its text."""
+        answer = {**messages[i], "content": "-"}
+        answer = {key: answer[key] for key in ("role", "content", "tool_calls") if key in answer}
+        expected = {"role": "tool" if "tool_calls" in answer else "user", "content": "-"}
+        following = messages[i + 1 : i + 2] or [expected]
+        try:
+            text = self.write([*messages[:i], answer])
+            longer = self.write([*messages[:i], answer, *following])
+        except _TemplateError:
+            return ""
+        return longer.removeprefix(text) if longer.startswith(text) else ""
 
     def write(self, messages: list[dict], variables: dict | None = None, **kwargs) -> str:
         variables = self.variables if variables is None else variables

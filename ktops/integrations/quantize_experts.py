@@ -22,7 +22,10 @@ from ktops.integrations.swap import (
 from ktops.nn.expert_list import stacked_copy
 from ktops.nn.experts import KTExperts
 
-DTYPE_NAMES = {torch.bfloat16: "bf16", torch.float32: "f32", torch.float64: "f64"}
+DTYPE_NAMES = {torch.bfloat16: "bf16", torch.float16: "f16", torch.float32: "f32", torch.float64: "f64"}
+
+PLAIN = ("bf16", "fp16", "fp32")
+"""Formats of weights that are not quantized yet."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +51,7 @@ class QuantizationReport:
 
     Attributes:
         weight_format, group_size, method: as they were asked for, or the format's default.
-        dtype: "bf16", "f32" or "f64": what the weights were stored in.
+        dtype: "bf16", "f16", "f32" or "f64": what the weights were stored in.
         layers: one entry for each experts module, in the order of the model.
     """
 
@@ -120,7 +123,8 @@ def quantize_experts(
     put on afterwards, as on any model: LoRA trains on the quantized weights.
 
     Args:
-        model: on the CPU, its experts in bfloat16, float32 or float64, without adapters on them.
+        model: on the CPU, its experts in bfloat16, float32 or float64, or in the formats bf16, fp16 or fp32,
+            without adapters on them.
         weight_format, group_size, method: see :func:`ktops.quantize`.
         show_progress: a bar in a terminal, a line every ten seconds elsewhere.
 
@@ -184,11 +188,33 @@ def _dense_experts(name: str, module: nn.Module) -> _Dense:
         return _Dense(gate_up, [down for *_, down in rows], partial(stacked_copy, experts))
     if isinstance(module, KTExperts):
         require_plain(module)
-        if isinstance(module.gate_up_proj, ExpertWeight):
-            raise Unsupported(f"its weights are in format {module.gate_up_proj.format!r} already")
+        weights = module.gate_up_proj, module.down_proj
+        if isinstance(weights[0], ExpertWeight):
+            quantized = [weight for weight in weights if weight.format not in PLAIN]
+            if quantized:
+                raise Unsupported(f"its weights are in format {quantized[0].format!r} already")
+            return _Dense(*(list(weight.weight) for weight in weights), partial(_with_parameters, module))
     else:
         module = stacked_experts(module, "activations")
     return _Dense(list(module.gate_up_proj), list(module.down_proj), lambda: module)
+
+
+def _with_parameters(experts: KTExperts) -> KTExperts:
+    """Experts in a plain format as such with Parameters, of the dtype that is computed in."""
+    gate_up, down = (
+        weight.weight if weight.weight.dtype == weight.dtype else weight.dequantize()
+        for weight in (experts.gate_up_proj, experts.down_proj)
+    )
+    dense = KTExperts.from_parameters(
+        nn.Parameter(gate_up, requires_grad=False),
+        nn.Parameter(down, requires_grad=False),
+        experts.gate_up_proj_bias,
+        experts.down_proj_bias,
+        activation=experts.activation,
+        save=experts.save,
+        compute=experts.compute,
+    )
+    return dense.train(experts.training)
 
 
 def _require_quantizable(experts: _Dense, weight_format: str, group_size: int | None, method: str) -> None:

@@ -14,7 +14,7 @@ import ktops
 from ktops.checkpoints import CheckpointError
 from ktops.cli.convert import Options, convert
 from ktops.cli.errors import UserError
-from ktops.cli.models import load_model
+from ktops.cli.models import load_model, quantize_experts
 from ktops.nn import KTExperts
 from ktops.testing.budgets import relative_error
 
@@ -178,3 +178,42 @@ def test_another_implementation_of_converted_experts(tmp_path):
     source, _ = published.write(tmp_path, "fp8", attention=False)
     with pytest.raises(UserError, match=r"--experts-implementation eager: the experts in .* are in a format"):
         load_model(str(converted(source)), torch.float32, "eager")
+
+
+@pytest.mark.parametrize("scheme", ["fp8", "compressed int4", "gptq"])
+def test_finetune_in_another_format(tmp_path, scheme):
+    """`ktops finetune --weight-format` of a published quantized model: all of it is decoded first."""
+    source, dense = published.write(tmp_path, scheme, attention=scheme != "gptq")
+    model = load_model(str(source), torch.float32, "ktops", keep_format=False)
+    assert relative_error(logits(model), expected(dense)) < BUDGET
+    report = quantize_experts(model, "int8")
+    assert report.dtype == "f32" and report.relative_error < 0.01
+    assert model.model.layers[1].mlp.experts.gate_up_proj.format == "int8"
+    assert relative_error(logits(model), expected(dense)) < 0.05
+
+
+def test_finetune_of_converted_experts_in_another_format(tmp_path):
+    source, _ = published.write(tmp_path, "fp8", attention=True)
+    model = load_model(str(converted(source, "int8")), torch.float32, "ktops", keep_format=False)
+    with pytest.raises(UserError, match=r"--weight-format int4: .* its weights are in format 'int8' already"):
+        quantize_experts(model, "int4")
+
+
+def test_another_implementation_of_quantized_experts(tmp_path):
+    """transformers decodes FP8, to compare with."""
+    source, dense = published.write(
+        tmp_path, "fp8", attention=True, head_dim=64, moe_intermediate_size=128, attn_implementation="eager"
+    )
+    model = load_model(str(source), torch.float32, "eager")
+    assert relative_error(logits(model), expected(dense)) < BUDGET
+
+
+def test_blocks_that_transformers_decodes_wrongly(tmp_path):
+    """192 rows of keys with two blocks of 128 are two blocks of 96 to it."""
+    source, _ = published.write(tmp_path, "fp8", attention=True)
+    message = (
+        r"--experts-implementation eager: transformers would decode .*self_attn.k_proj.weight in .* wrongly: "
+        r"\[192, 128\] in blocks of \[128, 128\]"
+    )
+    with pytest.raises(UserError, match=message):
+        load_model(str(source), torch.float32, "eager")

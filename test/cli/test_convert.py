@@ -273,3 +273,26 @@ def test_activation_of_the_report(convert, model_directory, tmp_path, config, ac
     measured = [report["output_error"], *(layer["output_error"] for layer in report["layers"])]
     assert all(error is None for error in measured) == (activation is None)
     assert 0 < report["relative_error"] < 0.02
+
+
+@pytest.mark.parametrize(
+    ("kind", "reason"),
+    [
+        ("GptOss", "its own _apply_gate is not act"),
+        ("Llama4", "its forward does not take (hidden_states, top_k_index, top_k_weights)"),
+    ],
+)
+def test_experts_that_ktops_cannot_compute(convert, tmp_path, kind, reason):
+    """Said before hours of work, as no from_pretrained loads what is written."""
+    import transformers
+
+    sizes = {"vocab_size": 61, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
+    config = getattr(transformers, {"GptOss": "GptOssConfig", "Llama4": "Llama4TextConfig"}[kind])
+    config = config(**sizes, **heads, num_local_experts=4, num_experts_per_tok=1)
+    config.interleave_moe_layer_step = 1
+    getattr(transformers, f"{kind}ForCausalLM")(config).save_pretrained(tmp_path / "source")
+    status, out, _ = convert("out", "--format", "int8", source=tmp_path / "source")
+    assert status == 0 and reason in " ".join(out.split())
+    assert "ktops cannot compute model.layers.0." in out and "from_pretrained will refuse out" in out
+    assert json.loads((tmp_path / "out" / "ktops-report.json").read_text())["output_error"] is None

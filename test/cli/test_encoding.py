@@ -25,6 +25,14 @@ LAST_DIFFERS = (
 )
 
 
+GLM = (
+    "{% for m in messages %}{{ {'tool': '<|observation|>'}.get(m.role, '<|' + m.role + '|>') }}"
+    "{% if loop.last and m.reasoning_content %}{{ '\\n<think>' + m.reasoning_content }}{% endif %}"
+    "{{ '\\n' + m.content }}{% if m.tool_calls %}{{ m.tool_calls[0].function | tojson }}{% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+)
+
+
 def learned(example: dict, tokenizer) -> str:
     return tokenizer.decode([label for label in example["labels"] if label != IGNORED])
 
@@ -72,6 +80,26 @@ def test_a_template_that_rewrites_earlier_answers_gives_an_example_for_each(fres
         f"hm, In the mill.{end}",
         f"hm, In the tower.{end}",
     ]
+
+
+@pytest.mark.parametrize("turns", [3, 5, 7])
+def test_a_turn_that_the_heading_of_the_next_one_ends(fresh_tokenizer, turns):
+    """GLM's template writes nothing behind an answer: the model stops with the heading of another turn."""
+    headings = ["<|system|>", "<|user|>", "<|assistant|>", "<|observation|>"]
+    fresh_tokenizer.add_special_tokens({"additional_special_tokens": headings})
+    fresh_tokenizer.chat_template = GLM
+    call = {"type": "function", "function": {"name": "find", "arguments": {}}}
+    asked = {"role": "assistant", "content": "", "tool_calls": [call]}
+    messages = [*TURNS[:4], asked, {"role": "tool", "content": "tower"}, TURNS[4]][:turns]
+    (example,) = encode([Conversation(messages)], fresh_tokenizer, 1000).examples
+    answers = ["\nIn the mill.<|user|>", '\n{"name": "find", "arguments": {}}<|observation|>']
+    answers = [*answers, "\nIn the tower.<|user|>"][: (turns - 1) // 2]
+    assert learned(example, fresh_tokenizer) == "".join(answers)
+    assert len(example["input_ids"]) == len(example["labels"]) == len(example["attention_mask"])
+    assert example["labels"][-1] == example["input_ids"][-1]
+    messages = [*TURNS[:2], {**TURNS[2], "reasoning_content": "hm"}]
+    (example,) = encode([Conversation(messages)], fresh_tokenizer, 1000).examples
+    assert learned(example, fresh_tokenizer) == "\n<think>hm\nIn the mill.<|user|>"
 
 
 def test_long_examples_are_cut_and_those_without_an_answer_left_are_dropped(fresh_tokenizer):

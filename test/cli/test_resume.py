@@ -76,3 +76,5 @@ def test_resume_takes_no_other_options(ktops_command, model_directory, data_file
         "ktops: --resume: --lora-rank is 16 in the run to resume and can't become 8. "
         "Leave it out, or start another run\n",
     )
+    status, _, err = ktops_command("finetune", "--resume", "--output-dir", "run", "--ignore-keys", "id")
+    assert status == 1 and "--ignore-keys is not given in the run to resume and can't become id. " in err

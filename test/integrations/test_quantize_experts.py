@@ -109,6 +109,26 @@ def test_weights_beyond_a_scale_of_the_format_change_nothing():
     assert "got weights from -1e+08 to" in message
 
 
+@pytest.mark.parametrize("plain", [torch.bfloat16, torch.float16, torch.float32])
+def test_experts_in_a_plain_format(plain):
+    """They aren't quantized yet: what KTConfig and load_experts read from a dense checkpoint."""
+    model = tiny_model("qwen3_moe")
+    rounded = {
+        name: (experts.gate_up_proj.to(plain).float(), experts.down_proj.to(plain).float())
+        for name, experts in model.named_modules()
+        if name in experts_modules(model)
+    }
+    ktops.quantize_experts(model, {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(plain, "fp32"))
+    report = ktops.quantize_experts(model, "int8")
+    assert len(report.layers) == len(rounded) and report.relative_error < 0.01
+    for name, dense in rounded.items():
+        experts = model.get_submodule(name)
+        for weight, expected in zip((experts.gate_up_proj, experts.down_proj), dense, strict=True):
+            assert torch.equal(weight.weight, ktops.quantize(expected, "int8").weight)
+            assert weight.dtype == torch.float32
+    model(TOKENS)
+
+
 LISTS = {
     "loop": (LoopBlock, {"expert": GatedMLP}),
     "mixtral with biases": (LoopBlock, {"expert": MixtralMLP, "bias": True}),

@@ -69,6 +69,11 @@ class Format(ABC):
     def quantize(self, weight: Tensor, group_size: int, method: str) -> Codes:
         """The codes nearest to float32 weights [..., N, K], by one of ``methods``."""
 
+    def require_finite(self, weight: Tensor) -> None:
+        """Raises ValueError if a weight is NaN or infinite, which codes and scales cannot hold."""
+        if not bool(weight.isfinite().all()):
+            raise ValueError(f"format {self.name!r} needs finite weights, got NaN or infinity")
+
     @abstractmethod
     def dequantize(self, codes: Codes, columns: int, group_size: int) -> Tensor:
         """The float32 weights [..., N, columns]: the specification of the kernels' decoding, bit for bit."""

@@ -15,6 +15,9 @@ class Plain(Format):
     def row_elements(self, columns: int) -> int:
         return columns
 
+    def require_finite(self, weight: Tensor) -> None:
+        pass
+
     def quantize(self, weight: Tensor, group_size: int, method: str) -> Codes:
         return Codes(weight.to(self.dtype))
 

@@ -29,7 +29,7 @@ def quantize(
 
     Raises:
         ValueError: unknown format, or one that cannot be written, does not have the group size or the method,
-            or cannot hold rows of K columns or weights of that size.
+            or cannot hold rows of K columns, weights of that size, or NaN and infinity.
         TypeError: weight is not floating, or not a tensor.
 
     Example:
@@ -57,6 +57,10 @@ def quantize(
         raise ValueError(
             "quantize: weight must have at least one expert, got shape " + str(list(weight.shape))
         )
+    try:
+        known.require_finite(weight)
+    except ValueError as error:
+        raise ValueError(f"quantize: {error}") from None
     experts = (known.quantize(expert.float(), group_size, method) for expert in weight)
     codes = stacked(experts, len(weight))
     dtype = weight.dtype if weight.dtype in COMPUTE_DTYPES else torch.bfloat16

@@ -231,3 +231,17 @@ def test_formats_that_errors_recommend_can_be_written():
     only_read = set(ktops.formats.names()) - set(ktops.formats.names(written=True))
     assert only_read == {"iq4_nl", "iq4_xs"}
     assert not [name for name in only_read if name in str(raised.value)]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("name", ktops.formats.names(written=True))
+def test_codes_cannot_hold_what_is_not_finite(name, value):
+    weight = torch.ones(1, 32, 256)
+    weight[0, 3, 5] = value
+    if name in ("bf16", "fp16", "fp32"):
+        assert torch.equal(ktops.quantize(weight, name).dequantize().isfinite(), weight.isfinite())
+        return
+    with pytest.raises(
+        ValueError, match=f"quantize: format '{name}' needs finite weights, got NaN or infinity"
+    ):
+        ktops.quantize(weight, name)

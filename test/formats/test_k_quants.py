@@ -132,7 +132,7 @@ def test_mse(name):
 def test_weights_beyond_the_scales(name, value):
     rows = torch.ones(1, 2, 256)
     rows[0, 1, 3] = value
-    with pytest.raises(ValueError, match=f"format '{name}' needs finite weights, with scales of groups"):
+    with pytest.raises(ValueError, match=f"format '{name}' needs finite weights"):
         ktops.quantize(rows, name, method="mse")
 
 

@@ -4,9 +4,9 @@
 
 An expert in each format on normal tokens, a few channels of which are 30, 100 or 300 times as large in all
 tokens, as models have them. The error is that of the output next to float64 on the same decoded weights, the
-norm of the difference over that of the output; "blocks of 32" (ggml's Q8_0) and "one scale a row" are computed
-in float64. Few tokens and many take other kernels: the larger error counts. --isa amx_bf16 starts itself under
-the emulator where there are no tiles.
+norm of the difference over that of the output; "blocks of 32" (ggml's Q8_0) and "one scale a row" are done in
+float64. Few tokens and many take other kernels: the larger error counts. --isa amx_bf16 starts this again
+under the emulator where there are no tiles.
 
 Exit status: 0, or 1 if an error exceeds 1.3 times that of blocks of 32.
 """
@@ -24,7 +24,7 @@ from torch import Tensor
 import ktops
 from bench import results
 from bench.arguments import Parser
-from ktops.reference.int8 import round_blocks
+from ktops.reference.int8 import round_blocks, round_rows
 from ktops.testing import amx_emulator
 from ktops.testing.budgets import relative_error
 from ktops.testing.inputs import densified, moe_inputs
@@ -68,7 +68,7 @@ def measure(isas: list[str]) -> Iterator[dict]:
             x, dense = inputs["hidden_states"], densified(inputs)
             exact = layer(dense, x, Tensor.double)
             outputs = {
-                ROWS: layer(dense, x, lambda t: round_blocks(t, t.shape[-1])),
+                ROWS: layer(dense, x, round_rows),
                 BLOCKS: layer(dense, x, round_blocks),
             }
             for isa in isas:

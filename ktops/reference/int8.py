@@ -9,6 +9,12 @@ from torch import Tensor
 BLOCK = 32
 """Columns that share a scale."""
 
+UNIT = 128
+"""Columns whose blocks may share one, where they belong to one group of the weight."""
+
+JOINED_SQUARES = 2.4
+"""They do where the squares of their scales add up to at most so many times what they would else."""
+
 DIGITS = 127 * 128
 """The largest integer of two digits, 128 high + low."""
 
@@ -18,18 +24,40 @@ def _rounded(x: Tensor, largest: Tensor, most: int) -> Tensor:
     return (x * inverse).round().double() * (largest / most).double()
 
 
-def round_blocks(x: Tensor, block: int = BLOCK) -> Tensor:
-    """x [..., K] in float64, every ``block`` columns as integers of up to 127 times a scale, max |x| / 127.
+def largest_of_blocks(x: Tensor, joined: bool) -> Tensor:
+    """max |x| that the scale of each block of x [..., K] is made from, K a multiple of UNIT if ``joined``."""
+    largest = x.unflatten(-1, (-1, BLOCK)).abs().amax(-1)
+    if joined:
+        units = largest.unflatten(-1, (-1, UNIT // BLOCK))
+        most = units.amax(-1, keepdim=True)
+        squares = units.square().sum(-1, keepdim=True)
+        joins = units.shape[-1] * most.square() <= JOINED_SQUARES * squares
+        largest = torch.where(joins, most, units).flatten(-2)
+    return largest
 
-    The last block of a row may be shorter. That of a number that isn't finite is NaN.
+
+def round_blocks(x: Tensor, joined: bool = False) -> Tensor:
+    """x [..., K] in float64, every block as integers of up to 127 times a scale, max |x| / 127.
+
+    The last block of a row may be shorter. One with a number that isn't finite is NaN.
+
+    Args:
+        joined: blocks of a unit may share a scale: for weights whose groups are multiples of UNIT, or rows.
 
     Example:
-        >>> round_blocks(torch.tensor([1.0, 0.5, 127.0])).tolist()
+        >>> round_blocks(torch.tensor([1.0, 0.4, 127.0])).tolist()
         [1.0, 0.0, 127.0]
     """
     columns = x.shape[-1]
-    blocks = torch.nn.functional.pad(x.float(), (0, -columns % block)).unflatten(-1, (-1, block))
-    return _rounded(blocks, blocks.abs().amax(-1, keepdim=True), 127).flatten(-2)[..., :columns]
+    padded = torch.nn.functional.pad(x.float(), (0, -columns % UNIT))
+    largest = largest_of_blocks(padded, joined).unsqueeze(-1)
+    return _rounded(padded.unflatten(-1, (-1, BLOCK)), largest, 127).flatten(-2)[..., :columns]
+
+
+def round_rows(x: Tensor, most: int = 127) -> Tensor:
+    """The same with one scale a row."""
+    x = x.float()
+    return _rounded(x, x.abs().amax(-1, keepdim=True), most)
 
 
 def round_digits(x: Tensor) -> Tensor:
@@ -37,5 +65,4 @@ def round_digits(x: Tensor) -> Tensor:
 
     The kernels ``amx_bf16`` do so where they multiply many tokens with tiles, which take no scale of blocks.
     """
-    x = x.float()
-    return _rounded(x, x.abs().amax(-1, keepdim=True), DIGITS)
+    return round_rows(x, DIGITS)

@@ -184,10 +184,9 @@ private:
     __attribute__((always_inline)) static void add_products(const VecDots (&sums)[M][S], const UnitOfRows<M>& x,
                                                             const float* scale, int r, VecDotsF (&total)[M][R],
                                                             std::integer_sequence<int, Vs...>) {
-        constexpr auto kLaneIndices = std::make_integer_sequence<int, kDotLanes>();
+        constexpr auto kIs = std::make_integer_sequence<int, kDotLanes>();
         if constexpr (kGroup > CodedRows::kBlock) {
-            const VecDotsF factors[] = {
-                GroupLanes<kGroup, Vs>::spread(GroupLanes<kGroup, Vs>::load(scale), kLaneIndices)...};
+            const VecDotsF factors[] = {GroupLanes<kGroup, Vs>::spread(GroupLanes<kGroup, Vs>::load(scale), kIs)...};
 #pragma GCC unroll 4
             for (int i = 0; i < M; ++i) {
                 ((total[i][r] += dots_to_floats(sums[i][Vs]) * (factors[Vs] * x.scale[i][Vs])), ...);
@@ -196,10 +195,9 @@ private:
             const VecDotsF scales[] = {GroupLanes<kGroup, Vs>::load(scale)...};
 #pragma GCC unroll 4
             for (int i = 0; i < M; ++i) {
-                ((total[i][r] +=
-                  dots_to_floats(sums[i][Vs]) *
-                  GroupLanes<kGroup, Vs>::spread(
-                      scales[Vs] * GroupLanes<kGroup, Vs>::load_blocks(x.scales[i], kLaneIndices), kLaneIndices)),
+                ((total[i][r] += dots_to_floats(sums[i][Vs]) *
+                                 GroupLanes<kGroup, Vs>::spread(
+                                     scales[Vs] * GroupLanes<kGroup, Vs>::load_blocks(x.scales[i], kIs), kIs)),
                  ...);
             }
         }
@@ -224,10 +222,13 @@ private:
         __attribute__((always_inline)) static VecDotsF load_blocks(const float* numbers,
                                                                    std::integer_sequence<int, Is...>) {
             constexpr int64_t kParts = CodedRows::kBlock / kGroup;
-            if constexpr (kParts == 1) return load(numbers);
-            const auto blocks = load_bits<VecDotsF>(numbers + kFirst / kParts);
-            static_assert(!kOne && kFirst % kParts == 0);
-            return __builtin_shufflevector(blocks, blocks, static_cast<int>(Is / kParts)...);
+            if constexpr (kParts == 1) {
+                return load(numbers);
+            } else {
+                static_assert(!kOne && kFirst % kParts == 0);
+                const auto blocks = load_bits<VecDotsF>(numbers + kFirst / kParts);
+                return __builtin_shufflevector(blocks, blocks, static_cast<int>(Is / kParts)...);
+            }
         }
         template <int... Is>
         __attribute__((always_inline)) static VecDotsF spread(VecDotsF numbers, std::integer_sequence<int, Is...>) {
@@ -348,38 +349,27 @@ private:
     template <int M>
     __attribute__((always_inline)) static void add_groups(Units<M>& units, int64_t group, const Groups& groups,
                                                           VecDotsF (&total)[M][R]) {
-        if (group == kColumns) {
-            add_parts<M, kColumns>(units, groups, total);
-        } else if (group % kColumns == 0) {
-            add_whole_groups<M>(units, group, groups, total);
+        if (group % kColumns == 0) {
+            add_parts<M, kColumns>(units, group, groups, total);
         } else if (group == 32) {
-            add_parts<M, 32>(units, groups, total);
+            add_parts<M, 32>(units, 32, groups, total);
         } else if (group == 64) {
-            add_parts<M, 64>(units, groups, total);
+            add_parts<M, 64>(units, 64, groups, total);
         } else {
             add_uneven_groups<M>(units, group, groups, total);
         }
     }
 
-    // Groups of one or more units.
-    template <int M>
-    __attribute__((always_inline)) static void add_whole_groups(Units<M>& units, int64_t group, const Groups& groups,
-                                                                VecDotsF (&total)[M][R]) {
-        while (units.k < groups.end) {
-            const int64_t g = units.k / group - groups.first;
-            units.next([&](int r, const uint8_t*, const VecCodes(&codes)[V], const UnitOfRows<M>& x) __attribute__((
-                           always_inline)) { add_scaled<M, kColumns>(codes, x, groups.scale[r] + g, r, total); });
-        }
-    }
-
-    // Units of several groups.
+    // Units of several groups of kGroup columns, or groups of several units.
     template <int M, int64_t kGroup>
-    __attribute__((always_inline)) static void add_parts(Units<M>& units, const Groups& groups,
+    __attribute__((always_inline)) static void add_parts(Units<M>& units, int64_t group, const Groups& groups,
                                                          VecDotsF (&total)[M][R]) {
         while (units.k < groups.end) {
-            const int64_t g = units.k / kGroup - groups.first;
-            units.next([&](int r, const uint8_t*, const VecCodes(&codes)[V], const UnitOfRows<M>& x) __attribute__((
-                           always_inline)) { add_scaled<M, kGroup>(codes, x, groups.scale[r] + g, r, total); });
+            const int64_t g = units.k / group - groups.first;
+            const auto add =
+                [&](int r, const uint8_t*, const VecCodes(&codes)[V], const UnitOfRows<M>& x)
+                    __attribute__((always_inline)) { add_scaled<M, kGroup>(codes, x, groups.scale[r] + g, r, total); };
+            units.next(add);
         }
     }
 

@@ -24,6 +24,7 @@ struct CodedRows {
     int64_t scales_at = 0;        // float: of every block
     int64_t starts_at = 0;        // int32: of every part, -zero_code times the sum of its codes
     int64_t sums_at = 0;          // float: of every group, of its numbers; zeros up to num_sums
+    int64_t joined_at = 0;        // int8: of every unit, whether its blocks have one scale
     int64_t columns = 0;          // in whole units
     int64_t group = 0, part = 0;  // columns; a part is a block or, if it is less, a group
     int64_t num_sums = 0;
@@ -34,6 +35,9 @@ struct CodedRows {
     const int8_t* row(int64_t i) const { return codes + i * stride; }
     float* row_scales(int64_t i) const { return reinterpret_cast<float*>(codes + i * stride + scales_at); }
     int32_t* row_starts(int64_t i) const { return reinterpret_cast<int32_t*>(codes + i * stride + starts_at); }
+    // Blocks of a unit may share a scale where they belong to one group.
+    bool joins() const { return group % kUnit == 0; }
+    int8_t* row_joined(int64_t i) const { return codes + i * stride + joined_at; }
     float* row_sums(int64_t i) const { return reinterpret_cast<float*>(codes + i * stride + sums_at); }
 
     // Of `rows` rows of activations.
@@ -60,9 +64,10 @@ private:
           num_sums(round_up(ceil_div(w.columns, larger(1, smaller(group, w.columns))), kSumsMultiple) + kSumsMultiple),
           digits(digits) {
         scales_at = columns;
-        starts_at = scales_at + columns / kBlock * 4;
-        sums_at = starts_at + columns / part * 4;
-        stride = round_up(sums_at + num_sums * 4, 64);
+        sums_at = scales_at + columns / kBlock * 4;  // whole vectors of scales are read: of floats, to the last
+        starts_at = sums_at + num_sums * 4;
+        joined_at = starts_at + columns / part * 4;
+        stride = round_up(joined_at + columns / kUnit, 64);
     }
 };
 

@@ -108,11 +108,13 @@ public:
           codes_(rows.codes + i * rows.stride),
           scales_(rows.row_scales(i)),
           starts_(rows.row_starts(i)),
+          joined_(rows.row_joined(i)),
           sums_(rows.row_sums(i)),
           end_(sums_ + rows.num_sums),
           group_end_(rows.group) {}
 
-    void add_unit(const VecI32* q, const float* scale) {
+    void add_unit(const VecI32* q, const float* scale, bool joined) {
+        *joined_++ = joined;
         store_unit(q, rows_.pairs, codes_);
         codes_ += CodedRows::kUnit;
         constexpr int N = kUnitVectors / kUnitHalves;
@@ -159,10 +161,22 @@ private:
     int8_t* codes_;
     float* scales_;
     int32_t* starts_;
+    int8_t* joined_;
     float *sums_, *const end_;
     int64_t k_ = 0, group_end_;
     float sum_ = 0;  // of the group that ends with group_end_
 };
+
+// Makes the largest of all blocks that of each, where this costs little: where the squares of their scales, and with
+// them those of the errors, add up to no more than kJoinedSquares times what they did.
+constexpr float kJoinedSquares = 2.4f;
+inline bool join_blocks(float (&largest)[kUnitBlocks]) {
+    float all = 0, squares = 0;
+    for (float block : largest) all = block > all ? block : all, squares += block * block;
+    if (!(kUnitBlocks * all * all <= kJoinedSquares * squares)) return false;
+    for (float& block : largest) block = all;
+    return true;
+}
 
 // Row i of `rows` from k elements: each block round(x / scale) with scale = max |x| / 127.
 template <class T>
@@ -175,12 +189,13 @@ inline void quantize_row(const T* x, int64_t k, const CodedRows& rows, int64_t i
         float largest[kUnitBlocks], scale[kUnitBlocks];
         load_unit(x + j, k - j, v);
         largest_of_blocks(v, largest);
+        const bool joined = rows.joins() && join_blocks(largest);
         for (int b = 0; b < kUnitBlocks; ++b) {
             const float inverse = inverse_of(largest[b], 127);
             scale[b] = largest[b] / 127;
             for (int s = b * N; s < (b + 1) * N; ++s) q[s] = nearest_integers(v[s], inverse);
         }
-        row.add_unit(q, scale);
+        row.add_unit(q, scale, joined);
     }
     row.finish();
 }
@@ -203,8 +218,8 @@ inline void quantize_digits(const T* x, int64_t k, const CodedRows& rows, int64_
             high[s] = (q + CodedRows::kDigit / 2) >> 7;
             rest[s] = q - high[s] * CodedRows::kDigit;
         }
-        high_row.add_unit(high, high_scales);
-        low_row.add_unit(rest, low_scales);
+        high_row.add_unit(high, high_scales, true);
+        low_row.add_unit(rest, low_scales, true);
     }
     high_row.finish();
     low_row.finish();

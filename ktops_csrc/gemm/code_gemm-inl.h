@@ -137,35 +137,37 @@ private:
 
     void multiply_panels(const Block& block, int64_t n, int64_t column, const NextRows& next) const {
         const int panels = static_cast<int>(ceil_div(n, kPanelColumns));
-        const auto* b = reinterpret_cast<const uint8_t*>(scratch_.panels);
-        const int64_t first_blocks = (group_ - block.k % group_) / CodedRows::kBlock;
-        const float* mins = table_.code_mins ? scales() + kBlockColumns : nullptr;
-        // From column k of a row: where its numbers of four bytes, one for `columns`, are.
-        const auto at = [&](int64_t first, int64_t columns) { return first + block.k / columns * 4 - block.k; };
+        // From column k of a row: where its numbers, one for `columns`, of so many bytes are.
+        const auto at = [&](int64_t first, int64_t columns, int64_t bytes) {
+            return first + block.k / columns * bytes - block.k;
+        };
         ReadAhead ahead(w_, next, n, block.k, block_bytes(block), ceil_div(m_, MicroDots::kRows));
+        CodeArguments g;
+        g.a_scales = at(x_.scales_at, CodedRows::kBlock, 4);
+        g.starts = at(x_.starts_at, x_.part, 4);
+        g.sums = at(x_.sums_at, group_, 4);
+        g.joined = at(x_.joined_at, CodedRows::kUnit, 1);
+        g.joins = x_.joins();
+        g.pairs = x_.pairs;
+        g.blocks = block.blocks;
+        g.group = group_;
+        g.first_blocks = (group_ - block.k % group_) / CodedRows::kBlock;
+        g.begins = block.k % group_ == 0;
+        g.scales = scales();
+        g.mins = table_.code_mins ? scales() + kBlockColumns : nullptr;
+        g.w_stride = 2 * kBlockColumns;
+        g.panels = panels;
+        g.b = reinterpret_cast<const uint8_t*>(scratch_.panels);
+        g.b_stride = code_panel_stride(block.kn);
+        g.adds = block.k > 0;
+        g.ldc = ldc_;
+        g.ahead_step = ahead.step;
         for (int64_t i = 0; i < m_; i += MicroDots::kRows) {
-            const int m = static_cast<int>(smaller(MicroDots::kRows, m_ - i));
-            MicroDots::multiply({m,
-                                 panels,
-                                 a_ + i,
-                                 at(x_.scales_at, CodedRows::kBlock),
-                                 at(x_.starts_at, x_.part),
-                                 at(x_.sums_at, group_),
-                                 b,
-                                 code_panel_stride(block.kn),
-                                 x_.pairs,
-                                 block.blocks,
-                                 group_,
-                                 first_blocks,
-                                 scales(),
-                                 mins,
-                                 2 * kBlockColumns,
-                                 block.k % group_ == 0,
-                                 block.k > 0,
-                                 scratch_.c + i * ldc_ + column,
-                                 ldc_,
-                                 ahead.call(),
-                                 ahead.step});
+            g.m = static_cast<int>(smaller(MicroDots::kRows, m_ - i));
+            g.a = a_ + i;
+            g.c = scratch_.c + i * ldc_ + column;
+            g.ahead = ahead.call();
+            MicroDots::multiply(g);
         }
     }
 

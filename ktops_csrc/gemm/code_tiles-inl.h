@@ -29,14 +29,15 @@ public:
     // Whether groups are whole tiles, in the order of codes.
     static bool fits(const WeightTensor& w, const FormatTable& table) {
         const int64_t group = code_group(w);
-        return group >= w.columns || (group % table.code_columns == 0 && group <= kMaxK);
+        return group >= w.columns || (group % table.code_columns == 0 && group <= kLeastColumns);
     }
 
     // Writes rows [0, m) of C: products with the rows of W that `columns` names.
     void multiply(const Columns& columns) {
         ldc_ = columns.total();
         const int64_t padded = round_up(w_.columns, table_.code_columns);
-        const int64_t block = group_ <= kMaxK ? kMaxK / group_ * group_ : kMaxK;
+        const int64_t most = m_ * kDigits > kMaxRows ? kLeastColumns : kMaxK;  // whose panels there is room for
+        const int64_t block = group_ <= most ? most / group_ * group_ : most;
         for (int64_t k = 0; k < padded; k += block) {
             const int64_t kn = smaller(block, padded - k);
             make_panels(k, kn);
@@ -47,6 +48,11 @@ public:
 
 private:
     static constexpr int64_t kRows = TileDots::kRows, kMaxGroups = kMaxK / 64, kDigits = 2;
+    static constexpr int64_t kLeastColumns = kMaxK / kDigits;
+    static_assert(kDigits * kMaxRows / kPanelColumns * code_panel_stride(kLeastColumns) <=
+                  GemmScratch<T>::kPaddedElements * static_cast<int64_t>(sizeof(Compute<T>)));
+    static_assert(kMaxRows / kPanelColumns * code_panel_stride(kMaxK) <=
+                  GemmScratch<T>::kPaddedElements * static_cast<int64_t>(sizeof(Compute<T>)));
 
     // A panel of high digits and one of low digits for every 16 rows.
     void make_panels(int64_t k, int64_t kn) const {

@@ -5,6 +5,7 @@
 //   panel       [k / 4][16][4]: one zmm register holds four codes of each of 16 columns
 //   blocks      32 columns of k: their exact sums are scaled by the scale of the row of activations and added up in
 //               float32; and by the weights' scales, once for all blocks of a group, or for each group of a block
+//   units       128 columns. Where all blocks of a unit have one scale, in all rows of a tile, they are summed at once
 //   registers   3 rows x 4 panels: 12 exact sums and 12 of floats, 4 for a step of the panels, 1 for the broadcast of a
 //               row. What a block has summed is scaled between the first products of the next one.
 
@@ -19,6 +20,8 @@ struct CodeArguments {
     // the exact sums of parts (a block, or a group of half a block) begin with (int32), the sums of groups (float).
     const int8_t* const* a;
     int64_t a_scales, starts, sums;
+    int64_t joined;  // whether a unit's blocks have one scale (int8)
+    bool joins;      // may be so
     const uint8_t* b;
     int64_t b_stride;
     bool pairs;  // of every 128 columns the even ones come first, then the odd ones
@@ -56,8 +59,8 @@ struct MicroDots {
     }
 
 private:
-    static constexpr int64_t kBlock = 32, kUnitBlocks = 4;
-    static constexpr int V = 64 / static_cast<int>(kCodeBytes);  // vectors of a step of a panel
+    static constexpr int64_t kBlock = 32, kUnitBlocks = 4, kStepCodes = 16;  // of a run of four steps
+    static constexpr int V = 64 / static_cast<int>(kCodeBytes);              // vectors of a step of a panel
     static constexpr auto kTiles = std::make_integer_sequence<int, kRows>();
 
     enum class Groups { kHalves, kBlocks, kLong };
@@ -96,66 +99,100 @@ private:
 
     template <int M, int P, Groups kGroups>
     static void kernel(const CodeArguments& g) {
+        constexpr bool kHalf = kGroups == Groups::kHalves;
         VecDots sums[M][P * V];
         VecDotsF totals[M][P * V] = {};
         const uint8_t* ahead = g.ahead;
-        if constexpr (kGroups == Groups::kLong) {
-            int64_t group = 0, end = smaller(g.first_blocks, g.blocks);
-            for (int64_t block = 0; block < g.blocks; ++group) {
-                add_part<M, P, kGroups, false>(g, block, ahead, sums, totals);
-                while (++block < end) add_part<M, P, kGroups, true>(g, block, ahead, sums, totals);
+        const int64_t parts = kHalf ? 2 * g.blocks : g.blocks;
+        int64_t group = 0, end = kGroups == Groups::kLong ? smaller(g.first_blocks, parts) : parts;
+        for (int64_t part = 0; part < parts; ++group) {
+            int64_t last = part;  // the part whose sums are to be added: zeros, at first
+            clear<M, P>(sums);
+            while (part < end) {
+                const bool unit = kGroups == Groups::kLong && joined<M>(g, part);
+                int64_t at = first_code<kGroups>(g, part);
+                if (!kHalf || part % 2 == 0) read_ahead(g, ahead);
+                add_steps<M, P>(g, at, sums, [&](int i) __attribute__((always_inline)) {
+                    finish<P, kGroups>(g, i, last, sums[i], totals[i]);
+                    int32_t start = number<int32_t>(g.a[i] + g.starts, part);
+                    for (int64_t next = 1; unit && next < kUnitBlocks; ++next) {
+                        start += number<int32_t>(g.a[i] + g.starts, part + next);
+                    }
 #pragma GCC unroll 8
-                for (int i = 0; i < M; ++i) finish<P, kGroups>(g, i, block - 1, sums[i], totals[i]);
+                    for (int j = 0; j < P * V; ++j) sums[i][j] = start - VecDots{};
+                });
+                if constexpr (!kHalf) {
+                    const int64_t apart = (g.pairs && !unit ? kUnitBlocks : 1) * kStepCodes;
+                    for (int64_t runs = unit ? 2 * kUnitBlocks - 1 : 1; runs > 0; --runs) {
+                        at += apart;
+                        if (runs % 2 == 0) read_ahead(g, ahead);
+                        add_steps<M, P>(g, at, sums, [](int) {});
+                    }
+                }
+                if (kGroups == Groups::kBlocks && g.mins) take_mins<M, P>(g, part, totals);
+                last = part;
+                part = unit ? smaller(part + kUnitBlocks, end) : part + 1;
+            }
+#pragma GCC unroll 8
+            for (int i = 0; i < M; ++i) finish<P, kGroups>(g, i, last, sums[i], totals[i]);
+            if constexpr (kGroups == Groups::kLong) {
                 put_group<M, P>(g, group, totals);
-                end = smaller(end + g.group / kBlock, g.blocks);
+                end = smaller(end + g.group / kBlock, parts);
             }
-        } else {
-            const int64_t parts = kGroups == Groups::kHalves ? 2 * g.blocks : g.blocks;
-            add_part<M, P, kGroups, false>(g, 0, ahead, sums, totals);
-            for (int64_t part = 1; part < parts; ++part) {
-                add_part<M, P, kGroups, true>(g, part, ahead, sums, totals);
-                if (g.mins) take_mins<M, P>(g, part - 1, totals);
-            }
+        }
+        if constexpr (kGroups != Groups::kLong) put<M, P>(g, g.adds, totals);
+    }
+
+    // Of a part: where its codes begin in a row; of pairs, which have blocks, those of the even columns.
+    template <Groups kGroups>
+    static int64_t first_code(const CodeArguments& g, int64_t part) {
+        if (kGroups == Groups::kHalves) return part * kStepCodes;
+        const int64_t in_unit = part % kUnitBlocks;
+        return part * kBlock - (g.pairs ? in_unit * kStepCodes : 0);
+    }
+
+    template <int M, int P, class Vector>
+    __attribute__((always_inline)) static void clear(Vector (&x)[M][P * V]) {
 #pragma GCC unroll 8
-            for (int i = 0; i < M; ++i) finish<P, kGroups>(g, i, parts - 1, sums[i], totals[i]);
-            if (g.mins) take_mins<M, P>(g, parts - 1, totals);
-            put<M, P>(g, g.adds, totals);
+        for (int i = 0; i < M; ++i) {
+#pragma GCC unroll 8
+            for (int j = 0; j < P * V; ++j) x[i][j] = Vector{};
         }
     }
 
-    // The exact sums of a part, from its start on; before, those of the part before it are added to totals, if kFinish.
-    template <int M, int P, Groups kGroups, bool kFinish>
-    __attribute__((always_inline)) static void add_part(const CodeArguments& g, int64_t part, const uint8_t*& ahead,
-                                                        VecDots (&sums)[M][P * V], VecDotsF (&totals)[M][P * V]) {
-        constexpr int kHalves = kGroups == Groups::kHalves ? 1 : 2, kSteps = kBlock / 2 / 4;
-        const int64_t unit = part / kUnitBlocks * kUnitBlocks, apart = (g.pairs ? kUnitBlocks : 1) * kBlock / 2;
-        int64_t at = g.pairs ? unit * kBlock + (part - unit) * kBlock / 2 : part * kHalves * kBlock / 2;
-        if (kHalves == 2 || part % 2 == 0) {
-            __builtin_prefetch(ahead, 0, 2);
-            ahead += g.ahead_step;
-        }
-#pragma GCC unroll 2
-        for (int half = 0; half < kHalves; ++half, at += apart) {
-            const uint8_t* b = g.b + kPanelColumns * at;
+    // Whether a block is the first of a unit whose blocks have one scale in every row.
+    template <int M>
+    __attribute__((always_inline)) static bool joined(const CodeArguments& g, int64_t block) {
+        if (!g.joins || block % kUnitBlocks) return false;
+        int all = 1;
+#pragma GCC unroll 8
+        for (int i = 0; i < M; ++i) all &= number<int8_t>(g.a[i] + g.joined, block / kUnitBlocks);
+        return all;
+    }
+
+    __attribute__((always_inline)) static void read_ahead(const CodeArguments& g, const uint8_t*& ahead) {
+        __builtin_prefetch(ahead, 0, 2);
+        ahead += g.ahead_step;
+    }
+
+    // Four steps, from number `at` of the codes of a row on; first(i) comes before the first products of row i.
+    template <int M, int P, class First>
+    __attribute__((always_inline)) static void add_steps(const CodeArguments& g, int64_t at, VecDots (&sums)[M][P * V],
+                                                         First first) {
+        const uint8_t* b = g.b + kPanelColumns * at;
 #pragma GCC unroll 4
-            for (int u = 0; u < kSteps; ++u, b += 64) {
-                VecCodes panel[P * V];
+        for (int u = 0; u < kStepCodes / 4; ++u, b += 64) {
+            VecCodes panel[P * V];
 #pragma GCC unroll 8
-                for (int j = 0; j < P * V; ++j) {
-                    panel[j] = load_bits<VecCodes>(b + j / V * g.b_stride + j % V * kCodeBytes);
-                }
+            for (int j = 0; j < P * V; ++j) {
+                panel[j] = load_bits<VecCodes>(b + j / V * g.b_stride + j % V * kCodeBytes);
+            }
 #pragma GCC unroll 8
-                for (int i = 0; i < M; ++i) {
-                    if (half == 0 && u == 0) {
-                        if constexpr (kFinish) finish<P, kGroups>(g, i, part - 1, sums[i], totals[i]);
-                        const VecDots start = number<int32_t>(g.a[i] + g.starts, part) - VecDots{};
+            for (int i = 0; i < M; ++i) {
+                if (u == 0) first(i);
+                const auto x = (VecCodes)(read(reinterpret_cast<const int32_t*>(g.a[i] + at + 4 * u)) - VecDots{});
 #pragma GCC unroll 8
-                        for (int j = 0; j < P * V; ++j) sums[i][j] = start;
-                    }
-                    const auto x = (VecCodes)(read(reinterpret_cast<const int32_t*>(g.a[i] + at + 4 * u)) - VecDots{});
-#pragma GCC unroll 8
-                    for (int j = 0; j < P * V; ++j) sums[i][j] = dot4(sums[i][j], panel[j], x);
-                }
+                for (int j = 0; j < P * V; ++j) sums[i][j] = dot4(sums[i][j], panel[j], x);
             }
         }
     }
@@ -202,11 +239,7 @@ private:
         }
         if (g.mins && (group || g.begins)) take_mins<M, P>(g, group, totals);
         put<M, P>(g, g.adds || group, totals);
-#pragma GCC unroll 8
-        for (int i = 0; i < M; ++i) {
-#pragma GCC unroll 8
-            for (int j = 0; j < P * V; ++j) totals[i][j] = VecDotsF{};
-        }
+        clear<M, P>(totals);
     }
 
     // C (+)= totals

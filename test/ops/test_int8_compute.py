@@ -2,12 +2,13 @@
 
 from functools import cache
 
+import gguf
 import pytest
 import torch
 
 import ktops
 from ktops.ops.moe_sft import ARGUMENTS
-from ktops.reference.int8 import BLOCK, DIGITS, round_blocks, round_digits
+from ktops.reference.int8 import BLOCK, DIGITS, UNIT, largest_of_blocks, round_blocks, round_digits
 from ktops.testing.budgets import forward_budget, relative_error
 from ktops.testing.compare import one_thread, random_grad_output, run, threads
 from ktops.testing.inputs import densified, moe_inputs
@@ -32,28 +33,36 @@ CASES = [
     *((*format, *size) for format in CHUNKS for size in CHUNK_SIZES),
     *((name, 0, *size) for name in BLOCKS for size in BLOCK_SIZES),
 ]
+Q8_0 = gguf.GGMLQuantizationType.Q8_0
 FAST = ("amx_bf16", "avx512_bf16")
 """The rows that multiply integers faster than floats: where "auto" means "int8"."""
+
+
+def round_joined(x: torch.Tensor) -> torch.Tensor:
+    return round_blocks(x, joined=True)
 
 
 def rounding(isa: str, inputs: dict, name: str):
     """What rounds the rows that are multiplied with a weight: to blocks, or with tiles to two digits."""
     weight = inputs[name]
     columns, group = weight.shape[-1], weight.group_size
+    if weight.format not in GROUPED:
+        return round_blocks
     many = inputs["topk_ids"].numel() > 8 * weight.shape[0]
-    tiles = group == 0 or group >= columns or (group % 128 == 0 and group <= 2048)
-    digits = isa == "amx_bf16" and many and tiles and weight.format in GROUPED
-    return round_digits if digits else round_blocks
+    if isa == "amx_bf16" and many and (group in (0, 128) or group >= columns):
+        return round_digits
+    return round_joined if group % UNIT == 0 else round_blocks
 
 
-def undecided(h: torch.Tensor, budget: float) -> torch.Tensor:
+def undecided(h: torch.Tensor, joined: bool, budget: float) -> torch.Tensor:
     """What to add to elements so near the middle of two integers that the other one is right as well; else 0.
 
     ``budget`` is the relative error of the row; an element may have several times the average one.
     """
-    blocks = torch.nn.functional.pad(h, (0, -len(h) % BLOCK)).view(-1, BLOCK)
-    scale = blocks.float().abs().amax(-1, keepdim=True).double() / 127
-    steps = torch.where(scale > 0, blocks.double() / scale, 0)
+    padded = torch.nn.functional.pad(h.float(), (0, -len(h) % UNIT))
+    scale = largest_of_blocks(padded, joined).unsqueeze(-1).double() / 127
+    blocks = padded.double().unflatten(-1, (-1, BLOCK))
+    steps = torch.where(scale > 0, blocks / scale, 0)
     beyond = steps - steps.floor() - 0.5
     other = torch.where(steps.round() > steps, -scale, scale)
     errors = 8 * budget * h.float().square().mean().sqrt().double()
@@ -75,8 +84,8 @@ def expected(isa: str, inputs: dict, output: torch.Tensor) -> torch.Tensor:
             gate, up = (gate_up[expert] @ coded[token]).chunk(2)
             h = (torch.nn.functional.silu(gate) * up).to(x.dtype)
             reference[token] += weight * (down[expert] @ rounded(h))
-            if rounded is round_blocks:
-                change = undecided(h, budget)
+            if rounded is not round_digits:
+                change = undecided(h, rounded is round_joined, budget)
                 others += [weight * change[j] * down[expert, :, j] for j in change.nonzero().flatten()]
         for other in others:
             error = output[token].double() - reference[token]
@@ -112,13 +121,24 @@ ROUNDED_BLOCKS = 1.3
 """Times the error that blocks of 32 have at best, in float64: that of ggml's Q8_0."""
 
 
+def test_blocks_are_those_of_ggml():
+    """But for the scale, which Q8_0 rounds to binary16."""
+    x = moe_inputs(16, 256, 32, 1, 1)["hidden_states"]
+    x[:, 5] *= 100
+    theirs = gguf.dequantize(gguf.quantize(x.numpy(), Q8_0), Q8_0)
+    errors = [relative_error(rounded, x) for rounded in (round_blocks(x), torch.from_numpy(theirs))]
+    assert errors[0] == pytest.approx(errors[1], rel=0.01)
+
+
 @cache
-def massive_channels(name: str, group_size: int, num_tokens: int) -> tuple[dict, list]:
+def massive_channels(
+    name: str, group_size: int, num_tokens: int, hidden: int = 1024, intermediate: int = 256
+) -> tuple[dict, list]:
     """One expert, and of every factor: hidden_states, the exact output, what blocks of 32 make of it.
 
     As models have them: a few channels of hidden_states are much larger than the others, in every token.
     """
-    inputs = in_format(moe_inputs(num_tokens, 1024, 256, 1, 1), name, group_size)
+    inputs = in_format(moe_inputs(num_tokens, hidden, intermediate, 1, 1), name, group_size)
     dense = densified(inputs)
     gate_up, down = dense["gate_up_proj"][0].double(), dense["down_proj"][0].double()
 
@@ -134,14 +154,23 @@ def massive_channels(name: str, group_size: int, num_tokens: int) -> tuple[dict,
     return inputs, cases
 
 
-@pytest.mark.parametrize("num_tokens", [3, 40])
-@pytest.mark.parametrize("name,group_size", MASSIVE)
-def test_massive_channels(isa, name, group_size, num_tokens):
-    inputs, cases = massive_channels(name, group_size, num_tokens)
+def assert_as_good_as_blocks(inputs: dict, cases: list) -> None:
     for factor, x, exact, rounded in cases:
         output = ktops.moe_sft(**inputs | {"hidden_states": x}, compute="int8")
         error, allowed = relative_error(output, exact), ROUNDED_BLOCKS * relative_error(rounded, exact)
         assert error <= allowed, f"{error:.4f} where channels are {factor} times as large"
+
+
+@pytest.mark.parametrize("num_tokens", [3, 40])
+@pytest.mark.parametrize("name,group_size", MASSIVE)
+def test_massive_channels(isa, name, group_size, num_tokens):
+    assert_as_good_as_blocks(*massive_channels(name, group_size, num_tokens))
+
+
+@pytest.mark.parametrize("name,group_size", [("int8", 0), ("int4", 128)])
+def test_more_tokens_than_panels_have_room_for(isa, name, group_size):
+    """With tiles: two digits of more than 128 rows, and more than 1024 columns."""
+    assert_as_good_as_blocks(*massive_channels(name, group_size, 150, 1152, 64))
 
 
 def test_lora_and_biases_are_added(isa):

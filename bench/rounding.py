@@ -140,11 +140,19 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+def has_tiles() -> bool:
+    """Of the CPU, or of the emulator that this process runs under."""
+    try:
+        amx_emulator.counts()
+    except RuntimeError:
+        return ktops.cpu_capabilities()["amx_bf16"]
+    return True
+
+
 def main(argv: list[str] | None = None) -> int:
     args = parse_arguments(argv)
-    available = ktops.cpu_capabilities()
-    isas = args.isa or [isa for isa, runs in available.items() if runs]
-    if "amx_bf16" in isas and not available["amx_bf16"]:
+    isas = args.isa or [isa for isa, runs in ktops.cpu_capabilities().items() if runs]
+    if "amx_bf16" in isas and not has_tiles():
         arguments = sys.argv[1:] if argv is None else argv
         command = [sys.executable, "-m", "bench.rounding", *arguments]
         env = amx_emulator.row_environment(path=[Path(__file__).parents[1]])

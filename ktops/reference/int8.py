@@ -12,8 +12,11 @@ BLOCK = 32
 UNIT = 128
 """Columns whose blocks may share one, where they belong to one group of the weight."""
 
-JOINED_SQUARES = 2.4
-"""They do where the squares of their scales add up to at most so many times what they would else."""
+JOINED_SQUARES = 1.6
+"""How many times the squares of a row's scales may add up to what they would else: the errors' do too."""
+
+MOST_JOINED_SQUARES = 2.4
+"""The same of a unit, if the row stays below JOINED_SQUARES; if not, a unit must."""
 
 DIGITS = 127 * 128
 """The largest integer of two digits, 128 high + low."""
@@ -27,13 +30,15 @@ def _rounded(x: Tensor, largest: Tensor, most: int) -> Tensor:
 def largest_of_blocks(x: Tensor, joined: bool) -> Tensor:
     """max |x| that the scale of each block of x [..., K] is made from, K a multiple of UNIT if ``joined``."""
     largest = x.unflatten(-1, (-1, BLOCK)).abs().amax(-1)
-    if joined:
-        units = largest.unflatten(-1, (-1, UNIT // BLOCK))
-        most = units.amax(-1, keepdim=True)
-        squares = units.square().sum(-1, keepdim=True)
-        joins = units.shape[-1] * most.square() <= JOINED_SQUARES * squares
-        largest = torch.where(joins, most, units).flatten(-2)
-    return largest
+    if not joined:
+        return largest
+    units = largest.unflatten(-1, (-1, UNIT // BLOCK))
+    most = units.amax(-1, keepdim=True)
+    squares, shared = units.square().sum(-1, keepdim=True), units.shape[-1] * most.square()
+    row = torch.where(shared <= MOST_JOINED_SQUARES * squares, shared, squares).sum(-2, keepdim=True)
+    enough = row <= JOINED_SQUARES * squares.sum(-2, keepdim=True)
+    times = torch.where(enough, MOST_JOINED_SQUARES, JOINED_SQUARES)
+    return torch.where(shared <= times * squares, most, units).flatten(-2)
 
 
 def round_blocks(x: Tensor, joined: bool = False) -> Tensor:

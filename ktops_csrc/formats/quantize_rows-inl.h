@@ -167,32 +167,57 @@ private:
     float sum_ = 0;  // of the group that ends with group_end_
 };
 
-// Makes the largest of all blocks that of each, where this costs little: where the squares of their scales, and with
-// them those of the errors, add up to no more than kJoinedSquares times what they did.
-constexpr float kJoinedSquares = 2.4f;
-inline bool join_blocks(float (&largest)[kUnitBlocks]) {
-    float all = 0, squares = 0;
-    for (float block : largest) all = block > all ? block : all, squares += block * block;
-    if (!(kUnitBlocks * all * all <= kJoinedSquares * squares)) return false;
-    for (float& block : largest) block = all;
-    return true;
+// The blocks of a unit share the largest of their scales where the sum of the squares of the scales, and so of the
+// errors, grows by no more than `most` times.
+struct JoinedUnit {
+    float largest = 0, squares = 0;
+
+    explicit JoinedUnit(const float* blocks) {
+        for (int b = 0; b < kUnitBlocks; ++b) {
+            largest = blocks[b] > largest ? blocks[b] : largest;
+            squares += blocks[b] * blocks[b];
+        }
+    }
+    float joined_squares() const { return kUnitBlocks * largest * largest; }
+    bool joins(float most) const { return joined_squares() <= most * squares; }
+};
+
+// `most` of a row with these largest |x| of its blocks: as much as makes the sum of all squares grow by no more than
+// kJoinedSquares times.
+constexpr float kJoinedSquares = 1.6f, kMostJoinedSquares = 2.4f;
+inline float most_joined_squares(const float* blocks, int64_t units) {
+    float before = 0, after = 0;
+    for (int64_t u = 0; u < units; ++u) {
+        const JoinedUnit unit(blocks + u * kUnitBlocks);
+        before += unit.squares;
+        after += unit.joins(kMostJoinedSquares) ? unit.joined_squares() : unit.squares;
+    }
+    return after <= kJoinedSquares * before ? kMostJoinedSquares : kJoinedSquares;
 }
 
 // Row i of `rows` from k elements: each block round(x / scale) with scale = max |x| / 127.
 template <class T>
 inline void quantize_row(const T* x, int64_t k, const CodedRows& rows, int64_t i) {
     constexpr int N = kUnitVectors / kUnitBlocks;
+    const int64_t units = rows.columns / CodedRows::kUnit;
+    float* all = rows.row_scales(i);  // of every block the largest |x|, until there is the scale
+    VecF v[kUnitVectors];
+    for (int64_t u = 0; u < units; ++u) {
+        load_unit(x + u * CodedRows::kUnit, k - u * CodedRows::kUnit, v);
+        largest_of_blocks(v, all + u * kUnitBlocks);
+    }
+    const float most = rows.joins() ? most_joined_squares(all, units) : 0;
     CodedRow row(rows, i);
-    for (int64_t j = 0; j < rows.columns; j += CodedRows::kUnit) {
-        VecF v[kUnitVectors];
+    for (int64_t u = 0; u < units; ++u) {
+        const float* largest = all + u * kUnitBlocks;
+        const JoinedUnit unit(largest);
+        const bool joined = rows.joins() && unit.joins(most);
         VecI32 q[kUnitVectors];
-        float largest[kUnitBlocks], scale[kUnitBlocks];
-        load_unit(x + j, k - j, v);
-        largest_of_blocks(v, largest);
-        const bool joined = rows.joins() && join_blocks(largest);
+        float scale[kUnitBlocks];
+        load_unit(x + u * CodedRows::kUnit, k - u * CodedRows::kUnit, v);
         for (int b = 0; b < kUnitBlocks; ++b) {
-            const float inverse = inverse_of(largest[b], 127);
-            scale[b] = largest[b] / 127;
+            const float of_block = joined ? unit.largest : largest[b], inverse = inverse_of(of_block, 127);
+            scale[b] = of_block / 127;
             for (int s = b * N; s < (b + 1) * N; ++s) q[s] = nearest_integers(v[s], inverse);
         }
         row.add_unit(q, scale, joined);

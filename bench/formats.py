@@ -40,8 +40,8 @@ FORMATS = (
     "q4_0@int8", "q4_k", "q4_k@int8", "q5_k", "q5_k@int8", "q6_k", "q6_k@int8", "iq4_xs", "iq4_xs@int8",
 )  # fmt: skip
 TOKENS = (1, 16, 2048)
-ROUNDED_ACTIVATIONS = 0.05
-"""Of int8 products: three factors rounded to 127 steps of the largest of a row of normal numbers, 4 or so."""
+ROUNDED_ACTIVATIONS = 0.03
+"""Of int8 products: three factors rounded to 127 steps of the largest of 32 numbers, normal ones: 2 to 3."""
 
 
 @dataclass

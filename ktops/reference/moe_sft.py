@@ -10,7 +10,8 @@ For token t and slot j, with e = topk_ids[t, j]:
     out[t] += topk_weights[t, j] * y
 
 Everything is computed in the dtype of hidden_states: pass float64 for the reference of a test. ``compute``
-changes nothing here: products are those of the weights that a format means.
+changes nothing here: products are those of the weights that a format means. What "int8" makes of the rows of
+hidden_states and h is in :mod:`ktops.reference.int8`.
 """
 
 import torch

@@ -1,12 +1,12 @@
 #pragma once
 
-// Products with the codes of integer formats, without making floats of them: rows of activations are codes too, with a
-// scale each (quantize_row). With q the unsigned code of a weight, s and z its group's scale and zero point, and a that
-// of an activation,
+// Products with the codes of integer formats, without making floats of them: rows of activations are codes too, whose
+// blocks have a scale each (quantize_rows-inl.h). With q the unsigned code of a weight, s and z its group's scale and
+// zero point, and a t the code of an activation and its block's scale,
 //
-//   sum over k of s (q - z) a = sum over groups of s (sum of q a) - s z (sum of a)
+//   sum over k of s (q - z) t a = sum over groups of (s sum over blocks of t (sum of q a)) - s z (sum of t a)
 //
-// The sums over q a are exact, and those over a are known from quantize_row. A decoder of an integer format has
+// The sums over q a are exact, and those over t a are known from quantize_row. A decoder of an integer format has
 //   kCodeColumns, kCodeStep   a unit: columns whose codes are read together, and its bytes
 //   kPairs                    whether a byte holds two columns: then the codes of a unit are those of even columns and
 //                             then those of odd columns, else in order
@@ -50,27 +50,31 @@ private:
     static void dots_of(const WeightTensor& w, int64_t e, int64_t row, int64_t n, const CodedRows& x,
                         const int64_t* index, int64_t m, float* c, int64_t ldc) {
         const int8_t* a[M];
-        const float* a_sums[M];
-        for (int i = 0; i < M; ++i) a[i] = x.row(index[i < m ? i : 0]), a_sums[i] = x.row_sums(index[i < m ? i : 0]);
+        const float *a_scales[M], *a_sums[M];
+        for (int i = 0; i < M; ++i) {
+            const int64_t of = index[i < m ? i : 0];
+            a[i] = x.row(of), a_scales[i] = x.row_scales(of), a_sums[i] = x.row_sums(of);
+        }
         const PieceGroups whole = kInUnit ? PieceGroups() : PieceGroups(w, 0);  // of most rows: all of one
         const auto add = [&](const DotRows& rows, int64_t ahead) __attribute__((always_inline)) {
             VecDotsF total[M][R] = {};
-            Units units(w, w.row(e, row + rows.first), rows.apart * w.row_bytes, ahead);
+            Units<M> units(w, w.row(e, row + rows.first), rows.apart * w.row_bytes, ahead, a, a_scales);
             if constexpr (kInUnit) {
-                add_units<M>(units, a, a_sums, total);
+                add_units<M>(units, a_sums, total);
+            } else if (w.group >= w.columns) {
+                add_rows<M>(units, Groups(w, e, row, rows, PieceGroups(w, 0)), a_sums, total);
             } else {
                 while (units.k < w.columns) {
                     const Groups groups(w, e, row, rows, whole.end == w.columns ? whole : PieceGroups(w, units.k));
                     take_zeros<M>(groups, a_sums, total);
-                    add_groups<M>(units, w.group, groups, a, total);
+                    add_groups<M>(units, w.group, groups, total);
                 }
             }
             VecF sums[M][kDotRows];
             for (int i = 0; i < M; ++i) {
                 for (int r = 0; r < R; ++r) sums[i][r] = in_one_register(total[i][r]);
             }
-            put_dots<M>(sums, m, rows,
-                        [&](int64_t i, int64_t j, float sum) { c[i * ldc + j] = sum * x.scale[index[i]]; });
+            put_dots<M>(sums, m, rows, [&](int64_t i, int64_t j, float sum) { c[i * ldc + j] = sum; });
         };
         const DotGroups groups = streams(n, w.row_bytes);
         for (int64_t g = 0; g < groups.count; ++g) {
@@ -81,31 +85,66 @@ private:
         }
     }
 
+    // The codes of a unit of activations, and the scales of the lanes of their sums.
+    template <int M>
+    struct UnitOfRows {
+        VecCodes codes[M][V];
+        VecDotsF scale[M][S];
+        const float* scales[M];  // from the first of the unit on
+
+        template <int... Vs>
+        __attribute__((always_inline)) UnitOfRows(const int8_t* const* a, const float* const* a_scales, int64_t k,
+                                                  std::integer_sequence<int, Vs...>) {
+#pragma GCC unroll 4
+            for (int i = 0; i < M; ++i) {
+#pragma GCC unroll 8
+                for (int v = 0; v < V; ++v) codes[i][v] = load_bits<VecCodes>(a[i] + k + v * kCodeBytes);
+                scales[i] = a_scales[i] + k / CodedRows::kBlock;
+                ((scale[i][Vs] = of_blocks<Vs>(scales[i], std::make_integer_sequence<int, kDotLanes>())), ...);
+            }
+        }
+    };
+
+    // From the scales of a unit's blocks to those of the lanes of vector v.
+    template <int v, int... Is>
+    __attribute__((always_inline)) static VecDotsF of_blocks(const float* scale, std::integer_sequence<int, Is...>) {
+        constexpr int64_t kFirst = column_of(v, 0) / CodedRows::kBlock / 4 * 4;
+        static_assert(column_of(v, kDotLanes - 1) / CodedRows::kBlock < kFirst + 4);
+        const VecDotsF scales = repeat_four(scale + kFirst);
+        return __builtin_shufflevector(scales, scales,
+                                       static_cast<int>(column_of(v, Is) / CodedRows::kBlock - kFirst)...);
+    }
+
     // The units of kDotRows rows, from the first to the last: as many streams of memory.
+    template <int M>
     struct Units {
         const uint8_t* unit;
         int64_t apart;  // bytes, from one row to the next
         const int64_t ahead, columns, last_k;
+        const int8_t* const* a;
+        const float* const* a_scales;
         int64_t k = 0;  // the first column of the next ones
         uint8_t last[R * kStep];
 
-        Units(const WeightTensor& w, const uint8_t* first, int64_t apart, int64_t ahead)
-            : unit(first), apart(apart), ahead(ahead), columns(w.columns), last_k(w.columns / kColumns * kColumns) {}
+        Units(const WeightTensor& w, const uint8_t* first, int64_t apart, int64_t ahead, const int8_t* const* a,
+              const float* const* a_scales)
+            : unit(first),
+              apart(apart),
+              ahead(ahead),
+              columns(w.columns),
+              last_k(w.columns / kColumns * kColumns),
+              a(a),
+              a_scales(a_scales) {}
 
-        // f(r, unit of row r, its codes, columns k of a) for every row; then the next ones follow.
-        template <int M, class F>
-        __attribute__((always_inline)) void next(const int8_t* const* a, F f) {
+        // f(r, unit of row r, its codes, those of activations) for every row; then the next ones follow.
+        template <class F>
+        __attribute__((always_inline)) void next(F f) {
             if (__builtin_expect(k == last_k, 0)) {
                 for (int r = 0; r < R; ++r) Rows::copy_last(unit + r * apart, columns - k, last + r * kStep);
                 unit = last;
                 apart = kStep;
             }
-            VecCodes x[M][V];
-#pragma GCC unroll 4
-            for (int i = 0; i < M; ++i) {
-#pragma GCC unroll 8
-                for (int v = 0; v < V; ++v) x[i][v] = load_bits<VecCodes>(a[i] + k + v * kCodeBytes);
-            }
+            const UnitOfRows<M> x(a, a_scales, k, std::make_integer_sequence<int, S>());
 #pragma GCC unroll 4
             for (int r = 0; r < R; ++r) {
                 const uint8_t* from = unit + r * apart;
@@ -120,49 +159,83 @@ private:
         }
     };
 
-    // sums[i] += q a over the codes of a unit, N vectors of sums for each row of activations
-    template <int M, int N>
-    __attribute__((always_inline)) static void add_dots(const VecCodes (&codes)[V], const VecCodes (&x)[M][V],
-                                                        VecDots (&sums)[M][N]) {
+    // sums[i] = q a over the codes of a unit
+    template <int M>
+    __attribute__((always_inline)) static void dots_of_unit(const VecCodes (&codes)[V], const UnitOfRows<M>& x,
+                                                            VecDots (&sums)[M][S]) {
 #pragma GCC unroll 8
         for (int v = 0; v < V; ++v) {
 #pragma GCC unroll 4
-            for (int i = 0; i < M; ++i) sums[i][v % N] = dot4(sums[i][v % N], codes[v], x[i][v]);
+            for (int i = 0; i < M; ++i)
+                sums[i][v % S] = dot4(v < S ? VecDots{} : sums[i][v % S], codes[v], x.codes[i][v]);
         }
     }
 
     // total[i][r] += the sums of a unit of row r in groups of kGroup columns, with the scales of these.
     template <int M, int64_t kGroup>
-    __attribute__((always_inline)) static void add_scaled(const VecCodes (&codes)[V], const VecCodes (&x)[M][V],
+    __attribute__((always_inline)) static void add_scaled(const VecCodes (&codes)[V], const UnitOfRows<M>& x,
                                                           const float* scale, int r, VecDotsF (&total)[M][R]) {
-        VecDots sums[M][S] = {};
-        add_dots<M>(codes, x, sums);
-        add_products<M, kGroup>(sums, scale, r, total, std::make_integer_sequence<int, S>());
+        VecDots sums[M][S];
+        dots_of_unit<M>(codes, x, sums);
+        add_products<M, kGroup>(sums, x, scale, r, total, std::make_integer_sequence<int, S>());
     }
 
     template <int M, int64_t kGroup, int... Vs>
-    __attribute__((always_inline)) static void add_products(const VecDots (&sums)[M][S], const float* scale, int r,
-                                                            VecDotsF (&total)[M][R],
+    __attribute__((always_inline)) static void add_products(const VecDots (&sums)[M][S], const UnitOfRows<M>& x,
+                                                            const float* scale, int r, VecDotsF (&total)[M][R],
                                                             std::integer_sequence<int, Vs...>) {
-        const VecDotsF factors[] = {of_lanes<kGroup, Vs>(scale, std::make_integer_sequence<int, kDotLanes>())...};
+        constexpr auto kIs = std::make_integer_sequence<int, kDotLanes>();
+        if constexpr (kGroup > CodedRows::kBlock) {
+            const VecDotsF factors[] = {GroupLanes<kGroup, Vs>::spread(GroupLanes<kGroup, Vs>::load(scale), kIs)...};
 #pragma GCC unroll 4
-        for (int i = 0; i < M; ++i) ((total[i][r] += dots_to_floats(sums[i][Vs]) * factors[Vs]), ...);
+            for (int i = 0; i < M; ++i) {
+                ((total[i][r] += dots_to_floats(sums[i][Vs]) * (factors[Vs] * x.scale[i][Vs])), ...);
+            }
+        } else {
+            const VecDotsF scales[] = {GroupLanes<kGroup, Vs>::load(scale)...};
+#pragma GCC unroll 4
+            for (int i = 0; i < M; ++i) {
+                ((total[i][r] += dots_to_floats(sums[i][Vs]) *
+                                 GroupLanes<kGroup, Vs>::spread(
+                                     scales[Vs] * GroupLanes<kGroup, Vs>::load_blocks(x.scales[i], kIs), kIs)),
+                 ...);
+            }
+        }
     }
 
-    // From the scales of one group after the other to those of the lanes of vector v.
-    template <int64_t kGroup, int v, int... Is>
-    __attribute__((always_inline)) static VecDotsF of_lanes(const float* scale, std::integer_sequence<int, Is...>) {
-        if constexpr (column_of(v, kDotLanes - 1) / kGroup == column_of(v, 0) / kGroup) {
-            return VecDotsF{} + scale[column_of(v, 0) / kGroup];
-        }
-        constexpr int64_t kBegin = column_of(v, 0) / kGroup, kEnd = column_of(v, kDotLanes - 1) / kGroup + 1;
+    // Numbers of one group of a unit after the other, in a register, and those of the lanes of vector v.
+    template <int64_t kGroup, int v>
+    struct GroupLanes {
+        static constexpr int64_t kBegin = column_of(v, 0) / kGroup, kEnd = column_of(v, kDotLanes - 1) / kGroup + 1;
+        static constexpr bool kOne = kEnd - kBegin == 1;
         // those of a unit are in a register; else no more than what is needed: what several stores have written keeps a
         // load waiting
-        constexpr bool kFew = !kInUnit && kEnd - kBegin <= 4;
-        constexpr int64_t kFirst = kFew ? kBegin : kBegin / kDotLanes * kDotLanes;
-        const VecDotsF scales = kFew ? repeat_four(scale + kFirst) : load_bits<VecDotsF>(scale + kFirst);
-        return __builtin_shufflevector(scales, scales, static_cast<int>(column_of(v, Is) / kGroup - kFirst)...);
-    }
+        static constexpr bool kFew = !kInUnit && kEnd - kBegin <= 4;
+        static constexpr int64_t kFirst = kOne || kFew ? kBegin : kBegin / kDotLanes * kDotLanes;
+
+        __attribute__((always_inline)) static VecDotsF load(const float* numbers) {
+            if constexpr (kOne) return numbers[kFirst] - VecDotsF{};
+            return kFew ? repeat_four(numbers + kFirst) : load_bits<VecDotsF>(numbers + kFirst);
+        }
+        // The same of numbers of blocks, for groups of no more than a block.
+        template <int... Is>
+        __attribute__((always_inline)) static VecDotsF load_blocks(const float* numbers,
+                                                                   std::integer_sequence<int, Is...>) {
+            constexpr int64_t kParts = CodedRows::kBlock / kGroup;
+            if constexpr (kParts == 1) {
+                return load(numbers);
+            } else {
+                static_assert(!kOne && kFirst % kParts == 0);
+                const auto blocks = load_bits<VecDotsF>(numbers + kFirst / kParts);
+                return __builtin_shufflevector(blocks, blocks, static_cast<int>(Is / kParts)...);
+            }
+        }
+        template <int... Is>
+        __attribute__((always_inline)) static VecDotsF spread(VecDotsF numbers, std::integer_sequence<int, Is...>) {
+            if constexpr (kOne) return numbers;
+            return __builtin_shufflevector(numbers, numbers, static_cast<int>(column_of(v, Is) / kGroup - kFirst)...);
+        }
+    };
 
     // s z of groups [g, g + kDotLanes) of a unit, zeros beyond its groups.
     template <int... Is>
@@ -181,12 +254,12 @@ private:
 
     // Scales in the units.
     template <int M>
-    __attribute__((always_inline)) static void add_units(Units& units, const int8_t* const* a,
-                                                         const float* const* a_sums, VecDotsF (&total)[M][R]) {
+    __attribute__((always_inline)) static void add_units(Units<M>& units, const float* const* a_sums,
+                                                         VecDotsF (&total)[M][R]) {
         while (units.k < units.columns) {
             const int64_t group = units.k / Decoder::kCodeGroup;
-            units.template next<M>(a, [&](int r, const uint8_t* unit, const VecCodes(&codes)[V],
-                                          const VecCodes(&x)[M][V]) __attribute__((always_inline)) {
+            units.next([&](int r, const uint8_t* unit, const VecCodes(&codes)[V],
+                           const UnitOfRows<M>& x) __attribute__((always_inline)) {
                 float scale[kUnitScales];
                 Decoder::code_scales(unit, scale);
 #pragma GCC unroll 2
@@ -244,64 +317,71 @@ private:
         }
     }
 
+    // Rows with one scale each, which is that of every piece.
     template <int M>
-    __attribute__((always_inline)) static void add_groups(Units& units, int64_t group, const Groups& groups,
-                                                          const int8_t* const* a, VecDotsF (&total)[M][R]) {
-        if (group == kColumns) {
-            add_parts<M, kColumns>(units, groups, a, total);
-        } else if (groups.count == 1 || group % kColumns == 0) {
-            add_whole_groups<M>(units, group, groups, a, total);
+    __attribute__((always_inline)) static void add_rows(Units<M>& units, const Groups& row, const float* const* a_sums,
+                                                        VecDotsF (&total)[M][R]) {
+        while (units.k < units.columns) {
+            units.next([&](int r, const uint8_t*, const VecCodes(&codes)[V], const UnitOfRows<M>& x)
+                           __attribute__((always_inline)) {
+                               VecDots sums[M][S];
+                               dots_of_unit<M>(codes, x, sums);
+#pragma GCC unroll 4
+                               for (int i = 0; i < M; ++i) {
+#pragma GCC unroll 4
+                                   for (int v = 0; v < S; ++v) {
+                                       total[i][r] += dots_to_floats(sums[i][v]) * x.scale[i][v];
+                                   }
+                               }
+                           });
+        }
+#pragma GCC unroll 4
+        for (int r = 0; r < R; ++r) {
+            const float zero = kZeros ? row.zero[kZeros ? r : 0][0] : static_cast<float>(Decoder::kZeroCode);
+#pragma GCC unroll 4
+            for (int i = 0; i < M; ++i) {
+                total[i][r][0] -= zero * a_sums[i][0];
+                total[i][r] *= row.scale[r][0];
+            }
+        }
+    }
+
+    template <int M>
+    __attribute__((always_inline)) static void add_groups(Units<M>& units, int64_t group, const Groups& groups,
+                                                          VecDotsF (&total)[M][R]) {
+        if (group % kColumns == 0) {
+            add_parts<M, kColumns>(units, group, groups, total);
         } else if (group == 32) {
-            add_parts<M, 32>(units, groups, a, total);
+            add_parts<M, 32>(units, 32, groups, total);
         } else if (group == 64) {
-            add_parts<M, 64>(units, groups, a, total);
+            add_parts<M, 64>(units, 64, groups, total);
         } else {
-            add_uneven_groups<M>(units, group, groups, a, total);
+            add_uneven_groups<M>(units, group, groups, total);
         }
     }
 
-    // Groups of one or more units.
-    template <int M>
-    __attribute__((always_inline)) static void add_whole_groups(Units& units, int64_t group, const Groups& groups,
-                                                                const int8_t* const* a, VecDotsF (&total)[M][R]) {
-        for (int64_t g = 0; units.k < groups.end; ++g) {
-            const int64_t stop = smaller(groups.end, (groups.first + g + 1) * group);
-            VecDots sums[R][M][1] = {};
-            while (units.k < stop) {
-                units.template next<M>(a,
-                                       [&](int r, const uint8_t*, const VecCodes(&codes)[V], const VecCodes(&x)[M][V])
-                                           __attribute__((always_inline)) { add_dots<M>(codes, x, sums[r]); });
-            }
-#pragma GCC unroll 4
-            for (int r = 0; r < R; ++r) {
-#pragma GCC unroll 4
-                for (int i = 0; i < M; ++i) total[i][r] += dots_to_floats(sums[r][i][0]) * groups.scale[r][g];
-            }
-        }
-    }
-
-    // Units of several groups.
+    // Units of several groups of kGroup columns, or groups of several units.
     template <int M, int64_t kGroup>
-    __attribute__((always_inline)) static void add_parts(Units& units, const Groups& groups, const int8_t* const* a,
+    __attribute__((always_inline)) static void add_parts(Units<M>& units, int64_t group, const Groups& groups,
                                                          VecDotsF (&total)[M][R]) {
         while (units.k < groups.end) {
-            const int64_t g = units.k / kGroup - groups.first;
-            units.template next<M>(a, [&](int r, const uint8_t*, const VecCodes(&codes)[V], const VecCodes(&x)[M][V])
-                                          __attribute__((always_inline)) {
-                                              add_scaled<M, kGroup>(codes, x, groups.scale[r] + g, r, total);
-                                          });
+            const int64_t g = units.k / group - groups.first;
+            const auto add =
+                [&](int r, const uint8_t*, const VecCodes(&codes)[V], const UnitOfRows<M>& x)
+                    __attribute__((always_inline)) { add_scaled<M, kGroup>(codes, x, groups.scale[r] + g, r, total); };
+            units.next(add);
         }
     }
 
     // Groups that end within a unit.
     template <int M>
-    __attribute__((always_inline)) static void add_uneven_groups(Units& units, int64_t group, const Groups& groups,
-                                                                 const int8_t* const* a, VecDotsF (&total)[M][R]) {
+    __attribute__((always_inline)) static void add_uneven_groups(Units<M>& units, int64_t group, const Groups& groups,
+                                                                 VecDotsF (&total)[M][R]) {
         while (units.k < groups.end) {
             const int64_t k = units.k;
-            units.template next<M>(a, [&](int r, const uint8_t*, const VecCodes(&codes)[V], const VecCodes(&x)[M][V]) {
-                VecDots sums[M][S] = {};
-                add_dots<M>(codes, x, sums);
+            units.next([&](int r, const uint8_t*, const VecCodes(&codes)[V], const UnitOfRows<M>& x) {
+                VecDots sums[M][S];
+                dots_of_unit<M>(codes, x, sums);
                 for (int v = 0; v < S; ++v) {
                     float lanes[kDotLanes];
                     for (int lane = 0; lane < kDotLanes; ++lane) {
@@ -309,7 +389,7 @@ private:
                         lanes[lane] = g < groups.count ? groups.scale[r][g] : 0;
                     }
                     const auto factor = load_bits<VecDotsF>(lanes);
-                    for (int i = 0; i < M; ++i) total[i][r] += dots_to_floats(sums[i][v]) * factor;
+                    for (int i = 0; i < M; ++i) total[i][r] += dots_to_floats(sums[i][v]) * (factor * x.scale[i][v]);
                 }
             });
         }

@@ -13,41 +13,61 @@ namespace kt {
 constexpr int64_t group_room(int64_t n) { return round_up(n, 16); }
 
 // Rows of activations as codes, zeros up to whole units: in order, or of every unit the even columns and then the odd
-// ones.
+// ones. A number is a code times the scale of its block; or the sum of two of them, its digits, in two rows of codes
+// each of which has one scale in all blocks.
 struct CodedRows {
-    static constexpr int64_t kUnit = 128, kSumsMultiple = 16;
+    static constexpr int64_t kUnit = 128, kBlock = 32, kSumsMultiple = 16;
+    static constexpr int32_t kDigit = 128;  // the high digit's scale is so many times the low one's
 
-    int8_t* codes = nullptr;
+    int8_t* codes = nullptr;  // of every row, and behind them, at these bytes, what goes with them
     int64_t stride = 0;
-    float* scale = nullptr;  // of every row
-    float* sums = nullptr;   // of every row and group: of its codes; zeros up to sums_stride
-    int64_t sums_stride = 0;
-    int64_t group = 0;
+    int64_t scales_at = 0;        // float: of every block
+    int64_t starts_at = 0;        // int32: of every part, -zero_code times the sum of its codes
+    int64_t sums_at = 0;          // float: of every group, of its numbers; zeros up to num_sums
+    int64_t joined_at = 0;        // int8: of every unit, whether its blocks have one scale
+    int64_t columns = 0;          // in whole units
+    int64_t group = 0, part = 0;  // columns; a part is a block or, if it is less, a group
+    int64_t num_sums = 0;
+    int zero_code = 0;
+    int digits = 1;
     bool pairs = false;
 
     const int8_t* row(int64_t i) const { return codes + i * stride; }
-    const float* row_sums(int64_t i) const { return sums + i * sums_stride; }
+    float* row_scales(int64_t i) const { return reinterpret_cast<float*>(codes + i * stride + scales_at); }
+    int32_t* row_starts(int64_t i) const { return reinterpret_cast<int32_t*>(codes + i * stride + starts_at); }
+    // Blocks of a unit may share a scale where they belong to one group.
+    bool joins() const { return group % kUnit == 0; }
+    int8_t* row_joined(int64_t i) const { return codes + i * stride + joined_at; }
+    float* row_sums(int64_t i) const { return reinterpret_cast<float*>(codes + i * stride + sums_at); }
 
-    static size_t bytes(int64_t rows, const WeightTensor& w) {
-        return Workspace::padded<int8_t>(rows * round_up(w.columns, kUnit)) + Workspace::padded<float>(rows) +
-               Workspace::padded<float>(rows * groups_stride(w.columns, code_group(w)));
+    // Of `rows` rows of activations.
+    static size_t bytes(int64_t rows, const WeightTensor& w, int digits) {
+        return Workspace::padded<int8_t>(rows * digits * CodedRows(w, digits).stride);
     }
-    static CodedRows take(Workspace& workspace, int64_t rows, const WeightTensor& w, bool pairs) {
-        CodedRows out;
-        out.group = code_group(w);
+    static CodedRows take(Workspace& workspace, int64_t rows, const WeightTensor& w, int digits, bool pairs,
+                          int zero_code) {
+        CodedRows out(w, digits);
+        out.codes = workspace.take<int8_t>(rows * digits * out.stride);
         out.pairs = pairs;
-        out.stride = round_up(w.columns, kUnit);
-        out.sums_stride = groups_stride(w.columns, out.group);
-        out.codes = workspace.take<int8_t>(rows * out.stride);
-        out.scale = workspace.take<float>(rows);
-        out.sums = workspace.take<float>(rows * out.sums_stride);
+        out.zero_code = zero_code;
         return out;
     }
 
+    CodedRows() = default;
+
 private:
-    static int64_t groups_stride(int64_t columns, int64_t group) {
-        // A piece of a row may begin with any of its groups, and takes kSumsMultiple at a time.
-        return round_up(ceil_div(columns, larger(1, smaller(group, columns))), kSumsMultiple) + kSumsMultiple;
+    CodedRows(const WeightTensor& w, int digits)
+        : columns(round_up(w.columns, kUnit)),
+          group(code_group(w)),
+          part(smaller(kBlock, group)),
+          // a piece of a row may begin with any of its groups, and takes kSumsMultiple at a time
+          num_sums(round_up(ceil_div(w.columns, larger(1, smaller(group, w.columns))), kSumsMultiple) + kSumsMultiple),
+          digits(digits) {
+        scales_at = columns;
+        sums_at = scales_at + columns / kBlock * 4;  // whole vectors of scales are read: of floats, to the last
+        starts_at = sums_at + num_sums * 4;
+        joined_at = starts_at + columns / part * 4;
+        stride = round_up(joined_at + columns / kUnit, 64);
     }
 };
 

@@ -12,6 +12,7 @@
 
 #include "formats/chunk_order-inl.h"
 #include "formats/format_table.h"
+#include "formats/quantize_rows-inl.h"
 #include "formats/strided-inl.h"
 #include "isa/pack-inl.h"
 
@@ -84,8 +85,8 @@ public:
     }
 
     // Products with codes, of an integer format: rows of activations for them.
-    CodedRows take_codes(Workspace& workspace, int64_t rows) const {
-        return CodedRows::take(workspace, rows, tensor_, table_->pairs);
+    CodedRows take_codes(Workspace& workspace, int64_t rows, int digits) const {
+        return CodedRows::take(workspace, rows, tensor_, digits, table_->pairs, table_->zero_code);
     }
     const WeightTensor& tensor() const { return tensor_; }
     const FormatTable& table() const { return *table_; }

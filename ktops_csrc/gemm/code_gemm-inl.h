@@ -36,7 +36,11 @@ public:
           unit_(weight.table().code_columns),
           m_(m),
           after_(after) {
-        for (int64_t i = 0; i < m; ++i) index_[i] = index ? index[i] : first + i;
+        for (int64_t i = 0; i < m; ++i) {
+            for (int64_t d = 0; d < x.digits; ++d) {
+                index_[i * x.digits + d] = (index ? index[i] : first + i) * x.digits + d;
+            }
+        }
     }
 
     // Writes rows [0, m) of scratch.c: products with the rows of W that `columns` names.
@@ -49,74 +53,55 @@ public:
             return;
         }
 #ifdef KT_INT8_TILES
-        if (CodeTiles<T>::fits(w_, table_, group_)) {
-            return CodeTiles<T>(scratch_, w_, table_, e_, x_, index_, m_).multiply(columns);
-        }
+        if (x_.digits > 1) return CodeTiles<T>(scratch_, w_, table_, e_, x_, index_, m_).multiply(columns);
 #endif
         panels(columns);
     }
 
 private:
     static constexpr int64_t kBlockColumns = MicroDots::kPanels * kPanelColumns;
-    static constexpr int64_t kMaxGroups = kMaxK / 16 + 2, kMaxSegments = 2 * kMaxGroups;
-    // What a block keeps in scratch: its panels; scale and min of every group and column; the starts of every row.
+    static constexpr int64_t kMaxGroups = kMaxK / 16 + 2;
+    // What a block keeps in scratch: its panels; scale and min of every group and column.
     static constexpr int64_t kLeftBytes = GemmScratch<T>::kLeftElements * static_cast<int64_t>(sizeof(Compute<T>));
     static constexpr int64_t kScales = 2 * kMaxGroups * kBlockColumns;
     static_assert(MicroDots::kPanels * code_panel_stride(kMaxK) <= kPanelBytes);
-    static_assert((kScales + kMaxRows * group_room(kMaxGroups)) * 4 <= kLeftBytes);
+    static_assert(kScales * 4 <= kLeftBytes);
 
     float* scales() const { return reinterpret_cast<float*>(scratch_.left); }
 
     void dots(int64_t row, int64_t n, float* c, int64_t ldc) const {
-        const int64_t few = table_.few_rows;
-        const int64_t strip = m_ > few ? 64 : n;  // rows of W that stay in cache for all rows of A
+        const int64_t few = table_.few_rows, m = m_ * x_.digits;
+        const int64_t strip = m > few ? 64 : n;  // rows of W that stay in cache for all rows of A
         for (int64_t j = 0; j < n; j += strip) {
-            for (int64_t i = 0; i < m_; i += few) {
-                table_.code_dots(w_, e_, row + j, smaller(strip, n - j), x_, index_ + i, smaller(few, m_ - i),
+            for (int64_t i = 0; i < m; i += few) {
+                table_.code_dots(w_, e_, row + j, smaller(strip, n - j), x_, index_ + i, smaller(few, m - i),
                                  c + i * ldc + j, ldc);
             }
         }
+        if (x_.digits == 1) return;
+        for (int64_t i = 0; i < m_; ++i) {
+            const float *high = c + 2 * i * ldc, *low = high + ldc;
+            for (int64_t j = 0; j < n; ++j) c[i * ldc + j] = high[j] + low[j];
+        }
     }
 
-    // Columns [k, k + kn), and the runs of steps that their groups are made of.
+    // Columns [k, k + kn).
     struct Block {
-        int64_t k, kn;
-        const CodeSegment* segments;
-        int64_t num_segments;
-
-        int64_t groups() const { return segments[num_segments - 1].group + 1; }
+        int64_t k, kn, blocks, groups;
     };
 
     // k is walked in blocks of whole units, of whole groups at best.
     void panels(const Columns& columns) {
         const int64_t padded = round_up(w_.columns, unit_), groups = std::lcm(smaller(group_, padded), unit_);
         const int64_t step = groups <= kMaxK ? groups : unit_, most = kMaxK / step * step;
-        CodeSegment segments[kMaxSegments];
         for (int64_t k = 0; k < padded; k += most) {
-            const int64_t kn = smaller(most, padded - k);
-            const Block block{k, kn, segments, make_segments(k, kn, segments)};
-            take_rows(block);
+            const int64_t kn = smaller(most, padded - k), end = smaller(k + kn, w_.columns);
+            const Block block{k, kn, ceil_div(end - k, CodedRows::kBlock), (end - 1) / group_ - k / group_ + 1};
+            for (int64_t i = 0; i < m_; ++i) a_[i] = x_.row(index_[i]) + k;
             const NextRows after = k + kn < padded ? NextRows{} : after_;
             const bool both = columns.second >= 0;
             panel_block(block, columns.first, columns.count, both ? NextRows{e_, columns.second} : after, 0);
             if (both) panel_block(block, columns.second, columns.count, after, columns.padded());
-        }
-    }
-
-    // What the micro-kernel gets of each row of A.
-    void take_rows(const Block& block) {
-        const int64_t first = block.k / group_, room = group_room(block.groups());
-        auto* starts = reinterpret_cast<int32_t*>(scales() + kScales);
-        for (int64_t i = 0; i < m_; ++i, starts += room) {
-            a_[i] = x_.row(index_[i]) + block.k;
-            sums_[i] = x_.row_sums(index_[i]) + first;
-            row_scale_[i] = x_.scale[index_[i]];
-            starts_[i] = starts;
-            if (table_.code_mins) continue;
-            for (int64_t g = 0; g < room; g += kLanes<float>) {
-                const VecI32 start = __builtin_convertvector(load(sums_[i] + g), VecI32) * -table_.zero_code;
-                std::memcpy(starts + g, &start, sizeof(start));
-            }
         }
     }
 
@@ -145,20 +130,44 @@ private:
         for (int64_t j = 0; j < n; j += kPanelColumns, panels += code_panel_stride(block.kn)) {
             const int64_t count = smaller(kPanelColumns, n - j);
             table_.code_panel(w_, e_, row + j, count, block.k, block.kn, panels, ahead);
-            table_.code_scales(w_, e_, row + j, count, first, block.groups(), scales() + j,
-                               scales() + kBlockColumns + j, 2 * kBlockColumns);
+            table_.code_scales(w_, e_, row + j, count, first, block.groups, scales() + j, scales() + kBlockColumns + j,
+                               2 * kBlockColumns);
         }
     }
 
     void multiply_panels(const Block& block, int64_t n, int64_t column, const NextRows& next) const {
         const int panels = static_cast<int>(ceil_div(n, kPanelColumns));
-        const auto* b = reinterpret_cast<const uint8_t*>(scratch_.panels);
+        // From column k of a row: where its numbers, one for `columns`, of so many bytes are.
+        const auto at = [&](int64_t first, int64_t columns, int64_t bytes) {
+            return first + block.k / columns * bytes - block.k;
+        };
         ReadAhead ahead(w_, next, n, block.k, block_bytes(block), ceil_div(m_, MicroDots::kRows));
+        CodeArguments g;
+        g.a_scales = at(x_.scales_at, CodedRows::kBlock, 4);
+        g.starts = at(x_.starts_at, x_.part, 4);
+        g.sums = at(x_.sums_at, group_, 4);
+        g.joined = at(x_.joined_at, CodedRows::kUnit, 1);
+        g.joins = x_.joins();
+        g.pairs = x_.pairs;
+        g.blocks = block.blocks;
+        g.group = group_;
+        g.first_blocks = (group_ - block.k % group_) / CodedRows::kBlock;
+        g.begins = block.k % group_ == 0;
+        g.scales = scales();
+        g.mins = table_.code_mins ? scales() + kBlockColumns : nullptr;
+        g.w_stride = 2 * kBlockColumns;
+        g.panels = panels;
+        g.b = reinterpret_cast<const uint8_t*>(scratch_.panels);
+        g.b_stride = code_panel_stride(block.kn);
+        g.adds = block.k > 0;
+        g.ldc = ldc_;
+        g.ahead_step = ahead.step;
         for (int64_t i = 0; i < m_; i += MicroDots::kRows) {
-            const int m = static_cast<int>(smaller(MicroDots::kRows, m_ - i));
-            MicroDots::multiply({m, panels, a_ + i, sums_ + i, starts_ + i, row_scale_ + i, b,
-                                 code_panel_stride(block.kn), block.segments, block.num_segments,
-                                 scratch_.c + i * ldc_ + column, ldc_, ahead.call(), ahead.step});
+            g.m = static_cast<int>(smaller(MicroDots::kRows, m_ - i));
+            g.a = a_ + i;
+            g.c = scratch_.c + i * ldc_ + column;
+            g.ahead = ahead.call();
+            MicroDots::multiply(g);
         }
     }
 
@@ -201,50 +210,6 @@ private:
         const uint8_t* row_;
     };
 
-    // Groups count from the one that k is in. How many segments there are.
-    int64_t make_segments(int64_t k, int64_t kn, CodeSegment* segments) const {
-        int64_t n = 0;
-        bool adds = k > 0;
-        for (int64_t at = k, end = k + kn; at < end;) {
-            const int64_t group = at / group_ - k / group_, next = (at / group_ + 1) * group_;
-            const int64_t stop =
-                next >= w_.columns ? end : smaller(end, next);  // what is beyond the last column is its
-            const bool starts = at % group_ == 0;
-            const float* scale = scales() + 2 * group * kBlockColumns;
-            const auto run = [&](int64_t first, int64_t count) {
-                segments[n++] = {(first - k) / 4,
-                                 count / 4,
-                                 group,
-                                 scale,
-                                 starts && table_.code_mins ? scale + kBlockColumns : nullptr,
-                                 starts && !table_.code_mins,
-                                 false,
-                                 adds,
-                                 false};
-            };
-            if (x_.pairs) {
-                while (at < stop) {
-                    const int64_t unit = at / unit_ * unit_, whole = at == unit ? (stop - at) / unit_ * unit_ : 0;
-                    const int64_t to = whole ? at + whole : smaller(stop, unit + unit_), half = (at - unit) / 2;
-                    if (whole) {
-                        run(at, whole);
-                    } else {
-                        run(unit + half, (to - at) / 2);
-                        run(unit + unit_ / 2 + half, (to - at) / 2);
-                    }
-                    at = to;
-                }
-            } else {
-                run(at, stop - at);
-                at = stop;
-            }
-            segments[n - 1].ends = true;
-            adds = true;
-        }
-        segments[n - 1].last = k + kn >= w_.columns;
-        return n;
-    }
-
     const GemmScratch<T>& scratch_;
     const WeightTensor& w_;
     const FormatTable& table_;
@@ -252,11 +217,8 @@ private:
     const CodedRows& x_;
     int64_t group_, unit_, m_, ldc_ = 0;
     NextRows after_;
-    int64_t index_[kMaxRows];
+    int64_t index_[2 * kMaxRows];
     const int8_t* a_[kMaxRows];
-    const float* sums_[kMaxRows];
-    const int32_t* starts_[kMaxRows];
-    float row_scale_[kMaxRows];
 };
 
 // C = A . W^T of a block whose rows of A are rows of x, see CodeGemm.

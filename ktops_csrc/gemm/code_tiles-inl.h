@@ -1,7 +1,8 @@
 #pragma once
 
 // C = A . W^T in integers with tiles (isa/micro_dots_amx_int8-inl.h): rows of W are decoded, rows of A are put into
-// panels, and blocks of C are summed transposed.
+// panels, and blocks of C are summed transposed. A scale of less than a group of W would take a store of the sums for
+// every tile; so a row of A has one scale and two digits, which are two panels.
 
 #include "gemm/block_gemm-inl.h"
 #include "isa/micro_dots-inl.h"
@@ -26,15 +27,17 @@ public:
           rows_(reinterpret_cast<uint8_t*>(scratch.left)) {}
 
     // Whether groups are whole tiles, in the order of codes.
-    static bool fits(const WeightTensor& w, const FormatTable& table, int64_t group) {
-        return group >= w.columns || (group % table.code_columns == 0 && group <= kMaxK);
+    static bool fits(const WeightTensor& w, const FormatTable& table) {
+        const int64_t group = code_group(w);
+        return group >= w.columns || (group % table.code_columns == 0 && group <= kLeastColumns);
     }
 
     // Writes rows [0, m) of C: products with the rows of W that `columns` names.
     void multiply(const Columns& columns) {
         ldc_ = columns.total();
         const int64_t padded = round_up(w_.columns, table_.code_columns);
-        const int64_t block = group_ <= kMaxK ? kMaxK / group_ * group_ : kMaxK;
+        const int64_t most = m_ * kDigits > kMaxRows ? kLeastColumns : kMaxK;  // whose panels there is room for
+        const int64_t block = group_ <= most ? most / group_ * group_ : most;
         for (int64_t k = 0; k < padded; k += block) {
             const int64_t kn = smaller(block, padded - k);
             make_panels(k, kn);
@@ -44,14 +47,24 @@ public:
     }
 
 private:
-    static constexpr int64_t kRows = TileDots::kRows, kMaxGroups = kMaxK / 64;
+    static constexpr int64_t kRows = TileDots::kRows, kMaxGroups = kMaxK / 64, kDigits = 2;
+    static constexpr int64_t kLeastColumns = kMaxK / kDigits;
+    static_assert(kDigits * kMaxRows / kPanelColumns * code_panel_stride(kLeastColumns) <=
+                  GemmScratch<T>::kPaddedElements * static_cast<int64_t>(sizeof(Compute<T>)));
+    static_assert(kMaxRows / kPanelColumns * code_panel_stride(kMaxK) <=
+                  GemmScratch<T>::kPaddedElements * static_cast<int64_t>(sizeof(Compute<T>)));
 
+    // A panel of high digits and one of low digits for every 16 rows.
     void make_panels(int64_t k, int64_t kn) const {
+        uint8_t* panel = panels_;
         for (int64_t i = 0; i < m_; i += kPanelColumns) {
-            pack_columns(smaller(kPanelColumns, m_ - i), kn, panels_ + i / kPanelColumns * code_panel_stride(kn),
-                         [&](int64_t j, int64_t at, int64_t count, uint8_t* to) {
-                             std::memcpy(to, x_.row(index_[i + j]) + k + at, static_cast<size_t>(count));
-                         });
+            for (int64_t d = 0; d < kDigits; ++d, panel += code_panel_stride(kn)) {
+                pack_columns(smaller(kPanelColumns, m_ - i), kn, panel,
+                             [&](int64_t j, int64_t at, int64_t count, uint8_t* to) {
+                                 const int8_t* from = x_.row(index_[(i + j) * kDigits + d]);
+                                 std::memcpy(to, from + k + at, static_cast<size_t>(count));
+                             });
+            }
         }
     }
 
@@ -67,17 +80,17 @@ private:
                                    min[0] + r, kRows);
             }
             if (k % group_) std::memset(min, 0, sizeof(min));  // the block before has taken it
-            for (int64_t i = 0; i < m_; i += kRows) {
+            for (int64_t i = 0; i < m_; i += kPanelColumns) {
                 // the rows after these, some in each pass
-                const int64_t part = kRows * i / m_, end = kRows * smaller(m_, i + kRows) / m_;
+                const int64_t part = kRows * i / m_, end = kRows * smaller(m_, i + kPanelColumns) / m_;
                 TileDots::ReadAhead ahead{w_.row(e_, row + j + kRows + part) + w_.row_bytes * k / w_.columns,
                                           w_.row_bytes, end - part, w_.row_bytes * TileDots::kColumns / w_.columns};
+                const uint8_t* panels = panels_ + i / kPanelColumns * kDigits * code_panel_stride(kn);
                 for (int64_t g = 0; g < groups; ++g) {
                     const int64_t from = g * group_, steps = (smaller(group_, kn - from)) / TileDots::kColumns;
                     alignas(64) int32_t sums[32 * 32];
-                    TileDots::multiply(rows_ + from, code_row_stride(kn), count,
-                                       panels_ + i / kPanelColumns * code_panel_stride(kn) + from * kPanelColumns,
-                                       code_panel_stride(kn), m_ - i, steps, sums, ahead);
+                    TileDots::multiply(rows_ + from, code_row_stride(kn), count, panels + from * kPanelColumns,
+                                       code_panel_stride(kn), kDigits * kPanelColumns, steps, sums, ahead);
                     ahead.from += steps * ahead.bytes;
                     add(sums, i, column + j, count, scale[g], min[g], first + g, k > 0 || g > 0);
                 }
@@ -85,21 +98,22 @@ private:
         }
     }
 
-    // C (+)= (scale * sums - min * the row's sum of a group) * the row's scale
+    // Rows [i, i + 16) of C (+)= scale * the rows' scales * sums - min * the rows' sums of a group
     void add(const int32_t* sums, int64_t i, int64_t column, int64_t n, const float* scale, const float* min,
              int64_t group, bool adds) const {
-        for (int64_t p = i; p < smaller(m_, i + kRows); p += kPanelColumns) {
-            for (int64_t q = 0; q < n; q += kPanelColumns) {
-                alignas(64) uint32_t block[16 * 16];
-                KT_TRANSPOSE_16X16(reinterpret_cast<const char*>(sums + q * 32 + p - i), 128, block);
-                const VecF factor = load(scale + q), offset = load(min + q);
-                for (int64_t r = p; r < smaller(m_, p + kPanelColumns); ++r) {
-                    float* c = c_ + r * ldc_ + column + q;
-                    const VecF sum = to_floats(load_bits<VecI32>(block + 16 * (r - p)));
-                    const VecF product = sum * factor - offset * x_.row_sums(index_[r])[group];
-                    const float of_row = x_.scale[index_[r]];
-                    store(c, adds ? load(c) + product * of_row : product * of_row);
-                }
+        for (int64_t q = 0; q < n; q += kPanelColumns) {
+            alignas(64) uint32_t high[16 * 16], low[16 * 16];
+            KT_TRANSPOSE_16X16(reinterpret_cast<const char*>(sums + q * 32), 128, high);
+            KT_TRANSPOSE_16X16(reinterpret_cast<const char*>(sums + q * 32 + kPanelColumns), 128, low);
+            const VecF factor = load(scale + q), offset = load(min + q);
+            for (int64_t r = 0; r < smaller(m_ - i, kPanelColumns); ++r) {
+                const int64_t digits[] = {index_[(i + r) * kDigits], index_[(i + r) * kDigits + 1]};
+                const VecF sum = to_floats(load_bits<VecI32>(high + 16 * r)) * static_cast<float>(CodedRows::kDigit) +
+                                 to_floats(load_bits<VecI32>(low + 16 * r));
+                const float of_group = x_.row_sums(digits[0])[group] + x_.row_sums(digits[1])[group];
+                const VecF product = sum * (factor * x_.row_scales(digits[1])[0]) - offset * of_group;
+                float* c = c_ + (i + r) * ldc_ + column + q;
+                store(c, adds ? load(c) + product : product);
             }
         }
     }

@@ -41,33 +41,51 @@ struct ColumnStep {
     static void store_sums(Acc<T>* c, int64_t, const V* sums) { store(c, sums[0]); }
 };
 
-// Sums of N vectors, N <= 4: halves of groups of G lanes are added until a group is one lane.
+// What op makes of the lanes of four vectors: halves of groups of G lanes are put together until a group is one lane.
 //
 //   G = 16   [a][b], [c][d]  ->  8 lanes of a, 8 of b;  8 of c, 8 of d  ->  4 of each  ->  2  ->  a b c d
-template <int G, class A, int... Is>
-inline Vec<A> fold_groups(Vec<A> x, Vec<A> y, std::integer_sequence<int, Is...>) {
+template <int G, class V, class Op, int... Is>
+inline V fold_groups(V x, V y, Op op, std::integer_sequence<int, Is...>) {
     constexpr int H = G / 2;
-    return __builtin_shufflevector(x, y, (Is / H * G + Is % H)...) +
-           __builtin_shufflevector(x, y, (Is / H * G + Is % H + H)...);
+    return op(__builtin_shufflevector(x, y, (Is / H * G + Is % H)...),
+              __builtin_shufflevector(x, y, (Is / H * G + Is % H + H)...));
 }
-template <int G, class A>
-inline Vec<A> fold(Vec<A> x, Vec<A> y) {
-    return fold_groups<G, A>(x, y, std::make_integer_sequence<int, kLanes<A>>());
+template <int G, class V, class Op>
+inline V fold(V x, V y, Op op) {
+    return fold_groups<G>(x, y, op, std::make_integer_sequence<int, sizeof(V) / sizeof(V{}[0])>());
 }
-template <int G, class A>
-inline Vec<A> fold_rest(Vec<A> x) {
+template <int G, class V, class Op>
+inline V fold_rest(V x, Op op) {
     if constexpr (G > 1) {
-        return fold_rest<G / 2, A>(fold<G, A>(x, x));
+        return fold_rest<G / 2>(fold<G>(x, x, op), op);
     } else {
         return x;
     }
 }
+struct Plus {
+    template <class V>
+    V operator()(V a, V b) const {
+        return a + b;
+    }
+};
+struct Larger {
+    template <class V>
+    V operator()(V a, V b) const {
+        return a > b ? a : b;
+    }
+};
+template <class V, class Op, class A>
+inline void put_folded(const V (&v)[4], Op op, A* out) {
+    constexpr int L = sizeof(V) / sizeof(A);
+    const V folded = fold_rest<L / 4>(fold<L / 2>(fold<L>(v[0], v[1], op), fold<L>(v[2], v[3], op), op), op);
+    std::memcpy(out, &folded, 4 * sizeof(A));
+}
+
+// Sums of N vectors, N <= 4.
 template <class A, int N>
 inline void put_sums(const Vec<A> (&v)[N], A* out) {
-    constexpr int L = kLanes<A>;
-    if constexpr (N == 4 && L >= 4) {
-        const Vec<A> sums = fold_rest<L / 4, A>(fold<L / 2, A>(fold<L, A>(v[0], v[1]), fold<L, A>(v[2], v[3])));
-        std::memcpy(out, &sums, N * sizeof(A));
+    if constexpr (N == 4 && kLanes<A> >= 4) {
+        put_folded(v, Plus(), out);
     } else {
         for (int j = 0; j < N; ++j) out[j] = sum_lanes<A>(v[j]);
     }

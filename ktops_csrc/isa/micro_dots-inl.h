@@ -3,35 +3,37 @@
 // The micro-kernel of integer products: rows of signed codes of activations times panels of unsigned codes of weights.
 //
 //   panel       [k / 4][16][4]: one zmm register holds four codes of each of 16 columns
-//   segments    parts of k with one scale for each column: exact sums of groups are scaled and added up in float32
-//   registers   6 rows x 4 panels = 24 sums, 4 for a step of the panels, 1 for the broadcast of a row
+//   blocks      32 columns of k: their exact sums are scaled by the scale of the row of activations and added up in
+//               float32; and by the weights' scales, once for all blocks of a group, or for each group of a block
+//   units       128 columns. Where all blocks of a unit have one scale, in all rows of a tile, they are summed at once
+//   registers   3 rows x 4 panels: 12 exact sums and 12 of floats, 4 for a step of the panels, 1 for the broadcast of a
+//               row. What a block has summed is scaled between the first products of the next one.
 
 #include "isa/dot4-inl.h"
 #include "isa/micro_gemm_generic-inl.h"
 
 namespace kt::KT_ISA {
 
-// A run of steps, of four codes each, that belong to one group: the last one of a group `ends` it. For the columns of
-// C: the scales, and what is taken off times the row's sum of the group; null where the sums begin with that, or where
-// a run before has taken it.
-struct CodeSegment {
-    int64_t first, steps, group;
-    const float *scale, *min;
-    bool begins;      // with the row's start of the group, else with 0
-    bool ends, adds;  // adds: to what C holds
-    bool last;        // C is whole then, and multiplied by the rows' scales
-};
-
 struct CodeArguments {
     int m, panels;
-    const int8_t* const* a;        // rows, from the first code of the panels on
-    const float* const* sums;      // of every row: of its groups
-    const int32_t* const* starts;  // of every row and group: what its sums begin with
-    const float* row_scale;        // of every row
+    // Every row, from the first code of the panels on; and so many bytes from there: the scales of blocks (float), what
+    // the exact sums of parts (a block, or a group of half a block) begin with (int32), the sums of groups (float).
+    const int8_t* const* a;
+    int64_t a_scales, starts, sums;
+    int64_t joined;  // whether a unit's blocks have one scale (int8)
+    bool joins;      // may be so
     const uint8_t* b;
     int64_t b_stride;
-    const CodeSegment* segments;
-    int64_t num_segments;
+    bool pairs;  // of every 128 columns the even ones come first, then the odd ones
+    int64_t blocks;
+    // Groups, the first of which ends after first_blocks: for the columns of C, w_stride from group to group, scales
+    // and what is taken off times the row's sum of the group; no mins where the sums begin with that. A group that
+    // begins before the panels has been taken care of.
+    int64_t group, first_blocks;
+    const float *scales, *mins;
+    int64_t w_stride;
+    bool begins;
+    bool adds;  // to what C holds
     float* c;
     int64_t ldc;
     const uint8_t* ahead;  // what is read into the cache meanwhile, every kCodesALine codes of a row
@@ -45,104 +47,211 @@ constexpr int64_t code_row_stride(int64_t k) { return k + 64; }
 
 struct MicroDots {
 #ifdef KT_INT8_DOT
-    static constexpr int kRows = 6, kPanels = 4;
+    static constexpr int kRows = 3, kPanels = 4;
 #else
     static constexpr int kRows = 2, kPanels = 1;
 #endif
-    static constexpr int64_t kCodesALine = 16;  // of a row, while which a line is read ahead
+    static constexpr int64_t kCodesALine = 32;  // of a row, while which a line is read ahead
 
-    static void multiply(const CodeArguments& g) { call(g, std::make_integer_sequence<int, kRows * kPanels>()); }
+    static void multiply(CodeArguments g) {
+        if (g.group < kBlock) return tiles<Groups::kHalves>(g, kTiles);
+        g.group == kBlock ? tiles<Groups::kBlocks>(g, kTiles) : tiles<Groups::kLong>(g, kTiles);
+    }
 
 private:
-    static constexpr int V = 64 / static_cast<int>(kCodeBytes);  // vectors of a step of a panel
+    static constexpr int64_t kBlock = 32, kUnitBlocks = 4, kStepCodes = 16;  // of a run of four steps
+    static constexpr int V = 64 / static_cast<int>(kCodeBytes);              // vectors of a step of a panel
+    static constexpr auto kTiles = std::make_integer_sequence<int, kRows>();
 
-    template <int... Is>
-    static void call(const CodeArguments& g, std::integer_sequence<int, Is...>) {
-        using Function = void (*)(const CodeArguments&);
-        static constexpr Function table[] = {&kernel<Is / kPanels + 1, Is % kPanels + 1>...};
-        table[(g.m - 1) * kPanels + g.panels - 1](g);
+    enum class Groups { kHalves, kBlocks, kLong };
+
+    template <Groups kGroups, int... Is>
+    static void tiles(CodeArguments& g, std::integer_sequence<int, Is...>) {
+        using Function = void (*)(CodeArguments&);
+        static constexpr Function table[] = {&rows<Is + 1, kGroups>...};
+        table[g.m - 1](g);
     }
 
-    template <int M, int P>
+    template <int M, Groups kGroups>
+    static void rows(CodeArguments& g) {
+        take_panels<M, kPanels, kGroups>(g);
+        if constexpr (kPanels > 2) take_panels<M, 2, kGroups>(g);
+        if constexpr (kPanels > 1) take_panels<M, 1, kGroups>(g);
+    }
+
+    template <int M, int P, Groups kGroups>
+    static void take_panels(CodeArguments& g) {
+        while (g.panels >= P) {
+            kernel<M, P, kGroups>(g);
+            g.panels -= P;
+            g.b += P * g.b_stride;
+            g.c += P * kPanelColumns;
+            g.scales += P * kPanelColumns;
+            if (g.mins) g.mins += P * kPanelColumns;
+            g.ahead += g.ahead_step * g.blocks;
+        }
+    }
+
+    template <class T>
+    static T number(const int8_t* from, int64_t i) {
+        return read(reinterpret_cast<const T*>(from + i * static_cast<int64_t>(sizeof(T))));
+    }
+
+    template <int M, int P, Groups kGroups>
     static void kernel(const CodeArguments& g) {
-        constexpr int64_t kUnroll = kCodesALine / 4;  // steps; every run is a multiple
-        const uint8_t* ahead = g.ahead;
+        constexpr bool kHalf = kGroups == Groups::kHalves;
         VecDots sums[M][P * V];
-        bool starts = true;
-        for (int64_t s = 0; s < g.num_segments; ++s) {
-            const CodeSegment& segment = g.segments[s];
-            const int8_t* a[M];
-#pragma GCC unroll 8
-            for (int i = 0; i < M; ++i) a[i] = g.a[i] + 4 * segment.first;
-            if (starts) start<M, P>(g, segment, sums);
-            const uint8_t* b = g.b + 64 * segment.first;
-            for (int64_t step = 0; step < segment.steps; step += kUnroll) {
-                __builtin_prefetch(ahead, 0, 2);
-                ahead += g.ahead_step;
-#pragma GCC unroll 4
-                for (int u = 0; u < kUnroll; ++u, b += 64) {
-                    VecCodes panel[P * V];
-#pragma GCC unroll 8
-                    for (int j = 0; j < P * V; ++j) {
-                        panel[j] = load_bits<VecCodes>(b + j / V * g.b_stride + j % V * kCodeBytes);
+        VecDotsF totals[M][P * V] = {};
+        const uint8_t* ahead = g.ahead;
+        const int64_t parts = kHalf ? 2 * g.blocks : g.blocks;
+        int64_t group = 0, end = kGroups == Groups::kLong ? smaller(g.first_blocks, parts) : parts;
+        for (int64_t part = 0; part < parts; ++group) {
+            int64_t last = part;  // the part whose sums are to be added: zeros, at first
+            clear<M, P>(sums);
+            while (part < end) {
+                const bool unit = kGroups == Groups::kLong && joined<M>(g, part);
+                int64_t at = first_code<kGroups>(g, part);
+                if (!kHalf || part % 2 == 0) read_ahead(g, ahead);
+                add_steps<M, P>(g, at, sums, [&](int i) __attribute__((always_inline)) {
+                    finish<P, kGroups>(g, i, last, sums[i], totals[i]);
+                    int32_t start = number<int32_t>(g.a[i] + g.starts, part);
+                    for (int64_t next = 1; unit && next < kUnitBlocks; ++next) {
+                        start += number<int32_t>(g.a[i] + g.starts, part + next);
                     }
 #pragma GCC unroll 8
-                    for (int i = 0; i < M; ++i) {
-                        const auto x =
-                            (VecCodes)(VecDots{} + read(reinterpret_cast<const int32_t*>(a[i] + 4 * (step + u))));
-#pragma GCC unroll 8
-                        for (int j = 0; j < P * V; ++j) sums[i][j] = dot4(sums[i][j], panel[j], x);
+                    for (int j = 0; j < P * V; ++j) sums[i][j] = start - VecDots{};
+                });
+                if constexpr (!kHalf) {
+                    const int64_t apart = (g.pairs && !unit ? kUnitBlocks : 1) * kStepCodes;
+                    for (int64_t runs = unit ? 2 * kUnitBlocks - 1 : 1; runs > 0; --runs) {
+                        at += apart;
+                        if (runs % 2 == 0) read_ahead(g, ahead);
+                        add_steps<M, P>(g, at, sums, [](int) {});
                     }
                 }
+                if (kGroups == Groups::kBlocks && g.mins) take_mins<M, P>(g, part, totals);
+                last = part;
+                part = unit ? smaller(part + kUnitBlocks, end) : part + 1;
             }
-            starts = segment.ends;
-            if (segment.ends) finish<M, P>(g, segment, sums);
+#pragma GCC unroll 8
+            for (int i = 0; i < M; ++i) finish<P, kGroups>(g, i, last, sums[i], totals[i]);
+            if constexpr (kGroups == Groups::kLong) {
+                put_group<M, P>(g, group, totals);
+                end = smaller(end + g.group / kBlock, parts);
+            }
         }
+        if constexpr (kGroups != Groups::kLong) put<M, P>(g, g.adds, totals);
     }
 
-    template <int M, int P>
-    __attribute__((always_inline)) static void start(const CodeArguments& g, const CodeSegment& segment,
-                                                     VecDots (&sums)[M][P * V]) {
+    // Of a part: where its codes begin in a row; of pairs, which have blocks, those of the even columns.
+    template <Groups kGroups>
+    static int64_t first_code(const CodeArguments& g, int64_t part) {
+        if (kGroups == Groups::kHalves) return part * kStepCodes;
+        const int64_t in_unit = part % kUnitBlocks;
+        return part * kBlock - (g.pairs ? in_unit * kStepCodes : 0);
+    }
+
+    template <int M, int P, class Vector>
+    __attribute__((always_inline)) static void clear(Vector (&x)[M][P * V]) {
 #pragma GCC unroll 8
         for (int i = 0; i < M; ++i) {
-            const int32_t first = segment.begins ? g.starts[i][segment.group] : 0;
 #pragma GCC unroll 8
-            for (int j = 0; j < P * V; ++j) sums[i][j] = VecDots{} + first;
+            for (int j = 0; j < P * V; ++j) x[i][j] = Vector{};
         }
     }
 
-    template <int M, int P>
-    __attribute__((always_inline)) static void finish(const CodeArguments& g, const CodeSegment& segment,
-                                                      const VecDots (&sums)[M][P * V]) {
-        const auto put = [&](auto min, auto adds, auto last) __attribute__((always_inline)) {
-            put_sums<M, P, min(), adds(), last()>(g, segment, sums);
-        };
-        using Yes = std::true_type;
-        using No = std::false_type;
-        const auto with_min = [&](auto min) __attribute__((always_inline)) {
-            if (!segment.adds) return segment.last ? put(min, No(), Yes()) : put(min, No(), No());
-            segment.last ? put(min, Yes(), Yes()) : put(min, Yes(), No());
-        };
-        segment.min ? with_min(Yes()) : with_min(No());
+    // Whether a block is the first of a unit whose blocks have one scale in every row.
+    template <int M>
+    __attribute__((always_inline)) static bool joined(const CodeArguments& g, int64_t block) {
+        if (!g.joins || block % kUnitBlocks) return false;
+        int all = 1;
+#pragma GCC unroll 8
+        for (int i = 0; i < M; ++i) all &= number<int8_t>(g.a[i] + g.joined, block / kUnitBlocks);
+        return all;
     }
 
-    // c (+)= scale * sums - min * the row's sum, at last times the row's scale
-    template <int M, int P, bool kMin, bool kAdds, bool kLast>
-    __attribute__((always_inline)) static void put_sums(const CodeArguments& g, const CodeSegment& segment,
-                                                        const VecDots (&sums)[M][P * V]) {
-        const float *scales = segment.scale, *mins = segment.min;
-        const int64_t group = segment.group, ldc = g.ldc;
+    __attribute__((always_inline)) static void read_ahead(const CodeArguments& g, const uint8_t*& ahead) {
+        __builtin_prefetch(ahead, 0, 2);
+        ahead += g.ahead_step;
+    }
+
+    // Four steps, from number `at` of the codes of a row on; first(i) comes before the first products of row i.
+    template <int M, int P, class First>
+    __attribute__((always_inline)) static void add_steps(const CodeArguments& g, int64_t at, VecDots (&sums)[M][P * V],
+                                                         First first) {
+        const uint8_t* b = g.b + kPanelColumns * at;
+#pragma GCC unroll 4
+        for (int u = 0; u < kStepCodes / 4; ++u, b += 64) {
+            VecCodes panel[P * V];
+#pragma GCC unroll 8
+            for (int j = 0; j < P * V; ++j) {
+                panel[j] = load_bits<VecCodes>(b + j / V * g.b_stride + j % V * kCodeBytes);
+            }
+#pragma GCC unroll 8
+            for (int i = 0; i < M; ++i) {
+                if (u == 0) first(i);
+                const auto x = (VecCodes)(read(reinterpret_cast<const int32_t*>(g.a[i] + at + 4 * u)) - VecDots{});
+#pragma GCC unroll 8
+                for (int j = 0; j < P * V; ++j) sums[i][j] = dot4(sums[i][j], panel[j], x);
+            }
+        }
+    }
+
+    // totals of row i += sums of a part * the row's scale (* the scales of the part's group)
+    template <int P, Groups kGroups>
+    __attribute__((always_inline)) static void finish(const CodeArguments& g, int64_t i, int64_t part,
+                                                      const VecDots (&sums)[P * V], VecDotsF (&totals)[P * V]) {
+        const int64_t block = kGroups == Groups::kHalves ? part / 2 : part;
+        const VecDotsF scale = number<float>(g.a[i] + g.a_scales, block) - VecDotsF{};
+#pragma GCC unroll 8
+        for (int j = 0; j < P * V; ++j) {
+            VecDotsF sum = dots_to_floats(sums[j]);
+            if constexpr (kGroups != Groups::kLong) {
+                sum *= load_bits<VecDotsF>(g.scales + part * g.w_stride + j * kDotLanes);
+            }
+            totals[j] += sum * scale;
+        }
+    }
+
+    // totals -= mins * the rows' sums of a group
+    template <int M, int P>
+    __attribute__((always_inline)) static void take_mins(const CodeArguments& g, int64_t group,
+                                                         VecDotsF (&totals)[M][P * V]) {
+        const float* mins = g.mins + group * g.w_stride;
+#pragma GCC unroll 8
+        for (int j = 0; j < P * V; ++j) {
+            const auto min = load_bits<VecDotsF>(mins + j * kDotLanes);
+#pragma GCC unroll 8
+            for (int i = 0; i < M; ++i) totals[i][j] -= min * number<float>(g.a[i] + g.sums, group);
+        }
+    }
+
+    // C (+)= totals * scales - mins * the rows' sums of a group; then totals are zeros.
+    template <int M, int P>
+    __attribute__((always_inline)) static void put_group(const CodeArguments& g, int64_t group,
+                                                         VecDotsF (&totals)[M][P * V]) {
+        const float* scales = g.scales + group * g.w_stride;
 #pragma GCC unroll 8
         for (int j = 0; j < P * V; ++j) {
             const auto scale = load_bits<VecDotsF>(scales + j * kDotLanes);
-            const auto min = kMin ? load_bits<VecDotsF>(mins + j * kDotLanes) : VecDotsF{};
-            float* c = g.c + j * kDotLanes;
 #pragma GCC unroll 8
-            for (int i = 0; i < M; ++i, c += ldc) {
-                VecDotsF sum = dots_to_floats(sums[i][j]) * scale;
-                if constexpr (kMin) sum -= min * g.sums[i][group];
-                if constexpr (kAdds) sum += load_bits<VecDotsF>(c);
-                if constexpr (kLast) sum *= g.row_scale[i];
+            for (int i = 0; i < M; ++i) totals[i][j] *= scale;
+        }
+        if (g.mins && (group || g.begins)) take_mins<M, P>(g, group, totals);
+        put<M, P>(g, g.adds || group, totals);
+        clear<M, P>(totals);
+    }
+
+    // C (+)= totals
+    template <int M, int P>
+    __attribute__((always_inline)) static void put(const CodeArguments& g, bool adds,
+                                                   const VecDotsF (&totals)[M][P * V]) {
+#pragma GCC unroll 8
+        for (int i = 0; i < M; ++i) {
+#pragma GCC unroll 8
+            for (int j = 0; j < P * V; ++j) {
+                float* c = g.c + i * g.ldc + j * kDotLanes;
+                const VecDotsF sum = adds ? totals[i][j] + load_bits<VecDotsF>(c) : totals[i][j];
                 std::memcpy(c, &sum, sizeof(sum));
             }
         }

@@ -44,8 +44,7 @@ public:
         Workspace workspace(Layer<T>::bytes(p, routing) + Workspace::padded<T>(R * p.intermediate_size) +
                             Workspace::padded<T>(R * p.gate_up_rank) + Workspace::padded<T>(R * p.down_rank) +
                             Workspace::padded<Acc<T>>(CombineDown::route_elements(p, routing)) +
-                            (uses_codes<T>(p, p.down_proj) ? CodedRows::bytes(R, p.down_proj) : 0) +
-                            Thread<T>::bytes(p, routing));
+                            coded_bytes<T>(p, p.down_proj, R) + Thread<T>::bytes(p, routing));
         const Layer<T> layer(p, routing, workspace);
         Forward(layer, results, workspace).run();
     }
@@ -58,7 +57,7 @@ private:
         xa_ = results.saved_xa ? static_cast<T*>(results.saved_xa) : workspace.take<T>(R * p_.gate_up_rank);
         ha_ = results.saved_ha ? static_cast<T*>(results.saved_ha) : workspace.take<T>(R * p_.down_rank);
         routes_ = workspace.take<Acc<T>>(CombineDown::route_elements(p_, routing_));
-        if (uses_codes<T>(p_, p_.down_proj)) coded_h_ = layer.down.take_codes(workspace, R);
+        coded_h_ = take_coded(workspace, p_, layer.down, R);
         threads_ = Thread<T>::take(workspace, p_, routing_);
     }
 
@@ -72,12 +71,7 @@ private:
                                   coded_h_.codes ? kCodeSlab<T> : kSlab<T>);
 
         const auto code_x = [&](int64_t token, int) { layer_.code_token(token); };
-        const auto code_h = [&](int64_t route, int) {
-            if constexpr (std::is_same_v<A, float>) {
-                const T* h = h_ + route * layer_.I;
-                quantize_row(h, layer_.I, coded_h_, route);
-            }
-        };
+        const auto code_h = [&](int64_t route, int) { code_row(h_, layer_.I, coded_h_, route); };
         const auto project_x = [&](int64_t task, int thread) {
             const int64_t e = routing_.active[task], first = routing_.offsets[e];
             low_rank_product<true>(threads_[thread].gemm, layer_, e, layer_.by_token(p_.hidden_states, first), layer_.H,

@@ -111,6 +111,39 @@ inline bool uses_codes(const Problem& p, const WeightTensor& weight) {
            (p.num_tokens * p.top_k <= KT_CODE_ROWS * p.num_experts || code_group(weight) >= KT_CODE_GROUP);
 }
 
+// The digits of activations in products with such a weight: two where its rows, or large groups, are multiplied with
+// tiles of bytes.
+template <class T>
+inline int code_digits(const Problem& p, const WeightTensor& weight) {
+#ifdef KT_INT8_TILES
+    const bool many = p.num_tokens * p.top_k > KT_CODE_ROWS * p.num_experts;
+    if (many && CodeTiles<T>::fits(weight, Weight<T>(weight).table())) return 2;
+#else
+    static_cast<void>(p), static_cast<void>(weight);
+#endif
+    return 1;
+}
+
+// Of `rows` rows of activations, if products with this weight are computed in integers.
+template <class T>
+inline size_t coded_bytes(const Problem& p, const WeightTensor& weight, int64_t rows) {
+    return uses_codes<T>(p, weight) ? CodedRows::bytes(rows, weight, code_digits<T>(p, weight)) : 0;
+}
+template <class T>
+inline CodedRows take_coded(Workspace& workspace, const Problem& p, const Weight<T>& weight, int64_t rows) {
+    if (!uses_codes<T>(p, weight.tensor())) return {};
+    return weight.take_codes(workspace, rows, code_digits<T>(p, weight.tensor()));
+}
+
+// Row i of x, k elements, as row i of `rows`.
+template <class T>
+inline void code_row(const T* x, int64_t k, const CodedRows& rows, int64_t i) {
+    if constexpr (std::is_same_v<Acc<T>, float>) {
+        x += i * k;
+        rows.digits > 1 ? quantize_digits(x, k, rows, i) : quantize_row(x, k, rows, i);
+    }
+}
+
 template <class T>
 struct Layer {
     const Problem& p;
@@ -137,20 +170,14 @@ struct Layer {
             weights[i] = static_cast<Acc<T>>(p.topk_weights.at(routing.token[i], routing.route[i] % p.top_k));
         }
         route_weights = weights;
-        if (uses_codes<T>(p, p.gate_up_proj)) coded_x = gate_up.take_codes(workspace, p.num_tokens);
+        coded_x = take_coded(workspace, p, gate_up, p.num_tokens);
     }
     static size_t bytes(const Problem& p, const Routing& routing) {
-        return Workspace::padded<Acc<T>>(routing.num_routes) +
-               (uses_codes<T>(p, p.gate_up_proj) ? CodedRows::bytes(p.num_tokens, p.gate_up_proj) : 0);
+        return Workspace::padded<Acc<T>>(routing.num_routes) + coded_bytes<T>(p, p.gate_up_proj, p.num_tokens);
     }
 
     // To be called for every token before gate_up_product, if there is coded_x.
-    void code_token(int64_t token) const {
-        if constexpr (std::is_same_v<Acc<T>, float>) {
-            const T* x = static_cast<const T*>(p.hidden_states) + token * H;
-            quantize_row(x, H, coded_x, token);
-        }
-    }
+    void code_token(int64_t token) const { code_row(static_cast<const T*>(p.hidden_states), H, coded_x, token); }
 
     // Rows of a [T, H] tensor for the routes from `first` on.
     Rows<T> by_token(const void* tensor, int64_t first) const {

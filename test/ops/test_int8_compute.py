@@ -1,14 +1,18 @@
-"""compute="int8": rows of activations rounded to int8, products with the codes of weights in integers."""
+"""compute="int8": blocks of activations rounded to int8, products with the codes of weights in integers."""
 
+from functools import cache
+
+import gguf
 import pytest
 import torch
 
 import ktops
 from ktops.ops.moe_sft import ARGUMENTS
+from ktops.reference.int8 import BLOCK, DIGITS, UNIT, largest_of_blocks, round_blocks, round_digits
 from ktops.testing.budgets import forward_budget, relative_error
 from ktops.testing.compare import one_thread, random_grad_output, run, threads
 from ktops.testing.inputs import densified, moe_inputs
-from ktops.testing.weights import in_format
+from ktops.testing.weights import GROUPED, in_format
 
 FORMATS = [("int8", 0), ("int8", 32), ("int4", 0), ("int4", 96), ("int4", 128), ("uint4", 0), ("uint4", 32)]
 CHUNKS = [("mxfp4", 32), ("q8_0", 0), ("q4_0", 0), ("iq4_nl", 0)]
@@ -29,35 +33,49 @@ CASES = [
     *((*format, *size) for format in CHUNKS for size in CHUNK_SIZES),
     *((name, 0, *size) for name in BLOCKS for size in BLOCK_SIZES),
 ]
+Q8_0 = gguf.GGMLQuantizationType.Q8_0
 FAST = ("amx_bf16", "avx512_bf16")
 """The rows that multiply integers faster than floats: where "auto" means "int8"."""
 
 
-def rounded(x: torch.Tensor) -> torch.Tensor:
-    """Rows as integers of up to 127 times a scale."""
-    largest = x.float().abs().amax(-1, keepdim=True)
-    integers = torch.where(largest == 0, 0, x.float() * (127 / largest)).round()
-    return integers.double() * (largest / 127).double()
+def round_joined(x: torch.Tensor) -> torch.Tensor:
+    return round_blocks(x, joined=True)
 
 
-def undecided(h: torch.Tensor, budget: float) -> torch.Tensor:
+def rounding(isa: str, inputs: dict, name: str):
+    """What rounds the rows that are multiplied with a weight: to blocks, or with tiles to two digits."""
+    weight = inputs[name]
+    columns, group = weight.shape[-1], weight.group_size
+    if weight.format not in GROUPED:
+        return round_blocks
+    many = inputs["topk_ids"].numel() > 8 * weight.shape[0]
+    if isa == "amx_bf16" and many and (group in (0, 128) or group >= columns):
+        return round_digits
+    return round_joined if group % UNIT == 0 else round_blocks
+
+
+def undecided(h: torch.Tensor, joined: bool, budget: float) -> torch.Tensor:
     """What to add to elements so near the middle of two integers that the other one is right as well; else 0.
 
     ``budget`` is the relative error of the row; an element may have several times the average one.
     """
-    scale = h.float().abs().amax().double() / 127
-    steps = h.double() / scale
+    padded = torch.nn.functional.pad(h.float(), (0, -len(h) % UNIT))
+    scale = largest_of_blocks(padded, joined).unsqueeze(-1).double() / 127
+    blocks = padded.double().unflatten(-1, (-1, BLOCK))
+    steps = torch.where(scale > 0, blocks / scale, 0)
     beyond = steps - steps.floor() - 0.5
     other = torch.where(steps.round() > steps, -scale, scale)
-    return torch.where(beyond.abs() < 8 * 127 * budget, other, 0)
+    errors = 8 * budget * h.float().square().mean().sqrt().double()
+    return torch.where(beyond.abs() * scale < errors, other, 0).flatten()[: len(h)]
 
 
-def expected(inputs: dict, output: torch.Tensor) -> torch.Tensor:
+def expected(isa: str, inputs: dict, output: torch.Tensor) -> torch.Tensor:
     """The output with rounded activations in float64, undecided ones as they are in the given output."""
     x, dense = inputs["hidden_states"], densified(inputs)
     gate_up, down = dense["gate_up_proj"].double(), dense["down_proj"].double()
     reference = torch.zeros(x.shape, dtype=torch.float64)
-    coded, budget = rounded(x), forward_budget(torch.float32, x.shape[1])
+    coded, budget = rounding(isa, inputs, "gate_up_proj")(x), forward_budget(torch.float32, x.shape[1])
+    rounded = rounding(isa, inputs, "down_proj")
     for token, (ids, weights) in enumerate(
         zip(inputs["topk_ids"], inputs["topk_weights"].double(), strict=True)
     ):
@@ -66,13 +84,20 @@ def expected(inputs: dict, output: torch.Tensor) -> torch.Tensor:
             gate, up = (gate_up[expert] @ coded[token]).chunk(2)
             h = (torch.nn.functional.silu(gate) * up).to(x.dtype)
             reference[token] += weight * (down[expert] @ rounded(h))
-            change = undecided(h, budget)
-            others += [weight * change[j] * down[expert, :, j] for j in change.nonzero().flatten()]
+            if rounded is not round_digits:
+                change = undecided(h, rounded is round_joined, budget)
+                others += [weight * change[j] * down[expert, :, j] for j in change.nonzero().flatten()]
         for other in others:
             error = output[token].double() - reference[token]
             if (error - other).norm() < error.norm():
                 reference[token] += other
     return reference
+
+
+def integer_budget(dtype: torch.dtype, rounded, inner_size: int) -> float:
+    """That of a forward; and with digits a step in every element of h, whose largest is 4 times its RMS."""
+    step = 4 / DIGITS if rounded is round_digits else 0
+    return forward_budget(dtype, inner_size) + step
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -82,7 +107,70 @@ def test_products_of_integers(isa, name, group_size, num_tokens, hidden_size, in
     inputs = in_format(inputs, name, group_size)
     output = ktops.moe_sft(**inputs, compute="int8")
     assert output.dtype == dtype
-    assert relative_error(output, expected(inputs, output)) <= forward_budget(dtype, hidden_size)
+    budget = integer_budget(dtype, rounding(isa, inputs, "down_proj"), hidden_size)
+    assert relative_error(output, expected(isa, inputs, output)) <= budget
+
+
+MASSIVE = [
+    ("int8", 0), ("int4", 0), ("int4", 128), ("uint4", 64), ("uint4", 128), ("mxfp4", 32), ("q8_0", 0),
+    ("q4_k", 0), ("q5_k", 0), ("q6_k", 0), ("iq4_xs", 0),
+]  # fmt: skip
+"""Every kind of groups: rows, several blocks of 32 or one, beside the weight or in it, halves of one."""
+
+ROUNDED_BLOCKS = 1.3
+"""Times the error that blocks of 32 have at best, in float64: that of ggml's Q8_0."""
+
+
+def test_blocks_are_those_of_ggml():
+    """But for the scale, which Q8_0 rounds to binary16."""
+    x = moe_inputs(16, 256, 32, 1, 1)["hidden_states"]
+    x[:, 5] *= 100
+    theirs = gguf.dequantize(gguf.quantize(x.numpy(), Q8_0), Q8_0)
+    errors = [relative_error(rounded, x) for rounded in (round_blocks(x), torch.from_numpy(theirs))]
+    assert errors[0] == pytest.approx(errors[1], rel=0.01)
+
+
+@cache
+def massive_channels(
+    name: str, group_size: int, num_tokens: int, hidden: int = 1024, intermediate: int = 256
+) -> tuple[dict, list]:
+    """One expert, and of every factor: hidden_states, the exact output, what blocks of 32 make of it.
+
+    As models have them: a few channels of hidden_states are much larger than the others, in every token.
+    """
+    inputs = in_format(moe_inputs(num_tokens, hidden, intermediate, 1, 1), name, group_size)
+    dense = densified(inputs)
+    gate_up, down = dense["gate_up_proj"][0].double(), dense["down_proj"][0].double()
+
+    def layer(x: torch.Tensor, rounded) -> torch.Tensor:
+        gate, up = (rounded(x) @ gate_up.T).chunk(2, -1)
+        return rounded(torch.nn.functional.silu(gate) * up) @ down.T
+
+    cases = []
+    for factor in (1, 30, 100, 300):
+        x = inputs["hidden_states"].clone()
+        x[:, [3, 70, 71, 640, 1001]] *= factor
+        cases.append((factor, x, layer(x, torch.Tensor.double), layer(x, round_blocks)))
+    return inputs, cases
+
+
+def assert_as_good_as_blocks(inputs: dict, cases: list) -> None:
+    for factor, x, exact, rounded in cases:
+        output = ktops.moe_sft(**inputs | {"hidden_states": x}, compute="int8")
+        error, allowed = relative_error(output, exact), ROUNDED_BLOCKS * relative_error(rounded, exact)
+        assert error <= allowed, f"{error:.4f} where channels are {factor} times as large"
+
+
+@pytest.mark.parametrize("num_tokens", [3, 40])
+@pytest.mark.parametrize("name,group_size", MASSIVE)
+def test_massive_channels(isa, name, group_size, num_tokens):
+    assert_as_good_as_blocks(*massive_channels(name, group_size, num_tokens))
+
+
+@pytest.mark.parametrize("name,group_size", [("int8", 0), ("int4", 128)])
+def test_more_tokens_than_panels_have_room_for(isa, name, group_size):
+    """With tiles: two digits of more than 128 rows, and more than 1024 columns."""
+    assert_as_good_as_blocks(*massive_channels(name, group_size, 150, 1152, 64))
 
 
 def test_lora_and_biases_are_added(isa):
@@ -90,7 +178,7 @@ def test_lora_and_biases_are_added(isa):
     integers, floats = (ktops.moe_sft(**inputs, compute=compute) for compute in ("int8", "bf16"))
     bare = {name: value for name, value in inputs.items() if "lora" not in name and "bias" not in name}
     assert relative_error(ktops.moe_sft(**bare, compute="int8"), floats) > 0.5
-    # three rounded factors, of rows of N(0, 1) with a largest element of about 3: 3 / 127 / sqrt(12) each
+    # three rounded factors, of blocks of N(0, 1) with a largest element below 3: 3 / 127 / sqrt(12) each
     assert relative_error(integers, floats) < 2 * 3 * 3 / 127 / 12**0.5
 
 

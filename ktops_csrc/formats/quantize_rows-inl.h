@@ -1,0 +1,253 @@
+#pragma once
+
+// Rows of activations as codes (CodedRows): blocks of 32 columns as integers of up to 127 times a scale each; or, with
+// two digits, whole rows as integers of up to 127 * 128 = 128 high + low.
+
+#include <utility>
+
+#include "formats/format_table.h"
+#include "isa/chunk-inl.h"
+#include "isa/direct-inl.h"
+
+namespace kt::KT_ISA {
+
+// The columns of a unit, in vectors.
+constexpr int kUnitVectors = static_cast<int>(CodedRows::kUnit) / kLanes<float>;
+constexpr int kUnitBlocks = static_cast<int>(CodedRows::kUnit / CodedRows::kBlock);
+constexpr int kUnitHalves = 2 * kUnitBlocks;
+static_assert(kUnitBlocks == 4);
+
+// x[0 .. n), and zeros up to a unit.
+template <class T>
+inline void load_unit(const T* x, int64_t n, VecF* v) {
+    constexpr int64_t L = kLanes<float>;
+    for (int i = 0; i < kUnitVectors; ++i) {
+        const int64_t left = n - i * L;
+        v[i] = left >= L ? load(x + i * L) : left > 0 ? load_partial(x + i * L, left) : VecF{};
+    }
+}
+
+// The bits of |x|: in the order of the numbers, those of NaN last.
+inline VecI32 magnitude(VecF x) { return bit_cast<VecI32>(x) & 0x7fffffff; }
+
+// NaN, if the largest of some magnitudes is infinite or NaN.
+inline float finite_or_nan(int32_t magnitude) {
+    return bit_cast<float>(magnitude < 0x7f800000 ? magnitude : 0x7fc00000);
+}
+
+// The largest |x| of each block.
+inline void largest_of_blocks(const VecF* v, float* out) {
+    constexpr int N = kUnitVectors / kUnitBlocks;
+    VecI32 most[kUnitBlocks];
+    for (int b = 0; b < kUnitBlocks; ++b) {
+        most[b] = magnitude(v[b * N]);
+        for (int i = 1; i < N; ++i) most[b] = Larger()(most[b], magnitude(v[b * N + i]));
+    }
+    int32_t largest[kUnitBlocks];
+    put_folded(most, Larger(), largest);
+    for (int b = 0; b < kUnitBlocks; ++b) out[b] = finite_or_nan(largest[b]);
+}
+
+// The largest |x| of k elements.
+template <class T>
+inline float largest_of(const T* x, int64_t k) {
+    VecI32 most[kUnitBlocks] = {};
+    for (int64_t j = 0; j < k; j += CodedRows::kUnit) {
+        VecF v[kUnitVectors];
+        load_unit(x + j, k - j, v);
+        for (int i = 0; i < kUnitVectors; ++i) {
+            most[i % kUnitBlocks] = Larger()(most[i % kUnitBlocks], magnitude(v[i]));
+        }
+    }
+    int32_t largest[kUnitBlocks], all = 0;
+    put_folded(most, Larger(), largest);
+    for (int32_t one : largest) all = larger(all, one);
+    return finite_or_nan(all);
+}
+
+// steps / largest, or 0 where that is infinite.
+inline float inverse_of(float largest, float steps) { return largest * 3e38f > steps ? steps / largest : 0; }
+
+inline VecI32 nearest_integers(VecF x, float factor) {
+    VecF v = x * factor;
+    __asm__("" : "+x"(v));  // the product is a float32 before it is an integer: no fused multiply-add
+    return bit_cast<VecI32>(v + kRound) - kRoundBits;
+}
+
+// The even or the odd ones of two vectors.
+template <int kOdd, int... Is>
+inline VecI32 every_second(VecI32 a, VecI32 b, std::integer_sequence<int, Is...>) {
+    return __builtin_shufflevector(a, b, (2 * Is + kOdd)...);
+}
+
+inline void store_bytes(VecI32 x, int8_t* out) {
+    const auto bytes = __builtin_convertvector(x, VecI8);
+    std::memcpy(out, &bytes, sizeof(bytes));
+}
+
+// The codes of a unit, in order or as pairs.
+inline void store_unit(const VecI32* q, bool pairs, int8_t* out) {
+    constexpr int L = kLanes<float>;
+    for (int i = 0; i < kUnitVectors; i += 2) {
+        if (pairs) {
+            store_bytes(every_second<0>(q[i], q[i + 1], std::make_integer_sequence<int, L>()), out + i * L / 2);
+            store_bytes(every_second<1>(q[i], q[i + 1], std::make_integer_sequence<int, L>()),
+                        out + CodedRows::kUnit / 2 + i * L / 2);
+        } else {
+            store_bytes(q[i], out + i * L);
+            store_bytes(q[i + 1], out + (i + 1) * L);
+        }
+    }
+}
+
+// What goes with the codes of a row: its scales, starts and sums, from the first unit to the last.
+class CodedRow {
+public:
+    CodedRow(const CodedRows& rows, int64_t i)
+        : rows_(rows),
+          codes_(rows.codes + i * rows.stride),
+          scales_(rows.row_scales(i)),
+          starts_(rows.row_starts(i)),
+          joined_(rows.row_joined(i)),
+          sums_(rows.row_sums(i)),
+          end_(sums_ + rows.num_sums),
+          group_end_(rows.group) {}
+
+    void add_unit(const VecI32* q, const float* scale, bool joined) {
+        *joined_++ = joined;
+        store_unit(q, rows_.pairs, codes_);
+        codes_ += CodedRows::kUnit;
+        constexpr int N = kUnitVectors / kUnitHalves;
+        VecI32 halves[kUnitHalves];
+        for (int h = 0; h < kUnitHalves; ++h) {
+            halves[h] = q[h * N];
+            for (int i = 1; i < N; ++i) halves[h] += q[h * N + i];
+        }
+        int32_t sums[kUnitHalves];
+        for (int h = 0; h < kUnitHalves; h += 4) {
+            const VecI32 four[] = {halves[h], halves[h + 1], halves[h + 2], halves[h + 3]};
+            put_folded(four, Plus(), sums + h);
+        }
+        for (int b = 0; b < kUnitBlocks; ++b) {
+            *scales_++ = scale[b];
+            if (rows_.part == CodedRows::kBlock) {
+                add_part(sums[2 * b] + sums[2 * b + 1], scale[b]);
+            } else {
+                add_part(sums[2 * b], scale[b]);
+                add_part(sums[2 * b + 1], scale[b]);
+            }
+        }
+    }
+
+    // Zeros behind the last sum.
+    void finish() {
+        if (k_ > group_end_ - rows_.group) *sums_++ = sum_;
+        while (sums_ < end_) *sums_++ = 0;
+    }
+
+private:
+    void add_part(int32_t sum, float scale) {
+        *starts_++ = -rows_.zero_code * sum;
+        sum_ += scale * static_cast<float>(sum);
+        k_ += rows_.part;
+        if (k_ == group_end_) {
+            if (sums_ < end_) *sums_++ = sum_;
+            group_end_ += rows_.group;
+            sum_ = 0;
+        }
+    }
+
+    const CodedRows& rows_;
+    int8_t* codes_;
+    float* scales_;
+    int32_t* starts_;
+    int8_t* joined_;
+    float *sums_, *const end_;
+    int64_t k_ = 0, group_end_;
+    float sum_ = 0;  // of the group that ends with group_end_
+};
+
+// The blocks of a unit share the largest of their scales where the sum of the squares of the scales, and so of the
+// errors, grows by no more than `most` times.
+struct JoinedUnit {
+    float largest = 0, squares = 0;
+
+    explicit JoinedUnit(const float* blocks) {
+        for (int b = 0; b < kUnitBlocks; ++b) {
+            largest = blocks[b] > largest ? blocks[b] : largest;
+            squares += blocks[b] * blocks[b];
+        }
+    }
+    float joined_squares() const { return kUnitBlocks * largest * largest; }
+    bool joins(float most) const { return joined_squares() <= most * squares; }
+};
+
+// `most` of a row with these largest |x| of its blocks: as much as makes the sum of all squares grow by no more than
+// kJoinedSquares times.
+constexpr float kJoinedSquares = 1.6f, kMostJoinedSquares = 2.4f;
+inline float most_joined_squares(const float* blocks, int64_t units) {
+    float before = 0, after = 0;
+    for (int64_t u = 0; u < units; ++u) {
+        const JoinedUnit unit(blocks + u * kUnitBlocks);
+        before += unit.squares;
+        after += unit.joins(kMostJoinedSquares) ? unit.joined_squares() : unit.squares;
+    }
+    return after <= kJoinedSquares * before ? kMostJoinedSquares : kJoinedSquares;
+}
+
+// Row i of `rows` from k elements: each block round(x / scale) with scale = max |x| / 127.
+template <class T>
+inline void quantize_row(const T* x, int64_t k, const CodedRows& rows, int64_t i) {
+    constexpr int N = kUnitVectors / kUnitBlocks;
+    const int64_t units = rows.columns / CodedRows::kUnit;
+    float* all = rows.row_scales(i);  // of every block the largest |x|, until there is the scale
+    VecF v[kUnitVectors];
+    for (int64_t u = 0; u < units; ++u) {
+        load_unit(x + u * CodedRows::kUnit, k - u * CodedRows::kUnit, v);
+        largest_of_blocks(v, all + u * kUnitBlocks);
+    }
+    const float most = rows.joins() ? most_joined_squares(all, units) : 0;
+    CodedRow row(rows, i);
+    for (int64_t u = 0; u < units; ++u) {
+        const float* largest = all + u * kUnitBlocks;
+        const JoinedUnit unit(largest);
+        const bool joined = rows.joins() && unit.joins(most);
+        VecI32 q[kUnitVectors];
+        float scale[kUnitBlocks];
+        load_unit(x + u * CodedRows::kUnit, k - u * CodedRows::kUnit, v);
+        for (int b = 0; b < kUnitBlocks; ++b) {
+            const float of_block = joined ? unit.largest : largest[b], inverse = inverse_of(of_block, 127);
+            scale[b] = of_block / 127;
+            for (int s = b * N; s < (b + 1) * N; ++s) q[s] = nearest_integers(v[s], inverse);
+        }
+        row.add_unit(q, scale, joined);
+    }
+    row.finish();
+}
+
+// Rows 2i and 2i + 1 of `rows`, the high and the low digits of k elements: 128 high + low = round(x / scale) with
+// scale = max |x| / (127 * 128).
+template <class T>
+inline void quantize_digits(const T* x, int64_t k, const CodedRows& rows, int64_t i) {
+    constexpr float kSteps = 127 * CodedRows::kDigit;
+    const float largest = largest_of(x, k), inverse = inverse_of(largest, kSteps), low = largest / kSteps;
+    const float scale = CodedRows::kDigit * low;
+    const float high_scales[] = {scale, scale, scale, scale}, low_scales[] = {low, low, low, low};
+    CodedRow high_row(rows, 2 * i), low_row(rows, 2 * i + 1);
+    for (int64_t j = 0; j < rows.columns; j += CodedRows::kUnit) {
+        VecF v[kUnitVectors];
+        VecI32 high[kUnitVectors], rest[kUnitVectors];
+        load_unit(x + j, k - j, v);
+        for (int s = 0; s < kUnitVectors; ++s) {
+            const VecI32 q = nearest_integers(v[s], inverse);
+            high[s] = (q + CodedRows::kDigit / 2) >> 7;
+            rest[s] = q - high[s] * CodedRows::kDigit;
+        }
+        high_row.add_unit(high, high_scales, true);
+        low_row.add_unit(rest, low_scales, true);
+    }
+    high_row.finish();
+    low_row.finish();
+}
+
+}  // namespace kt::KT_ISA

@@ -15,7 +15,6 @@ from ktops.checkpoints.names import CONCATENATED, EVERY_EXPERT, INTERLEAVED, Key
 from ktops.checkpoints.packed import Tensors
 from ktops.checkpoints.quantization_config import QuantizationConfig
 from ktops.checkpoints.schemes import (
-    PLAIN,
     deinterleaved,
     is_of_activations,
     matrices,
@@ -24,6 +23,7 @@ from ktops.checkpoints.schemes import (
 )
 from ktops.checkpoints.view import View
 from ktops.formats import ExpertWeight, get_format
+from ktops.formats.plain import PLAIN
 
 BIASES = {"gate_up_proj": "gate_up_proj_bias", "down_proj": "down_proj_bias"}
 

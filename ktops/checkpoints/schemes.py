@@ -18,8 +18,8 @@ from ktops.formats import get_format
 from ktops.formats.floating import exponents
 from ktops.formats.format import FLOAT_SCALES, Codes
 from ktops.formats.gguf_blocks import BLOCKS
+from ktops.formats.plain import PLAIN
 
-PLAIN = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 SCALES = ("weight_scale_inv", "weight_scale", "scale_inv", "scale", "scales")
 """What the scales of floating-point and 8-bit weights are called."""
 

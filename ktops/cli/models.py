@@ -2,12 +2,7 @@
 
 from pathlib import Path
 
-import torch
-
 from ktops.cli.errors import UserError
-
-DECODED = {torch.bfloat16: "bf16", torch.float32: "fp32"}
-"""dtype of a model -> the format of decoded experts."""
 
 
 def check_directory(directory: str) -> None:
@@ -71,6 +66,7 @@ def load_model(directory: str, dtype, experts_implementation: str, *, keep_forma
 
     import ktops
     from ktops.checkpoints.config import is_ktops, quantization_of
+    from ktops.formats.plain import PLAIN
     from ktops.integrations.transformers.loaded import require_loaded
 
     ktops.enable()
@@ -78,7 +74,7 @@ def load_model(directory: str, dtype, experts_implementation: str, *, keep_forma
         quantized = quantization_of(AutoConfig.from_pretrained(directory, local_files_only=True).to_dict())
         loader = {}  # with None in it, transformers would not see that of config.json
         if experts_implementation == "ktops" and quantized:
-            decoded = None if keep_format or is_ktops(quantized) else DECODED[dtype]
+            decoded = None if keep_format or is_ktops(quantized) else PLAIN[dtype]
             loader = {"quantization_config": ktops.KTConfig(decoded)}
         elif is_ktops(quantized):
             raise UserError(

@@ -10,9 +10,9 @@ from ktops._warn import warn_once
 from ktops.checkpoints import Checkpoint, CheckpointError, Layer, open_checkpoint
 from ktops.checkpoints.experts import Experts, Requantized
 from ktops.checkpoints.match import numbered_layer
-from ktops.checkpoints.schemes import PLAIN
 from ktops.compat.methods import Method
 from ktops.formats import Codes, ExpertWeight
+from ktops.formats.plain import PLAIN
 
 Weights = tuple[Tensor | ExpertWeight, Tensor | ExpertWeight]
 """gate_up_proj [E, 2I, H] and down_proj [E, H, I]."""

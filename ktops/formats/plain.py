@@ -26,3 +26,6 @@ class Plain(Format):
 
 
 FORMATS = (Plain("bf16", torch.bfloat16), Plain("fp16", torch.float16), Plain("fp32", torch.float32))
+
+PLAIN = {known.dtype: known.name for known in FORMATS}
+"""dtype -> the format of weights in it."""

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from ktops.checkpoints.progress import progress
 from ktops.formats import ExpertWeight, quantize
 from ktops.formats.error import relative_error
+from ktops.formats.plain import PLAIN
 from ktops.integrations import enable_peft, enable_saving
 from ktops.integrations.swap import (
     Unsupported,
@@ -23,9 +24,6 @@ from ktops.nn.expert_list import stacked_copy
 from ktops.nn.experts import KTExperts
 
 DTYPE_NAMES = {torch.bfloat16: "bf16", torch.float16: "f16", torch.float32: "f32", torch.float64: "f64"}
-
-PLAIN = ("bf16", "fp16", "fp32")
-"""Formats of weights that are not quantized yet."""
 
 
 @dataclass(frozen=True)
@@ -190,7 +188,7 @@ def _dense_experts(name: str, module: nn.Module) -> _Dense:
         require_plain(module)
         weights = module.gate_up_proj, module.down_proj
         if isinstance(weights[0], ExpertWeight):
-            quantized = [weight for weight in weights if weight.format not in PLAIN]
+            quantized = [weight for weight in weights if weight.format not in PLAIN.values()]
             if quantized:
                 raise Unsupported(f"its weights are in format {quantized[0].format!r} already")
             return _Dense(*(list(weight.weight) for weight in weights), partial(_with_parameters, module))

@@ -111,6 +111,13 @@ def changed(source, change):
     return source
 
 
+def forget_quantization(source) -> None:
+    """Takes the quantization_config out of config.json."""
+    said = json.loads((source / "config.json").read_text())
+    del said["quantization_config"]
+    (source / "config.json").write_text(json.dumps(said))
+
+
 def without(part: str):
     return lambda tensors: {name: tensor for name, tensor in tensors.items() if part not in name}
 
@@ -151,9 +158,7 @@ def test_heads_may_be_missing_but_not_to_finetune(tmp_path):
 def test_scales_that_no_configuration_names(tmp_path):
     """Codes would be taken for weights."""
     source, _ = published.write(tmp_path, "fp8", attention=True)
-    said = json.loads((source / "config.json").read_text())
-    del said["quantization_config"]
-    (source / "config.json").write_text(json.dumps(said))
+    forget_quantization(source)
     message = (
         "self_attn.k_proj.weight_scale_inv, .* and 4 more: the weights of Qwen3MoeForCausalLM are quantized"
     )
@@ -166,9 +171,7 @@ def test_scales_that_no_configuration_names(tmp_path):
 def test_experts_that_transformers_does_not_find(tmp_path):
     """Asked for ktops' implementation, but not for its loader."""
     source, _ = published.write(tmp_path, "compressed int4", attention=False)
-    said = json.loads((source / "config.json").read_text())
-    del said["quantization_config"]
-    (source / "config.json").write_text(json.dumps(said))
+    forget_quantization(source)
     with pytest.raises(CheckpointError, match=r"mlp.experts.down_proj, .* would initialize them at random"):
         transformers.AutoModelForCausalLM.from_pretrained(source, experts_implementation="ktops")
     assert load(source, quantization_config=ktops.KTConfig(), experts_implementation="ktops")

@@ -20,10 +20,10 @@ from ktops.ops import (
 )
 
 _LAZY = {
-    "KTConfig": "ktops.integrations.transformers.quantizer",
+    "KTConfig": "ktops.integrations.transformers.config",
     "disable": "ktops.integrations",
     "enable": "ktops.integrations",
-    "load_experts": "ktops.checkpoints.load",
+    "load_experts": "ktops.integrations.load_experts",
     "quantize_experts": "ktops.integrations.quantize_experts",
     "swap_experts": "ktops.integrations.swap",
     "unswap_experts": "ktops.integrations.swap",

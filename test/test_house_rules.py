@@ -31,6 +31,20 @@ MAX_FUNCTION_LINES = 80
 CSRC_LAYERS = ("ops", "dispatch", "moe", "gemm", "formats", "isa", "parallel", "core")
 """A folder of ktops_csrc includes only itself and the folders after it."""
 
+FLOORS = (
+    ("testing",),
+    ("cli", "compat", "reference"),
+    ("__init__",),
+    ("integrations",),
+    ("checkpoints",),
+    ("nn",),
+    ("ops",),
+    ("formats",),
+    ("_display", "_library", "_version", "_warn"),
+    ("_C",),
+)
+"""A package of ktops imports only itself and the floors after its own; ``__init__`` is ``import ktops``."""
+
 
 def project_files() -> list[str]:
     """Paths, relative to the root, of the files of the project: tracked, or new and not ignored."""
@@ -160,6 +174,75 @@ def test_includes_point_downwards(name):
     for included in re.findall(r'#include "([^"]+)"', read(name)):
         assert (ROOT / "ktops_csrc" / included).exists(), included
         assert CSRC_LAYERS.index(included.split("/")[0]) >= layer, included
+
+
+MODULES = {
+    ".".join(Path(name).with_suffix("").parts).removesuffix(".__init__"): name
+    for name in PYTHON
+    if name.startswith("ktops/")
+}
+
+
+def imported_modules(name: str) -> set[str]:
+    """The modules of ktops that a file imports, anywhere in it, or lists in a dict to import them later."""
+    found = set()
+    for node in ast.walk(ast.parse(read(name))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert not node.level, f"{name} has a relative import"
+            members = {f"{node.module}.{alias.name}" for alias in node.names}
+            inner = {member for member in members if member in MODULES or member == "ktops._C"}
+            found |= inner | ({node.module} if inner != members else set())
+        elif isinstance(node, ast.Dict):
+            found |= {each.value for each in node.values if isinstance(each, ast.Constant)} & MODULES.keys()
+    return {module for module in found if module.partition(".")[0] == "ktops"}
+
+
+IMPORTS = {module: imported_modules(name) for module, name in MODULES.items()}
+
+
+def floor(module: str) -> int:
+    package = (*module.split("."), "__init__")[1]
+    return next(index for index, packages in enumerate(FLOORS) if package in packages)
+
+
+def package(module: str) -> str:
+    return ".".join(module.split(".")[:2])
+
+
+def on_a_circle(graph: dict[str, set[str]]) -> set[str]:
+    """What is left after everything that leads nowhere, or comes from nowhere, is taken away."""
+    left = dict(graph)
+    while True:
+        reached = set().union(*left.values())
+        kept = {
+            node: targets & left.keys()
+            for node, targets in left.items()
+            if targets & left.keys() and node in reached
+        }
+        if kept.keys() == left.keys():
+            return set(kept)
+        left = kept
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_imports_point_downwards(module):
+    for imported in IMPORTS[module]:
+        assert floor(imported) > floor(module) or package(imported) == package(module), imported
+
+
+def test_imports_have_no_circle():
+    """Between modules, imports inside functions included. Not counted: importing a module also runs the
+    ``__init__`` of the packages that it is in."""
+    assert not on_a_circle(IMPORTS)
+
+
+def test_circles_and_late_imports_are_seen():
+    assert on_a_circle({"a": {"b"}, "b": {"c"}, "c": {"b", "d"}, "d": set()}) == {"b", "c"}
+    assert {"ktops.integrations.load_experts", "ktops.nn", "ktops._library"} <= IMPORTS["ktops"]
+    assert "ktops.integrations.transformers.quantizer" in IMPORTS["ktops.integrations.transformers.saving"]
+    assert sum(map(len, IMPORTS.values())) > 300
 
 
 @pytest.mark.parametrize("name", CPP)

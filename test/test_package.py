@@ -103,7 +103,7 @@ def test_lower_bounds_are_those_of_the_messages():
     bounds = dict(re.findall(r'"(transformers|peft)>=([\d.]+)"', (ROOT / "pyproject.toml").read_text()))
     integrations = ROOT / "ktops" / "integrations"
     [transformers] = re.findall(
-        r"needs transformers>=([\d.]+):", (integrations / "transformers" / "experts.py").read_text()
+        r"needs transformers>=([\d.]+):", (integrations / "transformers" / "__init__.py").read_text()
     )
     [peft] = re.findall(r'^MIN_VERSION = "(.+)"', (integrations / "peft.py").read_text(), re.MULTILINE)
     assert bounds == {"transformers": transformers, "peft": peft}

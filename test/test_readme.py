@@ -11,7 +11,7 @@ import torch
 
 import ktops
 from ktops.integrations.transformers.architectures import TESTED
-from ktops.reference.activation import ACTIVATIONS
+from ktops.ops.activation import ACTIVATIONS
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()

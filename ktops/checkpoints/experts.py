@@ -3,11 +3,12 @@
 import ctypes
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
+from ktops._display import Step, no_step
 from ktops._warn import warn_once
 from ktops.checkpoints.errors import CheckpointError
 from ktops.checkpoints.matrix import Field, Matrix
@@ -15,15 +16,8 @@ from ktops.checkpoints.view import View
 from ktops.formats import Codes, ExpertWeight, get_format
 from ktops.formats.format import stacked
 
-Step = Callable[[int], None]
-"""Called with the number of experts of a projection that are done."""
-
 CHUNK_WEIGHTS = 1 << 18
 """Weights that are floats at a time while they are quantized; in whole blocks of 128 rows."""
-
-
-def no_step(count: int) -> None:
-    pass
 
 
 class Experts(ABC):

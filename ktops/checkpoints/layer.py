@@ -8,8 +8,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ktops._display import Step, no_step
 from ktops.checkpoints.errors import CheckpointError
-from ktops.checkpoints.experts import Experts, Requantized, Step, no_step, stack
+from ktops.checkpoints.experts import Experts, Requantized, stack
 from ktops.checkpoints.matrix import Matrix, expect, expect_dim
 from ktops.checkpoints.names import CONCATENATED, EVERY_EXPERT, INTERLEAVED, Key, summary
 from ktops.checkpoints.packed import Tensors

@@ -22,6 +22,7 @@ from ktops.checkpoints.names import (
     parse_tensor,
 )
 from ktops.nn.expert_sequence import KTExpertSequence
+from ktops.nn.find import find_experts
 
 OF_EXPERT = re.compile(r"(?:(?<=\.)|^)experts\.(\d+)(?=\.)")
 TENSORS = ("gate_up_proj", "gate_proj", "up_proj", "down_proj")
@@ -35,6 +36,9 @@ class ModelNames:
         model: a PreTrainedModel, on any device; its experts may be replaced by modules of ktops.
         modules: its experts by name.
         conversions: transformers' renamings and conversions; default: those of the model.
+
+    Attributes:
+        modules: the experts, by the names that they had before ktops put its own modules around them.
 
     Example:
         >>> names = ModelNames(model, experts_modules(model))
@@ -58,10 +62,10 @@ class ModelNames:
         self._prefix = model.base_model_prefix
         self._ignored = [re.compile(p) for p in model._keys_to_ignore_on_load_unexpected or ()]
         owners = {name: _owner(model, name) for name in modules}
-        self._modules = {owners[name]: module for name, module in modules.items()}
+        self.modules = {owners[name]: module for name, module in modules.items()}
         self.names = {owner: name for name, owner in owners.items()}
         keys = {name for name, _ in (*model.named_parameters(), *model.named_buffers())}
-        for name in self._modules:
+        for name in self.modules:
             keys |= {f"{name}.{tensor}" for tensor in TENSORS}
             keys |= {f"{name}.0.{matrix}.weight" for matrix in MATRICES}
         self._keys = dict.fromkeys(keys, True)
@@ -83,17 +87,6 @@ class ModelNames:
     def ignored(self, name: str) -> bool:
         """Whether transformers silently skips a tensor of this name, as it does with MTP layers."""
         return any(pattern.search(name) for pattern in self._ignored)
-
-    def uncomputable(self) -> str | None:
-        """Which experts of the model ktops cannot compute, and why; None if it can compute all."""
-        from ktops.integrations.transformers.architectures import unsupported_computation
-
-        for owner, module in self._modules.items():
-            if hasattr(module, "num_experts") and not isinstance(module, nn.ModuleList):
-                reason = unsupported_computation(module)
-                if reason is not None:
-                    return f"ktops cannot compute {owner}, a {type(module).__name__}: {reason}"
-        return None
 
     def _resolve(self, name: str) -> Key | None:
         for dense, tensor in _dense_names(name):
@@ -117,7 +110,7 @@ class ModelNames:
     def _renamed(self, name: str, renamed: str) -> Key | None:
         """The key of a tensor that is loaded unchanged."""
         for module, rest in _splits(renamed):
-            if module in self._modules:
+            if module in self.modules:
                 found = parse_tensor(rest)
                 return None if found is None else self._key(name, module, *found)
         return None
@@ -126,7 +119,7 @@ class ModelNames:
         """The key of a tensor that is loaded through operations."""
         converter = self._by_pattern[pattern]
         module, _, target = renamed.rpartition(".")
-        if module not in self._modules or FUSED.fullmatch(target) is None:
+        if module not in self.modules or FUSED.fullmatch(target) is None:
             return None
         operations = list(converter.operations)
         kinds = [type(operation).__name__ for operation in operations]
@@ -147,7 +140,7 @@ class ModelNames:
 
     def _key(self, name, module, expert, projection, tensor, layout=None) -> Key:
         numbers = NUMBER.findall(module)
-        concatenated = getattr(self._modules[module], "is_concatenated", None)
+        concatenated = getattr(self.modules[module], "is_concatenated", None)
         if layout is None and concatenated is not None:
             layout = CONCATENATED if concatenated else INTERLEAVED
         layer = int(numbers[-1]) if numbers else -1
@@ -193,8 +186,6 @@ def _names_of_class(config, model_class: type | None) -> ModelNames | None:
     from transformers import AutoModel, AutoModelForCausalLM
     from transformers.initialization import no_init_weights
 
-    from ktops.integrations.swap import find_experts
-
     with torch.device("meta"), no_init_weights():
         if model_class is not None:
             model = model_class._from_config(config)
@@ -204,11 +195,7 @@ def _names_of_class(config, model_class: type | None) -> ModelNames | None:
             model = AutoModel.from_config(config)
         else:
             return None
-    try:
-        modules = find_experts(model, "open_checkpoint")
-    except ValueError:
-        modules = {}
-    return ModelNames(model, modules)
+    return ModelNames(model, find_experts(model))
 
 
 def pretrained_parts(model: nn.Module) -> dict[str, nn.Module]:

@@ -10,7 +10,7 @@ from ktops.checkpoints.errors import CheckpointError
 from ktops.checkpoints.experts import float_rows, give_back_freed_memory
 from ktops.checkpoints.layer import Layer
 from ktops.formats.error import RelativeError
-from ktops.reference import activation as functions
+from ktops.ops.activation import ACTIVATIONS as FUNCTIONS
 
 MOST_EXPERTS = 16
 """The most experts of a layer that are compared, evenly spaced."""
@@ -142,4 +142,4 @@ def _compare_expert(
 
 def _activated(gate_up: Tensor, activation: str) -> Tensor:
     gate, up = gate_up.chunk(2, dim=1)
-    return getattr(functions, activation)(gate)[0] * up
+    return FUNCTIONS[activation](gate)[0] * up

@@ -18,10 +18,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ktops._display import Step, no_step
 from ktops._version import __version__
 from ktops.checkpoints.checkpoint import CONFIG, INDEX, MANIFEST, PROGRESS, VERSION
 from ktops.checkpoints.errors import CheckpointError
-from ktops.checkpoints.experts import Experts, Held, Step, no_step
+from ktops.checkpoints.experts import Experts, Held
 from ktops.checkpoints.safetensors_file import DTYPES
 from ktops.checkpoints.view import View
 from ktops.formats import Codes, ExpertWeight

@@ -10,16 +10,16 @@ import torch
 from rich.console import Console
 
 import ktops
+from ktops._display import format_bytes, progress
 from ktops.checkpoints import Checkpoint, CheckpointError, CheckpointWriter, Layer, open_checkpoint
 from ktops.checkpoints.checkpoint import MANIFEST
 from ktops.checkpoints.config import converted_config
 from ktops.checkpoints.experts import Experts, Requantized
 from ktops.checkpoints.layer import BIASES
-from ktops.checkpoints.progress import progress
 from ktops.checkpoints.quality import Activation, compare, find_activation
 from ktops.cli.errors import Interrupted, UserError
 from ktops.formats import quantize
-from ktops.integrations.quantize_experts import format_bytes
+from ktops.integrations.transformers.architectures import uncomputable_experts
 
 REPORT = "ktops-report.json"
 WEIGHTS = {".safetensors", ".gguf", ".bin", ".pt", ".pth", ".onnx", ".h5", ".msgpack"}
@@ -181,7 +181,7 @@ def _write(writer: CheckpointWriter, checkpoint: Checkpoint, parts: list[Part], 
 
 def _uncomputable(checkpoint: Checkpoint) -> str | None:
     """Why the model of config.json will not run with what is written, as far as transformers knows it."""
-    return None if checkpoint.names is None else checkpoint.names.uncomputable()
+    return None if checkpoint.names is None else uncomputable_experts(checkpoint.names.modules)
 
 
 def _is_gguf(checkpoint: Checkpoint) -> bool:

@@ -98,9 +98,11 @@ class ExpertWeight(nn.Module):
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """:func:`ktops.dequantize` of this weight."""
-        from ktops.formats.quantize import dequantize
-
-        return dequantize(self, dtype)
+        out = torch.empty(self.shape, dtype=self.dtype if dtype is None else dtype)
+        for index in range(self.shape[0]):
+            codes = self.expert(index).map(lambda tensor: tensor[None])
+            out[index] = torch.ops.kt.dequantize(*codes, self.format, self.group_size, self.shape[-1])[0]
+        return out
 
     def _apply(self, fn, recurse: bool = True) -> "ExpertWeight":
         """``.to()`` and the like: a floating dtype is what is computed in, tensors stay where they are."""

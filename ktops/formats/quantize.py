@@ -80,8 +80,4 @@ def dequantize(weight: ExpertWeight, dtype: torch.dtype | None = None) -> Tensor
         >>> ktops.dequantize(weight).shape
         torch.Size([8, 64, 128])
     """
-    out = torch.empty(weight.shape, dtype=weight.dtype if dtype is None else dtype)
-    for expert in range(weight.shape[0]):
-        codes = weight.expert(expert).map(lambda tensor: tensor[None])
-        out[expert] = torch.ops.kt.dequantize(*codes, weight.format, weight.group_size, weight.shape[-1])[0]
-    return out
+    return weight.dequantize(dtype)

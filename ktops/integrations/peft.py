@@ -8,6 +8,7 @@ parameters, names, files.
 """
 
 import functools
+import importlib.util
 import re
 import warnings
 from collections.abc import Iterator
@@ -19,7 +20,8 @@ from torch import Tensor, nn
 from ktops._warn import warn_once
 from ktops.formats import ExpertWeight
 from ktops.integrations.replacements import Replacements
-from ktops.integrations.transformers import runs_ktops, unsupported_tensors
+from ktops.integrations.transformers.architectures import unsupported_tensors
+from ktops.integrations.transformers.experts import runs_ktops
 
 PREFIXES = {"gate_up_proj": "gate_up", "down_proj": "down"}
 """Adapted parameter -> what its keyword arguments start with: ``gate_up_lora_A``, ``gate_up_scaling``, ..."""
@@ -63,6 +65,12 @@ def enable() -> None:
         merge_adapter=_merge_adapter,
         _unload_and_optionally_merge=_unload_and_optionally_merge,
     )
+
+
+def enable_if_installed() -> None:
+    """The same, but does nothing unless PEFT and the transformers that it needs are installed."""
+    if all(importlib.util.find_spec(name) is not None for name in ("transformers", "peft")):
+        enable()
 
 
 def disable() -> None:

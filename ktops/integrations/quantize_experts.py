@@ -7,19 +7,20 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from ktops.checkpoints.progress import progress
+from ktops._display import format_bytes, progress
 from ktops.formats import ExpertWeight, quantize
 from ktops.formats.error import relative_error
 from ktops.formats.plain import PLAIN
-from ktops.integrations import enable_peft, enable_saving
+from ktops.integrations import peft
 from ktops.integrations.swap import (
     Unsupported,
     exchange_stacked,
-    find_experts,
     listed_experts,
+    require_experts,
     require_plain,
     stacked_experts,
 )
+from ktops.integrations.transformers.saving import enable_saving
 from ktops.nn.expert_list import stacked_copy
 from ktops.nn.experts import KTExperts
 
@@ -87,20 +88,6 @@ class QuantizationReport:
         )
 
 
-def format_bytes(count: int) -> str:
-    """A number of bytes for people, in KiB, MiB or GiB.
-
-    Example:
-        >>> format_bytes(12_900_000)
-        '12.3 MiB'
-    """
-    for unit in ("KiB", "MiB"):
-        count /= 1024
-        if count < 1024:
-            return f"{count:.1f} {unit}"
-    return f"{count / 1024:.1f} GiB"
-
-
 @torch.no_grad()
 def quantize_experts(
     model: nn.Module,
@@ -139,7 +126,7 @@ def quantize_experts(
         >>> print(ktops.quantize_experts(model, "int4", group_size=128, method="mse"))
         experts: 12.3 MiB in int4, group 128 (bf16: 47.6 MiB, 3.88 times smaller), relative error 0.093
     """
-    found = find_experts(model, "quantize_experts")
+    found = require_experts(model, "quantize_experts")
     dense, refused = {}, []
     for name, module in found.items():
         try:
@@ -162,7 +149,7 @@ def quantize_experts(
             exchange_stacked(model, found.pop(name), quantized)
             layers.append(layer)
             step(1)
-    enable_peft()
+    peft.enable_if_installed()
     enable_saving(model)
     return QuantizationReport(weight_format, quantized.down_proj.group_size, method, dtype, tuple(layers))
 

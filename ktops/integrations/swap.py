@@ -7,7 +7,7 @@ from collections import defaultdict
 import torch
 from torch import nn
 
-from ktops.integrations import enable_peft
+from ktops.integrations import peft
 from ktops.integrations.probe import disagreement_of_expert, disagreement_of_experts
 from ktops.integrations.transformers.architectures import (
     TESTED,
@@ -15,11 +15,17 @@ from ktops.integrations.transformers.architectures import (
     unsupported_layout,
     unsupported_tensors,
 )
-from ktops.nn.expert_list import ACTIVATION_NAMES, PROJECTIONS, KTExpert, KTExpertList, is_plain_linear
+from ktops.nn.expert_list import (
+    ACTIVATION_NAMES,
+    PROJECTIONS,
+    KTExpert,
+    KTExpertList,
+    interception,
+    is_plain_linear,
+)
 from ktops.nn.expert_sequence import KTExpertSequence
 from ktops.nn.experts import KTExperts
-
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+from ktops.nn.find import find_experts, has_stacks
 
 
 class Unsupported(Exception):
@@ -55,7 +61,7 @@ def swap_experts(model: nn.Module, *, save: str = "activations") -> list[str]:
         >>> ktops.swap_experts(model)
         ['model.layers.0.mlp.experts', 'model.layers.1.mlp.experts']
     """
-    found = find_experts(model, "swap_experts")
+    found = require_experts(model, "swap_experts")
     swapped, refused = [], defaultdict(list)
     for name, module in found.items():
         if isinstance(module, (KTExperts, KTExpertList)):
@@ -70,7 +76,7 @@ def swap_experts(model: nn.Module, *, save: str = "activations") -> list[str]:
     if refused:
         _warn_refused(model, refused)
     if swapped:
-        enable_peft()
+        peft.enable_if_installed()
     return swapped
 
 
@@ -102,21 +108,13 @@ def unswap_experts(model: nn.Module) -> list[str]:
     return names
 
 
-def find_experts(model: nn.Module, function: str) -> dict[str, nn.Module]:
-    """Experts modules by name, outermost first, nothing inside of them.
+def require_experts(model: nn.Module, function: str) -> dict[str, nn.Module]:
+    """What :func:`ktops.nn.find.find_experts` finds.
 
     Raises:
-        ValueError: there are none; the message begins with the name of the function that looks for them.
+        ValueError: nothing; the message begins with the name of the function that looks for experts.
     """
-    found: dict[str, nn.Module] = {}
-    for name, module in model.named_modules():
-        if name and any(name.startswith(f"{outer}.") for outer in found):
-            continue
-        if isinstance(module, KTExpertSequence):  # its stacked experts are found instead
-            continue
-        is_named_so = name.rpartition(".")[2] == "experts" and not hasattr(module, "base_layer")
-        if is_named_so or isinstance(module, (KTExperts, KTExpertList)) or _has_stacks(module):
-            found[name] = module
+    found = find_experts(model)
     if not found:
         raise ValueError(
             f"{function}: model must have Mixture-of-Experts layers, got {type(model).__name__} without "
@@ -124,11 +122,6 @@ def find_experts(model: nn.Module, function: str) -> dict[str, nn.Module]:
             f"Architectures tested: {', '.join(TESTED)}."
         )
     return found
-
-
-def _has_stacks(module: nn.Module) -> bool:
-    stacks = [module._parameters.get(name) for name in ("gate_up_proj", "down_proj")]
-    return all(stack is not None and stack.dim() == 3 for stack in stacks)
 
 
 def _replacement(module: nn.Module, save: str) -> nn.Module:
@@ -139,10 +132,9 @@ def _replacement(module: nn.Module, save: str) -> nn.Module:
 
 def require_plain(module: nn.Module) -> None:
     """Raises Unsupported if something hangs on the module that another in its place would lose."""
-    if any(getattr(module, hooks) for hooks in _HOOKS):
-        raise Unsupported("it has hooks")
-    if "forward" in module.__dict__:
-        raise Unsupported("its forward was replaced, by accelerate or another library")
+    reason = interception(module)
+    if reason is not None:
+        raise Unsupported(reason)
 
 
 def stacked_experts(module: nn.Module, save: str) -> KTExperts:
@@ -152,7 +144,7 @@ def stacked_experts(module: nn.Module, save: str) -> KTExperts:
         Unsupported: the op does not compute what the module does, or the module has hooks.
     """
     require_plain(module)
-    if not _has_stacks(module):
+    if not has_stacks(module):
         raise Unsupported(
             "its weights are neither gate_up_proj and down_proj nor a ModuleList of gated experts"
         )
@@ -247,10 +239,7 @@ def _describe(expert: nn.Module, names: tuple[str, str, str], attribute: str) ->
     parameters = dict(expert.named_parameters())
     own = {f"{name}.{kind}" for name in names for kind in ("weight", "bias")}
     plain = (
-        all(map(is_plain_linear, projections))
-        and parameters.keys() <= own
-        and not any(getattr(expert, hooks) for hooks in _HOOKS)
-        and "forward" not in expert.__dict__
+        all(map(is_plain_linear, projections)) and parameters.keys() <= own and interception(expert) is None
     )
     biased = tuple(getattr(projection, "bias", None) is not None for projection in projections)
     layout = tuple((name, tuple(tensor.shape), tensor.dtype) for name, tensor in parameters.items())

@@ -24,14 +24,21 @@ Packed = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 
 def is_plain_linear(module: nn.Module) -> bool:
     """An ``nn.Linear`` and nothing else: no subclass, parametrization, hook or replaced forward."""
-    return (
-        type(module) is nn.Linear
-        and "forward" not in module.__dict__
-        and not module._forward_hooks
-        and not module._forward_pre_hooks
-        and not module._backward_hooks
-        and not module._backward_pre_hooks
-    )
+    return type(module) is nn.Linear and interception(module) is None
+
+
+def interception(module: nn.Module) -> str | None:
+    """Why a call of a module runs more than the forward of its class; None if it does not."""
+    if (
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+    ):
+        return "it has hooks"
+    if "forward" in module.__dict__:
+        return "its forward was replaced, by accelerate or another library"
+    return None
 
 
 class KTExpert(nn.Module):

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from ktops.formats import ExpertWeight
 from ktops.ops import moe_sft
-from ktops.reference.activation import ACTIVATIONS
+from ktops.ops.activation import ACTIVATIONS
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 """What the experts' weights may be stored in."""

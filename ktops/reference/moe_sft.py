@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ktops.formats import Codes, get_format
-from ktops.reference.activation import ACTIVATIONS
+from ktops.ops.activation import ACTIVATIONS
 
 
 def sort_routes(topk_ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:

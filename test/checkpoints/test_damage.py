@@ -16,7 +16,7 @@ from tiny_checkpoints import OneLayer, write_gguf, write_per_expert
 from tiny_schemes import SCHEMES, gptq, mxfp4_gpt_oss
 
 from ktops.checkpoints import CheckpointError, CheckpointWriter, open_checkpoint
-from ktops.checkpoints.load import load_experts
+from ktops.integrations.load_experts import load_experts
 
 E, H, I = 2, 64, 32  # noqa: E741
 SIZES = {"num_experts": E, "hidden": H, "intermediate": I, "layers": 1}

@@ -21,11 +21,11 @@ from tiny_schemes import plain
 
 import ktops
 from ktops.checkpoints import CheckpointError, open_checkpoint
-from ktops.checkpoints.load import experts_modules
 from ktops.checkpoints.match import match_layers
 from ktops.checkpoints.model_names import ModelNames
 from ktops.checkpoints.names import family, summary
 from ktops.cli.convert import _written_name
+from ktops.integrations.loading import experts_modules
 
 MUST_BE_READ = {
     "deepseek_v3", "dots1", "ernie4_5_moe", "flex_olmo", "glm4_moe", "gpt_oss", "granitemoe",

@@ -19,7 +19,7 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 import ktops
 from ktops._warn import warn_once
 from ktops.integrations.transformers import activation_name, unsupported_layout
-from ktops.reference.activation import ACTIVATIONS
+from ktops.ops.activation import ACTIVATIONS
 from ktops.testing.budgets import forward_budget, relative_error
 
 pytestmark = pytest.mark.usefixtures("enabled")

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 import ktops
+from ktops.ops.activation import ACTIVATIONS
 from ktops.ops.moe_sft import ARGUMENTS, GRADIENTS
-from ktops.reference.activation import ACTIVATIONS
 from ktops.testing.compare import random_grad_output, run, run_reference
 from ktops.testing.inputs import floating, moe_inputs, op_arguments, require_grad
 

@@ -7,7 +7,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import ktops
 from ktops import reference
-from ktops.reference.activation import ACTIVATIONS
+from ktops.ops.activation import ACTIVATIONS
 from ktops.testing.budgets import forward_budget, relative_error
 from ktops.testing.inputs import moe_inputs, op_arguments, upcast
 

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 import ktops
 from ktops import reference
+from ktops.ops.activation import ACTIVATIONS
 from ktops.ops.moe_sft import ARGUMENTS, GRADIENTS
-from ktops.reference.activation import ACTIVATIONS
 from ktops.testing.budgets import forward_budget, relative_error
 from ktops.testing.compare import check_against_reference, random_grad_output, run
 from ktops.testing.inputs import ROUTINGS, moe_inputs, op_arguments, upcast

@@ -1,11 +1,12 @@
 """The experts implementation "ktops" of transformers."""
 
+from ktops._warn import warn_once
 from ktops.integrations.transformers.architectures import (
     activation_name,
     unsupported_layout,
     unsupported_tensors,
 )
-from ktops.integrations.transformers.experts import NAME, disable, enable, runs_ktops
+from ktops.integrations.transformers.experts import NAME, experts_forward, runs_ktops
 
 __all__ = [
     "NAME",
@@ -16,3 +17,45 @@ __all__ = [
     "unsupported_layout",
     "unsupported_tensors",
 ]
+
+
+def enable() -> None:
+    """Register "ktops" as an experts implementation; a second call does nothing.
+
+    Raises:
+        ImportError: transformers is not installed, or has no experts interface.
+    """
+    for registry in _registries():
+        registry.register(NAME, experts_forward)
+    from ktops.integrations.transformers import auto, pretrained
+
+    auto.enable()
+    pretrained.enable()
+
+
+def disable() -> None:
+    """Take the implementation out again."""
+    for registry in _registries():
+        registry._global_mapping.pop(NAME, None)
+    from ktops.integrations.transformers import auto, pretrained
+
+    auto.disable()
+    pretrained.disable()
+    warn_once.cache_clear()
+
+
+def _registries() -> list:
+    """The experts interface and its sibling for fp8 checkpoints, where "ktops" is a warning and eager."""
+    try:
+        from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+    except ImportError as error:
+        raise ImportError(
+            "ktops.enable() needs transformers>=5.21: pip install 'ktops[transformers]'. "
+            "Without its experts interface, ktops.swap_experts(model) does the same."
+        ) from error
+    registries = [ALL_EXPERTS_FUNCTIONS]
+    try:
+        from transformers.integrations.finegrained_fp8 import ALL_FP8_EXPERTS_FUNCTIONS
+    except ImportError:
+        return registries
+    return [*registries, ALL_FP8_EXPERTS_FUNCTIONS]

@@ -5,6 +5,7 @@ architectures need nothing here. One that looks special but computes the same is
 """
 
 import inspect
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
@@ -85,6 +86,16 @@ def unsupported_computation(experts: nn.Module) -> str | None:
     act_fn = getattr(experts, attribute, None)
     if activation_name(act_fn) is None:
         return f"ktops has no activation {getattr(act_fn, '__name__', type(act_fn).__name__)}"
+    return None
+
+
+def uncomputable_experts(modules: Mapping[str, nn.Module]) -> str | None:
+    """Which of these experts modules, by name, the op cannot compute, and why; None if it can compute all."""
+    for name, module in modules.items():
+        if hasattr(module, "num_experts") and not isinstance(module, nn.ModuleList):
+            reason = unsupported_computation(module)
+            if reason is not None:
+                return f"ktops cannot compute {name}, a {type(module).__name__}: {reason}"
     return None
 
 

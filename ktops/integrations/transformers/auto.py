@@ -10,7 +10,8 @@ from transformers.quantizers.auto import (
 
 from ktops.checkpoints.config import is_ktops
 from ktops.integrations.replacements import Replacements
-from ktops.integrations.transformers.quantizer import NAME, KTConfig, KTQuantizer
+from ktops.integrations.transformers.config import NAME, KTConfig
+from ktops.integrations.transformers.quantizer import KTQuantizer
 
 _replaced = Replacements()
 

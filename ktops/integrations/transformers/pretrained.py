@@ -12,11 +12,11 @@ from transformers import PreTrainedModel
 from ktops._warn import warn_once
 from ktops.checkpoints.errors import CheckpointError
 from ktops.integrations.replacements import Replacements
-from ktops.integrations.swap import find_experts
+from ktops.integrations.transformers.config import NAME, KTConfig
 from ktops.integrations.transformers.loaded import listed
-from ktops.integrations.transformers.quantizer import NAME, KTConfig
 from ktops.nn.expert_list import KTExpertList
 from ktops.nn.experts import KTExperts
+from ktops.nn.find import find_experts
 
 EXPERTS = re.compile(r"(^|\.)experts\.")
 """Matches the names of experts' weights."""
@@ -74,11 +74,7 @@ def _asks_for_ktops(model: PreTrainedModel) -> bool:
 
 
 def _warn_if_ignored(model: PreTrainedModel) -> None:
-    try:
-        found = find_experts(model, "")
-    except ValueError:
-        return
-    for module in found.values():
+    for module in find_experts(model).values():
         if not hasattr(module, "has_gate") and not isinstance(module, (KTExperts, KTExpertList)):
             name = f"{type(module).__module__}.{type(module).__qualname__}"
             warn_once(

@@ -1,4 +1,4 @@
-"""KTConfig: ``from_pretrained(..., quantization_config=KTConfig(...))`` loads experts in a weight format.
+"""KTQuantizer: what transformers calls to load and save a model whose experts are in weight formats.
 
 The experts modules are replaced by stand-ins without weights before transformers loads the model, so that no
 dense experts are ever made, and by :class:`ktops.nn.KTExperts` after it.
@@ -11,84 +11,28 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import FunctionType
 
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter
 from transformers.quantizers.base import HfQuantizer
-from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ktops.checkpoints.checkpoint import open_checkpoint
-from ktops.checkpoints.config import LOADER, needs_quantizer
-from ktops.checkpoints.load import PendingExperts, experts_modules, load_layers
+from ktops.checkpoints.config import needs_quantizer
 from ktops.checkpoints.match import match_layers
-from ktops.formats import METHODS, get_format
+from ktops.formats import ExpertWeight
+from ktops.integrations import peft
+from ktops.integrations.loading import PendingExperts, experts_modules, load_layers
 from ktops.integrations.swap import exchange
+from ktops.integrations.transformers.config import KTConfig
 from ktops.integrations.transformers.loaded import require_loaded
 from ktops.integrations.transformers.other_quantizer import PlainQuantizer, other_quantizer
-
-NAME = "ktops"
-"""``quant_method`` of a KTConfig."""
 
 WATCHED = "_adjust_missing_and_unexpected_keys"
 """The method that transformers calls with the keys that only the model has, or only the files."""
 
 KEYS_OF_EXPERTS = re.compile(r"(^|\.)experts\.(\d+\.|gate_up_proj|gate_proj|up_proj|down_proj)")
 """Keys in the files that transformers must neither load nor report."""
-
-
-class KTConfig(QuantizationConfigMixin):
-    """How ``from_pretrained`` loads the experts of a model; the other weights load as they do without it.
-
-    If another library has quantized the other tensors too, its quantizer reads those and ktops reads the
-    experts. If that quantizer can decode (FP8, compressed-tensors), the other weights become dense, in the
-    model's dtype, because hidden states are on the CPU.
-
-    Args:
-        weight_format: one of ``ktops.formats.names()``; None keeps the format of the checkpoint.
-        group_size, method: as of :func:`ktops.quantize`, where weights are quantized.
-        experts_path: another checkpoint to take the experts from, a directory or a GGUF file; default: the
-            one that is loaded.
-        prefix: as of :func:`ktops.load_experts`, if several experts of the checkpoint match.
-        other: the quantization_config of all tensors but the experts'; default: the one in config.json.
-
-    Raises:
-        ValueError: unknown format or method, or the format does not have the group size.
-
-    Example:
-        >>> ktops.enable()
-        >>> config = ktops.KTConfig(weight_format="int4", group_size=128)
-        >>> model = AutoModelForCausalLM.from_pretrained("Qwen/Qwen3-30B-A3B", quantization_config=config)
-    """
-
-    def __init__(
-        self,
-        weight_format: str | None = None,
-        group_size: int | None = None,
-        method: str = "rtn",
-        experts_path: str | None = None,
-        prefix: str | None = None,
-        other: dict | QuantizationConfigMixin | None = None,
-        **_,
-    ) -> None:
-        self.quant_method = NAME
-        self.weight_format, self.group_size, self.method = weight_format, group_size, method
-        self.experts_path, self.prefix, self.other = experts_path, prefix, other
-        if weight_format is not None:
-            known = get_format(weight_format)
-            known.check_group_size(known.default_group_size if group_size is None else group_size)
-        known_methods = METHODS if weight_format is None else known.methods
-        if method not in known_methods:
-            raise ValueError(f"KTConfig: method must be one of {', '.join(known_methods)}, got {method!r}")
-
-    def to_dict(self) -> dict:
-        """What goes into config.json; not experts_path and prefix, as a saved model contains its experts."""
-        made: dict = {"loader": LOADER}
-        if self.weight_format is not None:
-            made |= {
-                "weight_format": self.weight_format,
-                "group_size": self.group_size,
-                "method": self.method,
-            }
-        if self.other is not None:
-            made["other"] = self.other if isinstance(self.other, dict) else self.other.to_dict()
-        return made
 
 
 class KTQuantizer(HfQuantizer):
@@ -194,6 +138,8 @@ class KTQuantizer(HfQuantizer):
         )
         options = {name: getattr(asked, name) for name in ("weight_format", "group_size", "method")}
         load_layers(model, modules, layers, options)
+        peft.enable_if_installed()
+        attach(model)
         return model
 
     @property
@@ -242,3 +188,58 @@ def without_experts(conversions: Iterable) -> list:
 def _is_of_experts(conversion) -> bool:
     targets = getattr(conversion, "target_patterns", ())
     return any("experts.gate_up_proj" in target or "experts.down_proj" in target for target in targets)
+
+
+def attach(model: nn.Module) -> None:
+    """Sets the config, the quantizer and the conversions that ``save_pretrained`` uses.
+
+    Args:
+        model: any module; every PreTrainedModel in it that has experts in formats is changed.
+    """
+    known: dict[PreTrainedModel, KTQuantizer] = {}
+    for part in _with_formats(model):
+        quantizer = known.get(part) or _quantizer(part)
+        known |= dict.fromkeys(_with_formats(part), quantizer)
+        part.hf_quantizer = quantizer
+        part.config.quantization_config = quantizer.quantization_config
+        part._weight_conversions = _conversions(part)
+
+
+def _with_formats(model: nn.Module) -> Iterator[PreTrainedModel]:
+    """The transformers models in a module whose experts are in formats, outermost first."""
+    for part in model.modules():
+        if isinstance(part, PreTrainedModel) and any(isinstance(m, ExpertWeight) for m in part.modules()):
+            yield part
+
+
+def _quantizer(model: PreTrainedModel) -> KTQuantizer:
+    """The model's KTQuantizer, or a new one around the quantizer that loaded its other tensors."""
+    found = getattr(model, "hf_quantizer", None)
+    if isinstance(found, KTQuantizer):
+        return found
+    made = KTQuantizer(KTConfig())
+    if found is not None:
+        made.quantization_config.other = found.quantization_config
+        made.other = found
+    return made
+
+
+def _conversions(model: PreTrainedModel) -> list[WeightConverter]:
+    """The conversions that transformers reverts when it saves the model: all but those of experts.
+
+    Renamings are left out: names stay those of the state dict, which a Trainer expects when it resumes.
+    """
+    used = getattr(model, "_weight_conversions", None)
+    if used is None:
+        used = get_model_conversion_mapping(model, add_legacy=False)
+    converters = (conversion for conversion in used if isinstance(conversion, WeightConverter))
+    return [converter for converter in without_experts(converters) if _is_reversible(converter)]
+
+
+def _is_reversible(converter: WeightConverter) -> bool:
+    """Not if a quantizer's modules write their own tensors, as bitsandbytes' do."""
+    try:
+        converter.reverse_transform()
+    except NotImplementedError:
+        return False
+    return True

@@ -1,22 +1,17 @@
-"""load_experts: the experts of a model from a checkpoint, in its format or quantized on the way."""
+"""Fills the experts modules of a model from the layers of a checkpoint."""
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import nn
 
-from ktops.checkpoints.checkpoint import open_checkpoint
+from ktops._display import format_bytes, progress
 from ktops.checkpoints.errors import CheckpointError
 from ktops.checkpoints.layer import BIASES, Layer
-from ktops.checkpoints.match import match_layers
-from ktops.checkpoints.progress import progress
 from ktops.formats.expert_weight import COMPUTE_DTYPES
-from ktops.integrations import enable_peft, enable_saving
-from ktops.integrations.quantize_experts import format_bytes
-from ktops.integrations.swap import Unsupported, exchange_stacked, find_experts, listed_experts
+from ktops.integrations.swap import Unsupported, exchange_stacked, listed_experts, require_experts
 from ktops.integrations.transformers.architectures import activation_name, unsupported_computation
-from ktops.nn import KTExperts
+from ktops.nn.experts import KTExperts
 
 
 class PendingExperts(nn.Module):
@@ -50,7 +45,7 @@ class PendingExperts(nn.Module):
 
 @dataclass(frozen=True)
 class LoadReport:
-    """What :func:`load_experts` has loaded.
+    """What :func:`ktops.load_experts` has loaded.
 
     Attributes:
         layers: the names of the experts modules, in order.
@@ -76,54 +71,6 @@ class LoadReport:
         )
 
 
-def load_experts(
-    model: nn.Module,
-    path: str | Path,
-    weight_format: str | None = None,
-    *,
-    group_size: int | None = None,
-    method: str = "rtn",
-    prefix: str | None = None,
-    show_progress: bool = True,
-) -> LoadReport:
-    """Fills a model's experts from a checkpoint: each experts module becomes a :class:`ktops.nn.KTExperts`.
-
-    Everything is checked before anything is changed, and the new experts take their places at the end: after
-    an error the model is as it was. Weights are mapped where the bytes of the files can be used as they are,
-    else read expert by expert: besides the result, less than two experts are in memory. Experts that the
-    model has already stay until then; a model whose experts are on the meta device never has both.
-
-    Args:
-        model: with stacked experts or ModuleLists of gated MLPs, as :func:`ktops.swap_experts` takes them,
-            on any device; before adapters are added.
-        path: a directory or file, as :func:`ktops.checkpoints.open_checkpoint` takes it. Layers are matched
-            by the names that transformers would load; in a file without such names, such as GGUF, by number.
-        weight_format: one of ``ktops.formats.names()``; None keeps the format of the checkpoint.
-        group_size, method: as of :func:`ktops.quantize`, where weights are quantized.
-        prefix: consider only experts whose names in the checkpoint start with it, such as "thinker.model.";
-            needed if several match.
-        show_progress: a bar in a terminal, a line every ten seconds elsewhere.
-
-    Returns:
-        A :class:`LoadReport`: layers, formats, bytes.
-
-    Raises:
-        ktops.checkpoints.CheckpointError: a tensor is missing, has a wrong shape or dtype, or is of an
-            unknown scheme, or a file is truncated; the message names the tensor and the file. Or the experts
-            of a layer are missing, or several match; the message lists them.
-        ValueError: the model has no experts, or ones that ktops cannot compute; the format cannot hold them.
-
-    Example:
-        >>> model = AutoModelForCausalLM.from_pretrained("Qwen3-30B-A3B-FP8", dequantize=True)
-        >>> print(ktops.load_experts(model, "Qwen3-30B-A3B-FP8"))
-        experts of 48 layers in fp8_e4m3: 27.0 GiB, of which 0.0 KiB mapped from the files (fp8 blocks)
-    """
-    modules = experts_modules(model)
-    layers = match_layers(open_checkpoint(path), model, modules, prefix=prefix)
-    options = {"weight_format": weight_format, "group_size": group_size, "method": method}
-    return load_layers(model, modules, layers, options, show_progress=show_progress)
-
-
 def load_layers(
     model: nn.Module,
     modules: dict[str, nn.Module],
@@ -132,15 +79,15 @@ def load_layers(
     *,
     show_progress: bool = True,
 ) -> LoadReport:
-    """What :func:`load_experts` does once it knows the layer of every experts module.
+    """What :func:`ktops.load_experts` does once it knows the layer of every experts module.
 
     Args:
         modules: the experts of the model by name.
         layers: of a checkpoint, by the same names.
-        options: weight_format, group_size and method, as of :func:`load_experts`.
+        options: weight_format, group_size and method, as of :func:`ktops.load_experts`.
 
     Raises:
-        CheckpointError, ValueError: as of :func:`load_experts`.
+        CheckpointError, ValueError: as of :func:`ktops.load_experts`.
     """
     dtype = _compute_dtype(model)
     plan = []
@@ -165,8 +112,6 @@ def load_layers(
             made[name].train(module.training)
     for name, module in modules.items():
         exchange_stacked(model, module, made[name])
-    enable_peft()
-    enable_saving(model)
     return _report(plan, made)
 
 
@@ -177,7 +122,7 @@ def experts_modules(model: nn.Module) -> dict[str, nn.Module]:
         ValueError: there are none, or ktops cannot fill them; the message names the module.
     """
     modules = {name: m for name, m in model.named_modules() if isinstance(m, PendingExperts)}
-    modules = modules or find_experts(model, "load_experts")
+    modules = modules or require_experts(model, "load_experts")
     for name, module in modules.items():
         if "base_layer" in name.split("."):
             raise ValueError(f"load_experts: load the experts before adding adapters: {name} has one")

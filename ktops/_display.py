@@ -1,20 +1,27 @@
-"""How reading and writing goes: a bar in a terminal, a line now and then elsewhere."""
+"""What people see of a long operation: its progress, and sizes of memory."""
 
 import importlib.util
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from ktops.checkpoints.experts import Step, no_step
+Step = Callable[[int], None]
+"""Called with the number of items that are done."""
 
 SECONDS = 10
 """Between two lines where there is no terminal."""
 
 
+def no_step(count: int) -> None:
+    pass
+
+
 @contextmanager
 def progress(description: str, total: int, *, show: bool = True) -> Iterator[Step]:
-    """Shows how much of ``total`` is done; yields the function that is told of every step.
+    """Shows how much of ``total`` is done, in a bar in a terminal, in a line now and then elsewhere.
+
+    Yields the function that is told of every step.
 
     Example:
         >>> with progress("experts", len(layers)) as step:
@@ -54,3 +61,17 @@ class _Lines:
         if time.monotonic() - self.last >= SECONDS:
             self.last = time.monotonic()
             print(f"  {self.description} {self.done / max(1, self.total):4.0%}", file=sys.stderr, flush=True)
+
+
+def format_bytes(count: int) -> str:
+    """A number of bytes for people, in KiB, MiB or GiB.
+
+    Example:
+        >>> format_bytes(12_900_000)
+        '12.3 MiB'
+    """
+    for unit in ("KiB", "MiB"):
+        count /= 1024
+        if count < 1024:
+            return f"{count:.1f} {unit}"
+    return f"{count / 1024:.1f} GiB"

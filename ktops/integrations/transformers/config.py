@@ -1,0 +1,67 @@
+"""KTConfig: ``from_pretrained(..., quantization_config=KTConfig(...))`` loads experts in a weight format."""
+
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from ktops.checkpoints.config import LOADER
+from ktops.formats import METHODS, get_format
+
+NAME = "ktops"
+"""``quant_method`` of a KTConfig."""
+
+
+class KTConfig(QuantizationConfigMixin):
+    """How ``from_pretrained`` loads the experts of a model; the other weights load as they do without it.
+
+    If another library has quantized the other tensors too, its quantizer reads those and ktops reads the
+    experts. If that quantizer can decode (FP8, compressed-tensors), the other weights become dense, in the
+    model's dtype, because hidden states are on the CPU.
+
+    Args:
+        weight_format: one of ``ktops.formats.names()``; None keeps the format of the checkpoint.
+        group_size, method: as of :func:`ktops.quantize`, where weights are quantized.
+        experts_path: another checkpoint to take the experts from, a directory or a GGUF file; default: the
+            one that is loaded.
+        prefix: as of :func:`ktops.load_experts`, if several experts of the checkpoint match.
+        other: the quantization_config of all tensors but the experts'; default: the one in config.json.
+
+    Raises:
+        ValueError: unknown format or method, or the format does not have the group size.
+
+    Example:
+        >>> ktops.enable()
+        >>> config = ktops.KTConfig(weight_format="int4", group_size=128)
+        >>> model = AutoModelForCausalLM.from_pretrained("Qwen/Qwen3-30B-A3B", quantization_config=config)
+    """
+
+    def __init__(
+        self,
+        weight_format: str | None = None,
+        group_size: int | None = None,
+        method: str = "rtn",
+        experts_path: str | None = None,
+        prefix: str | None = None,
+        other: dict | QuantizationConfigMixin | None = None,
+        **_,
+    ) -> None:
+        self.quant_method = NAME
+        self.weight_format, self.group_size, self.method = weight_format, group_size, method
+        self.experts_path, self.prefix, self.other = experts_path, prefix, other
+        if weight_format is not None:
+            known = get_format(weight_format)
+            known.check_group_size(known.default_group_size if group_size is None else group_size)
+        known_methods = METHODS if weight_format is None else known.methods
+        if method not in known_methods:
+            raise ValueError(f"KTConfig: method must be one of {', '.join(known_methods)}, got {method!r}")
+
+    def to_dict(self) -> dict:
+        """What goes into config.json; not experts_path and prefix, as a saved model contains its experts."""
+        made: dict = {"loader": LOADER}
+        if self.weight_format is not None:
+            made |= {
+                "weight_format": self.weight_format,
+                "group_size": self.group_size,
+                "method": self.method,
+            }
+        if self.other is not None:
+            made["other"] = self.other if isinstance(self.other, dict) else self.other.to_dict()
+        return made

@@ -1,0 +1,27 @@
+"""Finds the experts modules of a model."""
+
+from torch import nn
+
+from ktops.nn.expert_list import KTExpertList
+from ktops.nn.expert_sequence import KTExpertSequence
+from ktops.nn.experts import KTExperts
+
+
+def find_experts(model: nn.Module) -> dict[str, nn.Module]:
+    """Experts modules by name, outermost first, nothing inside of them."""
+    found: dict[str, nn.Module] = {}
+    for name, module in model.named_modules():
+        if name and any(name.startswith(f"{outer}.") for outer in found):
+            continue
+        if isinstance(module, KTExpertSequence):  # its stacked experts are found instead
+            continue
+        is_named_so = name.rpartition(".")[2] == "experts" and not hasattr(module, "base_layer")
+        if is_named_so or isinstance(module, (KTExperts, KTExpertList)) or has_stacks(module):
+            found[name] = module
+    return found
+
+
+def has_stacks(module: nn.Module) -> bool:
+    """Whether a module has the weights of all experts in stacked parameters."""
+    stacks = [module._parameters.get(name) for name in ("gate_up_proj", "down_proj")]
+    return all(stack is not None and stack.dim() == 3 for stack in stacks)

@@ -205,7 +205,8 @@ class Requantized(Experts):
         format, group_size, method: as of :func:`ktops.quantize`.
 
     Raises:
-        ValueError: the format does not have the group size or the method, or cannot hold such rows.
+        ValueError: the format does not have the group size or the method, cannot hold such rows, or can only
+            be read.
     """
 
     def __init__(
@@ -214,13 +215,7 @@ class Requantized(Experts):
         self.known = get_format(format)
         self.source, self.method = source, method
         self.format, self.shape = format, source.shape
-        self.group_size = self.known.default_group_size if group_size is None else group_size
-        if method not in self.known.methods:
-            raise ValueError(
-                f"method must be one of {', '.join(self.known.methods)} for format {format!r}, got {method!r}"
-            )
-        self.known.check_group_size(self.group_size)
-        self.known.row_elements(self.shape[-1])
+        self.group_size = self.known.check_quantizable(self.shape[-1], group_size, method)
 
     def expert(self, index: int) -> Codes:
         try:

@@ -127,12 +127,14 @@ class Layer:
         for name in BIASES:
             self._bias_views(name)
 
-    def experts(self, weight_format: str | None = None, **options) -> tuple[Experts, Experts]:
+    def experts(
+        self, weight_format: str | None = None, *, group_size: int | None = None, method: str = "rtn"
+    ) -> tuple[Experts, Experts]:
         """gate_up_proj and down_proj, quantized on the way if weight_format is given.
 
         Args:
             weight_format: None keeps the formats of the checkpoint.
-            options: group_size and method, as of :func:`ktops.quantize`.
+            group_size, method: as of :func:`ktops.quantize`.
 
         Raises:
             CheckpointError: as of :meth:`check`; gate_up_proj and down_proj have groups of other sizes;
@@ -146,7 +148,7 @@ class Layer:
                 if experts.mixture is not None:
                     raise CheckpointError(experts.mixture)
         else:
-            both = tuple(_in_format(experts, weight_format, options) for experts in both)
+            both = tuple(_in_format(experts, weight_format, group_size, method) for experts in both)
         size = max(experts.group_size for experts in both)
         return tuple(self._in_groups(experts, size) for experts in both)
 
@@ -157,13 +159,8 @@ class Layer:
         """
         if experts.group_size == size:
             return experts
-        try:
-            get_format(experts.format).check_group_size(size)
-        except ValueError:
-            fits = False
-        else:
-            fits = experts.group_size == 0 and experts.shape[-1] <= size
-        if not fits:
+        fits = experts.group_size == 0 and experts.shape[-1] <= size
+        if not fits or not get_format(experts.format).has_group_size(size):
             raise CheckpointError(
                 f"{self._any('down')}: gate, up and down must have groups of one size, got {experts.format} "
                 f"of group_size {experts.group_size} beside {size}: pass weight_format and group_size"
@@ -332,10 +329,8 @@ def _slices(tensors: Tensors) -> list[Tensors]:
     return [{name: view.select(i) for name, view in stacked.items()} | own for i in range(count)]
 
 
-def _in_format(experts: Experts, weight_format: str, options: dict) -> Experts:
-    made = Requantized(experts, weight_format, **options)
-    same_size = options.get("group_size") is None or made.group_size == experts.group_size
-    if experts.format == weight_format and same_size:
+def _in_format(experts: Experts, weight_format: str, group_size: int | None, method: str) -> Experts:
+    if experts.format == weight_format and group_size in (None, experts.group_size):
+        get_format(weight_format).check_settings(group_size, method)
         return experts
-    made.known.check_written()
-    return made
+    return Requantized(experts, weight_format, group_size, method)

@@ -66,8 +66,7 @@ def run_convert(
         UserError, Interrupted: see convert.convert.
     """
     require_packages("safetensors")
-    options_file.require_format("--format", weight_format, group_size)
-    options_file.require_method("--method", weight_format, method)
+    options_file.require_settings("--format", weight_format, group_size, method)
     from ktops.cli.convert import Options, convert
 
     options = Options(source, destination, weight_format, group_size, method, overwrite)

@@ -14,11 +14,10 @@ from ktops._display import format_bytes, progress
 from ktops.checkpoints import Checkpoint, CheckpointError, CheckpointWriter, Layer, open_checkpoint
 from ktops.checkpoints.checkpoint import MANIFEST
 from ktops.checkpoints.config import converted_config
-from ktops.checkpoints.experts import Experts, Requantized
+from ktops.checkpoints.experts import Experts
 from ktops.checkpoints.layer import BIASES
 from ktops.checkpoints.quality import Activation, compare, find_activation
 from ktops.cli.errors import Interrupted, UserError
-from ktops.formats import quantize
 from ktops.integrations.transformers.architectures import uncomputable_experts
 
 REPORT = "ktops-report.json"
@@ -112,14 +111,12 @@ def _require_destination(options: Options) -> None:
 def _plan(checkpoint: Checkpoint, options: Options) -> list[Part]:
     """Every layer, checked: nothing is written before all of it can be."""
     checkpoint.require_layers()
-    settings = {"group_size": options.group_size, "method": options.method or "rtn"}
     parts = []
     for layer in checkpoint.layers:
         try:
-            both = layer.experts(options.weight_format, **settings)
-            for experts in both:
-                if isinstance(experts, Requantized):
-                    quantize(torch.zeros(1, 1, experts.shape[-1]), options.weight_format, **settings)
+            both = layer.experts(
+                options.weight_format, group_size=options.group_size, method=options.method or "rtn"
+            )
         except CheckpointError:
             raise
         except ValueError as error:

@@ -95,30 +95,17 @@ def _require_format(options: Options) -> None:
         raise UserError(
             f"--weight-format needs --experts-implementation ktops, got {options.experts_implementation}"
         )
-    require_format("--weight-format", options.weight_format, options.group_size)
-    require_method("--quantize-method", options.weight_format, options.quantize_method)
+    require_settings("--weight-format", options.weight_format, options.group_size, options.quantize_method)
 
 
-def require_format(option: str, name: str, group_size: int | None) -> None:
-    """Raises UserError for an unknown weight format, or a group size that it does not have."""
-    from ktops.formats import get_format, names
-
-    if name not in names():
-        raise UserError(f"{option} must be one of {', '.join(names(written=True))}, got {name!r}")
-    if group_size is not None:
-        try:
-            get_format(name).check_group_size(group_size)
-        except ValueError as error:
-            raise UserError(f"--group-size: {error}") from None
-
-
-def require_method(option: str, name: str, method: str | None) -> None:
-    """Raises UserError for a method of quantization that the weight format does not have."""
+def require_settings(option: str, weight_format: str, group_size: int | None, method: str | None) -> None:
+    """Raises UserError for an unknown weight format, or a group size or method that it does not have."""
     from ktops.formats import get_format
 
-    methods = get_format(name).methods
-    if method is not None and method not in methods:
-        raise UserError(f"{option} must be one of {', '.join(methods)} for {name}, got {method!r}")
+    try:
+        get_format(weight_format).check_settings(group_size, method or "rtn")
+    except ValueError as error:
+        raise UserError(f"{option} {weight_format}: {error}") from None
 
 
 def _require_positive(name: str, value: float | None) -> None:

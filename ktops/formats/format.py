@@ -104,14 +104,44 @@ class Format(ABC):
         """Raises ValueError if weights cannot be quantized to the format."""
         return
 
+    def has_group_size(self, group_size: int) -> bool:
+        return group_size in self.group_sizes or (
+            -1 in self.group_sizes and group_size > 0 and group_size % 32 == 0
+        )
+
     def check_group_size(self, group_size: int) -> None:
         """Raises ValueError for a group_size that the format does not have."""
-        if group_size in self.group_sizes or (
-            -1 in self.group_sizes and group_size > 0 and group_size % 32 == 0
-        ):
-            return
-        names = ", ".join("any multiple of 32" if size == -1 else str(size) for size in self.group_sizes)
-        raise ValueError(f"group_size must be one of {names} for format {self.name!r}, got {group_size}")
+        if not self.has_group_size(group_size):
+            names = ", ".join("any multiple of 32" if size == -1 else str(size) for size in self.group_sizes)
+            raise ValueError(f"group_size must be one of {names} for format {self.name!r}, got {group_size}")
+
+    def check_settings(self, group_size: int | None, method: str) -> int:
+        """Checks what weights are to be quantized with.
+
+        Returns:
+            The group size: for None, the format's default.
+
+        Raises:
+            ValueError: the format does not have the group size or the method.
+        """
+        if method not in self.methods:
+            raise ValueError(
+                f"method must be one of {', '.join(self.methods)} for format {self.name!r}, got {method!r}"
+            )
+        group_size = self.default_group_size if group_size is None else group_size
+        self.check_group_size(group_size)
+        return group_size
+
+    def check_quantizable(self, columns: int, group_size: int | None, method: str) -> int:
+        """The same for rows of so many weights.
+
+        Raises:
+            ValueError: also if the format can only be read, or cannot hold such rows.
+        """
+        group_size = self.check_settings(group_size, method)
+        self.row_elements(columns)
+        self.check_written()
+        return group_size
 
 
 FLOAT_SCALES = (torch.float32, torch.bfloat16, torch.float16)

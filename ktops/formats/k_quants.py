@@ -75,6 +75,9 @@ class KQuant(GgufBlocks):
         super().__init__(name, *BLOCKS[name])
         self.layout = layout
 
+    def check_written(self) -> None:
+        """Nothing to check: the gguf package is not needed to quantize."""
+
     def quantize(self, weight: Tensor, group_size: int, method: str) -> Codes:
         rows = *weight.shape[:-1], self.row_elements(weight.shape[-1])
         groups = weight.reshape(-1, self.block // self.layout.group, self.layout.group)

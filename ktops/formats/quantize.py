@@ -37,27 +37,15 @@ def quantize(
         >>> weight.nbytes / (8 * 64 * 128)
         0.5625
     """
-    known = get_format(format)
     if weight.dim() != 3:
         raise ValueError(f"quantize: weight must have shape [E, N, K], got {list(weight.shape)}")
     if not weight.is_floating_point():
         raise TypeError(f"quantize: weight must be floating, got {weight.dtype}")
-    group_size = known.default_group_size if group_size is None else group_size
-    if method not in known.methods:
-        raise ValueError(
-            f"quantize: method must be one of {', '.join(known.methods)} for format {format!r}, "
-            f"got {method!r}"
-        )
-    try:
-        known.check_group_size(group_size)
-        known.row_elements(weight.shape[-1])
-    except ValueError as error:
-        raise ValueError(f"quantize: {error}") from None
     if not len(weight):
-        raise ValueError(
-            "quantize: weight must have at least one expert, got shape " + str(list(weight.shape))
-        )
+        raise ValueError(f"quantize: weight must have at least one expert, got shape {list(weight.shape)}")
     try:
+        known = get_format(format)
+        group_size = known.check_quantizable(weight.shape[-1], group_size, method)
         known.require_finite(weight)
     except ValueError as error:
         raise ValueError(f"quantize: {error}") from None

@@ -143,7 +143,10 @@ def test_experts_of_another_path(saved, tmp_path):
     [
         ({"weight_format": "int5"}, "format must be one of bf16"),
         ({"weight_format": "int4", "group_size": 5}, "group_size must be one of"),
-        ({"weight_format": "int8", "method": "hqq"}, "method must be one of rtn, mse, got 'hqq'"),
+        (
+            {"weight_format": "int8", "method": "hqq"},
+            "method must be one of rtn, mse for format 'int8', got 'hqq'",
+        ),
     ],
 )
 def test_config_errors(options, message):

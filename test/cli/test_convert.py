@@ -136,9 +136,12 @@ def test_overwrite(convert, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--format", "int3"], "--format must be one of bf16, fp16, fp32, int8, int4, uint4, fp8_e4m3, "),
-        (["--format", "int4", "--group-size", 7], "--group-size: group_size must be one of 0, any multiple"),
-        (["--format", "int4", "--method", "hqq"], "--method must be one of rtn, mse for int4, got 'hqq'"),
+        (["--format", "int3"], "--format int3: format must be one of bf16, fp16, fp32, int8, int4, uint4, "),
+        (["--format", "int4", "--group-size", 7], "--format int4: group_size must be one of 0, any multiple"),
+        (
+            ["--format", "int4", "--method", "hqq"],
+            "--format int4: method must be one of rtn, mse for format 'int4', got",
+        ),
         (["--format", "mxfp4"], "--format mxfp4: model.layers.0.mlp.experts: format 'mxfp4' needs rows of a"),
     ],
 )

@@ -64,11 +64,17 @@ def test_wrong_usage_has_status_2(ktops_command, arguments):
         (["--target", "q_proj,nonsense"], "Qwen3MoeForCausalLM has no linear layers named 'nonsense'"),
         (["--target", ","], "--target: ',' reaches nothing"),
         (["--experts-implementation", "nonsense"], "nonsense"),
-        (["--weight-format", "int3"], "--weight-format must be one of bf16, fp16, fp32, int8, int4, uint4,"),
-        (["--weight-format", "int4", "--group-size", 7], "--group-size: group_size must be one of 0, any"),
+        (
+            ["--weight-format", "int3"],
+            "--weight-format int3: format must be one of bf16, fp16, fp32, int8, int4,",
+        ),
+        (
+            ["--weight-format", "int4", "--group-size", 7],
+            "--weight-format int4: group_size must be one of 0, any",
+        ),
         (
             ["--weight-format", "int4", "--quantize-method", "hqq"],
-            "must be one of rtn, mse for int4, got 'hqq'",
+            "--weight-format int4: method must be one of rtn, mse for format 'int4', got 'hqq'",
         ),
         (["--group-size", 32], "--group-size needs --weight-format beside it"),
         (

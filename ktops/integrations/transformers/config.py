@@ -46,12 +46,13 @@ class KTConfig(QuantizationConfigMixin):
         self.quant_method = NAME
         self.weight_format, self.group_size, self.method = weight_format, group_size, method
         self.experts_path, self.prefix, self.other = experts_path, prefix, other
-        if weight_format is not None:
-            known = get_format(weight_format)
-            known.check_group_size(known.default_group_size if group_size is None else group_size)
-        known_methods = METHODS if weight_format is None else known.methods
-        if method not in known_methods:
-            raise ValueError(f"KTConfig: method must be one of {', '.join(known_methods)}, got {method!r}")
+        try:
+            if weight_format is not None:
+                get_format(weight_format).check_settings(group_size, method)
+            elif method not in METHODS:
+                raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
+        except ValueError as error:
+            raise ValueError(f"KTConfig: {error}") from None
 
     def to_dict(self) -> dict:
         """What goes into config.json; not experts_path and prefix, as a saved model contains its experts."""

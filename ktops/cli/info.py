@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 import ktops
+from ktops._display import format_bytes
 from ktops.cli.packages import require_packages
 from ktops.cli.versions import versions
 
@@ -58,7 +59,7 @@ def show(info: dict, as_json: bool) -> None:
         f"{name} (in use)" if name == info["cpu_capability"] else f"{name} ({'yes' if runs else 'no'})"
         for name, runs in info["cpu_capabilities"].items()
     ]
-    total, available = (info[f"memory_{part}_bytes"] / 2**30 for part in ("total", "available"))
+    total, available = (format_bytes(info[f"memory_{part}_bytes"]) for part in ("total", "available"))
     table = Table.grid(padding=(0, 2))
     for name, version in info["versions"].items():
         table.add_row(name, version or "not installed")
@@ -66,5 +67,5 @@ def show(info: dict, as_json: bool) -> None:
     table.add_row("kernels", ", ".join(rows))
     table.add_row("threads", f"{info['threads']} of {info['logical_cpus']} logical CPUs")
     table.add_row("NUMA nodes", str(info["numa_nodes"]))
-    table.add_row("memory", f"{total:.1f} GiB, {available:.1f} GiB available")
+    table.add_row("memory", f"{total}, {available} available")
     Console(highlight=False).print(table)

@@ -8,6 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 import ktops
+from ktops._display import format_bytes
 from ktops.cli.encoding import Encoded
 from ktops.cli.measure import count_weights
 from ktops.cli.options import Options
@@ -75,8 +76,8 @@ class Report:
     def cost(self, metrics: dict) -> None:
         kt = metrics["kt_time"]
         share = f"{kt['share']:.0%} of the training time inside kt ops" if kt else "no step was left to train"
-        peak = metrics["peak_rss_bytes"] / 2**20
-        self.line(f"{metrics['tokens_per_second'] or 0:,.0f} tokens/s, peak memory {peak:,.0f} MiB, {share}")
+        peak = format_bytes(metrics["peak_rss_bytes"])
+        self.line(f"{metrics['tokens_per_second'] or 0:,.0f} tokens/s, peak memory {peak}, {share}")
 
     def reload(self, reload: dict, directory: Path) -> None:
         if reload["max_abs_difference"] == 0:

@@ -10,7 +10,6 @@ import pytest
 import torch
 
 import ktops
-from ktops.integrations.transformers.architectures import TESTED
 from ktops.ops.activation import ACTIVATIONS
 
 ROOT = Path(__file__).parents[1]
@@ -104,7 +103,6 @@ def test_the_support_table_is_complete():
         ktops.cpu_capabilities()
     )
     assert set(re.findall(r"`(\w+)`", rows["Activations"])) == set(ACTIVATIONS)
-    assert rows["Architectures tested"] == ", ".join(TESTED)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

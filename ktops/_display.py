@@ -63,7 +63,7 @@ class _Lines:
             print(f"  {self.description} {self.done / max(1, self.total):4.0%}", file=sys.stderr, flush=True)
 
 
-def format_bytes(count: int) -> str:
+def format_bytes(count: float) -> str:
     """A number of bytes for people, in KiB, MiB or GiB.
 
     Example:

@@ -94,7 +94,7 @@ def test_tools_of_the_tests_are_pinned():
     extra = re.search(r"^test = \[\n(.*?)^\]", project, re.DOTALL | re.MULTILINE)
     lines = re.findall(r'"(.+)"', extra[1])
     pinned = {line.split("==")[0] for line in lines if re.match(r"[\w-]+==\d", line)}
-    assert {"ruff", "hypothesis", "pytest", "compressed-tensors", "gguf"} <= pinned
+    assert {"ruff", "mypy", "hypothesis", "pytest", "compressed-tensors", "gguf"} <= pinned
     others = [line for line in lines if not re.match(r"[\w-]+==\d", line)]
     assert all(line == "ktops[cli,formats]" or line.endswith("python_version<'3.11'") for line in others)
 

@@ -7,6 +7,7 @@ not know and would initialize the experts at random, but it refuses a config wit
 """
 
 from collections.abc import Mapping
+from typing import TypeGuard
 
 import torch
 
@@ -33,7 +34,7 @@ CODE_DTYPES = {
 }
 
 
-def is_ktops(quantization) -> bool:
+def is_ktops(quantization) -> TypeGuard[Mapping]:
     """Whether a quantization_config is ktops' own; older ones have it as quant_method."""
     return isinstance(quantization, Mapping) and LOADER in (
         quantization.get("loader"),

@@ -3,7 +3,8 @@
 import ctypes
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -32,8 +33,11 @@ class Experts(ABC):
     format: str
     group_size: int
     shape: tuple[int, int, int]
-    mapped = 0
     mixture: str | None = None
+
+    @property
+    def mapped(self) -> int:
+        return 0
 
     @abstractmethod
     def expert(self, index: int) -> Codes:
@@ -66,14 +70,30 @@ class Held(Experts):
     """The experts of an :class:`ktops.ExpertWeight`."""
 
     def __init__(self, weight: ExpertWeight) -> None:
-        self.format, self.group_size, self.shape = weight.format, weight.group_size, tuple(weight.shape)
-        self.weight = weight
+        num_experts, rows, columns = weight.shape
+        self.weight, self.shape = weight, (num_experts, rows, columns)
+        self.format, self.group_size = weight.format, weight.group_size
 
     def expert(self, index: int) -> Codes:
         return self.weight.expert(index)
 
 
-class FileExperts(Experts):
+class StoredExperts(Experts):
+    """The experts of a projection as a checkpoint stores them.
+
+    Attributes:
+        scheme: what the checkpoint's way of storing them is called.
+    """
+
+    scheme: str
+
+    @property
+    @abstractmethod
+    def nbytes(self) -> int:
+        """Bytes of all experts in memory."""
+
+
+class FileExperts(StoredExperts):
     """Experts in files: mapped where their bytes lie together as a format wants them, else read.
 
     Args:
@@ -100,9 +120,9 @@ class FileExperts(Experts):
         self.format, self.group_size = first[0].format, first[0].group_size
         if 0 in self.shape:
             raise CheckpointError(f"{first[0].name}: must not be empty, got shape {list(self.shape)}")
-        codes = (None if tensor[0] is None else self._stand_in(tensor) for tensor in self._fields(0))
+        codes = Codes._make(fields and self._stand_in(fields) for fields in self._fields(0))
         try:
-            get_format(self.format).check(Codes(*codes), torch.Size(self.shape), self.group_size)
+            get_format(self.format).check(codes, torch.Size(self.shape), self.group_size)
         except (ValueError, TypeError) as error:
             raise CheckpointError(f"{first[0].name}: {error}") from None
 
@@ -110,13 +130,13 @@ class FileExperts(Experts):
         """As the tensor of all experts, without memory."""
         return torch.empty((len(self), *_stacked_shape(fields)), dtype=fields[0].dtype, device="meta")
 
-    def _fields(self, index: int) -> Iterator[list[Field | None]]:
-        """Of every expert and every tensor of the format: its parts, from the top."""
+    def _fields(self, index: int) -> Iterator[list[Field] | None]:
+        """Of every tensor of the format: its parts, from the top; None if the format does not have it."""
         for fields in zip(*(part.fields for part in self.experts[index]), strict=True):
-            yield list(fields)
+            yield [field for field in fields if field is not None] or None
 
     def expert(self, index: int) -> Codes:
-        return Codes(*(fields[0] and _read_stacked(fields) for fields in self._fields(index)))
+        return Codes._make(fields and _read_stacked(fields) for fields in self._fields(index))
 
     def name(self, index: int) -> str:
         return f"expert {index} of {' and '.join(part.name for part in self.experts[index])}"
@@ -132,19 +152,19 @@ class FileExperts(Experts):
         columns = list(zip(*(self._fields(index) for index in range(len(self))), strict=True))
         steps = (step, no_step, no_step)
         codes = (
-            None if experts[0][0] is None else self._read_tensor(experts, step)
+            None if experts[0] is None else self._read_tensor(experts, step)
             for experts, step in zip(columns, steps, strict=True)
         )
-        return self._weight(Codes(*codes), dtype)
+        return self._weight(Codes._make(codes), dtype)
 
     @property
     def mapped(self) -> int:
         """Bytes of all experts that :meth:`read` maps."""
         columns = zip(*(self._fields(index) for index in range(len(self))), strict=True)
-        wholes = (_whole(experts) for experts in columns if experts[0][0] is not None)
+        wholes = (_whole(experts) for experts in columns if experts[0] is not None)
         return sum(whole.nbytes for whole in wholes if whole is not None)
 
-    def _read_tensor(self, experts: list[list[Field]], step: Step) -> Tensor:
+    def _read_tensor(self, experts: Sequence[list[Field]], step: Step) -> Tensor:
         whole = _whole(experts)
         shape = (len(experts), *_stacked_shape(experts[0]))
         if whole is not None:
@@ -174,7 +194,7 @@ def _read_stacked(fields: list[Field], out: Tensor | None = None) -> Tensor:
     return out
 
 
-def _whole(experts: list[list[Field]]) -> View | None:
+def _whole(experts: Sequence[list[Field]]) -> View | None:
     return contiguous([field.view for fields in experts for field in fields])
 
 
@@ -222,7 +242,8 @@ class Requantized(Experts):
             made = [self._quantized(floats) for floats in float_rows(self.source, index)]
         except ValueError as error:
             raise CheckpointError(f"{self.source.name(index)}: {error}") from None
-        codes = Codes(*(None if parts[0] is None else torch.cat(parts) for parts in zip(*made, strict=True)))
+        tensors = zip(*made, strict=True)
+        codes = Codes._make(None if parts[0] is None else torch.cat(parts) for parts in tensors)
         give_back_freed_memory()
         return codes
 
@@ -236,7 +257,7 @@ def float_rows(experts: Experts, index: int) -> Iterator[Tensor]:
     codes, (_, rows, columns) = experts.expert(index), experts.shape
     known, chunk = get_format(experts.format), max(1, CHUNK_WEIGHTS // (128 * columns)) * 128
     for row in range(0, rows, chunk):
-        part = codes.map(lambda tensor, row=row: _rows(tensor, row, min(rows, row + chunk), rows))
+        part = codes.map(partial(_rows, begin=row, end=min(rows, row + chunk), rows=rows))
         yield known.dequantize(part, columns, experts.group_size)
 
 
@@ -254,7 +275,7 @@ def _rows(tensor: Tensor, begin: int, end: int, rows: int) -> Tensor:
     return tensor[begin // 128 : -(-end // 128)]
 
 
-class Mixed(Experts):
+class Mixed(StoredExperts):
     """Experts that the files hold in several formats, decoded to float32 to be quantized to one.
 
     Args:
@@ -312,7 +333,7 @@ def _are_mixed(experts: list[list[Matrix]]) -> bool:
     )
 
 
-def stack(experts: list[list[Matrix]]) -> Experts:
+def stack(experts: list[list[Matrix]]) -> StoredExperts:
     """The experts of a projection; decoded to bf16, with a warning, if gate and up differ in format."""
     first = experts[0]
     if _are_mixed(experts):
@@ -324,20 +345,20 @@ def stack(experts: list[list[Matrix]]) -> Experts:
         "needed for both, they are decoded to bf16, 16 bits a weight. Give weight_format to choose another."
     )
     halves = [FileExperts([[parts[half]] for parts in experts]) for half in range(2)]
-    return Stacked([Requantized(half, "bf16") for half in halves])
+    return Stacked(halves)
 
 
-class Stacked(Experts):
-    """Experts of one format one above the other: gate and up."""
+class Stacked(StoredExperts):
+    """Experts in bf16 one above the other: gate and up, which the files hold in two formats."""
 
-    def __init__(self, parts: list[Experts]) -> None:
-        self.parts = parts
-        first, second = parts
+    def __init__(self, halves: list[FileExperts]) -> None:
+        self.parts = [Requantized(half, "bf16") for half in halves]
+        first, second = self.parts
         if first.shape[::2] != second.shape[::2]:
             raise CheckpointError(f"gate of shape {first.shape} and up of {second.shape} do not fit together")
         self.format, self.group_size = first.format, first.group_size
         self.shape = first.shape[0], first.shape[1] + second.shape[1], first.shape[2]
-        self.scheme = " and ".join(part.source.scheme for part in parts)
+        self.scheme = " and ".join(half.scheme for half in halves)
 
     @property
     def nbytes(self) -> int:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ktops._display import Step, no_step
 from ktops.checkpoints.errors import CheckpointError
-from ktops.checkpoints.experts import Experts, Requantized, stack
+from ktops.checkpoints.experts import Experts, Requantized, StoredExperts, stack
 from ktops.checkpoints.matrix import Matrix, expect, expect_dim
 from ktops.checkpoints.names import CONCATENATED, EVERY_EXPERT, INTERLEAVED, Key, summary
 from ktops.checkpoints.packed import Tensors
@@ -99,14 +99,14 @@ class Layer:
         return self.gate_up_proj.nbytes + self.down_proj.nbytes
 
     @cached_property
-    def gate_up_proj(self) -> Experts:
+    def gate_up_proj(self) -> StoredExperts:
         """[E, 2I, H], the rows of the gate first."""
         if "gate_up" in self._projections:
             return self._experts("gate_up")
         return self._experts("gate", "up")
 
     @cached_property
-    def down_proj(self) -> Experts:
+    def down_proj(self) -> StoredExperts:
         """[E, H, I]"""
         return self._experts("down")
 
@@ -142,15 +142,16 @@ class Layer:
             ValueError: the format cannot hold these weights.
         """
         self.check()
-        both = self.gate_up_proj, self.down_proj
+        both: list[Experts] = [self.gate_up_proj, self.down_proj]
         if weight_format is None:
             for experts in both:
                 if experts.mixture is not None:
                     raise CheckpointError(experts.mixture)
         else:
-            both = tuple(_in_format(experts, weight_format, group_size, method) for experts in both)
+            both = [_in_format(experts, weight_format, group_size, method) for experts in both]
         size = max(experts.group_size for experts in both)
-        return tuple(self._in_groups(experts, size) for experts in both)
+        gate_up, down = (self._in_groups(experts, size) for experts in both)
+        return gate_up, down
 
     def _in_groups(self, experts: Experts, size: int) -> Experts:
         """The same with a group_size, as the operators take one for both projections.
@@ -229,7 +230,7 @@ class Layer:
         tensors = next(iter(self._projections[projection].values()))
         return tensors.get("weight") or next(iter(tensors.values()))
 
-    def _experts(self, *projections: str) -> Experts:
+    def _experts(self, *projections: str) -> StoredExperts:
         for layout in self._layouts - {CONCATENATED, INTERLEAVED, None}:
             raise CheckpointError(
                 f"{self.tensors[0]}: unknown scheme: transformers loads {self.module} with the operation "
@@ -311,12 +312,12 @@ def _slices(tensors: Tensors) -> list[Tensors]:
     stacked = {name: view for name, view in tensors.items() if name not in own}
     if not stacked:
         raise CheckpointError(f"{state or shape}: its weight is missing")
-    sizes = {view.shape[0] if view.dim else None for view in stacked.values()}
     (first, *_) = stacked.values()
     for view in stacked.values():
         if not view.dim or not view.nbytes:
             what = f"unknown scheme: ktops has no format for {view.blocks}" if view.blocks else "it is empty"
             raise CheckpointError(f"{view}: {what}, shape {list(view.weights_shape)}")
+    sizes = {view.shape[0] for view in stacked.values()}
     if len(sizes) > 1:
         shapes = ", ".join(f"{name} {list(view.weights_shape)}" for name, view in stacked.items())
         raise CheckpointError(f"{first}: tensors have different numbers of experts: {shapes}")

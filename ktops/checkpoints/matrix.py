@@ -32,13 +32,17 @@ class Field:
         return cls(view.shape, view.dtype, view=view)
 
     def read(self) -> Tensor:
-        return self.view.read() if self.make is None else self.make()
+        if self.make is not None:
+            return self.make()
+        assert self.view is not None
+        return self.view.read()
 
     def read_into(self, out: Tensor) -> None:
-        if self.make is None:
-            self.view.read_into(out)
-        else:
+        if self.make is not None:
             out.copy_(self.make())
+        else:
+            assert self.view is not None
+            self.view.read_into(out)
 
     def then(self, change: Callable[[Tensor], Tensor], shape: tuple[int, ...], dtype=None) -> "Field":
         """What ``change`` makes of this tensor."""
@@ -53,7 +57,7 @@ class Fields(NamedTuple):
     zero: Field | None = None
 
     def read(self) -> Codes:
-        return Codes(*(field if field is None else field.read() for field in self))
+        return Codes._make(None if field is None else field.read() for field in self)
 
 
 @dataclass(frozen=True)

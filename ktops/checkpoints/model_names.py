@@ -4,6 +4,7 @@ import copy
 import re
 import sys
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -23,6 +24,9 @@ from ktops.checkpoints.names import (
 )
 from ktops.nn.expert_sequence import KTExpertSequence
 from ktops.nn.find import find_experts
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 OF_EXPERT = re.compile(r"(?:(?<=\.)|^)experts\.(\d+)(?=\.)")
 TENSORS = ("gate_up_proj", "gate_proj", "up_proj", "down_proj")
@@ -47,7 +51,7 @@ class ModelNames:
     """
 
     def __init__(
-        self, model: nn.Module, modules: dict[str, nn.Module], conversions: list | None = None
+        self, model: "PreTrainedModel", modules: dict[str, nn.Module], conversions: list | None = None
     ) -> None:
         from transformers.core_model_loading import WeightConverter, WeightRenaming
 
@@ -181,7 +185,7 @@ def _without_quantization(config: dict) -> dict:
     }
 
 
-def _names_of_class(config, model_class: type | None) -> ModelNames | None:
+def _names_of_class(config, model_class: "type[PreTrainedModel] | None") -> ModelNames | None:
     """The names of a model that is created without weights."""
     from transformers import AutoModel, AutoModelForCausalLM
     from transformers.initialization import no_init_weights

@@ -12,6 +12,7 @@ pack-quantized   weight_packed int32 [N, ceil(K * bits / 32)], the lowest code f
        the middle of the codes; weight_g_idx as GPTQ's
 """
 
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -115,10 +116,12 @@ class Gptq(NamedTuple):
         """int16 [G, N]"""
         if self.symmetric:
             return torch.full(self.scales.shape, self.middle, dtype=torch.int16)
+        assert self.zero_offset is not None
         return self.stored_zeros().to(torch.int16) + self.zero_offset
 
     def groups(self) -> Tensor:
         """The group of every column, int64 [K]."""
+        assert self.g_idx is not None
         groups = self.g_idx.read().long()
         if len(groups) and (groups.min() < 0 or groups.max() >= self.scales.shape[0]):
             raise CheckpointError(f"{self.g_idx}: must be groups below {self.scales.shape[0]}")
@@ -163,7 +166,7 @@ def gptq(matrices: list[tuple[Tensors, Packing]]) -> list[Matrix]:
     if any(part.is_reordered() for part in parts):
         dtype = torch.float16 if parts[0].scales.dtype == torch.float16 else torch.bfloat16
         return _dense(parts, dtype)
-    symmetric = {}
+    symmetric: dict[int, bool] = {}
     for part in parts:
         same = part.symmetric or bool((part.zeros() == part.middle).all())
         _expect_readable(part.qweight, part.bits, same)
@@ -232,7 +235,7 @@ def _dense(parts: list[Gptq], dtype: torch.dtype) -> list[Matrix]:
     )
     made = []
     for part in parts:
-        weight = Field((part.rows, part.columns), dtype, make=lambda part=part: part.dense(dtype))
+        weight = Field((part.rows, part.columns), dtype, make=partial(part.dense, dtype))
         where = f"{part.qweight} ({weights * dtype.itemsize / 1e6:.0f} MB for the projection)"
         made.append(Matrix(name, 0, part.rows, part.columns, Fields(weight), "gptq act-order", where))
     return made
@@ -309,7 +312,7 @@ def _width_and_columns(tensors: Tensors, packing: Packing) -> tuple[int, int]:
     weight, shape = tensors["weight_packed"], tensors.get("weight_shape")
     rows, words = weight.shape
     if shape is None:
-        bits = packing.bits if packing.bits in WIDTHS else 4
+        bits = packing.bits if packing.bits and packing.bits in WIDTHS else 4
         return bits, words * 32 // bits
     expect(shape, (2,), torch.int32, torch.int64)
     given = shape.read().tolist()

@@ -43,7 +43,9 @@ def find_activation(config: dict) -> Activation:
     """
     thinker = config.get("thinker_config") or {}
     for part in (config.get("text_config"), thinker.get("text_config"), config):
-        given = next((part[key] for key in KEYS if part.get(key) is not None), None) if part else None
+        if not part:
+            continue
+        given = next((part[key] for key in KEYS if part.get(key) is not None), None)
         if given is None:
             continue
         if given not in ACTIVATIONS:

@@ -6,6 +6,7 @@ Layout: 8 bytes, the length of the header; the header, JSON; the tensors one aft
 import json
 import math
 from pathlib import Path
+from typing import TypeGuard
 
 import torch
 
@@ -71,7 +72,7 @@ def _header(file: TensorFile) -> tuple[dict, int]:
     return header, 8 + length
 
 
-def _is_list_of_sizes(value) -> bool:
+def _is_list_of_sizes(value) -> TypeGuard[list[int]]:
     """Not too many and none too large, so that their product is soon calculated."""
     return (
         isinstance(value, list)

@@ -169,7 +169,8 @@ def _matrix(tensors: Tensors, packing: Packing, stacked: bool) -> Matrix:
         if scale is not None:
             raise UnknownScheme(f"{scale}: unknown scheme: a scale for weights in {weight.dtype}")
         fields = Fields(Field.of(weight))
-        return Matrix(PLAIN[weight.dtype], 0, *weight.shape, fields, PLAIN[weight.dtype], str(weight))
+        rows, columns = weight.shape
+        return Matrix(PLAIN[weight.dtype], 0, rows, columns, fields, PLAIN[weight.dtype], str(weight))
     if scale is None:
         raise UnknownScheme(f"{weight}: its scale is missing, or the scheme is unknown: {weight.dtype}")
     return _scaled(weight, scale, packing, stacked)
@@ -318,11 +319,11 @@ def _own(tensors: Tensors) -> Matrix:
     stand_ins = (view and torch.empty((1, *view.shape), dtype=view.dtype, device="meta") for view in views)
     try:
         get_format(layout["format"]).check(
-            Codes(*stand_ins), torch.Size([1, rows, columns]), layout["group_size"]
+            Codes._make(stand_ins), torch.Size([1, rows, columns]), layout["group_size"]
         )
     except (ValueError, TypeError) as error:
         raise CheckpointError(f"{weight}: {error}") from None
-    fields = Fields(*(view and Field.of(view) for view in views))
+    fields = Fields._make(view and Field.of(view) for view in views)
     return Matrix(layout["format"], layout["group_size"], rows, columns, fields, "ktops", str(weight))
 
 
@@ -345,7 +346,7 @@ def deinterleaved(matrix: Matrix) -> Matrix:
     def sorted_rows(tensor: Tensor) -> Tensor:
         return torch.cat([tensor[0::2], tensor[1::2]])
 
-    fields = Fields(*(field and field.then(sorted_rows, field.shape) for field in matrix.fields))
+    fields = Fields._make(field and field.then(sorted_rows, field.shape) for field in matrix.fields)
     return Matrix(
         matrix.format, matrix.group_size, matrix.rows, matrix.columns, fields, matrix.scheme, matrix.name
     )

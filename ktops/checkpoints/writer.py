@@ -203,9 +203,9 @@ class CheckpointWriter:
             for key, tensor in whole.items():
                 stream.write(key, tensor)
             for key, experts in both.items():
-                first = firsts.pop(key)
+                first: Codes | None = firsts.pop(key)
                 for index in range(len(experts)):
-                    codes = first if index == 0 else experts.expert(index)
+                    codes = experts.expert(index) if first is None else first
                     first = None
                     self._write_expert(stream, f"{name}.{key}", index, codes, step)
         return self._done("layers", name, path, list(tensors))

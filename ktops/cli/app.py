@@ -216,6 +216,6 @@ def finetune(
     given = {
         name: value
         for name, value in ctx.params.items()
-        if ctx.get_parameter_source(name).name not in ("DEFAULT", "DEFAULT_MAP")
+        if (source := ctx.get_parameter_source(name)) and source.name not in ("DEFAULT", "DEFAULT_MAP")
     }
     run_finetune(given)

@@ -4,6 +4,7 @@ import json
 import os
 import warnings
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
@@ -14,7 +15,7 @@ from ktops.cli.options import Options
 from ktops.cli.packages import require_packages
 
 
-def run_finetune(given: dict[str, object]) -> None:
+def run_finetune(given: dict[str, Any]) -> None:
     """Runs a fine-tuning with the options given on the command line; the others have their defaults or, with
     ``resume``, the values that the run to be resumed had.
 

@@ -27,7 +27,7 @@ HELD_OUT = 1 / 8
 
 
 def _read(name: str) -> dict:
-    return json.loads(resources.files("ktops.cli").joinpath("data", name).read_text(encoding="utf-8"))
+    return json.loads((resources.files("ktops.cli") / "data" / name).read_text(encoding="utf-8"))
 
 
 def _people(village: dict) -> list[SimpleNamespace]:
@@ -127,7 +127,9 @@ def instructions(seed: int = 0) -> tuple[list[dict], list[dict]]:
         {'instruction': 'Where does Mira live?', 'input': '', 'output': 'The home is the boat in ...'}
     """
     village, rng = _read("village.json"), random.Random(f"instructions {seed}")
-    train, held_out, seen = [], [], set()
+    train: list[dict[str, str]] = []
+    held_out: list[dict[str, str]] = []
+    seen: set[tuple[str, str]] = set()
     for kind, questions in _read("instructions.json").items():
         subjects = list(_subjects(kind, village, rng))
         for question in questions:

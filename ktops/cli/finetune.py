@@ -49,12 +49,12 @@ def finetune(options: Options, directory: Path, console: Console, overwrite: boo
     """
     report = Report(console)
     resume_command = f"ktops finetune --resume --output-dir {shlex.quote(str(directory))}"
-    base, pretraining = options.model, None
-    if not options.is_demo:
-        tokenizer, split = _user_data(options, report)
+    if options.model is not None:
+        base, pretraining = options.model, None
+        tokenizer, split = _user_data(base, options, report)
     run_directory.prepare(directory, overwrite)
     options_file.save(options, directory)
-    if options.is_demo:
+    if options.model is None:
         base, pretraining = pretrain.base_model(options, directory, report, resume_command)
         tokenizer, split = _encode(_packaged(), base, options, report)
 
@@ -68,6 +68,7 @@ def finetune(options: Options, directory: Path, console: Console, overwrite: boo
     quantized = quantize_experts(
         model, options.weight_format, options.group_size, options.quantize_method, show_progress=True
     )
+    assert options.lora_alpha is not None
     model = lora.add_adapters(model, options.target, options.lora_rank, options.lora_alpha)
     report.model(model, options, split, quantized)
     args = _training_arguments(options, directory, len(split.train))
@@ -111,9 +112,10 @@ def _packaged() -> tuple[list[Example], list[Example]]:
     return [from_alpaca(record) for record in train], [from_alpaca(record) for record in held_out]
 
 
-def _user_data(options: Options, report: Report):
+def _user_data(model: str, options: Options, report: Report):
     """The tokenizer of --model, and --data in its tokens; the seed alone decides what is held out."""
-    check_directory(options.model)
+    assert options.data is not None
+    check_directory(model)
     examples = load_examples(Path(options.data), {key.strip() for key in options.ignore_keys.split(",")})
     if len(examples) < 2:
         raise UserError(
@@ -121,7 +123,7 @@ def _user_data(options: Options, report: Report):
         )
     shuffled = random.Random(options.seed).sample(examples, len(examples))
     held_out = min(max(1, round(options.eval_fraction * len(shuffled))), len(shuffled) - 1)
-    return _encode((shuffled[held_out:], shuffled[:held_out]), options.model, options, report)
+    return _encode((shuffled[held_out:], shuffled[:held_out]), model, options, report)
 
 
 def _encode(examples: tuple[list[Example], list[Example]], base: str, options: Options, report: Report):
@@ -142,12 +144,17 @@ def _encode(examples: tuple[list[Example], list[Example]], base: str, options: O
 
 
 def _training_arguments(options: Options, directory: Path, num_examples: int):
+    assert options.batch_size is not None
     batches = math.ceil(num_examples / options.batch_size)
     steps_per_epoch = math.ceil(batches / options.gradient_accumulation_steps)
+    max_steps = options.max_steps
+    if not max_steps:
+        assert options.epochs is not None
+        max_steps = math.ceil(options.epochs * steps_per_epoch)
     return training.training_arguments(
         options,
         directory / run_directory.CHECKPOINTS,
-        max_steps=options.max_steps or math.ceil(options.epochs * steps_per_epoch),
+        max_steps=max_steps,
         learning_rate=options.learning_rate,
         per_device_train_batch_size=options.batch_size,
         per_device_eval_batch_size=options.batch_size,

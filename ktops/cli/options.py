@@ -3,6 +3,7 @@
 import json
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
+from typing import Any
 
 from ktops.cli.errors import UserError
 
@@ -69,7 +70,9 @@ def complete(options: Options) -> Options:
     defaults = DEMO if options.is_demo else USER
     if options.max_steps is None and options.epochs is not None:
         defaults = {name: value for name, value in defaults.items() if name != "max_steps"}
-    open_ = {name: value for name, value in defaults.items() if getattr(options, name) is None}
+    open_: dict[str, Any] = {
+        name: value for name, value in defaults.items() if getattr(options, name) is None
+    }
     options = replace(options, **open_)
     if options.lora_alpha is None:
         options = replace(options, lora_alpha=2.0 * options.lora_rank)
@@ -130,7 +133,7 @@ def load(directory: Path) -> Options:
     return Options(**{k: v for k, v in json.loads(path.read_text(encoding="utf-8")).items() if k in known})
 
 
-def resumed(recorded: Options, given: dict[str, object]) -> Options:
+def resumed(recorded: Options, given: dict[str, Any]) -> Options:
     """The options to continue a run with: those recorded, and the ``--max-steps`` given now, if any.
 
     Raises:

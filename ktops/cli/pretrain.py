@@ -43,6 +43,7 @@ def base_model(options: Options, directory: Path, report: Report, resume_command
     model.config.output_router_logits = True
     report.pretraining(model, examples)
     work = directory / run_directory.PRETRAINING
+    assert options.pretrain_steps is not None
     args = training.training_arguments(
         options,
         work,

@@ -273,7 +273,7 @@ def _marked(message: dict, numbers: Iterator[int] | None = None, keys: Collectio
         return {**call, "function": {"name": mark(call["function"]["name"]), "arguments": arguments}}
 
     def mark_value(key: str, value: object) -> object:
-        if key == "tool_calls":
+        if key == "tool_calls" and isinstance(value, list):
             return [mark_call(call) for call in value]
         if isinstance(value, str):
             return mark_content(value)

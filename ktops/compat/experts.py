@@ -198,6 +198,7 @@ class ExpertsWrapper:
         return ids, topk_weights.detach().to("cpu", torch.float32, copy=True)
 
     def _run(self, hidden_states: Tensor, ids: Tensor, weights: Tensor, **lora) -> Tensor:
+        assert self.gate_up_proj is not None and self.down_proj is not None
         return ktops.moe_sft(
             hidden_states, ids, weights, self.gate_up_proj, self.down_proj, compute=self.compute, **lora
         )

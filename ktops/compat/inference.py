@@ -152,6 +152,6 @@ class InferenceWrapper(ExpertsWrapper):
 
 def _now(compute, *args) -> Future:
     """As the method submit of an executor, in this thread."""
-    future = Future()
+    future: Future = Future()
     future.set_result(compute(*args))
     return future

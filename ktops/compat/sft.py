@@ -139,7 +139,7 @@ class SFTWrapper(ExpertsWrapper):
             self._joint = None
 
     def _check_initialized(self) -> None:
-        if self.gate_lora_a is None:
+        if getattr(self, lora.NAMES[0]) is None:
             raise RuntimeError("KTMoEWrapper: LoRA weights not initialized: call init_lora_weights() first")
 
     def _adapters(self) -> tuple[Tensor, ...]:
@@ -163,16 +163,14 @@ class SFTWrapper(ExpertsWrapper):
 
     def _compute(self, save: bool, x: Tensor, ids: Tensor, weights: Tensor, *adapters: Tensor) -> Forward:
         with torch.set_grad_enabled(save):
-            x, weights, *adapters = (
-                tensor.detach().requires_grad_(save) for tensor in (x, weights, *adapters)
-            )
-            options = {}
-            if adapters:
+            x, weights, *leaves = (tensor.detach().requires_grad_(save) for tensor in (x, weights, *adapters))
+            options: dict[str, Tensor | float] = {}
+            if leaves:
                 names = ("gate_up_lora_A", "gate_up_lora_B", "down_lora_A", "down_lora_B")
-                options = dict(zip(names, adapters, strict=True))
+                options |= zip(names, leaves, strict=True)
                 options |= {"gate_up_scaling": self.lora_scaling, "down_scaling": self.lora_scaling}
             output = self._run(x, ids, weights, **options)
-        return Forward(output, x, weights, tuple(adapters))
+        return Forward(output, x, weights, tuple(leaves))
 
     def _finish(self, forward: Forward, output_device: torch.device | None) -> Tensor:
         if forward.output.requires_grad:
@@ -266,8 +264,8 @@ class SFTWrapper(ExpertsWrapper):
         """
         if self._pending_backward is None:
             raise RuntimeError("KTMoEWrapper: no pending backward: call submit_backward_async() first")
-        (future, *options), self._pending_backward = self._pending_backward, None
-        return self._publish(future.result(), *options)
+        (future, scale, output_device), self._pending_backward = self._pending_backward, None
+        return self._publish(future.result(), scale, output_device)
 
     def _last_forward(self, grad_output: Tensor, optimizer_grad_scale: float) -> Forward:
         """The newest forward, which is forgotten once everything is checked."""

@@ -91,7 +91,8 @@ def from_tensors(
             f"KTMoEWrapper: up_proj must have the dtype of gate_proj={gate.dtype}, got {up.dtype}"
         )
     both = (Requantized(experts, format, group_size) for experts in (Given(gate, up), Given(down)))
-    return tuple(_read(experts, order) for experts in both)
+    gate_up_proj, down_proj = (_read(experts, order) for experts in both)
+    return gate_up_proj, down_proj
 
 
 def from_checkpoint(
@@ -135,7 +136,8 @@ def from_checkpoint(
             warn_once(
                 f"KTMoEWrapper: {layer.name} in {path} is {layer.scheme}: quantized again, to {method.format}"
             )
-    return tuple(_read(experts, order) for experts in both)
+    gate_up_proj, down_proj = (_read(experts, order) for experts in both)
+    return gate_up_proj, down_proj
 
 
 def _layer(path: Path, layer_idx: int, prefix: str | None) -> Layer:

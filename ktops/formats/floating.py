@@ -58,6 +58,7 @@ class Fp8(Format):
         return Codes(codes.to(self.dtype), scale)
 
     def dequantize(self, codes: Codes, columns: int, group_size: int) -> Tensor:
+        assert codes.scale is not None
         rows = codes.weight.shape[-2]
         return codes.weight.float() * self._spread(codes.scale, rows, columns, group_size)
 
@@ -107,6 +108,7 @@ class MxFp8(Microscaling):
         return Codes(scaled.clamp(-FP8_MAX, FP8_MAX).to(self.dtype), scale)
 
     def dequantize(self, codes: Codes, columns: int, group_size: int) -> Tensor:
+        assert codes.scale is not None
         return codes.weight.float() * spread(exponents(codes.scale), columns, group_size)
 
 
@@ -123,6 +125,7 @@ class MxFp4(Microscaling):
         return Codes(pack_nibbles(codes | (scaled < 0) * 8), scale)
 
     def dequantize(self, codes: Codes, columns: int, group_size: int) -> Tensor:
+        assert codes.scale is not None
         table = torch.tensor(E2M1)
         values = torch.cat([table, -table])[unpack_nibbles(codes.weight, columns).int()]
         return values * spread(exponents(codes.scale), columns, group_size)

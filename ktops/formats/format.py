@@ -20,7 +20,7 @@ class Codes(NamedTuple):
 
     def map(self, function: Callable[[Tensor], Tensor]) -> "Codes":
         """The same of each tensor there is."""
-        return Codes(*(None if tensor is None else function(tensor) for tensor in self))
+        return Codes._make(None if tensor is None else function(tensor) for tensor in self)
 
 
 def stacked(experts: Iterable[Codes], count: int) -> Codes:
@@ -31,7 +31,9 @@ def stacked(experts: Iterable[Codes], count: int) -> Codes:
             out = codes.map(lambda tensor: tensor.new_empty(count, *tensor.shape))
         for whole, part in zip(out, codes, strict=True):
             if whole is not None:
+                assert part is not None
                 whole[index] = part
+    assert out is not None
     return out
 
 

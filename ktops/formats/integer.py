@@ -111,6 +111,7 @@ class Int8(Symmetric):
         return Codes(integers.to(torch.int8), scale)
 
     def dequantize(self, codes: Codes, columns: int, group_size: int) -> Tensor:
+        assert codes.scale is not None
         return codes.weight.float() * spread(codes.scale, columns, group_size)
 
 
@@ -126,6 +127,7 @@ class Int4(Symmetric):
         return Codes(pack_nibbles(integers + 8), scale)
 
     def dequantize(self, codes: Codes, columns: int, group_size: int) -> Tensor:
+        assert codes.scale is not None
         integers = unpack_nibbles(codes.weight, columns).float() - 8
         return integers * spread(codes.scale, columns, group_size)
 
@@ -160,6 +162,7 @@ class UInt4(Format):
         return Codes(pack_nibbles(codes), scale.squeeze(-1), zero.squeeze(-1))
 
     def dequantize(self, codes: Codes, columns: int, group_size: int) -> Tensor:
+        assert codes.scale is not None and codes.zero is not None
         integers = unpack_nibbles(codes.weight, columns).float() - spread(codes.zero, columns, group_size)
         return integers * spread(codes.scale, columns, group_size)
 
@@ -193,7 +196,7 @@ def _search(groups: Tensor, low: Tensor, high: Tensor, dtype: torch.dtype) -> tu
         fitted = scale.to(dtype), zero.half()
         error = _squared_error(groups, *fitted)
         better = error < least
-        best = tuple(torch.where(better, new, old) for new, old in zip(fitted, best, strict=True))
+        best = torch.where(better, fitted[0], best[0]), torch.where(better, fitted[1], best[1])
         least = torch.where(better, error, least)
     return best
 

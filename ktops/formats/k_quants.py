@@ -8,7 +8,7 @@ integers, and rounds weights with what these stand for. "mse" searches the scale
 the least squared error, as integers again after d and dmin are chosen.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -154,12 +154,14 @@ def search(groups: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
         for trial in trials(groups, step, offset, size, layout):
             error = squared_error(groups, *trial, layout)
             better = error < least
-            best = tuple(torch.where(better, new, old) for new, old in zip(trial, best, strict=True))
+            best = torch.where(better, trial[0], best[0]), torch.where(better, trial[1], best[1])
             least = torch.minimum(error, least)
     return best
 
 
-def trials(groups: Tensor, step: Tensor, offset: Tensor, size: float, layout: Layout):
+def trials(
+    groups: Tensor, step: Tensor, offset: Tensor, size: float, layout: Layout
+) -> Iterator[tuple[Tensor, Tensor]]:
     """Pairs of step and offset from a share of the range: of either sign, or fitted to its codes."""
     if not layout.has_minimum:
         yield step * size, offset

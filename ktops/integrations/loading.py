@@ -1,6 +1,7 @@
 """Fills the experts modules of a model from the layers of a checkpoint."""
 
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import nn
@@ -31,7 +32,10 @@ class PendingExperts(nn.Module):
     def __init__(self, experts: nn.Module) -> None:
         super().__init__()
         self.activation = _activation(experts)
-        self.num_experts, self.hidden_size, self.intermediate_size = _sizes(experts)
+        sizes = _sizes(experts)
+        if sizes is None:
+            raise ValueError(f"KTConfig: the weights of {type(experts).__name__} do not tell their sizes")
+        self.num_experts, self.hidden_size, self.intermediate_size = sizes
         self.is_concatenated = getattr(experts, "is_concatenated", None)
         for name, weight in experts.named_parameters(recurse=False):
             setattr(self, name, torch.empty_like(weight, device="meta", requires_grad=False))
@@ -105,10 +109,10 @@ def load_layers(
     total = 2 * sum(layer.num_experts for _, _, layer, _ in plan)
     with progress("experts", total, show=show_progress) as step:
         for name, module, layer, both in plan:
-            weights = [experts.read(dtype, step) for experts in both]
-            biases = (layer.bias(key, dtype) for key in BIASES)
-            biases = [bias if bias is None else nn.Parameter(bias, requires_grad=False) for bias in biases]
-            made[name] = KTExperts.from_parameters(*weights, *biases, activation=_activation(module))
+            gate_up, down = (experts.read(dtype, step) for experts in both)
+            found = (layer.bias(key, dtype) for key in BIASES)
+            biases = (bias if bias is None else nn.Parameter(bias, requires_grad=False) for bias in found)
+            made[name] = KTExperts.from_parameters(gate_up, down, *biases, activation=_activation(module))
             made[name].train(module.training)
     for name, module in modules.items():
         exchange_stacked(model, module, made[name])
@@ -121,7 +125,9 @@ def experts_modules(model: nn.Module) -> dict[str, nn.Module]:
     Raises:
         ValueError: there are none, or ktops cannot fill them; the message names the module.
     """
-    modules = {name: m for name, m in model.named_modules() if isinstance(m, PendingExperts)}
+    modules: dict[str, nn.Module] = {
+        name: m for name, m in model.named_modules() if isinstance(m, PendingExperts)
+    }
     modules = modules or require_experts(model, "load_experts")
     for name, module in modules.items():
         if "base_layer" in name.split("."):
@@ -140,19 +146,20 @@ def _activation(module: nn.Module, name: str = "experts") -> str:
             raise ValueError(
                 f"load_experts: ktops cannot compute {name}, a list of {len(module)} modules: {reason}"
             ) from None
-    reason = unsupported_computation(module) or _uneven(module)
-    if reason is not None:
-        raise ValueError(f"load_experts: ktops cannot compute {name}, a {type(module).__name__}: {reason}")
-    return activation_name(module.act_fn)
+    problem = unsupported_computation(module) or _uneven(module)
+    if problem is not None:
+        raise ValueError(f"load_experts: ktops cannot compute {name}, a {type(module).__name__}: {problem}")
+    activation = activation_name(module.act_fn)
+    assert activation is not None
+    return activation
 
 
 def _uneven(module: nn.Module) -> str | None:
     """Why ktops cannot compute experts some of which have no weights, such as LongCat's; None if it can."""
-    weights = [module._parameters.get(name) for name in ("gate_up_proj", "down_proj")]
-    if any(weight is None or weight.dim() != 3 for weight in weights):
+    gate_up, down = (module._parameters.get(name) for name in ("gate_up_proj", "down_proj"))
+    if gate_up is None or down is None or gate_up.dim() != 3 or down.dim() != 3 or len(gate_up) == len(down):
         return None
-    counts = [len(weight) for weight in weights]
-    return None if len(set(counts)) == 1 else f"gate_up_proj has {counts[0]} experts, down_proj {counts[1]}"
+    return f"gate_up_proj has {len(gate_up)} experts, down_proj {len(down)}"
 
 
 def _compute_dtype(model: nn.Module) -> torch.dtype:
@@ -165,13 +172,21 @@ def _sizes(module: nn.Module) -> tuple[int, int, int] | None:
     if isinstance(module, (KTExperts, PendingExperts)):
         return module.num_experts, module.hidden_size, module.intermediate_size
     if isinstance(module, nn.ModuleList):
-        _, _, down = listed_experts(module, any_device=True)[0].projections()
+        _, down = _projections(module)
         return len(module), down.out_features, down.in_features
     weight = module._parameters.get("down_proj")
     if weight is None or weight.dim() != 3 or weight.dtype in (torch.uint8, torch.int8):
         return None
-    shape = tuple(weight.shape)
-    return (shape[0], shape[2], shape[1]) if getattr(module, "is_transposed", False) else shape
+    num_experts, rows, columns = weight.shape
+    if getattr(module, "is_transposed", False):
+        rows, columns = columns, rows
+    return num_experts, rows, columns
+
+
+def _projections(experts: nn.ModuleList) -> tuple[nn.Linear, nn.Linear]:
+    """The gate and down projections of the first expert of a list."""
+    gate, _, down = listed_experts(experts, any_device=True)[0].projections()
+    return cast(nn.Linear, gate), cast(nn.Linear, down)
 
 
 def _check_fit(layer: Layer, name: str, module: nn.Module) -> None:
@@ -183,11 +198,11 @@ def _check_fit(layer: Layer, name: str, module: nn.Module) -> None:
             f"{list(expected)}, the checkpoint {list(got)}"
         )
     for projection in BIASES:
-        expected, got = _has_bias(module, projection), layer.has_bias(projection)
-        if expected != got:
+        in_model, in_file = _has_bias(module, projection), layer.has_bias(projection)
+        if in_model != in_file:
             raise CheckpointError(
-                f"{layer.tensors[0]}: {projection} of {name} has {'a' if expected else 'no'} bias in the "
-                f"model, but {'a' if got else 'no'} bias in the checkpoint"
+                f"{layer.tensors[0]}: {projection} of {name} has {'a' if in_model else 'no'} bias in the "
+                f"model, but {'a' if in_file else 'no'} bias in the checkpoint"
             )
 
 
@@ -195,7 +210,7 @@ def _has_bias(module: nn.Module, projection: str) -> bool:
     if isinstance(module, PendingExperts):
         return projection in module.biased
     if isinstance(module, nn.ModuleList):
-        gate, _, down = listed_experts(module, any_device=True)[0].projections()
+        gate, down = _projections(module)
         return (gate if projection == "gate_up_proj" else down).bias is not None
     return getattr(module, BIASES[projection], None) is not None
 
@@ -206,7 +221,7 @@ def _report(plan: list, made: dict[str, KTExperts]) -> LoadReport:
     nbytes = mapped = 0
     for name, _, layer, both in plan:
         experts = made[name]
-        pair = experts.gate_up_proj.format, experts.down_proj.format
+        pair = both[0].format, both[1].format
         formats[pair] = formats.get(pair, 0) + 1
         schemes[layer.scheme] = schemes.get(layer.scheme, 0) + 1
         nbytes += experts.gate_up_proj.nbytes + experts.down_proj.nbytes

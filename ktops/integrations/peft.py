@@ -13,6 +13,7 @@ import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +23,9 @@ from ktops.formats import ExpertWeight
 from ktops.integrations.replacements import Replacements
 from ktops.integrations.transformers.architectures import unsupported_tensors
 from ktops.integrations.transformers.experts import runs_ktops
+
+if TYPE_CHECKING:
+    from peft.tuners.lora.layer import ParamWrapper
 
 PREFIXES = {"gate_up_proj": "gate_up", "down_proj": "down"}
 """Adapted parameter -> what its keyword arguments start with: ``gate_up_lora_A``, ``gate_up_scaling``, ..."""
@@ -134,7 +138,7 @@ def _experts(model: nn.Module):
             yield name, module
 
 
-def _lora_arguments(wrapper: nn.Module, adapters: list[str]) -> dict[str, Tensor | float]:
+def _lora_arguments(wrapper: "ParamWrapper", adapters: list[str]) -> dict[str, Tensor | float]:
     """The keyword arguments of one wrapper: A [E, r, in], B [E, out, r], scaling.
 
     PEFT keeps ``lora_A.weight [r * E, in]`` with the expert outermost and ``lora_B.weight [out, r * E]`` with
@@ -156,7 +160,7 @@ def _lora_arguments(wrapper: nn.Module, adapters: list[str]) -> dict[str, Tensor
     return {f"{prefix}_lora_A": a, f"{prefix}_lora_B": b, f"{prefix}_scaling": scaling}
 
 
-def _takes_factors(wrapper: nn.Module, kwargs: dict) -> bool:
+def _takes_factors(wrapper: "ParamWrapper", kwargs: dict) -> bool:
     """Whether PEFT's own forward, which builds the dense delta or refuses, may be left out for this call."""
     if wrapper.parameter_name not in PREFIXES or "adapter_names" in kwargs:
         return False
@@ -164,7 +168,7 @@ def _takes_factors(wrapper: nn.Module, kwargs: dict) -> bool:
     return runs_ktops(experts) and unsupported_tensors(experts.gate_up_proj, experts.down_proj) is None
 
 
-def _forward(wrapper: nn.Module, x: Tensor, *args, **kwargs) -> Tensor:
+def _forward(wrapper: "ParamWrapper", x: Tensor, *args, **kwargs) -> Tensor:
     """``ParamWrapper.forward``, with factors in place of the dense delta if the experts run through ktops."""
     if not _takes_factors(wrapper, kwargs):
         _require_dense(wrapper, "computed with different adapters in one batch")
@@ -187,7 +191,7 @@ def _forward(wrapper: nn.Module, x: Tensor, *args, **kwargs) -> Tensor:
     return wrapper.base_layer(x, *args, **kwargs)
 
 
-def _merge(wrapper: nn.Module, *args, **kwargs) -> None:
+def _merge(wrapper: "ParamWrapper", *args, **kwargs) -> None:
     """``ParamWrapper.merge``, which weights in a format have no room for."""
     _require_dense(wrapper, "merged")
     _replaced.original["merge"](wrapper, *args, **kwargs)
@@ -215,7 +219,7 @@ def _require_mergeable(tuner, adapter_names: list[str] | None) -> None:
             _require_dense(module, "merged")
 
 
-def _require_dense(wrapper: nn.Module, what: str) -> None:
+def _require_dense(wrapper: "ParamWrapper", what: str) -> None:
     """Raises if the adapted weights are in a format."""
     weight = getattr(wrapper.get_base_layer(), wrapper.parameter_name)
     if isinstance(weight, ExpertWeight):
@@ -250,9 +254,8 @@ def _inject_adapter(self, model: nn.Module, adapter_name: str, *args, **kwargs) 
 def _warn_if_experts_missed(model: nn.Module, adapter_name: str) -> None:
     experts = dict(_experts(model))
     if not experts or any(
-        getattr(module, "parameter_name", None) in _STACKED and adapter_name in module.lora_A
+        getattr(module, "parameter_name", None) in _STACKED and adapter_name in getattr(module, "lora_A", ())
         for module in model.modules()
-        if hasattr(module, "lora_A")
     ):
         return
     warnings.warn(

@@ -1,6 +1,7 @@
 """Tries on random rows whether an experts module computes what the op computes, before it is exchanged."""
 
 import copy
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -52,8 +53,8 @@ def _disagreement_of_expert(module: nn.Module, expert: KTExpert) -> str | None:
         for parameter in module.parameters():
             size = parameter.shape[-1] ** -0.5
             parameter.copy_(size * torch.randn(parameter.shape, generator=generator))
-    [expert] = KTExpertList([expert])
-    gate, _, _ = expert.projections()
+    KTExpertList([expert])  # makes its weights slices of stacked ones
+    gate = cast(nn.Linear, expert.projections()[0])
     return _disagreement(module, expert, _rows(gate.in_features, gate.weight.dtype))
 
 
@@ -71,7 +72,7 @@ def _disagreement(module: nn.Module, replacement: nn.Module, rows: Tensor, *rout
     if not isinstance(expected, Tensor) or expected.shape != rows.shape:
         return "it returns something else than one tensor of the shape of its input"
     expected, actual = expected.double(), replacement(rows, *routes).double()
-    error = (actual - expected).norm(dim=-1) / expected.norm(dim=-1)
-    if not bool((error < _tolerance(rows.dtype)).all()):  # NaN too: rows of zeros prove nothing
-        return f"it computes something else: relative errors {error.tolist()} on random rows"
+    errors = (actual - expected).norm(dim=-1) / expected.norm(dim=-1)
+    if not bool((errors < _tolerance(rows.dtype)).all()):  # NaN too: rows of zeros prove nothing
+        return f"it computes something else: relative errors {errors.tolist()} on random rows"
     return None

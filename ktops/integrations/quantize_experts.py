@@ -3,12 +3,13 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from ktops._display import format_bytes, progress
-from ktops.formats import ExpertWeight, quantize
+from ktops.formats import ExpertWeight, get_format, quantize
 from ktops.formats.error import relative_error
 from ktops.formats.plain import PLAIN
 from ktops.integrations import peft
@@ -151,7 +152,8 @@ def quantize_experts(
             step(1)
     peft.enable_if_installed()
     enable_saving(model)
-    return QuantizationReport(weight_format, quantized.down_proj.group_size, method, dtype, tuple(layers))
+    size = get_format(weight_format).check_settings(group_size, method)
+    return QuantizationReport(weight_format, size, method, dtype, tuple(layers))
 
 
 @dataclass(frozen=True)
@@ -168,7 +170,7 @@ def _dense_experts(name: str, module: nn.Module) -> _Dense:
         raise Unsupported("it has adapters: quantize first, then put adapters on")
     if isinstance(module, nn.ModuleList):
         experts = listed_experts(module)
-        rows = [[projection.weight for projection in expert.projections()] for expert in experts]
+        rows = [[cast(Tensor, each.weight) for each in expert.projections()] for expert in experts]
         gate_up = [weight for gate, up, _ in rows for weight in (gate, up)]
         return _Dense(gate_up, [down for *_, down in rows], partial(stacked_copy, experts))
     if isinstance(module, KTExperts):
@@ -186,9 +188,9 @@ def _dense_experts(name: str, module: nn.Module) -> _Dense:
 
 def _with_parameters(experts: KTExperts) -> KTExperts:
     """Experts in a plain format as such with Parameters, of the dtype that is computed in."""
+    weights = cast(tuple[ExpertWeight, ExpertWeight], (experts.gate_up_proj, experts.down_proj))
     gate_up, down = (
-        weight.weight if weight.weight.dtype == weight.dtype else weight.dequantize()
-        for weight in (experts.gate_up_proj, experts.down_proj)
+        weight.weight if weight.weight.dtype == weight.dtype else weight.dequantize() for weight in weights
     )
     dense = KTExperts.from_parameters(
         nn.Parameter(gate_up, requires_grad=False),

@@ -3,6 +3,7 @@
 import inspect
 import warnings
 from collections import defaultdict
+from typing import cast
 
 import torch
 from torch import nn
@@ -148,20 +149,24 @@ def stacked_experts(module: nn.Module, save: str) -> KTExperts:
         raise Unsupported(
             "its weights are neither gate_up_proj and down_proj nor a ModuleList of gated experts"
         )
-    reason = unsupported_layout(module)
-    reason = reason or unsupported_tensors(module.gate_up_proj, module.down_proj)
+    gate_up_proj, down_proj = (
+        cast(nn.Parameter, module._parameters[name]) for name in ("gate_up_proj", "down_proj")
+    )
+    reason = unsupported_layout(module) or unsupported_tensors(gate_up_proj, down_proj)
     if reason is not None:
         raise Unsupported(reason)
-    biases = {
-        name: module._parameters.get(name)
-        for name in ("gate_up_proj_bias", "down_proj_bias")
-        if module._parameters.get(name) is not None
-    }
+    biases = ("gate_up_proj_bias", "down_proj_bias")
     others = set(dict(module.named_parameters())) - {"gate_up_proj", "down_proj", *biases}
     if others:
         raise Unsupported(f"it has other parameters: {', '.join(sorted(others))}")
+    activation = activation_name(module.act_fn)
+    assert activation is not None
     experts = KTExperts.from_parameters(
-        module.gate_up_proj, module.down_proj, **biases, activation=activation_name(module.act_fn), save=save
+        gate_up_proj,
+        down_proj,
+        *(module._parameters.get(name) for name in biases),
+        activation=activation,
+        save=save,
     )
     if not hasattr(module, "has_gate"):
         difference = disagreement_of_experts(module, experts)
@@ -189,9 +194,10 @@ def listed_experts(
     """
     require_plain(experts)
     if isinstance(experts, KTExpertList):
-        if not all(is_plain_linear(projection) for expert in experts for projection in expert.projections()):
+        listed = cast(list[KTExpert], list(experts))
+        if not all(is_plain_linear(projection) for expert in listed for projection in expert.projections()):
             raise Unsupported("its projections are not plain nn.Linear: they have adapters or hooks")
-        return list(experts)
+        return listed
     names, attribute, activation = _check_experts(list(experts), any_device)
     made = [KTExpert(expert, names, attribute, activation, save) for expert in experts]
     difference = disagreement_of_expert(experts[0], made[0])

@@ -1,5 +1,7 @@
 """The entry "ktops" of transformers' experts interface."""
 
+from typing import cast
+
 import torch
 from torch import Tensor, nn
 
@@ -42,7 +44,7 @@ def experts_forward(
     reason = unsupported_layout(experts)
     if reason is not None:
         return _own_forward(experts, reason, lora, hidden_states, top_k_index, top_k_weights)
-    gate_up_proj, down_proj = experts.gate_up_proj, experts.down_proj
+    gate_up_proj, down_proj = cast(Tensor, experts.gate_up_proj), cast(Tensor, experts.down_proj)
     reason = unsupported_tensors(gate_up_proj, down_proj)
     if reason is not None:
         return _own_forward(experts, reason, lora, hidden_states, top_k_index, top_k_weights)
@@ -66,7 +68,7 @@ def _own_forward(experts: nn.Module, reason: str, lora: dict, *args: Tensor) -> 
     if lora:
         raise NotImplementedError(f"ktops: LoRA on {name} cannot be computed: {reason}")
     _warn(f"ktops does not run {name}: {reason}. It runs with the implementation of transformers instead.")
-    if experts.down_proj.element_size() == 1:
+    if cast(Tensor, experts.down_proj).element_size() == 1:
         return _eager_forward(type(experts))(experts, *args)
     return _grouped_mm()(experts, *args)
 

@@ -1,18 +1,20 @@
 """Checks that transformers found all of a model's weights in the files: it initializes others at random."""
 
 from collections.abc import Iterable
-
-from torch import nn
+from typing import TYPE_CHECKING
 
 from ktops.checkpoints.config import FROM_QUANTIZER
 from ktops.checkpoints.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 MOST_NAMES = 4
 """The most names of tensors that a message lists."""
 
 
 def require_loaded(
-    model: nn.Module, missing: Iterable[str], unexpected: Iterable[str], *, heads: bool = False
+    model: "PreTrainedModel", missing: Iterable[str], unexpected: Iterable[str], *, heads: bool = False
 ) -> None:
     """Checks the result of ``from_pretrained(..., output_loading_info=True)``.
 

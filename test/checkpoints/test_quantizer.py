@@ -12,6 +12,7 @@ from tiny_checkpoints import decode
 
 import ktops
 from ktops.checkpoints import CheckpointWriter, converted_config, open_checkpoint
+from ktops.integrations.loading import PendingExperts
 from ktops.nn import KTExperts
 from ktops.testing.budgets import relative_error
 
@@ -192,3 +193,11 @@ def test_fp8_as_transformers_reads_it(tmp_path, intermediate):
     for loaded, weight in zip(experts(model), dense, strict=True):
         assert torch.equal(decode(loaded.gate_up_proj), weight)
     assert relative_error(logits(model), expected) < 1e-5
+
+
+def test_experts_of_unknown_sizes_are_an_error():
+    experts = torch.nn.Module()
+    experts.has_gate, experts.act_fn = True, torch.nn.SiLU()
+    experts.up_proj = torch.nn.Parameter(torch.zeros(4, 8, 16))
+    with pytest.raises(ValueError, match="the weights of Module do not tell their sizes"):
+        PendingExperts(experts)

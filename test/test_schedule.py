@@ -45,6 +45,12 @@ def test_threads_that_are_held_up_keep_one_task_each(program, threads, held):
         assert sum(count <= 1 for count in counts) >= held
 
 
+def test_a_phase_too_many_is_an_error(program):
+    """When it is added, not when it runs; those before it run."""
+    result = subprocess.run([program], capture_output=True, text=True, check=True)
+    assert result.stdout == "kt: more than kMaxPhases phases\n"
+
+
 PRODUCTS = {
     "moe_sft_fwd": {"gate_up", "down"},
     "moe_sft_bwd": {"activate", "combine_x", "weights_h", "weights_i"},

@@ -95,7 +95,7 @@ def python_functions(source: str):
 
 
 FUNCTION = re.compile(r"[^{]*[(\[].*(?<!=) {")
-"""What stands before the body of a function; but an `if` looks the same, and a struct may."""
+"""From a function's first line to its brace; an `if` looks the same, and a struct may."""
 
 NO_FUNCTION = re.compile(
     r"}|(public|protected|private|namespace|struct|class|enum|union"
@@ -108,7 +108,7 @@ def cpp_functions(source: str):
 
     clang-format indents what is between the first and the last line of a block, and namespaces not at all.
     """
-    lines, begins = source.splitlines(), {}
+    lines, begins = [line.split("  //")[0] for line in source.splitlines()], {}
     for end, line in enumerate(lines):
         if not line or line.startswith("#"):
             continue
@@ -185,7 +185,7 @@ private:
     T b_;
 };
 
-C<int>::~C() {
+C<int>::~C() {  // frees b_
     release();
 }
 

@@ -1,7 +1,8 @@
 // kt::Schedule with threads that are held up: who gets one of the first HELD tasks of a phase stays in it until all the
 // other tasks of the phase are done. Arguments: THREADS HELD. Prints a line for each phase: the number of tasks that
 // each thread did. Exit status 1: a held thread waited too long, for tasks that nobody else took; 2: a task ran twice
-// or never; 3: a task ran before the phase before it had ended.
+// or never; 3: a task ran before the phase before it had ended. Without arguments: fills a schedule with phases and
+// prints what one more says.
 
 #include "parallel/schedule.h"
 
@@ -9,6 +10,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <functional>
+#include <stdexcept>
 #include <thread>
 #include <vector>
 
@@ -34,9 +36,24 @@ void wait_for(const std::atomic<int64_t>& finished, int64_t number) {
     }
 }
 
+int add_a_phase_too_many() {
+    int done = 0;
+    const auto task = [&done](int64_t, int) { ++done; };
+    kt::Schedule schedule;
+    for (int p = 0; p < kt::Schedule::kMaxPhases; ++p) schedule.add("phase", 1, task);
+    try {
+        schedule.add("phase", 1, task);
+    } catch (const std::logic_error& error) {
+        std::puts(error.what());
+    }
+    schedule.run<Region>(1, start_threads);
+    return done == kt::Schedule::kMaxPhases ? 0 : 2;
+}
+
 }  // namespace
 
-int main(int, char** argv) {
+int main(int argc, char** argv) {
+    if (argc == 1) return add_a_phase_too_many();
     const int num_threads = std::atoi(argv[1]);
     const int64_t held = std::atoi(argv[2]);
     std::vector<Phase> phases(kPhases);

@@ -108,17 +108,32 @@ def python_functions(source: str):
             yield node.name, body[-1].end_lineno - body[0].lineno + 1 if body else 0
 
 
+FUNCTION = re.compile(r"[^{]*[(\[].*(?<!=) {")
+"""From a function's first line to its brace; an `if` looks the same, and a struct may."""
+
+NO_FUNCTION = re.compile(
+    r"}|(public|protected|private|namespace|struct|class|enum|union"
+    r"|if|else|for|while|do|switch|case|default|try|catch)\b"
+)
+
+
 def cpp_functions(source: str):
-    """(first line, lines) of each block that begins and ends at the left margin; namespaces do not indent."""
-    start, previous = None, ""
-    for number, line in enumerate(source.splitlines()):
-        begins = line[:1].isalpha() and not line.startswith(("namespace", "using"))
-        if begins and (not previous or previous.startswith(("}", "#", "//", "namespace"))):
-            start = number, line
-        if line == "}" and start:
-            yield start[1], number - start[0] + 1
-            start = None
-        previous = line
+    """(first line, lines) of every function, method and lambda whose body is more than a line.
+
+    clang-format indents what is between the first and the last line of a block, and namespaces not at all.
+    """
+    lines, begins = [line.split("  //")[0] for line in source.splitlines()], {}
+    for end, line in enumerate(lines):
+        if not line or line.startswith("#"):
+            continue
+        indent = len(line) - len(line.lstrip())
+        begin = begins.get(indent, end)
+        head = next((lines[begin : i + 1] for i in range(begin, end) if lines[i].endswith("{")), [])
+        text = " ".join(part.strip() for part in head)
+        if line.lstrip().startswith("}") and FUNCTION.fullmatch(text) and not NO_FUNCTION.match(text):
+            template = begin > 0 and lines[begin - 1].lstrip().startswith("template")
+            yield lines[begin].strip(), end - begin + 1 + template
+        begins = {i: begin for i, begin in begins.items() if i < indent} | {indent: end}
 
 
 @pytest.mark.parametrize("name", PYTHON)
@@ -154,18 +169,61 @@ int f(int a,
 
 }
 
-struct S {
-    int x;
+constexpr int kNumbers[] = {
+    f(1, 2),
+};
+
+template <class T>
+class C : public Base<T> {
+public:
+    explicit C(T a)
+        : Base<T>(a),
+          b_{a} {
+#ifdef KT_B
+        g(a);
+#endif
+    }
+
+    template <class U>
+    static U h(U a) {
+        if (a) {
+            return a;
+        }
+        each(a, [&](int i) {
+            a += i;
+        });
+        return f(1, 2);
+    }
+
+private:
+    T b_;
+};
+
+C<int>::~C() {  // frees b_
+    release();
+}
+
+const auto k = [](int a) {
+    return a;
 };
 
 }  // namespace kt
 """
 
+CPP_SAMPLE_FUNCTIONS = {
+    "int f(int a,": 5,
+    "explicit C(T a)": 7,
+    "static U h(U a) {": 10,
+    "each(a, [&](int i) {": 3,
+    "C<int>::~C() {": 3,
+    "const auto k = [](int a) {": 3,
+}
+
 
 def test_function_lengths_are_seen():
     assert dict(python_functions(PYTHON_SAMPLE)) == {"f": 3}
-    assert dict(cpp_functions(CPP_SAMPLE)) == {"int f(int a,": 5}
-    assert len([function for name in CPP for function in cpp_functions(read(name))]) > 20
+    assert dict(cpp_functions(CPP_SAMPLE)) == CPP_SAMPLE_FUNCTIONS
+    assert len([function for name in CPP for function in cpp_functions(read(name))]) > 400
 
 
 @pytest.mark.parametrize("name", CPP)

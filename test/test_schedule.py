@@ -3,34 +3,24 @@
 Times on a busy machine show that only roughly (``python -m bench.busy_core``); here it is counted.
 """
 
-import os
 import subprocess
 from pathlib import Path
 
 import pytest
 import torch
+from programs import compiled
 
 import ktops
 from ktops.testing.compare import random_grad_output, run, threads
 from ktops.testing.inputs import moe_inputs
 
-ROOT = Path(__file__).parents[1]
+SCHEDULER = ("core/environment.cpp", "parallel/profile.cpp")
 PHASES, TASKS = 3, 100
-
-
-def compiled(name: str, folder: Path, *sources: str) -> Path:
-    """A program of this folder, compiled with the scheduler of the operators."""
-    csrc, output = ROOT / "ktops_csrc", folder / name
-    files = [Path(__file__).parent / f"{name}.cpp", csrc / "core/environment.cpp"]
-    files += [csrc / "parallel" / source for source in ("profile.cpp", *sources)]
-    flags = ["-std=c++17", "-O1", "-Wall", "-Wextra", "-Werror", "-pthread", f"-I{csrc}"]
-    subprocess.run([os.environ.get("CXX", "g++"), *flags, *files, "-o", output], check=True)
-    return output
 
 
 @pytest.fixture(scope="module")
 def program(tmp_path_factory) -> Path:
-    return compiled("schedule", tmp_path_factory.mktemp("schedule"), "clock.cpp")
+    return compiled("schedule", tmp_path_factory.mktemp("schedule"), *SCHEDULER, "parallel/clock.cpp")
 
 
 @pytest.mark.parametrize(("threads", "held"), [(1, 0), (2, 1), (3, 1), (3, 2), (7, 6)])
@@ -43,6 +33,12 @@ def test_threads_that_are_held_up_keep_one_task_each(program, threads, held):
     for counts in phases:
         assert len(counts) == threads and sum(counts) == TASKS
         assert sum(count <= 1 for count in counts) >= held
+
+
+def test_a_phase_too_many_is_an_error(program):
+    """When it is added, not when it runs; those before it run."""
+    result = subprocess.run([program], capture_output=True, text=True, check=True)
+    assert result.stdout == "kt: more than kMaxPhases phases\n"
 
 
 PRODUCTS = {
@@ -65,7 +61,7 @@ def test_products_are_many_tasks_for_every_thread(num_tokens):
 
 @pytest.mark.parametrize("threads", [1, 3])
 def test_every_moment_of_a_call_belongs_to_one_step(threads, tmp_path):
-    program = compiled("profile", tmp_path)
+    program = compiled("profile", tmp_path, *SCHEDULER)
     *lines, ticks = subprocess.run(
         [program, str(threads)], capture_output=True, text=True, check=True
     ).stdout.splitlines()

@@ -177,21 +177,25 @@ Pool& pool() {
 Workspace::Workspace(size_t bytes) {
     const Block block = pool().take(bytes);
     block_ = block.data;
-    capacity_ = block.bytes;
-    ASAN_POISON_MEMORY_REGION(block_, capacity_);
+    block_bytes_ = block.bytes;
+    size_ = bytes;
+    ASAN_POISON_MEMORY_REGION(block_, block_bytes_);
 }
 
 Workspace::~Workspace() {
-    ASAN_UNPOISON_MEMORY_REGION(block_, capacity_);
+    if (!block_) return;
+    ASAN_UNPOISON_MEMORY_REGION(block_, block_bytes_);
     pool().give_back(block_);
 }
 
 void* Workspace::take_bytes(size_t bytes) {
-    if (used_ + bytes > capacity_) throw std::logic_error("kt: workspace too small");
-    void* p = block_ + used_;
-    used_ += bytes;
-    ASAN_UNPOISON_MEMORY_REGION(p, bytes - kGap);
-    return p;
+    bytes = (bytes + 63) / 64 * 64;
+    const size_t begin = used_;
+    used_ += bytes + kGap;
+    if (!block_) return nullptr;
+    if (used_ > size_) throw std::logic_error("kt: workspace too small");
+    ASAN_UNPOISON_MEMORY_REGION(block_ + begin, bytes);
+    return block_ + begin;
 }
 
 WorkspaceStats workspace_stats() { return pool().stats(); }

@@ -5,13 +5,23 @@
 
 namespace kt {
 
-// Scratch memory for one call of an op: a block that was kept from an earlier call where one is large enough, because
-// fresh memory costs a page fault every few KiB. Idle blocks are given back to the system, oldest first, as soon as all
-// blocks together exceed what calls in progress at once have needed
+// Scratch memory for one call of an op. Constructors take their arrays from it, in two passes of the same code: with a
+// workspace that only counts, and with one of the size that came out.
+//
+//   Workspace counting;
+//   Forward(problem, counting);
+//   Workspace workspace(counting.bytes());
+//   Forward(problem, workspace).run();
+//
+// The block was kept from an earlier call where one is large enough, because fresh memory costs a page fault every few
+// KiB. Idle blocks are given back to the system, oldest first, as soon as all blocks together exceed what calls in
+// progress at once have needed
 // * in the last kWindow calls or more: one unusual call does not hold its memory for good, and
 // * since the last empty_workspaces(), up to kKept bytes.
 class Workspace {
 public:
+    // Only counts: arrays are null.
+    Workspace() = default;
     // Throws std::runtime_error if there is no such block and the system has no memory for one.
     explicit Workspace(size_t bytes);
     ~Workspace();
@@ -21,14 +31,11 @@ public:
     // count elements of T, aligned to a cache line.
     template <class T>
     T* take(int64_t count) {
-        return static_cast<T*>(take_bytes(padded<T>(count)));
+        return static_cast<T*>(take_bytes(static_cast<size_t>(count) * sizeof(T)));
     }
 
-    // What take<T>(count) uses of the block.
-    template <class T>
-    static size_t padded(int64_t count) {
-        return (static_cast<size_t>(count) * sizeof(T) + 63) / 64 * 64 + kGap;
-    }
+    // Taken so far.
+    size_t bytes() const { return used_; }
 
     // More calls than a step of training makes between two backward passes: the models with the most layers of experts
     // have about 100, and preference training runs up to four forward passes before a backward.
@@ -42,9 +49,8 @@ private:
 
     void* take_bytes(size_t bytes);
 
-    char* block_;
-    size_t capacity_;
-    size_t used_ = 0;
+    char* block_ = nullptr;
+    size_t block_bytes_ = 0, size_ = 0, used_ = 0;  // of the block, which may be larger; asked for; taken
 };
 
 // The blocks of the process. Bytes of those that calls use now, of those kept for later calls, and the most that were

@@ -41,9 +41,6 @@ struct CodedRows {
     float* row_sums(int64_t i) const { return reinterpret_cast<float*>(codes + i * stride + sums_at); }
 
     // Of `rows` rows of activations.
-    static size_t bytes(int64_t rows, const WeightTensor& w, int digits) {
-        return Workspace::padded<int8_t>(rows * digits * CodedRows(w, digits).stride);
-    }
     static CodedRows take(Workspace& workspace, int64_t rows, const WeightTensor& w, int digits, bool pairs,
                           int zero_code) {
         CodedRows out(w, digits);

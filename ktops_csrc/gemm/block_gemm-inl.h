@@ -55,10 +55,6 @@ struct GemmScratch {
     C* stage;  // rows of A, where the micro-kernel can't read them as they lie
     Acc<T>* c;
 
-    static size_t bytes() {
-        return Workspace::padded<C>(kPaddedElements) + Workspace::padded<C>(kLeftElements) +
-               Workspace::padded<C>(kStageElements) + Workspace::padded<Acc<T>>(kMaxRows * kMaxColumns);
-    }
     explicit GemmScratch(Workspace& workspace)
         : panels(workspace.take<C>(kPaddedElements)),
           left(workspace.take<C>(kLeftElements)),

@@ -1,13 +1,18 @@
 #pragma once
 
-// The backward half of kt::moe_sft. d = grad_output[token], w = the routing weight:
+// The backward half of kt::moe_sft. The phases, d = grad_output[token], w = the routing weight:
 //
-//   project_d      db2 = s2 d B2                                    [R, r2]
-//   activate       dh = d Wd + db2 A2;  grad_w = <h, dh>;  dg = w dh u act'(g);  du = w dh act(g)
-//                  grad_A2 = (w db2)^T h;  grad_Wd = (w d)^T h      a slab of I at a time, h recomputed
-//   project_grad   dgub = s1 [dg|du] B1                             [R, r1]
-//   combine_x      grad_x = sum of [dg|du] Wgu + dgub A1
-//   weights        grad_A1 = dgub^T x;  grad_B1 = s1 [dg|du]^T xa;  grad_B2 = s2 (w d)^T ha;  grad_Wgu = [dg|du]^T x
+//   clear_idle         zeros in the gradients of experts without tokens
+//   code_x, recompute  [g|u], if it was not saved, as in forward        [R, 2I]
+//   project_d          db2 = s2 d B2                                    [R, r2]
+//   activate           dh = d Wd + db2 A2;  grad_w = <h, dh>;  dg = w dh u act'(g);  du = w dh act(g)
+//                      grad_A2 = (w db2)^T h;  grad_Wd = (w d)^T h;  grad_bgu = the sum of [dg|du]
+//                                                                       a slab of I at a time, h recomputed
+//   project_grad       dgub = s1 [dg|du] B1                             [R, r1]
+//   combine_x, sum_x   grad_x = the sum of [dg|du] Wgu + dgub A1        [T, H], as down and sum in forward
+//   weights_h          grad_A1 = dgub^T x;  grad_Wgu = [dg|du]^T x;  grad_B2 = s2 (w d)^T ha;  grad_bd = the sum of w d
+//   weights_i          grad_B1 = s1 [dg|du]^T xa
+//   grad_topk_weights  grad_w + <d, bd>, the slabs of I added up        [T, K]
 
 #include "moe/combine-inl.h"
 
@@ -36,25 +41,16 @@ class Backward {
 
 public:
     static void run(const BackwardProblem& b) {
-        const Problem& p = b.forward;
-        const Routing routing(p);
-        Workspace workspace(Layer<T>::bytes(p, routing) + bytes(b, routing) + Thread<T>::bytes(p, routing));
-        const Layer<T> layer(p, routing, workspace);
-        Backward(b, layer, workspace).run();
+        const Routing routing(b.forward);
+        Workspace counting;
+        Backward(b, routing, counting);
+        Workspace workspace(counting.bytes());
+        Backward(b, routing, workspace).run();
     }
 
 private:
-    static size_t bytes(const BackwardProblem& b, const Routing& routing) {
-        const Problem& p = b.forward;
-        const int64_t R = routing.num_routes;
-        return Workspace::padded<T>(R * 2 * p.intermediate_size) + Workspace::padded<T>(R * p.gate_up_rank) +
-               Workspace::padded<T>(R * p.down_rank) +
-               Workspace::padded<A>(R * ceil_div(p.intermediate_size, kDotSlab)) +
-               Workspace::padded<A>(CombineX::route_elements(p, routing));
-    }
-
-    Backward(const BackwardProblem& b, const Layer<T>& layer, Workspace& workspace)
-        : b_(b), layer_(layer), p_(layer.p), routing_(layer.routing), I_(layer.I), H_(layer.H) {
+    Backward(const BackwardProblem& b, const Routing& routing, Workspace& workspace)
+        : b_(b), layer_(b.forward, routing, workspace), p_(b.forward), routing_(routing), I_(layer_.I), H_(layer_.H) {
         const int64_t R = routing_.num_routes;
         gate_up_ = static_cast<const T*>(b.saved_gate_up);
         grad_gate_up_ = workspace.take<T>(R * 2 * I_);
@@ -286,7 +282,7 @@ private:
     }
 
     const BackwardProblem& b_;
-    const Layer<T>& layer_;
+    const Layer<T> layer_;
     const Problem& p_;
     const Routing& routing_;
     int64_t I_, H_, i_slabs_;

@@ -1,6 +1,14 @@
 #pragma once
 
-// kt::moe_fwd and the forward half of kt::moe_sft.
+// kt::moe_fwd and the forward half of kt::moe_sft. The phases, w = the routing weight:
+//
+//   project_x      xa = x A1^T                                      [R, r1]
+//   code_x         x as codes, if gate_up takes codes               [T, H]
+//   gate_up        [g|u] = x Wgu^T + s1 xa B1^T + bgu;  h = act(g) u                   [R, I], [g|u] saved if asked
+//   project_h      ha = h A2^T                                      [R, r2]
+//   code_h         h as codes, if down takes codes                  [R, I]
+//   down           w (h Wd^T + s2 ha B2^T + bd), a row for each route or summed by token
+//   sum            output = the sum of a token's rows, if down kept them               [T, H]
 
 #include "moe/combine-inl.h"
 
@@ -40,24 +48,21 @@ class Forward {
 public:
     static void run(const Problem& p, const ForwardResults& results) {
         const Routing routing(p);
-        const int64_t R = routing.num_routes;
-        Workspace workspace(Layer<T>::bytes(p, routing) + Workspace::padded<T>(R * p.intermediate_size) +
-                            Workspace::padded<T>(R * p.gate_up_rank) + Workspace::padded<T>(R * p.down_rank) +
-                            Workspace::padded<Acc<T>>(CombineDown::route_elements(p, routing)) +
-                            coded_bytes<T>(p, p.down_proj, R) + Thread<T>::bytes(p, routing));
-        const Layer<T> layer(p, routing, workspace);
-        Forward(layer, results, workspace).run();
+        Workspace counting;
+        Forward(p, routing, results, counting);
+        Workspace workspace(counting.bytes());
+        Forward(p, routing, results, workspace).run();
     }
 
 private:
-    Forward(const Layer<T>& layer, const ForwardResults& results, Workspace& workspace)
-        : layer_(layer), p_(layer.p), routing_(layer.routing), results_(results) {
+    Forward(const Problem& p, const Routing& routing, const ForwardResults& results, Workspace& workspace)
+        : layer_(p, routing, workspace), p_(p), routing_(routing), results_(results) {
         const int64_t R = routing_.num_routes;
-        h_ = workspace.take<T>(R * layer.I);
+        h_ = workspace.take<T>(R * layer_.I);
         xa_ = results.saved_xa ? static_cast<T*>(results.saved_xa) : workspace.take<T>(R * p_.gate_up_rank);
         ha_ = results.saved_ha ? static_cast<T*>(results.saved_ha) : workspace.take<T>(R * p_.down_rank);
         routes_ = workspace.take<Acc<T>>(CombineDown::route_elements(p_, routing_));
-        coded_h_ = take_coded(workspace, p_, layer.down, R);
+        coded_h_ = take_coded(workspace, p_, layer_.down, R);
         threads_ = Thread<T>::take(workspace, p_, routing_);
     }
 
@@ -121,7 +126,7 @@ private:
         });
     }
 
-    const Layer<T>& layer_;
+    const Layer<T> layer_;
     const Problem& p_;
     const Routing& routing_;
     const ForwardResults& results_;

@@ -74,15 +74,11 @@ struct Thread {
 
     static Thread* take(Workspace& w, const Problem& p, const Routing& routing) {
         auto* threads = w.take<Thread>(p.num_threads);
-        for (int i = 0; i < p.num_threads; ++i) new (threads + i) Thread(w, p, routing);
+        for (int i = 0; i < p.num_threads; ++i) {
+            const Thread thread(w, p, routing);
+            if (threads) new (threads + i) Thread(thread);
+        }
         return threads;
-    }
-
-    static size_t bytes(const Problem& p, const Routing& routing) {
-        const size_t one = GemmScratch<T>::bytes() + Workspace::padded<Acc<T>>(sum_elements(p, routing)) +
-                           Workspace::padded<T>(routing.most_rows * wide_slab(routing)) +
-                           Workspace::padded<Acc<T>>(kWideColumns);
-        return Workspace::padded<Thread>(p.num_threads) + static_cast<size_t>(p.num_threads) * one;
     }
 
 private:
@@ -126,10 +122,6 @@ inline int code_digits(const Problem& p, const WeightTensor& weight) {
 
 // Of `rows` rows of activations, if products with this weight are computed in integers.
 template <class T>
-inline size_t coded_bytes(const Problem& p, const WeightTensor& weight, int64_t rows) {
-    return uses_codes<T>(p, weight) ? CodedRows::bytes(rows, weight, code_digits<T>(p, weight)) : 0;
-}
-template <class T>
 inline CodedRows take_coded(Workspace& workspace, const Problem& p, const Weight<T>& weight, int64_t rows) {
     if (!uses_codes<T>(p, weight.tensor())) return {};
     return weight.take_codes(workspace, rows, code_digits<T>(p, weight.tensor()));
@@ -166,14 +158,12 @@ struct Layer {
           I(problem.intermediate_size),
           H(problem.hidden_size) {
         auto* weights = workspace.take<Acc<T>>(routing.num_routes);
+        coded_x = take_coded(workspace, p, gate_up, p.num_tokens);
+        route_weights = weights;
+        if (!weights) return;
         for (int64_t i = 0; i < routing.num_routes; ++i) {
             weights[i] = static_cast<Acc<T>>(p.topk_weights.at(routing.token[i], routing.route[i] % p.top_k));
         }
-        route_weights = weights;
-        coded_x = take_coded(workspace, p, gate_up, p.num_tokens);
-    }
-    static size_t bytes(const Problem& p, const Routing& routing) {
-        return Workspace::padded<Acc<T>>(routing.num_routes) + coded_bytes<T>(p, p.gate_up_proj, p.num_tokens);
     }
 
     // To be called for every token before gate_up_product, if there is coded_x.

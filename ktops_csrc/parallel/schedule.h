@@ -4,6 +4,7 @@
 
 #include <atomic>
 #include <cstdint>
+#include <stdexcept>
 
 #include "parallel/profile.h"
 
@@ -19,9 +20,10 @@ public:
     static constexpr int kMaxPhases = 12;
 
     // task(i, thread) for i in [0, num_tasks) and thread in [0, num_threads). The task is referenced, not copied.
-    // name: of the step in profiles, a literal.
+    // name: of the step in profiles, a literal. Throws std::logic_error beyond kMaxPhases.
     template <class Task>
     void add(const char* name, int64_t num_tasks, const Task& task) {
+        if (num_phases_ == kMaxPhases) throw std::logic_error("kt: more than kMaxPhases phases");
         Phase& phase = phases_[num_phases_++];
         phase.name = name;
         phase.num_tasks = num_tasks;

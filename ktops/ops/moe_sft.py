@@ -7,77 +7,60 @@ from torch.utils.flop_counter import register_flop_formula
 
 from ktops.formats.expert_weight import ExpertWeight
 from ktops.formats.format import Codes
-from ktops.ops.moe_fwd import check_devices, forward_flops
+from ktops.ops.arguments import ATTRIBUTES, FORWARD, GRADIENTS, TENSORS, MoeArguments, pick
+from ktops.ops.moe_fwd import base_flops, check_devices, lora_flops
 
-ARGUMENTS = (
-    "hidden_states", "topk_ids", "topk_weights", "gate_up_proj", "down_proj",
-    "gate_up_scale", "gate_up_zero", "down_scale", "down_zero", "gate_up_bias", "down_bias",
-    "gate_up_lora_A", "gate_up_lora_B", "down_lora_A", "down_lora_B",
-    "num_experts", "intermediate_size", "weight_format", "group_size", "compute",
-    "gate_up_scaling", "down_scaling", "activation", "activation_args", "save",
-)  # fmt: skip
-"""The arguments of kt::moe_sft_fwd in schema order; kt::moe_fwd takes all but the last."""
-
-GRADIENTS = (
-    "hidden_states", "topk_weights", "gate_up_proj", "down_proj", "gate_up_bias", "down_bias",
-    "gate_up_lora_A", "gate_up_lora_B", "down_lora_A", "down_lora_B",
-)  # fmt: skip
-"""What kt::moe_sft_bwd returns: bit i of grad_mask asks for the gradient of GRADIENTS[i]."""
-
-_GRADIENT_ARGUMENTS = tuple(ARGUMENTS.index(name) for name in GRADIENTS)
-_NUM_TENSORS = ARGUMENTS.index("num_experts")
+_tensors = pick(*TENSORS)
+_attributes = pick(*ATTRIBUTES)
+_differentiable = pick(*GRADIENTS)
+_NO_GRADIENTS = dict.fromkeys(FORWARD)
 _NO_SCALES = (None,) * 4
 
 
 @torch.library.register_fake("kt::moe_sft_fwd")
-def _forward_fake(hidden_states: Tensor, topk_ids: Tensor, *args) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    check_devices(torch.ops.kt.moe_sft_fwd.default, hidden_states, topk_ids, *args)
-    named = dict(zip(ARGUMENTS[2:], args, strict=True))
-    num_routes = topk_ids.shape[0] * topk_ids.shape[1]
-
-    def saved(rows, columns):
-        return hidden_states.new_empty(rows, columns, device="cpu" if hidden_states.is_cuda else None)
+def _forward_fake(*args) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    check_devices(torch.ops.kt.moe_sft_fwd.default, *args)
+    *shared, save = args
+    arguments = MoeArguments(*shared)
+    hidden_states, (num_tokens, top_k) = arguments.hidden_states, arguments.topk_ids.shape
+    num_routes = num_tokens * top_k
 
     def rank(lora_a):
         return 0 if lora_a is None else lora_a.shape[1]
 
     return (
         torch.empty_like(hidden_states, memory_format=torch.contiguous_format),
-        saved(0 if named["save"] == "recompute" else num_routes, 2 * named["intermediate_size"]),
-        saved(num_routes, rank(named["gate_up_lora_A"])),
-        saved(num_routes, rank(named["down_lora_A"])),
+        hidden_states.new_empty(0 if save == "recompute" else num_routes, 2 * arguments.intermediate_size),
+        hidden_states.new_empty(num_routes, rank(arguments.gate_up_lora_A)),
+        hidden_states.new_empty(num_routes, rank(arguments.down_lora_A)),
     )
 
 
 @torch.library.register_fake("kt::moe_sft_bwd")
-def _backward_fake(grad_output: Tensor, *args) -> tuple[Tensor | None, ...]:
-    check_devices(torch.ops.kt.moe_sft_bwd.default, grad_output, *args)
-    grad_mask = args[-1]
+def _backward_fake(*args) -> tuple[Tensor | None, ...]:
+    check_devices(torch.ops.kt.moe_sft_bwd.default, *args)
+    _, *shared, _, _, _, _, grad_mask = args
     return tuple(
-        torch.empty_like(args[i], memory_format=torch.contiguous_format) if grad_mask >> bit & 1 else None
-        for bit, i in enumerate(_GRADIENT_ARGUMENTS)
+        torch.empty_like(tensor, memory_format=torch.contiguous_format) if grad_mask >> bit & 1 else None
+        for bit, tensor in enumerate(_differentiable(shared))
     )
 
 
 def _setup_context(ctx, inputs, output) -> None:
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*output[1:])
-    ctx.save_for_backward(*inputs[:_NUM_TENSORS], *output[1:])
-    ctx.attributes = inputs[_NUM_TENSORS:]
+    ctx.save_for_backward(*_tensors(inputs), *output[1:])
+    ctx.attributes = _attributes(inputs)
 
 
 def _backward(ctx, grad_output: Tensor | None, *_) -> tuple[Tensor | None, ...]:
-    grads: list[Tensor | None] = [None] * len(ARGUMENTS)
-    if grad_output is None:
-        return tuple(grads)
-    grad_mask = sum(ctx.needs_input_grad[i] << bit for bit, i in enumerate(_GRADIENT_ARGUMENTS))
-    tensors = ctx.saved_tensors
-    results = torch.ops.kt.moe_sft_bwd(
-        grad_output, *tensors[:_NUM_TENSORS], *ctx.attributes, *tensors[_NUM_TENSORS:], grad_mask
-    )
-    for i, grad in zip(_GRADIENT_ARGUMENTS, results, strict=True):
-        grads[i] = grad
-    return tuple(grads)
+    grads = _NO_GRADIENTS.copy()
+    if grad_output is not None:
+        *tensors, gate_up, xa, ha = ctx.saved_tensors
+        grad_mask = sum(need << bit for bit, need in enumerate(_differentiable(ctx.needs_input_grad)))
+        results = torch.ops.kt.moe_sft_bwd(grad_output, *tensors, *ctx.attributes, gate_up, xa, ha, grad_mask)
+        grads.update(zip(GRADIENTS, results, strict=True))
+    return tuple(grads.values())
 
 
 def _double_backward(ctx, *_):
@@ -90,21 +73,23 @@ torch.library.register_autograd("kt::moe_sft_bwd", _double_backward)
 
 @register_flop_formula(torch.ops.kt.moe_sft_fwd)
 def _forward_flops(*args, out_shape=None, **kwargs) -> int:
-    return forward_flops(args[0], args[1], args[16], args[11], args[13])
+    *shared, _ = args
+    shapes = MoeArguments(*shared)
+    return base_flops(shapes) + lora_flops(shapes)
 
 
 @register_flop_formula(torch.ops.kt.moe_sft_bwd)
-def _backward_flops(grad_output, *args, out_shape=None, **kwargs) -> int:
+def _backward_flops(*args, out_shape=None, **kwargs) -> int:
     """Each gradient of a product, by its input or by its weight, costs as much as the product."""
-    hidden_states, topk_ids, intermediate_size, grad_mask = args[0], args[1], args[16], args[-1]
+    _, *shared, save, _, _, _, grad_mask = args
+    shapes = MoeArguments(*shared)
     asked = {name for bit, name in enumerate(GRADIENTS) if grad_mask >> bit & 1}
-    base = forward_flops(hidden_states, topk_ids, intermediate_size)
-    lora = forward_flops(hidden_states, topk_ids, intermediate_size, args[11], args[13]) - base
+    base, lora = base_flops(shapes), lora_flops(shapes)
     flops = base + lora
     flops += lora if asked & {"gate_up_lora_A", "gate_up_lora_B", "down_lora_A", "down_lora_B"} else 0
     flops += base * 2 // 3 if "gate_up_proj" in asked else 0
     flops += base // 3 if "down_proj" in asked else 0
-    return flops + (base * 2 // 3 if args[ARGUMENTS.index("save")] == "recompute" else 0)
+    return flops + (base * 2 // 3 if save == "recompute" else 0)
 
 
 def codes(weight: Tensor | ExpertWeight) -> Codes:
@@ -202,15 +187,17 @@ def moe_sft(
         name, group_size = weight_format(gate_up, down)
         (gate_up, *gate_up_scales), (down, *down_scales) = codes(gate_up), codes(down)
         scales = (*gate_up_scales, *down_scales)
-    arguments = (
+    arguments = MoeArguments(
         hidden_states, topk_ids, topk_weights, gate_up, down, *scales, gate_up_bias, down_bias,
         gate_up_lora_A, gate_up_lora_B, down_lora_A, down_lora_B,
         gate_up_proj.shape[0], down_proj.shape[-1], name, group_size, compute, gate_up_scaling, down_scaling,
         activation, [],
     )  # fmt: skip
-    if torch.is_grad_enabled() and any(
-        isinstance(t, Tensor) and t.requires_grad for t in arguments[:_NUM_TENSORS]
-    ):
+    differentiable = (
+        hidden_states, topk_weights, gate_up, down, gate_up_bias, down_bias,
+        gate_up_lora_A, gate_up_lora_B, down_lora_A, down_lora_B,
+    )  # fmt: skip
+    if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in differentiable):
         return torch.ops.kt.moe_sft_fwd(*arguments, save)[0]
     if torch.compiler.is_compiling():
         return torch.ops.kt.moe_fwd(*arguments)

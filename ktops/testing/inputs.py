@@ -1,18 +1,21 @@
 """Inputs for ktops.moe_sft: random, reproducible, and awkward on request."""
 
+import inspect
+
 import torch
 from torch import Tensor
 
 from ktops.formats import ExpertWeight, get_format
-from ktops.ops.moe_sft import ARGUMENTS
+from ktops.ops.arguments import GRADIENTS, MoeArguments
+from ktops.ops.moe_sft import moe_sft
 
 ROUTINGS = ("random", "skewed", "one_expert", "empty_experts", "repeated")
 
-FLOATING = (
-    "hidden_states", "topk_weights", "gate_up_proj", "down_proj", "gate_up_bias", "down_bias",
-    "gate_up_lora_A", "gate_up_lora_B", "down_lora_A", "down_lora_B",
-)  # fmt: skip
-"""The tensor arguments of ktops.moe_sft that may require a gradient."""
+_NOT_GIVEN = dict.fromkeys(MoeArguments._fields) | {
+    name: parameter.default
+    for name, parameter in inspect.signature(moe_sft).parameters.items()
+    if name in MoeArguments._fields and parameter.default is not parameter.empty
+}
 
 
 def route(num_tokens: int, num_experts: int, top_k: int, routing: str, generator: torch.Generator) -> Tensor:
@@ -148,8 +151,8 @@ def densified(inputs: dict) -> dict:
 
 
 def floating(inputs: dict) -> tuple[str, ...]:
-    """Names of the differentiable tensors among the inputs, in FLOATING's order."""
-    return tuple(name for name in FLOATING if isinstance(inputs.get(name), Tensor))
+    """Names of the differentiable tensors among the inputs, in GRADIENTS' order."""
+    return tuple(name for name in GRADIENTS if isinstance(inputs.get(name), Tensor))
 
 
 def require_grad(inputs: dict, *names: str) -> dict:
@@ -164,18 +167,19 @@ def require_grad(inputs: dict, *names: str) -> dict:
     }
 
 
-def op_arguments(inputs: dict, *, activation: str = "silu", save: str | None = "activations") -> tuple:
-    """The positional arguments of kt::moe_sft_fwd and its reference; with ``save=None`` of kt::moe_fwd."""
+def op_arguments(inputs: dict, **options) -> MoeArguments:
+    """The operators' arguments for keyword arguments of ktops.moe_sft, with the same defaults.
+
+    ``inputs`` and ``options`` may also name arguments that only the operators have, "num_experts" and so on.
+
+    Example:
+        >>> torch.ops.kt.moe_sft_fwd(*op_arguments(inputs, activation="gelu"), "recompute")
+    """
     given = {
         "num_experts": inputs["gate_up_proj"].shape[0],
         "intermediate_size": inputs["down_proj"].shape[-1],
         "weight_format": "dense",
         "group_size": 0,
-        "compute": "auto",
-        "gate_up_scaling": 1.0,
-        "down_scaling": 1.0,
-        "activation": activation,
         "activation_args": [],
-        "save": save,
-    } | inputs
-    return tuple(given.get(name) for name in ARGUMENTS if name != "save" or save is not None)
+    }
+    return MoeArguments(**_NOT_GIVEN | given | inputs | options)

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import ktops
-from ktops.ops.moe_sft import GRADIENTS
+from ktops.ops.arguments import GRADIENTS
 from ktops.testing.compare import random_grad_output, run
 from ktops.testing.counts import counted
 from ktops.testing.inputs import moe_inputs, require_grad

@@ -10,10 +10,11 @@ import pytest
 import torch
 
 import ktops
-from ktops.ops.moe_sft import ARGUMENTS, GRADIENTS
-from ktops.testing.inputs import FLOATING, moe_inputs, op_arguments, require_grad
+from ktops.ops.arguments import GRADIENTS
+from ktops.testing.inputs import moe_inputs, op_arguments, require_grad
 
 OPS = ["moe_fwd", "moe_sft_fwd", "moe_sft_bwd"]
+SAVED = ("saved_gate_up", "saved_gate_up_xa", "saved_down_ha")
 T, H, I, E, K, R1, R2 = 5, 8, 6, 3, 2, 2, 4  # noqa: E741
 
 
@@ -23,18 +24,17 @@ def valid() -> dict:
 
 def call(op: str, **changes):
     """Calls the operator with valid arguments, some replaced; for backward the saved ones stay valid."""
-    own = {name: changes.pop(name) for name in list(changes) if name not in ARGUMENTS}
-    inputs = valid() | changes
-    if op != "moe_sft_bwd":
-        return getattr(torch.ops.kt, op)(
-            *op_arguments(inputs, save=None if op == "moe_fwd" else "activations")
-        )
-    output, *saved = torch.ops.kt.moe_sft_fwd(*op_arguments(valid()))
-    names = ("saved_gate_up", "saved_gate_up_xa", "saved_down_ha")
-    own = {"grad_output": output, "grad_mask": 1} | dict(zip(names, saved, strict=True)) | own
-    return torch.ops.kt.moe_sft_bwd(
-        own["grad_output"], *op_arguments(inputs), *(own[name] for name in names), own["grad_mask"]
-    )
+    save = changes.pop("save", "activations")
+    own = {name: changes.pop(name) for name in ("grad_output", *SAVED, "grad_mask") if name in changes}
+    arguments = op_arguments(valid() | changes)
+    if op == "moe_fwd":
+        return torch.ops.kt.moe_fwd(*arguments)
+    if op == "moe_sft_fwd":
+        return torch.ops.kt.moe_sft_fwd(*arguments, save)
+    output, *saved = torch.ops.kt.moe_sft_fwd(*op_arguments(valid()), "activations")
+    own = {"grad_output": output, "grad_mask": 1} | dict(zip(SAVED, saved, strict=True)) | own
+    saved = (own[name] for name in SAVED)
+    return torch.ops.kt.moe_sft_bwd(own["grad_output"], *arguments, save, *saved, own["grad_mask"])
 
 
 def raises(op: str, argument: str, must: str, got: object):
@@ -82,7 +82,7 @@ def test_wrong_shape(op, argument, shape, expected):
 
 
 @pytest.mark.parametrize("op", OPS)
-@pytest.mark.parametrize("argument", FLOATING)
+@pytest.mark.parametrize("argument", GRADIENTS)
 @pytest.mark.parametrize(
     "dtype,name", [(torch.float16, "float16"), (torch.int32, "int32"), (torch.complex64, "")]
 )
@@ -108,7 +108,7 @@ def test_wrong_dtype_of_ids(op, dtype, name):
 
 
 @pytest.mark.parametrize("op", OPS)
-@pytest.mark.parametrize("argument", ["topk_ids", *FLOATING])
+@pytest.mark.parametrize("argument", ["topk_ids", *GRADIENTS])
 def test_one_argument_on_another_device(op, argument):
     with pytest.raises(RuntimeError, match=rf"kt::{op}: {argument} must be on cpu, got meta"):
         call(op, **{argument: valid()[argument].to("meta")})
@@ -179,7 +179,7 @@ def test_rank_zero(op, prefix, sizes):
 
 @pytest.mark.parametrize("op", OPS)
 def test_no_experts(op):
-    empty = {name: valid()[name][:0] for name in FLOATING if name not in ("hidden_states", "topk_weights")}
+    empty = {name: valid()[name][:0] for name in GRADIENTS if name not in ("hidden_states", "topk_weights")}
     with raises(op, "num_experts", "be at least 1", 0):
         call(op, **empty)
 
@@ -239,11 +239,11 @@ def test_wrong_shape_of_saved_tensors(argument, shape):
         call("moe_sft_bwd", **{argument: torch.zeros(shape)})
 
 
-@pytest.mark.parametrize("argument", ["saved_gate_up", "saved_gate_up_xa", "saved_down_ha"])
+@pytest.mark.parametrize("argument", SAVED)
 def test_wrong_dtype_of_saved_tensors(argument):
-    shape = {"saved_gate_up": (T * K, 2 * I), "saved_gate_up_xa": (T * K, R1), "saved_down_ha": (T * K, R2)}
+    columns = dict(zip(SAVED, (2 * I, R1, R2), strict=True))
     with raises("moe_sft_bwd", argument, ".*", "float64"):
-        call("moe_sft_bwd", **{argument: torch.zeros(shape[argument], dtype=torch.float64)})
+        call("moe_sft_bwd", **{argument: torch.zeros(T * K, columns[argument], dtype=torch.float64)})
 
 
 @pytest.mark.parametrize("grad_mask", [1 << len(GRADIENTS), -1])

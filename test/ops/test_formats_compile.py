@@ -5,7 +5,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 import ktops
-from ktops.ops.moe_sft import GRADIENTS
+from ktops.ops.arguments import GRADIENTS
 from ktops.testing.compare import random_grad_output
 from ktops.testing.inputs import moe_inputs
 from ktops.testing.weights import random_weight

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 import ktops
 from ktops import reference
-from ktops.ops.moe_sft import ARGUMENTS, GRADIENTS
+from ktops.ops.arguments import GRADIENTS
 from ktops.reference.activation import ACTIVATIONS
 from ktops.testing.budgets import forward_budget, relative_error
 from ktops.testing.compare import check_against_reference, random_grad_output, run
@@ -218,7 +218,7 @@ def test_scalings(isa, scaling):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_each_gradient_alone_is_the_one_from_all(isa, dtype, save):
     inputs = moe_inputs(9, 24, 20, 4, 2, dtype=dtype, lora_rank=3, bias=True, lora_dtype=torch.float32)
-    arguments = op_arguments(inputs, save=save)
+    arguments = (*op_arguments(inputs), save)
     _, *saved = torch.ops.kt.moe_sft_fwd(*arguments)
 
     def backward(grad_mask):
@@ -238,27 +238,18 @@ def test_each_gradient_alone_is_the_one_from_all(isa, dtype, save):
 def test_saved_tensors(isa, save, dtype):
     """Rows of the routes in order of expert, then of position, in the dtype of hidden_states."""
     inputs = moe_inputs(9, 24, 20, 4, 2, dtype=dtype, lora_rank=(3, 5), bias=True, routing="skewed")
-    output, gate_up, xa, ha = torch.ops.kt.moe_sft_fwd(*op_arguments(inputs, save=save))
+    output, gate_up, xa, ha = torch.ops.kt.moe_sft_fwd(*op_arguments(inputs), save)
     assert output.shape == (9, 24)
     assert gate_up.shape == ((18, 40) if save == "activations" else (0, 40))
     assert (xa.shape, ha.shape) == ((18, 3), (18, 5))
     assert {t.dtype for t in (output, gate_up, xa, ha)} == {dtype}
     assert all(t.is_contiguous() for t in (output, gate_up, xa, ha))
-    exact = reference.moe_sft_fwd(*op_arguments(upcast(inputs), save=save))
+    exact = reference.moe_sft_fwd(op_arguments(upcast(inputs)), save)
     for actual, expected in zip((output, gate_up, xa, ha), exact, strict=True):
         assert relative_error(actual, expected) <= forward_budget(dtype)
-    without = torch.ops.kt.moe_sft_fwd(*op_arguments(moe_inputs(9, 24, 20, 4, 2, dtype=dtype), save=save))
-    assert (without[2].shape, without[3].shape) == ((18, 0), (18, 0))
-
-
-def test_arguments_are_in_schema_order():
-    for op, names in (("moe_sft_fwd", ARGUMENTS), ("moe_fwd", ARGUMENTS[:-1])):
-        schema = getattr(torch.ops.kt, op).default._schema
-        assert tuple(argument.name for argument in schema.arguments) == names
-    schema = torch.ops.kt.moe_sft_bwd.default._schema
-    saved = ("saved_gate_up", "saved_gate_up_xa", "saved_down_ha")
-    assert tuple(a.name for a in schema.arguments) == ("grad_output", *ARGUMENTS, *saved, "grad_mask")
-    assert tuple(r.name for r in schema.returns) == tuple(f"grad_{name}" for name in GRADIENTS)
+    inputs = moe_inputs(9, 24, 20, 4, 2, dtype=dtype)
+    _, _, xa, ha = torch.ops.kt.moe_sft_fwd(*op_arguments(inputs), save)
+    assert (xa.shape, ha.shape) == ((18, 0), (18, 0))
 
 
 @st.composite

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 import ktops
+from ktops.ops.arguments import GRADIENTS
 from ktops.testing.compare import random_grad_output, run
-from ktops.testing.inputs import FLOATING, moe_inputs, require_grad
+from ktops.testing.inputs import moe_inputs, require_grad
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float64]
 
@@ -41,7 +42,7 @@ def padded_rows(t: Tensor) -> Tensor:
 
 
 LAYOUTS = [innermost_first, transposed, every_other, padded_rows]
-ARGUMENTS = (*FLOATING, "topk_ids", "grad_output")
+ARGUMENTS = (*GRADIENTS, "topk_ids", "grad_output")
 
 
 @pytest.fixture(params=DTYPES)
@@ -123,7 +124,7 @@ def test_weights_in_a_read_only_map_of_any_alignment(case, tmp_path, offset):
     inputs, grad_output, expected = case
     mapped = {
         name: map_read_only(tmp_path / name, inputs[name], offset)
-        for name in FLOATING
+        for name in GRADIENTS
         if name not in ("hidden_states", "topk_weights")
     }
     assert mapped["down_proj"].data_ptr() % 64 == offset
@@ -166,7 +167,7 @@ def test_nothing_is_left_from_earlier_calls(isa, dtype):
     grad_output = random_grad_output(inputs)
     expected = {save: run(inputs, grad_output, save=save) for save in ("activations", "recompute")}
     spoiled = moe_inputs(40, 48, 36, 6, 3, dtype=dtype, lora_rank=5, bias=True)
-    for name in FLOATING:
+    for name in GRADIENTS:
         spoiled[name].fill_(math.nan)
     for save in expected:
         run(spoiled, torch.full((40, 48), math.nan, dtype=dtype), save=save)

@@ -59,10 +59,10 @@ def test_few_tokens(num_tokens):
 def test_recompute_is_exact():
     inputs = moe_inputs(9, 6, 5, 4, 2, dtype=torch.float64, lora_rank=2, bias=True, invalid_ids=True)
     grad_output = random_grad_output(inputs)
-    arguments = op_arguments(inputs, save="recompute")
-    output, *saved = reference.moe_sft_fwd(*arguments)
-    assert saved[0].shape == (0, 10)
-    gradients = reference.moe_sft_bwd(grad_output, *arguments, *saved, (1 << 10) - 1)
+    arguments = op_arguments(inputs)
+    output, gate_up, xa, ha = reference.moe_sft_fwd(arguments, "recompute")
+    assert gate_up.shape == (0, 10)
+    gradients = reference.moe_sft_bwd(grad_output, arguments, "recompute", gate_up, xa, ha, (1 << 10) - 1)
     expected = run_reference(inputs, grad_output)
     for actual, value in zip((output, *gradients), expected.values(), strict=True):
         assert relative_error(actual, value) <= 2 * rounding_level(torch.float64, 20)
@@ -70,5 +70,5 @@ def test_recompute_is_exact():
 
 def test_inference_is_the_output():
     inputs = moe_inputs(9, 6, 5, 4, 2, dtype=torch.float64, lora_rank=2, bias=True)
-    output = reference.moe_fwd(*op_arguments(inputs, save=None))
-    assert torch.equal(output, reference.moe_sft_fwd(*op_arguments(inputs))[0])
+    output, *_ = reference.moe_sft_fwd(op_arguments(inputs), "activations")
+    assert torch.equal(reference.moe_fwd(op_arguments(inputs)), output)

@@ -66,7 +66,7 @@ int64_t lora_rank(const Checker& check, const char* a_name, const OptionalTensor
 
 }  // namespace
 
-MoeArguments::MoeArguments(const char* op, KT_MOE_PARAMETERS)
+MoeArguments::MoeArguments(const char* op, KT_MOE_ARGUMENTS(KT_PARAMETER))
     : topk_ids(topk_ids),
       topk_weights(topk_weights),
       gate_up_proj(gate_up_proj),

@@ -3,11 +3,11 @@
 
 namespace kt::ops {
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> moe_sft_fwd(KT_MOE_PARAMETERS, std::string save) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> moe_sft_fwd(KT_MOE_ARGUMENTS(KT_PARAMETER), std::string save) {
     const char* op = "kt::moe_sft_fwd";
     const profile::Call call("moe_sft_fwd");
     const bool keep = keeps_activations(op, save);
-    const MoeArguments arguments(op, KT_MOE_NAMES);
+    const MoeArguments arguments(op, KT_MOE_ARGUMENTS(KT_NAME));
     const Problem& p = arguments.problem;
     const int64_t R = arguments.num_routes();
 
@@ -37,13 +37,13 @@ Result make_result(const Checker& check, const char* name, const Tensor& like, O
 
 }  // namespace
 
-Gradients moe_sft_bwd(Tensor grad_output, KT_MOE_PARAMETERS, std::string save, Tensor saved_gate_up,
+Gradients moe_sft_bwd(Tensor grad_output, KT_MOE_ARGUMENTS(KT_PARAMETER), std::string save, Tensor saved_gate_up,
                       Tensor saved_gate_up_xa, Tensor saved_down_ha, int64_t grad_mask) {
     const char* op = "kt::moe_sft_bwd";
     const profile::Call call("moe_sft_bwd");
     const Checker check(op);
     const bool keep = keeps_activations(op, save);
-    const MoeArguments arguments(op, KT_MOE_NAMES);
+    const MoeArguments arguments(op, KT_MOE_ARGUMENTS(KT_NAME));
     const Problem& p = arguments.problem;
     const int64_t R = arguments.num_routes();
 

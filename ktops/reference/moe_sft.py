@@ -66,7 +66,7 @@ def _at(tensor: Tensor | None, expert: int, dtype: torch.dtype) -> Tensor | None
 
 
 def moe_sft_fwd(arguments: MoeArguments, save: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(output [T, H], saved_gate_up [T*K, 2I], saved_gate_up_xa [T*K, r1], saved_down_ha [T*K, r2])
+    """(output [T, H], saved_gate_up [T*K, 2I], saved_xa [T*K, r1], saved_ha [T*K, r2])
 
     The saved tensors hold one row per route in the order of :func:`sort_routes`; rows beyond the last route
     are unspecified (zero here). ``save="recompute"`` returns saved_gate_up as [0, 2I].
@@ -126,8 +126,8 @@ def moe_sft_bwd(
     arguments: MoeArguments,
     save: str,
     saved_gate_up: Tensor,
-    saved_gate_up_xa: Tensor,
-    saved_down_ha: Tensor,
+    saved_xa: Tensor,
+    saved_ha: Tensor,
     grad_mask: int,
 ) -> tuple[Tensor | None, ...]:
     """The gradients of ``ktops.ops.arguments.GRADIENTS``, in that order; None where grad_mask has no bit.

@@ -38,7 +38,7 @@ Result make_result(const Checker& check, const char* name, const Tensor& like, O
 }  // namespace
 
 Gradients moe_sft_bwd(Tensor grad_output, KT_MOE_ARGUMENTS(KT_PARAMETER), std::string save, Tensor saved_gate_up,
-                      Tensor saved_gate_up_xa, Tensor saved_down_ha, int64_t grad_mask) {
+                      Tensor saved_xa, Tensor saved_ha, int64_t grad_mask) {
     const char* op = "kt::moe_sft_bwd";
     const profile::Call call("moe_sft_bwd");
     const Checker check(op);
@@ -51,24 +51,24 @@ Gradients moe_sft_bwd(Tensor grad_output, KT_MOE_ARGUMENTS(KT_PARAMETER), std::s
     const Size routes{"num_tokens*top_k", R};
     check.shape("saved_gate_up", saved_gate_up,
                 {keep ? routes : Size{"0", 0}, {"2*intermediate_size", 2 * p.intermediate_size}});
-    check.shape("saved_gate_up_xa", saved_gate_up_xa, {routes, {"rank", p.gate_up_rank}});
-    check.shape("saved_down_ha", saved_down_ha, {routes, {"rank", p.down_rank}});
+    check.shape("saved_xa", saved_xa, {routes, {"rank", p.gate_up_rank}});
+    check.shape("saved_ha", saved_ha, {routes, {"rank", p.down_rank}});
     check.same_dtype("grad_output", grad_output, "hidden_states", arguments.dtype);
     check.same_dtype("saved_gate_up", saved_gate_up, "hidden_states", arguments.dtype);
-    check.same_dtype("saved_gate_up_xa", saved_gate_up_xa, "hidden_states", arguments.dtype);
-    check.same_dtype("saved_down_ha", saved_down_ha, "hidden_states", arguments.dtype);
+    check.same_dtype("saved_xa", saved_xa, "hidden_states", arguments.dtype);
+    check.same_dtype("saved_ha", saved_ha, "hidden_states", arguments.dtype);
     check.require(grad_mask >= 0 && grad_mask < 1 << 10, "grad_mask must be in [0, 1024), got ", grad_mask);
 
     grad_output = as_contiguous(grad_output);
     saved_gate_up = as_contiguous(saved_gate_up);
-    saved_gate_up_xa = as_contiguous(saved_gate_up_xa);
-    saved_down_ha = as_contiguous(saved_down_ha);
+    saved_xa = as_contiguous(saved_xa);
+    saved_ha = as_contiguous(saved_ha);
     BackwardProblem b;
     b.forward = p;
     b.grad_output = grad_output.const_data_ptr();
     b.saved_gate_up = keep ? saved_gate_up.const_data_ptr() : nullptr;
-    b.saved_xa = saved_gate_up_xa.const_data_ptr();
-    b.saved_ha = saved_down_ha.const_data_ptr();
+    b.saved_xa = saved_xa.const_data_ptr();
+    b.saved_ha = saved_ha.const_data_ptr();
 
     OptionalTensor out[10];
     const struct {

@@ -30,7 +30,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> moe_sft_fwd(KT_MOE_ARGUMENTS(KT_PARAM
 using Gradients = std::tuple<OptionalTensor, OptionalTensor, OptionalTensor, OptionalTensor, OptionalTensor,
                              OptionalTensor, OptionalTensor, OptionalTensor, OptionalTensor, OptionalTensor>;
 Gradients moe_sft_bwd(Tensor grad_output, KT_MOE_ARGUMENTS(KT_PARAMETER), std::string save, Tensor saved_gate_up,
-                      Tensor saved_gate_up_xa, Tensor saved_down_ha, int64_t grad_mask);
+                      Tensor saved_xa, Tensor saved_ha, int64_t grad_mask);
 
 Tensor dequantize(Tensor weight, OptionalTensor scale, OptionalTensor zero, std::string weight_format,
                   int64_t group_size, int64_t columns);

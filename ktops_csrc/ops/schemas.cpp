@@ -19,11 +19,11 @@ STABLE_TORCH_LIBRARY(kt, m) {
     // -> output [T, H]; saved, one row per route in sorted order: gate_up [R, 2I] (or [0, 2I] for "recompute"),
     //    x A1^T [R, r1], h A2^T [R, r2]
     m.def("moe_sft_fwd(" KT_MOE_SCHEMA ", str save) -> (Tensor output, Tensor saved_gate_up, "
-          "Tensor saved_gate_up_xa, Tensor saved_down_ha)");
+          "Tensor saved_xa, Tensor saved_ha)");
 
     // bit i of grad_mask asks for the i-th result
     m.def("moe_sft_bwd(Tensor grad_output, " KT_MOE_SCHEMA ", str save, Tensor saved_gate_up, "
-          "Tensor saved_gate_up_xa, Tensor saved_down_ha, int grad_mask) -> ("
+          "Tensor saved_xa, Tensor saved_ha, int grad_mask) -> ("
           "Tensor? grad_hidden_states, Tensor? grad_topk_weights, Tensor? grad_gate_up_proj, Tensor? grad_down_proj, "
           "Tensor? grad_gate_up_bias, Tensor? grad_down_bias, Tensor? grad_gate_up_lora_A, "
           "Tensor? grad_gate_up_lora_B, Tensor? grad_down_lora_A, Tensor? grad_down_lora_B)");

@@ -9,7 +9,7 @@ from torch import Tensor
 from ktops.ops.arguments import ATTRIBUTES, FORWARD, GRADIENTS, TENSORS, MoeArguments, pick
 
 SHARED = typing.get_type_hints(MoeArguments)
-SAVED = {"saved_gate_up": Tensor, "saved_gate_up_xa": Tensor, "saved_down_ha": Tensor}
+SAVED = {"saved_gate_up": Tensor, "saved_xa": Tensor, "saved_ha": Tensor}
 SCHEMAS = {
     "moe_fwd": SHARED,
     "moe_sft_fwd": SHARED | {"save": str},

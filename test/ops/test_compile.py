@@ -160,8 +160,8 @@ kt::moe_sft_bwd
 {ATTRIBUTES}
   save 'activations'
   saved_gate_up float32[8, 12]
-  saved_gate_up_xa float32[8, 2]
-  saved_down_ha float32[8, 1]
+  saved_xa float32[8, 2]
+  saved_ha float32[8, 1]
   grad_mask 193
 aten::cos
 aten::mul

@@ -14,7 +14,7 @@ from ktops.ops.arguments import GRADIENTS
 from ktops.testing.inputs import moe_inputs, op_arguments, require_grad
 
 OPS = ["moe_fwd", "moe_sft_fwd", "moe_sft_bwd"]
-SAVED = ("saved_gate_up", "saved_gate_up_xa", "saved_down_ha")
+SAVED = ("saved_gate_up", "saved_xa", "saved_ha")
 T, H, I, E, K, R1, R2 = 5, 8, 6, 3, 2, 2, 4  # noqa: E741
 
 
@@ -229,9 +229,9 @@ def test_wrong_dtype_of_grad_output():
     [
         ("saved_gate_up", (T * K - 1, 2 * I)),
         ("saved_gate_up", (0, 2 * I)),
-        ("saved_gate_up_xa", (T * K, R1 + 1)),
-        ("saved_down_ha", (T * K + 1, R2)),
-        ("saved_down_ha", (R2,)),
+        ("saved_xa", (T * K, R1 + 1)),
+        ("saved_ha", (T * K + 1, R2)),
+        ("saved_ha", (R2,)),
     ],
 )
 def test_wrong_shape_of_saved_tensors(argument, shape):

@@ -1,6 +1,5 @@
 """The experts of one layer of a checkpoint."""
 
-import copy
 from collections import defaultdict
 from functools import cached_property
 from typing import NamedTuple
@@ -22,7 +21,7 @@ from ktops.checkpoints.schemes import (
     transposed,
 )
 from ktops.checkpoints.view import View
-from ktops.formats import ExpertWeight, get_format
+from ktops.formats import ExpertWeight
 from ktops.formats.plain import PLAIN
 
 BIASES = {"gate_up_proj": "gate_up_proj_bias", "down_proj": "down_proj_bias"}
@@ -134,8 +133,7 @@ class Layer:
             options: group_size and method, as of :func:`ktops.quantize`.
 
         Raises:
-            CheckpointError: as of :meth:`check`; gate_up_proj and down_proj have groups of other sizes;
-                weight_format is None and experts are in several formats.
+            CheckpointError: as of :meth:`check`; weight_format is None and experts are in several formats.
             ValueError: the format cannot hold these weights.
         """
         self.check()
@@ -144,32 +142,9 @@ class Layer:
             for experts in both:
                 if experts.mixture is not None:
                     raise CheckpointError(experts.mixture)
-        else:
-            both = tuple(_in_format(experts, weight_format, options) for experts in both)
-        size = max(experts.group_size for experts in both)
-        return tuple(self._in_groups(experts, size) for experts in both)
-
-    def _in_groups(self, experts: Experts, size: int) -> Experts:
-        """The same with a group_size, as the operators take one for both projections.
-
-        A scale for rows that are no longer than a group is the scale of a group.
-        """
-        if experts.group_size == size:
-            return experts
-        try:
-            get_format(experts.format).check_group_size(size)
-        except ValueError:
-            fits = False
-        else:
-            fits = experts.group_size == 0 and experts.shape[-1] <= size
-        if not fits:
-            raise CheckpointError(
-                f"{self._any('down')}: gate, up and down must have groups of one size, got {experts.format} "
-                f"of group_size {experts.group_size} beside {size}: pass weight_format and group_size"
-            )
-        same = copy.copy(experts)
-        same.group_size = size
-        return same
+            return both
+        gate_up, down = (_in_format(experts, weight_format, options) for experts in both)
+        return gate_up, down
 
     def read(
         self,

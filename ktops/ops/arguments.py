@@ -33,8 +33,10 @@ class MoeArguments(NamedTuple):
     down_lora_B: Tensor | None  # [E, H, r]
     num_experts: int
     intermediate_size: int
-    weight_format: str
-    group_size: int
+    gate_up_format: str
+    gate_up_group_size: int
+    down_format: str
+    down_group_size: int
     compute: str
     gate_up_scaling: float
     down_scaling: float

@@ -6,7 +6,6 @@ from torch.utils.checkpoint import create_selective_checkpoint_contexts
 from torch.utils.flop_counter import register_flop_formula
 
 from ktops.formats.expert_weight import ExpertWeight
-from ktops.formats.format import Codes
 from ktops.ops.arguments import ATTRIBUTES, FORWARD, GRADIENTS, TENSORS, MoeArguments, pick
 from ktops.ops.moe_fwd import base_flops, check_devices, lora_flops
 
@@ -14,7 +13,7 @@ _tensors = pick(*TENSORS)
 _attributes = pick(*ATTRIBUTES)
 _differentiable = pick(*GRADIENTS)
 _NO_GRADIENTS = dict.fromkeys(FORWARD)
-_NO_SCALES = (None,) * 4
+_DENSE = (None, None, "dense", 0)  # scale, zero, format, group_size
 
 
 @torch.library.register_fake("kt::moe_sft_fwd")
@@ -92,26 +91,9 @@ def _backward_flops(*args, out_shape=None, **kwargs) -> int:
     return flops + (base * 2 // 3 if save == "recompute" else 0)
 
 
-def codes(weight: Tensor | ExpertWeight) -> Codes:
-    """weight, scale and zero as the operators take them."""
-    return weight.codes if isinstance(weight, ExpertWeight) else Codes(weight)
-
-
-def weight_format(gate_up_proj: Tensor | ExpertWeight, down_proj: Tensor | ExpertWeight) -> tuple[str, int]:
-    """weight_format and group_size of the operators for two weights, of which one or both are in a format.
-
-    Raises:
-        ValueError: their groups differ in size.
-    """
-    both = (gate_up_proj, down_proj)
-    formats = [weight.format if isinstance(weight, ExpertWeight) else "dense" for weight in both]
-    groups = {weight.group_size for weight in both if isinstance(weight, ExpertWeight)}
-    if len(groups) > 1:
-        raise ValueError(
-            f"ktops.moe_sft: down_proj must have the group_size of gate_up_proj={gate_up_proj.group_size}, "
-            f"got {down_proj.group_size}"
-        )
-    return (formats[0] if formats[0] == formats[1] else ",".join(formats)), groups.pop()
+def in_format(weight: ExpertWeight) -> tuple[Tensor, Tensor | None, Tensor | None, str, int]:
+    """weight, scale, zero, format and group_size as the operators take them of each projection."""
+    return *weight.codes, weight.format, weight.group_size
 
 
 def moe_sft(
@@ -182,16 +164,19 @@ def moe_sft(
         >>> y = ktops.moe_sft(x, ids, w, torch.randn(E, 2 * I, H), torch.randn(E, H, I))
         >>> y.sum().backward()
     """
-    gate_up, down, name, group_size, scales = gate_up_proj, down_proj, "dense", 0, _NO_SCALES
-    if isinstance(gate_up, ExpertWeight) or isinstance(down, ExpertWeight):
-        name, group_size = weight_format(gate_up, down)
-        (gate_up, *gate_up_scales), (down, *down_scales) = codes(gate_up), codes(down)
-        scales = (*gate_up_scales, *down_scales)
+    gate_up, gate_up_scale, gate_up_zero, gate_up_format, gate_up_group_size = (
+        in_format(gate_up_proj) if isinstance(gate_up_proj, ExpertWeight) else (gate_up_proj, *_DENSE)
+    )
+    down, down_scale, down_zero, down_format, down_group_size = (
+        in_format(down_proj) if isinstance(down_proj, ExpertWeight) else (down_proj, *_DENSE)
+    )
     arguments = MoeArguments(
-        hidden_states, topk_ids, topk_weights, gate_up, down, *scales, gate_up_bias, down_bias,
+        hidden_states, topk_ids, topk_weights, gate_up, down,
+        gate_up_scale, gate_up_zero, down_scale, down_zero, gate_up_bias, down_bias,
         gate_up_lora_A, gate_up_lora_B, down_lora_A, down_lora_B,
-        gate_up_proj.shape[0], down_proj.shape[-1], name, group_size, compute, gate_up_scaling, down_scaling,
-        activation, [],
+        gate_up_proj.shape[0], down_proj.shape[-1],
+        gate_up_format, gate_up_group_size, down_format, down_group_size, compute,
+        gate_up_scaling, down_scaling, activation, [],
     )  # fmt: skip
     differentiable = (
         hidden_states, topk_weights, gate_up, down, gate_up_bias, down_bias,

@@ -48,17 +48,17 @@ def _lora(
 
 def with_dense_weights(arguments: MoeArguments) -> MoeArguments:
     """The same with the floats that gate_up_proj [E, 2I, H] and down_proj [E, H, I] mean in their formats."""
-    a, names = arguments, arguments.weight_format.split(",")
-
-    def dense(codes: Codes, name: str, columns: int) -> Tensor:
-        return codes.weight if name == "dense" else get_format(name).dequantize(codes, columns, a.group_size)
-
+    a, hidden_size = arguments, arguments.hidden_states.shape[1]
     gate_up = Codes(a.gate_up_proj, a.gate_up_scale, a.gate_up_zero)
     down = Codes(a.down_proj, a.down_scale, a.down_zero)
     return a._replace(
-        gate_up_proj=dense(gate_up, names[0], a.hidden_states.shape[1]),
-        down_proj=dense(down, names[-1], a.intermediate_size),
+        gate_up_proj=_dense(gate_up, a.gate_up_format, hidden_size, a.gate_up_group_size),
+        down_proj=_dense(down, a.down_format, a.intermediate_size, a.down_group_size),
     )
+
+
+def _dense(codes: Codes, name: str, columns: int, group_size: int) -> Tensor:
+    return codes.weight if name == "dense" else get_format(name).dequantize(codes, columns, group_size)
 
 
 def _at(tensor: Tensor | None, expert: int, dtype: torch.dtype) -> Tensor | None:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ktops.formats import ExpertWeight, get_format
 from ktops.ops.arguments import GRADIENTS, MoeArguments
-from ktops.ops.moe_sft import moe_sft
+from ktops.ops.moe_sft import in_format, moe_sft
 
 ROUTINGS = ("random", "skewed", "one_expert", "empty_experts", "repeated")
 
@@ -178,8 +178,12 @@ def op_arguments(inputs: dict, **options) -> MoeArguments:
     given = {
         "num_experts": inputs["gate_up_proj"].shape[0],
         "intermediate_size": inputs["down_proj"].shape[-1],
-        "weight_format": "dense",
-        "group_size": 0,
         "activation_args": [],
     }
+    for prefix in ("gate_up", "down"):
+        given |= {f"{prefix}_format": "dense", f"{prefix}_group_size": 0}
+        weight = inputs[f"{prefix}_proj"]
+        if isinstance(weight, ExpertWeight):
+            names = (f"{prefix}_{name}" for name in ("proj", "scale", "zero", "format", "group_size"))
+            inputs = inputs | dict(zip(names, in_format(weight), strict=True))
     return MoeArguments(**_NOT_GIVEN | given | inputs | options)

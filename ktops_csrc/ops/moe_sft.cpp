@@ -91,11 +91,10 @@ Gradients moe_sft_bwd(Tensor grad_output, KT_MOE_ARGUMENTS(KT_PARAMETER), std::s
         if (!(grad_mask >> i & 1)) continue;
         check.require(wanted[i].like.has_value(), "grad_mask must not ask for the gradient of ", wanted[i].name,
                       ", which is None, got ", grad_mask);
-        check.require(i != 2 || p.gate_up_proj.is_dense(),
-                      "grad_mask must not ask for the gradient of gate_up_proj in ",
-                      "a weight_format that is not dense, got ", grad_mask);
-        check.require(i != 3 || p.down_proj.is_dense(), "grad_mask must not ask for the gradient of down_proj in ",
-                      "a weight_format that is not dense, got ", grad_mask);
+        check.require(i != 2 || p.gate_up_proj.is_dense(), "grad_mask must not ask for the gradient of gate_up_proj, ",
+                      "whose gate_up_format is not dense, got ", grad_mask);
+        check.require(i != 3 || p.down_proj.is_dense(), "grad_mask must not ask for the gradient of down_proj, ",
+                      "whose down_format is not dense, got ", grad_mask);
         wanted[i].result = make_result(check, wanted[i].name, *wanted[i].like, out[i]);
     }
     profile::mark("arguments");

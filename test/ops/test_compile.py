@@ -125,8 +125,10 @@ LORA = """\
 ATTRIBUTES = """\
   num_experts 3
   intermediate_size 6
-  weight_format 'dense'
-  group_size 0
+  gate_up_format 'dense'
+  gate_up_group_size 0
+  down_format 'dense'
+  down_group_size 0
   compute 'auto'
   gate_up_scaling 0.75
   down_scaling 1.25

@@ -136,9 +136,10 @@ def test_unknown_save(op):
 
 
 @pytest.mark.parametrize("op", OPS)
-def test_unknown_weight_format(op):
-    with raises(op, "weight_format", ".*dense.*", "'int3'"):
-        call(op, weight_format="int3")
+@pytest.mark.parametrize("argument", ["gate_up_format", "down_format"])
+def test_unknown_format(op, argument):
+    with raises(op, argument, ".*dense.*", "'int3'"):
+        call(op, **{argument: "int3"})
 
 
 @pytest.mark.parametrize("op", OPS)
@@ -149,9 +150,10 @@ def test_scales_of_dense_weights(op, argument):
 
 
 @pytest.mark.parametrize("op", OPS)
-def test_group_size_of_dense_weights(op):
-    with raises(op, "group_size", "be 0 for weight_format 'dense'", 32):
-        call(op, group_size=32)
+@pytest.mark.parametrize("prefix", ["gate_up", "down"])
+def test_group_size_of_dense_weights(op, prefix):
+    with raises(op, f"{prefix}_group_size", f"be 0 for {prefix}_format 'dense'", 32):
+        call(op, **{f"{prefix}_group_size": 32})
 
 
 @pytest.mark.parametrize("op", OPS)

@@ -5,11 +5,11 @@ import torch
 from decoders import decode
 
 import ktops
-from ktops import ExpertWeight
+from ktops import ExpertWeight, reference
 from ktops.formats import get_format, names
 from ktops.formats.gguf_blocks import BLOCKS
 from ktops.testing.compare import check_against_reference, one_thread, run, threads
-from ktops.testing.inputs import moe_inputs
+from ktops.testing.inputs import densified, moe_inputs, op_arguments
 from ktops.testing.weights import in_format, random_weight, variants
 
 EVERY = variants(256)
@@ -98,13 +98,37 @@ def test_other_activations(isa, name, dtype):
     check_against_reference(in_format(inputs, name, get_format(name).default_group_size), save="recompute")
 
 
-def test_a_format_for_each_projection(isa):
-    inputs = moe_inputs(9, 256, 256, 3, 2, dtype=torch.bfloat16)
-    inputs["gate_up_proj"] = random_weight(inputs["gate_up_proj"], "q4_k", 0)
-    inputs["down_proj"] = random_weight(inputs["down_proj"], "q6_k", 0)
+PAIRS = [
+    (("q4_k", 0), ("q6_k", 0)),
+    (("q4_k", 0), None),
+    (("int4", 64), ("int4", 32)),
+    (("uint4", 32), ("int8", 0)),
+    (("fp8_e4m3", 128), ("mxfp4", 32)),
+]
+"""Formats and group sizes of gate_up_proj and down_proj; None: dense."""
+
+
+def in_formats(inputs: dict, gate_up: tuple[str, int] | None, down: tuple[str, int] | None) -> dict:
+    formats = {"gate_up_proj": gate_up, "down_proj": down}
+    return inputs | {name: random_weight(inputs[name], *given) for name, given in formats.items() if given}
+
+
+@pytest.mark.parametrize("num_tokens", [9, 40])
+@pytest.mark.parametrize("gate_up,down", PAIRS)
+def test_a_format_and_a_group_size_for_each_projection(isa, gate_up, down, num_tokens):
+    dense = moe_inputs(num_tokens, 256, 256, 3, 2, dtype=torch.bfloat16)
+    inputs = in_formats(dense, gate_up, down)
     check_against_reference(inputs)
-    dense = inputs["down_proj"].dequantize()
-    check_against_reference(inputs | {"down_proj": dense})
+    _, alone, _, _ = torch.ops.kt.moe_sft_fwd(*op_arguments(in_formats(dense, gate_up, None)), "activations")
+    _, beside, _, _ = torch.ops.kt.moe_sft_fwd(*op_arguments(inputs), "activations")
+    assert_identical(beside, alone)
+
+
+@pytest.mark.parametrize("gate_up,down", PAIRS)
+def test_the_reference_decodes_each_projection(gate_up, down):
+    inputs = in_formats(moe_inputs(9, 256, 256, 3, 2), gate_up, down)
+    decoded = reference.moe_fwd(op_arguments(densified(inputs)))
+    assert_identical(reference.moe_fwd(op_arguments(inputs)), decoded)
 
 
 def test_long_rows(isa):

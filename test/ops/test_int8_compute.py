@@ -110,6 +110,18 @@ def test_products_of_integers(isa, name, group_size, num_tokens, hidden_size, in
     assert relative_error(output, expected(isa, inputs, output)) <= budget
 
 
+@pytest.mark.parametrize("num_tokens", [3, 40])
+def test_a_format_and_a_group_size_for_each_projection(isa, num_tokens):
+    inputs = moe_inputs(num_tokens, 256, 256, 4, 2)
+    inputs |= {
+        "gate_up_proj": in_format(inputs, "uint4", 32)["gate_up_proj"],
+        "down_proj": in_format(inputs, "int4", 128)["down_proj"],
+    }
+    output = ktops.moe_sft(**inputs, compute="int8")
+    budget = integer_budget(torch.float32, rounding(isa, inputs, "down_proj"), 256)
+    assert relative_error(output, expected(isa, inputs, output)) <= budget
+
+
 MASSIVE = [
     ("int8", 0), ("int4", 0), ("int4", 128), ("uint4", 64), ("uint4", 128), ("mxfp4", 32), ("q8_0", 0),
     ("q4_k", 0), ("q5_k", 0), ("q6_k", 0), ("iq4_xs", 0),
@@ -233,11 +245,18 @@ def test_same_result_for_any_number_of_threads(isa):
 
 @pytest.mark.parametrize("name", ["fp8_e4m3", "q5_0", "bf16"])
 def test_formats_without_integers(name):
-    inputs = in_format(moe_inputs(4, 256, 256, 2, 2), name, 0)
-    with pytest.raises(
-        RuntimeError, match=rf"compute must be auto or bf16 for weight_format '{name}', got 'int8'"
+    """In both projections, or in one beside another format."""
+    inputs = moe_inputs(4, 256, 256, 2, 2)
+    integers = in_format(inputs, "int8", 0)
+    floats = in_format(inputs, name, 0)
+    for argument, given in (
+        ("gate_up_format", floats),
+        ("gate_up_format", integers | {"gate_up_proj": floats["gate_up_proj"]}),
+        ("down_format", integers | {"down_proj": floats["down_proj"]}),
     ):
-        ktops.moe_sft(**inputs, compute="int8")
+        message = rf"compute must be auto or bf16 for {argument} '{name}', got 'int8'"
+        with pytest.raises(RuntimeError, match=message):
+            ktops.moe_sft(**given, compute="int8")
 
 
 def test_float64_is_not_rounded():

@@ -12,8 +12,8 @@ from ktops.ops.moe_fwd import base_flops, check_devices, lora_flops
 _tensors = pick(*TENSORS)
 _attributes = pick(*ATTRIBUTES)
 _differentiable = pick(*GRADIENTS)
+_DENSE = (None, None, "dense", 0)
 _NO_GRADIENTS = dict.fromkeys(FORWARD)
-_DENSE = (None, None, "dense", 0)  # scale, zero, format, group_size
 
 
 @torch.library.register_fake("kt::moe_sft_fwd")
@@ -164,13 +164,13 @@ def moe_sft(
         >>> y = ktops.moe_sft(x, ids, w, torch.randn(E, 2 * I, H), torch.randn(E, H, I))
         >>> y.sum().backward()
     """
-    gate_up, gate_up_scale, gate_up_zero, gate_up_format, gate_up_group_size = (
-        in_format(gate_up_proj) if isinstance(gate_up_proj, ExpertWeight) else (gate_up_proj, *_DENSE)
-    )
-    down, down_scale, down_zero, down_format, down_group_size = (
-        in_format(down_proj) if isinstance(down_proj, ExpertWeight) else (down_proj, *_DENSE)
-    )
-    arguments = MoeArguments(
+    gate_up, gate_up_scale, gate_up_zero, gate_up_format, gate_up_group_size = gate_up_proj, *_DENSE
+    if isinstance(gate_up_proj, ExpertWeight):
+        gate_up, gate_up_scale, gate_up_zero, gate_up_format, gate_up_group_size = in_format(gate_up_proj)
+    down, down_scale, down_zero, down_format, down_group_size = down_proj, *_DENSE
+    if isinstance(down_proj, ExpertWeight):
+        down, down_scale, down_zero, down_format, down_group_size = in_format(down_proj)
+    arguments = (  # in the order of MoeArguments, whose constructor would add a tenth to a small call
         hidden_states, topk_ids, topk_weights, gate_up, down,
         gate_up_scale, gate_up_zero, down_scale, down_zero, gate_up_bias, down_bias,
         gate_up_lora_A, gate_up_lora_B, down_lora_A, down_lora_B,
@@ -178,11 +178,13 @@ def moe_sft(
         gate_up_format, gate_up_group_size, down_format, down_group_size, compute,
         gate_up_scaling, down_scaling, activation, [],
     )  # fmt: skip
-    differentiable = (
-        hidden_states, topk_weights, gate_up, down, gate_up_bias, down_bias,
-        gate_up_lora_A, gate_up_lora_B, down_lora_A, down_lora_B,
-    )  # fmt: skip
-    if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in differentiable):
+    if torch.is_grad_enabled() and any(
+        isinstance(tensor, Tensor) and tensor.requires_grad
+        for tensor in (
+            hidden_states, topk_weights, gate_up, down, gate_up_bias, down_bias,
+            gate_up_lora_A, gate_up_lora_B, down_lora_A, down_lora_B,
+        )
+    ):  # fmt: skip
         return torch.ops.kt.moe_sft_fwd(*arguments, save)[0]
     if torch.compiler.is_compiling():
         return torch.ops.kt.moe_fwd(*arguments)

@@ -1,5 +1,7 @@
 """kt::moe_sft_fwd and kt::moe_sft_bwd: one MoE layer, differentiable."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import create_selective_checkpoint_contexts
@@ -112,6 +114,7 @@ def moe_sft(
     gate_up_scaling: float = 1.0,
     down_scaling: float = 1.0,
     activation: str = "silu",
+    activation_args: Sequence[float] = (),
     save: str = "activations",
     compute: str = "auto",
 ) -> Tensor:
@@ -139,6 +142,7 @@ def moe_sft(
         down_lora_A, down_lora_B: [E, r, I] and [E, H, r]; both or neither, of a rank of their own.
         gate_up_scaling, down_scaling: s1 and s2, usually lora_alpha / r.
         activation: "silu", "gelu" (exact) or "gelu_tanh".
+        activation_args: parameters of the activation; none of these has any.
         save: what backward needs. "activations" keeps [g | u] of every route; "recompute" computes it again
             in backward for one more gate_up product and 2·T·K·I fewer saved elements.
         compute: how products with weights in a format are computed. "bf16" decodes the weights to the dtype
@@ -176,7 +180,7 @@ def moe_sft(
         gate_up_lora_A, gate_up_lora_B, down_lora_A, down_lora_B,
         gate_up_proj.shape[0], down_proj.shape[-1],
         gate_up_format, gate_up_group_size, down_format, down_group_size, compute,
-        gate_up_scaling, down_scaling, activation, [],
+        gate_up_scaling, down_scaling, activation, [*activation_args],
     )  # fmt: skip
     if torch.is_grad_enabled() and any(
         isinstance(tensor, Tensor) and tensor.requires_grad

@@ -14,6 +14,8 @@ changes nothing here: products are those of the weights that a format means. Wha
 hidden_states and h is in :mod:`ktops.reference.int8`.
 """
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -61,6 +63,11 @@ def _dense(codes: Codes, name: str, columns: int, group_size: int) -> Tensor:
     return codes.weight if name == "dense" else get_format(name).dequantize(codes, columns, group_size)
 
 
+def _activation(arguments: MoeArguments, g: Tensor) -> tuple[Tensor, Tensor]:
+    """(act(g), act'(g))"""
+    return ACTIVATIONS[arguments.activation](g, *arguments.activation_args)
+
+
 def _at(tensor: Tensor | None, expert: int, dtype: torch.dtype) -> Tensor | None:
     return None if tensor is None else tensor[expert].to(dtype)
 
@@ -74,7 +81,7 @@ def moe_sft_fwd(arguments: MoeArguments, save: str) -> tuple[Tensor, Tensor, Ten
     a = with_dense_weights(arguments)
     hidden_states, dtype = a.hidden_states, a.hidden_states.dtype
     (num_tokens, hidden_size), top_k = hidden_states.shape, a.topk_ids.shape[1]
-    act = ACTIVATIONS[a.activation]
+    act = partial(_activation, a)
     routes, offsets = sort_routes(a.topk_ids, a.num_experts)
     rank1 = 0 if a.gate_up_lora_A is None else a.gate_up_lora_A.shape[1]
     rank2 = 0 if a.down_lora_A is None else a.down_lora_A.shape[1]
@@ -142,7 +149,7 @@ def moe_sft_bwd(
     """
     a = with_dense_weights(arguments)
     dtype, top_k = a.hidden_states.dtype, a.topk_ids.shape[1]
-    act = ACTIVATIONS[a.activation]
+    act = partial(_activation, a)
     routes, offsets = sort_routes(a.topk_ids, a.num_experts)
 
     def zeros(name: str) -> Tensor | None:

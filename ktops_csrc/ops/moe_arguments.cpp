@@ -7,11 +7,27 @@
 namespace kt::ops {
 namespace {
 
-Activation parse_activation(const Checker& check, const std::string& name) {
-    if (name == "silu") return Activation::kSilu;
-    if (name == "gelu") return Activation::kGelu;
-    if (name == "gelu_tanh") return Activation::kGeluTanh;
-    check.fail("activation must be one of silu, gelu, gelu_tanh, got '" + name + "'");
+constexpr struct {
+    const char* name;
+    Activation activation;
+    size_t num_args;  // its parameters, the values of activation_args
+} kActivations[] = {
+    {"silu", Activation::kSilu, 0},
+    {"gelu", Activation::kGelu, 0},
+    {"gelu_tanh", Activation::kGeluTanh, 0},
+};
+
+Activation parse_activation(const Checker& check, const std::string& name, const std::vector<double>& args) {
+    std::string names;
+    for (const auto& known : kActivations) {
+        names += (names.empty() ? "" : ", ") + std::string(known.name);
+        if (name != known.name) continue;
+        check.require(args.size() == known.num_args, "activation_args must have ", static_cast<int64_t>(known.num_args),
+                      " values for activation '", name, "', got ", static_cast<int64_t>(args.size()));
+        for (const double value : args) check.finite("activation_args", value);
+        return known.activation;
+    }
+    check.fail("activation must be one of " + names + ", got '" + name + "'");
 }
 
 Computation parse_compute(const Checker& check, const std::string& name) {
@@ -132,9 +148,7 @@ MoeArguments::MoeArguments(const char* op, KT_MOE_ARGUMENTS(KT_PARAMETER))
     p.down_rank = lora_rank(check, "down_lora_A", down_lora_A, I, "down_lora_B", down_lora_B, H, experts);
     check.finite("gate_up_scaling", gate_up_scaling);
     check.finite("down_scaling", down_scaling);
-    p.activation = parse_activation(check, activation);
-    check.require(activation_args.empty(), "activation_args must be empty for activation '", activation, "', got ",
-                  static_cast<int64_t>(activation_args.size()), " values");
+    p.activation = parse_activation(check, activation, activation_args);
 
     this->hidden_states = as_contiguous(hidden_states);
     point_to_tensors(check, weights_dtype);

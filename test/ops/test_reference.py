@@ -4,10 +4,11 @@ import pytest
 import torch
 
 from ktops import reference
+from ktops.reference.activation import ACTIVATIONS
 from ktops.testing.budgets import relative_error, rounding_level
 from ktops.testing.compare import assert_matches_reference, one_thread, random_grad_output, run_reference
 from ktops.testing.inputs import ROUTINGS, floating, moe_inputs, op_arguments, require_grad
-from ktops.testing.naive import ACTIVATIONS, moe_naive
+from ktops.testing.naive import moe_naive
 
 
 @one_thread()

@@ -20,7 +20,7 @@ for isa, available in ktops.cpu_capabilities().items():
     if not available:
         print(f"{isa}: not on this CPU")
         continue
-    inputs = moe_inputs(33, 96, 40, num_experts=4, top_k=2, dtype=torch.bfloat16, weights_dtype=torch.float32)
+    inputs = moe_inputs(T=33, H=96, I=40, E=4, K=2, dtype=torch.bfloat16, weights_dtype=torch.float32)
     inputs = require_grad(inputs, "hidden_states")
     with ktops.use_isa(isa):
         y = ktops.moe_sft(**inputs)

@@ -61,11 +61,11 @@ def spoil_ids(ids: Tensor, num_experts: int, generator: torch.Generator) -> Tens
 
 
 def moe_inputs(
-    num_tokens: int,
-    hidden_size: int,
-    intermediate_size: int,
-    num_experts: int,
-    top_k: int,
+    T: int,
+    H: int,
+    I: int,  # noqa: E741
+    E: int,
+    K: int,
     *,
     dtype: torch.dtype = torch.float32,
     lora_rank: int | tuple[int, int] = 0,
@@ -85,15 +85,16 @@ def moe_inputs(
     swap shows.
 
     Args:
+        T, H, I, E, K: num_tokens, hidden_size, intermediate_size, num_experts, top_k, named as in all shapes.
         dtype: of hidden_states, gate_up_proj and down_proj.
         lora_rank: r for both adapters or (gate_up's, down's); 0 leaves an adapter out.
         lora_dtype, weights_dtype: of the LoRA tensors and biases, and of topk_weights; default ``dtype``.
         bias: with gate_up_bias and down_bias.
-        invalid_ids: every third id lies outside [0, num_experts).
+        invalid_ids: every third id lies outside [0, E).
         routing: one of ROUTINGS, see :func:`route`.
 
     Example:
-        >>> y = ktops.moe_sft(**moe_inputs(4, 64, 32, num_experts=8, top_k=2, lora_rank=4))
+        >>> y = ktops.moe_sft(**moe_inputs(T=4, H=64, I=32, E=8, K=2, lora_rank=4))
     """
     gen = torch.Generator().manual_seed(seed)
     lora_dtype, weights_dtype = lora_dtype or dtype, weights_dtype or dtype
@@ -106,27 +107,23 @@ def moe_inputs(
         if rank == 0:
             return {}
         return {
-            f"{prefix}_lora_A": normal(num_experts, rank, fan_in, std=fan_in**-0.5, to=lora_dtype),
-            f"{prefix}_lora_B": normal(num_experts, fan_out, rank, std=rank**-0.5, to=lora_dtype),
+            f"{prefix}_lora_A": normal(E, rank, fan_in, std=fan_in**-0.5, to=lora_dtype),
+            f"{prefix}_lora_B": normal(E, fan_out, rank, std=rank**-0.5, to=lora_dtype),
         }
 
-    ids = route(num_tokens, num_experts, top_k, routing, gen).to(ids_dtype)
+    ids = route(T, E, K, routing, gen).to(ids_dtype)
     inputs = {
-        "hidden_states": normal(num_tokens, hidden_size, std=scale, to=dtype),
-        "topk_ids": spoil_ids(ids, num_experts, gen) if invalid_ids else ids,
-        "topk_weights": torch.randn(num_tokens, top_k, generator=gen).softmax(-1).to(weights_dtype),
-        "gate_up_proj": normal(
-            num_experts, 2 * intermediate_size, hidden_size, std=hidden_size**-0.5, to=dtype
-        ),
-        "down_proj": normal(
-            num_experts, hidden_size, intermediate_size, std=intermediate_size**-0.5, to=dtype
-        ),
+        "hidden_states": normal(T, H, std=scale, to=dtype),
+        "topk_ids": spoil_ids(ids, E, gen) if invalid_ids else ids,
+        "topk_weights": torch.randn(T, K, generator=gen).softmax(-1).to(weights_dtype),
+        "gate_up_proj": normal(E, 2 * I, H, std=H**-0.5, to=dtype),
+        "down_proj": normal(E, H, I, std=I**-0.5, to=dtype),
     }
     if bias:
-        inputs["gate_up_bias"] = normal(num_experts, 2 * intermediate_size, std=0.5, to=lora_dtype)
-        inputs["down_bias"] = normal(num_experts, hidden_size, std=0.5, to=lora_dtype)
-    inputs |= lora("gate_up", ranks[0], hidden_size, 2 * intermediate_size)
-    inputs |= lora("down", ranks[1], intermediate_size, hidden_size)
+        inputs["gate_up_bias"] = normal(E, 2 * I, std=0.5, to=lora_dtype)
+        inputs["down_bias"] = normal(E, H, std=0.5, to=lora_dtype)
+    inputs |= lora("gate_up", ranks[0], H, 2 * I)
+    inputs |= lora("down", ranks[1], I, H)
     return inputs | {"gate_up_scaling": 0.75, "down_scaling": 1.25}
 
 

@@ -70,7 +70,7 @@ class Calls(TorchDispatchMode):
 
 @pytest.mark.parametrize("training", [False, True])
 def test_the_function_passes_each_in_its_place(training):
-    inputs = moe_inputs(5, 64, 32, 3, 2, lora_rank=(2, 3), bias=True)
+    inputs = moe_inputs(T=5, H=64, I=32, E=3, K=2, lora_rank=(2, 3), bias=True)
     inputs["gate_up_proj"] = ktops.quantize(inputs["gate_up_proj"], "uint4", group_size=32)
     inputs["down_proj"] = ktops.quantize(inputs["down_proj"], "int4", group_size=0)
     if training:

@@ -13,7 +13,7 @@ ALL_GRADIENTS = (1 << len(GRADIENTS)) - 1
 
 
 def tiny(dtype=torch.float64, **options) -> dict:
-    return moe_inputs(3, 4, 3, 3, 2, dtype=dtype, lora_rank=(2, 1), bias=True, **options)
+    return moe_inputs(T=3, H=4, I=3, E=3, K=2, dtype=dtype, lora_rank=(2, 1), bias=True, **options)
 
 
 def assert_bitwise(actual, expected) -> None:
@@ -189,7 +189,7 @@ def test_opcheck_forward_with_some_gradients(names):
 
 @pytest.mark.parametrize("lora_rank", [0, 2])
 def test_opcheck_inference(lora_rank):
-    inputs = moe_inputs(3, 4, 3, 3, 2, lora_rank=lora_rank)
+    inputs = moe_inputs(T=3, H=4, I=3, E=3, K=2, lora_rank=lora_rank)
     arguments = op_arguments(inputs)
     torch.library.opcheck(torch.ops.kt.moe_fwd.default, arguments)
     tests = ("test_schema", "test_faketensor", "test_autograd_registration")

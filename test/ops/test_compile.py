@@ -26,7 +26,7 @@ def fresh_dynamo():
 
 
 def case(num_tokens: int = 4, **options) -> dict:
-    return moe_inputs(num_tokens, 8, 6, 3, 2, **{"lora_rank": (2, 1), "bias": True} | options)
+    return moe_inputs(T=num_tokens, H=8, I=6, E=3, K=2, **{"lora_rank": (2, 1), "bias": True} | options)
 
 
 def layer(inputs: dict) -> torch.Tensor:

@@ -19,7 +19,7 @@ T, H, I, E, K, R1, R2 = 5, 8, 6, 3, 2, 2, 4  # noqa: E741
 
 
 def valid() -> dict:
-    return moe_inputs(T, H, I, E, K, lora_rank=(R1, R2), bias=True)
+    return moe_inputs(T=T, H=H, I=I, E=E, K=K, lora_rank=(R1, R2), bias=True)
 
 
 def call(op: str, **changes):
@@ -204,7 +204,7 @@ def test_sizes_that_contradict_the_weights(op, argument, value, expected):
 
 
 def test_no_tokens_and_no_slots_are_fine():
-    inputs = moe_inputs(0, H, I, E, K, lora_rank=2, bias=True)
+    inputs = moe_inputs(T=0, H=H, I=I, E=E, K=K, lora_rank=2, bias=True)
     assert ktops.moe_sft(**inputs).shape == (0, H)
     inputs = valid() | {"topk_ids": torch.zeros(T, 0, dtype=torch.int64), "topk_weights": torch.zeros(T, 0)}
     assert torch.equal(ktops.moe_sft(**inputs), torch.zeros(T, H))

@@ -75,26 +75,28 @@ def test_dtypes_of_zero_points(isa, dtype):
 @pytest.mark.parametrize("num_tokens", [3, 70])
 @pytest.mark.parametrize("name,group_size", EVERY)
 def test_output_and_gradients(isa, name, group_size, num_tokens):
-    inputs = moe_inputs(num_tokens, 256, 256, 3, 2, dtype=torch.bfloat16, lora_rank=(2, 3), bias=True)
+    inputs = moe_inputs(
+        T=num_tokens, H=256, I=256, E=3, K=2, dtype=torch.bfloat16, lora_rank=(2, 3), bias=True
+    )
     check_against_reference(in_format(inputs, name, group_size))
 
 
 @pytest.mark.parametrize("num_tokens", [1, 7, 40])
 @pytest.mark.parametrize("name,group_size", ANY_ROW)
 def test_sizes_that_fill_no_group(isa, name, group_size, num_tokens):
-    inputs = moe_inputs(num_tokens, 97, 36, 4, 2, dtype=torch.bfloat16, lora_rank=2)
+    inputs = moe_inputs(T=num_tokens, H=97, I=36, E=4, K=2, dtype=torch.bfloat16, lora_rank=2)
     check_against_reference(in_format(inputs, name, group_size))
 
 
 def test_streams_of_rows_and_what_they_leave_over(isa):
-    inputs = moe_inputs(3, 1024, 98, 3, 2, dtype=torch.bfloat16)
+    inputs = moe_inputs(T=3, H=1024, I=98, E=3, K=2, dtype=torch.bfloat16)
     check_against_reference(in_format(inputs, "fp8_e4m3", 128))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("name", ["int4", "fp8_e4m3", "q4_k"])
 def test_other_activations(isa, name, dtype):
-    inputs = moe_inputs(40, 256, 256, 3, 2, dtype=dtype, lora_rank=2)
+    inputs = moe_inputs(T=40, H=256, I=256, E=3, K=2, dtype=dtype, lora_rank=2)
     check_against_reference(in_format(inputs, name, get_format(name).default_group_size), save="recompute")
 
 
@@ -116,7 +118,7 @@ def in_formats(inputs: dict, gate_up: tuple[str, int] | None, down: tuple[str, i
 @pytest.mark.parametrize("num_tokens", [9, 40])
 @pytest.mark.parametrize("gate_up,down", PAIRS)
 def test_a_format_and_a_group_size_for_each_projection(isa, gate_up, down, num_tokens):
-    dense = moe_inputs(num_tokens, 256, 256, 3, 2, dtype=torch.bfloat16)
+    dense = moe_inputs(T=num_tokens, H=256, I=256, E=3, K=2, dtype=torch.bfloat16)
     inputs = in_formats(dense, gate_up, down)
     check_against_reference(inputs)
     _, alone, _, _ = torch.ops.kt.moe_sft_fwd(*op_arguments(in_formats(dense, gate_up, None)), "activations")
@@ -126,14 +128,14 @@ def test_a_format_and_a_group_size_for_each_projection(isa, gate_up, down, num_t
 
 @pytest.mark.parametrize("gate_up,down", PAIRS)
 def test_the_reference_decodes_each_projection(gate_up, down):
-    inputs = in_formats(moe_inputs(9, 256, 256, 3, 2), gate_up, down)
+    inputs = in_formats(moe_inputs(T=9, H=256, I=256, E=3, K=2), gate_up, down)
     decoded = reference.moe_fwd(op_arguments(densified(inputs)))
     assert_identical(reference.moe_fwd(op_arguments(inputs)), decoded)
 
 
 def test_long_rows(isa):
     """More columns than the scales that are read at once, or the rows that are decoded at once."""
-    inputs = moe_inputs(33, 4384, 64, 2, 1, dtype=torch.bfloat16)
+    inputs = moe_inputs(T=33, H=4384, I=64, E=2, K=1, dtype=torch.bfloat16)
     check_against_reference(in_format(inputs, "int4", 32))
 
 
@@ -151,7 +153,7 @@ def test_codes_anywhere_in_memory(isa, name, group_size):
 
 
 def test_number_of_threads_changes_nothing(isa):
-    inputs = in_format(moe_inputs(50, 128, 64, 4, 2, dtype=torch.bfloat16, lora_rank=2), "int4", 32)
+    inputs = in_format(moe_inputs(T=50, H=128, I=64, E=4, K=2, dtype=torch.bfloat16, lora_rank=2), "int4", 32)
     grad_output = torch.ones_like(inputs["hidden_states"])
     with one_thread():
         expected = run(inputs, grad_output)

@@ -26,7 +26,7 @@ def fresh_dynamo():
 
 
 def make(name: str, group_size: int) -> tuple[torch.nn.Module, dict]:
-    inputs = moe_inputs(5, 64, 32, 3, 2, lora_rank=2)
+    inputs = moe_inputs(T=5, H=64, I=32, E=3, K=2, lora_rank=2)
     weights = [random_weight(inputs.pop(key), name, group_size) for key in ("gate_up_proj", "down_proj")]
     return ktops.nn.KTExperts.from_parameters(*weights), inputs
 
@@ -76,7 +76,7 @@ def test_opcheck(name, group_size):
         utils = utils[
             1:
         ]  # PyTorch's test of the schema compares tensors by arithmetic that float8 does not have
-    inputs = in_format(moe_inputs(5, 64, 32, 3, 2, lora_rank=2), name, group_size)
+    inputs = in_format(moe_inputs(T=5, H=64, I=32, E=3, K=2, lora_rank=2), name, group_size)
     gate_up = inputs["gate_up_proj"]
     decoding = (*gate_up.codes, name, group_size, gate_up.shape[-1])
     torch.library.opcheck(torch.ops.kt.dequantize.default, decoding, test_utils=utils)
@@ -87,7 +87,7 @@ def test_opcheck(name, group_size):
 
 
 def test_no_gradient_of_codes():
-    inputs = in_format(moe_inputs(5, 64, 32, 3, 2), "int4", 32)
+    inputs = in_format(moe_inputs(T=5, H=64, I=32, E=3, K=2), "int4", 32)
     arguments = (*op_arguments(inputs), "activations")
     output, *saved = torch.ops.kt.moe_sft_fwd(*arguments)
     for prefix in ("gate_up", "down"):
@@ -135,7 +135,7 @@ def test_no_gradient_of_codes():
 )
 def test_errors(prefix, intermediate_size, changes, message):
     """In a projection of 3 experts, 64 rows and 64 columns."""
-    inputs = in_format(moe_inputs(5, 64, intermediate_size, 3, 2), "int4", 32)
+    inputs = in_format(moe_inputs(T=5, H=64, I=intermediate_size, E=3, K=2), "int4", 32)
     changes = {f"{prefix}_{name}": value for name, value in changes.items()}
     message = message.replace("PREFIX", prefix)
     with pytest.raises(RuntimeError, match=f"kt::moe_fwd: {message}"):

@@ -141,8 +141,7 @@ def moe_sft(
         gate_up_lora_A, gate_up_lora_B: [E, r, H] and [E, 2I, r]; both or neither.
         down_lora_A, down_lora_B: [E, r, I] and [E, H, r]; both or neither, of a rank of their own.
         gate_up_scaling, down_scaling: s1 and s2, usually lora_alpha / r.
-        activation: "silu", "gelu" (exact) or "gelu_tanh".
-        activation_args: parameters of the activation; none of these has any.
+        activation, activation_args: act by its name, one of the table in ``docs/ops.md``, and its parameters.
         save: what backward needs. "activations" keeps [g | u] of every route; "recompute" computes it again
             in backward for one more gate_up product and 2·T·K·I fewer saved elements.
         compute: how products with weights in a format are computed. "bf16" decodes the weights to the dtype

@@ -8,7 +8,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 import ktops
-from ktops.ops.arguments import GRADIENTS
+from ktops.ops.arguments import GRADIENTS, TENSORS
 from ktops.testing.compare import random_grad_output, run
 from ktops.testing.inputs import floating, moe_inputs, op_arguments, require_grad
 
@@ -122,18 +122,9 @@ LORA = """\
   gate_up_lora_B float32[3, 12, 2]
   down_lora_A float32[3, 1, 6]
   down_lora_B float32[3, 8, 1]"""
-ATTRIBUTES = """\
-  num_experts 3
-  intermediate_size 6
-  gate_up_format 'dense'
-  gate_up_group_size 0
-  down_format 'dense'
-  down_group_size 0
-  compute 'auto'
-  gate_up_scaling 0.75
-  down_scaling 1.25
-  activation 'silu'
-  activation_args []"""
+ATTRIBUTES = "\n".join(
+    f"  {name} {value!r}" for name, value in op_arguments(case())._asdict().items() if name not in TENSORS
+)
 
 
 def test_graphs_of_lora_training():

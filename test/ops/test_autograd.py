@@ -85,7 +85,8 @@ def test_grad_mask_follows_requires_grad(isa):
     class Spy(torch.utils._python_dispatch.TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
             if func is torch.ops.kt.moe_sft_bwd.default:
-                masks.append(args[-1])
+                *_, grad_mask = args
+                masks.append(grad_mask)
             return func(*args, **(kwargs or {}))
 
     for names in (("hidden_states",), ("down_lora_B", "topk_weights"), floating(tiny())):

@@ -173,7 +173,8 @@ def moe_sft(
     down, down_scale, down_zero, down_format, down_group_size = down_proj, *_DENSE
     if isinstance(down_proj, ExpertWeight):
         down, down_scale, down_zero, down_format, down_group_size = in_format(down_proj)
-    arguments = (  # in the order of MoeArguments, whose constructor would add a tenth to a small call
+    # In the order of MoeArguments, whose constructor would add a tenth to the time of a small call.
+    arguments = (
         hidden_states, topk_ids, topk_weights, gate_up, down,
         gate_up_scale, gate_up_zero, down_scale, down_zero, gate_up_bias, down_bias,
         gate_up_lora_A, gate_up_lora_B, down_lora_A, down_lora_B,

@@ -21,6 +21,8 @@ import ktops
 from bench.arguments import Parser
 from bench.machine import cpu_model
 from bench.shapes import Shape
+from ktops.ops.arguments import MoeArguments
+from ktops.testing.inputs import op_arguments
 
 LIMIT = 0.75
 """Relative to the same layer built from PyTorch's operators; 0.3 on a Zen 4."""
@@ -40,24 +42,23 @@ def best_seconds(function: Callable[[], object], calls: int = 500) -> float:
     return min(seconds)
 
 
-def tiny_call(dtype: torch.dtype = torch.bfloat16) -> tuple[Callable[[], torch.Tensor], tuple]:
+def tiny_call(dtype: torch.dtype = torch.bfloat16) -> tuple[Callable[[], torch.Tensor], MoeArguments]:
     """(ktops.moe_sft of one token, the arguments of torch.ops.kt.moe_fwd)"""
     h, i, e, k = _SHAPE.hidden_size, _SHAPE.intermediate_size, _SHAPE.num_experts, _SHAPE.top_k
     x, gate_up, down = (torch.ones(size, dtype=dtype) for size in ((1, h), (e, 2 * i, h), (e, h, i)))
     ids, weights = torch.arange(k).view(1, k), torch.full((1, k), 1 / k, dtype=dtype)
-    arguments = (
-        x, ids, weights, gate_up, down, *(None,) * 10, e, i, "dense", 0, "auto", 1.0, 1.0, "silu", [],
-    )  # fmt: skip
-    return lambda: ktops.moe_sft(x, ids, weights, gate_up, down), arguments
+    inputs = {"hidden_states": x, "topk_ids": ids, "topk_weights": weights}
+    inputs |= {"gate_up_proj": gate_up, "down_proj": down}
+    return lambda: ktops.moe_sft(x, ids, weights, gate_up, down), op_arguments(inputs)
 
 
-def layer_of_operators(x, ids, weights, gate_up_proj, down_proj) -> torch.Tensor:
+def layer_of_operators(a: MoeArguments) -> torch.Tensor:
     """ktops.moe_sft of one token, written with PyTorch's operators."""
     linear, silu = torch.nn.functional.linear, torch.nn.functional.silu
-    y = torch.zeros_like(x)
-    for route, expert in enumerate(ids[0].tolist()):
-        gate, up = linear(x, gate_up_proj[expert]).chunk(2, dim=-1)
-        y += linear(silu(gate) * up, down_proj[expert]) * weights[:, route : route + 1]
+    y = torch.zeros_like(a.hidden_states)
+    for route, expert in enumerate(a.topk_ids[0].tolist()):
+        gate, up = linear(a.hidden_states, a.gate_up_proj[expert]).chunk(2, dim=-1)
+        y += linear(silu(gate) * up, a.down_proj[expert]) * a.topk_weights[:, route : route + 1]
     return y
 
 
@@ -65,11 +66,11 @@ def overheads() -> dict[str, float]:
     """Seconds a call, by name; the steps of the operator last, indented."""
     function, arguments = tiny_call()
     op = torch.ops.kt.moe_fwd.default
-    x = arguments[0]
+    x = arguments.hidden_states
     rows = {}
     with torch.no_grad():
         rows["ktops.moe_sft"] = best_seconds(function)
-        rows["the layer of PyTorch's operators"] = best_seconds(lambda: layer_of_operators(*arguments[:5]))
+        rows["the layer of PyTorch's operators"] = best_seconds(lambda: layer_of_operators(arguments))
         rows["torch.nn.functional.linear"] = best_seconds(lambda: torch.nn.functional.linear(x, x))
         rows["an operator without arguments"] = best_seconds(torch.ops.kt.profiling)
     with torch.inference_mode():

@@ -33,7 +33,7 @@ from ktops.testing.weights import in_format
 PAGE = results.ROOT / "docs" / "formats.md"
 FORMATS = (("int8", 0), ("int4", 0), ("int4", 128), ("int4", 32), ("q8_0", 0), ("q4_k", 0), ("q6_k", 0))
 FACTORS = (1, 30, 100, 300)
-SHAPE = (2048, 768)
+SHAPE = {"H": 2048, "I": 768}
 """H and I of the expert."""
 
 TOKENS = (4, 32)
@@ -53,10 +53,10 @@ def layer(inputs: dict, x: Tensor, rounded: Callable[[Tensor], Tensor]) -> Tenso
 def cases(name: str, group_size: int) -> Iterator[tuple[int, dict]]:
     """(factor, inputs of ktops.moe_sft) for few and for many tokens."""
     for tokens in TOKENS:
-        inputs = in_format(moe_inputs(tokens, *SHAPE, 1, 1), name, group_size)
+        inputs = in_format(moe_inputs(T=tokens, **SHAPE, E=1, K=1), name, group_size)
         for factor in FACTORS:
             x = inputs["hidden_states"].clone()
-            x[:, [channel % SHAPE[0] for channel in CHANNELS]] *= factor
+            x[:, [channel % SHAPE["H"] for channel in CHANNELS]] *= factor
             yield factor, inputs | {"hidden_states": x}
 
 

@@ -10,11 +10,11 @@ from torch import Tensor
 
 from bench.layer import Inputs, Layer, Variant
 from ktops import reference
-from ktops.ops.moe_sft import GRADIENTS
+from ktops.ops.arguments import GRADIENTS, MoeArguments
 from ktops.testing.budgets import SAFETY, forward_budget, gradient_budget, relative_error, safety
+from ktops.testing.inputs import op_arguments
 
 _ROWS = 4
-_SCALING = 1.0
 
 
 class WrongResult(Exception):
@@ -30,18 +30,20 @@ def _require(name: str, error: float, budget: float) -> float:
 _WEIGHTS = ("gate_up_proj", "down_proj")
 
 
-def _arguments(layer: Layer, rank: int, inputs: Inputs, rows: Tensor, expert: int | None = None) -> tuple:
+def _arguments(
+    layer: Layer, rank: int, inputs: Inputs, rows: Tensor, expert: int | None = None
+) -> MoeArguments:
     """The reference's arguments for some tokens in float32; with an expert, for that one alone."""
     take = slice(None) if expert is None else slice(expert, expert + 1)
     ids = inputs.topk_ids[rows]
-    lora = [None] * 4 if rank == 0 else [t.detach()[take].float() for t in layer.adapters(rank).values()]
-    return (
-        inputs.hidden_states[rows].float(), ids if expert is None else torch.where(ids == expert, 0, -1),
-        inputs.topk_weights[rows].float(), layer.gate_up_proj[take], layer.down_proj[take],
-        None, None, None, None, None, None, *lora,
-        layer.shape.num_experts if expert is None else 1, layer.shape.intermediate_size,
-        "dense", 0, "auto", _SCALING, _SCALING, "silu", [],
-    )  # fmt: skip
+    tokens = {
+        "hidden_states": inputs.hidden_states[rows].float(),
+        "topk_ids": ids if expert is None else torch.where(ids == expert, 0, -1),
+        "topk_weights": inputs.topk_weights[rows].float(),
+    }
+    weights = {name: getattr(layer, name)[take] for name in _WEIGHTS}
+    adapters = {name: tensor.detach()[take].float() for name, tensor in layer.adapters(rank).items()}
+    return op_arguments(tokens | weights | adapters)
 
 
 def _rows(tokens: int) -> Tensor:
@@ -53,14 +55,14 @@ def _gradients(
     layer: Layer, rank: int, inputs: Inputs, rows: Tensor, names: set[str], expert: int | None = None
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """(reference output of rows, {name: reference gradient}) for grad_output of those rows"""
-    arguments = list(_arguments(layer, rank, inputs, rows, expert))
+    arguments = _arguments(layer, rank, inputs, rows, expert)
     if names & set(_WEIGHTS):
-        arguments[3:5] = [weight.float() for weight in arguments[3:5]]
-    saved = reference.moe_sft_fwd(*arguments, "activations")
+        arguments = arguments._replace(**{name: getattr(arguments, name).float() for name in _WEIGHTS})
+    output, *saved = reference.moe_sft_fwd(arguments, "activations")
     mask = sum(1 << bit for bit, name in enumerate(GRADIENTS) if name in names)
     grad_output = inputs.grad_output[rows].float()
-    grads = reference.moe_sft_bwd(grad_output, *arguments, "activations", *saved[1:], mask)
-    return saved[0], dict(zip(GRADIENTS, grads, strict=True))
+    grads = reference.moe_sft_bwd(grad_output, arguments, "activations", *saved, mask)
+    return output, dict(zip(GRADIENTS, grads, strict=True))
 
 
 def check_forward(
@@ -73,7 +75,7 @@ def check_forward(
     """
     budget = factor * forward_budget(layer.dtype)
     rows = _rows(output.shape[0])
-    expected = reference.moe_fwd(*_arguments(layer, variant.rank, inputs, rows))
+    expected = reference.moe_fwd(_arguments(layer, variant.rank, inputs, rows))
     if not output.isfinite().all():
         raise WrongResult("output is not finite")
     return max(
@@ -93,7 +95,7 @@ def check_training(
     """Largest relative error of output, token gradients (some rows), LoRA and weight gradients (one expert).
 
     Args:
-        grads: by the names of ktops.ops.moe_sft.GRADIENTS.
+        grads: by the names of ktops.ops.arguments.GRADIENTS.
         factor: how many budgets are allowed.
 
     Raises:

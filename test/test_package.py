@@ -51,7 +51,7 @@ def test_import_without_the_optional_packages():
         f"sys.modules.update(dict.fromkeys({OPTIONAL}))\n"
         "import torch, ktops\n"
         "from ktops.testing.inputs import moe_inputs\n"
-        "print(tuple(ktops.moe_sft(**moe_inputs(3, 8, 4, 4, 2)).shape))"
+        "print(tuple(ktops.moe_sft(**moe_inputs(T=3, H=8, I=4, E=4, K=2)).shape))"
     )
     assert python(code) == "(3, 8)"
 

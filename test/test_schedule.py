@@ -51,7 +51,7 @@ PRODUCTS = {
 def test_products_are_many_tasks_for_every_thread(num_tokens):
     """A fixed split of a product would be as many tasks as there are threads."""
     with threads(2):
-        inputs = moe_inputs(num_tokens, 1024, 512, 16, 2, dtype=torch.bfloat16, lora_rank=16)
+        inputs = moe_inputs(T=num_tokens, H=1024, I=512, E=16, K=2, dtype=torch.bfloat16, lora_rank=16)
         with ktops.profile() as profile:
             run(inputs, random_grad_output(inputs))
     for op, names in PRODUCTS.items():

@@ -25,7 +25,7 @@ class LoraContestant(ABC):
         """[T, H]"""
 
     def training(self, inputs: Inputs) -> tuple[Tensor, dict[str, Tensor]]:
-        """Output and gradients by the names of ktops.ops.moe_sft.GRADIENTS."""
+        """Output and gradients by the names of ktops.ops.arguments.GRADIENTS."""
         leaves = {
             "hidden_states": inputs.hidden_states.detach().requires_grad_(),
             "topk_weights": inputs.topk_weights.detach().requires_grad_(),

@@ -81,7 +81,7 @@ class Contestant:
         wrapper.load_weights_from_tensors(self.gate, self.up, self.down, self.experts)
 
     def training(self, inputs: Inputs) -> tuple[Tensor, dict[str, Tensor]]:
-        """Output and gradients by the names of ktops.ops.moe_sft.GRADIENTS."""
+        """Output and gradients by the names of ktops.ops.arguments.GRADIENTS."""
         if self._wrapper is None:
             self._wrapper = self._make_wrapper()
         output = self._wrapper.forward(inputs.hidden_states, inputs.topk_ids, inputs.topk_weights)

@@ -50,7 +50,7 @@ class Contestant:
                 self.adapters[name].copy_(_to_peft(name, factor))
 
     def training(self, inputs: Inputs) -> tuple[Tensor, dict[str, Tensor]]:
-        """Output and gradients by the names of ktops.ops.moe_sft.GRADIENTS."""
+        """Output and gradients by the names of ktops.ops.arguments.GRADIENTS."""
         leaves = {
             "hidden_states": inputs.hidden_states.detach().requires_grad_(),
             "topk_weights": inputs.topk_weights.detach().requires_grad_(),

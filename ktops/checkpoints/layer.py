@@ -1,6 +1,5 @@
 """The experts of one layer of a checkpoint."""
 
-import copy
 from collections import defaultdict
 from functools import cached_property
 from typing import NamedTuple
@@ -137,38 +136,18 @@ class Layer:
             group_size, method: as of :func:`ktops.quantize`.
 
         Raises:
-            CheckpointError: as of :meth:`check`; gate_up_proj and down_proj have groups of other sizes;
-                weight_format is None and experts are in several formats.
+            CheckpointError: as of :meth:`check`; weight_format is None and experts are in several formats.
             ValueError: the format cannot hold these weights.
         """
         self.check()
-        both: list[Experts] = [self.gate_up_proj, self.down_proj]
+        stored = self.gate_up_proj, self.down_proj
         if weight_format is None:
-            for experts in both:
+            for experts in stored:
                 if experts.mixture is not None:
                     raise CheckpointError(experts.mixture)
-        else:
-            both = [_in_format(experts, weight_format, group_size, method) for experts in both]
-        size = max(experts.group_size for experts in both)
-        gate_up, down = (self._in_groups(experts, size) for experts in both)
+            return stored
+        gate_up, down = (_in_format(experts, weight_format, group_size, method) for experts in stored)
         return gate_up, down
-
-    def _in_groups(self, experts: Experts, size: int) -> Experts:
-        """The same with a group_size, as the operators take one for both projections.
-
-        A scale for rows that are no longer than a group is the scale of a group.
-        """
-        if experts.group_size == size:
-            return experts
-        fits = experts.group_size == 0 and experts.shape[-1] <= size
-        if not fits or not get_format(experts.format).has_group_size(size):
-            raise CheckpointError(
-                f"{self._any('down')}: gate, up and down must have groups of one size, got {experts.format} "
-                f"of group_size {experts.group_size} beside {size}: pass weight_format and group_size"
-            )
-        same = copy.copy(experts)
-        same.group_size = size
-        return same
 
     def read(
         self,

@@ -167,7 +167,8 @@ def _write(writer: CheckpointWriter, checkpoint: Checkpoint, parts: list[Part], 
             if part.name not in layers:
                 (written,) = open_checkpoint(writer.layer_file(part.name)).layers
                 layers[part.name] = asdict(compare(part.name, part.layer, written, activation.name))
-                size = parts[0].experts[0].group_size
+                sizes = {experts.group_size for part in parts for experts in part.experts}
+                size = sizes.pop() if len(sizes) == 1 else None
                 report = _report(options, size, activation, list(layers.values()))
                 file.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
         if others:
@@ -186,7 +187,7 @@ def _is_gguf(checkpoint: Checkpoint) -> bool:
     return any(view.file.path.suffix == ".gguf" for view in checkpoint.tensors.values())
 
 
-def _report(options: Options, group_size: int, activation: Activation, layers: list[dict]) -> dict:
+def _report(options: Options, group_size: int | None, activation: Activation, layers: list[dict]) -> dict:
     def mean(*names: str) -> float | None:
         errors = [layer[name] for layer in layers for name in names]
         if None in errors:

@@ -55,7 +55,7 @@ class KTExperts(nn.Module):
     Args:
         num_experts, hidden_size, intermediate_size: E, H, I.
         bias: whether the projections have a bias.
-        activation: "silu", "gelu" (exact) or "gelu_tanh".
+        activation: act by its name, see :func:`ktops.moe_sft`.
         save: what the forward keeps for backward, "activations" or "recompute", see :func:`ktops.moe_sft`.
         compute: "auto", "bf16" or "int8", for weights in a format, see :func:`ktops.moe_sft`. In training
             mode "auto" is "bf16" also where no gradient is asked for, as in a checkpointed forward.

@@ -4,6 +4,8 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from ktops.ops.arguments import MoeArguments
+
 
 def check_devices(op: torch._ops.OpOverload, *args) -> None:
     """Raises if a meta tensor stands among real ones: the dispatcher would run the fake kernel for them."""
@@ -16,9 +18,10 @@ def check_devices(op: torch._ops.OpOverload, *args) -> None:
 
 
 @torch.library.register_fake("kt::moe_fwd")
-def _fake(hidden_states: Tensor, *args) -> Tensor:
-    check_devices(torch.ops.kt.moe_fwd.default, hidden_states, *args)
-    return torch.empty_like(hidden_states, memory_format=torch.contiguous_format)
+def _fake(*args) -> Tensor:
+    check_devices(torch.ops.kt.moe_fwd.default, *args)
+    arguments = MoeArguments(*args)
+    return torch.empty_like(arguments.hidden_states, memory_format=torch.contiguous_format)
 
 
 def _backward(ctx, grad):
@@ -30,20 +33,26 @@ def _backward(ctx, grad):
 torch.library.register_autograd("kt::moe_fwd", _backward)
 
 
-def forward_flops(hidden_states, topk_ids, intermediate_size, gate_up_lora_A=None, down_lora_A=None) -> int:
-    """2 FLOPs a multiply-add: 6·T·K·H·I for the base weights, 2·T·K·r·(H + 2I) and 2·T·K·r·(I + H) for LoRA.
+def base_flops(shapes: MoeArguments) -> int:
+    """6·T·K·H·I: 2 FLOPs a multiply-add; the tensors of the arguments are their shapes."""
+    (_, hidden_size), (num_tokens, top_k) = shapes.hidden_states, shapes.topk_ids
+    return 6 * num_tokens * top_k * hidden_size * shapes.intermediate_size
 
-    The arguments are shapes.
-    """
-    (_, hidden_size), (num_tokens, top_k) = hidden_states, topk_ids
-    flops = 6 * hidden_size * intermediate_size
-    if gate_up_lora_A is not None:
-        flops += 2 * gate_up_lora_A[1] * (hidden_size + 2 * intermediate_size)
-    if down_lora_A is not None:
-        flops += 2 * down_lora_A[1] * (intermediate_size + hidden_size)
+
+def lora_flops(shapes: MoeArguments) -> int:
+    """2·T·K·r·(H + 2I) of the adapter on gate_up_proj, 2·T·K·r·(I + H) of the one on down_proj."""
+    (_, hidden_size), (num_tokens, top_k) = shapes.hidden_states, shapes.topk_ids
+    flops = 0
+    if shapes.gate_up_lora_A is not None:
+        _, rank, _ = shapes.gate_up_lora_A
+        flops += 2 * rank * (hidden_size + 2 * shapes.intermediate_size)
+    if shapes.down_lora_A is not None:
+        _, rank, _ = shapes.down_lora_A
+        flops += 2 * rank * (shapes.intermediate_size + hidden_size)
     return num_tokens * top_k * flops
 
 
 @register_flop_formula(torch.ops.kt.moe_fwd)
 def _flops(*args, out_shape=None, **kwargs) -> int:
-    return forward_flops(args[0], args[1], args[16], args[11], args[13])
+    shapes = MoeArguments(*args)
+    return base_flops(shapes) + lora_flops(shapes)

@@ -1,83 +1,67 @@
 """kt::moe_sft_fwd and kt::moe_sft_bwd: one MoE layer, differentiable."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import create_selective_checkpoint_contexts
 from torch.utils.flop_counter import register_flop_formula
 
 from ktops.formats.expert_weight import ExpertWeight
-from ktops.formats.format import Codes
-from ktops.ops.moe_fwd import check_devices, forward_flops
+from ktops.ops.arguments import ATTRIBUTES, FORWARD, GRADIENTS, TENSORS, MoeArguments, pick
+from ktops.ops.moe_fwd import base_flops, check_devices, lora_flops
 
-ARGUMENTS = (
-    "hidden_states", "topk_ids", "topk_weights", "gate_up_proj", "down_proj",
-    "gate_up_scale", "gate_up_zero", "down_scale", "down_zero", "gate_up_bias", "down_bias",
-    "gate_up_lora_A", "gate_up_lora_B", "down_lora_A", "down_lora_B",
-    "num_experts", "intermediate_size", "weight_format", "group_size", "compute",
-    "gate_up_scaling", "down_scaling", "activation", "activation_args", "save",
-)  # fmt: skip
-"""The arguments of kt::moe_sft_fwd in schema order; kt::moe_fwd takes all but the last."""
-
-GRADIENTS = (
-    "hidden_states", "topk_weights", "gate_up_proj", "down_proj", "gate_up_bias", "down_bias",
-    "gate_up_lora_A", "gate_up_lora_B", "down_lora_A", "down_lora_B",
-)  # fmt: skip
-"""What kt::moe_sft_bwd returns: bit i of grad_mask asks for the gradient of GRADIENTS[i]."""
-
-_GRADIENT_ARGUMENTS = tuple(ARGUMENTS.index(name) for name in GRADIENTS)
-_NUM_TENSORS = ARGUMENTS.index("num_experts")
-_NO_SCALES = (None,) * 4
+_tensors = pick(*TENSORS)
+_attributes = pick(*ATTRIBUTES)
+_differentiable = pick(*GRADIENTS)
+_DENSE = (None, None, "dense", 0)
+_NO_GRADIENTS = dict.fromkeys(FORWARD)
 
 
 @torch.library.register_fake("kt::moe_sft_fwd")
-def _forward_fake(hidden_states: Tensor, topk_ids: Tensor, *args) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    check_devices(torch.ops.kt.moe_sft_fwd.default, hidden_states, topk_ids, *args)
-    named = dict(zip(ARGUMENTS[2:], args, strict=True))
-    num_routes = topk_ids.shape[0] * topk_ids.shape[1]
-
-    def saved(rows, columns):
-        return hidden_states.new_empty(rows, columns, device="cpu" if hidden_states.is_cuda else None)
+def _forward_fake(*args) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    check_devices(torch.ops.kt.moe_sft_fwd.default, *args)
+    *shared, save = args
+    arguments = MoeArguments(*shared)
+    hidden_states, (num_tokens, top_k) = arguments.hidden_states, arguments.topk_ids.shape
+    num_routes = num_tokens * top_k
 
     def rank(lora_a):
         return 0 if lora_a is None else lora_a.shape[1]
 
     return (
         torch.empty_like(hidden_states, memory_format=torch.contiguous_format),
-        saved(0 if named["save"] == "recompute" else num_routes, 2 * named["intermediate_size"]),
-        saved(num_routes, rank(named["gate_up_lora_A"])),
-        saved(num_routes, rank(named["down_lora_A"])),
+        hidden_states.new_empty(0 if save == "recompute" else num_routes, 2 * arguments.intermediate_size),
+        hidden_states.new_empty(num_routes, rank(arguments.gate_up_lora_A)),
+        hidden_states.new_empty(num_routes, rank(arguments.down_lora_A)),
     )
 
 
 @torch.library.register_fake("kt::moe_sft_bwd")
-def _backward_fake(grad_output: Tensor, *args) -> tuple[Tensor | None, ...]:
-    check_devices(torch.ops.kt.moe_sft_bwd.default, grad_output, *args)
-    grad_mask = args[-1]
+def _backward_fake(*args) -> tuple[Tensor | None, ...]:
+    check_devices(torch.ops.kt.moe_sft_bwd.default, *args)
+    _, *shared, _, _, _, _, grad_mask = args
     return tuple(
-        torch.empty_like(args[i], memory_format=torch.contiguous_format) if grad_mask >> bit & 1 else None
-        for bit, i in enumerate(_GRADIENT_ARGUMENTS)
+        torch.empty_like(tensor, memory_format=torch.contiguous_format) if grad_mask >> bit & 1 else None
+        for bit, tensor in enumerate(_differentiable(shared))
     )
 
 
 def _setup_context(ctx, inputs, output) -> None:
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*output[1:])
-    ctx.save_for_backward(*inputs[:_NUM_TENSORS], *output[1:])
-    ctx.attributes = inputs[_NUM_TENSORS:]
+    ctx.save_for_backward(*_tensors(inputs), *output[1:])
+    ctx.attributes = _attributes(inputs)
 
 
 def _backward(ctx, grad_output: Tensor | None, *_) -> tuple[Tensor | None, ...]:
-    grads: list[Tensor | None] = [None] * len(ARGUMENTS)
-    if grad_output is None:
-        return tuple(grads)
-    grad_mask = sum(ctx.needs_input_grad[i] << bit for bit, i in enumerate(_GRADIENT_ARGUMENTS))
-    tensors = ctx.saved_tensors
-    results = torch.ops.kt.moe_sft_bwd(
-        grad_output, *tensors[:_NUM_TENSORS], *ctx.attributes, *tensors[_NUM_TENSORS:], grad_mask
-    )
-    for i, grad in zip(_GRADIENT_ARGUMENTS, results, strict=True):
-        grads[i] = grad
-    return tuple(grads)
+    grads = _NO_GRADIENTS.copy()
+    if grad_output is not None:
+        *tensors, gate_up, xa, ha = ctx.saved_tensors
+        grad_mask = sum(need << bit for bit, need in enumerate(_differentiable(ctx.needs_input_grad)))
+        results = torch.ops.kt.moe_sft_bwd(grad_output, *tensors, *ctx.attributes, gate_up, xa, ha, grad_mask)
+        grads.update(zip(GRADIENTS, results, strict=True))
+    return tuple(grads.values())
 
 
 def _double_backward(ctx, *_):
@@ -90,43 +74,28 @@ torch.library.register_autograd("kt::moe_sft_bwd", _double_backward)
 
 @register_flop_formula(torch.ops.kt.moe_sft_fwd)
 def _forward_flops(*args, out_shape=None, **kwargs) -> int:
-    return forward_flops(args[0], args[1], args[16], args[11], args[13])
+    *shared, _ = args
+    shapes = MoeArguments(*shared)
+    return base_flops(shapes) + lora_flops(shapes)
 
 
 @register_flop_formula(torch.ops.kt.moe_sft_bwd)
-def _backward_flops(grad_output, *args, out_shape=None, **kwargs) -> int:
+def _backward_flops(*args, out_shape=None, **kwargs) -> int:
     """Each gradient of a product, by its input or by its weight, costs as much as the product."""
-    hidden_states, topk_ids, intermediate_size, grad_mask = args[0], args[1], args[16], args[-1]
+    _, *shared, save, _, _, _, grad_mask = args
+    shapes = MoeArguments(*shared)
     asked = {name for bit, name in enumerate(GRADIENTS) if grad_mask >> bit & 1}
-    base = forward_flops(hidden_states, topk_ids, intermediate_size)
-    lora = forward_flops(hidden_states, topk_ids, intermediate_size, args[11], args[13]) - base
+    base, lora = base_flops(shapes), lora_flops(shapes)
     flops = base + lora
     flops += lora if asked & {"gate_up_lora_A", "gate_up_lora_B", "down_lora_A", "down_lora_B"} else 0
     flops += base * 2 // 3 if "gate_up_proj" in asked else 0
     flops += base // 3 if "down_proj" in asked else 0
-    return flops + (base * 2 // 3 if args[ARGUMENTS.index("save")] == "recompute" else 0)
+    return flops + (base * 2 // 3 if save == "recompute" else 0)
 
 
-def codes(weight: Tensor | ExpertWeight) -> Codes:
-    """weight, scale and zero as the operators take them."""
-    return weight.codes if isinstance(weight, ExpertWeight) else Codes(weight)
-
-
-def weight_format(gate_up_proj: Tensor | ExpertWeight, down_proj: Tensor | ExpertWeight) -> tuple[str, int]:
-    """weight_format and group_size of the operators for two weights, of which one or both are in a format.
-
-    Raises:
-        ValueError: their groups differ in size.
-    """
-    both = (gate_up_proj, down_proj)
-    formats = [weight.format if isinstance(weight, ExpertWeight) else "dense" for weight in both]
-    groups = {weight.group_size for weight in both if isinstance(weight, ExpertWeight)}
-    if len(groups) > 1:
-        raise ValueError(
-            f"ktops.moe_sft: down_proj must have the group_size of gate_up_proj={gate_up_proj.group_size}, "
-            f"got {down_proj.group_size}"
-        )
-    return (formats[0] if formats[0] == formats[1] else ",".join(formats)), groups.pop()
+def in_format(weight: ExpertWeight) -> tuple[Tensor, Tensor | None, Tensor | None, str, int]:
+    """weight, scale, zero, format and group_size as the operators take them of each projection."""
+    return *weight.codes, weight.format, weight.group_size
 
 
 def moe_sft(
@@ -145,6 +114,7 @@ def moe_sft(
     gate_up_scaling: float = 1.0,
     down_scaling: float = 1.0,
     activation: str = "silu",
+    activation_args: Sequence[float] = (),
     save: str = "activations",
     compute: str = "auto",
 ) -> Tensor:
@@ -171,7 +141,7 @@ def moe_sft(
         gate_up_lora_A, gate_up_lora_B: [E, r, H] and [E, 2I, r]; both or neither.
         down_lora_A, down_lora_B: [E, r, I] and [E, H, r]; both or neither, of a rank of their own.
         gate_up_scaling, down_scaling: s1 and s2, usually lora_alpha / r.
-        activation: "silu", "gelu" (exact) or "gelu_tanh".
+        activation, activation_args: act by its name, one of the table in ``docs/ops.md``, and its parameters.
         save: what backward needs. "activations" keeps [g | u] of every route; "recompute" computes it again
             in backward for one more gate_up product and 2·T·K·I fewer saved elements.
         compute: how products with weights in a format are computed. "bf16" decodes the weights to the dtype
@@ -197,20 +167,28 @@ def moe_sft(
         >>> y = ktops.moe_sft(x, ids, w, torch.randn(E, 2 * I, H), torch.randn(E, H, I))
         >>> y.sum().backward()
     """
-    gate_up, down, name, group_size, scales = gate_up_proj, down_proj, "dense", 0, _NO_SCALES
-    if isinstance(gate_up, ExpertWeight) or isinstance(down, ExpertWeight):
-        name, group_size = weight_format(gate_up, down)
-        (gate_up, *gate_up_scales), (down, *down_scales) = codes(gate_up), codes(down)
-        scales = (*gate_up_scales, *down_scales)
+    gate_up, gate_up_scale, gate_up_zero, gate_up_format, gate_up_group_size = gate_up_proj, *_DENSE
+    if isinstance(gate_up_proj, ExpertWeight):
+        gate_up, gate_up_scale, gate_up_zero, gate_up_format, gate_up_group_size = in_format(gate_up_proj)
+    down, down_scale, down_zero, down_format, down_group_size = down_proj, *_DENSE
+    if isinstance(down_proj, ExpertWeight):
+        down, down_scale, down_zero, down_format, down_group_size = in_format(down_proj)
+    # In the order of MoeArguments, whose constructor would add a tenth to the time of a small call.
     arguments = (
-        hidden_states, topk_ids, topk_weights, gate_up, down, *scales, gate_up_bias, down_bias,
+        hidden_states, topk_ids, topk_weights, gate_up, down,
+        gate_up_scale, gate_up_zero, down_scale, down_zero, gate_up_bias, down_bias,
         gate_up_lora_A, gate_up_lora_B, down_lora_A, down_lora_B,
-        gate_up_proj.shape[0], down_proj.shape[-1], name, group_size, compute, gate_up_scaling, down_scaling,
-        activation, [],
+        gate_up_proj.shape[0], down_proj.shape[-1],
+        gate_up_format, gate_up_group_size, down_format, down_group_size, compute,
+        gate_up_scaling, down_scaling, activation, [*activation_args],
     )  # fmt: skip
     if torch.is_grad_enabled() and any(
-        isinstance(t, Tensor) and t.requires_grad for t in arguments[:_NUM_TENSORS]
-    ):
+        isinstance(tensor, Tensor) and tensor.requires_grad
+        for tensor in (
+            hidden_states, topk_weights, gate_up, down, gate_up_bias, down_bias,
+            gate_up_lora_A, gate_up_lora_B, down_lora_A, down_lora_B,
+        )
+    ):  # fmt: skip
         return torch.ops.kt.moe_sft_fwd(*arguments, save)[0]
     if torch.compiler.is_compiling():
         return torch.ops.kt.moe_fwd(*arguments)

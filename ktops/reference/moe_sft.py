@@ -1,7 +1,7 @@
 """kt::moe_sft_fwd, kt::moe_sft_bwd and kt::moe_fwd in plain PyTorch.
 
-The arguments are those of the ops. T tokens, K = top_k, E experts, H hidden_size, I intermediate_size, r LoRA
-rank.
+The arguments are those of the ops, the shared ones as one :class:`ktops.ops.arguments.MoeArguments`.
+T tokens, K = top_k, E experts, H hidden_size, I intermediate_size, r LoRA rank.
 For token t and slot j, with e = topk_ids[t, j]:
 
     [g | u] = x Wgu[e]^T + bgu[e] + s1 (x A1[e]^T) B1[e]^T
@@ -14,11 +14,14 @@ changes nothing here: products are those of the weights that a format means. Wha
 hidden_states and h is in :mod:`ktops.reference.int8`.
 """
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
 from ktops.formats import Codes, get_format
 from ktops.ops.activation import ACTIVATIONS
+from ktops.ops.arguments import GRADIENTS, MoeArguments
 
 
 def sort_routes(topk_ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
@@ -45,88 +48,69 @@ def _lora(
     return scaling * (xa @ b.T), xa
 
 
-def dense_weights(
-    gate_up: Codes, down: Codes, hidden_size: int, intermediate_size: int, weight_format: str, group_size: int
-) -> tuple[Tensor, Tensor]:
-    """gate_up_proj [E, 2I, H] and down_proj [E, H, I] of a weight_format."""
-    names = weight_format.split(",")
+def with_dense_weights(arguments: MoeArguments) -> MoeArguments:
+    """The same with the floats that gate_up_proj [E, 2I, H] and down_proj [E, H, I] mean in their formats."""
+    a, hidden_size = arguments, arguments.hidden_states.shape[1]
+    gate_up = Codes(a.gate_up_proj, a.gate_up_scale, a.gate_up_zero)
+    down = Codes(a.down_proj, a.down_scale, a.down_zero)
+    return a._replace(
+        gate_up_proj=_dense(gate_up, a.gate_up_format, hidden_size, a.gate_up_group_size),
+        down_proj=_dense(down, a.down_format, a.intermediate_size, a.down_group_size),
+    )
 
-    def dense(codes: Codes, name: str, columns: int) -> Tensor:
-        return codes.weight if name == "dense" else get_format(name).dequantize(codes, columns, group_size)
 
-    return dense(gate_up, names[0], hidden_size), dense(down, names[-1], intermediate_size)
+def _dense(codes: Codes, name: str, columns: int, group_size: int) -> Tensor:
+    return codes.weight if name == "dense" else get_format(name).dequantize(codes, columns, group_size)
+
+
+def _activation(arguments: MoeArguments, g: Tensor) -> tuple[Tensor, Tensor]:
+    """(act(g), act'(g))"""
+    return ACTIVATIONS[arguments.activation](g, *arguments.activation_args)
 
 
 def _at(tensor: Tensor | None, expert: int, dtype: torch.dtype) -> Tensor | None:
     return None if tensor is None else tensor[expert].to(dtype)
 
 
-def moe_sft_fwd(
-    hidden_states: Tensor,
-    topk_ids: Tensor,
-    topk_weights: Tensor,
-    gate_up_proj: Tensor,
-    down_proj: Tensor,
-    gate_up_scale: Tensor | None,
-    gate_up_zero: Tensor | None,
-    down_scale: Tensor | None,
-    down_zero: Tensor | None,
-    gate_up_bias: Tensor | None,
-    down_bias: Tensor | None,
-    gate_up_lora_A: Tensor | None,
-    gate_up_lora_B: Tensor | None,
-    down_lora_A: Tensor | None,
-    down_lora_B: Tensor | None,
-    num_experts: int,
-    intermediate_size: int,
-    weight_format: str,
-    group_size: int,
-    compute: str,
-    gate_up_scaling: float,
-    down_scaling: float,
-    activation: str,
-    activation_args: list[float],
-    save: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(output [T, H], saved_gate_up [T*K, 2I], saved_gate_up_xa [T*K, r1], saved_down_ha [T*K, r2])
+def moe_sft_fwd(arguments: MoeArguments, save: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(output [T, H], saved_gate_up [T*K, 2I], saved_xa [T*K, r1], saved_ha [T*K, r2])
 
     The saved tensors hold one row per route in the order of :func:`sort_routes`; rows beyond the last route
     are unspecified (zero here). ``save="recompute"`` returns saved_gate_up as [0, 2I].
     """
-    dtype = hidden_states.dtype
-    (num_tokens, hidden_size), top_k = hidden_states.shape, topk_ids.shape[1]
-    gate_up_proj, down_proj = dense_weights(
-        Codes(gate_up_proj, gate_up_scale, gate_up_zero), Codes(down_proj, down_scale, down_zero),
-        hidden_size, intermediate_size, weight_format, group_size,
-    )  # fmt: skip
-    act = ACTIVATIONS[activation]
-    routes, offsets = sort_routes(topk_ids, num_experts)
-    rank1 = 0 if gate_up_lora_A is None else gate_up_lora_A.shape[1]
-    rank2 = 0 if down_lora_A is None else down_lora_A.shape[1]
+    a = with_dense_weights(arguments)
+    hidden_states, dtype = a.hidden_states, a.hidden_states.dtype
+    (num_tokens, hidden_size), top_k = hidden_states.shape, a.topk_ids.shape[1]
+    act = partial(_activation, a)
+    routes, offsets = sort_routes(a.topk_ids, a.num_experts)
+    rank1 = 0 if a.gate_up_lora_A is None else a.gate_up_lora_A.shape[1]
+    rank2 = 0 if a.down_lora_A is None else a.down_lora_A.shape[1]
 
     output = hidden_states.new_zeros(num_tokens, hidden_size)
-    saved_gate_up = hidden_states.new_zeros(num_tokens * top_k, 2 * intermediate_size)
+    saved_gate_up = hidden_states.new_zeros(num_tokens * top_k, 2 * a.intermediate_size)
     saved_xa = hidden_states.new_zeros(num_tokens * top_k, rank1)
     saved_ha = hidden_states.new_zeros(num_tokens * top_k, rank2)
-    for e in range(num_experts):
+    for e in range(a.num_experts):
         span = slice(int(offsets[e]), int(offsets[e + 1]))
         if span.start == span.stop:
             continue
         tokens = routes[span] // top_k
-        w = topk_weights.reshape(-1)[routes[span]].to(dtype)
+        w = a.topk_weights.reshape(-1)[routes[span]].to(dtype)
         x = hidden_states[tokens]
 
-        low_rank, xa = _lora(x, _at(gate_up_lora_A, e, dtype), _at(gate_up_lora_B, e, dtype), gate_up_scaling)
-        gate_up = x @ gate_up_proj[e].to(dtype).T + low_rank
-        if gate_up_bias is not None:
-            gate_up = gate_up + gate_up_bias[e].to(dtype)
+        A1, B1 = _at(a.gate_up_lora_A, e, dtype), _at(a.gate_up_lora_B, e, dtype)
+        low_rank, xa = _lora(x, A1, B1, a.gate_up_scaling)
+        gate_up = x @ a.gate_up_proj[e].to(dtype).T + low_rank
+        if a.gate_up_bias is not None:
+            gate_up = gate_up + a.gate_up_bias[e].to(dtype)
         g, u = gate_up.tensor_split(2, dim=1)
         h = act(g)[0] * u
 
-        low_rank, ha = _lora(h, _at(down_lora_A, e, dtype), _at(down_lora_B, e, dtype), down_scaling)
-        y = h @ down_proj[e].to(dtype).T + low_rank
-        if down_bias is not None:
-            y = y + down_bias[e].to(dtype)
+        A2, B2 = _at(a.down_lora_A, e, dtype), _at(a.down_lora_B, e, dtype)
+        low_rank, ha = _lora(h, A2, B2, a.down_scaling)
+        y = h @ a.down_proj[e].to(dtype).T + low_rank
+        if a.down_bias is not None:
+            y = y + a.down_bias[e].to(dtype)
         output.index_add_(0, tokens, w[:, None] * y)
 
         saved_gate_up[span] = gate_up
@@ -135,48 +119,25 @@ def moe_sft_fwd(
         if ha is not None:
             saved_ha[span] = ha
     if save == "recompute":
-        saved_gate_up = hidden_states.new_zeros(0, 2 * intermediate_size)
+        saved_gate_up = hidden_states.new_zeros(0, 2 * a.intermediate_size)
     return output, saved_gate_up, saved_xa, saved_ha
 
 
-def moe_fwd(*args) -> Tensor:
-    """kt::moe_fwd: the arguments of moe_sft_fwd without ``save``; returns output [T, H] only."""
-    return moe_sft_fwd(*args, "recompute")[0]
+def moe_fwd(arguments: MoeArguments) -> Tensor:
+    """kt::moe_fwd: the output [T, H] of :func:`moe_sft_fwd` only."""
+    return moe_sft_fwd(arguments, "recompute")[0]
 
 
 def moe_sft_bwd(
     grad_output: Tensor,
-    hidden_states: Tensor,
-    topk_ids: Tensor,
-    topk_weights: Tensor,
-    gate_up_proj: Tensor,
-    down_proj: Tensor,
-    gate_up_scale: Tensor | None,
-    gate_up_zero: Tensor | None,
-    down_scale: Tensor | None,
-    down_zero: Tensor | None,
-    gate_up_bias: Tensor | None,
-    down_bias: Tensor | None,
-    gate_up_lora_A: Tensor | None,
-    gate_up_lora_B: Tensor | None,
-    down_lora_A: Tensor | None,
-    down_lora_B: Tensor | None,
-    num_experts: int,
-    intermediate_size: int,
-    weight_format: str,
-    group_size: int,
-    compute: str,
-    gate_up_scaling: float,
-    down_scaling: float,
-    activation: str,
-    activation_args: list[float],
+    arguments: MoeArguments,
     save: str,
     saved_gate_up: Tensor,
-    saved_gate_up_xa: Tensor,
-    saved_down_ha: Tensor,
+    saved_xa: Tensor,
+    saved_ha: Tensor,
     grad_mask: int,
 ) -> tuple[Tensor | None, ...]:
-    """The gradients named by ``ktops.ops.moe_sft.GRADIENTS``, in that order; None where grad_mask has no bit.
+    """The gradients of ``ktops.ops.arguments.GRADIENTS``, in that order; None where grad_mask has no bit.
 
     d = grad_output[t], w = topk_weights[t, j]; dh is unweighted until grad_topk_weights is taken from it:
 
@@ -186,67 +147,62 @@ def moe_sft_bwd(
         dB1 = s1 [dg|du]^T xa     dA1 = s1 ([dg|du] B1)^T x     dWgu = [dg|du]^T x     dbgu = sum [dg|du]
         dB2 = s2 (w d)^T ha       dA2 = s2 (w d B2)^T h         dWd = (w d)^T h        dbd = sum w d
     """
-    dtype = hidden_states.dtype
-    top_k = topk_ids.shape[1]
-    gate_up_proj, down_proj = dense_weights(
-        Codes(gate_up_proj, gate_up_scale, gate_up_zero), Codes(down_proj, down_scale, down_zero),
-        hidden_states.shape[1], intermediate_size, weight_format, group_size,
-    )  # fmt: skip
-    act = ACTIVATIONS[activation]
-    routes, offsets = sort_routes(topk_ids, num_experts)
-    inputs = (
-        hidden_states, topk_weights, gate_up_proj, down_proj, gate_up_bias, down_bias,
-        gate_up_lora_A, gate_up_lora_B, down_lora_A, down_lora_B,
-    )  # fmt: skip
-    grads = [
-        t.new_zeros(t.shape, dtype=t.dtype if i else dtype) if t is not None and grad_mask >> i & 1 else None
-        for i, t in enumerate(inputs)
-    ]
+    a = with_dense_weights(arguments)
+    dtype, top_k = a.hidden_states.dtype, a.topk_ids.shape[1]
+    act = partial(_activation, a)
+    routes, offsets = sort_routes(a.topk_ids, a.num_experts)
+
+    def zeros(name: str) -> Tensor | None:
+        tensor, asked = getattr(a, name), grad_mask >> GRADIENTS.index(name) & 1
+        return tensor.new_zeros(tensor.shape) if tensor is not None and asked else None
+
+    grads = tuple(zeros(name) for name in GRADIENTS)
     dx, dw, dWgu, dWd, dbgu, dbd, dA1, dB1, dA2, dB2 = grads
 
     def put(grad: Tensor | None, expert: int, value) -> None:
         if grad is not None:
             grad[expert] = value().to(grad.dtype)
 
-    for e in range(num_experts):
+    for e in range(a.num_experts):
         span = slice(int(offsets[e]), int(offsets[e + 1]))
         if span.start == span.stop:
             continue
         tokens = routes[span] // top_k
-        w = topk_weights.reshape(-1)[routes[span]].to(dtype)[:, None]
-        x, d = hidden_states[tokens], grad_output[tokens].to(dtype)
-        A1, B1, A2, B2 = (_at(t, e, dtype) for t in inputs[6:])
-        bgu, bd = _at(gate_up_bias, e, dtype), _at(down_bias, e, dtype)
-        low_rank, xa = _lora(x, A1, B1, gate_up_scaling)
+        w = a.topk_weights.reshape(-1)[routes[span]].to(dtype)[:, None]
+        x, d = a.hidden_states[tokens], grad_output[tokens].to(dtype)
+        A1, B1 = _at(a.gate_up_lora_A, e, dtype), _at(a.gate_up_lora_B, e, dtype)
+        A2, B2 = _at(a.down_lora_A, e, dtype), _at(a.down_lora_B, e, dtype)
+        bgu, bd = _at(a.gate_up_bias, e, dtype), _at(a.down_bias, e, dtype)
+        low_rank, xa = _lora(x, A1, B1, a.gate_up_scaling)
         if save == "recompute":
-            gate_up = x @ gate_up_proj[e].to(dtype).T + low_rank + (0 if bgu is None else bgu)
+            gate_up = x @ a.gate_up_proj[e].to(dtype).T + low_rank + (0 if bgu is None else bgu)
         else:
             gate_up = saved_gate_up[span]
         g, u = gate_up.tensor_split(2, dim=1)
-        a, da = act(g)
-        h = a * u
+        act_g, d_act = act(g)
+        h = act_g * u
 
-        dh = d @ down_proj[e].to(dtype)
+        dh = d @ a.down_proj[e].to(dtype)
         if A2 is not None and B2 is not None:
-            dh = dh + down_scaling * (d @ B2) @ A2
+            dh = dh + a.down_scaling * (d @ B2) @ A2
         if dw is not None:
             grad_w = (h * dh).sum(1) + (0 if bd is None else d @ bd)
             dw.view(-1)[routes[span]] = grad_w.to(dw.dtype)
         dh = w * dh
-        dgu = torch.cat([dh * u * da, dh * a], dim=1)
+        dgu = torch.cat([dh * u * d_act, dh * act_g], dim=1)
 
         if dx is not None:
-            dx_e = dgu @ gate_up_proj[e].to(dtype)
+            dx_e = dgu @ a.gate_up_proj[e].to(dtype)
             if A1 is not None and B1 is not None:
-                dx_e = dx_e + gate_up_scaling * (dgu @ B1) @ A1
+                dx_e = dx_e + a.gate_up_scaling * (dgu @ B1) @ A1
             dx.index_add_(0, tokens, dx_e)
         put(dWgu, e, lambda dgu=dgu, x=x: dgu.T @ x)
         put(dbgu, e, lambda dgu=dgu: dgu.sum(0))
-        put(dA1, e, lambda dgu=dgu, x=x, B1=B1: gate_up_scaling * (dgu @ B1).T @ x)
-        put(dB1, e, lambda dgu=dgu, xa=xa: gate_up_scaling * dgu.T @ xa)
+        put(dA1, e, lambda dgu=dgu, x=x, B1=B1: a.gate_up_scaling * (dgu @ B1).T @ x)
+        put(dB1, e, lambda dgu=dgu, xa=xa: a.gate_up_scaling * dgu.T @ xa)
         wd = w * d
         put(dWd, e, lambda wd=wd, h=h: wd.T @ h)
         put(dbd, e, lambda wd=wd: wd.sum(0))
-        put(dA2, e, lambda wd=wd, h=h, B2=B2: down_scaling * (wd @ B2).T @ h)
-        put(dB2, e, lambda wd=wd, h=h, A2=A2: down_scaling * wd.T @ (h @ A2.T))
-    return tuple(grads)
+        put(dA2, e, lambda wd=wd, h=h, B2=B2: a.down_scaling * (wd @ B2).T @ h)
+        put(dB2, e, lambda wd=wd, h=h, A2=A2: a.down_scaling * wd.T @ (h @ A2.T))
+    return grads

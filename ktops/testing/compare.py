@@ -13,7 +13,7 @@ from torch import Tensor
 
 import ktops
 from ktops import ExpertWeight, reference
-from ktops.ops.moe_sft import GRADIENTS
+from ktops.ops.arguments import GRADIENTS
 from ktops.testing.budgets import relative_error, rms, rounding_level, safety
 from ktops.testing.inputs import densified, floating, op_arguments, require_grad, upcast
 
@@ -62,10 +62,11 @@ def run_reference(
     """What :func:`run` returns, from ktops.reference in float64."""
     names = floating(inputs) if names is None else names
     arguments = op_arguments(upcast(densified(inputs)), activation=activation)
-    output, *saved = reference.moe_sft_fwd(*arguments)
+    output, *saved = reference.moe_sft_fwd(arguments, "activations")
     mask = sum(1 << GRADIENTS.index(name) for name in names)
-    gradients = reference.moe_sft_bwd(grad_output.double(), *arguments, *saved, mask)
-    return {"output": output} | {name: gradients[GRADIENTS.index(name)] for name in names}
+    gradients = reference.moe_sft_bwd(grad_output.double(), arguments, "activations", *saved, mask)
+    named = dict(zip(GRADIENTS, gradients, strict=True))
+    return {"output": output} | {name: named[name] for name in names}
 
 
 def inner_size(inputs: dict) -> int:
@@ -108,12 +109,12 @@ def sensitivity(
         noise = torch.randn(samples, *x.shape, generator=generator, dtype=torch.float64)
         return x.detach().double() * (1 + level * noise)
 
-    def results(moved: dict[str, Tensor]) -> dict[str, Tensor]:
-        return run_reference(inputs | moved, moved["grad_output"], names, activation)
+    def results(moved: dict[str, Tensor], moved_grad_output: Tensor) -> dict[str, Tensor]:
+        return run_reference(inputs | moved, moved_grad_output, names, activation)
 
     inputs = densified(inputs)
-    tensors = {name: inputs[name] for name in floating(inputs)} | {"grad_output": grad_output}
-    values = torch.func.vmap(results)({name: perturbed(value) for name, value in tensors.items()})
+    moved = {name: perturbed(inputs[name]) for name in floating(inputs)}
+    values = torch.func.vmap(results)(moved, perturbed(grad_output))
     return {name: Movement.of((value - expected[name]).square().mean(0)) for name, value in values.items()}
 
 

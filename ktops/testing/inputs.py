@@ -1,18 +1,21 @@
 """Inputs for ktops.moe_sft: random, reproducible, and awkward on request."""
 
+import inspect
+
 import torch
 from torch import Tensor
 
 from ktops.formats import ExpertWeight, get_format
-from ktops.ops.moe_sft import ARGUMENTS
+from ktops.ops.arguments import GRADIENTS, MoeArguments
+from ktops.ops.moe_sft import in_format, moe_sft
 
 ROUTINGS = ("random", "skewed", "one_expert", "empty_experts", "repeated")
 
-FLOATING = (
-    "hidden_states", "topk_weights", "gate_up_proj", "down_proj", "gate_up_bias", "down_bias",
-    "gate_up_lora_A", "gate_up_lora_B", "down_lora_A", "down_lora_B",
-)  # fmt: skip
-"""The tensor arguments of ktops.moe_sft that may require a gradient."""
+_NOT_GIVEN = dict.fromkeys(MoeArguments._fields) | {
+    name: parameter.default
+    for name, parameter in inspect.signature(moe_sft).parameters.items()
+    if name in MoeArguments._fields and parameter.default is not parameter.empty
+}
 
 
 def route(num_tokens: int, num_experts: int, top_k: int, routing: str, generator: torch.Generator) -> Tensor:
@@ -58,11 +61,11 @@ def spoil_ids(ids: Tensor, num_experts: int, generator: torch.Generator) -> Tens
 
 
 def moe_inputs(
-    num_tokens: int,
-    hidden_size: int,
-    intermediate_size: int,
-    num_experts: int,
-    top_k: int,
+    T: int,
+    H: int,
+    I: int,  # noqa: E741
+    E: int,
+    K: int,
     *,
     dtype: torch.dtype = torch.float32,
     lora_rank: int | tuple[int, int] = 0,
@@ -82,15 +85,16 @@ def moe_inputs(
     swap shows.
 
     Args:
+        T, H, I, E, K: num_tokens, hidden_size, intermediate_size, num_experts, top_k, named as in all shapes.
         dtype: of hidden_states, gate_up_proj and down_proj.
         lora_rank: r for both adapters or (gate_up's, down's); 0 leaves an adapter out.
         lora_dtype, weights_dtype: of the LoRA tensors and biases, and of topk_weights; default ``dtype``.
         bias: with gate_up_bias and down_bias.
-        invalid_ids: every third id lies outside [0, num_experts).
+        invalid_ids: every third id lies outside [0, E).
         routing: one of ROUTINGS, see :func:`route`.
 
     Example:
-        >>> y = ktops.moe_sft(**moe_inputs(4, 64, 32, num_experts=8, top_k=2, lora_rank=4))
+        >>> y = ktops.moe_sft(**moe_inputs(T=4, H=64, I=32, E=8, K=2, lora_rank=4))
     """
     gen = torch.Generator().manual_seed(seed)
     lora_dtype, weights_dtype = lora_dtype or dtype, weights_dtype or dtype
@@ -103,27 +107,23 @@ def moe_inputs(
         if rank == 0:
             return {}
         return {
-            f"{prefix}_lora_A": normal(num_experts, rank, fan_in, std=fan_in**-0.5, to=lora_dtype),
-            f"{prefix}_lora_B": normal(num_experts, fan_out, rank, std=rank**-0.5, to=lora_dtype),
+            f"{prefix}_lora_A": normal(E, rank, fan_in, std=fan_in**-0.5, to=lora_dtype),
+            f"{prefix}_lora_B": normal(E, fan_out, rank, std=rank**-0.5, to=lora_dtype),
         }
 
-    ids = route(num_tokens, num_experts, top_k, routing, gen).to(ids_dtype)
+    ids = route(T, E, K, routing, gen).to(ids_dtype)
     inputs = {
-        "hidden_states": normal(num_tokens, hidden_size, std=scale, to=dtype),
-        "topk_ids": spoil_ids(ids, num_experts, gen) if invalid_ids else ids,
-        "topk_weights": torch.randn(num_tokens, top_k, generator=gen).softmax(-1).to(weights_dtype),
-        "gate_up_proj": normal(
-            num_experts, 2 * intermediate_size, hidden_size, std=hidden_size**-0.5, to=dtype
-        ),
-        "down_proj": normal(
-            num_experts, hidden_size, intermediate_size, std=intermediate_size**-0.5, to=dtype
-        ),
+        "hidden_states": normal(T, H, std=scale, to=dtype),
+        "topk_ids": spoil_ids(ids, E, gen) if invalid_ids else ids,
+        "topk_weights": torch.randn(T, K, generator=gen).softmax(-1).to(weights_dtype),
+        "gate_up_proj": normal(E, 2 * I, H, std=H**-0.5, to=dtype),
+        "down_proj": normal(E, H, I, std=I**-0.5, to=dtype),
     }
     if bias:
-        inputs["gate_up_bias"] = normal(num_experts, 2 * intermediate_size, std=0.5, to=lora_dtype)
-        inputs["down_bias"] = normal(num_experts, hidden_size, std=0.5, to=lora_dtype)
-    inputs |= lora("gate_up", ranks[0], hidden_size, 2 * intermediate_size)
-    inputs |= lora("down", ranks[1], intermediate_size, hidden_size)
+        inputs["gate_up_bias"] = normal(E, 2 * I, std=0.5, to=lora_dtype)
+        inputs["down_bias"] = normal(E, H, std=0.5, to=lora_dtype)
+    inputs |= lora("gate_up", ranks[0], H, 2 * I)
+    inputs |= lora("down", ranks[1], I, H)
     return inputs | {"gate_up_scaling": 0.75, "down_scaling": 1.25}
 
 
@@ -148,8 +148,8 @@ def densified(inputs: dict) -> dict:
 
 
 def floating(inputs: dict) -> tuple[str, ...]:
-    """Names of the differentiable tensors among the inputs, in FLOATING's order."""
-    return tuple(name for name in FLOATING if isinstance(inputs.get(name), Tensor))
+    """Names of the differentiable tensors among the inputs, in GRADIENTS' order."""
+    return tuple(name for name in GRADIENTS if isinstance(inputs.get(name), Tensor))
 
 
 def require_grad(inputs: dict, *names: str) -> dict:
@@ -164,18 +164,23 @@ def require_grad(inputs: dict, *names: str) -> dict:
     }
 
 
-def op_arguments(inputs: dict, *, activation: str = "silu", save: str | None = "activations") -> tuple:
-    """The positional arguments of kt::moe_sft_fwd and its reference; with ``save=None`` of kt::moe_fwd."""
+def op_arguments(inputs: dict, **options) -> MoeArguments:
+    """The operators' arguments for keyword arguments of ktops.moe_sft, with the same defaults.
+
+    ``inputs`` and ``options`` may also name arguments that only the operators have, "num_experts" and so on.
+
+    Example:
+        >>> torch.ops.kt.moe_sft_fwd(*op_arguments(inputs, activation="gelu"), "recompute")
+    """
     given = {
         "num_experts": inputs["gate_up_proj"].shape[0],
         "intermediate_size": inputs["down_proj"].shape[-1],
-        "weight_format": "dense",
-        "group_size": 0,
-        "compute": "auto",
-        "gate_up_scaling": 1.0,
-        "down_scaling": 1.0,
-        "activation": activation,
         "activation_args": [],
-        "save": save,
-    } | inputs
-    return tuple(given.get(name) for name in ARGUMENTS if name != "save" or save is not None)
+    }
+    for prefix in ("gate_up", "down"):
+        given |= {f"{prefix}_format": "dense", f"{prefix}_group_size": 0}
+        weight = inputs[f"{prefix}_proj"]
+        if isinstance(weight, ExpertWeight):
+            names = (f"{prefix}_{name}" for name in ("proj", "scale", "zero", "format", "group_size"))
+            inputs = inputs | dict(zip(names, in_format(weight), strict=True))
+    return MoeArguments(**_NOT_GIVEN | given | inputs | options)

@@ -15,6 +15,7 @@ ACTIVATIONS = {
     "gelu": F.gelu,
     "gelu_tanh": lambda g: F.gelu(g, approximate="tanh"),
 }
+"""Those of ktops.ops.activation, which the tests compare with these and autograd."""
 
 
 class _Round(torch.autograd.Function):
@@ -84,6 +85,9 @@ def moe_naive(
     inputs = {name: value for name, value in inputs.items() if name != skip}
     num_experts = inputs["gate_up_proj"].shape[0]
 
+    def act(gate: Tensor) -> Tensor:
+        return ACTIVATIONS[activation](gate, *inputs.get("activation_args", ()))
+
     def expert(name: str, e: int) -> Tensor | None:
         return None if inputs.get(name) is None else inputs[name][e]
 
@@ -108,6 +112,6 @@ def moe_naive(
         for e, w in zip(ids, weights, strict=True):
             if 0 <= e < num_experts:
                 gate, up = arithmetic.value(layer(x, "gate_up", e)).chunk(2)
-                row = row + w * layer(ACTIVATIONS[activation](gate) * up, "down", e)
+                row = row + w * layer(act(gate) * up, "down", e)
         rows.append(arithmetic.value(row))
     return torch.stack(rows) if rows else 0 * inputs["hidden_states"]

@@ -115,8 +115,9 @@ void Checker::finite(const char* name, double value) const {
                               : "-inf");
 }
 
-void Checker::absent(const char* name, const OptionalTensor& tensor, const std::string& weight_format) const {
-    require(!tensor, name, " must be None for weight_format '", weight_format, "', got a tensor");
+void Checker::absent(const char* name, const OptionalTensor& tensor, const char* format_name,
+                     const char* format) const {
+    require(!tensor, name, " must be None for ", format_name, " '", format, "', got a tensor");
 }
 
 Tensor as_contiguous(const Tensor& tensor) {

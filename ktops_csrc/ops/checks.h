@@ -38,7 +38,7 @@ public:
     bool is_int64_ids(const char* name, const Tensor& tensor) const;
     void int64(const char* name, const Tensor& tensor) const;
     void finite(const char* name, double value) const;
-    void absent(const char* name, const OptionalTensor& tensor, const std::string& weight_format) const;
+    void absent(const char* name, const OptionalTensor& tensor, const char* format_name, const char* format) const;
     // One of several dtypes: its index.
     int64_t one_of(const char* name, const Tensor& tensor, std::initializer_list<ScalarType> expected) const;
 

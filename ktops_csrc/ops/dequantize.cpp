@@ -8,10 +8,13 @@ Tensor dequantize(Tensor weight, OptionalTensor scale, OptionalTensor zero, std:
     const Checker check("kt::dequantize");
     check.shape("weight", weight, {{"num_experts"}, {"rows"}, {"row_elements"}});
     check.require(columns >= 0, "columns must not be negative, got ", columns);
-    const Format* format = find_format(check, "weight_format", weight_format);
-    check.require(format, "weight_format must name a format, got 'dense'");
     const int64_t E = weight.size(0), N = weight.size(1);
-    const WeightNames names{"weight", "scale", "zero", {"num_experts", E}, {"rows", N}, {"columns", columns}};
+    const WeightNames names{"weight",     "scale",
+                            "zero",       "weight_format",
+                            "group_size", {"num_experts", E},
+                            {"rows", N},  {"columns", columns}};
+    const Format* format = find_format(check, names, weight_format);
+    check.require(format, "weight_format must name a format, got 'dense'");
     const WeightTensor view = weight_argument(check, names, *format, group_size, weight, scale, zero);
     Tensor out = torch::stable::empty({E, N, columns}, ScalarType::Float);
     auto* data = static_cast<float*>(out.mutable_data_ptr());

@@ -7,11 +7,27 @@
 namespace kt::ops {
 namespace {
 
-Activation parse_activation(const Checker& check, const std::string& name) {
-    if (name == "silu") return Activation::kSilu;
-    if (name == "gelu") return Activation::kGelu;
-    if (name == "gelu_tanh") return Activation::kGeluTanh;
-    check.fail("activation must be one of silu, gelu, gelu_tanh, got '" + name + "'");
+constexpr struct {
+    const char* name;
+    Activation activation;
+    size_t num_args;  // its parameters, the values of activation_args
+} kActivations[] = {
+    {"silu", Activation::kSilu, 0},
+    {"gelu", Activation::kGelu, 0},
+    {"gelu_tanh", Activation::kGeluTanh, 0},
+};
+
+Activation parse_activation(const Checker& check, const std::string& name, const std::vector<double>& args) {
+    std::string names;
+    for (const auto& known : kActivations) {
+        names += (names.empty() ? "" : ", ") + std::string(known.name);
+        if (name != known.name) continue;
+        check.require(args.size() == known.num_args, "activation_args must have ", static_cast<int64_t>(known.num_args),
+                      " values for activation '", name, "', got ", static_cast<int64_t>(args.size()));
+        for (const double value : args) check.finite("activation_args", value);
+        return known.activation;
+    }
+    check.fail("activation must be one of " + names + ", got '" + name + "'");
 }
 
 Computation parse_compute(const Checker& check, const std::string& name) {
@@ -21,15 +37,28 @@ Computation parse_compute(const Checker& check, const std::string& name) {
     check.fail("compute must be one of auto, bf16, int8, got '" + name + "'");
 }
 
-WeightTensor dense_weight(const Checker& check, const WeightNames& names, const Tensor& tensor,
-                          const OptionalTensor& scale, const OptionalTensor& zero, DType dtype) {
-    check.absent(names.scale, scale, "dense");
-    check.absent(names.zero, zero, "dense");
-    check.shape(names.weight, tensor, {names.num_experts, names.rows, names.columns});
-    check.same_dtype(names.weight, tensor, "hidden_states", dtype);
+// A projection, dense in the dtype of hidden_states or in a format.
+WeightTensor projection(const Checker& check, const WeightNames& names, const Tensor& weight,
+                        const OptionalTensor& scale, const OptionalTensor& zero, const std::string& format_name,
+                        int64_t group_size, DType dtype) {
+    if (const Format* format = find_format(check, names, format_name)) {
+        return weight_argument(check, names, *format, group_size, weight, scale, zero);
+    }
+    check.require(group_size == 0, names.group_size, " must be 0 for ", names.format, " 'dense', got ", group_size);
+    check.absent(names.scale, scale, names.format, "dense");
+    check.absent(names.zero, zero, names.format, "dense");
+    check.shape(names.weight, weight, {names.num_experts, names.rows, names.columns});
+    check.same_dtype(names.weight, weight, "hidden_states", dtype);
     WeightTensor view;
-    view.dense = strided(tensor, dtype);
+    view.dense = strided(weight, dtype);
     return view;
+}
+
+// The rounding of activations that `compute` asks for must be possible with a projection.
+void check_int8(const Checker& check, const WeightNames& names, const WeightTensor& weight) {
+    if (!weight.is_dense() && format_of(weight).code_group) return;
+    check.fail(std::string("compute must be auto or bf16 for ") + names.format + " '" +
+               (weight.is_dense() ? "dense" : format_of(weight).name) + "', got 'int8'");
 }
 
 // The threads of the calling thread's pool: torch.set_num_threads holds here too.
@@ -66,7 +95,7 @@ int64_t lora_rank(const Checker& check, const char* a_name, const OptionalTensor
 
 }  // namespace
 
-MoeArguments::MoeArguments(const char* op, KT_MOE_PARAMETERS)
+MoeArguments::MoeArguments(const char* op, KT_MOE_ARGUMENTS(KT_PARAMETER))
     : topk_ids(topk_ids),
       topk_weights(topk_weights),
       gate_up_proj(gate_up_proj),
@@ -92,7 +121,6 @@ MoeArguments::MoeArguments(const char* op, KT_MOE_PARAMETERS)
     check.require(p.num_tokens * p.top_k <= std::numeric_limits<int32_t>::max(),
                   "topk_ids must have at most 2^31 - 1 elements, got shape ", topk_ids);
 
-    const WeightFormats formats(check, weight_format);
     p.compute = parse_compute(check, compute);
     check.require(num_experts > 0, "num_experts must be at least 1, got ", num_experts, " (gate_up_proj has shape ",
                   gate_up_proj, ")");
@@ -101,20 +129,15 @@ MoeArguments::MoeArguments(const char* op, KT_MOE_PARAMETERS)
     p.intermediate_size = intermediate_size;
     const Size experts{"num_experts", num_experts}, I{"intermediate_size", intermediate_size},
         two_I{"2*intermediate_size", 2 * intermediate_size}, H{"hidden_size", p.hidden_size};
-    const WeightNames gate_up{"gate_up_proj", "gate_up_scale", "gate_up_zero", experts, two_I, H},
-        down{"down_proj", "down_scale", "down_zero", experts, H, I};
-    const auto weight = [&](const WeightNames& names, const Format* format, const Tensor& tensor,
-                            const OptionalTensor& scale, const OptionalTensor& zero) {
-        return format ? weight_argument(check, names, *format, group_size, tensor, scale, zero)
-                      : dense_weight(check, names, tensor, scale, zero, dtype);
-    };
-    check.require(group_size == 0 || formats.gate_up || formats.down,
-                  "group_size must be 0 for weight_format 'dense', got ", group_size);
-    p.gate_up_proj = weight(gate_up, formats.gate_up, gate_up_proj, gate_up_scale, gate_up_zero);
-    p.down_proj = weight(down, formats.down, down_proj, down_scale, down_zero);
-    for (const Format* format : {formats.gate_up, formats.down}) {
-        check.require(p.compute != Computation::kInt8 || (format && format->code_group),
-                      "compute must be auto or bf16 for weight_format '", weight_format, "', got 'int8'");
+    const WeightNames gate_up{"gate_up_proj",       "gate_up_scale", "gate_up_zero", "gate_up_format",
+                              "gate_up_group_size", experts,         two_I,          H};
+    const WeightNames down{"down_proj", "down_scale", "down_zero", "down_format", "down_group_size", experts, H, I};
+    p.gate_up_proj = projection(check, gate_up, gate_up_proj, gate_up_scale, gate_up_zero, gate_up_format,
+                                gate_up_group_size, dtype);
+    p.down_proj = projection(check, down, down_proj, down_scale, down_zero, down_format, down_group_size, dtype);
+    if (p.compute == Computation::kInt8) {
+        check_int8(check, gate_up, p.gate_up_proj);
+        check_int8(check, down, p.down_proj);
     }
     check.require(p.compute != Computation::kInt8 || dtype != DType::kFloat64,
                   "compute must be auto or bf16 for hidden_states in float64, got 'int8'");
@@ -125,9 +148,7 @@ MoeArguments::MoeArguments(const char* op, KT_MOE_PARAMETERS)
     p.down_rank = lora_rank(check, "down_lora_A", down_lora_A, I, "down_lora_B", down_lora_B, H, experts);
     check.finite("gate_up_scaling", gate_up_scaling);
     check.finite("down_scaling", down_scaling);
-    p.activation = parse_activation(check, activation);
-    check.require(activation_args.empty(), "activation_args must be empty for activation '", activation, "', got ",
-                  static_cast<int64_t>(activation_args.size()), " values");
+    p.activation = parse_activation(check, activation, activation_args);
 
     this->hidden_states = as_contiguous(hidden_states);
     point_to_tensors(check, weights_dtype);

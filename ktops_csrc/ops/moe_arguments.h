@@ -9,7 +9,7 @@ namespace kt::ops {
 
 struct MoeArguments {
     // Throws the errors of the op named `op` before anything is allocated.
-    MoeArguments(const char* op, KT_MOE_PARAMETERS);
+    MoeArguments(const char* op, KT_MOE_ARGUMENTS(KT_PARAMETER));
 
     Problem problem;
     DType dtype;           // of hidden_states, the weights, the output and the saved tensors

@@ -3,9 +3,9 @@
 
 namespace kt::ops {
 
-Tensor moe_fwd(KT_MOE_PARAMETERS) {
+Tensor moe_fwd(KT_MOE_ARGUMENTS(KT_PARAMETER)) {
     const profile::Call call("moe_fwd");
-    MoeArguments arguments("kt::moe_fwd", KT_MOE_NAMES);
+    MoeArguments arguments("kt::moe_fwd", KT_MOE_ARGUMENTS(KT_NAME));
     arguments.problem.inference = true;
     Tensor output = arguments.empty({arguments.problem.num_tokens, arguments.problem.hidden_size});
     profile::mark("arguments");

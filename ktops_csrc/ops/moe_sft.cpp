@@ -3,11 +3,11 @@
 
 namespace kt::ops {
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> moe_sft_fwd(KT_MOE_PARAMETERS, std::string save) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> moe_sft_fwd(KT_MOE_ARGUMENTS(KT_PARAMETER), std::string save) {
     const char* op = "kt::moe_sft_fwd";
     const profile::Call call("moe_sft_fwd");
     const bool keep = keeps_activations(op, save);
-    const MoeArguments arguments(op, KT_MOE_NAMES);
+    const MoeArguments arguments(op, KT_MOE_ARGUMENTS(KT_NAME));
     const Problem& p = arguments.problem;
     const int64_t R = arguments.num_routes();
 
@@ -37,13 +37,13 @@ Result make_result(const Checker& check, const char* name, const Tensor& like, O
 
 }  // namespace
 
-Gradients moe_sft_bwd(Tensor grad_output, KT_MOE_PARAMETERS, std::string save, Tensor saved_gate_up,
-                      Tensor saved_gate_up_xa, Tensor saved_down_ha, int64_t grad_mask) {
+Gradients moe_sft_bwd(Tensor grad_output, KT_MOE_ARGUMENTS(KT_PARAMETER), std::string save, Tensor saved_gate_up,
+                      Tensor saved_xa, Tensor saved_ha, int64_t grad_mask) {
     const char* op = "kt::moe_sft_bwd";
     const profile::Call call("moe_sft_bwd");
     const Checker check(op);
     const bool keep = keeps_activations(op, save);
-    const MoeArguments arguments(op, KT_MOE_NAMES);
+    const MoeArguments arguments(op, KT_MOE_ARGUMENTS(KT_NAME));
     const Problem& p = arguments.problem;
     const int64_t R = arguments.num_routes();
 
@@ -51,24 +51,24 @@ Gradients moe_sft_bwd(Tensor grad_output, KT_MOE_PARAMETERS, std::string save, T
     const Size routes{"num_tokens*top_k", R};
     check.shape("saved_gate_up", saved_gate_up,
                 {keep ? routes : Size{"0", 0}, {"2*intermediate_size", 2 * p.intermediate_size}});
-    check.shape("saved_gate_up_xa", saved_gate_up_xa, {routes, {"rank", p.gate_up_rank}});
-    check.shape("saved_down_ha", saved_down_ha, {routes, {"rank", p.down_rank}});
+    check.shape("saved_xa", saved_xa, {routes, {"rank", p.gate_up_rank}});
+    check.shape("saved_ha", saved_ha, {routes, {"rank", p.down_rank}});
     check.same_dtype("grad_output", grad_output, "hidden_states", arguments.dtype);
     check.same_dtype("saved_gate_up", saved_gate_up, "hidden_states", arguments.dtype);
-    check.same_dtype("saved_gate_up_xa", saved_gate_up_xa, "hidden_states", arguments.dtype);
-    check.same_dtype("saved_down_ha", saved_down_ha, "hidden_states", arguments.dtype);
+    check.same_dtype("saved_xa", saved_xa, "hidden_states", arguments.dtype);
+    check.same_dtype("saved_ha", saved_ha, "hidden_states", arguments.dtype);
     check.require(grad_mask >= 0 && grad_mask < 1 << 10, "grad_mask must be in [0, 1024), got ", grad_mask);
 
     grad_output = as_contiguous(grad_output);
     saved_gate_up = as_contiguous(saved_gate_up);
-    saved_gate_up_xa = as_contiguous(saved_gate_up_xa);
-    saved_down_ha = as_contiguous(saved_down_ha);
+    saved_xa = as_contiguous(saved_xa);
+    saved_ha = as_contiguous(saved_ha);
     BackwardProblem b;
     b.forward = p;
     b.grad_output = grad_output.const_data_ptr();
     b.saved_gate_up = keep ? saved_gate_up.const_data_ptr() : nullptr;
-    b.saved_xa = saved_gate_up_xa.const_data_ptr();
-    b.saved_ha = saved_down_ha.const_data_ptr();
+    b.saved_xa = saved_xa.const_data_ptr();
+    b.saved_ha = saved_ha.const_data_ptr();
 
     OptionalTensor out[10];
     const struct {
@@ -91,11 +91,10 @@ Gradients moe_sft_bwd(Tensor grad_output, KT_MOE_PARAMETERS, std::string save, T
         if (!(grad_mask >> i & 1)) continue;
         check.require(wanted[i].like.has_value(), "grad_mask must not ask for the gradient of ", wanted[i].name,
                       ", which is None, got ", grad_mask);
-        check.require(i != 2 || p.gate_up_proj.is_dense(),
-                      "grad_mask must not ask for the gradient of gate_up_proj in ",
-                      "a weight_format that is not dense, got ", grad_mask);
-        check.require(i != 3 || p.down_proj.is_dense(), "grad_mask must not ask for the gradient of down_proj in ",
-                      "a weight_format that is not dense, got ", grad_mask);
+        check.require(i != 2 || p.gate_up_proj.is_dense(), "grad_mask must not ask for the gradient of gate_up_proj, ",
+                      "whose gate_up_format is not dense, got ", grad_mask);
+        check.require(i != 3 || p.down_proj.is_dense(), "grad_mask must not ask for the gradient of down_proj, ",
+                      "whose down_format is not dense, got ", grad_mask);
         wanted[i].result = make_result(check, wanted[i].name, *wanted[i].like, out[i]);
     }
     profile::mark("arguments");

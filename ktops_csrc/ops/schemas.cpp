@@ -1,45 +1,29 @@
 // The kt operators: the whole API on one page.
 //
-// T tokens, K = top_k, E experts, H hidden_size, I intermediate_size, r LoRA rank, R = T*K routes.
-// The arguments shared by the MoE operators:
-//
-//   hidden_states   [T, H]              topk_ids, topk_weights  [T, K]
-//   gate_up_proj    [E, 2I, H]          down_proj               [E, H, I]     (in their weight_format)
-//   *_scale, *_zero                     [E, rows, groups] of quantised weight formats
-//   gate_up_bias    [E, 2I]             down_bias               [E, H]
-//   gate_up_lora_A  [E, r1, H]          gate_up_lora_B          [E, 2I, r1]
-//   down_lora_A     [E, r2, I]          down_lora_B             [E, H, r2]
-//   weight_format   "dense", a name of formats/formats.def, or two with a comma between: of gate_up_proj and down_proj
-//   compute         "auto" | "bf16" | "int8": what products with the base weights are computed in
-//   activation      "silu" | "gelu" | "gelu_tanh"; activation_args is reserved for clamped variants
-//   save            "activations" | "recompute"
+// The arguments that the MoE operators share are in moe_arguments.def. T tokens, H hidden_size, I intermediate_size, r
+// LoRA rank, R = T*K routes; save is "activations" or "recompute".
 
 #include <Python.h>
 
 #include "ops/ops.h"
 
-// clang-format off
-#define KT_MOE_ARGUMENTS                                                                               \
-    "Tensor hidden_states, Tensor topk_ids, Tensor topk_weights, "                                     \
-    "Tensor gate_up_proj, Tensor down_proj, "                                                          \
-    "Tensor? gate_up_scale, Tensor? gate_up_zero, Tensor? down_scale, Tensor? down_zero, "             \
-    "Tensor? gate_up_bias, Tensor? down_bias, "                                                        \
-    "Tensor? gate_up_lora_A, Tensor? gate_up_lora_B, Tensor? down_lora_A, Tensor? down_lora_B, "       \
-    "int num_experts, int intermediate_size, str weight_format, int group_size, str compute, "                     \
-    "float gate_up_scaling, float down_scaling, str activation, float[] activation_args"
+#define KT_TEXT(...) #__VA_ARGS__
+#define KT_EXPANDED_TEXT(...) KT_TEXT(__VA_ARGS__)
+#define KT_MOE_SCHEMA KT_EXPANDED_TEXT(KT_MOE_ARGUMENTS(KT_SCHEMA))
 
+// clang-format off
 STABLE_TORCH_LIBRARY(kt, m) {
     // -> [T, H]
-    m.def("moe_fwd(" KT_MOE_ARGUMENTS ") -> Tensor");
+    m.def("moe_fwd(" KT_MOE_SCHEMA ") -> Tensor");
 
     // -> output [T, H]; saved, one row per route in sorted order: gate_up [R, 2I] (or [0, 2I] for "recompute"),
     //    x A1^T [R, r1], h A2^T [R, r2]
-    m.def("moe_sft_fwd(" KT_MOE_ARGUMENTS ", str save) -> (Tensor output, Tensor saved_gate_up, "
-          "Tensor saved_gate_up_xa, Tensor saved_down_ha)");
+    m.def("moe_sft_fwd(" KT_MOE_SCHEMA ", str save) -> (Tensor output, Tensor saved_gate_up, "
+          "Tensor saved_xa, Tensor saved_ha)");
 
     // bit i of grad_mask asks for the i-th result
-    m.def("moe_sft_bwd(Tensor grad_output, " KT_MOE_ARGUMENTS ", str save, Tensor saved_gate_up, "
-          "Tensor saved_gate_up_xa, Tensor saved_down_ha, int grad_mask) -> ("
+    m.def("moe_sft_bwd(Tensor grad_output, " KT_MOE_SCHEMA ", str save, Tensor saved_gate_up, "
+          "Tensor saved_xa, Tensor saved_ha, int grad_mask) -> ("
           "Tensor? grad_hidden_states, Tensor? grad_topk_weights, Tensor? grad_gate_up_proj, Tensor? grad_down_proj, "
           "Tensor? grad_gate_up_bias, Tensor? grad_down_bias, Tensor? grad_gate_up_lora_A, "
           "Tensor? grad_gate_up_lora_B, Tensor? grad_down_lora_A, Tensor? grad_down_lora_B)");

@@ -30,22 +30,23 @@ Size row_size(const Checker& check, const WeightNames& names, const Format& form
     const int64_t columns = names.columns.value;
     if (format.block == 1) return names.columns;
     if (format.block == 2) return {"columns/2", ceil_div(columns, 2)};
-    check.require(columns % format.block == 0, names.weight, " in format '", std::string(format.name),
+    check.require(columns % format.block == 0, names.weight, " in format '", format.name,
                   "' must have rows of a multiple of ", format.block, " weights, got ", columns);
     return {"row_bytes", columns / format.block * format.bytes};
 }
 
 void check_group_size(const Checker& check, const WeightNames& names, const Format& format, int64_t group_size) {
-    const std::string name(format.name);
-    if (format.scales == Scales::kNone) {
-        check.require(group_size == 0, "group_size must be 0 for weight_format '", name, "', got ", group_size);
-    } else if (format.scales == Scales::kFloats) {
-        check.require(group_size >= 0 && group_size % kExponentGroup == 0,
-                      "group_size must be 0 or a multiple of 32 for weight_format '", name, "', got ", group_size);
-    } else {
-        check.require(group_size == kExponentGroup, "group_size must be 32 for weight_format '", name, "', got ",
+    const auto require = [&](bool condition, const char* must) {
+        check.require(condition, names.group_size, must, " for ", names.format, " '", format.name, "', got ",
                       group_size);
-        check.require(names.columns.value % kExponentGroup == 0, names.weight, " in format '", name,
+    };
+    if (format.scales == Scales::kNone) {
+        require(group_size == 0, " must be 0");
+    } else if (format.scales == Scales::kFloats) {
+        require(group_size >= 0 && group_size % kExponentGroup == 0, " must be 0 or a multiple of 32");
+    } else {
+        require(group_size == kExponentGroup, " must be 32");
+        check.require(names.columns.value % kExponentGroup == 0, names.weight, " in format '", format.name,
                       "' must have rows of a multiple of 32 weights, got ", names.columns.value);
     }
 }
@@ -53,8 +54,7 @@ void check_group_size(const Checker& check, const WeightNames& names, const Form
 // Values of groups, [E, rows, groups], or with row blocks [E, ceil(rows / group_size), groups].
 GroupValues group_values(const Checker& check, const WeightNames& names, const char* name, const OptionalTensor& values,
                          const Format& format, int64_t group_size, bool exponents, bool integers) {
-    check.require(values.has_value(), name, " must be given for weight_format '", std::string(format.name),
-                  "', got None");
+    check.require(values.has_value(), name, " must be given for ", names.format, " '", format.name, "', got None");
     const int64_t rows = names.rows.value;
     const Size groups{"groups", group_size ? ceil_div(names.columns.value, group_size) : 1};
     GroupValues view;
@@ -84,20 +84,14 @@ GroupValues group_values(const Checker& check, const WeightNames& names, const c
 
 }  // namespace
 
-const Format* find_format(const Checker& check, const char* argument, const std::string& name) {
+const Format* find_format(const Checker& check, const WeightNames& names, const std::string& name) {
     if (name == "dense") return nullptr;
-    std::string names = "dense";
+    std::string known = "dense";
     for (const Format& format : kFormats) {
         if (name == format.name) return &format;
-        names += std::string(", ") + format.name;
+        known += std::string(", ") + format.name;
     }
-    check.fail(std::string(argument) + " must be one of " + names + ", got '" + name + "'");
-}
-
-WeightFormats::WeightFormats(const Checker& check, const std::string& weight_format) {
-    const size_t comma = weight_format.find(',');
-    gate_up = find_format(check, "weight_format", weight_format.substr(0, comma));
-    down = comma == std::string::npos ? gate_up : find_format(check, "weight_format", weight_format.substr(comma + 1));
+    check.fail(std::string(names.format) + " must be one of " + known + ", got '" + name + "'");
 }
 
 WeightTensor weight_argument(const Checker& check, const WeightNames& names, const Format& format, int64_t group_size,
@@ -115,7 +109,7 @@ WeightTensor weight_argument(const Checker& check, const WeightNames& names, con
     view.columns = names.columns.value;
     view.group = group_size ? group_size : int64_t{1} << 40;
     if (format.scales == Scales::kNone) {
-        check.absent(names.scale, scale, format.name);
+        check.absent(names.scale, scale, names.format, format.name);
     } else {
         const bool exponents = format.scales == Scales::kExponents;
         view.scale = group_values(check, names, names.scale, scale, format, group_size, exponents, false);
@@ -123,7 +117,7 @@ WeightTensor weight_argument(const Checker& check, const WeightNames& names, con
     if (format.zeros) {
         view.zero = group_values(check, names, names.zero, zero, format, group_size, false, true);
     } else {
-        check.absent(names.zero, zero, format.name);
+        check.absent(names.zero, zero, names.format, format.name);
     }
     return view;
 }

@@ -82,7 +82,7 @@ out = []
 for threads in (1, 2, 3):
     torch.set_num_threads(threads)
     for full in (False, True):
-        inputs = moe_inputs(96, 96, 64, 3, 2, dtype=torch.bfloat16, lora_rank=8)
+        inputs = moe_inputs(T=96, H=96, I=64, E=3, K=2, dtype=torch.bfloat16, lora_rank=8)
         names = ["hidden_states", "gate_up_lora_A", "down_lora_B"] + ["gate_up_proj", "down_proj"] * full
         inputs = require_grad(inputs, *names)
         output, forward = counted(lambda: ktops.moe_sft(**inputs))

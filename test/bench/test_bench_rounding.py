@@ -9,7 +9,7 @@ from bench.plots import fill
 
 @pytest.fixture
 def small(tmp_path, monkeypatch, single_thread):
-    monkeypatch.setattr(rounding, "SHAPE", (256, 128))
+    monkeypatch.setattr(rounding, "SHAPE", {"H": 256, "I": 128})
     monkeypatch.setattr(rounding, "FORMATS", (("int8", 0), ("int4", 32)))
     monkeypatch.setattr(rounding, "PAGE", tmp_path / "page.md")
     monkeypatch.setattr(results, "RESULTS", tmp_path)

@@ -76,6 +76,20 @@ def test_architectures(tmp_path, architecture, way):
     assert said["quantization_config"] == {"loader": "ktops"}
 
 
+def test_two_formats_and_group_sizes(tmp_path):
+    model = tiny_model("qwen3_moe").eval()
+    ktops.quantize_experts(model, "fp32", show_progress=False)
+    for layer in model.model.layers:
+        experts = layer.mlp.experts
+        experts.gate_up_proj = ktops.quantize(experts.gate_up_proj.weight, "uint4", group_size=32)
+        experts.down_proj = ktops.quantize(experts.down_proj.weight, "int4", group_size=0)
+    model.save_pretrained(tmp_path)
+    again = loaded(tmp_path)
+    assert torch.equal(logits(again), logits(model))
+    experts = again.model.layers[0].mlp.experts
+    assert (experts.gate_up_proj.group_size, experts.down_proj.group_size) == (32, 0)
+
+
 @pytest.mark.parametrize("original", [True, False])
 def test_other_ways_to_save(tmp_path, original):
     tiny_model("mixtral").save_pretrained(tmp_path / "dense")

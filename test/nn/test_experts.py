@@ -9,6 +9,7 @@ from torch._dynamo.testing import CompileCounter
 
 import ktops
 from ktops.nn import KTExperts
+from ktops.ops.activation import ACTIVATIONS
 from ktops.testing.budgets import forward_budget, gradient_budget, relative_error
 from ktops.testing.counts import counted
 
@@ -157,7 +158,11 @@ def test_repr():
     [
         (ValueError, "num_experts must be positive, got 0", {"num_experts": 0}),
         (ValueError, "hidden_size must be positive, got -1", {"hidden_size": -1}),
-        (ValueError, "activation must be one of silu, gelu, gelu_tanh, got 'relu'", {"activation": "relu"}),
+        (
+            ValueError,
+            f"activation must be one of {', '.join(ACTIVATIONS)}, got 'relu'",
+            {"activation": "relu"},
+        ),
         (ValueError, "save must be one of activations, recompute, got 'all'", {"save": "all"}),
         (TypeError, "dtype must have one of the dtypes .*, got torch.float16", {"dtype": torch.float16}),
     ],

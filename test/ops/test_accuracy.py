@@ -10,11 +10,11 @@ from ktops.testing.compare import random_grad_output, run, run_reference
 from ktops.testing.inputs import floating, moe_inputs, require_grad
 
 SHAPES = {
-    "qwen3_30b": (64, 2048, 768, 8, 4),
-    "dsv2_lite": (48, 2048, 1408, 4, 3),
-    "mixtral_small": (24, 2048, 7168, 2, 2),
+    "qwen3_30b": {"T": 64, "H": 2048, "I": 768, "E": 8, "K": 4},
+    "dsv2_lite": {"T": 48, "H": 2048, "I": 1408, "E": 4, "K": 3},
+    "mixtral_small": {"T": 24, "H": 2048, "I": 7168, "E": 2, "K": 2},
 }
-"""num_tokens, hidden_size, intermediate_size, num_experts, top_k: real sizes, few tokens and experts"""
+"""Real sizes, few tokens and experts."""
 
 
 def eager_experts(inputs: dict, grad_output: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -41,7 +41,7 @@ def eager_experts(inputs: dict, grad_output: torch.Tensor) -> dict[str, torch.Te
 @pytest.fixture(scope="module", params=SHAPES)
 def case(request):
     """(name of the shape, inputs, grad_output, results in float64, results of the eager experts)"""
-    inputs = moe_inputs(*SHAPES[request.param], dtype=torch.bfloat16)
+    inputs = moe_inputs(**SHAPES[request.param], dtype=torch.bfloat16)
     grad_output = random_grad_output(inputs)
     exact = run_reference(inputs, grad_output)
     assert set(exact) == {"output", *floating(inputs)}

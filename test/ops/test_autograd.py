@@ -5,7 +5,7 @@ import torch
 
 import ktops
 from ktops.ops.activation import ACTIVATIONS
-from ktops.ops.moe_sft import ARGUMENTS, GRADIENTS
+from ktops.ops.arguments import GRADIENTS
 from ktops.testing.compare import random_grad_output, run, run_reference
 from ktops.testing.inputs import floating, moe_inputs, op_arguments, require_grad
 
@@ -13,7 +13,7 @@ ALL_GRADIENTS = (1 << len(GRADIENTS)) - 1
 
 
 def tiny(dtype=torch.float64, **options) -> dict:
-    return moe_inputs(3, 4, 3, 3, 2, dtype=dtype, lora_rank=(2, 1), bias=True, **options)
+    return moe_inputs(T=3, H=4, I=3, E=3, K=2, dtype=dtype, lora_rank=(2, 1), bias=True, **options)
 
 
 def assert_bitwise(actual, expected) -> None:
@@ -56,13 +56,13 @@ def test_double_backward_raises():
 
 def test_backward_of_inference_raises():
     inputs = require_grad(tiny())
-    output = torch.ops.kt.moe_fwd(*op_arguments(inputs, save=None))
+    output = torch.ops.kt.moe_fwd(*op_arguments(inputs))
     with pytest.raises(RuntimeError, match=r"kt::moe_fwd is for inference and has no gradient"):
         output.sum().backward()
 
 
 def test_saved_tensors_carry_no_gradient(isa):
-    output, *saved = torch.ops.kt.moe_sft_fwd(*op_arguments(require_grad(tiny())))
+    output, *saved = torch.ops.kt.moe_sft_fwd(*op_arguments(require_grad(tiny())), "activations")
     assert output.requires_grad
     assert not any(t.requires_grad for t in saved)
 
@@ -85,7 +85,8 @@ def test_grad_mask_follows_requires_grad(isa):
     class Spy(torch.utils._python_dispatch.TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
             if func is torch.ops.kt.moe_sft_bwd.default:
-                masks.append(args[-1])
+                *_, grad_mask = args
+                masks.append(grad_mask)
             return func(*args, **(kwargs or {}))
 
     for names in (("hidden_states",), ("down_lora_B", "topk_weights"), floating(tiny())):
@@ -178,29 +179,29 @@ def test_a_chain_of_two_layers(isa):
 def test_opcheck_forward(save, with_grad):
     inputs = tiny(torch.bfloat16)
     inputs = require_grad(inputs) if with_grad else inputs
-    torch.library.opcheck(torch.ops.kt.moe_sft_fwd.default, op_arguments(inputs, save=save))
+    torch.library.opcheck(torch.ops.kt.moe_sft_fwd.default, (*op_arguments(inputs), save))
 
 
 @pytest.mark.parametrize("names", [("hidden_states",), ("gate_up_lora_A", "down_lora_B"), ("gate_up_proj",)])
 def test_opcheck_forward_with_some_gradients(names):
     inputs = require_grad(tiny(torch.float32), *names)
-    torch.library.opcheck(torch.ops.kt.moe_sft_fwd.default, op_arguments(inputs))
+    torch.library.opcheck(torch.ops.kt.moe_sft_fwd.default, (*op_arguments(inputs), "activations"))
 
 
 @pytest.mark.parametrize("lora_rank", [0, 2])
 def test_opcheck_inference(lora_rank):
-    inputs = moe_inputs(3, 4, 3, 3, 2, lora_rank=lora_rank)
-    arguments = op_arguments(inputs, save=None)
+    inputs = moe_inputs(T=3, H=4, I=3, E=3, K=2, lora_rank=lora_rank)
+    arguments = op_arguments(inputs)
     torch.library.opcheck(torch.ops.kt.moe_fwd.default, arguments)
     tests = ("test_schema", "test_faketensor", "test_autograd_registration")
-    arguments = op_arguments(require_grad(inputs), save=None)
+    arguments = op_arguments(require_grad(inputs))
     torch.library.opcheck(torch.ops.kt.moe_fwd.default, arguments, test_utils=tests)
 
 
 @pytest.mark.parametrize("grad_mask", [0, 1, 0b1111000000, ALL_GRADIENTS])
 @pytest.mark.parametrize("save", ["activations", "recompute"])
 def test_opcheck_backward(save, grad_mask):
-    arguments = op_arguments(tiny(torch.float32), save=save)
+    arguments = (*op_arguments(tiny(torch.float32)), save)
     output, *saved = torch.ops.kt.moe_sft_fwd(*arguments)
     backward = torch.ops.kt.moe_sft_bwd.default
     torch.library.opcheck(backward, (torch.ones_like(output), *arguments, *saved, grad_mask))
@@ -216,13 +217,13 @@ def test_fake_kernels_describe_the_real_ones(isa, layout):
             for name, value in inputs.items()
         }
     arguments = op_arguments(inputs)
-    real = torch.ops.kt.moe_sft_fwd(*arguments)
-    grads = torch.ops.kt.moe_sft_bwd(real[0], *arguments, *real[1:], ALL_GRADIENTS)
+    real = output, *saved = torch.ops.kt.moe_sft_fwd(*arguments, "activations")
+    grads = torch.ops.kt.moe_sft_bwd(output, *arguments, "activations", *saved, ALL_GRADIENTS)
     with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True):
-        fake = torch.ops.kt.moe_sft_fwd(*arguments)
-        fake_grads = torch.ops.kt.moe_sft_bwd(fake[0], *arguments, *fake[1:], ALL_GRADIENTS)
-        fake_inference = torch.ops.kt.moe_fwd(*arguments[: ARGUMENTS.index("save")])
-    for expected, actual in zip((*real, *grads, real[0]), (*fake, *fake_grads, fake_inference), strict=True):
+        fake = fake_output, *saved = torch.ops.kt.moe_sft_fwd(*arguments, "activations")
+        fake_grads = torch.ops.kt.moe_sft_bwd(fake_output, *arguments, "activations", *saved, ALL_GRADIENTS)
+        fake_inference = torch.ops.kt.moe_fwd(*arguments)
+    for expected, actual in zip((*real, *grads, output), (*fake, *fake_grads, fake_inference), strict=True):
         assert (actual.shape, actual.dtype, actual.stride()) == (
             expected.shape,
             expected.dtype,

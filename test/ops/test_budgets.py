@@ -37,7 +37,7 @@ def modeled(inputs: dict, grad_output: torch.Tensor, arithmetic, skip: str = "")
 def case():
     """bfloat16 with float32 LoRA, as PEFT keeps it."""
     inputs = moe_inputs(
-        24, 256, 64, 4, 2, dtype=torch.bfloat16, lora_rank=4, bias=True, lora_dtype=torch.float32
+        T=24, H=256, I=64, E=4, K=2, dtype=torch.bfloat16, lora_rank=4, bias=True, lora_dtype=torch.float32
     )
     return inputs, random_grad_output(inputs)
 
@@ -59,7 +59,15 @@ def test_one_rounding_per_factor_passes(case, good):
 @pytest.mark.parametrize("seed", range(20))
 def test_one_rounding_per_factor_passes_where_sums_cancel(seed):
     inputs = moe_inputs(
-        2, 3, 1, 2, 1 + seed % 2, dtype=torch.bfloat16, lora_rank=1 + seed % 3, bias=seed % 4 == 0, seed=seed
+        T=2,
+        H=3,
+        I=1,
+        E=2,
+        K=1 + seed % 2,
+        dtype=torch.bfloat16,
+        lora_rank=1 + seed % 3,
+        bias=seed % 4 == 0,
+        seed=seed,
     )
     grad_output = random_grad_output(inputs)
     assert_matches_reference(modeled(inputs, grad_output, Rounded()), inputs, grad_output)

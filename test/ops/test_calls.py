@@ -10,14 +10,14 @@ import pytest
 import torch
 
 import ktops
-from ktops.ops.moe_sft import GRADIENTS
+from ktops.ops.arguments import GRADIENTS
 from ktops.testing.compare import random_grad_output, run
 from ktops.testing.counts import counted
 from ktops.testing.inputs import moe_inputs, require_grad
 
-SIZES = {"hidden_size": 64, "intermediate_size": 32, "num_experts": 6, "top_k": 2}
+SIZES = {"H": 64, "I": 32, "E": 6, "K": 2}
 TOKENS, RANK = 5, 4
-ROUTES = TOKENS * SIZES["top_k"]
+ROUTES = TOKENS * SIZES["K"]
 VARIANTS = {
     "plain": {},
     "LoRA": {"lora_rank": RANK},
@@ -33,7 +33,7 @@ def poison():
 
 
 def inputs_of(variant: str = "plain") -> dict:
-    return moe_inputs(TOKENS, *SIZES.values(), dtype=torch.bfloat16, **VARIANTS[variant])
+    return moe_inputs(T=TOKENS, **SIZES, dtype=torch.bfloat16, **VARIANTS[variant])
 
 
 def quantized(weight_format: str) -> dict:
@@ -80,7 +80,7 @@ def test_training_allocates_what_it_returns_and_what_it_saves(isa, save):
     grad_output = random_grad_output(inputs)
     with counted() as counts:
         output = ktops.moe_sft(**inputs, save=save)
-    gate_up = 0 if save == "recompute" else 2 * ROUTES * 2 * SIZES["intermediate_size"]
+    gate_up = 0 if save == "recompute" else 2 * ROUTES * 2 * SIZES["I"]
     saved = [gate_up, 2 * ROUTES * RANK, 2 * ROUTES * RANK]
     assert counts.operators == {"kt::moe_sft_fwd": 1, "aten::empty": 4}
     assert counts.allocations == [nbytes for nbytes in (output.nbytes, *saved) if nbytes]
@@ -130,7 +130,7 @@ def test_a_call_is_one_function_of_python(variant):
 
 @pytest.mark.parametrize("tokens", [1, 40])
 def test_each_operator_starts_its_threads_once(tokens):
-    inputs = moe_inputs(tokens, *SIZES.values(), dtype=torch.bfloat16, lora_rank=RANK)
+    inputs = moe_inputs(T=tokens, **SIZES, dtype=torch.bfloat16, lora_rank=RANK)
     with ktops.profile() as profile:
         run(inputs, random_grad_output(inputs))
         with torch.no_grad():

@@ -23,10 +23,12 @@ def threads():
 
 def cases(dtype: torch.dtype):
     """Each with work for at least seven threads: small problems run on fewer."""
-    yield moe_inputs(70, 96, 80, 6, 3, dtype=dtype, lora_rank=(5, 18), bias=True, routing="skewed")
-    yield moe_inputs(1, 640, 256, 8, 4, dtype=dtype, lora_rank=4)
-    yield moe_inputs(24, 96, 150, 8, 4, dtype=dtype, lora_rank=4)
-    yield moe_inputs(120, 33, 130, 2, 2, dtype=dtype, lora_rank=1, routing="repeated", invalid_ids=True)
+    yield moe_inputs(T=70, H=96, I=80, E=6, K=3, dtype=dtype, lora_rank=(5, 18), bias=True, routing="skewed")
+    yield moe_inputs(T=1, H=640, I=256, E=8, K=4, dtype=dtype, lora_rank=4)
+    yield moe_inputs(T=24, H=96, I=150, E=8, K=4, dtype=dtype, lora_rank=4)
+    yield moe_inputs(
+        T=120, H=33, I=130, E=2, K=2, dtype=dtype, lora_rank=1, routing="repeated", invalid_ids=True
+    )
 
 
 def assert_bitwise(actual: dict, expected: dict) -> None:
@@ -50,10 +52,10 @@ def test_any_number_of_threads(isa, threads, dtype, save):
 def test_inference_with_any_number_of_threads(isa, threads, dtype):
     for inputs in cases(dtype):
         torch.set_num_threads(1)
-        expected = torch.ops.kt.moe_fwd(*op_arguments(inputs, save=None))
+        expected = torch.ops.kt.moe_fwd(*op_arguments(inputs))
         for num_threads in (2, 3, 7):
             torch.set_num_threads(num_threads)
-            assert torch.equal(torch.ops.kt.moe_fwd(*op_arguments(inputs, save=None)), expected)
+            assert torch.equal(torch.ops.kt.moe_fwd(*op_arguments(inputs)), expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -70,7 +72,7 @@ def test_a_token_does_not_depend_on_its_company(isa, dtype):
     """The row of a token is the same alone and among others but for the order of a sum: for few rows of an
     expert there may be another kernel than for many.
     """
-    inputs = moe_inputs(40, 96, 80, 4, 2, dtype=dtype, lora_rank=4, bias=True)
+    inputs = moe_inputs(T=40, H=96, I=80, E=4, K=2, dtype=dtype, lora_rank=4, bias=True)
     together = ktops.moe_sft(**inputs)
     for t in (0, 7, 39):
         alone = {
@@ -82,7 +84,7 @@ def test_a_token_does_not_depend_on_its_company(isa, dtype):
 
 def test_concurrent_calls_from_python_threads(isa):
     jobs = [
-        moe_inputs(20 + 40 * i, 64 + i, 48, 4, 2, dtype=dtype, lora_rank=3, bias=True, seed=i)
+        moe_inputs(T=20 + 40 * i, H=64 + i, I=48, E=4, K=2, dtype=dtype, lora_rank=3, bias=True, seed=i)
         for i, dtype in enumerate(DTYPES * 3)
     ]
     grad_outputs = [random_grad_output(inputs) for inputs in jobs]
@@ -96,7 +98,7 @@ def test_concurrent_calls_from_python_threads(isa):
 def test_calls_inside_an_intra_op_region(isa, threads):
     """autograd runs backward in its own threads, each with its own pool."""
     torch.set_num_threads(3)
-    inputs = moe_inputs(60, 80, 48, 4, 2, dtype=torch.bfloat16, lora_rank=3)
+    inputs = moe_inputs(T=60, H=80, I=48, E=4, K=2, dtype=torch.bfloat16, lora_rank=3)
     grad_output = random_grad_output(inputs)
     expected = run(inputs, grad_output)
     with ThreadPoolExecutor(1) as pool:

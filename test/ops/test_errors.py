@@ -10,31 +10,32 @@ import pytest
 import torch
 
 import ktops
-from ktops.ops.moe_sft import ARGUMENTS, GRADIENTS
-from ktops.testing.inputs import FLOATING, moe_inputs, op_arguments, require_grad
+from ktops.ops.activation import ACTIVATIONS
+from ktops.ops.arguments import GRADIENTS
+from ktops.testing.inputs import moe_inputs, op_arguments, require_grad
 
 OPS = ["moe_fwd", "moe_sft_fwd", "moe_sft_bwd"]
+SAVED = ("saved_gate_up", "saved_xa", "saved_ha")
 T, H, I, E, K, R1, R2 = 5, 8, 6, 3, 2, 2, 4  # noqa: E741
 
 
 def valid() -> dict:
-    return moe_inputs(T, H, I, E, K, lora_rank=(R1, R2), bias=True)
+    return moe_inputs(T=T, H=H, I=I, E=E, K=K, lora_rank=(R1, R2), bias=True)
 
 
 def call(op: str, **changes):
     """Calls the operator with valid arguments, some replaced; for backward the saved ones stay valid."""
-    own = {name: changes.pop(name) for name in list(changes) if name not in ARGUMENTS}
-    inputs = valid() | changes
-    if op != "moe_sft_bwd":
-        return getattr(torch.ops.kt, op)(
-            *op_arguments(inputs, save=None if op == "moe_fwd" else "activations")
-        )
-    output, *saved = torch.ops.kt.moe_sft_fwd(*op_arguments(valid()))
-    names = ("saved_gate_up", "saved_gate_up_xa", "saved_down_ha")
-    own = {"grad_output": output, "grad_mask": 1} | dict(zip(names, saved, strict=True)) | own
-    return torch.ops.kt.moe_sft_bwd(
-        own["grad_output"], *op_arguments(inputs), *(own[name] for name in names), own["grad_mask"]
-    )
+    save = changes.pop("save", "activations")
+    own = {name: changes.pop(name) for name in ("grad_output", *SAVED, "grad_mask") if name in changes}
+    arguments = op_arguments(valid() | changes)
+    if op == "moe_fwd":
+        return torch.ops.kt.moe_fwd(*arguments)
+    if op == "moe_sft_fwd":
+        return torch.ops.kt.moe_sft_fwd(*arguments, save)
+    output, *saved = torch.ops.kt.moe_sft_fwd(*op_arguments(valid()), "activations")
+    own = {"grad_output": output, "grad_mask": 1} | dict(zip(SAVED, saved, strict=True)) | own
+    saved = (own[name] for name in SAVED)
+    return torch.ops.kt.moe_sft_bwd(own["grad_output"], *arguments, save, *saved, own["grad_mask"])
 
 
 def raises(op: str, argument: str, must: str, got: object):
@@ -82,7 +83,7 @@ def test_wrong_shape(op, argument, shape, expected):
 
 
 @pytest.mark.parametrize("op", OPS)
-@pytest.mark.parametrize("argument", FLOATING)
+@pytest.mark.parametrize("argument", GRADIENTS)
 @pytest.mark.parametrize(
     "dtype,name", [(torch.float16, "float16"), (torch.int32, "int32"), (torch.complex64, "")]
 )
@@ -108,7 +109,7 @@ def test_wrong_dtype_of_ids(op, dtype, name):
 
 
 @pytest.mark.parametrize("op", OPS)
-@pytest.mark.parametrize("argument", ["topk_ids", *FLOATING])
+@pytest.mark.parametrize("argument", ["topk_ids", *GRADIENTS])
 def test_one_argument_on_another_device(op, argument):
     with pytest.raises(RuntimeError, match=rf"kt::{op}: {argument} must be on cpu, got meta"):
         call(op, **{argument: valid()[argument].to("meta")})
@@ -125,7 +126,7 @@ def test_non_finite_scaling(op, argument, value):
 @pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize("value", ["relu", "", "SiLU"])
 def test_unknown_activation(op, value):
-    with raises(op, "activation", "be one of silu, gelu, gelu_tanh", f"'{value}'"):
+    with raises(op, "activation", f"be one of {', '.join(ACTIVATIONS)}", f"'{value}'"):
         call(op, activation=value)
 
 
@@ -136,9 +137,10 @@ def test_unknown_save(op):
 
 
 @pytest.mark.parametrize("op", OPS)
-def test_unknown_weight_format(op):
-    with raises(op, "weight_format", ".*dense.*", "'int3'"):
-        call(op, weight_format="int3")
+@pytest.mark.parametrize("argument", ["gate_up_format", "down_format"])
+def test_unknown_format(op, argument):
+    with raises(op, argument, ".*dense.*", "'int3'"):
+        call(op, **{argument: "int3"})
 
 
 @pytest.mark.parametrize("op", OPS)
@@ -149,14 +151,15 @@ def test_scales_of_dense_weights(op, argument):
 
 
 @pytest.mark.parametrize("op", OPS)
-def test_group_size_of_dense_weights(op):
-    with raises(op, "group_size", "be 0 for weight_format 'dense'", 32):
-        call(op, group_size=32)
+@pytest.mark.parametrize("prefix", ["gate_up", "down"])
+def test_group_size_of_dense_weights(op, prefix):
+    with raises(op, f"{prefix}_group_size", f"be 0 for {prefix}_format 'dense'", 32):
+        call(op, **{f"{prefix}_group_size": 32})
 
 
 @pytest.mark.parametrize("op", OPS)
 def test_arguments_of_an_activation_that_takes_none(op):
-    with pytest.raises(RuntimeError, match=rf"kt::{op}: activation_args must be empty.*, got .*1"):
+    with raises(op, "activation_args", "have 0 values for activation 'silu'", 1):
         call(op, activation_args=[7.0])
 
 
@@ -179,7 +182,7 @@ def test_rank_zero(op, prefix, sizes):
 
 @pytest.mark.parametrize("op", OPS)
 def test_no_experts(op):
-    empty = {name: valid()[name][:0] for name in FLOATING if name not in ("hidden_states", "topk_weights")}
+    empty = {name: valid()[name][:0] for name in GRADIENTS if name not in ("hidden_states", "topk_weights")}
     with raises(op, "num_experts", "be at least 1", 0):
         call(op, **empty)
 
@@ -202,7 +205,7 @@ def test_sizes_that_contradict_the_weights(op, argument, value, expected):
 
 
 def test_no_tokens_and_no_slots_are_fine():
-    inputs = moe_inputs(0, H, I, E, K, lora_rank=2, bias=True)
+    inputs = moe_inputs(T=0, H=H, I=I, E=E, K=K, lora_rank=2, bias=True)
     assert ktops.moe_sft(**inputs).shape == (0, H)
     inputs = valid() | {"topk_ids": torch.zeros(T, 0, dtype=torch.int64), "topk_weights": torch.zeros(T, 0)}
     assert torch.equal(ktops.moe_sft(**inputs), torch.zeros(T, H))
@@ -229,9 +232,9 @@ def test_wrong_dtype_of_grad_output():
     [
         ("saved_gate_up", (T * K - 1, 2 * I)),
         ("saved_gate_up", (0, 2 * I)),
-        ("saved_gate_up_xa", (T * K, R1 + 1)),
-        ("saved_down_ha", (T * K + 1, R2)),
-        ("saved_down_ha", (R2,)),
+        ("saved_xa", (T * K, R1 + 1)),
+        ("saved_ha", (T * K + 1, R2)),
+        ("saved_ha", (R2,)),
     ],
 )
 def test_wrong_shape_of_saved_tensors(argument, shape):
@@ -239,11 +242,11 @@ def test_wrong_shape_of_saved_tensors(argument, shape):
         call("moe_sft_bwd", **{argument: torch.zeros(shape)})
 
 
-@pytest.mark.parametrize("argument", ["saved_gate_up", "saved_gate_up_xa", "saved_down_ha"])
+@pytest.mark.parametrize("argument", SAVED)
 def test_wrong_dtype_of_saved_tensors(argument):
-    shape = {"saved_gate_up": (T * K, 2 * I), "saved_gate_up_xa": (T * K, R1), "saved_down_ha": (T * K, R2)}
+    columns = dict(zip(SAVED, (2 * I, R1, R2), strict=True))
     with raises("moe_sft_bwd", argument, ".*", "float64"):
-        call("moe_sft_bwd", **{argument: torch.zeros(shape[argument], dtype=torch.float64)})
+        call("moe_sft_bwd", **{argument: torch.zeros(T * K, columns[argument], dtype=torch.float64)})
 
 
 @pytest.mark.parametrize("grad_mask", [1 << len(GRADIENTS), -1])

@@ -5,11 +5,11 @@ import torch
 from decoders import decode
 
 import ktops
-from ktops import ExpertWeight
+from ktops import ExpertWeight, reference
 from ktops.formats import get_format, names
 from ktops.formats.gguf_blocks import BLOCKS
 from ktops.testing.compare import check_against_reference, one_thread, run, threads
-from ktops.testing.inputs import moe_inputs
+from ktops.testing.inputs import densified, moe_inputs, op_arguments
 from ktops.testing.weights import in_format, random_weight, variants
 
 EVERY = variants(256)
@@ -75,41 +75,67 @@ def test_dtypes_of_zero_points(isa, dtype):
 @pytest.mark.parametrize("num_tokens", [3, 70])
 @pytest.mark.parametrize("name,group_size", EVERY)
 def test_output_and_gradients(isa, name, group_size, num_tokens):
-    inputs = moe_inputs(num_tokens, 256, 256, 3, 2, dtype=torch.bfloat16, lora_rank=(2, 3), bias=True)
+    inputs = moe_inputs(
+        T=num_tokens, H=256, I=256, E=3, K=2, dtype=torch.bfloat16, lora_rank=(2, 3), bias=True
+    )
     check_against_reference(in_format(inputs, name, group_size))
 
 
 @pytest.mark.parametrize("num_tokens", [1, 7, 40])
 @pytest.mark.parametrize("name,group_size", ANY_ROW)
 def test_sizes_that_fill_no_group(isa, name, group_size, num_tokens):
-    inputs = moe_inputs(num_tokens, 97, 36, 4, 2, dtype=torch.bfloat16, lora_rank=2)
+    inputs = moe_inputs(T=num_tokens, H=97, I=36, E=4, K=2, dtype=torch.bfloat16, lora_rank=2)
     check_against_reference(in_format(inputs, name, group_size))
 
 
 def test_streams_of_rows_and_what_they_leave_over(isa):
-    inputs = moe_inputs(3, 1024, 98, 3, 2, dtype=torch.bfloat16)
+    inputs = moe_inputs(T=3, H=1024, I=98, E=3, K=2, dtype=torch.bfloat16)
     check_against_reference(in_format(inputs, "fp8_e4m3", 128))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("name", ["int4", "fp8_e4m3", "q4_k"])
 def test_other_activations(isa, name, dtype):
-    inputs = moe_inputs(40, 256, 256, 3, 2, dtype=dtype, lora_rank=2)
+    inputs = moe_inputs(T=40, H=256, I=256, E=3, K=2, dtype=dtype, lora_rank=2)
     check_against_reference(in_format(inputs, name, get_format(name).default_group_size), save="recompute")
 
 
-def test_a_format_for_each_projection(isa):
-    inputs = moe_inputs(9, 256, 256, 3, 2, dtype=torch.bfloat16)
-    inputs["gate_up_proj"] = random_weight(inputs["gate_up_proj"], "q4_k", 0)
-    inputs["down_proj"] = random_weight(inputs["down_proj"], "q6_k", 0)
+PAIRS = [
+    (("q4_k", 0), ("q6_k", 0)),
+    (("q4_k", 0), None),
+    (("int4", 64), ("int4", 32)),
+    (("uint4", 32), ("int8", 0)),
+    (("fp8_e4m3", 128), ("mxfp4", 32)),
+]
+"""Formats and group sizes of gate_up_proj and down_proj; None: dense."""
+
+
+def in_formats(inputs: dict, gate_up: tuple[str, int] | None, down: tuple[str, int] | None) -> dict:
+    formats = {"gate_up_proj": gate_up, "down_proj": down}
+    return inputs | {name: random_weight(inputs[name], *given) for name, given in formats.items() if given}
+
+
+@pytest.mark.parametrize("num_tokens", [9, 40])
+@pytest.mark.parametrize("gate_up,down", PAIRS)
+def test_a_format_and_a_group_size_for_each_projection(isa, gate_up, down, num_tokens):
+    dense = moe_inputs(T=num_tokens, H=256, I=256, E=3, K=2, dtype=torch.bfloat16)
+    inputs = in_formats(dense, gate_up, down)
     check_against_reference(inputs)
-    dense = inputs["down_proj"].dequantize()
-    check_against_reference(inputs | {"down_proj": dense})
+    _, alone, _, _ = torch.ops.kt.moe_sft_fwd(*op_arguments(in_formats(dense, gate_up, None)), "activations")
+    _, beside, _, _ = torch.ops.kt.moe_sft_fwd(*op_arguments(inputs), "activations")
+    assert_identical(beside, alone)
+
+
+@pytest.mark.parametrize("gate_up,down", PAIRS)
+def test_the_reference_decodes_each_projection(gate_up, down):
+    inputs = in_formats(moe_inputs(T=9, H=256, I=256, E=3, K=2), gate_up, down)
+    decoded = reference.moe_fwd(op_arguments(densified(inputs)))
+    assert_identical(reference.moe_fwd(op_arguments(inputs)), decoded)
 
 
 def test_long_rows(isa):
     """More columns than the scales that are read at once, or the rows that are decoded at once."""
-    inputs = moe_inputs(33, 4384, 64, 2, 1, dtype=torch.bfloat16)
+    inputs = moe_inputs(T=33, H=4384, I=64, E=2, K=1, dtype=torch.bfloat16)
     check_against_reference(in_format(inputs, "int4", 32))
 
 
@@ -127,7 +153,7 @@ def test_codes_anywhere_in_memory(isa, name, group_size):
 
 
 def test_number_of_threads_changes_nothing(isa):
-    inputs = in_format(moe_inputs(50, 128, 64, 4, 2, dtype=torch.bfloat16, lora_rank=2), "int4", 32)
+    inputs = in_format(moe_inputs(T=50, H=128, I=64, E=4, K=2, dtype=torch.bfloat16, lora_rank=2), "int4", 32)
     grad_output = torch.ones_like(inputs["hidden_states"])
     with one_thread():
         expected = run(inputs, grad_output)

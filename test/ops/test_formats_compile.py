@@ -5,10 +5,10 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 import ktops
-from ktops.ops.moe_sft import GRADIENTS
+from ktops.ops.arguments import GRADIENTS
 from ktops.testing.compare import random_grad_output
-from ktops.testing.inputs import moe_inputs
-from ktops.testing.weights import random_weight
+from ktops.testing.inputs import moe_inputs, op_arguments, require_grad
+from ktops.testing.weights import in_format, random_weight
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Your compiler for AOTAutograd is returning a function"),
@@ -26,7 +26,7 @@ def fresh_dynamo():
 
 
 def make(name: str, group_size: int) -> tuple[torch.nn.Module, dict]:
-    inputs = moe_inputs(5, 64, 32, 3, 2, lora_rank=2)
+    inputs = moe_inputs(T=5, H=64, I=32, E=3, K=2, lora_rank=2)
     weights = [random_weight(inputs.pop(key), name, group_size) for key in ("gate_up_proj", "down_proj")]
     return ktops.nn.KTExperts.from_parameters(*weights), inputs
 
@@ -76,85 +76,67 @@ def test_opcheck(name, group_size):
         utils = utils[
             1:
         ]  # PyTorch's test of the schema compares tensors by arithmetic that float8 does not have
-    experts, inputs = make(name, group_size)
-    gate_up, down = experts.gate_up_proj, experts.down_proj
+    inputs = in_format(moe_inputs(T=5, H=64, I=32, E=3, K=2, lora_rank=2), name, group_size)
+    gate_up = inputs["gate_up_proj"]
     decoding = (*gate_up.codes, name, group_size, gate_up.shape[-1])
     torch.library.opcheck(torch.ops.kt.dequantize.default, decoding, test_utils=utils)
-    x, ids, weights = (inputs[key] for key in ("hidden_states", "topk_ids", "topk_weights"))
-    lora = [inputs[f"{p}_lora_{f}"] for p in ("gate_up", "down") for f in "AB"]
-    arguments = [
-        x, ids, weights, gate_up.weight, down.weight, gate_up.scale, gate_up.zero, down.scale, down.zero,
-        None, None, *lora, 3, 32, name, group_size, "auto", 1.0, 1.0, "silu", [],
-    ]  # fmt: skip
-    torch.library.opcheck(torch.ops.kt.moe_fwd.default, tuple(arguments), test_utils=utils)
-    for requires_grad in (False, True):
-        arguments[0] = x.detach().requires_grad_(requires_grad)
-        torch.library.opcheck(torch.ops.kt.moe_sft_fwd.default, (*arguments, "activations"), test_utils=utils)
+    torch.library.opcheck(torch.ops.kt.moe_fwd.default, op_arguments(inputs), test_utils=utils)
+    for given in (inputs, require_grad(inputs, "hidden_states")):
+        arguments = (*op_arguments(given), "activations")
+        torch.library.opcheck(torch.ops.kt.moe_sft_fwd.default, arguments, test_utils=utils)
 
 
 def test_no_gradient_of_codes():
-    experts, inputs = make("int4", 32)
-    gate_up, down = experts.gate_up_proj, experts.down_proj
-    x, ids, weights = (inputs[key] for key in ("hidden_states", "topk_ids", "topk_weights"))
-    arguments = (
-        x, ids, weights, gate_up.weight, down.weight, gate_up.scale, None, down.scale, None,
-        *(None,) * 6, 3, 32, "int4", 32, "auto", 1.0, 1.0, "silu", [], "activations",
-    )  # fmt: skip
+    inputs = in_format(moe_inputs(T=5, H=64, I=32, E=3, K=2), "int4", 32)
+    arguments = (*op_arguments(inputs), "activations")
     output, *saved = torch.ops.kt.moe_sft_fwd(*arguments)
-    for name in ("gate_up_proj", "down_proj"):
-        mask = 1 << GRADIENTS.index(name)
-        with pytest.raises(RuntimeError, match=f"must not ask for the gradient of {name} in a weight_format"):
+    for prefix in ("gate_up", "down"):
+        mask = 1 << GRADIENTS.index(f"{prefix}_proj")
+        message = f"must not ask for the gradient of {prefix}_proj, whose {prefix}_format is not dense"
+        with pytest.raises(RuntimeError, match=message):
             torch.ops.kt.moe_sft_bwd(output, *arguments, *saved, mask)
 
 
+@pytest.mark.parametrize("prefix,intermediate_size", [("gate_up", 32), ("down", 64)])
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"scale": None}, "gate_up_scale must be given for weight_format 'int4', got None"),
+        ({"scale": None}, "PREFIX_scale must be given for PREFIX_format 'int4', got None"),
         (
             {"scale": torch.ones(3, 64, 5)},
-            r"gate_up_scale must have shape \[num_experts=3, rows=64, groups=2\]",
+            r"PREFIX_scale must have shape \[num_experts=3, rows=64, groups=2\]",
         ),
         (
             {"scale": torch.ones(3, 64, 2).double()},
-            "gate_up_scale must be float32, bfloat16 or float16, got float64",
+            "PREFIX_scale must be float32, bfloat16 or float16, got float64",
         ),
-        ({"scale": torch.ones(3, 64, 4)[..., ::2]}, "gate_up_scale must be contiguous in its last dimension"),
-        ({"zero": torch.ones(3, 64, 2)}, "gate_up_zero must be None for weight_format 'int4', got a tensor"),
-        ({"weight": torch.zeros(3, 64, 32)}, "gate_up_proj must be uint8, got float32"),
+        ({"scale": torch.ones(3, 64, 4)[..., ::2]}, "PREFIX_scale must be contiguous in its last dimension"),
+        ({"zero": torch.ones(3, 64, 2)}, "PREFIX_zero must be None for PREFIX_format 'int4', got a tensor"),
+        ({"proj": torch.zeros(3, 64, 32)}, "PREFIX_proj must be uint8, got float32"),
         (
-            {"weight": torch.zeros(3, 64, 31, dtype=torch.uint8)},
-            r"gate_up_proj must have shape \[.*columns/2=32\]",
+            {"proj": torch.zeros(3, 64, 31, dtype=torch.uint8)},
+            r"PREFIX_proj must have shape \[.*columns/2=32\]",
         ),
         (
-            {"weight": torch.zeros(3, 64, 64, dtype=torch.uint8)[..., ::2]},
-            "gate_up_proj must be contiguous in its",
+            {"proj": torch.zeros(3, 64, 64, dtype=torch.uint8)[..., ::2]},
+            "PREFIX_proj must be contiguous in its",
         ),
-        ({"format": "int5"}, "weight_format must be one of dense, bf16, .*, got 'int5'"),
+        ({"format": "int5"}, "PREFIX_format must be one of dense, bf16, .*, got 'int5'"),
         (
-            {"format": "q4_k"},
-            "gate_up_proj in format 'q4_k' must have rows of a multiple of 256 weights, got 64",
+            {"format": "q4_k", "group_size": 0, "scale": None},
+            "PREFIX_proj in format 'q4_k' must have rows of a multiple of 256 weights, got 64",
         ),
-        ({"format": "mxfp4"}, "gate_up_scale must be uint8, got bfloat16"),
-        ({"group_size": 48}, "group_size must be 0 or a multiple of 32 for weight_format 'int4', got 48"),
+        ({"format": "mxfp4"}, "PREFIX_scale must be uint8, got bfloat16"),
+        (
+            {"group_size": 48},
+            "PREFIX_group_size must be 0 or a multiple of 32 for PREFIX_format 'int4', got 48",
+        ),
     ],
 )
-def test_errors(changes, message):
-    experts, inputs = make("int4", 32)
-    gate_up, down = experts.gate_up_proj, experts.down_proj
-    given = {
-        "weight": gate_up.weight,
-        "scale": gate_up.scale,
-        "zero": None,
-        "format": "int4",
-        "group_size": 32,
-    }
-    given |= changes
-    x, ids, weights = (inputs[key] for key in ("hidden_states", "topk_ids", "topk_weights"))
-    if given["format"] == "q4_k":
-        given |= {"scale": None, "group_size": 0}
+def test_errors(prefix, intermediate_size, changes, message):
+    """In a projection of 3 experts, 64 rows and 64 columns."""
+    inputs = in_format(moe_inputs(T=5, H=64, I=intermediate_size, E=3, K=2), "int4", 32)
+    changes = {f"{prefix}_{name}": value for name, value in changes.items()}
+    message = message.replace("PREFIX", prefix)
     with pytest.raises(RuntimeError, match=f"kt::moe_fwd: {message}"):
-        torch.ops.kt.moe_fwd(
-            x, ids, weights, given["weight"], down.weight, given["scale"], given["zero"], down.scale, None,
-            *(None,) * 6, 3, 32, given["format"], given["group_size"], "auto", 1.0, 1.0, "silu", [],
-        )  # fmt: skip
+        torch.ops.kt.moe_fwd(*op_arguments(inputs, **changes))

@@ -7,7 +7,6 @@ import pytest
 import torch
 
 import ktops
-from ktops.ops.moe_sft import ARGUMENTS
 from ktops.reference.int8 import BLOCK, DIGITS, UNIT, largest_of_blocks, round_blocks, round_digits
 from ktops.testing.budgets import forward_budget, relative_error
 from ktops.testing.compare import one_thread, random_grad_output, run, threads
@@ -101,13 +100,29 @@ def integer_budget(dtype: torch.dtype, rounded, inner_size: int) -> float:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("name,group_size,num_tokens,hidden_size,intermediate_size", CASES)
+@pytest.mark.parametrize(
+    "name,group_size,num_tokens,hidden_size,intermediate_size",
+    CASES,
+    ids=[f"{name}:{group}-T{t}-H{h}-I{i}" for name, group, t, h, i in CASES],
+)
 def test_products_of_integers(isa, name, group_size, num_tokens, hidden_size, intermediate_size, dtype):
-    inputs = moe_inputs(num_tokens, hidden_size, intermediate_size, 4, 2, dtype=dtype)
+    inputs = moe_inputs(T=num_tokens, H=hidden_size, I=intermediate_size, E=4, K=2, dtype=dtype)
     inputs = in_format(inputs, name, group_size)
     output = ktops.moe_sft(**inputs, compute="int8")
     assert output.dtype == dtype
     budget = integer_budget(dtype, rounding(isa, inputs, "down_proj"), hidden_size)
+    assert relative_error(output, expected(isa, inputs, output)) <= budget
+
+
+@pytest.mark.parametrize("num_tokens", [3, 40])
+def test_a_format_and_a_group_size_for_each_projection(isa, num_tokens):
+    inputs = moe_inputs(T=num_tokens, H=256, I=256, E=4, K=2)
+    inputs |= {
+        "gate_up_proj": in_format(inputs, "uint4", 32)["gate_up_proj"],
+        "down_proj": in_format(inputs, "int4", 128)["down_proj"],
+    }
+    output = ktops.moe_sft(**inputs, compute="int8")
+    budget = integer_budget(torch.float32, rounding(isa, inputs, "down_proj"), 256)
     assert relative_error(output, expected(isa, inputs, output)) <= budget
 
 
@@ -123,7 +138,7 @@ ROUNDED_BLOCKS = 1.3
 
 def test_blocks_are_those_of_ggml():
     """But for the scale, which Q8_0 rounds to binary16."""
-    x = moe_inputs(16, 256, 32, 1, 1)["hidden_states"]
+    x = moe_inputs(T=16, H=256, I=32, E=1, K=1)["hidden_states"]
     x[:, 5] *= 100
     theirs = gguf.dequantize(gguf.quantize(x.numpy(), Q8_0), Q8_0)
     errors = [relative_error(rounded, x) for rounded in (round_blocks(x), torch.from_numpy(theirs))]
@@ -138,7 +153,7 @@ def massive_channels(
 
     As models have them: a few channels of hidden_states are much larger than the others, in every token.
     """
-    inputs = in_format(moe_inputs(num_tokens, hidden, intermediate, 1, 1), name, group_size)
+    inputs = in_format(moe_inputs(T=num_tokens, H=hidden, I=intermediate, E=1, K=1), name, group_size)
     dense = densified(inputs)
     gate_up, down = dense["gate_up_proj"][0].double(), dense["down_proj"][0].double()
 
@@ -174,7 +189,7 @@ def test_more_tokens_than_panels_have_room_for(isa, name, group_size):
 
 
 def test_lora_and_biases_are_added(isa):
-    inputs = in_format(moe_inputs(20, 64, 32, 4, 2, lora_rank=2, bias=True), "int8", 0)
+    inputs = in_format(moe_inputs(T=20, H=64, I=32, E=4, K=2, lora_rank=2, bias=True), "int8", 0)
     integers, floats = (ktops.moe_sft(**inputs, compute=compute) for compute in ("int8", "bf16"))
     bare = {name: value for name, value in inputs.items() if "lora" not in name and "bias" not in name}
     assert relative_error(ktops.moe_sft(**bare, compute="int8"), floats) > 0.5
@@ -184,7 +199,7 @@ def test_lora_and_biases_are_added(isa):
 
 def test_auto(isa):
     """Integers where nothing requires a gradient and the row is faster with them."""
-    inputs = in_format(moe_inputs(9, 64, 32, 4, 2, dtype=torch.bfloat16), "int8", 0)
+    inputs = in_format(moe_inputs(T=9, H=64, I=32, E=4, K=2, dtype=torch.bfloat16), "int8", 0)
     compute = "int8" if isa in FAST else "bf16"
     assert torch.equal(ktops.moe_sft(**inputs), ktops.moe_sft(**inputs, compute=compute))
     training = inputs | {"hidden_states": inputs["hidden_states"].requires_grad_()}
@@ -194,7 +209,7 @@ def test_auto(isa):
 @pytest.mark.parametrize("save", ["activations", "recompute"])
 def test_gradients_are_those_of_the_weights(isa, save):
     """Rounding counts as the identity: what backward computes is the same as with compute="bf16", nearly."""
-    inputs = in_format(moe_inputs(20, 64, 32, 4, 2, lora_rank=2), "int8", 0)
+    inputs = in_format(moe_inputs(T=20, H=64, I=32, E=4, K=2, lora_rank=2), "int8", 0)
     grad_output = random_grad_output(inputs)
     integers, floats = (run(inputs, grad_output, compute=compute, save=save) for compute in ("int8", "bf16"))
     for name, value in floats.items():
@@ -203,7 +218,7 @@ def test_gradients_are_those_of_the_weights(isa, save):
 
 
 def test_recompute_is_the_same(isa):
-    inputs = in_format(moe_inputs(20, 64, 32, 4, 2, dtype=torch.float32), "int4", 32)
+    inputs = in_format(moe_inputs(T=20, H=64, I=32, E=4, K=2, dtype=torch.float32), "int4", 32)
     grad_output = random_grad_output(inputs)
     kept, again = (
         run(inputs, grad_output, compute="int8", save=save) for save in ("activations", "recompute")
@@ -213,7 +228,7 @@ def test_recompute_is_the_same(isa):
 
 
 def test_rows_of_zeros_and_infinities(isa):
-    inputs = in_format(moe_inputs(5, 64, 32, 4, 2), "int8", 0)
+    inputs = in_format(moe_inputs(T=5, H=64, I=32, E=4, K=2), "int8", 0)
     inputs["hidden_states"][0] = 0
     inputs["hidden_states"][4] = 1e-38  # 127 times its inverse is infinite
     inputs["hidden_states"][1, 3] = torch.inf
@@ -225,7 +240,7 @@ def test_rows_of_zeros_and_infinities(isa):
 
 
 def test_same_result_for_any_number_of_threads(isa):
-    inputs = in_format(moe_inputs(50, 128, 64, 4, 2, dtype=torch.bfloat16), "int4", 32)
+    inputs = in_format(moe_inputs(T=50, H=128, I=64, E=4, K=2, dtype=torch.bfloat16), "int4", 32)
     with one_thread():
         expected = ktops.moe_sft(**inputs, compute="int8")
     with threads(3):
@@ -234,15 +249,22 @@ def test_same_result_for_any_number_of_threads(isa):
 
 @pytest.mark.parametrize("name", ["fp8_e4m3", "q5_0", "bf16"])
 def test_formats_without_integers(name):
-    inputs = in_format(moe_inputs(4, 256, 256, 2, 2), name, 0)
-    with pytest.raises(
-        RuntimeError, match=rf"compute must be auto or bf16 for weight_format '{name}', got 'int8'"
+    """In both projections, or in one beside another format."""
+    inputs = moe_inputs(T=4, H=256, I=256, E=2, K=2)
+    integers = in_format(inputs, "int8", 0)
+    floats = in_format(inputs, name, 0)
+    for argument, given in (
+        ("gate_up_format", floats),
+        ("gate_up_format", integers | {"gate_up_proj": floats["gate_up_proj"]}),
+        ("down_format", integers | {"down_proj": floats["down_proj"]}),
     ):
-        ktops.moe_sft(**inputs, compute="int8")
+        message = rf"compute must be auto or bf16 for {argument} '{name}', got 'int8'"
+        with pytest.raises(RuntimeError, match=message):
+            ktops.moe_sft(**given, compute="int8")
 
 
 def test_float64_is_not_rounded():
-    inputs = in_format(moe_inputs(4, 64, 64, 2, 2, dtype=torch.float64), "int8", 0)
+    inputs = in_format(moe_inputs(T=4, H=64, I=64, E=2, K=2, dtype=torch.float64), "int8", 0)
     with pytest.raises(
         RuntimeError, match="compute must be auto or bf16 for hidden_states in float64, got 'int8'"
     ):
@@ -250,6 +272,5 @@ def test_float64_is_not_rounded():
 
 
 def test_unknown_compute():
-    assert "compute" in ARGUMENTS
     with pytest.raises(RuntimeError, match="compute must be one of auto, bf16, int8, got 'fp4'"):
-        ktops.moe_sft(**moe_inputs(4, 8, 8, 2, 2), compute="fp4")
+        ktops.moe_sft(**moe_inputs(T=4, H=8, I=8, E=2, K=2), compute="fp4")

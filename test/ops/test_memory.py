@@ -12,11 +12,11 @@ import ktops
 from ktops.testing.compare import random_grad_output, run
 from ktops.testing.inputs import moe_inputs
 
-SIZES = {"hidden_size": 96, "intermediate_size": 80, "num_experts": 6, "top_k": 2}
+SIZES = {"H": 96, "I": 80, "E": 6, "K": 2}
 
 
 def inputs_of(num_tokens: int, **options) -> dict:
-    return moe_inputs(num_tokens, *SIZES.values(), dtype=torch.bfloat16, lora_rank=4, **options)
+    return moe_inputs(T=num_tokens, **SIZES, dtype=torch.bfloat16, lora_rank=4, **options)
 
 
 @pytest.fixture(autouse=True)
@@ -67,7 +67,7 @@ def test_growing_calls_keep_one_block():
         peaks.append(stats["bytes_peak"])
     assert peaks == sorted(set(peaks))
     inputs = inputs_of(1000)
-    routes, i = 1000 * SIZES["top_k"], SIZES["intermediate_size"]
+    routes, i = 1000 * SIZES["K"], SIZES["I"]
     assert stats["bytes_peak"] >= routes * 2 * i * inputs["hidden_states"].element_size()
 
 
@@ -78,7 +78,7 @@ def test_large_blocks_go_back_to_the_system():
         with open("/proc/self/statm") as file:
             return int(file.read().split()[0]) * os.sysconf("SC_PAGE_SIZE")
 
-    inputs = moe_inputs(20_000, 8, 512, 2, 1)
+    inputs = moe_inputs(T=20_000, H=8, I=512, E=2, K=1)
     grad_output = random_grad_output(inputs)
     run(inputs, grad_output, names=("hidden_states",))
     before, idle = mapped(), ktops.memory_stats()["bytes_idle"]
@@ -94,7 +94,7 @@ KEPT = 256 << 20
 
 
 def tiny_calls(count: int) -> None:
-    inputs = moe_inputs(1, 16, 16, 2, 1)
+    inputs = moe_inputs(T=1, H=16, I=16, E=2, K=1)
     with torch.inference_mode():
         for _ in range(count):
             ktops.moe_sft(**inputs)
@@ -102,7 +102,7 @@ def tiny_calls(count: int) -> None:
 
 def large_call() -> int:
     """Makes a call that needs more than KEPT, for [g | u] and h of 150,000 tokens; returns the idle bytes."""
-    ktops.moe_sft(**moe_inputs(150_000, 8, 512, 2, 1))
+    ktops.moe_sft(**moe_inputs(T=150_000, H=8, I=512, E=2, K=1))
     idle = ktops.memory_stats()["bytes_idle"]
     assert idle > KEPT
     return idle
@@ -130,7 +130,7 @@ def test_a_block_that_is_needed_once_in_a_while_stays():
 
 
 def test_a_usual_size_stays_however_seldom():
-    ktops.moe_sft(**moe_inputs(20_000, 8, 512, 2, 1))
+    ktops.moe_sft(**moe_inputs(T=20_000, H=8, I=512, E=2, K=1))
     before = ktops.memory_stats()
     assert 40e6 < before["bytes_idle"] <= KEPT
     tiny_calls(3 * WINDOW)
@@ -142,7 +142,7 @@ def test_sizes_of_many_kinds_stay_within_the_bound():
     large_call()
     tiny_calls(2 * WINDOW)
     for num_tokens in range(40_000, 80_000, 5_000):
-        ktops.moe_sft(**moe_inputs(num_tokens, 8, 512, 2, 1))
+        ktops.moe_sft(**moe_inputs(T=num_tokens, H=8, I=512, E=2, K=1))
         stats = ktops.memory_stats()
         assert stats["bytes_in_use"] + stats["bytes_idle"] <= KEPT
 
@@ -197,8 +197,8 @@ def python(code: str, tmp_path) -> str:
 OUT_OF_MEMORY = """
 import resource, torch, ktops
 from ktops.testing.inputs import moe_inputs
-inputs = moe_inputs(50_000, 8, 512, 2, 1)
-small = moe_inputs(3, 8, 512, 2, 1)
+inputs = moe_inputs(T=50_000, H=8, I=512, E=2, K=1)
+small = moe_inputs(T=3, H=8, I=512, E=2, K=1)
 ktops.moe_sft(**small)
 hard = resource.getrlimit(resource.RLIMIT_AS)[1]
 with open("/proc/self/statm") as file:
@@ -223,7 +223,7 @@ def test_out_of_memory_leaves_nothing_in_use(tmp_path):
 FORK = """
 import os, threading, torch, ktops
 from ktops.testing.inputs import moe_inputs
-inputs = moe_inputs(400, 64, 64, 6, 2)
+inputs = moe_inputs(T=400, H=64, I=64, E=6, K=2)
 expected = ktops.moe_sft(**inputs)
 stop = threading.Event()
 def busy():

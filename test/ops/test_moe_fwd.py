@@ -18,11 +18,14 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float64]
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("num_tokens", [0, 1, 2, 33])
 def test_equals_training_bitwise(isa, num_tokens, dtype, activation):
-    inputs = moe_inputs(num_tokens, 40, 24, 5, 3, dtype=dtype, lora_rank=4, bias=True, invalid_ids=True)
-    inference = torch.ops.kt.moe_fwd(*op_arguments(inputs, activation=activation, save=None))
+    inputs = moe_inputs(
+        T=num_tokens, H=40, I=24, E=5, K=3, dtype=dtype, lora_rank=4, bias=True, invalid_ids=True
+    )
+    arguments = op_arguments(inputs, activation=activation)
+    inference = torch.ops.kt.moe_fwd(*arguments)
     for save in ("activations", "recompute"):
-        arguments = op_arguments(inputs, activation=activation, save=save)
-        assert torch.equal(inference, torch.ops.kt.moe_sft_fwd(*arguments)[0])
+        output, *_ = torch.ops.kt.moe_sft_fwd(*arguments, save)
+        assert torch.equal(inference, output)
 
 
 @pytest.mark.parametrize("lora_rank", [0, 4])
@@ -30,9 +33,11 @@ def test_equals_training_bitwise(isa, num_tokens, dtype, activation):
 @pytest.mark.parametrize("num_tokens", [1, 5, 80])
 def test_against_the_reference(isa, num_tokens, dtype, lora_rank):
     """One token, few and many take different paths."""
-    inputs = moe_inputs(num_tokens, 136, 72, 8, 4, dtype=dtype, lora_rank=lora_rank, routing="skewed")
-    exact = reference.moe_fwd(*op_arguments(upcast(inputs), save=None))
-    output = torch.ops.kt.moe_fwd(*op_arguments(inputs, save=None))
+    inputs = moe_inputs(
+        T=num_tokens, H=136, I=72, E=8, K=4, dtype=dtype, lora_rank=lora_rank, routing="skewed"
+    )
+    exact = reference.moe_fwd(op_arguments(upcast(inputs)))
+    output = torch.ops.kt.moe_fwd(*op_arguments(inputs))
     assert relative_error(output, exact) <= forward_budget(dtype, inner_size=144)
     assert output.dtype == dtype and output.is_contiguous()
 
@@ -45,7 +50,7 @@ def calls(function) -> list[str]:
 
 
 def test_chosen_when_nothing_needs_a_gradient():
-    inputs = moe_inputs(3, 8, 4, 4, 2, lora_rank=2)
+    inputs = moe_inputs(T=3, H=8, I=4, E=4, K=2, lora_rank=2)
     trained = inputs | {"gate_up_lora_A": inputs["gate_up_lora_A"].clone().requires_grad_()}
     assert calls(lambda: ktops.moe_sft(**inputs)) == ["kt::moe_fwd"]
     with torch.no_grad():
@@ -57,7 +62,7 @@ def test_chosen_when_nothing_needs_a_gradient():
 
 def test_modes_see_the_operator_without_gradients():
     """The function skips PyTorch's autograd when there is nothing to differentiate, but nothing below it."""
-    inputs = moe_inputs(3, 8, 4, 4, 2)
+    inputs = moe_inputs(T=3, H=8, I=4, E=4, K=2)
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         ktops.moe_sft(**inputs)
     assert counter.get_total_flops() == 6 * 3 * 2 * 8 * 4

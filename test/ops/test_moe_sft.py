@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 import ktops
 from ktops import reference
 from ktops.ops.activation import ACTIVATIONS
-from ktops.ops.moe_sft import ARGUMENTS, GRADIENTS
+from ktops.ops.arguments import GRADIENTS
 from ktops.testing.budgets import forward_budget, relative_error
 from ktops.testing.compare import check_against_reference, random_grad_output, run
 from ktops.testing.inputs import ROUTINGS, moe_inputs, op_arguments, upcast
@@ -26,7 +26,7 @@ ALL_GRADIENTS = (1 << len(GRADIENTS)) - 1
 @pytest.mark.parametrize("gate_up_bias,down_bias", list(product([False, True], repeat=2)))
 @pytest.mark.parametrize("lora_rank", [0, (3, 0), (0, 3), (3, 2)])
 def test_subsets_of_lora_and_bias(isa, lora_rank, gate_up_bias, down_bias, dtype):
-    inputs = moe_inputs(9, 24, 20, 4, 2, dtype=dtype, lora_rank=lora_rank, bias=True)
+    inputs = moe_inputs(T=9, H=24, I=20, E=4, K=2, dtype=dtype, lora_rank=lora_rank, bias=True)
     if not gate_up_bias:
         del inputs["gate_up_bias"]
     if not down_bias:
@@ -40,11 +40,11 @@ def test_subsets_of_lora_and_bias(isa, lora_rank, gate_up_bias, down_bias, dtype
 def test_mixed_dtypes(isa, dtype, lora_dtype, weights_dtype):
     check_against_reference(
         moe_inputs(
-            9,
-            24,
-            20,
-            4,
-            2,
+            T=9,
+            H=24,
+            I=20,
+            E=4,
+            K=2,
             dtype=dtype,
             lora_rank=4,
             bias=True,
@@ -58,14 +58,14 @@ def test_mixed_dtypes(isa, dtype, lora_dtype, weights_dtype):
 @pytest.mark.parametrize("save", ["activations", "recompute"])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_activations(isa, activation, save, dtype):
-    inputs = moe_inputs(17, 24, 20, 4, 2, dtype=dtype, lora_rank=4, bias=True, invalid_ids=True)
+    inputs = moe_inputs(T=17, H=24, I=20, E=4, K=2, dtype=dtype, lora_rank=4, bias=True, invalid_ids=True)
     check_against_reference(inputs, activation=activation, save=save)
 
 
 @pytest.mark.parametrize("scale", [1e-3, 30.0, 300.0])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_saturated_gates(isa, activation, scale):
-    inputs = moe_inputs(17, 24, 20, 4, 2, lora_rank=4, bias=True, scale=scale)
+    inputs = moe_inputs(T=17, H=24, I=20, E=4, K=2, lora_rank=4, bias=True, scale=scale)
     check_against_reference(inputs, activation=activation)
     outputs = run(inputs, random_grad_output(inputs), activation=activation)
     assert all(value.isfinite().all() for value in outputs.values())
@@ -74,21 +74,25 @@ def test_saturated_gates(isa, activation, scale):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("num_tokens", [0, 1, 2, 7, 33, 130])
 def test_numbers_of_tokens(isa, num_tokens, dtype):
-    check_against_reference(moe_inputs(num_tokens, 40, 24, 5, 3, dtype=dtype, lora_rank=4, bias=True))
+    check_against_reference(
+        moe_inputs(T=num_tokens, H=40, I=24, E=5, K=3, dtype=dtype, lora_rank=4, bias=True)
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("hidden_size", SIZES)
 def test_odd_sizes(isa, hidden_size, dtype):
     for intermediate_size in SIZES:
-        check_against_reference(moe_inputs(7, hidden_size, intermediate_size, 3, 2, dtype=dtype, lora_rank=2))
+        check_against_reference(
+            moe_inputs(T=7, H=hidden_size, I=intermediate_size, E=3, K=2, dtype=dtype, lora_rank=2)
+        )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("rank", SIZES)
 def test_ranks(isa, rank, dtype):
     for ranks in ((rank, 5), (5, rank)):
-        inputs = moe_inputs(9, 17, 33, 3, 2, dtype=dtype, lora_rank=ranks, lora_dtype=torch.float32)
+        inputs = moe_inputs(T=9, H=17, I=33, E=3, K=2, dtype=dtype, lora_rank=ranks, lora_dtype=torch.float32)
         check_against_reference(inputs)
 
 
@@ -101,11 +105,11 @@ def test_several_tiles(isa, num_tokens, hidden_size, intermediate_size, dtype):
     """More than one tile along each dimension, none of them full."""
     check_against_reference(
         moe_inputs(
-            num_tokens,
-            hidden_size,
-            intermediate_size,
-            2,
-            1,
+            T=num_tokens,
+            H=hidden_size,
+            I=intermediate_size,
+            E=2,
+            K=1,
             dtype=dtype,
             lora_rank=(18, 35),
             routing="skewed",
@@ -117,7 +121,7 @@ def test_several_tiles(isa, num_tokens, hidden_size, intermediate_size, dtype):
 @pytest.mark.parametrize("hidden_size", [2016, 2047, 2048, 2049])
 def test_longest_blocks_of_k(isa, hidden_size, dtype):
     """Products with few columns take up to 2048 steps of k at once: such rows fill their scratch."""
-    check_against_reference(moe_inputs(20, hidden_size, 32, 1, 1, dtype=dtype, lora_rank=4))
+    check_against_reference(moe_inputs(T=20, H=hidden_size, I=32, E=1, K=1, dtype=dtype, lora_rank=4))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -128,7 +132,9 @@ def test_longest_blocks_of_k(isa, hidden_size, dtype):
 def test_rows_of_weights_as_they_lie(isa, hidden_size, intermediate_size, num_tokens, dtype):
     """Whole tiles along k, and a last tile of rows that is not full, or too few rows for one."""
     check_against_reference(
-        moe_inputs(num_tokens, hidden_size, intermediate_size, 2, 1, dtype=dtype, lora_rank=3, bias=True)
+        moe_inputs(
+            T=num_tokens, H=hidden_size, I=intermediate_size, E=2, K=1, dtype=dtype, lora_rank=3, bias=True
+        )
     )
 
 
@@ -136,7 +142,7 @@ def test_rows_of_weights_as_they_lie(isa, hidden_size, intermediate_size, num_to
 @pytest.mark.parametrize("num_tokens", [16, 70])
 def test_wide_slabs(isa, num_tokens, dtype):
     """With enough experts for all threads, products down the rows of a weight take whole rows at once."""
-    check_against_reference(moe_inputs(num_tokens, 264, 400, 8, 4, dtype=dtype, lora_rank=(18, 35)))
+    check_against_reference(moe_inputs(T=num_tokens, H=264, I=400, E=8, K=4, dtype=dtype, lora_rank=(18, 35)))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -144,7 +150,9 @@ def test_wide_slabs(isa, num_tokens, dtype):
 def test_numbers_of_experts_and_slots(isa, num_experts, dtype):
     for top_k in sorted({1, 2, num_experts // 2, num_experts} - {0}):
         if top_k <= num_experts:
-            check_against_reference(moe_inputs(5, 16, 8, num_experts, top_k, dtype=dtype, lora_rank=2))
+            check_against_reference(
+                moe_inputs(T=5, H=16, I=8, E=num_experts, K=top_k, dtype=dtype, lora_rank=2)
+            )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -154,11 +162,11 @@ def test_numbers_of_experts_and_slots(isa, num_experts, dtype):
 def test_routings(isa, routing, invalid_ids, ids_dtype, dtype):
     check_against_reference(
         moe_inputs(
-            19,
-            24,
-            20,
-            6,
-            3,
+            T=19,
+            H=24,
+            I=20,
+            E=6,
+            K=3,
             dtype=dtype,
             lora_rank=4,
             bias=True,
@@ -186,14 +194,16 @@ def test_empty_dimensions(isa, hidden_size, intermediate_size, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_no_valid_id_at_all(isa, dtype):
-    inputs = moe_inputs(5, 16, 8, 4, 2, dtype=dtype, lora_rank=2, bias=True)
+    inputs = moe_inputs(T=5, H=16, I=8, E=4, K=2, dtype=dtype, lora_rank=2, bias=True)
     inputs["topk_ids"].fill_(-1)
     for name, value in run(inputs, random_grad_output(inputs)).items():
         assert torch.equal(value, torch.zeros_like(value)), name
 
 
 def test_experts_without_tokens_have_zero_gradients(isa):
-    inputs = moe_inputs(9, 16, 8, 6, 2, dtype=torch.bfloat16, lora_rank=2, bias=True, routing="empty_experts")
+    inputs = moe_inputs(
+        T=9, H=16, I=8, E=6, K=2, dtype=torch.bfloat16, lora_rank=2, bias=True, routing="empty_experts"
+    )
     results = run(inputs, random_grad_output(inputs))
     for name in GRADIENTS[2:]:
         assert torch.equal(results[name][::2], torch.zeros_like(results[name][::2])), name
@@ -201,7 +211,7 @@ def test_experts_without_tokens_have_zero_gradients(isa):
 
 
 def test_default_scalings_are_one(isa):
-    inputs = moe_inputs(9, 16, 8, 6, 2, lora_rank=2)
+    inputs = moe_inputs(T=9, H=16, I=8, E=6, K=2, lora_rank=2)
     expected = ktops.moe_sft(**inputs | {"gate_up_scaling": 1.0, "down_scaling": 1.0})
     del inputs["gate_up_scaling"], inputs["down_scaling"]
     assert torch.equal(ktops.moe_sft(**inputs), expected)
@@ -210,15 +220,17 @@ def test_default_scalings_are_one(isa):
 
 @pytest.mark.parametrize("scaling", [0.0, -2.0, 16.0])
 def test_scalings(isa, scaling):
-    inputs = moe_inputs(9, 16, 8, 6, 2, lora_rank=2)
+    inputs = moe_inputs(T=9, H=16, I=8, E=6, K=2, lora_rank=2)
     check_against_reference(inputs | {"gate_up_scaling": scaling, "down_scaling": scaling / 2})
 
 
 @pytest.mark.parametrize("save", ["activations", "recompute"])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_each_gradient_alone_is_the_one_from_all(isa, dtype, save):
-    inputs = moe_inputs(9, 24, 20, 4, 2, dtype=dtype, lora_rank=3, bias=True, lora_dtype=torch.float32)
-    arguments = op_arguments(inputs, save=save)
+    inputs = moe_inputs(
+        T=9, H=24, I=20, E=4, K=2, dtype=dtype, lora_rank=3, bias=True, lora_dtype=torch.float32
+    )
+    arguments = (*op_arguments(inputs), save)
     _, *saved = torch.ops.kt.moe_sft_fwd(*arguments)
 
     def backward(grad_mask):
@@ -237,28 +249,19 @@ def test_each_gradient_alone_is_the_one_from_all(isa, dtype, save):
 @pytest.mark.parametrize("save", ["activations", "recompute"])
 def test_saved_tensors(isa, save, dtype):
     """Rows of the routes in order of expert, then of position, in the dtype of hidden_states."""
-    inputs = moe_inputs(9, 24, 20, 4, 2, dtype=dtype, lora_rank=(3, 5), bias=True, routing="skewed")
-    output, gate_up, xa, ha = torch.ops.kt.moe_sft_fwd(*op_arguments(inputs, save=save))
+    inputs = moe_inputs(T=9, H=24, I=20, E=4, K=2, dtype=dtype, lora_rank=(3, 5), bias=True, routing="skewed")
+    output, gate_up, xa, ha = torch.ops.kt.moe_sft_fwd(*op_arguments(inputs), save)
     assert output.shape == (9, 24)
     assert gate_up.shape == ((18, 40) if save == "activations" else (0, 40))
     assert (xa.shape, ha.shape) == ((18, 3), (18, 5))
     assert {t.dtype for t in (output, gate_up, xa, ha)} == {dtype}
     assert all(t.is_contiguous() for t in (output, gate_up, xa, ha))
-    exact = reference.moe_sft_fwd(*op_arguments(upcast(inputs), save=save))
+    exact = reference.moe_sft_fwd(op_arguments(upcast(inputs)), save)
     for actual, expected in zip((output, gate_up, xa, ha), exact, strict=True):
         assert relative_error(actual, expected) <= forward_budget(dtype)
-    without = torch.ops.kt.moe_sft_fwd(*op_arguments(moe_inputs(9, 24, 20, 4, 2, dtype=dtype), save=save))
-    assert (without[2].shape, without[3].shape) == ((18, 0), (18, 0))
-
-
-def test_arguments_are_in_schema_order():
-    for op, names in (("moe_sft_fwd", ARGUMENTS), ("moe_fwd", ARGUMENTS[:-1])):
-        schema = getattr(torch.ops.kt, op).default._schema
-        assert tuple(argument.name for argument in schema.arguments) == names
-    schema = torch.ops.kt.moe_sft_bwd.default._schema
-    saved = ("saved_gate_up", "saved_gate_up_xa", "saved_down_ha")
-    assert tuple(a.name for a in schema.arguments) == ("grad_output", *ARGUMENTS, *saved, "grad_mask")
-    assert tuple(r.name for r in schema.returns) == tuple(f"grad_{name}" for name in GRADIENTS)
+    inputs = moe_inputs(T=9, H=24, I=20, E=4, K=2, dtype=dtype)
+    _, _, xa, ha = torch.ops.kt.moe_sft_fwd(*op_arguments(inputs), save)
+    assert (xa.shape, ha.shape) == ((18, 0), (18, 0))
 
 
 @st.composite
@@ -267,11 +270,11 @@ def cases(draw):
     dtypes = st.sampled_from(DTYPES)
     ranks = st.integers(0, 20)
     return moe_inputs(
-        draw(st.integers(0, 40)),
-        draw(st.integers(1, 70)),
-        draw(st.integers(1, 70)),
-        num_experts,
-        draw(st.integers(1, num_experts)),
+        T=draw(st.integers(0, 40)),
+        H=draw(st.integers(1, 70)),
+        I=draw(st.integers(1, 70)),
+        E=num_experts,
+        K=draw(st.integers(1, num_experts)),
         dtype=draw(dtypes),
         lora_rank=(draw(ranks), draw(ranks)),
         lora_dtype=draw(dtypes),
@@ -297,14 +300,14 @@ def test_any_case(isa, inputs, activation, recompute):
 @settings(max_examples=25)
 @given(ids=st.lists(st.integers(-(1 << 63), (1 << 63) - 1) | st.integers(-2, 5), min_size=12, max_size=12))
 def test_any_id(isa, ids):
-    inputs = moe_inputs(4, 8, 4, 4, 3, dtype=torch.bfloat16, lora_rank=2, bias=True)
+    inputs = moe_inputs(T=4, H=8, I=4, E=4, K=3, dtype=torch.bfloat16, lora_rank=2, bias=True)
     inputs["topk_ids"] = torch.tensor(ids).view(4, 3)
     with ktops.use_isa(isa):
         check_against_reference(inputs)
 
 
 def test_a_non_finite_input_stays_in_its_row(isa):
-    inputs = moe_inputs(9, 24, 20, 4, 2, dtype=torch.bfloat16, lora_rank=3, bias=True)
+    inputs = moe_inputs(T=9, H=24, I=20, E=4, K=2, dtype=torch.bfloat16, lora_rank=3, bias=True)
     expected = ktops.moe_sft(**inputs)
     inputs["hidden_states"][3] = math.nan
     output = ktops.moe_sft(**inputs)
@@ -315,7 +318,7 @@ def test_a_non_finite_input_stays_in_its_row(isa):
 
 def test_weights_of_unused_experts_are_not_read_into_results(isa):
     inputs = moe_inputs(
-        9, 24, 20, 4, 2, dtype=torch.bfloat16, lora_rank=3, bias=True, routing="empty_experts"
+        T=9, H=24, I=20, E=4, K=2, dtype=torch.bfloat16, lora_rank=3, bias=True, routing="empty_experts"
     )
     grad_output = random_grad_output(inputs)
     expected = run(inputs, grad_output)

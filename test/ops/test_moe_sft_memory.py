@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 import ktops
+from ktops.ops.arguments import GRADIENTS
 from ktops.testing.compare import random_grad_output, run
-from ktops.testing.inputs import FLOATING, moe_inputs, require_grad
+from ktops.testing.inputs import moe_inputs, require_grad
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float64]
 
@@ -41,12 +42,12 @@ def padded_rows(t: Tensor) -> Tensor:
 
 
 LAYOUTS = [innermost_first, transposed, every_other, padded_rows]
-ARGUMENTS = (*FLOATING, "topk_ids", "grad_output")
+ARGUMENTS = (*GRADIENTS, "topk_ids", "grad_output")
 
 
 @pytest.fixture(params=DTYPES)
 def case(request, isa):
-    inputs = moe_inputs(9, 24, 20, 4, 2, dtype=request.param, lora_rank=(3, 4), bias=True)
+    inputs = moe_inputs(T=9, H=24, I=20, E=4, K=2, dtype=request.param, lora_rank=(3, 4), bias=True)
     grad_output = random_grad_output(inputs)
     return inputs, grad_output, run(inputs, grad_output)
 
@@ -90,7 +91,7 @@ def test_adapters_as_peft_stores_them(case):
 
 
 def test_expanded_arguments(isa):
-    inputs = moe_inputs(9, 24, 20, 4, 2, dtype=torch.bfloat16, lora_rank=3, bias=True)
+    inputs = moe_inputs(T=9, H=24, I=20, E=4, K=2, dtype=torch.bfloat16, lora_rank=3, bias=True)
     for name in ("hidden_states", "topk_weights", "topk_ids"):
         inputs[name] = inputs[name][:1].expand(9, -1)
     for name in ("gate_up_proj", "down_lora_B", "gate_up_bias"):
@@ -101,7 +102,7 @@ def test_expanded_arguments(isa):
 
 
 def test_gradient_of_a_sum_has_no_strides(isa):
-    inputs = moe_inputs(9, 24, 20, 4, 2, lora_rank=3)
+    inputs = moe_inputs(T=9, H=24, I=20, E=4, K=2, lora_rank=3)
     leaves = require_grad(inputs)
     ktops.moe_sft(**leaves).sum().backward()
     expected = run(inputs, torch.ones(9, 24))
@@ -123,7 +124,7 @@ def test_weights_in_a_read_only_map_of_any_alignment(case, tmp_path, offset):
     inputs, grad_output, expected = case
     mapped = {
         name: map_read_only(tmp_path / name, inputs[name], offset)
-        for name in FLOATING
+        for name in GRADIENTS
         if name not in ("hidden_states", "topk_weights")
     }
     assert mapped["down_proj"].data_ptr() % 64 == offset
@@ -162,11 +163,11 @@ def test_arguments_are_not_written(case):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_nothing_is_left_from_earlier_calls(isa, dtype):
     """A larger layer full of NaN, then the same layer again: workspaces that are kept must not leak."""
-    inputs = moe_inputs(9, 24, 20, 4, 2, dtype=dtype, lora_rank=3, bias=True, invalid_ids=True)
+    inputs = moe_inputs(T=9, H=24, I=20, E=4, K=2, dtype=dtype, lora_rank=3, bias=True, invalid_ids=True)
     grad_output = random_grad_output(inputs)
     expected = {save: run(inputs, grad_output, save=save) for save in ("activations", "recompute")}
-    spoiled = moe_inputs(40, 48, 36, 6, 3, dtype=dtype, lora_rank=5, bias=True)
-    for name in FLOATING:
+    spoiled = moe_inputs(T=40, H=48, I=36, E=6, K=3, dtype=dtype, lora_rank=5, bias=True)
+    for name in GRADIENTS:
         spoiled[name].fill_(math.nan)
     for save in expected:
         run(spoiled, torch.full((40, 48), math.nan, dtype=dtype), save=save)
@@ -181,7 +182,8 @@ from ktops.testing.isa import available_isas
 for isa in available_isas():
     for dtype in (torch.float32, torch.bfloat16):
         for save in ("activations", "recompute"):
-            inputs = moe_inputs(9, 40, 21, 4, 2, dtype=dtype, lora_rank=3, bias=True, invalid_ids=True)
+            sizes = {"T": 9, "H": 40, "I": 21, "E": 4, "K": 2}
+            inputs = moe_inputs(**sizes, dtype=dtype, lora_rank=3, bias=True, invalid_ids=True)
             with ktops.use_isa(isa):
                 results = run(inputs, random_grad_output(inputs), save=save)
             digest = hashlib.sha256()

@@ -14,7 +14,7 @@ from ktops.testing.inputs import moe_inputs
 
 @pytest.fixture
 def inputs():
-    return moe_inputs(200, 96, 80, 6, 2, dtype=torch.bfloat16, lora_rank=4)
+    return moe_inputs(T=200, H=96, I=80, E=6, K=2, dtype=torch.bfloat16, lora_rank=4)
 
 
 def steps_of(op: str, profile: ktops.Profile) -> list[ktops.Step]:
@@ -66,7 +66,7 @@ def test_environment(tmp_path):
     code = (
         "import ktops\n"
         "from ktops.testing.inputs import moe_inputs\n"
-        "ktops.moe_sft(**moe_inputs(3, 8, 4, 4, 2))\n"
+        "ktops.moe_sft(**moe_inputs(T=3, H=8, I=4, E=4, K=2))\n"
     )
 
     def stderr(value: str) -> str:

@@ -4,10 +4,11 @@ import pytest
 import torch
 
 from ktops import reference
+from ktops.ops.activation import ACTIVATIONS
 from ktops.testing.budgets import relative_error, rounding_level
 from ktops.testing.compare import assert_matches_reference, one_thread, random_grad_output, run_reference
 from ktops.testing.inputs import ROUTINGS, floating, moe_inputs, op_arguments, require_grad
-from ktops.testing.naive import ACTIVATIONS, moe_naive
+from ktops.testing.naive import moe_naive
 
 
 @one_thread()
@@ -28,7 +29,7 @@ def assert_reference_is_naive(inputs: dict, activation: str = "silu") -> None:
 @pytest.mark.parametrize("lora_rank", [0, 3, (2, 0), (0, 2), (1, 4)])
 def test_terms(lora_rank, bias, activation):
     assert_reference_is_naive(
-        moe_inputs(7, 6, 5, 4, 2, dtype=torch.float64, lora_rank=lora_rank, bias=bias), activation
+        moe_inputs(T=7, H=6, I=5, E=4, K=2, dtype=torch.float64, lora_rank=lora_rank, bias=bias), activation
     )
 
 
@@ -37,11 +38,11 @@ def test_terms(lora_rank, bias, activation):
 def test_routings(routing, invalid_ids):
     assert_reference_is_naive(
         moe_inputs(
-            9,
-            4,
-            3,
-            5,
-            3,
+            T=9,
+            H=4,
+            I=3,
+            E=5,
+            K=3,
             dtype=torch.float64,
             lora_rank=2,
             bias=True,
@@ -53,22 +54,26 @@ def test_routings(routing, invalid_ids):
 
 @pytest.mark.parametrize("num_tokens", [0, 1, 2])
 def test_few_tokens(num_tokens):
-    assert_reference_is_naive(moe_inputs(num_tokens, 4, 3, 5, 2, dtype=torch.float64, lora_rank=2, bias=True))
+    assert_reference_is_naive(
+        moe_inputs(T=num_tokens, H=4, I=3, E=5, K=2, dtype=torch.float64, lora_rank=2, bias=True)
+    )
 
 
 def test_recompute_is_exact():
-    inputs = moe_inputs(9, 6, 5, 4, 2, dtype=torch.float64, lora_rank=2, bias=True, invalid_ids=True)
+    inputs = moe_inputs(
+        T=9, H=6, I=5, E=4, K=2, dtype=torch.float64, lora_rank=2, bias=True, invalid_ids=True
+    )
     grad_output = random_grad_output(inputs)
-    arguments = op_arguments(inputs, save="recompute")
-    output, *saved = reference.moe_sft_fwd(*arguments)
-    assert saved[0].shape == (0, 10)
-    gradients = reference.moe_sft_bwd(grad_output, *arguments, *saved, (1 << 10) - 1)
+    arguments = op_arguments(inputs)
+    output, gate_up, xa, ha = reference.moe_sft_fwd(arguments, "recompute")
+    assert gate_up.shape == (0, 10)
+    gradients = reference.moe_sft_bwd(grad_output, arguments, "recompute", gate_up, xa, ha, (1 << 10) - 1)
     expected = run_reference(inputs, grad_output)
     for actual, value in zip((output, *gradients), expected.values(), strict=True):
         assert relative_error(actual, value) <= 2 * rounding_level(torch.float64, 20)
 
 
 def test_inference_is_the_output():
-    inputs = moe_inputs(9, 6, 5, 4, 2, dtype=torch.float64, lora_rank=2, bias=True)
-    output = reference.moe_fwd(*op_arguments(inputs, save=None))
-    assert torch.equal(output, reference.moe_sft_fwd(*op_arguments(inputs))[0])
+    inputs = moe_inputs(T=9, H=6, I=5, E=4, K=2, dtype=torch.float64, lora_rank=2, bias=True)
+    output, *_ = reference.moe_sft_fwd(op_arguments(inputs), "activations")
+    assert torch.equal(reference.moe_fwd(op_arguments(inputs)), output)

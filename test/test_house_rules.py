@@ -28,7 +28,7 @@ TOP_LEVEL = {
 MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 80
 
-CSRC_LAYERS = ("ops", "dispatch", "moe", "gemm", "formats", "isa", "parallel", "core")
+CSRC_LAYERS = ("ops", "dispatch", "moe", "gemm", "weights", "formats", "isa", "parallel", "core")
 """A folder of ktops_csrc includes only itself and the folders after it."""
 
 FLOORS = (

@@ -1,39 +1,17 @@
-// AVX-512 with VDPBF16PS and VPDPBUSD: Cooper Lake, Sapphire Rapids and later, Zen 4 and later.
-
-#pragma GCC diagnostic ignored "-Wuninitialized"  // GCC 12 on its own _mm512_undefined: bug 105593
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
-#include <immintrin.h>
-
-#include <chrono>
-#include <cmath>
-#include <cstdint>
-#include <cstring>
-#include <new>
-#include <utility>
-
 #include "dispatch/table.h"
 #include "isa/cpu_features.h"
-#include "moe/routing.h"
 
-#define KT_ISA avx512_bf16
-#define KT_VECTOR_BYTES 64
-#define KT_GENERIC_ROWS 6
-#define KT_GENERIC_PANELS 4
-#define KT_BFLOAT16_DOT
-#define KT_INT8_DOT
-#define KT_CODE_ROWS (int64_t{1} << 31)
-#define KT_TRANSPOSE_16X16 transpose_16x16_avx512
+#include "dispatch/avx512_bf16.h"
 
-#pragma GCC push_options
-#pragma GCC target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx512vnni")
-
-#include "isa/transpose_avx512-inl.h"
-
-#include "formats/decode-inl.h"
+#include "isa/direct_avx512_bf16-inl.h"
 #include "isa/micro_gemm_avx512_bf16-inl.h"
+#include "isa/narrow_avx512_bf16-inl.h"
+#include "isa/peak-inl.h"
 #include "isa/peak_avx512_bf16-inl.h"
+#include "isa/simd_avx512-inl.h"
 #include "moe/backward-inl.h"
 #include "moe/forward-inl.h"
+#include "weights/decode-inl.h"
 
 #pragma GCC pop_options
 

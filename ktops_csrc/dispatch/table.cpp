@@ -1,8 +1,9 @@
 #include "dispatch/table.h"
 
-#include <array>
+#include <algorithm>
 #include <atomic>
 #include <stdexcept>
+#include <vector>
 
 #include "core/environment.h"
 #include "isa/cpu_features.h"
@@ -10,13 +11,24 @@
 namespace kt::dispatch {
 namespace {
 
-using Rows = std::array<const IsaRow*, 5>;
+using Rows = std::vector<const IsaRow*>;
 
-// Best first.
+// As listed, unless the CPU multiplies bfloat16 slowly.
+Rows best_first() {
+    Rows list = {
+#define KT_ROW(name) &name##_row,
+#include "isa/rows.def"
+#undef KT_ROW
+    };
+    if (cpu::slow_bfloat16_dot()) {
+        std::iter_swap(std::find(list.begin(), list.end(), &avx512_bf16_row),
+                       std::find(list.begin(), list.end(), &avx512_row));
+    }
+    return list;
+}
+
 const Rows& rows() {
-    static const Rows list = cpu::slow_bfloat16_dot()
-                                 ? Rows{&amx_bf16_row, &avx512_row, &avx512_bf16_row, &avx2_row, &scalar_row}
-                                 : Rows{&amx_bf16_row, &avx512_bf16_row, &avx512_row, &avx2_row, &scalar_row};
+    static const Rows list = best_first();
     return list;
 }
 

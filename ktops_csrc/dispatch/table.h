@@ -1,6 +1,6 @@
 #pragma once
 
-// One row of kernels for each ISA. `ls dispatch` is the support matrix; the first row that the CPU supports is used.
+// One row of kernels for each ISA (isa/rows.def); the first that the CPU supports is used.
 
 #include <string>
 
@@ -34,11 +34,9 @@ struct IsaRow {
 void forward_float64(const Problem& problem, const ForwardResults& results);
 void backward_float64(const BackwardProblem& problem);
 
-extern const IsaRow scalar_row;
-extern const IsaRow avx2_row;
-extern const IsaRow avx512_row;
-extern const IsaRow avx512_bf16_row;
-extern const IsaRow amx_bf16_row;
+#define KT_ROW(name) extern const IsaRow name##_row;
+#include "isa/rows.def"
+#undef KT_ROW
 
 namespace dispatch {
 

@@ -8,6 +8,8 @@
 //   decode(block, state, part, v)    chunk number `part` of a block
 // and is named in formats.def.
 
+#include <cstdint>
+
 #include "isa/chunk-inl.h"
 
 namespace kt::KT_ISA {

@@ -2,6 +2,8 @@
 
 // fp8_e4m3 and mxfp8: sign, 4 bits of exponent, 3 of mantissa. mxfp4: E2M1, two weights a byte as in int4.
 
+#include <cstdint>
+
 #include "formats/integer-inl.h"
 
 namespace kt::KT_ISA {

@@ -9,6 +9,8 @@
 //
 // Source: ggml-common.h and the dequantize functions of ggml and of the gguf package.
 
+#include <cstdint>
+
 #include "formats/decoder-inl.h"
 #include "isa/dot4-inl.h"
 

@@ -12,6 +12,9 @@
 //
 // Source: ggml-common.h and the dequantize functions of ggml and of the gguf package.
 
+#include <cstdint>
+#include <cstring>
+
 #include "formats/gguf_blocks-inl.h"
 
 namespace kt::KT_ISA {
@@ -41,6 +44,8 @@ inline void scale_bytes(const uint8_t* bytes, int n, float d, float* out) {
         for (int i = 0; i < n; ++i) out[i] = d * static_cast<float>(bytes[i]);
     }
 }
+
+typedef uint8_t Bytes16 __attribute__((vector_size(16)));
 
 struct Q2_K : SuperBlockDecoder<16, 16> {
     static constexpr int64_t kBytes = 84;

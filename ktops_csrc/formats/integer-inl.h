@@ -3,6 +3,8 @@
 // int8, and int4 and uint4 with two weights a byte: byte b of a row holds column 2b in its low half and column 2b + 1
 // in its high half. int4 means q - 8.
 
+#include <cstdint>
+
 #include "formats/decoder-inl.h"
 #include "isa/dot4-inl.h"
 

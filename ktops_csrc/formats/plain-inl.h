@@ -1,7 +1,9 @@
 #pragma once
 
 // bf16, fp16, fp32: weights as they are.
-//
+
+#include <cstdint>
+
 #include "formats/decoder-inl.h"
 
 namespace kt::KT_ISA {

@@ -10,6 +10,7 @@
 #include "core/workspace.h"
 #include "isa/direct-inl.h"
 #include "isa/micro_gemm_generic-inl.h"
+#include "isa/pack-inl.h"
 
 namespace kt::KT_ISA {
 
@@ -21,12 +22,8 @@ constexpr int64_t kWideColumns = 2048;  // of a block with few rows
 constexpr int64_t kPanelBytes = 512 << 10;
 
 // Up to this many rows of A, B is multiplied where it lies: a panel would not be used often enough to pay for itself.
-// An ISA whose panels of bfloat16 are worth it earlier says so.
-#ifndef KT_BFLOAT16_DIRECT_ROWS
-#define KT_BFLOAT16_DIRECT_ROWS 32
-#endif
 template <class T>
-constexpr int64_t kDirectRows = std::is_same_v<T, bfloat16> ? KT_BFLOAT16_DIRECT_ROWS : 32;
+constexpr int64_t kDirectRows = std::is_same_v<T, bfloat16> ? Isa::kBFloat16DirectRows : 32;
 
 // Up to this many rows, dot products are faster than a micro-kernel that reads rows of B where they lie.
 constexpr int64_t kDotOnlyRows = 4;

@@ -6,12 +6,12 @@
 
 #include "gemm/block_gemm-inl.h"
 #include "isa/micro_dots-inl.h"
-
-#ifdef KT_INT8_TILES
-#include "gemm/code_tiles-inl.h"
-#endif
+#include "weights/weight-inl.h"
 
 namespace kt::KT_ISA {
+
+template <class T>
+class CodeTiles;  // gemm/code_tiles-inl.h, where there are tiles of bytes
 
 // Up to this many rows, codes are multiplied where they lie; a panel would not be used often enough.
 constexpr int64_t kCodeDotRows = 8;
@@ -52,9 +52,9 @@ public:
             if (columns.second >= 0) dots(columns.second, columns.count, c + columns.padded(), ldc);
             return;
         }
-#ifdef KT_INT8_TILES
-        if (x_.digits > 1) return CodeTiles<T>(scratch_, w_, table_, e_, x_, index_, m_).multiply(columns);
-#endif
+        if constexpr (Isa::kInt8Tiles) {
+            if (x_.digits > 1) return CodeTiles<T>(scratch_, w_, table_, e_, x_, index_, m_).multiply(columns);
+        }
         panels(columns);
     }
 

@@ -103,8 +103,8 @@ private:
              int64_t group, bool adds) const {
         for (int64_t q = 0; q < n; q += kPanelColumns) {
             alignas(64) uint32_t high[16 * 16], low[16 * 16];
-            KT_TRANSPOSE_16X16(reinterpret_cast<const char*>(sums + q * 32), 128, high);
-            KT_TRANSPOSE_16X16(reinterpret_cast<const char*>(sums + q * 32 + kPanelColumns), 128, low);
+            transpose_16x16(reinterpret_cast<const char*>(sums + q * 32), 128, high);
+            transpose_16x16(reinterpret_cast<const char*>(sums + q * 32 + kPanelColumns), 128, low);
             const VecF factor = load(scale + q), offset = load(min + q);
             for (int64_t r = 0; r < smaller(m_ - i, kPanelColumns); ++r) {
                 const int64_t digits[] = {index_[(i + r) * kDigits], index_[(i + r) * kDigits + 1]};

@@ -90,8 +90,7 @@ struct PutColumns {
                     std::memcpy(block + 16 * k, c + (i0 + k) * ldc + j0, 16 * sizeof(A));
                 }
                 if constexpr (sizeof(A) == sizeof(uint32_t)) {
-                    KT_TRANSPOSE_16X16(reinterpret_cast<const char*>(block), 64,
-                                       reinterpret_cast<uint32_t*>(transposed));
+                    transpose_16x16(reinterpret_cast<const char*>(block), 64, reinterpret_cast<uint32_t*>(transposed));
                 } else {
                     for (int64_t k = 0; k < 16 * 16; ++k) transposed[k % 16 * 16 + k / 16] = block[k];
                 }

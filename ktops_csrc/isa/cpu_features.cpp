@@ -48,7 +48,7 @@ int request_tiles() { return syscall(SYS_arch_prctl, kRequestPermission, kTileDa
 
 }  // namespace
 
-bool has_x86_64() { return true; }
+bool has_scalar() { return true; }
 
 bool has_avx2() {
     const Leaf one = cpuid(1, 0), seven = cpuid(7, 0);

@@ -4,12 +4,11 @@
 
 namespace kt::cpu {
 
-// Each asks CPUID for the instructions of one row of kernels and XCR0 for the registers they need.
-bool has_x86_64();
-bool has_avx2();
-bool has_avx512();
-bool has_avx512_bf16();
-bool has_amx_bf16();  // and whether the operating system lets this process use tiles; asks it once
+// has_<row>: each asks CPUID for the instructions of one row of kernels and XCR0 for the registers they need; that of
+// tiles also asks, once, whether the operating system lets this process use them.
+#define KT_ROW(name) bool has_##name();
+#include "isa/rows.def"
+#undef KT_ROW
 
 // Whether VDPBF16PS does fewer FLOP/s than multiplying and adding in float32: half as many on Intel's cores since AMX
 // took its place (measured on one), against twice as many on Cooper Lake and on AMD's. By name, not by a measurement:

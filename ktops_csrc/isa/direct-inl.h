@@ -5,15 +5,20 @@
 //   dots       C = A . W^T   dot products of rows of A with rows of W
 //   columns    C (+)= A . W  rows of W times an element of A each, added up
 
+#include <cstdint>
+#include <cstring>
 #include <type_traits>
 #include <utility>
 
+#include "core/bfloat16.h"
+#include "core/views.h"
 #include "isa/panel-inl.h"
+#include "isa/vec-inl.h"
 
 namespace kt::KT_ISA {
 
 // Rows of A that share a read of B: as many as the registers hold sums for.
-constexpr int kDirectTile = KT_VECTOR_BYTES == 64 ? 6 : 3;
+constexpr int kDirectTile = Isa::kVectorBytes == 64 ? 6 : 3;
 
 // How kWidth elements of two rows are multiplied and added up, in kParts instructions. load: what a part takes of n
 // elements.
@@ -41,55 +46,11 @@ struct ColumnStep {
     static void store_sums(Acc<T>* c, int64_t, const V* sums) { store(c, sums[0]); }
 };
 
-// What op makes of the lanes of four vectors: halves of groups of G lanes are put together until a group is one lane.
-//
-//   G = 16   [a][b], [c][d]  ->  8 lanes of a, 8 of b;  8 of c, 8 of d  ->  4 of each  ->  2  ->  a b c d
-template <int G, class V, class Op, int... Is>
-inline V fold_groups(V x, V y, Op op, std::integer_sequence<int, Is...>) {
-    constexpr int H = G / 2;
-    return op(__builtin_shufflevector(x, y, (Is / H * G + Is % H)...),
-              __builtin_shufflevector(x, y, (Is / H * G + Is % H + H)...));
-}
-template <int G, class V, class Op>
-inline V fold(V x, V y, Op op) {
-    return fold_groups<G>(x, y, op, std::make_integer_sequence<int, sizeof(V) / sizeof(V{}[0])>());
-}
-template <int G, class V, class Op>
-inline V fold_rest(V x, Op op) {
-    if constexpr (G > 1) {
-        return fold_rest<G / 2>(fold<G>(x, x, op), op);
-    } else {
-        return x;
-    }
-}
-struct Plus {
-    template <class V>
-    V operator()(V a, V b) const {
-        return a + b;
-    }
-};
-struct Larger {
-    template <class V>
-    V operator()(V a, V b) const {
-        return a > b ? a : b;
-    }
-};
-template <class V, class Op, class A>
-inline void put_folded(const V (&v)[4], Op op, A* out) {
-    constexpr int L = sizeof(V) / sizeof(A);
-    const V folded = fold_rest<L / 4>(fold<L / 2>(fold<L>(v[0], v[1], op), fold<L>(v[2], v[3], op), op), op);
-    std::memcpy(out, &folded, 4 * sizeof(A));
-}
-
-// Sums of N vectors, N <= 4.
-template <class A, int N>
-inline void put_sums(const Vec<A> (&v)[N], A* out) {
-    if constexpr (N == 4 && kLanes<A> >= 4) {
-        put_folded(v, Plus(), out);
-    } else {
-        for (int j = 0; j < N; ++j) out[j] = sum_lanes<A>(v[j]);
-    }
-}
+// Of bfloat16: in direct_widened-inl.h or, with an instruction for it, direct_avx512_bf16-inl.h.
+template <>
+struct DotStep<bfloat16>;
+template <>
+struct ColumnStep<bfloat16>;
 
 // f(count) with 1 <= count <= kMost as a constant of the compiler.
 template <int kMost, class F>

@@ -4,6 +4,9 @@
 
 #include <immintrin.h>
 
+#include <cstdint>
+
+#include "core/bfloat16.h"
 #include "isa/direct-inl.h"
 
 namespace kt::KT_ISA {

@@ -3,7 +3,14 @@
 // Steps of the direct kernels with bfloat16 widened to float32, one instruction a vector: elements of even index by a
 // shift, of odd index by a mask.
 
+#include <cstdint>
+#include <cstring>
+#include <utility>
+
+#include "core/bfloat16.h"
 #include "isa/direct-inl.h"
+#include "isa/panel-inl.h"
+#include "isa/vec-inl.h"
 
 namespace kt::KT_ISA {
 

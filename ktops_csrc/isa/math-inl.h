@@ -2,6 +2,7 @@
 
 #include <cmath>
 
+#include "isa/simd-inl.h"
 #include "isa/vec-inl.h"
 
 namespace kt::KT_ISA {

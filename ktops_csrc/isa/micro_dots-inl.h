@@ -9,8 +9,15 @@
 //   registers   3 rows x 4 panels: 12 exact sums and 12 of floats, 4 for a step of the panels, 1 for the broadcast of a
 //               row. What a block has summed is scaled between the first products of the next one.
 
+#include <cstdint>
+#include <cstring>
+#include <utility>
+
+#include "core/bfloat16.h"
+#include "core/views.h"
 #include "isa/dot4-inl.h"
-#include "isa/micro_gemm_generic-inl.h"
+#include "isa/panel-inl.h"
+#include "isa/simd-inl.h"
 
 namespace kt::KT_ISA {
 
@@ -46,11 +53,7 @@ constexpr int64_t code_panel_stride(int64_t k) { return k * kPanelColumns + 64; 
 constexpr int64_t code_row_stride(int64_t k) { return k + 64; }
 
 struct MicroDots {
-#ifdef KT_INT8_DOT
-    static constexpr int kRows = 3, kPanels = 4;
-#else
-    static constexpr int kRows = 2, kPanels = 1;
-#endif
+    static constexpr int kRows = Isa::kCodeGemmRows, kPanels = Isa::kCodeGemmPanels;
     static constexpr int64_t kCodesALine = 32;  // of a row, while which a line is read ahead
 
     static void multiply(CodeArguments g) {

@@ -9,7 +9,10 @@
 //
 // A step is 64 columns: four tile loads and four products. The sums are those of C transposed.
 
-#include "isa/dot4-inl.h"
+#include <immintrin.h>
+
+#include <cstdint>
+
 #include "isa/micro_gemm_amx_bf16-inl.h"
 
 namespace kt::KT_ISA {

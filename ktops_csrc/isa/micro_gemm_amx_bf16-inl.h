@@ -20,9 +20,14 @@
 
 #include <immintrin.h>
 
-#include "isa/direct_widened-inl.h"
+#include <cstdint>
+
+#include "core/bfloat16.h"
+#include "core/views.h"
 #include "isa/micro_gemm_generic-inl.h"
-#include "isa/pack-inl.h"
+#include "isa/panel-inl.h"
+#include "isa/simd-inl.h"
+#include "isa/vec-inl.h"
 
 namespace kt::KT_ISA {
 
@@ -42,7 +47,6 @@ struct TileRegion {
     // Makes the compiler finish its stores: it does not know which memory tile instructions read.
     static void settle(const void* p) { __asm__ volatile("" ::"r"(p) : "memory"); }
 };
-#define KT_REGION TileRegion
 
 inline void zero_sums() {
     _tile_zero(0);
@@ -89,7 +93,7 @@ struct MicroGemm<bfloat16> {
         for (int64_t p = i / kPanelColumns; p * kPanelColumns < i + m; ++p) {
             const bfloat16* panel = panels + p * stride;
             for (int64_t k = 0; k < stride; k += kTileElements, out += kTileElements) {
-                KT_TRANSPOSE_16X16(reinterpret_cast<const char*>(panel + k), 64, reinterpret_cast<uint32_t*>(out));
+                transpose_16x16(reinterpret_cast<const char*>(panel + k), 64, reinterpret_cast<uint32_t*>(out));
             }
         }
     }
@@ -234,7 +238,7 @@ private:
     static void put_transposed(const float* sums, int64_t ld, int64_t rows, int64_t columns, float* c, int64_t ldc) {
         TileRegion::settle(sums);
         alignas(64) uint32_t block[16 * 16];
-        KT_TRANSPOSE_16X16(reinterpret_cast<const char*>(sums), ld * static_cast<int64_t>(sizeof(float)), block);
+        transpose_16x16(reinterpret_cast<const char*>(sums), ld * static_cast<int64_t>(sizeof(float)), block);
         for (int64_t i = 0; i < rows; ++i) {
             const auto* row = reinterpret_cast<const float*>(block) + 16 * i + 16 - columns;
             store_n(c + i * ldc, load_n(row, columns), columns);

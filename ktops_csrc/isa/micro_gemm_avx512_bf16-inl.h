@@ -6,8 +6,12 @@
 
 #include <immintrin.h>
 
-#include "isa/direct_avx512_bf16-inl.h"
+#include <cstdint>
+#include <utility>
+
+#include "core/bfloat16.h"
 #include "isa/micro_gemm_generic-inl.h"
+#include "isa/panel-inl.h"
 
 namespace kt::KT_ISA {
 

@@ -8,9 +8,15 @@
 //   b + p * b_stride        panel p
 //   c + i * ldc             row i of C, 16 * panels columns, accumulators
 
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
 #include <utility>
 
+#include "core/bfloat16.h"
+#include "core/views.h"
 #include "isa/panel-inl.h"
+#include "isa/vec-inl.h"
 
 namespace kt::KT_ISA {
 
@@ -79,8 +85,8 @@ inline void point_into_panels(const C* panels, int64_t stride, int64_t i, int64_
 
 template <class C>
 struct MicroGemm {
-    static constexpr int kRows = KT_GENERIC_ROWS;
-    static constexpr int kPanels = KT_GENERIC_PANELS;
+    static constexpr int kRows = Isa::kGemmRows;
+    static constexpr int kPanels = Isa::kGemmPanels;
     static constexpr int64_t panels(int64_t) { return kPanels; }  // for m rows
     static constexpr bool kStaged = false;                        // takes rows of A anywhere in memory
     static constexpr bool kReadsRows = false;                     // takes B from panels only
@@ -133,5 +139,9 @@ struct MicroGemm {
         }
     }
 };
+
+// Only on an ISA with its own, in micro_gemm_<isa>-inl.h: others widen bfloat16.
+template <>
+struct MicroGemm<bfloat16>;
 
 }  // namespace kt::KT_ISA

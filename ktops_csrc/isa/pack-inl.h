@@ -2,20 +2,17 @@
 
 // Re-orders a block of a dense row-major matrix into one panel, zero beyond the block.
 
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+
+#include "core/bfloat16.h"
+#include "core/views.h"
 #include "isa/panel-inl.h"
+#include "isa/simd-inl.h"
+#include "isa/vec-inl.h"
 
 namespace kt::KT_ISA {
-
-// 16 x 16 dwords: out[16 * k + n] = row n, dword k. Rows are `stride` bytes apart.
-inline void transpose_16x16(const char* rows, int64_t stride, uint32_t* out) {
-    for (int n = 0; n < 16; ++n) {
-        for (int k = 0; k < 16; ++k) std::memcpy(out + 16 * k + n, rows + n * stride + 4 * k, 4);
-    }
-}
-
-#ifndef KT_TRANSPOSE_16X16  // an ISA with a faster one names it
-#define KT_TRANSPOSE_16X16 transpose_16x16
-#endif
 
 // 64 bytes of each of 16 rows: 16 k-steps of float32 or of pairs of bfloat16 as they are, or 32 of widened bfloat16.
 template <class T, class C>
@@ -23,10 +20,10 @@ inline void transpose_block(const T* w, int64_t stride, C* out) {
     const auto* rows = reinterpret_cast<const char*>(w);
     const int64_t bytes = stride * static_cast<int64_t>(sizeof(T));
     if constexpr (std::is_same_v<T, C>) {
-        KT_TRANSPOSE_16X16(rows, bytes, reinterpret_cast<uint32_t*>(out));
+        transpose_16x16(rows, bytes, reinterpret_cast<uint32_t*>(out));
     } else {
         alignas(64) uint32_t pairs[16 * kPanelColumns];
-        KT_TRANSPOSE_16X16(rows, bytes, pairs);
+        transpose_16x16(rows, bytes, pairs);
         for (int k = 0; k < 16; ++k, out += 2 * kPanelColumns) {
             for (int j = 0; j < kPanelColumns; j += kLanes<float>) {
                 const VecU32 pair = load_bits<VecU32>(pairs + k * kPanelColumns + j);
@@ -73,7 +70,7 @@ inline void pack_columns(int64_t n, int64_t kn, C* panel, Copy copy) {
         const int64_t count = smaller(kBlock, kn - k);
         if (count < kBlock) std::memset(static_cast<void*>(block), 0, sizeof(block));
         for (int64_t j = 0; j < n; ++j) copy(j, k, count, block + j * kBlock);
-        if (count == kBlock || kKMultiple<C> == kBlock) {
+        if (sizeof(C) <= 4 && (count == kBlock || kKMultiple<C> == kBlock)) {
             transpose_block(block, kBlock, panel);
         } else {
             pack_nt(block, kBlock, kPanelColumns, count, panel);

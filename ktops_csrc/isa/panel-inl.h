@@ -8,7 +8,8 @@
 #include <cstdint>
 #include <type_traits>
 
-#include "isa/vec-inl.h"
+#include "core/bfloat16.h"
+#include "core/views.h"
 
 namespace kt::KT_ISA {
 
@@ -16,28 +17,14 @@ constexpr int64_t kPanelColumns = 16;
 
 // What T is multiplied in: bfloat16 is widened to float32 on an ISA that has no dot product for it.
 template <class T>
-struct ComputeOf {
-    using type = T;
-};
-#ifndef KT_BFLOAT16_DOT
-template <>
-struct ComputeOf<bfloat16> {
-    using type = float;
-};
-#endif
-template <class T>
-using Compute = typename ComputeOf<T>::type;
+using Compute = std::conditional_t<std::is_same_v<T, bfloat16> && !Isa::kBFloat16Dot, float, T>;
 
 template <class C>
 constexpr int64_t kPack = std::is_same_v<C, bfloat16> ? 2 : 1;
 
 // Panels end with zeros up to a multiple of this many elements of k: a k-step, or a whole tile.
 template <class C>
-#ifdef KT_BFLOAT16_K_MULTIPLE
-constexpr int64_t kKMultiple = std::is_same_v<C, bfloat16> ? KT_BFLOAT16_K_MULTIPLE : 1;
-#else
-constexpr int64_t kKMultiple = kPack<C>;
-#endif
+constexpr int64_t kKMultiple = std::is_same_v<C, bfloat16> ? Isa::kBFloat16KMultiple : 1;
 
 template <class C>
 constexpr int64_t panel_elements(int64_t k) {

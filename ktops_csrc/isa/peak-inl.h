@@ -3,15 +3,18 @@
 // The fastest that one thread can multiply and add: what rooflines are drawn against.
 
 #include <chrono>
+#include <cstdint>
 #include <type_traits>
 #include <utility>
 
 #include "isa/dot4-inl.h"
+#include "isa/simd-inl.h"
+#include "isa/vec-inl.h"
 
 namespace kt::KT_ISA {
 
 // Independent accumulators: enough to hide the latency of two multiply-add units, few enough for the registers.
-constexpr int kPeakChains = KT_VECTOR_BYTES == 64 ? 24 : 12;
+constexpr int kPeakChains = Isa::kVectorBytes == 64 ? 24 : 12;
 
 // x in every lane, whatever the lanes are.
 template <class V>

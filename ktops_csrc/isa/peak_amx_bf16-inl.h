@@ -1,5 +1,10 @@
 #pragma once
 
+#include <immintrin.h>
+
+#include <chrono>
+#include <cstdint>
+
 #include "isa/micro_gemm_amx_bf16-inl.h"
 #include "isa/peak-inl.h"
 

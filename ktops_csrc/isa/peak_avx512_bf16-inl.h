@@ -2,6 +2,9 @@
 
 #include <immintrin.h>
 
+#include <cstdint>
+#include <utility>
+
 #include "isa/peak-inl.h"
 
 namespace kt::KT_ISA {

@@ -1,48 +1,15 @@
 #pragma once
 
-// Vectors of one register, written with the compiler's vector extension: the same source compiles to SSE2, AVX2 or
-// AVX-512 by the target in force and KT_VECTOR_BYTES.
+// Arithmetic on vectors of one register: the same source compiles to SSE2, AVX2 or AVX-512 by the target in force.
 
 #include <cstdint>
 #include <cstring>
+#include <utility>
 
 #include "core/bfloat16.h"
-#include "core/views.h"
+#include "isa/simd-inl.h"
 
 namespace kt::KT_ISA {
-
-template <class A>
-struct VecOf {
-    typedef A type __attribute__((vector_size(KT_VECTOR_BYTES)));
-};
-template <class A>
-using Vec = typename VecOf<A>::type;
-
-template <class A>
-constexpr int kLanes = KT_VECTOR_BYTES / static_cast<int>(sizeof(A));
-
-typedef uint32_t VecU32 __attribute__((vector_size(KT_VECTOR_BYTES)));
-typedef int32_t VecI32 __attribute__((vector_size(KT_VECTOR_BYTES)));
-typedef uint16_t VecU16 __attribute__((vector_size(KT_VECTOR_BYTES / 2)));  // as many lanes as VecU32
-
-typedef int8_t VecI8 __attribute__((vector_size(KT_VECTOR_BYTES / 4)));  // as many lanes as VecI32
-typedef uint8_t VecU8 __attribute__((vector_size(KT_VECTOR_BYTES / 4)));
-
-// Halves of 32 bits each, zero-extended. GCC 12 makes five instructions of one zmm's conversion.
-inline VecU32 widen(VecU16 x) {
-#if KT_VECTOR_BYTES == 64
-    return (VecU32)_mm512_cvtepu16_epi32((__m256i)x);
-#else
-    return __builtin_convertvector(x, VecU32);
-#endif
-}
-
-template <class V, class P>
-inline V load_bits(const P* p) {
-    V v;
-    std::memcpy(&v, p, sizeof(V));
-    return v;
-}
 
 template <class To, class From>
 inline To bit_cast(From from) {
@@ -82,30 +49,9 @@ inline void store(bfloat16* p, Vec<float> v) {
 }
 
 // The first n lanes only; the others read as zero.
-template <class V, class P>
-inline V load_bits_partial(const P* p, int64_t n) {
-    V v{};
-    std::memcpy(&v, p, static_cast<size_t>(n) * sizeof(P));
-    return v;
-}
-#if KT_VECTOR_BYTES == 64
-template <>
-inline VecU8 load_bits_partial<VecU8>(const uint8_t* p, int64_t n) {
-    return (VecU8)_mm_maskz_loadu_epi8(static_cast<__mmask16>((1u << n) - 1), p);
-}
-template <>
-inline VecU16 load_bits_partial<VecU16>(const uint16_t* p, int64_t n) {
-    return (VecU16)_mm256_maskz_loadu_epi16(static_cast<__mmask16>((1u << n) - 1), p);
-}
-#endif
-template <class T>
-inline auto load_partial(const T* p, int64_t n) {
-    T lanes[kLanes<Acc<T>>] = {};
-    std::memcpy(lanes, p, static_cast<size_t>(n) * sizeof(T));
-    return load(lanes);
-}
+inline Vec<double> load_partial(const double* p, int64_t n) { return load_lanes(p, n); }
 inline Vec<float> load_partial(const bfloat16* p, int64_t n) {
-    return from_bfloat16(load_bits_partial<VecU16>(reinterpret_cast<const uint16_t*>(p), n));
+    return from_bfloat16(load_partial(reinterpret_cast<const uint16_t*>(p), n));
 }
 template <class T>
 inline void store_partial(T* p, Vec<Acc<T>> v, int64_t n) {
@@ -113,15 +59,6 @@ inline void store_partial(T* p, Vec<Acc<T>> v, int64_t n) {
     store(lanes, v);
     std::memcpy(p, lanes, static_cast<size_t>(n) * sizeof(T));
 }
-
-#if KT_VECTOR_BYTES == 64
-inline Vec<float> load_partial(const float* p, int64_t n) {
-    return (Vec<float>)_mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << n) - 1), p);
-}
-inline void store_partial(float* p, Vec<float> v, int64_t n) {
-    _mm512_mask_storeu_ps(p, static_cast<__mmask16>((1u << n) - 1), (__m512)v);
-}
-#endif
 
 // f(i, n) for consecutive pieces [i, i + n) of [0, count), with n = kLanes but for the last.
 template <class A, class F>
@@ -152,6 +89,56 @@ inline A sum_lanes(Vec<A> v) {
         for (int i = 0; i < width; ++i) lanes[i] += lanes[i + width];
     }
     return lanes[0];
+}
+
+// What op makes of the lanes of four vectors: halves of groups of G lanes are put together until a group is one lane.
+//
+//   G = 16   [a][b], [c][d]  ->  8 lanes of a, 8 of b;  8 of c, 8 of d  ->  4 of each  ->  2  ->  a b c d
+template <int G, class V, class Op, int... Is>
+inline V fold_groups(V x, V y, Op op, std::integer_sequence<int, Is...>) {
+    constexpr int H = G / 2;
+    return op(__builtin_shufflevector(x, y, (Is / H * G + Is % H)...),
+              __builtin_shufflevector(x, y, (Is / H * G + Is % H + H)...));
+}
+template <int G, class V, class Op>
+inline V fold(V x, V y, Op op) {
+    return fold_groups<G>(x, y, op, std::make_integer_sequence<int, sizeof(V) / sizeof(V{}[0])>());
+}
+template <int G, class V, class Op>
+inline V fold_rest(V x, Op op) {
+    if constexpr (G > 1) {
+        return fold_rest<G / 2>(fold<G>(x, x, op), op);
+    } else {
+        return x;
+    }
+}
+struct Plus {
+    template <class V>
+    V operator()(V a, V b) const {
+        return a + b;
+    }
+};
+struct Larger {
+    template <class V>
+    V operator()(V a, V b) const {
+        return a > b ? a : b;
+    }
+};
+template <class V, class Op, class A>
+inline void put_folded(const V (&v)[4], Op op, A* out) {
+    constexpr int L = sizeof(V) / sizeof(A);
+    const V folded = fold_rest<L / 4>(fold<L / 2>(fold<L>(v[0], v[1], op), fold<L>(v[2], v[3], op), op), op);
+    std::memcpy(out, &folded, 4 * sizeof(A));
+}
+
+// Sums of N vectors, N <= 4.
+template <class A, int N>
+inline void put_sums(const Vec<A> (&v)[N], A* out) {
+    if constexpr (N == 4 && kLanes<A> >= 4) {
+        put_folded(v, Plus(), out);
+    } else {
+        for (int j = 0; j < N; ++j) out[j] = sum_lanes<A>(v[j]);
+    }
 }
 
 }  // namespace kt::KT_ISA

@@ -129,7 +129,7 @@ private:
             }
             schedule.add("grad_topk_weights", ceil_div(routing_.num_routes, kMaxRows), routing_weights);
         }
-        schedule.run<KT_REGION>(p_.num_threads, p_.launch);
+        schedule.run<Region>(p_.num_threads, p_.launch);
     }
 
     bool wants_grad_h() const {

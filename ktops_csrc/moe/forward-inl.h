@@ -104,7 +104,7 @@ private:
         if (coded_h_.codes) schedule.add("code_h", routing_.num_routes, code_h);
         schedule.add("down", combine.num_tasks(), down);
         schedule.add("sum", combine.num_sums(), sum);
-        schedule.run<KT_REGION>(p_.num_threads, p_.launch);
+        schedule.run<Region>(p_.num_threads, p_.launch);
     }
 
     // h = act(g) u, and [g | u] for backward

@@ -4,19 +4,16 @@
 
 #include <new>
 
-#include "formats/weight-inl.h"
 #include "gemm/code_gemm-inl.h"
 #include "gemm/outer_product-inl.h"
 #include "moe/activation-inl.h"
 #include "moe/routing.h"
+#include "weights/weight-inl.h"
 
 namespace kt::KT_ISA {
 
-// What a thread sets up for its work and takes down at the end: nothing, unless the ISA names it.
-#ifndef KT_REGION
-struct NoRegion {};
-#define KT_REGION NoRegion
-#endif
+// What a thread sets up for its work. A type of the row's own: no other row is to share functions of it.
+struct Region : Isa::Region {};
 
 // Columns of one task of a product along the rows of a weight: of I twice, of g and of u. More where each task copies
 // the rows of A for itself. Rows of one of its blocks: as many as fit.
@@ -88,35 +85,23 @@ private:
     }
 };
 
-// Up to so many rows of an expert, on average, integer products are the faster ones. An ISA that has an instruction for
-// them says so; tiles of bfloat16 are faster still where there are rows enough.
-#ifndef KT_CODE_ROWS
-#define KT_CODE_ROWS 0
-#endif
-// And with any number of rows, from so many columns on that share a scale.
-#ifndef KT_CODE_GROUP
-#define KT_CODE_GROUP (int64_t{1} << 62)
-#endif
-
 // Whether products with this weight are computed in integers.
 template <class T>
 inline bool uses_codes(const Problem& p, const WeightTensor& weight) {
     if (std::is_same_v<T, double> || weight.is_dense() || !format_of(weight).code_group) return false;
     if (p.compute != Computation::kAuto) return p.compute == Computation::kInt8;
     return p.inference &&
-           (p.num_tokens * p.top_k <= KT_CODE_ROWS * p.num_experts || code_group(weight) >= KT_CODE_GROUP);
+           (p.num_tokens * p.top_k <= Isa::kInt8Rows * p.num_experts || code_group(weight) >= Isa::kInt8Group);
 }
 
 // The digits of activations in products with such a weight: two where its rows, or large groups, are multiplied with
 // tiles of bytes.
 template <class T>
-inline int code_digits(const Problem& p, const WeightTensor& weight) {
-#ifdef KT_INT8_TILES
-    const bool many = p.num_tokens * p.top_k > KT_CODE_ROWS * p.num_experts;
-    if (many && CodeTiles<T>::fits(weight, Weight<T>(weight).table())) return 2;
-#else
-    static_cast<void>(p), static_cast<void>(weight);
-#endif
+inline int code_digits([[maybe_unused]] const Problem& p, [[maybe_unused]] const WeightTensor& weight) {
+    if constexpr (Isa::kInt8Tiles) {
+        const bool many = p.num_tokens * p.top_k > Isa::kInt8Rows * p.num_experts;
+        if (many && CodeTiles<T>::fits(weight, Weight<T>(weight).table())) return 2;
+    }
     return 1;
 }
 

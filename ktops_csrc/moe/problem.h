@@ -4,8 +4,8 @@
 
 #include <cstdint>
 
-#include "formats/format.h"
 #include "parallel/schedule.h"
+#include "weights/format.h"
 
 namespace kt {
 

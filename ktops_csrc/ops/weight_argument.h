@@ -2,8 +2,8 @@
 
 // One weight with its scale and zero point, checked and turned into what the kernels take.
 
-#include "formats/format.h"
 #include "ops/checks.h"
+#include "weights/format.h"
 
 namespace kt::ops {
 

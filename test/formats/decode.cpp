@@ -1,21 +1,18 @@
 // Decodes and multiplies with the format "toy" on the scalar row: argv: experts, rows, columns, group; stdin: codes,
 // scales in float32, one row of activations in float32; stdout: the weights, then the product with that row.
 
-#include <cmath>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
-#include <utility>
 #include <vector>
 
-#define KT_ISA scalar
-#define KT_VECTOR_BYTES 16
-#define KT_GENERIC_ROWS 2
-#define KT_GENERIC_PANELS 1
+#include "dispatch/scalar.h"
 
-#include "formats/decode-inl.h"
-#include "formats/weight-inl.h"
+#include "isa/narrow_generic-inl.h"
+#include "isa/simd_generic-inl.h"
+#include "weights/decode-inl.h"
+#include "weights/weight-inl.h"
 
 int main(int, char** argv) {
     const int64_t experts = atoll(argv[1]), rows = atoll(argv[2]), columns = atoll(argv[3]), group = atoll(argv[4]);

@@ -1,12 +1,15 @@
 #pragma once
 
-// Codes of integer formats (formats/codes-inl.h says what decoders have) as rows and as panels, and their scales.
+// Codes of integer formats (weights/codes-inl.h says what decoders have) as rows and as panels, and their scales.
+
+#include <cstdint>
+#include <cstring>
 
 #include "formats/decoder-inl.h"
-#include "formats/format_table.h"
-#include "formats/groups-inl.h"
 #include "isa/dot4-inl.h"
 #include "isa/pack-inl.h"
+#include "weights/format_table.h"
+#include "weights/groups-inl.h"
 
 namespace kt::KT_ISA {
 
@@ -114,7 +117,7 @@ private:
     static void unit_panel(const uint8_t* unit, int64_t row_bytes, uint8_t* out) {
         constexpr int64_t kBlocks = kStep / 64, kBlockBytes = 64 * kPanelColumns;
         for (int64_t b = 0; b < kBlocks; ++b, unit += 64, out += kBlockBytes) {
-            KT_TRANSPOSE_16X16(reinterpret_cast<const char*>(unit), row_bytes, [&](int k, auto bytes) {
+            transpose_16x16(reinterpret_cast<const char*>(unit), row_bytes, [&](int k, auto bytes) {
                 VecCodes codes[Decoder::kCodesAByte];
                 Decoder::codes_of((VecCodes)bytes, codes);
                 for (int64_t i = 0; i < Decoder::kCodesAByte; ++i) {
@@ -127,8 +130,8 @@ private:
     static bool one_a_row(const GroupValues& values) { return values.row_stride == 1 && values.row_block == 1; }
 
     static void transpose_floats(const float* rows, float* out) {
-        KT_TRANSPOSE_16X16(reinterpret_cast<const char*>(rows), kPanelColumns * static_cast<int64_t>(sizeof(float)),
-                           reinterpret_cast<uint32_t*>(out));
+        transpose_16x16(reinterpret_cast<const char*>(rows), kPanelColumns * static_cast<int64_t>(sizeof(float)),
+                        reinterpret_cast<uint32_t*>(out));
     }
 
     // The numbers of up to 16 groups of a row.

@@ -17,8 +17,11 @@
 //   code_scales(unit, out)    the scales in a unit, followed by s z if kMins; zeros up to 16 numbers
 //   kMins, kZeroCode          whether groups in a unit have a zero point of their own; z where they have none
 
-#include "formats/code_rows-inl.h"
+#include <cstdint>
+#include <utility>
+
 #include "isa/direct-inl.h"
+#include "weights/code_rows-inl.h"
 
 namespace kt::KT_ISA {
 

@@ -3,10 +3,13 @@
 // What products with few rows share, with floats or with codes: scales and zero points of the groups of a row, pieces
 // of rows, and sums.
 
-#include "formats/format_table.h"
+#include <cstdint>
+#include <type_traits>
+
 #include "isa/chunk-inl.h"
 #include "isa/direct-inl.h"
 #include "isa/dot4-inl.h"
+#include "weights/format_table.h"
 
 namespace kt::KT_ISA {
 
@@ -23,10 +26,10 @@ inline void load_groups(const GroupValues& values, int64_t e, int64_t row, int64
         for (int64_t i = 0; i < group_room(n); i += L) store(out + i, load(i, larger(0, smaller(L, n - i))));
     };
     const auto halves = [&](int64_t i, int64_t count) {
-        return load_bits_partial<VecU16>(reinterpret_cast<const uint16_t*>(from) + i, count);
+        return load_partial(reinterpret_cast<const uint16_t*>(from) + i, count);
     };
     const auto bytes = [&](int64_t i, int64_t count) {
-        const auto x = load_bits_partial<VecU8>(from + i, count);
+        const VecU8 x = load_partial(from + i, count);
         return widen_unsigned(reinterpret_cast<const uint8_t*>(&x));
     };
     switch (values.type) {
@@ -68,7 +71,7 @@ inline int64_t read_ahead(const DotGroups& groups, int64_t g, int64_t row_bytes)
 }
 
 // Rows of activations that share a read of codes, at most; f(1, 2 or 4 as a constant) for m of them.
-constexpr int kFewRows = KT_VECTOR_BYTES == 64 ? 4 : KT_VECTOR_BYTES == 32 ? 2 : 1;
+constexpr int kFewRows = Isa::kVectorBytes == 64 ? 4 : Isa::kVectorBytes == 32 ? 2 : 1;
 template <class F>
 inline void with_few_rows(int64_t m, F f) {
     if constexpr (kFewRows > 2) {

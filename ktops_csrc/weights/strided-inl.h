@@ -3,6 +3,9 @@
 // Small matrices [E, rows, columns] of any dtype and strides, times a constant: the LoRA factors.
 // (PEFT keeps lora_B as [rows, r, E], the expert innermost, and both factors in float32 beside bfloat16 weights.)
 
+#include <cstdint>
+#include <type_traits>
+
 #include "core/views.h"
 #include "isa/pack-inl.h"
 

@@ -15,7 +15,6 @@ enum class FormatId : uint8_t {
 #undef KT_FORMAT
     dense
 };
-constexpr int kNumFormats = static_cast<int>(FormatId::dense);
 
 struct Format {
     const char* name;

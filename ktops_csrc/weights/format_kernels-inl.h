@@ -1,15 +1,12 @@
 #pragma once
 
 // What a decoder (formats/decoder-inl.h says what that is) makes possible: rows of weights, and products with few rows,
-// for tensors of its format. One table of functions for each format.
+// for tensors of its format.
 
-#include <type_traits>
+#include <cstdint>
+#include <cstring>
 
-#include "formats/codes-inl.h"
-
-#define KT_FORMAT_DECODERS
-#include "formats/formats.def"
-#undef KT_FORMAT_DECODERS
+#include "weights/codes-inl.h"
 
 namespace kt::KT_ISA {
 
@@ -161,33 +158,6 @@ private:
             }
         }
     }
-};
-
-template <class Decoder, Scales kScales, bool kZeros, int64_t kCodeGroup>
-constexpr FormatTable format_table() {
-    using Kernels = FormatKernels<Decoder, kScales, kZeros>;
-    FormatTable table{&Kernels::template rows<float>, &Kernels::template rows<bfloat16>, &Kernels::dots, kFewRows,
-                      Decoder::kSplit};
-    if constexpr (kCodeGroup > 0) {
-        static_assert(Decoder::kCodeGroup == (kCodeGroup > 1 ? kCodeGroup : 0));
-        using Rows = CodeRows<Decoder, kZeros>;
-        table.code_dots = &CodeKernels<Decoder, kZeros>::dots;
-        table.code_rows = &Rows::rows;
-        table.code_panel = &Rows::panel;
-        table.code_scales = &Rows::scales;
-        table.zero_code = Decoder::kZeroCode;
-        table.code_columns = Decoder::kCodeColumns;
-        table.pairs = Decoder::kPairs;
-        table.code_mins = kZeros || Decoder::kMins;
-    }
-    return table;
-}
-
-extern const FormatTable kFormatTables[] = {
-#define KT_FORMAT(name, Type, element, block, bytes, scales, zeros, code_group) \
-    format_table<Type, Scales::scales, zeros, code_group>(),
-#include "formats/formats.def"
-#undef KT_FORMAT
 };
 
 }  // namespace kt::KT_ISA

@@ -5,7 +5,7 @@
 #include <type_traits>
 
 #include "core/workspace.h"
-#include "formats/format.h"
+#include "weights/format.h"
 
 namespace kt {
 

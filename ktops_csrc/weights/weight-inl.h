@@ -10,22 +10,19 @@
 // The last two write ceil(n / 16) panels of Compute<T>, `stride` elements apart, zero beyond the block. scratch has
 // room for kScratch elements of T.
 
-#include "formats/chunk_order-inl.h"
-#include "formats/format_table.h"
-#include "formats/quantize_rows-inl.h"
-#include "formats/strided-inl.h"
+#include <cstdint>
+#include <type_traits>
+
 #include "isa/pack-inl.h"
-
-// The row whose formats are used: a row may do with those of another.
-#ifndef KT_FORMATS_OF
-#define KT_FORMATS_OF KT_ISA
-#endif
-
-namespace kt::KT_FORMATS_OF {
-extern const FormatTable kFormatTables[];
-}
+#include "weights/chunk_order-inl.h"
+#include "weights/format_table.h"
+#include "weights/quantize_rows-inl.h"
+#include "weights/strided-inl.h"
 
 namespace kt::KT_ISA {
+
+// In decode-inl.h; or a row does with the formats of another.
+const FormatTable& format_table(FormatId format);
 
 template <class T>
 class Weight {
@@ -39,7 +36,7 @@ public:
 
     explicit Weight(const WeightTensor& tensor)
         : row_stride(tensor.dense.stride[1]), tensor_(tensor), strided_{tensor.dense} {
-        if (!tensor.is_dense()) table_ = &KT_FORMATS_OF::kFormatTables[static_cast<int>(tensor.format)];
+        if (!tensor.is_dense()) table_ = &format_table(tensor.format);
     }
 
     bool has_format() const { return table_ != nullptr; }
@@ -134,7 +131,7 @@ private:
 
 // Whole rows as float32: kt::dequantize.
 inline void decode_rows(const WeightTensor& w, int64_t e, int64_t row, int64_t n, float* out) {
-    KT_FORMATS_OF::kFormatTables[static_cast<int>(w.format)].rows_float(w, e, row, n, 0, w.columns, out, w.columns);
+    format_table(w.format).rows_float(w, e, row, n, 0, w.columns, out, w.columns);
 }
 
 }  // namespace kt::KT_ISA

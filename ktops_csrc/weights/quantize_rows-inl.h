@@ -3,11 +3,13 @@
 // Rows of activations as codes (CodedRows): blocks of 32 columns as integers of up to 127 times a scale each; or, with
 // two digits, whole rows as integers of up to 127 * 128 = 128 high + low.
 
+#include <cstdint>
+#include <cstring>
 #include <utility>
 
-#include "formats/format_table.h"
 #include "isa/chunk-inl.h"
 #include "isa/direct-inl.h"
+#include "weights/format_table.h"
 
 namespace kt::KT_ISA {
 

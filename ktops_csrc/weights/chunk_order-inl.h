@@ -1,7 +1,9 @@
 #pragma once
 
-#include "formats/format_table.h"
+#include <cstdint>
+
 #include "isa/chunk-inl.h"
+#include "weights/format_table.h"
 
 namespace kt::KT_ISA {
 

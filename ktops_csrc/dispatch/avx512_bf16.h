@@ -1,0 +1,26 @@
+#pragma once
+
+// AVX-512 with VDPBF16PS and VPDPBUSD: Cooper Lake, Sapphire Rapids and later, Zen 4 and later.
+
+#pragma GCC diagnostic ignored "-Wuninitialized"  // GCC 12 on its own _mm512_undefined: bug 105593
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#include <immintrin.h>
+
+#include "dispatch/row.h"
+
+#define KT_ISA avx512_bf16
+
+#pragma GCC push_options
+#pragma GCC target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx512vnni")
+
+namespace kt::KT_ISA {
+
+struct Isa : IsaDefaults {
+    static constexpr int kVectorBytes = 64;
+    static constexpr int kGemmRows = 6, kGemmPanels = 4;
+    static constexpr bool kBFloat16Dot = true;
+    static constexpr int kCodeGemmRows = 3, kCodeGemmPanels = 4;
+    static constexpr int64_t kInt8Rows = int64_t{1} << 31;  // always
+};
+
+}  // namespace kt::KT_ISA

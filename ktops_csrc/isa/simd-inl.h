@@ -1,0 +1,122 @@
+#pragma once
+
+// Types of one register, in the compiler's vector extension, and what is done with them by instructions of an ISA or,
+// where it has none, by plain C++: simd_generic-inl.h, simd_avx2-inl.h and simd_avx512-inl.h define it, of which a row
+// of kernels includes one. Everything else that computes with vectors is the same source for all rows (vec-inl.h, ...).
+
+#include <cstdint>
+#include <cstring>
+
+#include "core/bfloat16.h"
+
+namespace kt::KT_ISA {
+
+template <class A>
+struct VecOf {
+    typedef A type __attribute__((vector_size(Isa::kVectorBytes)));
+};
+template <class A>
+using Vec = typename VecOf<A>::type;
+using VecF = Vec<float>;
+
+template <class A>
+constexpr int kLanes = Isa::kVectorBytes / static_cast<int>(sizeof(A));
+
+typedef uint32_t VecU32 __attribute__((vector_size(Isa::kVectorBytes)));
+typedef int32_t VecI32 __attribute__((vector_size(Isa::kVectorBytes)));
+typedef uint16_t VecU16 __attribute__((vector_size(Isa::kVectorBytes / 2)));  // as many lanes as VecU32
+
+typedef int8_t VecI8 __attribute__((vector_size(Isa::kVectorBytes / 4)));  // as many lanes as VecI32
+typedef uint8_t VecU8 __attribute__((vector_size(Isa::kVectorBytes / 4)));
+
+// Chunks: 32 consecutive weights of a row (chunk-inl.h); their bytes, one for each weight.
+constexpr int64_t kChunk = 32;
+constexpr int kChunkVectors = static_cast<int>(kChunk) / kLanes<float>;
+typedef uint8_t Bytes32 __attribute__((vector_size(32)));
+
+// Codes of weights and their dot products, four codes a lane (dot4-inl.h).
+constexpr int64_t kCodeBytes = Isa::kVectorBytes == 64 ? 64 : 32;
+constexpr int kDotLanes = static_cast<int>(kCodeBytes / 4);
+typedef uint8_t VecCodes __attribute__((vector_size(kCodeBytes)));
+typedef int32_t VecDots __attribute__((vector_size(kCodeBytes)));
+typedef float VecDotsF __attribute__((vector_size(kCodeBytes)));
+
+template <class V, class P>
+inline V load_bits(const P* p) {
+    V v;
+    std::memcpy(&v, p, sizeof(V));
+    return v;
+}
+
+// The first n elements; the other lanes are zeros.
+template <class V, class P>
+inline V load_bits_partial(const P* p, int64_t n) {
+    V v{};
+    std::memcpy(&v, p, static_cast<size_t>(n) * sizeof(P));
+    return v;
+}
+
+// The same through memory, and back.
+template <class A>
+inline Vec<A> load_lanes(const A* p, int64_t n) {
+    A lanes[kLanes<A>] = {};
+    std::memcpy(lanes, p, static_cast<size_t>(n) * sizeof(A));
+    return load_bits<Vec<A>>(lanes);
+}
+template <class A>
+inline void store_lanes(A* p, Vec<A> v, int64_t n) {
+    A lanes[kLanes<A>];
+    std::memcpy(lanes, &v, sizeof(v));
+    std::memcpy(p, lanes, static_cast<size_t>(n) * sizeof(A));
+}
+
+inline VecF to_floats(VecI32 x) { return __builtin_convertvector(x, VecF); }
+
+// The first n lanes only, 0 <= n < lanes; those that are not read are zeros.
+VecU8 load_partial(const uint8_t* p, int64_t n);
+VecU16 load_partial(const uint16_t* p, int64_t n);
+VecF load_partial(const float* p, int64_t n);
+void store_partial(float* p, VecF v, int64_t n);
+
+// 16 x 16 dwords: out[16 * k + n] = row n, dword k. Rows are `stride` bytes apart.
+void transpose_16x16(const char* rows, int64_t stride, uint32_t* out);
+
+// Halves of 32 bits each, zero-extended.
+VecU32 widen(VecU16 x);
+
+// As many bytes as there are lanes of float32.
+VecI32 widen_unsigned(const uint8_t* p);
+VecI32 widen_signed(const uint8_t* p);
+
+// IEEE binary16 as float32, exactly: the number at p, and of every lane.
+float float16(const void* p);
+VecF from_float16(VecU16 x);
+
+// Signed bytes as a chunk.
+void unpack(Bytes32 x, VecF* v);
+
+// A chunk of E4M3 numbers times 2^-8: as binary16 they have the same digits and another bias, so that subnormal ones
+// need no case of their own. 0x7f and 0xff are NaN.
+constexpr float kFp8Factor = 256;
+void unpack_fp8(const uint8_t* p, VecF* v);
+
+// table[index & 15] of every lane.
+VecF lookup(const float* table, VecI32 index);
+
+// table[index] of every byte, index < 16.
+VecCodes lookup_codes(const uint8_t* table, VecCodes index);
+
+// Four numbers, again and again.
+VecDotsF repeat_four(const float* p);
+
+// kCodeBytes bytes: the 32 at p shifted right by `low` bits, and where there are 64 again by `high` bits. Bits of a
+// byte's neighbour come in from above.
+VecCodes shifted_twice(const uint8_t* p, int low, int high);
+
+// 32 bytes at p, and where there are 64 those `apart` bytes behind them.
+VecCodes load_parts(const uint8_t* p, int64_t apart);
+
+// The same of four-bit codes: the low halves of 16 bytes, then their high halves.
+VecCodes nibble_parts(const uint8_t* p, int64_t apart);
+
+}  // namespace kt::KT_ISA

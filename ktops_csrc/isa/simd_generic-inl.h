@@ -1,0 +1,83 @@
+#pragma once
+
+// isa/simd-inl.h in plain C++, for vectors of 16 bytes.
+
+#include <cstdint>
+#include <cstring>
+
+#include "core/bfloat16.h"
+#include "core/float16.h"
+#include "isa/simd-inl.h"
+
+namespace kt::KT_ISA {
+
+inline VecU8 load_partial(const uint8_t* p, int64_t n) { return load_bits_partial<VecU8>(p, n); }
+inline VecU16 load_partial(const uint16_t* p, int64_t n) { return load_bits_partial<VecU16>(p, n); }
+inline VecF load_partial(const float* p, int64_t n) { return load_lanes(p, n); }
+inline void store_partial(float* p, VecF v, int64_t n) { store_lanes(p, v, n); }
+
+inline void transpose_16x16(const char* rows, int64_t stride, uint32_t* out) {
+    for (int n = 0; n < 16; ++n) {
+        for (int k = 0; k < 16; ++k) std::memcpy(out + 16 * k + n, rows + n * stride + 4 * k, 4);
+    }
+}
+
+inline VecU32 widen(VecU16 x) { return __builtin_convertvector(x, VecU32); }
+
+inline VecI32 widen_unsigned(const uint8_t* p) { return VecI32{p[0], p[1], p[2], p[3]}; }
+inline VecI32 widen_signed(const uint8_t* p) {
+    const auto* s = reinterpret_cast<const int8_t*>(p);
+    return VecI32{s[0], s[1], s[2], s[3]};
+}
+
+inline float float16(const void* p) { return float16_to_float(read(static_cast<const uint16_t*>(p))); }
+inline VecF from_float16(VecU16 x) {
+    VecF out;
+    for (int i = 0; i < kLanes<float>; ++i) out[i] = float16_to_float(x[i]);
+    return out;
+}
+
+inline void unpack(Bytes32 x, VecF* v) {
+    uint8_t bytes[kChunk];
+    std::memcpy(bytes, &x, sizeof(bytes));
+    for (int i = 0; i < kChunkVectors; ++i) v[i] = to_floats(widen_signed(bytes + i * kLanes<float>));
+}
+
+inline void unpack_fp8(const uint8_t* p, VecF* v) {
+    float values[kChunk];
+    for (int i = 0; i < kChunk; ++i) {
+        const uint16_t nan = (p[i] & 0x7f) == 0x7f ? 0x7e00 : 0;
+        values[i] = float16_to_float(static_cast<uint16_t>((p[i] & 0x80) << 8 | (p[i] & 0x7f) << 7 | nan));
+    }
+    for (int i = 0; i < kChunkVectors; ++i) v[i] = load_bits<VecF>(values + i * kLanes<float>);
+}
+
+inline VecF lookup(const float* table, VecI32 index) {
+    VecF out;
+    for (int i = 0; i < kLanes<float>; ++i) out[i] = table[index[i] & 15];
+    return out;
+}
+inline VecCodes lookup_codes(const uint8_t* table, VecCodes index) {
+    VecCodes out;
+    for (int i = 0; i < kCodeBytes; ++i) out[i] = table[index[i]];
+    return out;
+}
+
+inline VecDotsF repeat_four(const float* p) { return VecDotsF{p[0], p[1], p[2], p[3], p[0], p[1], p[2], p[3]}; }
+
+inline VecCodes shifted_twice(const uint8_t* p, int low, int) {
+    typedef uint16_t Words __attribute__((vector_size(kCodeBytes)));
+    return (VecCodes)(load_bits<Words>(p) >> low);
+}
+inline VecCodes load_parts(const uint8_t* p, int64_t) { return load_bits<VecCodes>(p); }
+inline VecCodes nibble_parts(const uint8_t* p, int64_t) {
+    typedef uint16_t Words __attribute__((vector_size(kCodeBytes)));
+    Words shifts;
+    for (int i = 0; i < static_cast<int>(kCodeBytes) / 2; ++i) shifts[i] = i / 8 % 2 ? 4 : 0;
+    Words bytes;
+    std::memcpy(&bytes, p, 16);
+    std::memcpy(reinterpret_cast<char*>(&bytes) + 16, p, 16);
+    return (VecCodes)(bytes >> shifts) & 15;
+}
+
+}  // namespace kt::KT_ISA

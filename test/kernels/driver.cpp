@@ -1,0 +1,58 @@
+// Runs suites of the kernels of one row. stdin: lines "suite dtype edge"; stdout: for each "ok", what is wrong, or that
+// there is no such suite. Its first lines come from test_kernels.py: what describes the row, and the row's own files.
+
+#include <cstdio>
+#include <string>
+
+#include "formats.h"
+#include "gemm.h"
+#include "integers.h"
+#include "packs.h"
+#ifdef KT_TILES
+#include "tiles.h"
+#endif
+
+namespace {
+
+using Suite = std::string (*)(const Shape&);
+
+template <template <class> class S>
+Suite suite_of(const std::string& dtype) {
+    using kt::bfloat16;
+    if (dtype == "float32") return S<float>::run;
+    if (dtype == "bfloat16") return S<bfloat16>::run;
+    if constexpr (kt::KT_ISA::Isa::kVectorBytes == 16) {  // the only row that computes in float64
+        if (dtype == "float64") return S<double>::run;
+    }
+    return nullptr;
+}
+
+template <class S>
+Suite suite_of(const std::string& dtype) {
+    return dtype == "bytes" ? S::run : nullptr;
+}
+
+Suite find(const std::string& name, const std::string& dtype) {
+#define KT_KERNEL(suite, function) \
+    if (name == #suite) return suite_of<suites::suite>(dtype);
+#ifdef KT_TILES
+#define KT_TILE_KERNEL KT_KERNEL
+#else
+#define KT_TILE_KERNEL(suite, function)
+#endif
+#include "kernels.def"
+    return nullptr;
+}
+
+}  // namespace
+
+int main() {
+    [[maybe_unused]] const kt::KT_ISA::Isa::Region region{};
+    char name[64], dtype[64], edge[64];
+    while (scanf("%63s %63s %63s", name, dtype, edge) == 3) {
+        const Suite suite = find(name, dtype);
+        printf("%s\n", suite ? suite(Shape(edge)).c_str() : "no such suite");
+        fflush(stdout);
+    }
+    return 0;
+}

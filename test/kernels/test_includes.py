@@ -1,0 +1,39 @@
+"""Files that are compiled for each row of kernels: in any order, and no others in the target region."""
+
+import re
+
+import pytest
+from rows import CSRC, ROWS, compile_cpp, reached
+
+FILES = sorted(str(path.relative_to(CSRC)) for path in CSRC.glob("*/*-inl.h"))
+REACHED = {row: reached(f"dispatch/{row}.cpp") for row in ROWS}
+
+
+@pytest.fixture(scope="module")
+def precompiled(tmp_path_factory):
+    """What describes the simplest row, in the form that takes the compiler the least time."""
+    folder = tmp_path_factory.mktemp("precompiled")
+    (folder / "scalar.h").write_text('#include "dispatch/scalar.h"\n')
+    compile_cpp("-x", "c++-header", folder / "scalar.h", "-o", folder / "scalar.h.gch")
+    return folder
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_includes_what_it_uses(precompiled, name):
+    """It compiles first, after what describes the row: the simplest row that has the file."""
+    row = next((row for row in ROWS if name in REACHED[row]), None)
+    assert row, "no row of kernels includes it"
+    header = precompiled / "scalar.h" if row == "scalar" else f"dispatch/{row}.h"
+    compile_cpp("-fsyntax-only", "-x", "c++", "-", text=f'#include "{header}"\n#include "{name}"\n')
+
+
+@pytest.mark.parametrize("row", [row for row in ROWS if row != "scalar"])
+def test_no_other_header_is_compiled_for_a_row(row):
+    """Its inline functions would hold the row's instructions wherever the linker keeps that copy of them."""
+    text = compile_cpp("-E", CSRC / "dispatch" / f"{row}.cpp")
+    before, region = (
+        set(re.findall(r'^# \d+ "([^"]+)" 1', part, re.MULTILINE))
+        for part in text.rsplit("#pragma GCC push_options", 1)
+    )
+    assert any(name.endswith("moe/forward-inl.h") for name in region)
+    assert not [name for name in region - before if not name.endswith(("-inl.h", ".def"))]

@@ -1,0 +1,132 @@
+"""Every kernel of kernels.def over its edges, on every row of kernels.
+
+Sums are compared with those in long double, within the bound of their rounding errors, everything else bit by
+bit. Inputs end where memory ends, and nothing is written but results.
+"""
+
+import functools
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+from edges import EDGES
+from rows import CSRC, ROWS, compile_cpp, includes, reached
+
+import ktops
+from ktops.testing import amx_emulator
+
+HERE = Path(__file__).parent
+LIST = (HERE / "kernels.def").read_text()
+LINES = re.findall(r"^KT_(TILE_)?KERNEL\((\w+), ([\w:]+)\)$", LIST, re.MULTILINE)
+
+
+def has_tiles(row: str) -> bool:
+    return any("amx" in name for name in reached(f"dispatch/{row}.cpp"))
+
+
+def dtypes(row: str, suite: str) -> list[str]:
+    """Those that a row has a kernel for: float64 is the simplest row's, what widens is of float32."""
+    widens = "kBFloat16Dot = true" not in (CSRC / "dispatch" / f"{row}.h").read_text()
+    absent = {"float64"} if row != "scalar" else set()
+    if suite == "micro_gemm" and widens:
+        absent.add("bfloat16")
+    return [dtype for dtype in EDGES[suite][0] if dtype not in absent]
+
+
+CASES = {
+    row: [
+        f"{suite} {dtype} {edge}"
+        for tile, suite, _ in LINES
+        if not tile or has_tiles(row)
+        for dtype in dtypes(row, suite)
+        for edge in EDGES[suite][1]
+    ]
+    for row in ROWS
+}
+CAN_RUN = ktops.cpu_capabilities()
+RUNNABLE = [row for row in ROWS if CAN_RUN["avx512_bf16" if has_tiles(row) else row]]
+
+
+def source(row: str) -> str:
+    own = [name for name in includes(f"dispatch/{row}.cpp") if name.startswith("isa/") and "-inl" in name]
+    lines = [f'#include "dispatch/{row}.h"', *(f'#include "{name}"' for name in own)]
+    return "\n".join([*lines, *["#define KT_TILES"] * has_tiles(row), '#include "driver.cpp"', ""])
+
+
+@pytest.fixture(scope="module")
+def programs(tmp_path_factory):
+    return tmp_path_factory.mktemp("programs")
+
+
+@functools.cache
+def results(row: str, folder: Path) -> dict[str, str]:
+    """{case: what its suite says}: a row is compiled and run once."""
+    # unoptimized: compiling takes a third of the time, and the source is the same
+    sources = ["-x", "c++", "-", CSRC / "core" / "workspace.cpp"]
+    try:
+        compile_cpp("-O0", f"-I{HERE}", *sources, "-o", folder / row, text=source(row))
+    except AssertionError as error:
+        return dict.fromkeys(CASES[row], str(error))
+    env = amx_emulator.environment() if has_tiles(row) else None
+    given = "\n".join(CASES[row])
+    run = subprocess.run([folder / row], input=given, env=env, capture_output=True, text=True)
+    said = run.stdout.splitlines()
+    died = [f"died with status {run.returncode} {run.stderr}"] * (len(CASES[row]) - len(said))
+    return dict(zip(CASES[row], said + died, strict=True))
+
+
+@pytest.mark.parametrize(("row", "case"), [
+    pytest.param(row, case, id=f"{row}-{case.replace(' ', '-')}") for row in RUNNABLE for case in CASES[row]
+])  # fmt: skip
+def test_edges(programs, row, case):
+    assert results(row, programs)[case] == "ok"
+
+
+REGISTERS = r"(simd|narrow|vec|chunk|dot4|math|panel|peak)\w*-inl\.h"
+"""Files of arithmetic in registers, which kernels consist of."""
+
+
+def functions(source: str) -> set[str]:
+    """Functions that return nothing: free ones, and public static ones of classes as Class::function."""
+    found, name, public = set(), "", True
+    for line in source.splitlines():
+        if match := re.match(r"(struct|class) (\w+).*\{$", line):
+            name, public = match.group(2), match.group(1) == "struct"
+        elif line in ("public:", "private:"):
+            public = line == "public:"
+        elif line == "};":
+            name = ""
+        elif match := re.match(r"(?:inline )?(?:__attribute__\(\(\w+\)\) )?void (\w+)\(", line):
+            found.add(match.group(1))
+        elif name and public and (match := re.match(r"    static void (\w+)\(", line)):
+            found.add(f"{name}::{match.group(1)}")
+    return found
+
+
+def calls(source: str, function: str) -> bool:
+    """Members are called through any alias of their class."""
+    owner, _, member = function.rpartition("::")
+    return bool(
+        re.search(rf"\b{owner}\b", source) and re.search(rf"{'::' if owner else ''}\b{member}\(", source)
+    )
+
+
+def in_tables() -> set[str]:
+    """The functions of formats of which weights/decode-inl.h takes the address."""
+    source = (CSRC / "weights" / "decode-inl.h").read_text()
+    aliases = dict(re.findall(r"using (\w+) = (\w+)<", source))
+    taken = re.findall(r"&(\w+)(?:<[^;]*?>)?::(?:template )?(\w+)", source)
+    return {f"{aliases.get(owner, owner)}::{name}" for owner, name in taken}
+
+
+def test_every_kernel_is_listed():
+    """What other folders call of the files of isa/ that are not about registers, and what formats have."""
+    isa = {path.name: functions(path.read_text()) for path in CSRC.glob("isa/*-inl.h")}
+    others = "\n".join(path.read_text() for path in CSRC.glob("*/*-inl.h") if path.parent.name != "isa")
+    kernels = set().union(*(found for name, found in isa.items() if not re.fullmatch(REGISTERS, name)))
+    called = {function for function in kernels if calls(others, function)}
+    listed = {function for _, _, function in LINES}
+    assert {"MicroGemm::gemm", "pack_nt"} <= called and "CodeKernels::dots" in in_tables()
+    assert called | in_tables() <= listed <= in_tables().union(*isa.values())
+    assert {suite for _, suite, _ in LINES} == set(EDGES)

@@ -5,7 +5,8 @@
 
 busy: milliseconds in tasks, all threads together; share: of all busy time; wait: for other threads' last
 tasks; wall: on the clock. limit: the roofline of the step's own FLOPs and weights at the peak and bandwidth
-measured before and after; fraction: limit / wall. Medians of the calls; weights cold, inputs fresh.
+measured before and after; fraction: limit / wall; blocks by path: how products with the weights were computed
+(ktops_csrc/gemm/path.h). Medians of the calls; weights cold, inputs fresh.
 """
 
 import argparse
@@ -68,17 +69,18 @@ def profile_calls(mode: str, layer: Layer, tokens: int, rank: int, calls: int) -
     for op_name, name in profiles[0]:
         samples = [profile[op_name, name] for profile in profiles if (op_name, name) in profile]
         values = (statistics.median(getattr(s, what) for s in samples) for what in ("busy", "wait", "wall"))
-        medians.append(ktops.Step(op_name, name, 1, samples[0].tasks, *values))
+        medians.append(ktops.Step(op_name, name, 1, samples[0].tasks, *values, samples[0].paths))
     return medians, inputs.distinct_experts
 
 
 def print_steps(steps: list, work: dict[tuple[str, str], Work], limits: Limits) -> None:
     """One line a step, and their sum."""
     busy = sum(step.busy for step in steps)
-    print(
+    head = (
         f"{'operator':12} {'step':18} {'tasks':>7} {'busy ms':>10} {'share':>6} "
         f"{'wait ms':>9} {'wall ms':>10} {'GFLOP/s':>8} {'limit ms':>9} {'fraction':>8}"
     )
+    print(head + "  blocks by path")
     for step in steps:
         line = (
             f"{step.op:12} {step.name:18} {step.tasks:7} {step.busy * 1e3:10.3f} {step.busy / busy:6.1%} "
@@ -87,7 +89,7 @@ def print_steps(steps: list, work: dict[tuple[str, str], Work], limits: Limits) 
         if w := work.get((step.op, step.name)):
             limit = w.seconds(limits)
             line += f" {w.flops / step.wall / 1e9:8.1f} {limit * 1e3:9.3f} {limit / step.wall:8.3f}"
-        print(line)
+        print(f"{line:{len(head)}}  {step.taken}".rstrip())
     wall, wait = (sum(getattr(step, what) for step in steps) for what in ("wall", "wait"))
     print(f"{'':12} {'sum':18} {'':7} {busy * 1e3:10.3f} {1:6.1%} {wait * 1e3:9.3f} {wall * 1e3:10.3f}")
 

@@ -1,6 +1,6 @@
 // The profile of one call in two phases, by a clock that a task moves by kTaskTicks, the rest of the call by the other
 // constants below, and each reading by one. Argument: THREADS. Prints the lines of kt::profile::describe(), then the
-// ticks from the first reading to the last.
+// ticks from the first reading to the last. Every third task of the first phase counts a path "b", the others an "a".
 
 #include <atomic>
 #include <cstdio>
@@ -24,6 +24,12 @@ int64_t now() { return ++ticks; }
 
 int main(int, char** argv) {
     const auto task = [](int64_t, int) { ticks += kTaskTicks; };
+    const auto counting_task = [&](int64_t i, int thread) {
+        kt::profile::count_path(i % 3 == 2);
+        task(i, thread);
+    };
+    const char* const path_names[kt::profile::kMaxPaths] = {"a", "b"};
+    kt::profile::count_path(0);  // outside of every step: nowhere
     kt::profile::set_enabled(true);
     {
         const kt::profile::Call call("op");
@@ -31,10 +37,10 @@ int main(int, char** argv) {
         kt::profile::mark("arguments");
         ticks += kPrepareTicks;
         kt::Schedule schedule;
-        schedule.add("first", 10, task);
+        schedule.add("first", 10, counting_task);
         schedule.add("second", 1, task);
         schedule.run<Region>(std::atoi(argv[1]), start_threads);
         ticks += kFinishTicks;
     }
-    std::printf("%s%lld\n", kt::profile::describe().c_str(), static_cast<long long>(ticks - 1));
+    std::printf("%s%lld\n", kt::profile::describe(path_names).c_str(), static_cast<long long>(ticks - 1));
 }

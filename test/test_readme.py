@@ -21,7 +21,7 @@ EXAMPLES = dict(
 OPS = (
     "moe_fwd", "moe_sft_fwd", "moe_sft_bwd", "cpu_capability", "cpu_capabilities", "cpu_refusals",
     "set_cpu_capability", "measure_peak", "sum_words", "set_profiling", "profiling", "profiled_steps",
-    "empty_cache", "memory_stats", "dequantize",
+    "paths", "force_path", "empty_cache", "memory_stats", "dequantize",
 )  # fmt: skip
 
 

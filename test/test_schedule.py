@@ -66,7 +66,9 @@ def test_every_moment_of_a_call_belongs_to_one_step(threads, tmp_path):
         [program, str(threads)], capture_output=True, text=True, check=True
     ).stdout.splitlines()
     # name: (calls, tasks, busy, wait, wall)
-    steps = {line.split()[1]: tuple(map(int, line.split()[2:])) for line in lines}
+    steps = {line.split()[1]: tuple(map(int, line.split()[2:7])) for line in lines}
+    paths = {line.split()[1]: line.split()[7:] for line in lines}
+    assert paths.pop("first") == ["a=7", "b=3"] and not any(paths.values())
     assert list(steps) == ["arguments", "prepare", "first", "second", "launch", "finish"]
     assert sum(wall for *_, wall in steps.values()) == int(ticks)
     assert steps["arguments"] == (1, 1, 101, 0, 101) and steps["prepare"] == (1, 1, 51, 0, 51)

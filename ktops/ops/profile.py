@@ -1,5 +1,6 @@
 """Where the time of the operators goes, step by step."""
 
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -19,6 +20,8 @@ class Step:
         busy: seconds in tasks, all threads together.
         wait: seconds of waiting for the last tasks of other threads, all threads together.
         wall: seconds on the clock. Every moment of a call belongs to one step.
+        paths: how products with the base weights were computed, {path: number of blocks}; the paths are those
+            of ktops_csrc/gemm/path.h. Empty for other steps.
     """
 
     op: str
@@ -28,6 +31,12 @@ class Step:
     busy: float
     wait: float
     wall: float
+    paths: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def taken(self) -> str:
+        """``paths`` in words: "dots 12, panels 4"."""
+        return ", ".join(f"{path} {blocks}" for path, blocks in self.paths.items())
 
 
 @dataclass
@@ -43,27 +52,39 @@ class Profile:
 
     def __str__(self) -> str:
         head = f"{'operator':12} {'step':18} {'calls':>6} {'tasks':>8} {'busy ms':>10} {'share':>6}"
-        lines = [f"{head} {'wait ms':>10} {'wall ms':>10}"]
+        lines = [f"{head} {'wait ms':>10} {'wall ms':>10}  blocks by path"]
         for step in self.steps:
-            lines.append(
+            line = (
                 f"{step.op:12} {step.name:18} {step.calls:6} {step.tasks:8} {step.busy * 1e3:10.3f} "
                 f"{step.busy / (self.busy or 1):6.1%} {step.wait * 1e3:10.3f} {step.wall * 1e3:10.3f}"
             )
+            lines.append(f"{line}  {step.taken}".rstrip())
         return "\n".join(lines)
 
 
-def _recorded() -> dict[tuple[str, str], tuple[int, ...]]:
-    lines = (line.split() for line in torch.ops.kt.profiled_steps().splitlines())
-    return {(op, name): tuple(map(int, values)) for op, name, *values in lines}
+Recorded = dict[tuple[str, str], Counter]
+"""By operator and step: the numbers of a Step, and those of its paths, by name."""
+
+NUMBERS = ("calls", "tasks", "busy", "wait", "wall")
 
 
-def _since(before: dict[tuple[str, str], tuple[int, ...]]) -> list[Step]:
+def _recorded() -> Recorded:
+    steps = {}
+    for line in torch.ops.kt.profiled_steps().splitlines():
+        op, name, *values = line.split()
+        paths = dict(path.split("=") for path in values[len(NUMBERS) :])
+        numbers = dict(zip(NUMBERS, values, strict=False)) | paths
+        steps[op, name] = Counter({key: int(value) for key, value in numbers.items()})
+    return steps
+
+
+def _since(before: Recorded) -> list[Step]:
     steps = []
     for (op, name), values in _recorded().items():
-        earlier = before.get((op, name), (0,) * len(values))
-        calls, tasks, busy, wait, wall = (b - a for a, b in zip(earlier, values, strict=True))
+        since = values - before.get((op, name), Counter())
+        calls, tasks, busy, wait, wall = (since.pop(number, 0) for number in NUMBERS)
         if calls:
-            steps.append(Step(op, name, calls, tasks, busy / 1e9, wait / 1e9, wall / 1e9))
+            steps.append(Step(op, name, calls, tasks, busy / 1e9, wait / 1e9, wall / 1e9, dict(since)))
     return steps
 
 

@@ -61,12 +61,12 @@ def spoil_ids(ids: Tensor, num_experts: int, generator: torch.Generator) -> Tens
 
 
 def moe_inputs(
+    *,
     T: int,
     H: int,
     I: int,  # noqa: E741
     E: int,
     K: int,
-    *,
     dtype: torch.dtype = torch.float32,
     lora_rank: int | tuple[int, int] = 0,
     lora_dtype: torch.dtype | None = None,

@@ -12,6 +12,7 @@
 #include <cstring>
 #include <new>
 #include <numeric>
+#include <optional>
 #include <type_traits>
 #include <utility>
 
@@ -19,6 +20,7 @@
 #include "core/float16.h"
 #include "core/views.h"
 #include "core/workspace.h"
+#include "gemm/path.h"
 #include "isa/traits.h"
 #include "moe/problem.h"
 #include "moe/routing.h"

@@ -7,6 +7,17 @@
 //   State prepare(block)             what all chunks of a block need
 //   decode(block, state, part, v)    chunk number `part` of a block
 // and is named in formats.def.
+//
+// That of an integer format, whose codes are multiplied (weights/codes-inl.h), also has
+//   kCodeColumns, kCodeStep   a unit: columns whose codes are read together, and its bytes
+//   kPairs                    whether a byte holds two columns: then the codes of a unit are those of even columns and
+//                             then those of odd columns, else in order
+//   codes(unit, out)          these codes, vector by vector
+//   kCodesAByte               codes that each byte holds by itself, at the same place in kCodesAByte parts of the unit:
+//                             then codes_of(bytes, out) gives them, a vector of each part; or 0
+//   kCodeGroup                columns that share a scale that lies in the unit, or 0: scales are beside the weight
+//   code_scales(unit, out)    the scales in a unit, followed by s z if kMins; zeros up to 16 numbers
+//   kMins, kZeroCode          whether groups in a unit have a zero point of their own; z where they have none
 
 #include <cstdint>
 

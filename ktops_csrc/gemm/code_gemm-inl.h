@@ -13,9 +13,6 @@ namespace kt::KT_ISA {
 template <class T>
 class CodeTiles;  // gemm/code_tiles-inl.h, where there are tiles of bytes
 
-// Up to this many rows, codes are multiplied where they lie; a panel would not be used often enough.
-constexpr int64_t kCodeDotRows = 8;
-
 // Rows of W from `row` on that a thread will probably need after a product: they are read ahead.
 struct NextRows {
     int64_t expert = -1, row = 0;  // none
@@ -44,33 +41,29 @@ public:
     }
 
     // Writes rows [0, m) of scratch.c: products with the rows of W that `columns` names.
-    void multiply(const Columns& columns) {
-        const int64_t ldc = ldc_ = columns.total();
-        float* c = scratch_.c;
-        if (m_ <= kCodeDotRows) {
-            dots(columns.first, columns.count, c, ldc);
-            if (columns.second >= 0) dots(columns.second, columns.count, c + columns.padded(), ldc);
-            return;
+    void multiply(Path path, const Columns& columns) {
+        ldc_ = columns.total();
+        if (path == Path::kCodePanels) panels(columns);
+        if (path == Path::kCodeDots) {
+            for_each_range(columns, scratch_.c, [&](int64_t row, float* c) { dots(row, columns.count, c); });
         }
         if constexpr (Isa::kInt8Tiles) {
-            if (x_.digits > 1) return CodeTiles<T>(scratch_, w_, table_, e_, x_, index_, m_).multiply(columns);
+            if (path == Path::kCodeTiles) CodeTiles<T>(scratch_, w_, table_, e_, x_, index_, m_).multiply(columns);
         }
-        panels(columns);
     }
 
 private:
     static constexpr int64_t kBlockColumns = MicroDots::kPanels * kPanelColumns;
     static constexpr int64_t kMaxGroups = kMaxK / 16 + 2;
     // What a block keeps in scratch: its panels; scale and min of every group and column.
-    static constexpr int64_t kLeftBytes = GemmScratch<T>::kLeftElements * static_cast<int64_t>(sizeof(Compute<T>));
     static constexpr int64_t kScales = 2 * kMaxGroups * kBlockColumns;
     static_assert(MicroDots::kPanels * code_panel_stride(kMaxK) <= kPanelBytes);
-    static_assert(kScales * 4 <= kLeftBytes);
+    static_assert(kScales * 4 <= kRowBytes);
 
-    float* scales() const { return reinterpret_cast<float*>(scratch_.left); }
+    float* scales() const { return scratch_.code_scales(); }
 
-    void dots(int64_t row, int64_t n, float* c, int64_t ldc) const {
-        const int64_t few = table_.few_rows, m = m_ * x_.digits;
+    void dots(int64_t row, int64_t n, float* c) const {
+        const int64_t few = table_.few_rows, m = m_ * x_.digits, ldc = ldc_;
         const int64_t strip = m > few ? 64 : n;  // rows of W that stay in cache for all rows of A
         for (int64_t j = 0; j < n; j += strip) {
             for (int64_t i = 0; i < m; i += few) {
@@ -122,7 +115,7 @@ private:
     }
 
     void make_panels(const Block& block, int64_t row, int64_t n) const {
-        auto* panels = reinterpret_cast<uint8_t*>(scratch_.panels);
+        uint8_t* panels = scratch_.code_panels();
         const int64_t first = block.k / group_;
         // with few rows, the micro-kernel has too few steps to read all of the next panels ahead
         const int64_t lines = ceil_div(m_, MicroDots::kRows) * block.kn / MicroDots::kCodesALine;
@@ -157,7 +150,7 @@ private:
         g.mins = table_.code_mins ? scales() + kBlockColumns : nullptr;
         g.w_stride = 2 * kBlockColumns;
         g.panels = panels;
-        g.b = reinterpret_cast<const uint8_t*>(scratch_.panels);
+        g.b = scratch_.code_panels();
         g.b_stride = code_panel_stride(block.kn);
         g.adds = block.k > 0;
         g.ldc = ldc_;
@@ -227,7 +220,13 @@ inline void multiply_codes(BlockGemm<T>& block, const GemmScratch<T>& scratch, c
                            const CodedRows& x, const int32_t* index, int64_t first, int64_t m, const Columns& columns,
                            const NextRows& after) {
     if constexpr (std::is_same_v<Acc<T>, float>) {
-        CodeGemm<T>(scratch, weight, expert, x, index, first, m, after).multiply(columns);
+        Product product{};
+        product.transposed = true;
+        product.rows = m;
+        product.columns = columns.total();
+        product.digits = x.digits;
+        const Path path = take_path<T>(product, scratch.forced);
+        CodeGemm<T>(scratch, weight, expert, x, index, first, m, after).multiply(path, columns);
         block.holds_product();
     }
 }

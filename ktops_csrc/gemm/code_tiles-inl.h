@@ -4,9 +4,10 @@
 // panels, and blocks of C are summed transposed. A scale of less than a group of W would take a store of the sums for
 // every tile; so a row of A has one scale and two digits, which are two panels.
 
-#include "gemm/block_gemm-inl.h"
+#include "gemm/scratch-inl.h"
 #include "isa/micro_dots-inl.h"
 #include "isa/micro_dots_amx_int8-inl.h"
+#include "weights/format_table.h"
 
 namespace kt::KT_ISA {
 
@@ -23,14 +24,8 @@ public:
           m_(m),
           group_(x.group < w.columns ? x.group : round_up(w.columns, table.code_columns)),
           c_(scratch.c),
-          panels_(reinterpret_cast<uint8_t*>(scratch.panels)),
-          rows_(reinterpret_cast<uint8_t*>(scratch.left)) {}
-
-    // Whether groups are whole tiles, in the order of codes.
-    static bool fits(const WeightTensor& w, const FormatTable& table) {
-        const int64_t group = code_group(w);
-        return group >= w.columns || (group % table.code_columns == 0 && group <= kLeastColumns);
-    }
+          panels_(scratch.code_panels()),
+          rows_(scratch.code_rows()) {}
 
     // Writes rows [0, m) of C: products with the rows of W that `columns` names.
     void multiply(const Columns& columns) {

@@ -38,9 +38,9 @@ inline void outer_product(const GemmScratch<T>& scratch, int64_t rows, const Ope
         const int64_t m = smaller(most, left.count - i);
         BlockGemm<T> block(scratch, m, columns);
         for_each_row_block(rows, [&](int64_t row, int64_t n) {
-            left.pack(row, n, i, m, scratch.left);
+            left.pack(row, n, i, m, scratch.left_panels());
             right.pack(row, n, 0, right.count, scratch.panels);
-            block.multiply_panels(scratch.left, scratch.panels, n);
+            block.multiply_panels(scratch.left_panels(), scratch.panels, n);
         });
         put(i, m, block.row(0), columns);
     }

@@ -64,7 +64,7 @@ struct Thread {
     Acc<T>* bias;    // [kWideColumns]
 
     Thread(Workspace& w, const Problem& p, const Routing& routing)
-        : gemm(w),
+        : gemm(w, p.forced_path),
           sums(w.take<Acc<T>>(sum_elements(p, routing))),
           activations(w.take<T>(routing.most_rows * wide_slab(routing))),
           bias(w.take<Acc<T>>(kWideColumns)) {}
@@ -85,31 +85,25 @@ private:
     }
 };
 
-// Whether products with this weight are computed in integers.
+// The digits of activations in products with this weight, 0 if they are computed in floats.
 template <class T>
-inline bool uses_codes(const Problem& p, const WeightTensor& weight) {
-    if (std::is_same_v<T, double> || weight.is_dense() || !format_of(weight).code_group) return false;
-    if (p.compute != Computation::kAuto) return p.compute == Computation::kInt8;
-    return p.inference &&
-           (p.num_tokens * p.top_k <= Isa::kInt8Rows * p.num_experts || code_group(weight) >= Isa::kInt8Group);
-}
-
-// The digits of activations in products with such a weight: two where its rows, or large groups, are multiplied with
-// tiles of bytes.
-template <class T>
-inline int code_digits([[maybe_unused]] const Problem& p, [[maybe_unused]] const WeightTensor& weight) {
-    if constexpr (Isa::kInt8Tiles) {
-        const bool many = p.num_tokens * p.top_k > Isa::kInt8Rows * p.num_experts;
-        if (many && CodeTiles<T>::fits(weight, Weight<T>(weight).table())) return 2;
-    }
-    return 1;
+inline int code_digits(const Problem& p, const WeightTensor& weight) {
+    if (std::is_same_v<T, double> || weight.is_dense() || !format_of(weight).code_group) return 0;
+    const IntegerProducts products{p.compute,
+                                   p.inference,
+                                   p.num_tokens * p.top_k,
+                                   p.num_experts,
+                                   weight.columns,
+                                   code_group(weight),
+                                   Weight<T>(weight).table().code_columns};
+    return choose_digits(products, kIsaLimits<T>, p.forced_path);
 }
 
 // Of `rows` rows of activations, if products with this weight are computed in integers.
 template <class T>
 inline CodedRows take_coded(Workspace& workspace, const Problem& p, const Weight<T>& weight, int64_t rows) {
-    if (!uses_codes<T>(p, weight.tensor())) return {};
-    return weight.take_codes(workspace, rows, code_digits<T>(p, weight.tensor()));
+    const int digits = code_digits<T>(p, weight.tensor());
+    return digits ? weight.take_codes(workspace, rows, digits) : CodedRows{};
 }
 
 // Row i of x, k elements, as row i of `rows`.

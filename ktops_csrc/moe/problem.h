@@ -4,13 +4,11 @@
 
 #include <cstdint>
 
+#include "gemm/path.h"
 #include "parallel/schedule.h"
 #include "weights/format.h"
 
 namespace kt {
-
-// What products with the weights are computed in: kInt8 quantises the activations, kAuto chooses.
-enum class Computation { kAuto, kFloat, kInt8 };
 
 enum class Activation { kSilu, kGelu, kGeluTanh };
 
@@ -30,7 +28,8 @@ struct Problem {
     double gate_up_scaling, down_scaling;
     Activation activation;
     Computation compute = Computation::kAuto;
-    bool inference = false;  // no gradient will be asked for
+    bool inference = false;           // no gradient will be asked for
+    std::optional<Path> forced_path;  // by a test
 
     int num_threads;
     Launch launch;

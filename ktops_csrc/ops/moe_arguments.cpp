@@ -156,6 +156,7 @@ MoeArguments::MoeArguments(const char* op, KT_MOE_ARGUMENTS(KT_PARAMETER))
     p.down_scaling = down_scaling;
     p.num_threads = useful_threads(p);
     p.launch = launch;
+    p.forced_path = forced_path();
 }
 
 void MoeArguments::point_to_tensors(const Checker& check, DType weights_dtype) {

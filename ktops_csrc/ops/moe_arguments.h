@@ -27,6 +27,9 @@ private:
     void point_to_tensors(const Checker& check, DType weights_dtype);
 };
 
+// The path that kt::force_path asks for.
+std::optional<Path> forced_path();
+
 // Whether [g | u] is kept ("activations") or computed again ("recompute").
 bool keeps_activations(const char* op, const std::string& save);
 

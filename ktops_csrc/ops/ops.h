@@ -49,4 +49,7 @@ bool set_profiling(bool enabled);
 bool profiling();
 std::string profiled_steps();
 
+std::string paths();
+std::string force_path(std::string name);
+
 }  // namespace kt::ops

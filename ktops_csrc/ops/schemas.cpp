@@ -49,10 +49,15 @@ STABLE_TORCH_LIBRARY(kt, m) {
     m.def("memory_stats() -> (int bytes_in_use, int bytes_idle, int bytes_peak, int blocks, int allocations)");
 
     // record the time of every step or not (returns what it was); "operator step calls tasks busy wait wall\n" for every
-    // step so far, times in nanoseconds
+    // step so far, times in nanoseconds, with " path=blocks" for each path of its products before the end
     m.def("set_profiling(bool enabled) -> bool");
     m.def("profiling() -> bool");
     m.def("profiled_steps() -> str");
+
+    // the paths of products, "name,..."; the one that they take wherever it is possible, "" for none (returns what it
+    // was): for tests
+    m.def("paths() -> str");
+    m.def("force_path(str name) -> str");
 }
 // clang-format on
 
@@ -75,6 +80,8 @@ STABLE_TORCH_LIBRARY_IMPL(kt, CompositeExplicitAutograd, m) {
     m.impl("set_profiling", TORCH_BOX(&kt::ops::set_profiling));
     m.impl("profiling", TORCH_BOX(&kt::ops::profiling));
     m.impl("profiled_steps", TORCH_BOX(&kt::ops::profiled_steps));
+    m.impl("paths", TORCH_BOX(&kt::ops::paths));
+    m.impl("force_path", TORCH_BOX(&kt::ops::force_path));
 }
 
 extern "C" __attribute__((visibility("default"))) PyObject* PyInit__C() {

@@ -33,6 +33,7 @@ void record(const char* op, const char* name, const Step& values) {
         step.busy += values.busy;
         step.wait += values.wait;
         step.wall += values.wall;
+        for (size_t p = 0; p < values.paths.size(); ++p) step.paths[p] += values.paths[p];
         last = i;
         return;
     }
@@ -47,13 +48,16 @@ bool set_enabled(bool enabled) { return is_enabled.exchange(enabled); }
 
 bool enabled() { return is_enabled.load(std::memory_order_relaxed); }
 
-std::string describe() {
+std::string describe(const char* const* path_names) {
     std::lock_guard<std::mutex> lock(mutex);
     std::string text;
     for (const Row& row : rows) {
         text += std::string(row.op) + " " + row.name;
         for (int64_t value : {row.step.calls, row.step.tasks, row.step.busy, row.step.wait, row.step.wall}) {
             text += " " + std::to_string(value);
+        }
+        for (size_t p = 0; p < row.step.paths.size(); ++p) {
+            if (row.step.paths[p]) text += std::string(" ") + path_names[p] + "=" + std::to_string(row.step.paths[p]);
         }
         text += "\n";
     }
@@ -78,7 +82,7 @@ void Call::mark(const char* step, bool busy) {
     const int64_t time = now(), wall = time - last_ - accounted_;
     last_ = time;
     accounted_ = 0;
-    record(op_, step, {1, 1, busy ? wall : 0, busy ? 0 : wall, wall});
+    record(op_, step, {1, 1, busy ? wall : 0, busy ? 0 : wall, wall, {}});
 }
 
 void Call::add(const char* step, const Step& values) {

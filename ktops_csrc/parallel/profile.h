@@ -1,9 +1,14 @@
 #pragma once
 
+#include <array>
 #include <cstdint>
 #include <string>
 
 namespace kt::profile {
+
+// How many blocks of products took each path: an index, whose name the caller of describe() has.
+constexpr int kMaxPaths = 8;
+using PathCounts = std::array<int64_t, kMaxPaths>;
 
 // One step of an operator, summed over its calls. Times in nanoseconds. Every moment of a call belongs to one step,
 // so the `wall` of an operator's steps add up to its time.
@@ -13,14 +18,22 @@ struct Step {
     int64_t busy = 0;  // in tasks, all threads together
     int64_t wait = 0;  // for the other threads' last tasks, all threads together
     int64_t wall = 0;
+    PathCounts paths{};
 };
 
 // Off at first, unless KTOPS_PROFILE=1. Returns what it was. Calls under way keep to what they began with.
 bool set_enabled(bool enabled);
 bool enabled();
 
-// A line for each step so far, in the order of first appearance: "operator step calls tasks busy wait wall\n".
-std::string describe();
+// A line for each step so far, in the order of first appearance: "operator step calls tasks busy wait wall\n", with
+// " path=blocks" for each path that was taken before the end.
+std::string describe(const char* const* path_names);
+
+// Where the paths of this thread are counted: in the step that it is in, if its call is profiled, else nowhere.
+inline thread_local PathCounts* path_counts = nullptr;
+inline void count_path(int path) {
+    if (path_counts) ++(*path_counts)[static_cast<size_t>(path)];
+}
 
 // Nanoseconds on the clock. In a file of its own, clock.cpp: test/profile.cpp has a clock that it moves itself.
 int64_t now();

@@ -54,6 +54,7 @@ private:
         alignas(64) std::atomic<int64_t> done{0};
         alignas(64) std::atomic<int64_t> busy{0};  // nanoseconds, if the call is profiled
         std::atomic<int64_t> wait{0};
+        std::atomic<int64_t> paths[profile::kMaxPaths] = {};
         int64_t wall = 0;  // of the first worker, which is there from the beginning
     };
 
@@ -62,6 +63,8 @@ private:
         for (int p = 0; p < num_phases_; ++p) {
             Phase& phase = phases_[p];
             const int64_t begin = call_ ? profile::now() : 0;
+            profile::PathCounts paths{};
+            profile::path_counts = call_ ? &paths : nullptr;
             int64_t finished = 0;
             for (int64_t i; (i = phase.next.fetch_add(1, std::memory_order_relaxed)) < phase.num_tasks; ++finished) {
                 phase.call(phase.task, i, thread);
@@ -69,21 +72,25 @@ private:
             const int64_t end = call_ ? profile::now() : 0;
             if (finished) phase.done.fetch_add(finished, std::memory_order_release);
             wait(phase);
-            if (call_) count(phase, thread, begin, end);
+            if (call_) count(phase, thread, begin, end, paths);
         }
+        profile::path_counts = nullptr;
     }
 
-    static void count(Phase& phase, int thread, int64_t begin, int64_t end) {
+    static void count(Phase& phase, int thread, int64_t begin, int64_t end, const profile::PathCounts& paths) {
         const int64_t left = profile::now();
         phase.busy.fetch_add(end - begin, std::memory_order_relaxed);
         phase.wait.fetch_add(left - end, std::memory_order_relaxed);
         if (thread == 0) phase.wall = left - begin;
+        for (size_t p = 0; p < paths.size(); ++p) phase.paths[p].fetch_add(paths[p], std::memory_order_relaxed);
     }
 
     void record() {
         for (int p = 0; p < num_phases_; ++p) {
             const Phase& phase = phases_[p];
-            call_->add(phase.name, {1, phase.num_tasks, phase.busy, phase.wait, phase.wall});
+            profile::Step step{1, phase.num_tasks, phase.busy, phase.wait, phase.wall, {}};
+            for (size_t i = 0; i < step.paths.size(); ++i) step.paths[i] = phase.paths[i];
+            call_->add(phase.name, step);
         }
         call_->mark("launch", false);
     }

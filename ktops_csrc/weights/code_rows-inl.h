@@ -1,6 +1,6 @@
 #pragma once
 
-// Codes of integer formats (weights/codes-inl.h says what decoders have) as rows and as panels, and their scales.
+// Codes of integer formats (formats/decoder-inl.h says what decoders have) as rows and as panels, and their scales.
 
 #include <cstdint>
 #include <cstring>

@@ -6,16 +6,7 @@
 //
 //   sum over k of s (q - z) t a = sum over groups of (s sum over blocks of t (sum of q a)) - s z (sum of t a)
 //
-// The sums over q a are exact, and those over t a are known from quantize_row. A decoder of an integer format has
-//   kCodeColumns, kCodeStep   a unit: columns whose codes are read together, and its bytes
-//   kPairs                    whether a byte holds two columns: then the codes of a unit are those of even columns and
-//                             then those of odd columns, else in order
-//   codes(unit, out)          these codes, vector by vector
-//   kCodesAByte               codes that each byte holds by itself, at the same place in kCodesAByte parts of the unit:
-//                             then codes_of(bytes, out) gives them, a vector of each part; or 0
-//   kCodeGroup                columns that share a scale that lies in the unit, or 0: scales are beside the weight
-//   code_scales(unit, out)    the scales in a unit, followed by s z if kMins; zeros up to 16 numbers
-//   kMins, kZeroCode          whether groups in a unit have a zero point of their own; z where they have none
+// The sums over q a are exact, and those over t a are known from quantize_row. formats/decoder-inl.h says what decoders of integer formats have.
 
 #include <cstdint>
 #include <utility>

@@ -44,4 +44,5 @@ def test_table(capsys):
     out = capsys.readouterr().out
     assert out.count("combine_x") == 2 and "T=40 scalar" in out
     (line,) = [line for line in out.splitlines()[:20] if " gate_up " in line]
-    assert float(line.split()[-1]) > 0
+    *_, fraction, path, blocks = line.split()
+    assert float(fraction) > 0 and path == "dots" and int(blocks) > 0

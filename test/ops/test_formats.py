@@ -10,6 +10,7 @@ from ktops.formats import get_format, names
 from ktops.formats.gguf_blocks import BLOCKS
 from ktops.testing.compare import check_against_reference, one_thread, run, threads
 from ktops.testing.inputs import densified, moe_inputs, op_arguments
+from ktops.testing.paths import paths_taken, use_path
 from ktops.testing.weights import in_format, random_weight, variants
 
 EVERY = variants(256)
@@ -72,13 +73,16 @@ def test_dtypes_of_zero_points(isa, dtype):
     assert_identical(decoded(weight), decode(weight))
 
 
-@pytest.mark.parametrize("num_tokens", [3, 70])
+@pytest.mark.parametrize("path", ["decoded_dots", "dots", "panels"])
 @pytest.mark.parametrize("name,group_size", EVERY)
-def test_output_and_gradients(isa, name, group_size, num_tokens):
+def test_output_and_gradients(isa, name, group_size, path):
+    num_tokens = 3 if path == "decoded_dots" else 20
     inputs = moe_inputs(
         T=num_tokens, H=256, I=256, E=3, K=2, dtype=torch.bfloat16, lora_rank=(2, 3), bias=True
     )
-    check_against_reference(in_format(inputs, name, group_size))
+    with use_path(path), ktops.profile() as profile:
+        check_against_reference(in_format(inputs, name, group_size))
+    assert path in paths_taken(profile, "gate_up", "down")
 
 
 @pytest.mark.parametrize("num_tokens", [1, 7, 40])

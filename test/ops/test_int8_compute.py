@@ -1,16 +1,16 @@
 """compute="int8": blocks of activations rounded to int8, products with the codes of weights in integers."""
 
-from functools import cache
-
 import gguf
 import pytest
 import torch
+from massive_channels import assert_as_good_as_blocks, massive_channels
 
 import ktops
 from ktops.reference.int8 import BLOCK, DIGITS, UNIT, largest_of_blocks, round_blocks, round_digits
 from ktops.testing.budgets import forward_budget, relative_error
 from ktops.testing.compare import one_thread, random_grad_output, run, threads
 from ktops.testing.inputs import densified, moe_inputs
+from ktops.testing.paths import use_path
 from ktops.testing.weights import GROUPED, in_format
 
 FORMATS = [("int8", 0), ("int8", 32), ("int4", 0), ("int4", 96), ("int4", 128), ("uint4", 0), ("uint4", 32)]
@@ -126,16 +126,6 @@ def test_a_format_and_a_group_size_for_each_projection(isa, num_tokens):
     assert relative_error(output, expected(isa, inputs, output)) <= budget
 
 
-MASSIVE = [
-    ("int8", 0), ("int4", 0), ("int4", 128), ("uint4", 64), ("uint4", 128), ("mxfp4", 32), ("q8_0", 0),
-    ("q4_k", 0), ("q5_k", 0), ("q6_k", 0), ("iq4_xs", 0),
-]  # fmt: skip
-"""Every kind of groups: rows, several blocks of 32 or one, beside the weight or in it, halves of one."""
-
-ROUNDED_BLOCKS = 1.3
-"""Times the error that blocks of 32 have at best, in float64: that of ggml's Q8_0."""
-
-
 def test_blocks_are_those_of_ggml():
     """But for the scale, which Q8_0 rounds to binary16."""
     x = moe_inputs(T=16, H=256, I=32, E=1, K=1)["hidden_states"]
@@ -145,47 +135,11 @@ def test_blocks_are_those_of_ggml():
     assert errors[0] == pytest.approx(errors[1], rel=0.01)
 
 
-@cache
-def massive_channels(
-    name: str, group_size: int, num_tokens: int, hidden: int = 1024, intermediate: int = 256
-) -> tuple[dict, list]:
-    """One expert, and of every factor: hidden_states, the exact output, what blocks of 32 make of it.
-
-    As models have them: a few channels of hidden_states are much larger than the others, in every token.
-    """
-    inputs = in_format(moe_inputs(T=num_tokens, H=hidden, I=intermediate, E=1, K=1), name, group_size)
-    dense = densified(inputs)
-    gate_up, down = dense["gate_up_proj"][0].double(), dense["down_proj"][0].double()
-
-    def layer(x: torch.Tensor, rounded) -> torch.Tensor:
-        gate, up = (rounded(x) @ gate_up.T).chunk(2, -1)
-        return rounded(torch.nn.functional.silu(gate) * up) @ down.T
-
-    cases = []
-    for factor in (1, 30, 100, 300):
-        x = inputs["hidden_states"].clone()
-        x[:, [3, 70, 71, 640, 1001]] *= factor
-        cases.append((factor, x, layer(x, torch.Tensor.double), layer(x, round_blocks)))
-    return inputs, cases
-
-
-def assert_as_good_as_blocks(inputs: dict, cases: list) -> None:
-    for factor, x, exact, rounded in cases:
-        output = ktops.moe_sft(**inputs | {"hidden_states": x}, compute="int8")
-        error, allowed = relative_error(output, exact), ROUNDED_BLOCKS * relative_error(rounded, exact)
-        assert error <= allowed, f"{error:.4f} where channels are {factor} times as large"
-
-
-@pytest.mark.parametrize("num_tokens", [3, 40])
-@pytest.mark.parametrize("name,group_size", MASSIVE)
-def test_massive_channels(isa, name, group_size, num_tokens):
-    assert_as_good_as_blocks(*massive_channels(name, group_size, num_tokens))
-
-
 @pytest.mark.parametrize("name,group_size", [("int8", 0), ("int4", 128)])
 def test_more_tokens_than_panels_have_room_for(isa, name, group_size):
     """With tiles: two digits of more than 128 rows, and more than 1024 columns."""
-    assert_as_good_as_blocks(*massive_channels(name, group_size, 150, 1152, 64))
+    with use_path("code_tiles"):
+        assert_as_good_as_blocks(*massive_channels(name, group_size, 150, 1152, 64))
 
 
 def test_lora_and_biases_are_added(isa):

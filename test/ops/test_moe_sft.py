@@ -13,9 +13,10 @@ from ktops import reference
 from ktops.ops.activation import ACTIVATIONS
 from ktops.ops.arguments import GRADIENTS
 from ktops.testing.budgets import forward_budget, relative_error
-from ktops.testing.compare import check_against_reference, random_grad_output, run
+from ktops.testing.compare import check_against_reference, one_thread, random_grad_output, run
 from ktops.testing.inputs import ROUTINGS, moe_inputs, op_arguments, upcast
 from ktops.testing.isa import available_isas
+from ktops.testing.paths import use_path
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float64]
 SIZES = (1, 3, 8, 16, 17, 64)
@@ -120,22 +121,31 @@ def test_several_tiles(isa, num_tokens, hidden_size, intermediate_size, dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("hidden_size", [2016, 2047, 2048, 2049])
 def test_longest_blocks_of_k(isa, hidden_size, dtype):
-    """Products with few columns take up to 2048 steps of k at once: such rows fill their scratch."""
-    check_against_reference(moe_inputs(T=20, H=hidden_size, I=32, E=1, K=1, dtype=dtype, lora_rank=4))
+    """Panels of few columns hold up to 2048 steps of k at once: such rows fill their scratch."""
+    with use_path("panels"):
+        check_against_reference(moe_inputs(T=5, H=hidden_size, I=32, E=1, K=1, dtype=dtype, lora_rank=4))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("path,dtype", [("row_tiles", torch.bfloat16), ("dots", torch.float32)])
 @pytest.mark.parametrize("num_tokens", [5, 40, 300])
 @pytest.mark.parametrize(
     "hidden_size,intermediate_size", [(64, 5), (64, 40), (96, 150), (150, 96), (2048, 20)]
 )
-def test_rows_of_weights_as_they_lie(isa, hidden_size, intermediate_size, num_tokens, dtype):
+def test_rows_of_weights_as_they_lie(isa, hidden_size, intermediate_size, num_tokens, path, dtype):
     """Whole tiles along k, and a last tile of rows that is not full, or too few rows for one."""
-    check_against_reference(
-        moe_inputs(
-            T=num_tokens, H=hidden_size, I=intermediate_size, E=2, K=1, dtype=dtype, lora_rank=3, bias=True
+    with use_path(path):
+        check_against_reference(
+            moe_inputs(
+                T=num_tokens,
+                H=hidden_size,
+                I=intermediate_size,
+                E=2,
+                K=1,
+                dtype=dtype,
+                lora_rank=2,
+                bias=True,
+            )
         )
-    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -143,6 +153,16 @@ def test_rows_of_weights_as_they_lie(isa, hidden_size, intermediate_size, num_to
 def test_wide_slabs(isa, num_tokens, dtype):
     """With enough experts for all threads, products down the rows of a weight take whole rows at once."""
     check_against_reference(moe_inputs(T=num_tokens, H=264, I=400, E=8, K=4, dtype=dtype, lora_rank=(18, 35)))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_widest_slabs_of_rows_that_are_not_contiguous(isa, dtype):
+    """Rows of the weight are copied for sums of columns: as many as are read at once have to fit."""
+    inputs = moe_inputs(T=4, H=8, I=2064, E=4, K=4, dtype=dtype)
+    for name in ("gate_up_proj", "down_proj"):
+        inputs[name] = inputs[name].mT.contiguous().mT
+    with one_thread():
+        check_against_reference(inputs)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -62,6 +62,18 @@ def test_table(inputs):
     assert abs(sum(shares) - 100) < 1
 
 
+def test_paths(isa, inputs):
+    """One for each block of C, in the steps that have products with the base weights."""
+    run(inputs, random_grad_output(inputs))
+    with ktops.profile() as profile:
+        run(inputs, random_grad_output(inputs))
+    with_paths = {step.name: step for step in profile.steps if step.paths}
+    assert set(with_paths) == {"gate_up", "down", "activate", "combine_x"}
+    assert all(sum(step.paths.values()) >= step.tasks for step in with_paths.values())
+    (line,) = [line for line in str(profile).splitlines() if " down " in line]
+    assert line.endswith(", ".join(f"{path} {blocks}" for path, blocks in with_paths["down"].paths.items()))
+
+
 def test_environment(tmp_path):
     code = (
         "import ktops\n"

@@ -1,0 +1,42 @@
+#pragma once
+
+// What decides the paths of products (gemm/path.h) on this row of kernels.
+
+#include <optional>
+#include <type_traits>
+
+#include "gemm/path.h"
+#include "isa/direct-inl.h"
+#include "isa/micro_gemm_generic-inl.h"
+#include "parallel/profile.h"
+
+namespace kt::KT_ISA {
+
+template <class T>
+constexpr IsaLimits isa_limits() {
+    using C = Compute<T>;
+    constexpr auto kBytes = static_cast<int64_t>(sizeof(T));
+    IsaLimits limits{};
+    limits.element_bytes = kBytes;
+    limits.direct_rows = std::is_same_v<T, bfloat16> ? Isa::kBFloat16DirectRows : 32;
+    limits.dots_k = kPanelBytes / kBytes / kDotRows;
+    limits.sums_columns = kPanelBytes / kBytes / Direct<T>::kRowsAhead;
+    limits.tile_k = MicroGemm<C>::kReadsRows ? kKMultiple<C> : 0;
+    limits.code_tiles = Isa::kInt8Tiles;
+    limits.code_rows = Isa::kInt8Rows;
+    limits.code_group = Isa::kInt8Group;
+    return limits;
+}
+template <class T>
+constexpr IsaLimits kIsaLimits = isa_limits<T>();
+
+// The path that a block takes; profiles count it.
+template <class T>
+inline Path take_path(const Product& product, std::optional<Path> forced) {
+    static_assert(kNumPaths <= profile::kMaxPaths);
+    const Path path = choose_path(product, kIsaLimits<T>, forced);
+    profile::count_path(static_cast<int>(path));
+    return path;
+}
+
+}  // namespace kt::KT_ISA

@@ -1,0 +1,74 @@
+#pragma once
+
+// A thread's scratch memory for products, and the block of C in it.
+
+#include "core/workspace.h"
+#include "gemm/path.h"
+#include "isa/micro_gemm_generic-inl.h"
+
+namespace kt::KT_ISA {
+
+// Up to two ranges of columns of B, one after the other: the gate and the up half of gate_up_proj.
+struct Columns {
+    int64_t first, count;
+    int64_t second = -1;
+
+    int64_t padded() const { return round_up(count, kPanelColumns); }
+    int64_t total() const { return (second < 0 ? 1 : 2) * padded(); }
+};
+
+// f(first row of W, its column of C) for each of the ranges.
+template <class A, class F>
+inline void for_each_range(const Columns& columns, A* c, F f) {
+    f(columns.first, c);
+    if (columns.second >= 0) f(columns.second, c + columns.padded());
+}
+
+// Two of the arrays serve every path, each for something else: the functions say what is there.
+template <class T>
+struct GemmScratch {
+    using C = Compute<T>;
+    static constexpr int64_t kPanelElements = kPanelBytes / static_cast<int64_t>(sizeof(C));
+    // Between panels, so that they don't start a power of two apart: their lines would share a few sets of the cache.
+    static constexpr int64_t kPadding = 64 / static_cast<int64_t>(sizeof(C));
+    static constexpr int64_t kPaddedElements = kPanelElements + kWideColumns / kPanelColumns * kPadding;
+    static constexpr int64_t kLeftElements = kRowBytes / static_cast<int64_t>(sizeof(C));
+    static constexpr int64_t kStageElements = MicroGemm<C>::kRows * staged_row_stride<C>(kMaxK);
+
+    C* panels;
+    C* left;   // kRowBytes
+    C* stage;  // rows of A, where the micro-kernel can't read them as they lie
+    Acc<T>* c;
+    std::optional<Path> forced;  // for tests, see choose_path
+
+    // In the place of panels: rows of a weight, copied; panels of codes.
+    T* copied_rows() const { return reinterpret_cast<T*>(panels); }
+    uint8_t* code_panels() const { return reinterpret_cast<uint8_t*>(panels); }
+
+    // In `left`: panels of the left one of two operands; rows of a weight, decoded; rows of A in float32 and in the
+    // order of a format; rows of codes; scales of codes.
+    C* left_panels() const { return left; }
+    T* decoded_rows() const { return reinterpret_cast<T*>(left); }
+    float* ordered_rows() const { return reinterpret_cast<float*>(left); }
+    uint8_t* code_rows() const { return reinterpret_cast<uint8_t*>(left); }
+    float* code_scales() const { return reinterpret_cast<float*>(left); }
+
+    GemmScratch(Workspace& workspace, std::optional<Path> forced)
+        : panels(workspace.take<C>(kPaddedElements)),
+          left(workspace.take<C>(kLeftElements)),
+          stage(workspace.take<C>(kStageElements)),
+          c(workspace.take<Acc<T>>(kMaxRows * kMaxColumns)),
+          forced(forced) {}
+};
+
+// The block of C that a product writes or, if `adds`, adds to: `columns` accumulators a row, in scratch.c.
+template <class T>
+struct Block {
+    const GemmScratch<T>& scratch;
+    int64_t rows, columns;
+    bool adds = false;
+
+    Acc<T>* row(int64_t i) const { return scratch.c + i * columns; }
+};
+
+}  // namespace kt::KT_ISA

@@ -1,0 +1,136 @@
+"""The paths of products (ktops_csrc/gemm/path.h): each is forced, and then taken and right."""
+
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from massive_channels import MASSIVE, assert_as_good_as_blocks, massive_channels
+
+import ktops
+from ktops.testing.compare import check_against_reference, random_grad_output, run
+from ktops.testing.inputs import moe_inputs
+from ktops.testing.paths import path_names, paths_taken, use_path
+from ktops.testing.weights import GROUPED, in_format
+
+ROOT = Path(__file__).parents[2]
+FORWARD, BACKWARD = ("gate_up", "down"), ("activate", "combine_x")
+FLOATS = {
+    "decoded_dots": FORWARD,
+    "row_tiles": FORWARD,
+    "dots": FORWARD,
+    "column_sums": BACKWARD,
+    "panels": FORWARD + BACKWARD,
+}
+"""The steps that have products which can take a path."""
+INTEGERS = ("code_dots", "code_tiles", "code_panels")
+WEIGHTS = ("dense", "strided", "int4")
+
+
+def inputs_of(weights: str, dtype: torch.dtype) -> dict:
+    """Of experts with more than 200 rows, with one, and many between."""
+    inputs = moe_inputs(T=300, H=96, I=64, E=24, K=2, dtype=dtype, lora_rank=(2, 3), routing="skewed")
+    if weights == "int4":
+        return in_format(inputs, "int4", 32)
+    if weights == "strided":
+        for name in ("gate_up_proj", "down_proj"):
+            inputs[name] = inputs[name].mT.contiguous().mT
+    return inputs
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("weights", WEIGHTS)
+@pytest.mark.parametrize("path", FLOATS)
+def test_products_of_floats(isa, path, weights, dtype):
+    with use_path(path), ktops.profile() as profile:
+        check_against_reference(inputs_of(weights, dtype))
+    tiles = isa == "amx_bf16" and dtype == torch.bfloat16 and weights != "strided"
+    for step in FLOATS[path]:
+        taken = paths_taken(profile, step)
+        if path == "decoded_dots" and weights == "int4":
+            assert path in taken and len(taken) > 1, "few rows take it, others can't"
+        elif path == "decoded_dots" or (path == "row_tiles" and not tiles):
+            assert taken and path not in taken
+        else:
+            assert taken == {path}
+
+
+@pytest.mark.parametrize("name,group_size", MASSIVE)
+@pytest.mark.parametrize("path", INTEGERS)
+def test_massive_channels(isa, path, name, group_size):
+    with use_path(path), ktops.profile() as profile:
+        assert_as_good_as_blocks(*massive_channels(name, group_size, num_tokens=11))
+    tiles = isa == "amx_bf16" and name in GROUPED and group_size in (0, 128)
+    for step in FORWARD:
+        taken = paths_taken(profile, step)
+        if path == "code_tiles" and not tiles:
+            assert taken and path not in taken
+        else:
+            assert taken == {path}
+
+
+def test_every_path_is_tested():
+    assert {*FLOATS, *INTEGERS} == set(path_names())
+
+
+@pytest.mark.parametrize("path", path_names())
+def test_a_path_that_is_not_possible_changes_nothing(isa, path):
+    """Rows that aren't whole tiles, sums of rows in forward only, codes where there are none."""
+    inputs = moe_inputs(T=9, H=40, I=24, E=2, K=2, dtype=torch.bfloat16, lora_rank=2)
+    grad_output = random_grad_output(inputs)
+    expected = run(inputs, grad_output)
+    with use_path(path):
+        forced = run(inputs, grad_output)
+    possible = path in ("dots", "column_sums", "panels")
+    after = run(inputs, grad_output)
+    for name, value in expected.items():
+        assert torch.equal(after[name], value), name
+        assert possible or torch.equal(forced[name], value), name
+
+
+DIRECT_ROWS = {"amx_bf16": 12, "avx512_bf16": 32, "avx512": 32, "avx2": 12, "scalar": 32}
+"""The most that dots and column_sums take of bfloat16; of float32 it is 32 on every row of kernels."""
+FEW_ROWS = {"amx_bf16": 4, "avx512_bf16": 4, "avx512": 4, "avx2": 2, "scalar": 1}
+"""The most that decoded_dots take."""
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_rows_of_an_expert_choose(isa, dtype):
+    direct = DIRECT_ROWS[isa] if dtype == torch.bfloat16 else 32
+    tiles = isa == "amx_bf16" and dtype == torch.bfloat16
+
+    def taken(num_rows: int, *steps: str, name: str = "dense", hidden_size: int = 64) -> str:
+        inputs = moe_inputs(T=num_rows, H=hidden_size, I=32, E=1, K=1, dtype=dtype)
+        if name != "dense":
+            inputs = in_format(inputs, name, 0)
+        with ktops.profile() as profile:
+            compute = "int8" if name == "int8" else "bf16"
+            run(inputs, random_grad_output(inputs), ("hidden_states",), compute=compute)
+        (path,) = paths_taken(profile, *steps)
+        return path
+
+    for rows in (1, FEW_ROWS[isa], FEW_ROWS[isa] + 1, 4, 5, direct, direct + 1):
+        few = rows <= direct
+        many = "row_tiles" if tiles and rows > 4 else "dots" if few else "panels"
+        assert taken(rows, *FORWARD) == many
+        assert taken(rows, *FORWARD, name="int4") == ("decoded_dots" if rows <= FEW_ROWS[isa] else many)
+        assert taken(rows, "gate_up", hidden_size=40) == ("dots" if few else "panels")
+        assert taken(rows, *BACKWARD) == ("column_sums" if few else "panels")
+    codes = "code_tiles" if isa == "amx_bf16" else "code_panels"
+    for rows, path in ((8, "code_dots"), (9, codes)):
+        assert taken(rows, *FORWARD, name="int8") == path
+
+
+def test_both_sides_of_every_threshold():
+    command = [os.environ.get("CXX", "g++"), "-std=c++17", "-Wall", "-Wextra", "-fsyntax-only"]
+    command += [f"-I{ROOT / 'ktops_csrc'}", str(ROOT / "test" / "path.cpp")]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+
+
+def test_unknown_path():
+    message = f"kt::force_path: name must be one of {','.join(path_names())} or empty, got 'tiles'"
+    with pytest.raises(RuntimeError, match=message), use_path("tiles"):
+        pass
+    assert torch.ops.kt.force_path("") == ""

@@ -6,7 +6,8 @@
 //
 //   sum over k of s (q - z) t a = sum over groups of (s sum over blocks of t (sum of q a)) - s z (sum of t a)
 //
-// The sums over q a are exact, and those over t a are known from quantize_row. formats/decoder-inl.h says what decoders of integer formats have.
+// The sums over q a are exact, and those over t a are known from quantize_row. formats/decoder-inl.h says what decoders
+// of integer formats have.
 
 #include <cstdint>
 #include <utility>

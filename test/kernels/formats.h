@@ -145,8 +145,13 @@ struct CheckCodeDots {
         const int64_t m = shape.size("m", kFewRows, kFewRows), n = shape.size("columns", 9, 0);
         const int64_t k = shape.size("k", 140, 0, CodedRows::kUnit), ldc = shape.stride(n);
         W w(n, k, shape.size("group", 32, 0));
-        Workspace workspace(CodedRows::bytes(m, w.weight, 1));
-        const CodedRows coded = CodedRows::take(workspace, m, w.weight, 1, W::kNibbles, W::kZeroCode);
+        const auto take = [&](Workspace& from) {
+            return CodedRows::take(from, m, w.weight, 1, W::kNibbles, W::kZeroCode);
+        };
+        Workspace counting;
+        take(counting);
+        Workspace workspace(counting.bytes());
+        const CodedRows coded = take(workspace);
         Matrix<float> x(m, k, k);
         std::vector<int64_t> index;
         for (int64_t i = 0; i < m; ++i) {

@@ -173,7 +173,7 @@ private:
             BlockGemm<T> block(thread.gemm, count, columns.padded());
             block.multiply_nn(layer_.by_token(b_.grad_output, first), H_, layer_.down, expert, columns);
             if (rank) block.multiply_nn({db2_ + first * rank, rank}, rank, layer_.A2, expert, columns);
-            with_activation(p_.activation, [&](auto activation) {
+            with_activation(p_, [&](auto activation) {
                 for (int64_t i = 0; i < count; ++i) {
                     T* h = thread.activations + (row + i) * stride;
                     for (int64_t j = 0; j < n; j += kDotSlab) {
@@ -202,14 +202,15 @@ private:
 
     // One row of a slab: from dh to [dg | du]; h for the weight gradients. Returns its part of <h, dh>.
     template <class Activation>
-    A activation_gradient(Activation, int64_t route, int64_t column, int64_t n, const A* dh, T* h, A* sum_g, A* sum_u) {
+    A activation_gradient(Activation activation, int64_t route, int64_t column, int64_t n, const A* dh, T* h, A* sum_g,
+                          A* sum_u) {
         const T* g = gate_up_ + route * 2 * I_ + column;
         T* dg = grad_gate_up_ + route * 2 * I_ + column;
         const A w = layer_.route_weights[route];
         Vec<A> dot{};
         for_each_vector<A>(n, [&](int64_t j, int64_t count) {
             const Vec<A> uj = load_n(g + I_ + j, count), dhj = load_n(dh + j, count);
-            const Gate<A> gate = Activation::template gate<A>(load_n(g + j, count));
+            const Gate<A> gate = activation.template gate<A>(load_n(g + j, count));
             const Vec<A> hj = gate.value * uj, wdh = w * dhj;
             dot += hj * dhj;
             const Vec<A> dgj = wdh * uj * gate.derivative, duj = wdh * gate.value;

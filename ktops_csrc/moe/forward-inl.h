@@ -109,7 +109,7 @@ private:
 
     // h = act(g) u, and [g | u] for backward
     void activate(const Thread<T>& thread, int64_t expert, int64_t column, int64_t n, const NextRows& after) {
-        with_activation(p_.activation, [&](auto activation) {
+        with_activation(p_, [&](auto activation) {
             gate_up_product(thread, layer_, expert, column, n, xa_, after,
                             [&](int64_t route, const Acc<T>* g, const Acc<T>* u) {
                                 T* h = h_ + route * layer_.I + column;

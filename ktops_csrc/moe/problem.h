@@ -10,7 +10,15 @@
 
 namespace kt {
 
-enum class Activation { kSilu, kGelu, kGeluTanh };
+enum class Activation {
+#define KT_ACTIVATION(name, Type, num_args) k##Type,
+#include "moe/activations.def"
+#undef KT_ACTIVATION
+};
+constexpr int kMaxActivationArgs = 4;
+#define KT_ACTIVATION(name, Type, num_args) static_assert(num_args <= kMaxActivationArgs);
+#include "moe/activations.def"
+#undef KT_ACTIVATION
 
 struct Problem {
     int64_t num_tokens, top_k, num_experts, hidden_size, intermediate_size;
@@ -27,6 +35,7 @@ struct Problem {
     StridedTensor down_lora_A, down_lora_B;        // [E, r2, I], [E, H, r2]
     double gate_up_scaling, down_scaling;
     Activation activation;
+    double activation_args[kMaxActivationArgs];
     Computation compute = Computation::kAuto;
     bool inference = false;           // no gradient will be asked for
     std::optional<Path> forced_path;  // by a test

@@ -1,5 +1,6 @@
 #include "ops/moe_arguments.h"
 
+#include <algorithm>
 #include <limits>
 
 #include "ops/weight_argument.h"
@@ -10,14 +11,14 @@ namespace {
 constexpr struct {
     const char* name;
     Activation activation;
-    size_t num_args;  // its parameters, the values of activation_args
+    size_t num_args;
 } kActivations[] = {
-    {"silu", Activation::kSilu, 0},
-    {"gelu", Activation::kGelu, 0},
-    {"gelu_tanh", Activation::kGeluTanh, 0},
+#define KT_ACTIVATION(name, Type, num_args) {#name, Activation::k##Type, num_args},
+#include "moe/activations.def"
+#undef KT_ACTIVATION
 };
 
-Activation parse_activation(const Checker& check, const std::string& name, const std::vector<double>& args) {
+void parse_activation(const Checker& check, const std::string& name, const std::vector<double>& args, Problem& p) {
     std::string names;
     for (const auto& known : kActivations) {
         names += (names.empty() ? "" : ", ") + std::string(known.name);
@@ -25,7 +26,9 @@ Activation parse_activation(const Checker& check, const std::string& name, const
         check.require(args.size() == known.num_args, "activation_args must have ", static_cast<int64_t>(known.num_args),
                       " values for activation '", name, "', got ", static_cast<int64_t>(args.size()));
         for (const double value : args) check.finite("activation_args", value);
-        return known.activation;
+        p.activation = known.activation;
+        std::copy(args.begin(), args.end(), p.activation_args);
+        return;
     }
     check.fail("activation must be one of " + names + ", got '" + name + "'");
 }
@@ -148,7 +151,7 @@ MoeArguments::MoeArguments(const char* op, KT_MOE_ARGUMENTS(KT_PARAMETER))
     p.down_rank = lora_rank(check, "down_lora_A", down_lora_A, I, "down_lora_B", down_lora_B, H, experts);
     check.finite("gate_up_scaling", gate_up_scaling);
     check.finite("down_scaling", down_scaling);
-    p.activation = parse_activation(check, activation, activation_args);
+    parse_activation(check, activation, activation_args, p);
 
     this->hidden_states = as_contiguous(hidden_states);
     point_to_tensors(check, weights_dtype);

@@ -93,10 +93,10 @@ def check(entrant: Contestant, layer: Layer) -> float:
     """The relative error next to the op on decoded weights of few experts."""
     inputs = layer.inputs(8)
     inputs.topk_ids.remainder_(4)
-    few = [first_experts(weight, 4) for weight in (entrant.gate_up, entrant.down)]
-    dense = [w if isinstance(w, Tensor) else w.dequantize(torch.bfloat16) for w in few]
-    expected = Contestant("", "bf16", *dense).run(inputs, False)
-    actual = Contestant("", entrant.compute, *few).run(inputs, False)
+    gate_up, down = few = [first_experts(weight, 4) for weight in (entrant.gate_up, entrant.down)]
+    actual = Contestant("", entrant.compute, gate_up, down).run(inputs, False)
+    gate_up, down = (w if isinstance(w, Tensor) else w.dequantize(torch.bfloat16) for w in few)
+    expected = Contestant("", "bf16", gate_up, down).run(inputs, False)
     return relative_error(actual, expected)
 
 

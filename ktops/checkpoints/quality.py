@@ -6,22 +6,17 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ktops.checkpoints.activations import BY_HIDDEN_ACT
 from ktops.checkpoints.errors import CheckpointError
 from ktops.checkpoints.experts import float_rows, give_back_freed_memory
 from ktops.checkpoints.layer import Layer
 from ktops.formats.error import RelativeError
-from ktops.ops.activation import ACTIVATIONS as FUNCTIONS
+from ktops.ops.activation import ACTIVATIONS
 
 MOST_EXPERTS = 16
 """The most experts of a layer that are compared, evenly spaced."""
 
 TOKENS = 32
-
-ACTIVATIONS = {
-    "silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_fast": "gelu_tanh",
-    "gelu_accurate": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu_python_tanh": "gelu_tanh",
-}  # fmt: skip
-"""hidden_act of config.json -> activation of the op."""
 
 KEYS = ("hidden_act", "hidden_activation", "mlp_hidden_act")
 """Names of the experts' activation in config.json."""
@@ -48,11 +43,11 @@ def find_activation(config: dict) -> Activation:
         given = next((part[key] for key in KEYS if part.get(key) is not None), None)
         if given is None:
             continue
-        if given not in ACTIVATIONS:
+        if given not in BY_HIDDEN_ACT:
             return Activation(None, f"outputs are not compared: ktops has no activation {given!r}")
         if part.get("swiglu_limit") is not None:
             return Activation(None, f"outputs are not compared: ktops has no {given!r} with a swiglu_limit")
-        return Activation(ACTIVATIONS[given])
+        return Activation(BY_HIDDEN_ACT[given])
     return Activation("silu", "no config.json names the activation: outputs are compared with silu")
 
 
@@ -144,4 +139,4 @@ def _compare_expert(
 
 def _activated(gate_up: Tensor, activation: str) -> Tensor:
     gate, up = gate_up.chunk(2, dim=1)
-    return FUNCTIONS[activation](gate)[0] * up
+    return ACTIVATIONS[activation](gate)[0] * up

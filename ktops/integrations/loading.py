@@ -1,7 +1,6 @@
 """Fills the experts modules of a model from the layers of a checkpoint."""
 
 from dataclasses import dataclass
-from typing import cast
 
 import torch
 from torch import nn
@@ -186,7 +185,7 @@ def _sizes(module: nn.Module) -> tuple[int, int, int] | None:
 def _projections(experts: nn.ModuleList) -> tuple[nn.Linear, nn.Linear]:
     """The gate and down projections of the first expert of a list."""
     gate, _, down = listed_experts(experts, any_device=True)[0].projections()
-    return cast(nn.Linear, gate), cast(nn.Linear, down)
+    return gate, down
 
 
 def _check_fit(layer: Layer, name: str, module: nn.Module) -> None:

@@ -1,7 +1,6 @@
 """Tries on random rows whether an experts module computes what the op computes, before it is exchanged."""
 
 import copy
-from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -54,7 +53,7 @@ def _disagreement_of_expert(module: nn.Module, expert: KTExpert) -> str | None:
             size = parameter.shape[-1] ** -0.5
             parameter.copy_(size * torch.randn(parameter.shape, generator=generator))
     KTExpertList([expert])  # makes its weights slices of stacked ones
-    gate = cast(nn.Linear, expert.projections()[0])
+    gate = expert.projections()[0]
     return _disagreement(module, expert, _rows(gate.in_features, gate.weight.dtype))
 
 

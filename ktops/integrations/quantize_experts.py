@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -170,28 +169,26 @@ def _dense_experts(name: str, module: nn.Module) -> _Dense:
         raise Unsupported("it has adapters: quantize first, then put adapters on")
     if isinstance(module, nn.ModuleList):
         experts = listed_experts(module)
-        rows = [[cast(Tensor, each.weight) for each in expert.projections()] for expert in experts]
+        rows = [[each.weight for each in expert.projections()] for expert in experts]
         gate_up = [weight for gate, up, _ in rows for weight in (gate, up)]
         return _Dense(gate_up, [down for *_, down in rows], partial(stacked_copy, experts))
     if isinstance(module, KTExperts):
         require_plain(module)
-        weights = module.gate_up_proj, module.down_proj
-        if isinstance(weights[0], ExpertWeight):
-            quantized = [weight for weight in weights if weight.format not in PLAIN.values()]
-            if quantized:
-                raise Unsupported(f"its weights are in format {quantized[0].format!r} already")
-            return _Dense(*(list(weight.weight) for weight in weights), partial(_with_parameters, module))
     else:
         module = stacked_experts(module, "activations")
-    return _Dense(list(module.gate_up_proj), list(module.down_proj), lambda: module)
+    weights = module.gate_up_proj, module.down_proj
+    in_format = [weight for weight in weights if isinstance(weight, ExpertWeight)]
+    quantized = [weight for weight in in_format if weight.format not in PLAIN.values()]
+    if quantized:
+        raise Unsupported(f"its weights are in format {quantized[0].format!r} already")
+    tensors = [weight.weight if isinstance(weight, ExpertWeight) else weight for weight in weights]
+    stacked = partial(_with_parameters, module) if in_format else lambda: module
+    return _Dense(list(tensors[0]), list(tensors[1]), stacked)
 
 
 def _with_parameters(experts: KTExperts) -> KTExperts:
     """Experts in a plain format as such with Parameters, of the dtype that is computed in."""
-    weights = cast(tuple[ExpertWeight, ExpertWeight], (experts.gate_up_proj, experts.down_proj))
-    gate_up, down = (
-        weight.weight if weight.weight.dtype == weight.dtype else weight.dequantize() for weight in weights
-    )
+    gate_up, down = map(_dequantized, (experts.gate_up_proj, experts.down_proj))
     dense = KTExperts.from_parameters(
         nn.Parameter(gate_up, requires_grad=False),
         nn.Parameter(down, requires_grad=False),
@@ -202,6 +199,12 @@ def _with_parameters(experts: KTExperts) -> KTExperts:
         compute=experts.compute,
     )
     return dense.train(experts.training)
+
+
+def _dequantized(weight: nn.Parameter | ExpertWeight) -> Tensor:
+    if not isinstance(weight, ExpertWeight):
+        return weight
+    return weight.weight if weight.weight.dtype == weight.dtype else weight.dequantize()
 
 
 def _require_quantizable(experts: _Dense, weight_format: str, group_size: int | None, method: str) -> None:
@@ -239,7 +242,8 @@ def _quantize_layer(
 
 
 def _quantize(
-    dense: Tensor, weight_format: str, group_size: int | None, method: str
+    dense: Tensor | ExpertWeight, weight_format: str, group_size: int | None, method: str
 ) -> tuple[ExpertWeight, float]:
+    assert isinstance(dense, Tensor)
     weight = quantize(dense, weight_format, group_size=group_size, method=method)
     return weight, relative_error(weight, dense)

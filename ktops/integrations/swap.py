@@ -3,7 +3,6 @@
 import inspect
 import warnings
 from collections import defaultdict
-from typing import cast
 
 import torch
 from torch import nn
@@ -149,9 +148,7 @@ def stacked_experts(module: nn.Module, save: str) -> KTExperts:
         raise Unsupported(
             "its weights are neither gate_up_proj and down_proj nor a ModuleList of gated experts"
         )
-    gate_up_proj, down_proj = (
-        cast(nn.Parameter, module._parameters[name]) for name in ("gate_up_proj", "down_proj")
-    )
+    gate_up_proj, down_proj = module.get_parameter("gate_up_proj"), module.get_parameter("down_proj")
     reason = unsupported_layout(module) or unsupported_tensors(gate_up_proj, down_proj)
     if reason is not None:
         raise Unsupported(reason)
@@ -194,7 +191,7 @@ def listed_experts(
     """
     require_plain(experts)
     if isinstance(experts, KTExpertList):
-        listed = cast(list[KTExpert], list(experts))
+        listed = list(experts)
         if not all(is_plain_linear(projection) for expert in listed for projection in expert.projections()):
             raise Unsupported("its projections are not plain nn.Linear: they have adapters or hooks")
         return listed

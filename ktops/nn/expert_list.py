@@ -4,7 +4,8 @@ The Parameters stay as they are, objects and names; their storage becomes slices
 that the op reads every expert of the layer, and gate and up of one expert, as one tensor.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +19,7 @@ PROJECTIONS = (("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2"))
 ACTIVATION_NAMES = ("act_fn", "activation_fn", "act")
 """What the activation of an expert module may be called."""
 
-Packed = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
+Packed = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
 """gate_up_proj [E, 2I, H], down_proj [E, H, I], gate_up_bias [E, 2I], down_bias [E, H]."""
 
 
@@ -77,8 +78,8 @@ class KTExpert(nn.Module):
         self.training = expert.training
         self.packed = None
 
-    def projections(self) -> tuple[nn.Module, nn.Module, nn.Module]:
-        """gate, up and down."""
+    def projections(self) -> tuple[nn.Linear, nn.Linear, nn.Linear]:
+        """gate, up and down. An adapter around one of them stands for it, with its attributes."""
         return tuple(getattr(self, name) for name in self.names)
 
     def runs_op(self) -> bool:
@@ -112,25 +113,26 @@ class KTExpert(nn.Module):
     def places(self, packed: Packed) -> list[tuple[nn.Parameter, Tensor]]:
         """Every parameter and the slice where it belongs."""
         gate, up, down = self.projections()
-        found = []
+        found: list[tuple[nn.Parameter, Tensor]] = []
         for kind, gate_up, single in (("weight", *packed[:2]), ("bias", *packed[2:])):
-            if gate_up is not None:
+            if gate_up is not None and single is not None:
                 parts = [getattr(projection, kind) for projection in (gate, up, down)]
                 found += zip(parts, (*gate_up[0].chunk(2), single[0]), strict=True)
         return found
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """[..., H] -> [..., H]"""
-        if not self.runs_op():
+        packed = self.packed
+        if packed is None or not self.runs_op():
             gate, up, down = self.projections()
-            if self.packed is not None and not torch.compiler.is_compiling():
+            if packed is not None and not torch.compiler.is_compiling():
                 _warn_of(f"are {type(gate).__name__} with hooks or adapters")
             act_fn = getattr(self, self.activation_attribute)
             return down(act_fn(gate(hidden_states)) * up(hidden_states))
         num_tokens = hidden_states.numel() // hidden_states.shape[-1]
         ids = torch.zeros(num_tokens, 1, dtype=torch.int64)
         weights = torch.ones(num_tokens, 1)
-        return _run(hidden_states, ids, weights, self.packed, [self])
+        return _run(hidden_states, ids, weights, packed, [self])
 
     def __getstate__(self) -> dict:
         return {**self.__dict__, "packed": None}
@@ -150,6 +152,12 @@ class KTExpertList(nn.ModuleList):
     load_state_dict keep it so.
     """
 
+    packed: Packed | None
+
+    if TYPE_CHECKING:
+
+        def __iter__(self) -> Iterator[KTExpert]: ...
+
     def __init__(self, experts: list[KTExpert]) -> None:
         super().__init__(experts)
         self.register_load_state_dict_post_hook(_pack_after_loading)
@@ -163,36 +171,39 @@ class KTExpertList(nn.ModuleList):
         self.packed = None
         for expert in self:
             expert.packed = None
-        weights = [projection.weight for expert in self for projection in expert.projections()]
+        rows = [expert.projections() for expert in self]
+        weights = [projection.weight for row in rows for projection in row]
         kinds = {(weight.dtype, weight.device.type) for weight in weights}
         if len(kinds) > 1 or weights[0].dtype not in DTYPES or weights[0].device.type != "cpu":
             _warn_of("are " + ", ".join(sorted(f"{dtype} on {device}" for dtype, device in kinds)))
             return
-        gate, up, down = self[0].projections()
+        gate, up, down = rows[0]
 
         def empty(*shape: int) -> Tensor:
             return torch.empty(len(self), *shape, dtype=gate.weight.dtype)
 
         width = gate.out_features + up.out_features
         biased = gate.bias is not None
-        self.packed = (
+        self.packed = packed = (
             empty(width, gate.in_features),
             empty(down.out_features, down.in_features),
             empty(width) if biased else None,
             empty(down.out_features) if biased else None,
         )
         for index, expert in enumerate(self):
-            expert.put(tuple(None if stack is None else stack[index : index + 1] for stack in self.packed))
+            own = slice(index, index + 1)
+            gate_up_bias, down_bias = (bias if bias is None else bias[own] for bias in packed[2:])
+            expert.put((packed[0][own], packed[1][own], gate_up_bias, down_bias))
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """[T, H], [T, K], [T, K] -> [T, H], see :class:`ktops.nn.KTExperts`."""
-        experts = list(self)
-        if not all(expert.runs_op() for expert in experts):
+        experts, packed = list(self), self.packed
+        if packed is None or not all(expert.runs_op() for expert in experts):
             raise RuntimeError(
                 "KTExpertList: the projections of the experts must be plain nn.Linear on the CPU, got "
                 f"{sorted({type(p).__name__ for expert in experts for p in expert.projections()})}"
             )
-        return _run(hidden_states, top_k_index, top_k_weights, self.packed, experts)
+        return _run(hidden_states, top_k_index, top_k_weights, packed, experts)
 
     @torch.no_grad()
     def moe_infer(self, x: Tensor, topk_ids: Tensor, topk_weight: Tensor) -> Tensor:
@@ -223,14 +234,19 @@ def stacked_copy(experts: list[KTExpert]) -> KTExperts:
     """A KTExperts with copies of the weights of experts whose projections are plain nn.Linear."""
     rows = [expert.projections() for expert in experts]
 
-    def stacks(kind: str) -> Iterator[nn.Parameter | None]:
-        for parts in ([row[:2] for row in rows], [row[2:] for row in rows]):
-            tensors = [[getattr(projection, kind) for projection in part] for part in parts]
-            none = tensors[0][0] is None
-            yield None if none else nn.Parameter(torch.stack([torch.cat(each) for each in tensors]), False)
+    def stack(kind: str, parts: Sequence[tuple[nn.Linear, ...]]) -> nn.Parameter:
+        tensors = [[getattr(projection, kind) for projection in part] for part in parts]
+        return nn.Parameter(torch.stack([torch.cat(each) for each in tensors]), False)
 
+    gate_up, down = [row[:2] for row in rows], [row[2:] for row in rows]
+    biased = rows[0][0].bias is not None
     made = KTExperts.from_parameters(
-        *stacks("weight"), *stacks("bias"), activation=experts[0].activation, save=experts[0].save
+        stack("weight", gate_up),
+        stack("weight", down),
+        stack("bias", gate_up) if biased else None,
+        stack("bias", down) if biased else None,
+        activation=experts[0].activation,
+        save=experts[0].save,
     )
     return made.train(experts[0].training)
 
@@ -261,8 +277,8 @@ class _Stacked(torch.autograd.Function):
         return None, *(part if need else None for part, need in zip(parts, needed, strict=True))
 
 
-def _differentiable(stacked: Tensor | None, parts: list[Tensor]) -> Tensor | None:
-    if stacked is None or not (torch.is_grad_enabled() and any(part.requires_grad for part in parts)):
+def _differentiable(stacked: Tensor, parts: list[Tensor]) -> Tensor:
+    if not (torch.is_grad_enabled() and any(part.requires_grad for part in parts)):
         return stacked
     return _Stacked.apply(stacked, *parts)
 
@@ -280,8 +296,8 @@ def _run(
         weights,
         _differentiable(weight, [projection.weight for projection in gate_up]),
         _differentiable(down_weight, [projection.weight for projection in down]),
-        gate_up_bias=_differentiable(bias, [projection.bias for projection in gate_up]),
-        down_bias=_differentiable(down_bias, [projection.bias for projection in down]),
+        gate_up_bias=None if bias is None else _differentiable(bias, [each.bias for each in gate_up]),
+        down_bias=None if down_bias is None else _differentiable(down_bias, [each.bias for each in down]),
         activation=experts[0].activation,
         save=experts[0].save,
     )

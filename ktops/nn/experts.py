@@ -72,6 +72,9 @@ class KTExperts(nn.Module):
         torch.Size([5, 64])
     """
 
+    gate_up_proj: nn.Parameter | ExpertWeight
+    down_proj: nn.Parameter | ExpertWeight
+
     def __init__(
         self,
         num_experts: int,
@@ -187,7 +190,7 @@ class KTExperts(nn.Module):
             (self.down_proj, self.intermediate_size),
             (self.down_proj_bias, self.intermediate_size),
         ):
-            if parameter is not None:
+            if isinstance(parameter, Tensor):
                 bound = 1 / math.sqrt(fan_in)
                 nn.init.uniform_(parameter, -bound, bound)
 

@@ -129,6 +129,16 @@ def test_experts_in_a_plain_format(plain):
     model(TOKENS)
 
 
+def test_only_one_weight_in_a_plain_format():
+    dense = KTExperts(4, 64, 32)
+    gate_up = ktops.quantize(dense.gate_up_proj.detach(), "fp32")
+    model = nn.ModuleDict({"experts": KTExperts.from_parameters(gate_up, dense.down_proj)})
+    ktops.quantize_experts(model, "int8")
+    for kind in ("gate_up_proj", "down_proj"):
+        expected = ktops.quantize(getattr(dense, kind).detach(), "int8")
+        assert torch.equal(getattr(model["experts"], kind).weight, expected.weight)
+
+
 LISTS = {
     "loop": (LoopBlock, {"expert": GatedMLP}),
     "mixtral with biases": (LoopBlock, {"expert": MixtralMLP, "bias": True}),

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ktops.checkpoints.activations import BY_CLASS
 from ktops.nn.experts import DTYPES
 
 TESTED = (
@@ -28,17 +29,6 @@ GATES = {
 LIMITS = ("gate_softcap", "swiglu_alpha", "limit")
 """Attributes that make an ``_apply_gate`` of ``GATES`` another function, unless they are None."""
 
-ACTIVATIONS = {
-    "torch.nn.modules.activation.SiLU": "silu",
-    "transformers.activations.SiLUActivation": "silu",
-    "transformers.activations.GELUActivation": "gelu",
-    "transformers.activations.GELUTanh": "gelu_tanh",
-    "transformers.activations.NewGELUActivation": "gelu_tanh",
-    "transformers.activations.FastGELUActivation": "gelu_tanh",
-    "transformers.activations.AccurateGELUActivation": "gelu_tanh",
-}
-"""Class of an activation module -> activation of the op. By name: transformers need not be imported."""
-
 
 def activation_name(act_fn) -> str | None:
     """The op's name for an activation module or function, None if it has none.
@@ -53,7 +43,7 @@ def activation_name(act_fn) -> str | None:
         return "gelu"
     if isinstance(act_fn, nn.GELU):
         return "gelu_tanh" if act_fn.approximate == "tanh" else "gelu"
-    return ACTIVATIONS.get(f"{type(act_fn).__module__}.{type(act_fn).__qualname__}")
+    return BY_CLASS.get(f"{type(act_fn).__module__}.{type(act_fn).__qualname__}")
 
 
 def unsupported_layout(experts: nn.Module) -> str | None:

@@ -192,7 +192,7 @@ def main(argv: list[str] | None = None) -> int:
             rows += [{**found.row(), "isa": isa} for found in check()]
         if args.against:
             rows += [{**found.row(), "isa": isa} for found in against(args.against, args.threads)]
-        print(f"{cpu_model()}, {args.threads} threads, row {isa}")
+        print(f"{cpu_model()}, {args.threads} threads, {isa} kernels")
         report.print_check(rows)
         if args.save:
             machine = results.machine_record(Calibration(args.threads))

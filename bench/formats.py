@@ -224,8 +224,8 @@ def section(isa: str) -> str:
         machine, threads = record["machine"], str(record["machine"]["threads"])
         revisions = ", ".join(sorted({row["revision"] for row in record["rows"]}))
         bandwidth = machine["read_bytes_per_second"][threads] / 1e9
-        origin = f"{machine['cpu']}, {threads} threads, row {isa}, revision {revisions}; {bandwidth:.1f} GB/s"
-        tables.append(f"{origin}.\n\n{markdown(*table(record['rows']))}")
+        origin = f"{machine['cpu']}, {threads} threads, {isa} kernels, revision {revisions}"
+        tables.append(f"{origin}; {bandwidth:.1f} GB/s.\n\n{markdown(*table(record['rows']))}")
     return "\n".join(tables)
 
 

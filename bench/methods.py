@@ -306,7 +306,7 @@ def machine_section(record: dict) -> str:
 
     machine, rows = record["machine"], record["rows"]
     revisions = ", ".join(sorted({row["revision"] for row in rows}))
-    text = f"{machine['cpu']}, {machine['threads']} threads, row {record['isa']}, revision {revisions}.\n"
+    text = f"{machine['cpu']}, {machine['threads']} threads, {record['isa']} kernels, revision {revisions}.\n"
     for mode in OPS:
         if any(row["mode"] == mode for row in rows):
             text += f"\n{mode.capitalize()}:\n\n{markdown(*table([r for r in rows if r['mode'] == mode]))}"

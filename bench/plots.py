@@ -36,7 +36,7 @@ def _save(figure, file: Path) -> None:
 def title(result: dict) -> str:
     """What a result was measured on, on one line."""
     machine = result["machine"]
-    return f"{machine['cpu']}, {machine['threads']} threads, row {result['isa']}"
+    return f"{machine['cpu']}, {machine['threads']} threads, {result['isa']} kernels"
 
 
 def _ok(rows: list[dict]) -> list[dict]:

@@ -51,7 +51,7 @@ as it can be told."""
 
 OBEYS = {
     "torch": "oneDNN and ATen limited",
-    "kt-kernel": "its variant for the row",
+    "kt-kernel": "its variant for these kernels",
     "sglang": "oneDNN limited, its own kernels are not",
     "zentorch": "oneDNN limited, its own kernels are not",
 }

@@ -184,7 +184,7 @@ def row_key(row: dict) -> tuple:
 def _parity_remark(isa: str) -> str:
     held = [f"{home}: {how}" for home, how in OBEYS.items()]
     variables = " ".join(f"{name}={value}" for name, value in parity(isa).items())
-    return f"peers beside row {isa} run with {variables} ({'; '.join(held)})"
+    return f"peers of the {isa} kernels run with {variables} ({'; '.join(held)})"
 
 
 def _mode_rows(layer: Layer, mode: str, args, calibration, scratch: Path, keep) -> list[dict]:

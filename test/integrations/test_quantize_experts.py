@@ -164,7 +164,7 @@ def test_lists_of_experts(kind, swapped):
         expected = dense(x)
         assert (model(x) - expected).norm() / expected.norm() < 1e-5
     assert ("moe_infer" in vars(model.layers[0])) == (kind == "moe_infer")
-    assert "its weights are in format 'int8' already" in refused(model, "int4")
+    assert "its weights are already in format 'int8'" in refused(model, "int4")
 
 
 def test_lora_on_a_list_of_experts(enabled):
@@ -190,7 +190,7 @@ def test_other_modules_are_refused():
     assert "experts: it has hooks" in refused(model, "int8")
     handle.remove()
     ktops.quantize_experts(model, "int8")
-    assert "its weights are in format 'int8' already" in refused(model, "int4")
+    assert "its weights are already in format 'int8'" in refused(model, "int4")
 
 
 def test_adapters_come_after_the_format(enabled):

@@ -146,7 +146,8 @@ def finetune(
         int, typer.Option(help="Batches per optimizer step.", rich_help_panel=_TRAINING)
     ] = 1,
     dtype: Annotated[
-        str, typer.Option(metavar="bf16|f32", help="Of weights and activations.", rich_help_panel=_TRAINING)
+        str,
+        typer.Option(metavar="bf16|f32", help="Dtype of weights and activations.", rich_help_panel=_TRAINING),
     ] = "bf16",
     experts_implementation: Annotated[
         str,
@@ -181,8 +182,8 @@ def finetune(
         Path | None,
         typer.Option(
             metavar="DIR",
-            help="Directory for the adapter, metrics.json, loss.png and checkpoints. [default: the first "
-            "unused of ktops-finetune, ktops-finetune-2, ...]",
+            help="Directory for the adapter, metrics.json, loss.png and checkpoints. (default: the first "
+            "unused of ktops-finetune, ktops-finetune-2, ...)",
             rich_help_panel=_RUN,
         ),
     ] = None,

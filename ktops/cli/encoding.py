@@ -51,7 +51,7 @@ def encode(examples: list[Example], tokenizer, max_length: int) -> Encoded:
     for example in examples:
         for ids, labels in _tokens(example, tokenizer):
             encoded.truncated += len(ids) > max_length
-            # The model predicts token i from the tokens before it: the first token never counts.
+            # The model predicts each token from those before it, so the first token never counts.
             if all(label == IGNORED for label in labels[1:max_length]):
                 encoded.dropped += 1
                 continue

@@ -35,7 +35,7 @@ class Conversation:
     Attributes:
         messages: for ``apply_chat_template``; arguments of calls are dicts, absent content has no key.
         variables: the template's other inputs: tools, documents, and any other key of the record.
-        first: index of the first message whose answer is trained on.
+        first: index of the first message to train on.
         where: the file and the line, for error messages.
     """
 

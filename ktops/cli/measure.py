@@ -84,7 +84,10 @@ class KtTime(TrainerCallback):
             setattr(torch.ops.kt, name, op.op)
 
     def summary(self, seconds: float) -> dict | None:
-        """Returns the ``share`` of ``seconds`` inside kt ops, and each op's calls and seconds; None if 0."""
+        """Returns the ``share`` of ``seconds`` inside kt ops, and each op's calls and seconds.
+
+        Returns None if ``seconds`` is 0.
+        """
         if not seconds:
             return None
         ops = {name: {"calls": op.calls, "seconds": round(op.seconds, 4)} for name, op in self.ops.items()}

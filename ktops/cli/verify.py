@@ -69,7 +69,7 @@ def run(path: Path) -> dict[str, float]:
         The result of check.
 
     Raises:
-        UserError: the process failed; the message contains the end of its output.
+        UserError: the process failed; the message contains the end of its stderr.
     """
     result = subprocess.run(
         [sys.executable, "-m", "ktops.cli.verify", str(path.resolve())],

@@ -27,7 +27,7 @@ class RelativeError:
 
     @property
     def value(self) -> float:
-        """The error so far: 0 if nothing differs, otherwise infinite if all expected values are 0."""
+        """The relative error; 0 if nothing differs, otherwise infinite if all expected values are 0."""
         if not self.difference:
             return 0.0
         return (self.difference / self.norm) ** 0.5 if self.norm else float("inf")

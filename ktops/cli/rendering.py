@@ -235,13 +235,13 @@ class _Writer:
         if self.tokenizer.chat_template == CHAT_TEMPLATE:
             template = "the model has no chat template, and the alpaca headings used instead leave out"
         else:
-            template = "the model's chat template leaves out"
+            template = "the chat template of the model leaves out"
         keys = ",".join(sorted({key for _, key in self.dropped} - {"content"}))
         them = "it" if len(self.dropped) == 1 else "them"
         ignore = f", or train without {them}: --ignore-keys {keys}" if keys else ""
         return (
             f"--data: {self.conversation.where}: {template} {names}. "
-            f"Provide a template that writes {them} (chat_template.jinja in the model's directory){ignore}"
+            f"Give the model a template that writes {them} (chat_template.jinja in its directory){ignore}"
         )
 
 

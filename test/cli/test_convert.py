@@ -264,7 +264,7 @@ def test_the_quantizer_of_other_tensors_stays(convert, tmp_path, scaled):
             None,
             "outputs are not compared: ktops has no 'silu' with a swiglu_limit",
         ),
-        ({}, "silu", "no config.json names the activation: outputs are compared with silu"),
+        ({}, "silu", "no config.json names the activation; outputs are compared with silu"),
     ],
 )
 def test_activation_of_the_report(convert, model_directory, tmp_path, config, activation, said):

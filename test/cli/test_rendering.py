@@ -238,7 +238,9 @@ def test_what_the_template_leaves_out_is_named(learn, template, messages, record
     with pytest.raises(UserError) as error:
         learn(template, messages, **record)
     text = str(error.value)
-    assert text.startswith("--data: data.jsonl, line 7: the model's chat template leaves out " + missing[0])
+    assert text.startswith(
+        "--data: data.jsonl, line 7: the chat template of the model leaves out " + missing[0]
+    )
     assert all(name in text for name in missing) and "chat_template.jinja" in text
     assert ("--ignore-keys" in text) == (keys is not None) and f"--ignore-keys {keys or ''}" * bool(
         keys

@@ -153,7 +153,7 @@ TOOL_RECORD = {
     ("record", "message"),
     [
         (TOOL_RECORD, "leave out tool_calls of message 2 (assistant), tools"),
-        ({"instruction": "a", "output": "b", "source": "web"}, "source. Provide a template"),
+        ({"instruction": "a", "output": "b", "source": "web"}, "source. Give the model a template"),
         ({"text": "a", "source": "web"}, "the layout text does not use the keys ['source']"),
     ],
 )

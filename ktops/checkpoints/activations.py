@@ -1,4 +1,4 @@
-"""What transformers calls the activations of the op."""
+"""The names that transformers has for the activations of the op."""
 
 _ROWS = (
     ("silu", "transformers.activations.SiLUActivation", "silu"),
@@ -10,8 +10,8 @@ _ROWS = (
     ("gelu_pytorch_tanh", "transformers.activations.GELUTanh", "gelu_tanh"),
     ("gelu_python_tanh", "transformers.activations.GELUTanh", "gelu_tanh"),
 )
-"""hidden_act of config.json, the class of the module that it means, activation of the op."""
+"""hidden_act in config.json, class of the module, activation of the op."""
 
 BY_HIDDEN_ACT = {hidden_act: name for hidden_act, _, name in _ROWS}
 BY_CLASS = {module: name for _, module, name in _ROWS}
-"""By name: transformers need not be imported."""
+"""Uses names to avoid importing transformers."""

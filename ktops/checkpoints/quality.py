@@ -1,4 +1,4 @@
-"""The errors of a converted layer's experts relative to their source."""
+"""Measures the errors of a converted layer's experts relative to their source."""
 
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -14,7 +14,7 @@ from ktops.formats.error import RelativeError
 from ktops.ops.activation import ACTIVATIONS
 
 MOST_EXPERTS = 16
-"""The most experts of a layer that are compared, evenly spaced."""
+"""Maximum number of experts of a layer to compare, evenly spaced."""
 
 TOKENS = 32
 
@@ -23,14 +23,14 @@ KEYS = ("hidden_act", "hidden_activation", "mlp_hidden_act")
 
 
 class Activation(NamedTuple):
-    """The activation that outputs are compared with, None if they are not, and a note for the report."""
+    """The activation for comparing outputs, None if they are not compared, and a note for the report."""
 
     name: str | None
     note: str | None = None
 
 
 def find_activation(config: dict) -> Activation:
-    """The activation in a config.json, that of the text model if there are several.
+    """Returns the activation in a config.json, preferring the text model's if there are several.
 
     Example:
         >>> find_activation({"hidden_act": "gelu_pytorch_tanh"})
@@ -48,7 +48,7 @@ def find_activation(config: dict) -> Activation:
         if part.get("swiglu_limit") is not None:
             return Activation(None, f"outputs are not compared: ktops has no {given!r} with a swiglu_limit")
         return Activation(BY_HIDDEN_ACT[given])
-    return Activation("silu", "no config.json names the activation: outputs are compared with silu")
+    return Activation("silu", "no config.json names the activation; outputs are compared with silu")
 
 
 @dataclass(frozen=True)
@@ -56,12 +56,12 @@ class LayerQuality:
     """Relative errors (2-norm) of a converted layer.
 
     Attributes:
-        name: of the experts in the converted checkpoint.
+        name: name of the experts in the converted checkpoint.
         scheme: how the source stores them.
-        num_experts, measured_experts: in the layer, and compared.
-        gate_up_error, down_error: of the weights.
-        output_error: of each expert's output for random normal tokens; None if they were not compared.
-        bytes, bytes_bf16: of all weights of the layer, converted and in bf16.
+        num_experts, measured_experts: number of experts in the layer, and of those compared.
+        gate_up_error, down_error: errors of the weights.
+        output_error: error of the experts' outputs for random normal tokens; None if not compared.
+        bytes, bytes_bf16: size of all weights of the layer, converted and in bf16.
     """
 
     name: str
@@ -80,9 +80,9 @@ def compare(name: str, source: Layer, converted: Layer, activation: str | None) 
     """Compares two layers expert by expert, in float32.
 
     Args:
-        name: of the layer in the converted checkpoint.
+        name: name of the layer in the converted checkpoint.
         source, converted: the layers.
-        activation: of the experts, as of :func:`ktops.moe_sft`; None: outputs are not compared.
+        activation: of the experts, as in :func:`ktops.moe_sft`; None skips comparing outputs.
 
     Raises:
         CheckpointError: weights of the source are not finite.
@@ -113,8 +113,8 @@ def compare(name: str, source: Layer, converted: Layer, activation: str | None) 
 def _compare_expert(
     source: Layer, converted: Layer, index: int, tokens: Tensor, activation: str | None, errors: dict
 ) -> tuple[Tensor, Tensor] | None:
-    """Adds the errors of one expert's weights. Returns its outputs, converted and source, if there is an
-    activation. Only a few rows are floats at a time."""
+    """Adds the errors of one expert's weights. If there is an activation, returns the expert's outputs,
+    converted and source. Decodes only a few rows at a time."""
     made = expected = tokens
     for kind in ("gate_up", "down"):
         pair = [getattr(layer, f"{kind}_proj") for layer in (converted, source)]

@@ -1,7 +1,7 @@
-"""KTExpertList: experts that are modules of their own, over one stacked copy of their weights.
+"""KTExpertList: experts as separate modules that share one stacked copy of their weights.
 
-The Parameters stay as they are, objects and names; their storage becomes slices of two stacked tensors, so
-that the op reads every expert of the layer, and gate and up of one expert, as one tensor.
+The Parameters keep their identity and their names. Their storage becomes slices of two stacked tensors, so
+the op reads all experts of the layer, and gate and up of each expert, as one tensor.
 """
 
 from collections.abc import Iterator, Sequence
@@ -14,22 +14,22 @@ from ktops._warn import warn_once
 from ktops.nn.experts import DTYPES, KTExperts, run_experts
 
 PROJECTIONS = (("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2"))
-"""What the gate, up and down projections of an expert module may be called."""
+"""Accepted names of the gate, up and down projections of an expert module."""
 
 ACTIVATION_NAMES = ("act_fn", "activation_fn", "act")
-"""What the activation of an expert module may be called."""
+"""Accepted names of the activation of an expert module."""
 
 Packed = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
 """gate_up_proj [E, 2I, H], down_proj [E, H, I], gate_up_bias [E, 2I], down_bias [E, H]."""
 
 
 def is_plain_linear(module: nn.Module) -> bool:
-    """An ``nn.Linear`` and nothing else: no subclass, parametrization, hook or replaced forward."""
+    """True if the module is exactly an ``nn.Linear``, without parametrization, hooks or replaced forward."""
     return type(module) is nn.Linear and interception(module) is None
 
 
 def interception(module: nn.Module) -> str | None:
-    """Why a call of a module runs more than the forward of its class; None if it does not."""
+    """Returns why calling a module runs more than the forward of its class; None if it does not."""
     if (
         module._forward_hooks
         or module._forward_pre_hooks
@@ -43,20 +43,20 @@ def interception(module: nn.Module) -> str | None:
 
 
 class KTExpert(nn.Module):
-    """One expert of a :class:`KTExpertList`: the child modules of the expert it replaces, computed by the op.
+    """One expert of a :class:`KTExpertList`: runs the op on the child modules of the expert it replaces.
 
-    Where a projection is no longer a plain ``nn.Linear`` (an adapter was put around it, it has hooks), or the
+    If a projection is no longer a plain ``nn.Linear`` (an adapter wraps it, or it has hooks), or if the
     weights have left the CPU, the projections are called one by one instead.
 
     Args:
-        expert: the module replaced; its children are shared.
-        names: of its gate, up and down projections.
-        activation_attribute: where it has its activation.
+        expert: the module to replace; its children are shared.
+        names: the names of its gate, up and down projections.
+        activation_attribute: the attribute that holds its activation.
         activation, save: as in :class:`ktops.nn.KTExperts`.
     """
 
     packed: Packed | None
-    """This expert's slices, [1, ...], of the list's stacked tensors."""
+    """This expert's slices [1, ...] of the list's stacked tensors."""
 
     def __init__(
         self,
@@ -79,20 +79,20 @@ class KTExpert(nn.Module):
         self.packed = None
 
     def projections(self) -> tuple[nn.Linear, nn.Linear, nn.Linear]:
-        """gate, up and down. An adapter around one of them stands for it, with its attributes."""
+        """Returns gate, up and down. An adapter around one of them is returned in its place."""
         return tuple(getattr(self, name) for name in self.names)
 
     def runs_op(self) -> bool:
-        """Whether the op may compute this expert: packed, and with nothing around its projections.
+        """True if the op can compute this expert: it is packed, and nothing wraps its projections.
 
-        A parameter that was given other storage is copied back into its slice.
+        Copies any parameter whose storage was replaced back into its slice.
         """
         if self.packed is None or not all(map(is_plain_linear, self.projections())):
             return False
         return torch.compiler.is_compiling() or self.is_packed() or self.put(self.packed)
 
     def is_packed(self) -> bool:
-        """Whether the parameters are the slices."""
+        """True if the storage of the parameters is the slices."""
         return self.packed is not None and all(
             part.data_ptr() == place.data_ptr() and part.dtype == place.dtype
             for part, place in self.places(self.packed)
@@ -100,7 +100,7 @@ class KTExpert(nn.Module):
 
     @torch.no_grad()
     def put(self, packed: Packed) -> bool:
-        """Makes the parameters these slices, with the values that they have; False if of another dtype."""
+        """Moves the parameters into these slices, keeping their values; False if dtype or device differ."""
         places = self.places(packed)
         if any(part.dtype != place.dtype or part.device != place.device for part, place in places):
             return False
@@ -111,7 +111,7 @@ class KTExpert(nn.Module):
         return True
 
     def places(self, packed: Packed) -> list[tuple[nn.Parameter, Tensor]]:
-        """Every parameter and the slice where it belongs."""
+        """Returns every parameter with its slice."""
         gate, up, down = self.projections()
         found: list[tuple[nn.Parameter, Tensor]] = []
         for kind, gate_up, single in (("weight", *packed[:2]), ("bias", *packed[2:])):
@@ -142,14 +142,14 @@ class KTExpert(nn.Module):
 
 
 class KTExpertList(nn.ModuleList):
-    """The experts of one layer as a ModuleList of :class:`KTExpert`: for models whose MoE block iterates it.
+    """The experts of one layer as a ModuleList of :class:`KTExpert`, for models whose MoE block iterates it.
 
-    A block that calls ``experts[i](rows)`` runs one op per expert. Called itself, with the routes of all
-    tokens, the list runs one op for all experts.
+    A block that calls ``experts[i](rows)`` runs one op per expert. Calling the list itself, with the routes
+    of all tokens, runs one op for all experts.
 
-    Making the list moves the weights, expert by expert, into the stacked tensors: there is one copy
-    throughout. The Parameters are the same objects, and a slice each. ``.to()``, deepcopy, pickling and
-    load_state_dict keep it so.
+    Constructing the list moves the weights, expert by expert, into the stacked tensors, so only one copy
+    ever exists. The Parameters remain the same objects, each now a slice. ``.to()``, deepcopy, pickling and
+    load_state_dict preserve this.
     """
 
     packed: Packed | None
@@ -165,7 +165,7 @@ class KTExpertList(nn.ModuleList):
 
     @torch.no_grad()
     def pack(self) -> None:
-        """Makes every parameter a slice of the stacked tensors again; does nothing if they are."""
+        """Makes every parameter a slice of the stacked tensors again; does nothing if all already are."""
         if all(expert.is_packed() for expert in self):
             return
         self.packed = None
@@ -196,9 +196,8 @@ class KTExpertList(nn.ModuleList):
             expert.put((packed[0][own], packed[1][own], gate_up_bias, down_bias))
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        """[T, H], [T, K], [T, K] -> [T, H], see :class:`ktops.nn.KTExperts`."""
-        experts, packed = list(self), self.packed
-        if packed is None or not all(expert.runs_op() for expert in experts):
+    def projections(self) -> tuple[nn.Linear, nn.Linear, nn.Linear]:
+        """Returns gate, up and down. An adapter around one of them is returned in its place."""
             raise RuntimeError(
                 "KTExpertList: the projections of the experts must be plain nn.Linear on the CPU, got "
                 f"{sorted({type(p).__name__ for expert in experts for p in expert.projections()})}"
@@ -207,7 +206,7 @@ class KTExpertList(nn.ModuleList):
 
     @torch.no_grad()
     def moe_infer(self, x: Tensor, topk_ids: Tensor, topk_weight: Tensor) -> Tensor:
-        """The method that MoE blocks of the DeepSeek family call in evaluation mode."""
+        """Runs all experts; MoE blocks of the DeepSeek family call this in evaluation mode."""
         if all(expert.runs_op() for expert in self):
             return self(x, topk_ids, topk_weight)
         output = torch.zeros_like(x, dtype=torch.float32)
@@ -231,7 +230,7 @@ class KTExpertList(nn.ModuleList):
 
 @torch.no_grad()
 def stacked_copy(experts: list[KTExpert]) -> KTExperts:
-    """A KTExperts with copies of the weights of experts whose projections are plain nn.Linear."""
+    """Returns a KTExperts with copies of the experts' weights; all projections must be plain nn.Linear."""
     rows = [expert.projections() for expert in experts]
 
     def stack(kind: str, parts: Sequence[tuple[nn.Linear, ...]]) -> nn.Parameter:
@@ -257,13 +256,13 @@ def _pack_after_loading(experts: KTExpertList, _) -> None:
 
 def _warn_of(what: str) -> None:
     warn_once(
-        f"ktops: projections of experts {what}; ktops does not run these experts, their projections are "
+        f"ktops: projections of experts {what}; ktops does not run these experts. Their projections are "
         "called one by one."
     )
 
 
 class _Stacked(torch.autograd.Function):
-    """A stacked tensor [E, R, ...] as a function of the parameters whose storage it is, R / n rows each."""
+    """A stacked tensor [E, R, ...] as a function of the parameters stored in it, R / n rows each."""
 
     @staticmethod
     def forward(ctx, stacked: Tensor, *parts: Tensor) -> Tensor:

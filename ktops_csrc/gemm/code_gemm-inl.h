@@ -64,10 +64,10 @@ private:
 
     void dots(int64_t row, int64_t n, float* c) const {
         const int64_t few = table_.few_rows, m = m_ * x_.digits, ldc = ldc_;
-        const int64_t strip = m > few ? 64 : n;  // rows of W that stay in cache for all rows of A
-        for (int64_t j = 0; j < n; j += strip) {
+        const int64_t most = m > few ? 64 : n;  // rows of W that stay in cache for all rows of A
+        for (int64_t j = 0; j < n; j += most) {
             for (int64_t i = 0; i < m; i += few) {
-                table_.code_dots(w_, e_, row + j, smaller(strip, n - j), x_, index_ + i, smaller(few, m - i),
+                table_.code_dots(w_, e_, row + j, smaller(most, n - j), x_, index_ + i, smaller(few, m - i),
                                  c + i * ldc + j, ldc);
             }
         }

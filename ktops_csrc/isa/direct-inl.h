@@ -18,7 +18,7 @@
 namespace kt::KT_ISA {
 
 // Rows of A that share a read of B: as many as the registers hold sums for.
-constexpr int kDirectTile = Isa::kVectorBytes == 64 ? 6 : 3;
+constexpr int kPassRows = Isa::kVectorBytes == 64 ? 6 : 3;
 
 // How kWidth elements of two rows are multiplied and added up, in kParts instructions. load: what a part takes of n
 // elements.
@@ -71,15 +71,15 @@ struct DotRows {
 
 // n rows of W in the order in which they are read: kDotRows streams of `apart` rows each, and then what is left over;
 // else kDotRows neighbours at a time.
-struct DotGroups {
+struct DotOrder {
     int64_t apart, count;
 
-    DotGroups(int64_t n, bool streams)
+    DotOrder(int64_t n, bool streams)
         : apart(streams && n >= 2 * kDotRows ? n / kDotRows : 1), count(ceil_div(n, kDotRows)), rows_(n) {}
 
-    DotRows at(int64_t g) const {
-        if (g < apart && apart > 1) return {g, apart, kDotRows};
-        const int64_t first = g * kDotRows;
+    DotRows at(int64_t step) const {
+        if (step < apart && apart > 1) return {step, apart, kDotRows};
+        const int64_t first = step * kDotRows;
         return {first, 1, smaller(kDotRows, rows_ - first)};
     }
 
@@ -91,7 +91,7 @@ template <class T>
 class Direct {
     using A = Acc<T>;
     using Step = ColumnStep<T>;
-    static constexpr int kGroups = 4 / Step::kVectors;      // groups of columns at once
+    static constexpr int kSteps = 4 / Step::kVectors;       // groups of columns at once
     static constexpr int64_t kPrefetch = 1024 / sizeof(T);  // elements: far enough to hide memory, near enough for L1
     static constexpr int64_t kLine = 64 / sizeof(T), kPage = 4096 / sizeof(T);
 
@@ -101,23 +101,23 @@ public:
     // C[i][j] = a[i] . row j of W, for i < m and j < n. Rows of W are `stride` apart.
     static void dots(const T* const* a, int64_t m, const T* w, int64_t stride, int64_t n, int64_t k, A* c,
                      int64_t ldc) {
-        const int64_t passes = ceil_div(m, kDirectTile), tile = ceil_div(m, passes);
+        const int64_t passes = ceil_div(m, kPassRows), pass_rows = ceil_div(m, passes);
         // Rows that share a page are slower side by side, by a quarter for rows of 1.5 KiB, where memory is the limit.
-        const DotGroups groups(n, passes == 1 && stride < kPage && n / kDotRows * stride >= kPage);
-        for (int64_t g = 0; g < groups.count; ++g) {
-            const DotRows rows = groups.at(g);
-            const T* next = w + groups.at(g + 1).first * stride;
+        const DotOrder order(n, passes == 1 && stride < kPage && n / kDotRows * stride >= kPage);
+        for (int64_t step = 0; step < order.count; ++step) {
+            const DotRows rows = order.at(step);
+            const T* next = w + order.at(step + 1).first * stride;
             for (int64_t pass = 0; pass < passes; ++pass) {
-                const int64_t i = pass * tile;
+                const int64_t i = pass * pass_rows;
                 const Share ahead(kDotRows, pass, passes);
-                const int64_t height = smaller(tile, m - i);
+                const int64_t height = smaller(pass_rows, m - i);
                 const T* first = w + rows.first * stride;
                 A* out = c + i * ldc + rows.first;
                 if (rows.apart == 1) {
                     dots_rows(a + i, height, first, rows.count, next, stride, k, out, ldc, ahead);
                     continue;
                 }
-                A sums[kDirectTile * kDotRows];
+                A sums[kPassRows * kDotRows];
                 dots_rows(a + i, height, first, rows.count, next, rows.apart * stride, k, sums, kDotRows, ahead);
                 for (int64_t j = 0; j < height * kDotRows; ++j) {
                     out[j / kDotRows * ldc + j % kDotRows * rows.apart] = sums[j];
@@ -130,21 +130,21 @@ public:
     // have room for a multiple of kPanelColumns columns.
     static void columns(const T* const* a, int64_t m, const T* w, int64_t stride, int64_t n, int64_t k, A* c,
                         int64_t ldc, bool accumulate) {
-        const int64_t passes = ceil_div(m, kDirectTile), tile = ceil_div(m, passes);
+        const int64_t passes = ceil_div(m, kPassRows), pass_rows = ceil_div(m, passes);
         for (int64_t s = 0; s < k; s += kRowsAhead, accumulate = true) {
             RowsAhead ahead(w + (s + kRowsAhead) * stride, stride, n);
             Rank g{nullptr, s, smaller(kRowsAhead, k - s), nullptr, stride, 0, nullptr, ldc, accumulate};
             for (int64_t j = 0; j < n; j += g.n) {
-                const bool wide = n - j >= kGroups * Step::kColumns;
+                const bool wide = n - j >= kSteps * Step::kColumns;
                 g.w = w + s * stride + j;
-                g.n = wide ? kGroups * Step::kColumns : smaller(Step::kColumns, n - j);
+                g.n = wide ? kSteps * Step::kColumns : smaller(Step::kColumns, n - j);
                 const int64_t lines = ceil_div(Step::kRows * g.n, kLine * passes);
-                for (int64_t i = 0; i < m; i += tile) {
+                for (int64_t i = 0; i < m; i += pass_rows) {
                     g.a = a + i;
                     g.c = c + i * ldc + j;
-                    with_constant<kDirectTile>(smaller(tile, m - i), [&](auto rows) {
-                        wide ? columns_tile<rows(), kGroups>(g, ahead, lines)
-                             : columns_tile<rows(), 1>(g, ahead, lines);
+                    with_constant<kPassRows>(smaller(pass_rows, m - i), [&](auto rows) {
+                        wide ? columns_kernel<rows(), kSteps>(g, ahead, lines)
+                             : columns_kernel<rows(), 1>(g, ahead, lines);
                     });
                 }
             }
@@ -162,16 +162,16 @@ private:
 
     static void dots_rows(const T* const* a, int64_t m, const T* w, int64_t n, const T* next, int64_t stride, int64_t k,
                           A* c, int64_t ldc, const Share& share) {
-        with_constant<kDirectTile>(m, [&](auto rows) {
+        with_constant<kPassRows>(m, [&](auto rows) {
             with_constant<kDotRows>(
-                n, [&](auto columns) { dots_tile<rows(), columns()>(a, w, next, stride, k, c, ldc, share); });
+                n, [&](auto columns) { dots_kernel<rows(), columns()>(a, w, next, stride, k, c, ldc, share); });
         });
     }
 
     // next: the rows of W that are read after these.
     template <int M, int N>
-    static void dots_tile(const T* const* a, const T* w, const T* next, int64_t stride, int64_t k, A* c, int64_t ldc,
-                          const Share& share) {
+    static void dots_kernel(const T* const* a, const T* w, const T* next, int64_t stride, int64_t k, A* c, int64_t ldc,
+                            const Share& share) {
         constexpr int64_t W = DotStep<T>::kWidth;
         Vec<A> sums[M][N] = {};
         const auto multiply = [&](int64_t s, int64_t n) __attribute__((always_inline)) {
@@ -244,7 +244,7 @@ private:
     };
 
     template <int M, int G>
-    static void columns_tile(const Rank& g, RowsAhead& ahead, int64_t lines) {
+    static void columns_kernel(const Rank& g, RowsAhead& ahead, int64_t lines) {
         constexpr int N = Step::kVectors;
         constexpr int64_t kColumns = Step::kColumns;
         const int64_t count = G > 1 ? kColumns : g.n;

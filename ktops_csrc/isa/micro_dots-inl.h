@@ -57,19 +57,19 @@ struct MicroDots {
     static constexpr int64_t kCodesALine = 32;  // of a row, while which a line is read ahead
 
     static void multiply(CodeArguments g) {
-        if (g.group < kBlock) return tiles<Groups::kHalves>(g, kTiles);
-        g.group == kBlock ? tiles<Groups::kBlocks>(g, kTiles) : tiles<Groups::kLong>(g, kTiles);
+        if (g.group < kBlock) return call_rows<Groups::kHalves>(g, kRowCounts);
+        g.group == kBlock ? call_rows<Groups::kBlocks>(g, kRowCounts) : call_rows<Groups::kLong>(g, kRowCounts);
     }
 
 private:
     static constexpr int64_t kBlock = 32, kUnitBlocks = 4, kStepCodes = 16;  // of a run of four steps
     static constexpr int V = 64 / static_cast<int>(kCodeBytes);              // vectors of a step of a panel
-    static constexpr auto kTiles = std::make_integer_sequence<int, kRows>();
+    static constexpr auto kRowCounts = std::make_integer_sequence<int, kRows>();
 
     enum class Groups { kHalves, kBlocks, kLong };
 
     template <Groups kGroups, int... Is>
-    static void tiles(CodeArguments& g, std::integer_sequence<int, Is...>) {
+    static void call_rows(CodeArguments& g, std::integer_sequence<int, Is...>) {
         using Function = void (*)(CodeArguments&);
         static constexpr Function table[] = {&rows<Is + 1, kGroups>...};
         table[g.m - 1](g);

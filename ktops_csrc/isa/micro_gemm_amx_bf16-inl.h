@@ -118,9 +118,9 @@ struct MicroGemm<bfloat16> {
         const int64_t num_panels = ceil_div(m, 16), steps = k / kTileK;
         const bool single = num_panels > 1 && num_panels % 2;
         const int64_t passes = single ? num_panels / 2 : ceil_div(num_panels, 2);
-        const int64_t band = single ? 64 : 32, calls = single ? 2 * passes + 1 : passes;
-        for (int64_t j = 0; j < n; j += band) {
-            ReadAhead ahead{nullptr, w + (j + band) * row_stride, 0, band / calls, row_stride};
+        const int64_t w_rows = single ? 64 : 32, calls = single ? 2 * passes + 1 : passes;
+        for (int64_t j = 0; j < n; j += w_rows) {
+            ReadAhead ahead{nullptr, w + (j + w_rows) * row_stride, 0, w_rows / calls, row_stride};
             const auto two_panels = [&](int64_t row) {
                 if (num_panels <= 2) {
                     ahead = {tile(row) + kAhead * kTileK, w + (row + 32) * row_stride + (kAhead - steps) * kTileK,

@@ -44,10 +44,10 @@ constexpr int64_t kSumSlab = 256;
 
 // Whether the rows of all routes, [R, H], are kept and added up in a phase of their own. Then tasks are (expert,
 // columns), enough for any number of threads; else a task is a slab of columns over all experts and holds its sums.
-constexpr int64_t kRouteBytes = 32 << 20;
+constexpr int64_t kKeptBytes = 32 << 20;
 
-inline bool keeps_routes(const Problem& p, const Routing& routing) {
-    return routing.num_routes * p.hidden_size * static_cast<int64_t>(sizeof(float)) <= kRouteBytes;
+inline bool keeps_rows(const Problem& p, const Routing& routing) {
+    return routing.num_routes * p.hidden_size * static_cast<int64_t>(sizeof(float)) <= kKeptBytes;
 }
 
 // At most `width`, and less when there are not enough tasks for the threads: the results do not depend on it.
@@ -80,7 +80,7 @@ struct Thread {
 
 private:
     static int64_t sum_elements(const Problem& p, const Routing& routing) {
-        if (keeps_routes(p, routing)) return 0;
+        if (keeps_rows(p, routing)) return 0;
         return smaller(p.num_tokens, kTokenBlock) * smaller(round_up(p.hidden_size, kPanelColumns), kSumSlab);
     }
 };
@@ -154,20 +154,20 @@ struct Layer {
     }
 };
 
-// A loop over (expert, piece) tasks: active experts times `pieces`.
+// A loop over (expert, slab) tasks: active experts times `slabs`.
 struct ExpertTask {
-    int64_t expert, piece;
-    ExpertTask(const Routing& routing, int64_t task, int64_t pieces)
-        : expert(routing.active[task / pieces]), piece(task % pieces) {}
+    int64_t expert, slab;
+    ExpertTask(const Routing& routing, int64_t task, int64_t slabs)
+        : expert(routing.active[task / slabs]), slab(task % slabs) {}
 };
 
-// The rows of W of the task that a thread takes after `task`, most likely: the others take those between. A piece is
+// The rows of W of the task that a thread takes after `task`, most likely: the others take those between. A slab is
 // `width` rows.
-inline NextRows rows_of_next(const Problem& p, const Routing& routing, int64_t task, int64_t pieces, int64_t width) {
+inline NextRows rows_of_next(const Problem& p, const Routing& routing, int64_t task, int64_t slabs, int64_t width) {
     const int64_t next = task + p.num_threads;
-    if (next >= routing.num_active * pieces) return {};
-    const ExpertTask at(routing, next, pieces);
-    return {at.expert, at.piece * width};
+    if (next >= routing.num_active * slabs) return {};
+    const ExpertTask at(routing, next, slabs);
+    return {at.expert, at.slab * width};
 }
 
 // out[row][0 .. rank) = a . A^T (transposed) or a . B, for all rows of one expert.

@@ -71,10 +71,10 @@ private:
             }
             put_dots<M>(sums, m, rows, [&](int64_t i, int64_t j, float sum) { c[i * ldc + j] = sum; });
         };
-        const DotGroups groups = streams(n, w.row_bytes);
-        for (int64_t g = 0; g < groups.count; ++g) {
-            const DotRows rows = groups.at(g);
-            const int64_t ahead = read_ahead(groups, g, w.row_bytes);
+        const DotOrder order = streams(n, w.row_bytes);
+        for (int64_t step = 0; step < order.count; ++step) {
+            const DotRows rows = order.at(step);
+            const int64_t ahead = read_ahead(order, step, w.row_bytes);
             const bool all = rows.count == kDotRows;  // of less, each row by itself, as if it were all of them
             for (int64_t j = 0; j < (all ? 1 : rows.count); ++j) add(all ? rows : DotRows{rows.first + j, 0, 1}, ahead);
         }

@@ -124,10 +124,10 @@ private:
                         float* c, int64_t ldc) {
         const float* a[M];
         for (int i = 0; i < M; ++i) a[i] = x[i < m ? i : 0];
-        const DotGroups groups = streams(n, w.row_bytes);
-        for (int64_t g = 0; g < groups.count; ++g) {
-            const DotRows rows = groups.at(g);
-            const int64_t ahead = read_ahead(groups, g, w.row_bytes);
+        const DotOrder order = streams(n, w.row_bytes);
+        for (int64_t step = 0; step < order.count; ++step) {
+            const DotRows rows = order.at(step);
+            const int64_t ahead = read_ahead(order, step, w.row_bytes);
             VecF sums[M][kDotRows] = {};
             for_each_piece(0, w.columns, [&](int64_t first, int64_t end) __attribute__((always_inline)) {
                 add_piece<M>(w, e, row, rows, first, end, a, ahead, sums);

@@ -61,13 +61,13 @@ inline __attribute__((always_inline)) void for_each_piece(int64_t first, int64_t
 constexpr int64_t kReadAhead = 1536;
 
 // n rows of codes as streams, unless these were shorter than a page: streams that share one are slower.
-inline DotGroups streams(int64_t n, int64_t row_bytes) { return {n, n / kDotRows * row_bytes >= 4096}; }
+inline DotOrder streams(int64_t n, int64_t row_bytes) { return {n, n / kDotRows * row_bytes >= 4096}; }
 
 // What to add to a code's address to read ahead. At the end of a stream lies the next one, which has been read: the
 // rows that come after all of these are read instead.
-inline int64_t read_ahead(const DotGroups& groups, int64_t g, int64_t row_bytes) {
-    const bool ends = groups.apart > 1 && g >= groups.apart - ceil_div(kReadAhead, row_bytes);
-    return kReadAhead + (ends ? (kDotRows - 1) * groups.apart * row_bytes : 0);
+inline int64_t read_ahead(const DotOrder& order, int64_t step, int64_t row_bytes) {
+    const bool ends = order.apart > 1 && step >= order.apart - ceil_div(kReadAhead, row_bytes);
+    return kReadAhead + (ends ? (kDotRows - 1) * order.apart * row_bytes : 0);
 }
 
 // Rows of activations that share a read of codes, at most; f(1, 2 or 4 as a constant) for m of them.

@@ -98,10 +98,10 @@ public:
                 pack_nt(w + (row + j) * row_stride + k, row_stride, columns, kn, panels);
                 continue;
             }
-            for (int64_t i = 0; i < kn; i += kStrip) {
-                const int64_t count = smaller(kStrip, kn - i);
-                decode_rows(e, row + j, columns, k + i, count, scratch, kStripStride);
-                pack_nt(scratch, kStripStride, columns, count, panels + i * kPanelColumns);
+            for (int64_t i = 0; i < kn; i += kDecodedColumns) {
+                const int64_t count = smaller(kDecodedColumns, kn - i);
+                decode_rows(e, row + j, columns, k + i, count, scratch, kDecodedStride);
+                pack_nt(scratch, kDecodedStride, columns, count, panels + i * kPanelColumns);
             }
         }
     }
@@ -122,7 +122,8 @@ public:
 private:
     // Columns that 16 rows are decoded for at a time, to stay in L1; and from one of these rows to the next, not a
     // power of two apart.
-    static constexpr int64_t kStrip = 512, kStripStride = kStrip + 64 / static_cast<int64_t>(sizeof(T));
+    static constexpr int64_t kDecodedColumns = 512,
+                             kDecodedStride = kDecodedColumns + 64 / static_cast<int64_t>(sizeof(T));
 
     WeightTensor tensor_;
     StridedWeight<T> strided_;

@@ -70,7 +70,8 @@ private:
         std::memset(x, 0, static_cast<size_t>(row_bytes));
         a.push_back(x);
         for (int64_t block = 0; block < blocks; ++block) {
-            for (int64_t i = 0; i < kBlock; ++i) x[position(block, i)] = static_cast<int8_t>(random_integer(-127, 127));
+            for (int64_t i = 0; i < kBlock; ++i)
+                x[code_index(block, i)] = static_cast<int8_t>(random_integer(-127, 127));
             const bool first = block % (kUnit / kBlock) == 0;
             put(x, scales_at, block, joins && !first ? scale(x, block - 1) : number());
         }
@@ -89,7 +90,7 @@ private:
     }
 
     // Where number i of a block is in a row and in panels.
-    int64_t position(int64_t block, int64_t i) const {
+    int64_t code_index(int64_t block, int64_t i) const {
         if (!pairs) return block * kBlock + i;
         return block / 4 * kUnit + i / kHalf * (kUnit / 2) + block % 4 * kHalf + i % kHalf;
     }
@@ -142,7 +143,7 @@ private:
         for (int64_t p = 0; p < parts; ++p) {
             int64_t exact = read(reinterpret_cast<const int32_t*>(a[i] + starts_at) + p);
             for (int64_t s = p * part; s < (p + 1) * part; ++s) {
-                const int64_t at = position(s / kBlock, s % kBlock);
+                const int64_t at = code_index(s / kBlock, s % kBlock);
                 const uint8_t code = b[j / kPanelColumns * b_stride + at / 4 * 64 + j % kPanelColumns * 4 + at % 4];
                 exact += int64_t{code} * a[i][at];
             }

@@ -1,9 +1,10 @@
 #pragma once
 
-// The backward half of kt::moe_sft. The phases, d = grad_output[token], w = the routing weight:
+// The backward half of kt::moe_sft. The phases, with d = grad_output[token], w the routing weight and R the number of
+// positions:
 //
 //   clear_idle         zeros in the gradients of experts without tokens
-//   code_x, recompute  [g|u], if it was not saved, as in forward        [R, 2I]
+//   code_x, recompute  [g|u] as in forward, if not saved                [R, 2I]
 //   project_d          db2 = s2 d B2                                    [R, r2]
 //   activate           dh = d Wd + db2 A2;  grad_w = <h, dh>;  dg = w dh u act'(g);  du = w dh act(g)
 //                      grad_A2 = (w db2)^T h;  grad_Wd = (w d)^T h;  grad_bgu = the sum of [dg|du]
@@ -54,10 +55,10 @@ private:
         const int64_t R = routing_.num_routes;
         gate_up_ = static_cast<const T*>(b.saved_gate_up);
         grad_gate_up_ = workspace.take<T>(R * 2 * I_);
-        if (!gate_up_) gate_up_ = recomputed_ = grad_gate_up_;  // [dg | du] takes the place of [g | u] in activate()
+        if (!gate_up_) gate_up_ = recomputed_ = grad_gate_up_;  // activate() overwrites [g | u] with [dg | du]
         dgub_ = workspace.take<T>(R * p_.gate_up_rank);
         db2_ = workspace.take<T>(R * p_.down_rank);
-        dot_slabs_ = ceil_div(I_, kDotSlab);  // fixed: it is the order in which grad_w is summed
+        dot_slabs_ = ceil_div(I_, kDotSlab);  // fixed, because it decides the order in which grad_w is summed
         grad_w_ = workspace.take<A>(R * dot_slabs_);
         kept_rows_ = workspace.take<A>(CombineX::kept_elements(p_, routing_));
         threads_ = Thread<T>::take(workspace, p_, routing_);
@@ -137,7 +138,7 @@ private:
                b_.grad_gate_up_lora_A || b_.grad_gate_up_lora_B || b_.grad_down_lora_A || b_.grad_down_proj;
     }
 
-    // The gradients of an expert without tokens.
+    // Zeroes the gradients of an expert without tokens.
     void clear_gradients(int64_t expert) const {
         if (routing_.rows(expert)) return;
         for (const Result* result :
@@ -201,7 +202,7 @@ private:
         }
     }
 
-    // One row of a slab: from dh to [dg | du]; h for the weight gradients. Returns its part of <h, dh>.
+    // One row of a slab: computes [dg | du] from dh, and h for the weight gradients. Returns its part of <h, dh>.
     template <class Activation>
     A activation_gradient(Activation, int64_t position, int64_t column, int64_t n, const A* dh, T* h, A* sum_g,
                           A* sum_u) {
@@ -224,7 +225,7 @@ private:
         return sum_lanes<A>(dot);
     }
 
-    // The gradients whose rows or columns run along H: one read of x or d for each.
+    // The gradients whose rows or columns run along H; each reads x or d once.
     void weight_gradients_h(const Thread<T>& thread, int64_t expert, int64_t column) {
         const int64_t begin = routing_.offsets[expert], rows = routing_.rows(expert);
         const int64_t n = smaller(kMaxColumns, H_ - column), r1 = p_.gate_up_rank, r2 = p_.down_rank;

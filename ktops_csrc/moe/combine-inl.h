@@ -1,12 +1,12 @@
 #pragma once
 
-// out[t] = sum over the routes of token t, experts in ascending order, of a product's row for each route.
+// out[t] = sum of a product's rows at the positions of token t, experts in ascending order.
 
 #include "moe/layer-inl.h"
 
 namespace kt::KT_ISA {
 
-// First i in [begin, end) with sorted[i] >= value, else end.
+// Returns the first i in [begin, end) with sorted[i] >= value, else end.
 inline int64_t lower_bound(const int32_t* sorted, int64_t begin, int64_t end, int64_t value) {
     while (begin < end) {
         const int64_t middle = begin + (end - begin) / 2;
@@ -20,22 +20,22 @@ inline int64_t lower_bound(const int32_t* sorted, int64_t begin, int64_t end, in
 }
 
 // Product has
-//   multiply(thread, block, expert, first, count, columns, after)   the rows of `count` of an expert's routes;
-//                                       after: the rows of the weight that come next
-//   start(thread, expert, column, n)    before value() for these columns
-//   value(thread, route, c, j)          what is added for vector c of the row, j columns after `column`
+//   multiply(thread, block, expert, first, count, columns, after)    computes rows [first, first + count);
+//                                       after: the rows of the weight to prefetch
+//   start(thread, expert, column, n)    prepares value() for these columns
+//   value(thread, position, c, j)       the value to add for vector c of the row, j columns after `column`
 template <class T, class Product>
 class Combine {
     using A = Acc<T>;
 
 public:
-    // routes: kept_elements() of scratch. slab: the most columns of a task while routes are kept.
-    Combine(const Layer<T>& layer, const Thread<T>* threads, const Product& product, A* routes, T* out, int64_t slab)
+    // kept_rows: kept_elements() of scratch. slab: the most columns of a task if rows are kept.
+    Combine(const Layer<T>& layer, const Thread<T>* threads, const Product& product, A* kept_rows, T* out, int64_t slab)
         : layer_(layer),
           routing_(layer.routing),
           threads_(threads),
           product_(product),
-          kept_rows_(keeps_rows(layer.p, layer.routing) ? routes : nullptr),
+          kept_rows_(keeps_rows(layer.p, layer.routing) ? kept_rows : nullptr),
           out_(out),
           blocks_(ceil_div(layer.p.num_tokens, kTokenBlock)) {
         const int64_t tasks_a_slab = kept_rows_ ? routing_.num_active : blocks_;
@@ -58,7 +58,7 @@ public:
         }
     }
 
-    // After all of run().
+    // To be called after all of run().
     int64_t num_sums() const { return kept_rows_ ? layer_.p.num_tokens : 0; }
     void sum(int64_t token) const {
         const int32_t* positions = routing_.positions + token * layer_.p.top_k;
@@ -72,7 +72,7 @@ public:
     }
 
 private:
-    // put(route, row) for routes [begin, end) of an expert.
+    // Calls put(position, row) for positions [begin, end) of an expert.
     template <class Put>
     void rows(const Thread<T>& thread, int64_t expert, int64_t begin, int64_t end, int64_t column, int64_t n,
               const NextRows& after, Put put) const {

@@ -1,13 +1,13 @@
 #pragma once
 
-// kt::moe_fwd and the forward half of kt::moe_sft. The phases, w = the routing weight:
+// kt::moe_fwd and the forward half of kt::moe_sft. The phases, with w the routing weight and R the number of positions:
 //
 //   project_x      xa = x A1^T                                      [R, r1]
 //   code_x         x as codes, if gate_up takes codes               [T, H]
-//   gate_up        [g|u] = x Wgu^T + s1 xa B1^T + bgu;  h = act(g) u                   [R, I], [g|u] saved if asked
+//   gate_up        [g|u] = x Wgu^T + s1 xa B1^T + bgu;  h = act(g) u                   [R, I]; saves [g|u] if requested
 //   project_h      ha = h A2^T                                      [R, r2]
 //   code_h         h as codes, if down takes codes                  [R, I]
-//   down           w (h Wd^T + s2 ha B2^T + bd), a row for each route or summed by token
+//   down           w (h Wd^T + s2 ha B2^T + bd), kept as one row per position or summed by token
 //   sum            output = the sum of a token's rows, if down kept them               [T, H]
 
 #include "moe/combine-inl.h"

@@ -1,9 +1,9 @@
 #pragma once
 
-// Products for the few rows of an expert: B is read once, where it lies, with no panel.
+// Products for experts with few rows: B is read once, in place, without panels.
 //
 //   dots       C = A . W^T   dot products of rows of A with rows of W
-//   columns    C (+)= A . W  rows of W times an element of A each, added up
+//   columns    C (+)= A . W  sums of rows of W, each times an element of A
 
 #include <cstdint>
 #include <cstring>
@@ -17,11 +17,11 @@
 
 namespace kt::KT_ISA {
 
-// Rows of A that share a read of B: as many as the registers hold sums for.
+// Rows of A of one pass over rows of B: as many as the registers hold sums for.
 constexpr int kPassRows = Isa::kVectorBytes == 64 ? 6 : 3;
 
-// How kWidth elements of two rows are multiplied and added up, in kParts instructions. load: what a part takes of n
-// elements.
+// Multiplies kWidth elements of two rows and adds up the products, in kParts instructions. load: the operand of a part,
+// from n elements.
 template <class T>
 struct DotStep {
     static constexpr int64_t kWidth = kLanes<Acc<T>>;
@@ -30,29 +30,29 @@ struct DotStep {
     static Vec<Acc<T>> add(Vec<Acc<T>> sum, Vec<Acc<T>> x, Vec<Acc<T>> y) { return sum + x * y; }
 };
 
-// How one step takes kRows rows of kColumns columns of B into kVectors vectors of sums.
+// Adds kRows rows of kColumns columns of B, times elements of A, to kVectors vectors of sums.
 template <class T>
 struct ColumnStep {
     using V = Vec<Acc<T>>;
     static constexpr int64_t kRows = 1, kColumns = kLanes<Acc<T>>;
     static constexpr int kVectors = 1;
 
-    // `rows` rows of n columns; the others are zeros
+    // loads `rows` rows of n columns; the others are zeros
     static void load(const T* w, int64_t, int64_t, int64_t n, V* out) { out[0] = load_n(w, n); }
-    // the elements of a row of A for those rows, in every lane
+    // the elements of a row of A for these rows, in every lane
     static V spread(const T* a, int64_t) { return broadcast(read(a)); }
     static V add(V sum, V x, V y) { return sum + x * y; }
     static void load_sums(const Acc<T>* c, int64_t, V* sums) { sums[0] = KT_ISA::load(c); }
     static void store_sums(Acc<T>* c, int64_t, const V* sums) { store(c, sums[0]); }
 };
 
-// Of bfloat16: in direct_widened-inl.h or, with an instruction for it, direct_avx512_bf16-inl.h.
+// For bfloat16: in direct_widened-inl.h, or in direct_avx512_bf16-inl.h for ISAs with an instruction for it.
 template <>
 struct DotStep<bfloat16>;
 template <>
 struct ColumnStep<bfloat16>;
 
-// f(count) with 1 <= count <= kMost as a constant of the compiler.
+// Calls f(count), 1 <= count <= kMost, with a compile-time constant.
 template <int kMost, class F>
 inline void with_constant(int64_t count, F f) {
     if constexpr (kMost > 1) {
@@ -61,7 +61,7 @@ inline void with_constant(int64_t count, F f) {
     f(std::integral_constant<int, kMost>());
 }
 
-// Rows of W that are read at once: `count` of them, `apart` rows from each other.
+// Rows of W that are read at once: `count` of them, every `apart`-th row.
 constexpr int64_t kDotRows = 4;
 struct DotRows {
     int64_t first, apart, count;
@@ -69,8 +69,8 @@ struct DotRows {
     int64_t row(int64_t i) const { return first + smaller(i, count - 1) * apart; }
 };
 
-// n rows of W in the order in which they are read: kDotRows streams of `apart` rows each, and then what is left over;
-// else kDotRows neighbours at a time.
+// The order in which n rows of W are read: kDotRows streams of `apart` rows each, then the remaining rows; or kDotRows
+// neighbors at a time.
 struct DotOrder {
     int64_t apart, count;
 
@@ -91,18 +91,19 @@ template <class T>
 class Direct {
     using A = Acc<T>;
     using Step = ColumnStep<T>;
-    static constexpr int kSteps = 4 / Step::kVectors;       // groups of columns at once
+    static constexpr int kSteps = 4 / Step::kVectors;       // column steps at once
     static constexpr int64_t kPrefetch = 1024 / sizeof(T);  // elements: far enough to hide memory, near enough for L1
     static constexpr int64_t kLine = 64 / sizeof(T), kPage = 4096 / sizeof(T);
 
 public:
-    static constexpr int64_t kRowsAhead = 64;  // rows of W between the prefetch to L2 and the use
+    static constexpr int64_t kRowsAhead = 64;  // rows of W between the prefetch to L2 and use
 
     // C[i][j] = a[i] . row j of W, for i < m and j < n. Rows of W are `stride` apart.
     static void dots(const T* const* a, int64_t m, const T* w, int64_t stride, int64_t n, int64_t k, A* c,
                      int64_t ldc) {
         const int64_t passes = ceil_div(m, kPassRows), pass_rows = ceil_div(m, passes);
-        // Rows that share a page are slower side by side, by a quarter for rows of 1.5 KiB, where memory is the limit.
+        // Reading rows of the same page side by side is slower, by a quarter for rows of 1.5 KiB if memory is the
+        // limit.
         const DotOrder order(n, passes == 1 && stride < kPage && n / kDotRows * stride >= kPage);
         for (int64_t step = 0; step < order.count; ++step) {
             const DotRows rows = order.at(step);
@@ -152,8 +153,8 @@ public:
     }
 
 private:
-    // Which of n rows to prefetch in each of several passes over the same rows of W: memory is not to wait while a pass
-    // finds them in cache.
+    // The share of the next n rows that one of several passes over the same rows of W prefetches, so that memory is
+    // busy even while a pass reads from the cache.
     struct Share {
         int64_t first, last, passes;
         Share(int64_t n, int64_t pass, int64_t passes)
@@ -168,7 +169,7 @@ private:
         });
     }
 
-    // next: the rows of W that are read after these.
+    // next: the rows of W to read after these.
     template <int M, int N>
     static void dots_kernel(const T* const* a, const T* w, const T* next, int64_t stride, int64_t k, A* c, int64_t ldc,
                             const Share& share) {
@@ -212,8 +213,8 @@ private:
         for (int i = 0; i < M; ++i) put_sums<A, N>(sums[i], c + i * ldc);
     }
 
-    // The lines of the rows of W that come after those in use, in the order in which they lie: read a line or two of a
-    // page at a time, memory is about half as fast.
+    // Prefetches the rows of W after those in use, line by line in memory order: read a line or two of a page at a
+    // time, memory is about half as fast.
     struct RowsAhead {
         const T *next, *end;
         int64_t stride, width;
@@ -277,7 +278,7 @@ private:
 #pragma GCC unroll 8
             for (int j = 0; j < G; ++j) {
                 A* c = g.c + i * g.ldc + j * kColumns;
-                if (g.accumulate) {  // last: a sum of sums of kRowsAhead terms has a smaller error than one long sum
+                if (g.accumulate) {  // at the end: sums of kRowsAhead terms, added up, err less than one long sum
                     Vec<A> before[N];
                     Step::load_sums(c, count, before);
 #pragma GCC unroll 8

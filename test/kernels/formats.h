@@ -1,5 +1,5 @@
-// Kernels that the decoder of a format makes possible, with two whose weights are simple to say: int8, and uint4 with
-// zero points. That every decoder is right is for the tests of formats.
+// Kernels that follow from the decoder of a format, with two simple decoders: int8, and uint4 with zero points. The
+// tests of formats check every decoder.
 
 #pragma once
 
@@ -73,7 +73,7 @@ struct Coded {
         const int64_t group = k / weight.group;
         return std::fabs(static_cast<double>(scale(j, group))) * (code(j, k) + zero(j, group));
     }
-    // Where the code of column k is in rows of codes.
+    // The index of column k in rows of codes.
     static int64_t code_index(int64_t k) {
         constexpr int64_t kUnit = Decoder::kCodeColumns;
         return kNibbles ? k / kUnit * kUnit + k % 2 * (kUnit / 2) + k % kUnit / 2 : k;
@@ -107,7 +107,7 @@ struct format_rows {
     }
 };
 
-// f(a weight) with one of each decoder
+// Checks with a weight of each decoder.
 template <template <class> class Check>
 std::string both(const Shape& shape) {
     const std::string result = Check<Signed>::run(shape);
@@ -138,7 +138,7 @@ struct format_dots {
     static std::string run(const Shape& shape) { return both<CheckDots>(shape); }
 };
 
-// With activations that are codes as well: the reference takes them as they are.
+// Activations are codes as well, and the reference uses these.
 template <class W>
 struct CheckCodeDots {
     static std::string run(const Shape& shape) {

@@ -1,4 +1,4 @@
-// Kernels that multiply floating point numbers: every element of C within the bound of its rounding errors.
+// Kernels that multiply floating-point numbers: every element of C is within the bound of its rounding errors.
 
 #pragma once
 
@@ -12,8 +12,8 @@
 
 namespace suites {
 
-// C of a product: m rows of n columns, of which a kernel may write `room`, and rows up to `written`. Each term is
-// rounded once, and `roundings` times more.
+// C of a product: m rows of n columns. A kernel may write `written` rows of `room` columns. A term is rounded once, and
+// `roundings` more times.
 template <class A>
 class Product {
 public:
@@ -38,7 +38,8 @@ public:
         return check(k, a, b, b);
     }
 
-    // b(s, j) is the difference of two numbers with the magnitudes' sum size(s, j), each multiplied and added up.
+    // b(s, j) is the difference of two numbers whose magnitudes add up to size(s, j), and which are multiplied
+    // separately.
     template <class F, class G, class H>
     std::string check(int64_t k, F a, G b, H size) {
         for (int64_t i = 0; i < m_; ++i) {

@@ -1,4 +1,4 @@
-// The kernel that multiplies panels of codes: its exact sums, and the scales of these.
+// The kernel that multiplies panels of codes: exact sums, and their scales.
 
 #pragma once
 
@@ -34,7 +34,7 @@ private:
           group(shape.size("group", 128, 0)),
           part(smaller(group, kBlock)),
           k(round_up(blocks * kBlock, kUnit)),
-          // of the first group, half lies before the panels
+          // half of the first group is before the panels
           first_blocks(shape.is("begins", "0") ? larger(group / 2 / kBlock, 1) : larger(group / kBlock, 1)),
           groups(group < kBlock ? blocks * kBlock / group
                                 : 1 + ceil_div(larger(blocks - first_blocks, 0), group / kBlock)),
@@ -63,7 +63,7 @@ private:
 
     static float number() { return static_cast<float>(random_integer(-100, 100)) / 64; }
 
-    // Codes in blocks that count, zeros behind them; every unit's blocks have one scale, if they are to be joined.
+    // Makes a row: random codes in `blocks` blocks, then zeros. If `joins`, the blocks of a unit share one scale.
     void make_row() {
         rows.push_back(std::make_unique<Input<int8_t>>(row_bytes));
         int8_t* x = rows.back()->data();
@@ -89,7 +89,7 @@ private:
         return read(reinterpret_cast<const float*>(row + scales_at) + block);
     }
 
-    // Where number i of a block is in a row and in panels.
+    // The index of code i of a block in a row and in panels.
     int64_t code_index(int64_t block, int64_t i) const {
         if (!pairs) return block * kBlock + i;
         return block / 4 * kUnit + i / kHalf * (kUnit / 2) + block % 4 * kHalf + i % kHalf;
@@ -153,7 +153,7 @@ private:
             add(-static_cast<double>(w_mins[q * w_stride + j]) *
                 read(reinterpret_cast<const float*>(a[i] + sums_at) + q));
         }
-        // three roundings a part, two a group, and one for C
+        // three roundings per part, two per group, and one for C
         const double error = std::fabs(c[i * ldc + j] - sum),
                      bound = error_bound<float>(3 * parts + 2 * groups, magnitude);
         return error <= bound

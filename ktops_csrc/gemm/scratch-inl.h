@@ -29,7 +29,7 @@ template <class T>
 struct GemmScratch {
     using C = Compute<T>;
     static constexpr int64_t kPanelElements = kPanelBytes / static_cast<int64_t>(sizeof(C));
-    // Between panels, so that they don't start a power of two apart and their lines share a few sets of the cache.
+    // Between panels: if they started a power of two apart, their lines would share a few sets of the cache.
     static constexpr int64_t kPadding = 64 / static_cast<int64_t>(sizeof(C));
     static constexpr int64_t kPaddedElements = kPanelElements + kWideColumns / kPanelColumns * kPadding;
     static constexpr int64_t kLeftElements = kRowBytes / static_cast<int64_t>(sizeof(C));

@@ -5,7 +5,7 @@
 //   panel       [k / 4][16][4]: one zmm register holds four codes of each of 16 columns
 //   blocks      32 columns of k: their exact sums are scaled by the block's scale of activations and added up in
 //               float32; and by the weights' scales, once for all blocks of a group, or for each group of a block
-//   units       128 columns. If all blocks of a unit share one scale, in every row at hand, they are summed at once
+//   units       128 columns. If all blocks of a unit share one scale, in every row of a call, they are summed at once
 //   registers   3 rows x 4 panels: 12 exact sums and 12 of floats, 4 for a step of the panels, 1 for the broadcast of a
 //               row. The sums of a block are scaled between the first products of the next one.
 

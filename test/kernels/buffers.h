@@ -94,7 +94,7 @@ struct Matrix : Input<T> {
     kt::Acc<T> at(int64_t i, int64_t j) { return kt::to_float((*this)[i * stride + j]); }
 };
 
-// Returns "ok", or `what` is wrong.
+// Returns "ok", or `what` if the condition fails.
 inline std::string expect(bool condition, const char* what) { return condition ? "ok" : what; }
 
 // The largest error in A of a sum of n products whose magnitudes add up to `sum`: each product and each addition rounds

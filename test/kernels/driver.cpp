@@ -1,6 +1,5 @@
-// Runs suites of the kernels of one ISA. stdin: lines "suite dtype edge". stdout: for each "ok", or what is wrong, or
-// "no such suite". test_kernels.py puts includes before it: the description of the ISA, and the files for that ISA
-// only.
+// Runs suites of the kernels of one ISA. stdin: lines "suite dtype edge". stdout: for each "ok", what is wrong, or "no
+// such suite". test_kernels.py prepends includes: the description of the ISA, and the files of that ISA only.
 
 #include <cstdio>
 #include <string>

@@ -1,7 +1,7 @@
 #pragma once
 
-// ggml's super-blocks of 256 weights ("k-quants", iq4_xs): eight chunks of 32, with integer scales of their own in
-// units of d (and dmin), a binary16. p: index of a chunk; h = p / 4: of its half; i: of a weight in it.
+// ggml's super-blocks of 256 weights ("k-quants", iq4_xs): eight chunks of 32 with integer scales, in units of d
+// (and dmin) in binary16. p: index of a chunk; h = p / 4: of its half; i: of a weight in it.
 //
 //   q2_k    scales[16]  q[64]  d  dmin         q = q[32h + i] >> 2 (p % 4), 2 bits; 16 weights share a byte of scales
 //   q3_k    hmask[32]  q[64]  scales[12]  d    the same, less 4 unless bit p of hmask[i]

@@ -196,8 +196,9 @@ class KTExpertList(nn.ModuleList):
             expert.put((packed[0][own], packed[1][own], gate_up_bias, down_bias))
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-    def projections(self) -> tuple[nn.Linear, nn.Linear, nn.Linear]:
-        """Returns gate, up and down. An adapter around one of them is returned in its place."""
+        """Runs all experts, [T, H], [T, K], [T, K] -> [T, H]; see :class:`ktops.nn.KTExperts`."""
+        experts, packed = list(self), self.packed
+        if packed is None or not all(expert.runs_op() for expert in experts):
             raise RuntimeError(
                 "KTExpertList: the projections of the experts must be plain nn.Linear on the CPU, got "
                 f"{sorted({type(p).__name__ for expert in experts for p in expert.projections()})}"

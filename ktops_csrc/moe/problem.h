@@ -1,6 +1,6 @@
 #pragma once
 
-// One MoE layer as the kernels see it: pointers and sizes, already checked.
+// The arguments of one MoE layer for the kernels: pointers and sizes, already checked.
 
 #include <cstdint>
 
@@ -37,8 +37,8 @@ struct Problem {
     Activation activation;
     double activation_args[kMaxActivationArgs];
     Computation compute = Computation::kAuto;
-    bool inference = false;           // no gradient will be asked for
-    std::optional<Path> forced_path;  // by a test
+    bool inference = false;           // no gradient will be requested
+    std::optional<Path> forced_path;  // requested by a test
 
     int num_threads;
     Launch launch;
@@ -50,7 +50,7 @@ struct Problem {
     }
 };
 
-// Contiguous, in the dtype of hidden_states; the saved ones may be null.
+// Contiguous, in the dtype of hidden_states. The saved tensors have one row per position and may be null.
 struct ForwardResults {
     void* output;         // [T, H]
     void* saved_gate_up;  // [T*K, 2I]
@@ -61,7 +61,7 @@ struct ForwardResults {
 struct BackwardProblem {
     Problem forward;
     const void* grad_output;    // [T, H]
-    const void* saved_gate_up;  // null: compute it again
+    const void* saved_gate_up;  // null: recompute it
     const void* saved_xa;
     const void* saved_ha;
 

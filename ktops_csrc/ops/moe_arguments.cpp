@@ -40,7 +40,7 @@ Computation parse_compute(const Checker& check, const std::string& name) {
     check.fail("compute must be one of auto, bf16, int8, got '" + name + "'");
 }
 
-// A projection, dense in the dtype of hidden_states or in a format.
+// Checks a projection, dense in the dtype of hidden_states or in a format.
 WeightTensor projection(const Checker& check, const WeightNames& names, const Tensor& weight,
                         const OptionalTensor& scale, const OptionalTensor& zero, const std::string& format_name,
                         int64_t group_size, DType dtype) {
@@ -57,14 +57,14 @@ WeightTensor projection(const Checker& check, const WeightNames& names, const Te
     return view;
 }
 
-// The rounding of activations that `compute` asks for must be possible with a projection.
+// Requires a projection that can be multiplied in int8.
 void check_int8(const Checker& check, const WeightNames& names, const WeightTensor& weight) {
     if (!weight.is_dense() && format_of(weight).code_group) return;
     check.fail(std::string("compute must be auto or bf16 for ") + names.format + " '" +
                (weight.is_dense() ? "dense" : format_of(weight).name) + "', got 'int8'");
 }
 
-// The threads of the calling thread's pool: torch.set_num_threads holds here too.
+// Runs on PyTorch's threads, so torch.set_num_threads applies.
 void launch(int64_t n, void (*body)(void* context), void* context) {
     if (n <= 1) return body(context);
     torch::stable::parallel_for(0, n, 1, [&](int64_t begin, int64_t end) {
@@ -72,8 +72,8 @@ void launch(int64_t n, void (*body)(void* context), void* context) {
     });
 }
 
-// No more threads than the work is worth: waking one up costs about as much as this many FLOPs, or as many bytes of
-// weights when they are used once.
+// Returns how many threads the work is worth: waking one up costs about as much as kFlopsAThread FLOPs, or that many
+// bytes of weights if they are used once.
 int useful_threads(const Problem& p) {
     constexpr int64_t kFlopsAThread = 1 << 19;
     const int64_t flops = 6 * p.num_tokens * p.top_k * p.hidden_size * p.intermediate_size;
@@ -81,7 +81,7 @@ int useful_threads(const Problem& p) {
     return static_cast<int>(larger(1, smaller(available, flops / kFlopsAThread)));
 }
 
-// Checks one pair of LoRA factors, A [E, r, in] and B [E, out, r], and returns r; 0 without them.
+// Checks a pair of LoRA factors, A [E, r, in] and B [E, out, r], and returns r, or 0 without them.
 int64_t lora_rank(const Checker& check, const char* a_name, const OptionalTensor& a, Size in, const char* b_name,
                   const OptionalTensor& b, Size out, Size experts) {
     if (!a && !b) return 0;

@@ -204,8 +204,8 @@ private:
 
     // One row of a slab: computes [dg | du] from dh, and h for the weight gradients. Returns its part of <h, dh>.
     template <class Activation>
-    A activation_gradient(Activation activation, int64_t position, int64_t column, int64_t n, const A* dh, T* h, A* sum_g,
-                          A* sum_u) {
+    A activation_gradient(Activation activation, int64_t position, int64_t column, int64_t n, const A* dh, T* h,
+                          A* sum_g, A* sum_u) {
         const T* g = gate_up_ + position * 2 * I_ + column;
         T* dg = grad_gate_up_ + position * 2 * I_ + column;
         const A w = layer_.route_weights[position];

@@ -97,6 +97,8 @@ const Format* find_format(const Checker& check, const WeightNames& names, const 
 WeightTensor weight_argument(const Checker& check, const WeightNames& names, const Format& format, int64_t group_size,
                              const Tensor& weight, const OptionalTensor& scale, const OptionalTensor& zero) {
     check_group_size(check, names, format, group_size);
+    constexpr int64_t kAll = int64_t{1} << 40;  // columns or rows: more than any weight has, and sums don't overflow
+    group_size = smaller(group_size, kAll);
     check.shape(names.weight, weight, {names.num_experts, names.rows, row_size(check, names, format)});
     check.one_of(names.weight, weight, {scalar_type(format.element)});
     check.require(weight.size(2) <= 1 || weight.stride(2) == 1, names.weight,
@@ -107,7 +109,7 @@ WeightTensor weight_argument(const Checker& check, const WeightNames& names, con
     view.expert_bytes = weight.stride(0) * element_bytes(format.element);
     view.row_bytes = weight.stride(1) * element_bytes(format.element);
     view.columns = names.columns.value;
-    view.group = group_size ? group_size : int64_t{1} << 40;
+    view.group = group_size ? group_size : kAll;
     if (format.scales == Scales::kNone) {
         check.absent(names.scale, scale, names.format, format.name);
     } else {

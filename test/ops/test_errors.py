@@ -157,6 +157,14 @@ def test_group_size_of_dense_weights(op, prefix):
         call(op, **{f"{prefix}_group_size": 32})
 
 
+def test_the_largest_group_size():
+    """Sums with it overflow."""
+    codes, scale = torch.zeros(1, 4, 128, dtype=torch.int8), torch.ones(1, 4, 1)
+    with raises("dequantize", "scale", ".*groups=1]", [1, 4, 0]):
+        torch.ops.kt.dequantize(codes, scale[:, :, :0], None, "int8", 2**63 - 32, 128)
+    assert torch.ops.kt.dequantize(codes, scale, None, "int8", 2**63 - 32, 128).eq(0).all()
+
+
 @pytest.mark.parametrize("op", OPS)
 def test_arguments_of_an_activation_that_takes_none(op):
     with raises(op, "activation_args", "have 0 values for activation 'silu'", 1):

@@ -107,9 +107,8 @@ class Format(ABC):
         return
 
     def has_group_size(self, group_size: int) -> bool:
-        return group_size in self.group_sizes or (
-            -1 in self.group_sizes and group_size > 0 and group_size % 32 == 0
-        )
+        any_multiple = -1 in self.group_sizes and group_size % 32 == 0
+        return group_size >= 0 and (group_size in self.group_sizes or any_multiple)
 
     def check_group_size(self, group_size: int) -> None:
         """Raises ValueError if the format does not support the group_size."""

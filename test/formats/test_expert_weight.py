@@ -185,6 +185,11 @@ def test_wrong_arguments(changes, error, message):
             "group_size must be one of 32 for format",
         ),
         (
+            lambda w: ktops.quantize(w, "int4", group_size=-1),
+            ValueError,
+            "group_size must be one of 0, any multiple of 32 for format 'int4', got -1",
+        ),
+        (
             lambda w: ktops.quantize(w, "int8", method="hqq"),
             ValueError,
             "method must be one of rtn, mse .*, got 'hqq'",

@@ -242,7 +242,7 @@ MODULES = {
 
 
 def imported_modules(name: str) -> set[str]:
-    """The modules of ktops that a file imports, anywhere in it, or lists in a dict to import them later."""
+    """The modules of ktops that a file imports, anywhere in it, or names in a string to import them later."""
     found = set()
     for node in ast.walk(ast.parse(read(name))):
         if isinstance(node, ast.Import):
@@ -252,9 +252,9 @@ def imported_modules(name: str) -> set[str]:
             members = {f"{node.module}.{alias.name}" for alias in node.names}
             inner = {member for member in members if member in MODULES or member == "ktops._C"}
             found |= inner | ({node.module} if inner != members else set())
-        elif isinstance(node, ast.Dict):
-            found |= {each.value for each in node.values if isinstance(each, ast.Constant)} & MODULES.keys()
-    return {module for module in found if module.partition(".")[0] == "ktops"}
+        elif isinstance(node, ast.Constant):
+            found |= {node.value} & (MODULES.keys() - {"ktops"})
+    return {module for module in found if module.partition(".")[0] == "ktops" and MODULES.get(module) != name}
 
 
 IMPORTS = {module: imported_modules(name) for module, name in MODULES.items()}

@@ -24,12 +24,8 @@ def variants(columns: int) -> list[tuple[str, int]]:
             known.row_elements(columns)
         except ValueError:
             continue
-        sizes = {known.default_group_size}
-        if name in GROUPED:
-            sizes = {0, 32, 128}
-        elif name == "fp8_e4m3":
-            sizes = {0, 128}
-        found += [(name, size) for size in sorted(sizes)]
+        sizes = (0, 32, 128) if -1 in known.group_sizes else known.group_sizes
+        found += [(name, size) for size in sizes]
     return found
 
 

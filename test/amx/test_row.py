@@ -181,7 +181,7 @@ print([str(w.message) for w in caught if "ktops" in str(w.message)])
 def test_the_next_row_is_chosen_with_one_warning(tmp_path):
     best = next(name for name, runs in ktops.cpu_capabilities().items() if runs and name != "amx_bf16")
     result = python(DEFAULT, refused_environment(errno.EPERM), tmp_path)
-    expected = [f"ktops runs the kernels {best}, not the fastest ones. amx_bf16: {REASON[errno.EPERM]}"]
+    expected = [f"ktops uses the {best} kernels, which are not the fastest. amx_bf16: {REASON[errno.EPERM]}"]
     assert result.stdout.splitlines() == [best, str(expected if HAS_AMX else [])], result.stderr
 
 

@@ -83,7 +83,7 @@ def test_machines_have_tables_of_their_own(tmp_path, monkeypatch):
         machine = {**MACHINE, "cpu": cpu, "revision": "abc"}
         results.save("formats", machine, "avx512_bf16", [{**row, "fraction": fraction}], formats.row_key)
     first, second = formats.section("avx512_bf16").split("Other CPU")
-    assert first.startswith("One CPU, 1 threads, row avx512_bf16, revision abc; 1.0 GB/s.\n\n| format |")
+    assert first.startswith("One CPU, 1 threads, avx512_bf16 kernels, revision abc; 1.0 GB/s.\n\n| format |")
     assert "| int8 | 0.25 (2.00) |" in first and "| int8 | 0.75 (2.00) |" in second
     assert formats.section("avx512") == ""
 
@@ -93,4 +93,4 @@ def test_page_holds_the_saved_results():
     rows = {json.loads(file.read_text())["isa"] for file in results.RESULTS.glob("formats-*.json")}
     for isa in rows:
         assert fill(page, f"speed {isa}", formats.section(isa)) == page
-    assert rows == {isa for isa in ktops.cpu_capabilities() if f"row {isa}, revision" in page}
+    assert rows == {isa for isa in ktops.cpu_capabilities() if f"{isa} kernels, revision" in page}

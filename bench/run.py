@@ -93,7 +93,7 @@ def _remarks(rows: list[dict], configurations: list[Configuration], plan: Plan, 
     dropped = sum(row["dropped_samples"] for row in rows)
     kept = sum(row["samples"] for row in rows)
     print(
-        f"kept {kept} samples, dropped {dropped} because other processes used more than {plan.max_load:g} "
+        f"{kept} samples kept, {dropped} dropped because other processes used more than {plan.max_load:g} "
         f"of a core; over the whole run they used {load:.2f} cores"
     )
     cache = last_level_cache_bytes()

@@ -35,10 +35,10 @@ BAD_OPERANDS = {
         {0: (16, 64), 1: (16, 32), 2: (16, 64)}, "ldtilecfg [rdi]; tdpbusd tmm0, tmm1, tmm2",
         "tmm1 has 8 columns of 4 bytes and tmm2 16 rows",
     ),
-    "odd bytes, load": ({0: (3, 6)}, "ldtilecfg [rdi]; tileloadd tmm0, [rdi + rdx]", "no multiple of 4"),
-    "odd bytes, store": ({0: (3, 6)}, "ldtilecfg [rdi]; tilestored [rdi + rdx], tmm0", "no multiple of 4"),
+    "odd bytes, load": ({0: (3, 6)}, "ldtilecfg [rdi]; tileloadd tmm0, [rdi + rdx]", "not a multiple of 4"),
+    "odd bytes, store": ({0: (3, 6)}, "ldtilecfg [rdi]; tilestored [rdi + rdx], tmm0", "not a multiple of 4"),
     "odd bytes, product": (
-        {0: (4, 6), 1: (4, 16), 2: (4, 6)}, "ldtilecfg [rdi]; tdpbsud tmm0, tmm1, tmm2", "no multiple of 4",
+        {0: (4, 6), 1: (4, 16), 2: (4, 6)}, "ldtilecfg [rdi]; tdpbsud tmm0, tmm1, tmm2", "not a multiple of 4",
     ),
 }  # fmt: skip
 
@@ -90,8 +90,8 @@ BAD_CONFIGS = {
     "last palette": (changed(0, 255), "palette 255"),
     "reserved": (changed(2, 1), "reserved byte 2"),
     "last reserved": (changed(15, 1), "reserved byte 15"),
-    "rows": (changed(48, 17), "tmm0 has 17 rows; 16 is the most"),
-    "bytes": (changed(16, 65), "tmm0 has rows of 65 bytes; 64 is the most"),
+    "rows": (changed(48, 17), "tmm0 has 17 rows; the maximum is 16"),
+    "bytes": (changed(16, 65), "tmm0 has rows of 65 bytes; the maximum is 64"),
     "bytes in the high half": (changed(17, 1), "tmm0 has rows of 320 bytes"),
     "rows without bytes": (changed(55, 1), "tmm7 has 1 rows of 0 bytes"),
     "bytes without rows": (changed(20, 4), "tmm2 has 0 rows of 4 bytes"),
@@ -168,7 +168,7 @@ def test_start_row_beyond_the_tile(program, way, name, start_row, fits):
     if fits:
         assert outcome.status == 0
     else:
-        assert_fault(outcome, way, signal.SIGILL, f"start_row {start_row} is beyond the rows of tmm0")
+        assert_fault(outcome, way, signal.SIGILL, f"start_row {start_row} is past the last row of tmm0")
 
 
 def test_the_kernel_is_never_asked(program):

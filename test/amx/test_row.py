@@ -128,7 +128,7 @@ if CAN_RUN:
 else:
 
     def test_the_row_cannot_run_here():
-        with pytest.raises(RuntimeError, match="AVX-512 with BF16, and this CPU lacks those"):
+        with pytest.raises(RuntimeError, match="AVX-512 with BF16, which this CPU lacks"):
             amx_emulator.row_environment()
 
 

@@ -50,7 +50,7 @@ def safety(num_errors: float) -> float:
 
 
 def relative_error(actual: Tensor, reference: Tensor) -> float:
-    """Returns ||actual - reference||_F / ||reference||_F in float64; 0 if both are zero or empty; NaN gives inf."""
+    """Returns ||actual - reference||_F / ||reference||_F in float64; 0 if both are zero; inf for NaN."""
     if actual.shape != reference.shape:
         raise AssertionError(f"shape {list(actual.shape)} instead of {list(reference.shape)}")
     reference = reference.detach().double()

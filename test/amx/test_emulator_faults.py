@@ -1,4 +1,4 @@
-"""What faults on the hardware faults under the emulator, with a reason; and permission to use tiles."""
+"""Faults of the hardware are faults of the emulator, with a reason; permission to use tiles."""
 
 import errno
 import re
@@ -8,7 +8,7 @@ import pytest
 from program import CONFIG, WAYS, Program, config
 
 BAD_OPERANDS = {
-    # configuration, assembler, what the emulator says
+    # configuration, assembly, the emulator's message
     "nothing configured": ({}, "tilezero tmm3", r"tilezero tmm3 at .*no tiles are configured"),
     "load without configuration": (
         {}, "tileloadd tmm2, [rdi + rdx]", r"tileloadd tmm2 \[0x60000000\] at .*no tiles",
@@ -38,12 +38,13 @@ BAD_OPERANDS = {
     "odd bytes, load": ({0: (3, 6)}, "ldtilecfg [rdi]; tileloadd tmm0, [rdi + rdx]", "not a multiple of 4"),
     "odd bytes, store": ({0: (3, 6)}, "ldtilecfg [rdi]; tilestored [rdi + rdx], tmm0", "not a multiple of 4"),
     "odd bytes, product": (
-        {0: (4, 6), 1: (4, 16), 2: (4, 6)}, "ldtilecfg [rdi]; tdpbsud tmm0, tmm1, tmm2", "not a multiple of 4",
+        {0: (4, 6), 1: (4, 16), 2: (4, 6)},
+        "ldtilecfg [rdi]; tdpbsud tmm0, tmm1, tmm2", "not a multiple of 4",
     ),
 }  # fmt: skip
 
 SAME_TILES = {
-    # tdpbf16ps, which an assembler refuses: c4 e2 vvvv 5c modrm
+    # tdpbf16ps, which assemblers reject: c4 e2 vvvv 5c modrm
     "tdpbf16ps tmm1, tmm1, tmm2": ".byte 0xc4, 0xe2, 0x6a, 0x5c, 0xc9",
     "tdpbf16ps tmm1, tmm2, tmm1": ".byte 0xc4, 0xe2, 0x72, 0x5c, 0xca",
     "tdpbf16ps tmm1, tmm2, tmm2": ".byte 0xc4, 0xe2, 0x6a, 0x5c, 0xca",
@@ -70,7 +71,7 @@ BAD_ENCODINGS = {
 }
 
 GOOD_ENCODINGS = {
-    # bits that the hardware does not look at
+    # bits that the hardware ignores
     "tilezero, B": ".byte 0xc4, 0xc2, 0x7b, 0x49, 0xc0",
     "tilezero, X": ".byte 0xc4, 0xa2, 0x7b, 0x49, 0xc0",
     "tdpbf16ps, X": ".byte 0xc4, 0xa2, 0x6a, 0x5c, 0xc1",
@@ -79,7 +80,7 @@ GOOD_ENCODINGS = {
 
 
 def changed(offset: int, value: int, shapes=None) -> bytes:
-    """A valid configuration but for one byte."""
+    """Returns a configuration that is valid except for one byte."""
     data = bytearray(config(shapes or {0: (16, 64)}))
     data[offset] = value
     return bytes(data)

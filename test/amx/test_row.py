@@ -1,7 +1,7 @@
-"""The row amx_bf16 under the emulator: the op tests, its tile instructions, and life without permission.
+"""The amx_bf16 kernels under the emulator: the op tests, tile instructions, and use without permission.
 
-The row computes with AVX-512 vectors besides tiles, and those are not emulated: on a CPU without AVX512_BF16
-it cannot run at all, and what is tested there is that the emulator says so.
+The kernels also use AVX-512 vectors, which are not emulated. On a CPU without AVX512_BF16 they cannot run at
+all, and the tests check that the emulator reports this.
 """
 
 import errno
@@ -45,7 +45,7 @@ def python(code: str, env: dict[str, str], cwd: Path) -> subprocess.CompletedPro
 
 
 def run_op_tests(folder: Path) -> tuple[dict[str, int], str]:
-    """({"tests": ..., "skipped": ..., "failures": ..., "errors": ...}, pytest's output)"""
+    """Returns ({"tests": ..., "skipped": ..., "failures": ..., "errors": ...}, pytest's output)."""
     report = folder / "report.xml"
     options = ["-q", "-p", "no:cacheprovider", "--junitxml", str(report), "--rootdir", str(ROOT)]
     command = [
@@ -93,7 +93,7 @@ print(json.dumps(out))
 
 @pytest.fixture(scope="module")
 def steps(tmp_path_factory):
-    """What STEPS prints: the instructions of forward and backward for some numbers of threads."""
+    """The output of STEPS: the instructions of forward and backward for several numbers of threads."""
     folder = tmp_path_factory.mktemp("steps")
     result = python(STEPS, environment(folder), folder)
     assert result.returncode == 0, result.stderr
@@ -104,7 +104,7 @@ if CAN_RUN:
 
     @pytest.mark.timeout(900)
     def test_op_tests(tmp_path):
-        """Whole files, in a process of their own in which no tile instruction runs on the hardware."""
+        """Runs whole files in a separate process, in which no tile instruction runs on the hardware."""
         results, output = run_op_tests(tmp_path)
         assert results["tests"] > 500
         assert (results["skipped"], results["failures"], results["errors"]) == (0, 0, 0), output[-5000:]
@@ -118,7 +118,7 @@ if CAN_RUN:
                 assert step[name]["tdpbf16ps"] > 50 and step[name]["tileloadd"] > 50, step
 
     def test_tiles_are_configured_once_per_thread_and_region(steps):
-        """One region a call of an operator: forward one, backward one."""
+        """Each operator call has one region: one for forward, one for backward."""
         for step in steps:
             for name in ("forward", "backward"):
                 configured = step[name]["ldtilecfg"]
@@ -147,7 +147,7 @@ LACKING = "must be supported by this CPU (amx_bf16=0,"
 
 
 def reason(number: int) -> str:
-    """What a row that cannot run is said to lack: permission on a CPU with AMX, instructions on others."""
+    """Returns what the kernels lack: permission on a CPU with AMX, instructions on others."""
     return REASON[number] if HAS_AMX else LACKING
 
 

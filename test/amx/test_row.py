@@ -28,9 +28,9 @@ OP_TESTS = [
     "test_determinism.py",
     "test_autograd.py",
     "test_moe_sft_memory.py",
-    "test_formats.py::test_a_format_for_each_projection[amx_bf16]",
-    "test_int8_compute.py::test_products_of_integers[amx_bf16-int8-0-30-4160-64-dtype1]",
-    "test_int8_compute.py::test_products_of_integers[amx_bf16-int4-128-20-160-96-dtype0]",
+    "test_formats.py::test_a_format_and_a_group_size_for_each_projection",
+    "test_int8_compute.py::test_products_of_integers[amx_bf16-int8:0-T30-H4160-I64-dtype1]",
+    "test_int8_compute.py::test_products_of_integers[amx_bf16-int4:128-T20-H160-I96-dtype0]",
     "test_int8_compute.py::test_more_tokens_than_panels_have_room_for[amx_bf16-int4-128]",
     "test_accuracy.py::test_no_less_accurate_than_eager[qwen3_30b-amx_bf16]",
 ]

@@ -1,4 +1,4 @@
-"""The user's data file: JSON and JSONL, and what is said about a broken one."""
+"""The user's data file in JSON or JSONL, and the messages for a broken one."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Ctrl-C saves a checkpoint; --resume ends where an uninterrupted run would have ended."""
+"""Ctrl-C saves a checkpoint; --resume gives the result of an uninterrupted run."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Exit statuses and messages: every mistake is told in words, without a traceback."""
+"""Exit statuses and messages: every mistake gives a message without a traceback."""
 
 import json
 import sys
@@ -12,7 +12,7 @@ from ktops.cli.errors import UserError
 
 @pytest.fixture
 def refused(ktops_command, model_directory, data_file, tmp_path):
-    """Runs a finetune that must fail with status 1 and leave nothing; returns its message."""
+    """Runs a finetune that must fail with status 1 and leave no files; returns its message."""
 
     def run(*arguments, model=model_directory, data=data_file) -> str:
         status, out, err = ktops_command(

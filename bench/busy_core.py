@@ -98,7 +98,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.isa(several=True)
     parser.threads()
     parser.rounds(5)
-    add("--calls", type=positive, default=5, help="of a sample (default: %(default)s)")
+    add("--calls", type=positive, default=5, help="calls per sample (default: %(default)s)")
     add("--limit", type=float, default=LIMIT, help="largest ratio that passes (default: %(default)s)")
     add("--save", action="store_true", help="write the rows to bench/results")
     parser.seed()

@@ -107,7 +107,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--save", choices=("activations", "recompute"), default="activations")
     parser.isa(several=True)
     parser.threads()
-    add("--limit", type=float, default=64, metavar="MIB", help="scratch allowed (default: %(default)s)")
+    add("--limit", type=float, default=64, metavar="MIB", help="allowed scratch (default: %(default)s)")
     return parser.parse_args(argv)
 
 

@@ -39,7 +39,7 @@ PAGE = results.ROOT / "docs" / "formats.md"
 TOKENS = (1, 16, 128, 2048)
 OURS, THEIRS = "ktops", "kt-kernel"
 MODULES = {OURS: "ktops_method", THEIRS: "kt_kernel_method"}
-SECONDS = 0.3  # of a sample
+SECONDS = 0.3  # per sample
 DISTINCT = 16  # experts with distinct weights
 _LAYER, _CODES = "layer.pt", "codes.pt"
 
@@ -112,7 +112,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--peer", type=environment, required=True, metavar="kt-kernel=PYTHON",
                         help="interpreter of its environment")  # fmt: skip
     parser.add_argument("--methods", choices=names, nargs="+", default=names, metavar="NAME",
-                        help=f"of {', '.join(names)} (default: all)")  # fmt: skip
+                        help=f"any of {', '.join(names)} (default: all)")  # fmt: skip
     parser.add_argument("--rank", type=positive, default=8, metavar="R",
                         help="LoRA rank; RAWINT4_SFT supports only 8 (default: %(default)s)")  # fmt: skip
     parser.threads()

@@ -35,7 +35,7 @@ MODULE = Path("ktops/_C.abi3.so")
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser("regression", __doc__)
     add = parser.add_argument
-    add("revisions", nargs=2, metavar="REV", help="A, the old one, and B, the new one")
+    add("revisions", nargs=2, metavar="REV", help="A, the old revision, and B, the new one")
     parser.shape(several=True)
     parser.tokens(1, 16, 128, 512)
     parser.mode()
@@ -44,7 +44,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--threshold", type=float, default=1.05, help="largest ratio that passes (default: %(default)s)")
     parser.threads()
     parser.rounds(7)
-    add("--seconds", type=float, default=0.3, help="of a sample (default: %(default)s)")
+    add("--seconds", type=float, default=0.3, help="seconds per sample (default: %(default)s)")
     parser.max_load()
     parser.seed()
     return parser.parse_args(argv)

@@ -60,7 +60,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     names = [entry.name for entry in CONTESTANTS]
     add("--only", choices=names, nargs="+", metavar="NAME", help=f"ktops and these: {', '.join(names)}")
     add("--malloc", choices=("tuned", "default"), default="tuned",
-        help="of the torch peers; tuned keeps freed blocks and is faster (default: %(default)s)")  # fmt: skip
+        help="for the torch peers; tuned keeps freed blocks, faster (default: %(default)s)")  # fmt: skip
     parser.threads()
     parser.rounds(ROUNDS, QUICK_ROUNDS)
     parser.max_load()

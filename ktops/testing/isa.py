@@ -1,4 +1,4 @@
-"""The kernels that this machine can run, for parametrized tests."""
+"""Lists the kernels that this machine can run, for parametrized tests."""
 
 import os
 

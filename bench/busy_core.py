@@ -46,6 +46,7 @@ class Burner:
     def __enter__(self) -> "Burner":
         code = "print(1, flush=True)\nwhile True: pass"
         self._process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
+        assert self._process.stdout is not None
         if not self._process.stdout.readline():
             raise RuntimeError(f"the burning process ended with status {self._process.wait()}")
         self.pause()
@@ -53,8 +54,7 @@ class Burner:
 
     def __exit__(self, *_) -> None:
         self._process.kill()
-        self._process.wait()
-        self._process.stdout.close()
+        self._process.communicate()
 
     def pause(self) -> None:
         self._send(signal.SIGSTOP, os.WSTOPPED)

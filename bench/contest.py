@@ -45,6 +45,8 @@ class Worker:
                 command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=stderr, text=True,
                 env={**os.environ, **environment},
             )  # fmt: skip
+        assert self.process.stdin is not None and self.process.stdout is not None
+        self._requests, self._replies = self.process.stdin, self.process.stdout
 
     def ask(self, do: str, **arguments) -> dict:
         """Sends a request and returns the reply.
@@ -53,9 +55,9 @@ class Worker:
             ContestError: the request failed, or the process ended.
         """
         try:
-            self.process.stdin.write(json.dumps({"do": do, **arguments}) + "\n")
-            self.process.stdin.flush()
-            line = self.process.stdout.readline()
+            self._requests.write(json.dumps({"do": do, **arguments}) + "\n")
+            self._requests.flush()
+            line = self._replies.readline()
         except BrokenPipeError:
             line = ""
         if not line:
@@ -69,8 +71,8 @@ class Worker:
     def close(self) -> None:
         """Ends the process and waits for it."""
         with contextlib.suppress(BrokenPipeError):
-            self.process.stdin.close()
-        self.process.stdout.close()
+            self._requests.close()
+        self._replies.close()
         try:
             self.process.wait(timeout=10)
         except subprocess.TimeoutExpired:

@@ -93,10 +93,10 @@ def check(entrant: Contestant, layer: Layer) -> float:
     """Returns the error relative to the op on the decoded weights of a few experts."""
     inputs = layer.inputs(8)
     inputs.topk_ids.remainder_(4)
-    few = [first_experts(weight, 4) for weight in (entrant.gate_up, entrant.down)]
-    dense = [w if isinstance(w, Tensor) else w.dequantize(torch.bfloat16) for w in few]
-    expected = Contestant("", "bf16", *dense).run(inputs, False)
-    actual = Contestant("", entrant.compute, *few).run(inputs, False)
+    gate_up, down = few = [first_experts(weight, 4) for weight in (entrant.gate_up, entrant.down)]
+    actual = Contestant("", entrant.compute, gate_up, down).run(inputs, False)
+    gate_up, down = (w if isinstance(w, Tensor) else w.dequantize(torch.bfloat16) for w in few)
+    expected = Contestant("", "bf16", gate_up, down).run(inputs, False)
     return relative_error(actual, expected)
 
 
@@ -227,9 +227,8 @@ def section(isa: str) -> str:
         machine, threads = record["machine"], str(record["machine"]["threads"])
         revisions = ", ".join(sorted({row["revision"] for row in record["rows"]}))
         bandwidth = machine["read_bytes_per_second"][threads] / 1e9
-        system = f"{machine['cpu']}, {threads} threads, {isa} kernels"
-        origin = f"{system}, revision {revisions}; {bandwidth:.1f} GB/s"
-        tables.append(f"{origin}.\n\n{markdown(*table(record['rows']))}")
+        origin = f"{machine['cpu']}, {threads} threads, {isa} kernels, revision {revisions}"
+        tables.append(f"{origin}; {bandwidth:.1f} GB/s.\n\n{markdown(*table(record['rows']))}")
     return "\n".join(tables)
 
 

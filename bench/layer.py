@@ -2,6 +2,7 @@
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -103,7 +104,7 @@ class Layer:
     def _random(self, size: tuple[int, ...], scale: float) -> Tensor:
         return random_(torch.empty(size, dtype=self.dtype), scale, self.generator)
 
-    def adapters(self, rank: int) -> dict[str, Tensor]:
+    def adapters(self, rank: int) -> dict[str, Any]:
         """Returns the LoRA arguments of ktops.moe_sft for a rank, all requiring gradients; {} for rank 0."""
         if rank == 0:
             return {}

@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 from types import ModuleType
 
 import ktops
-from bench.layer import Layer, Variant
+from bench.layer import Inputs, Layer, Variant
 from bench.machine import Calibration, OtherLoad
-from bench.roofline import Limits
+from bench.roofline import Limits, Work
 from bench.shapes import Shape
 from bench.verify import WrongResult
 
@@ -109,9 +109,10 @@ class Configuration:
         return [f for f, rate in zip(self.fractions, self.cache_reads, strict=True) if rate >= least]
 
 
-def _time_calls(config: Configuration, seconds: float) -> tuple[list[tuple[float, object]], object, object]:
+def _time_calls(config: Configuration, seconds: float) -> tuple[list[tuple[float, Work]], Inputs, object]:
     """Returns ([(seconds, work) of each call], inputs and result of the last)."""
-    calls, total = [], 0.0
+    calls: list[tuple[float, Work]] = []
+    total = 0.0
     while not calls or total < seconds:
         inputs = config.layer.inputs(config.tokens, config.variant.routing)
         start = time.perf_counter()

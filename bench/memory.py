@@ -66,10 +66,11 @@ def call(layer: Layer, inputs: Inputs, rank: int, save: str) -> list[Tensor]:
         "topk_weights": inputs.topk_weights.requires_grad_(),
     }
     output = ktops.moe_sft(
-        **leaves,
-        topk_ids=inputs.topk_ids,
-        gate_up_proj=layer.gate_up_proj,
-        down_proj=layer.down_proj,
+        leaves["hidden_states"],
+        inputs.topk_ids,
+        leaves["topk_weights"],
+        layer.gate_up_proj,
+        layer.down_proj,
         **adapters,
         save=save,
     )

@@ -187,11 +187,9 @@ def _entrants(method: Method, args: argparse.Namespace, scratch: Path) -> list[E
 
 
 def ratios(ours: Entrant, theirs: Entrant) -> list[float]:
-    """Returns kt-kernel's time divided by that of ktops, per round that both have, or over all calls."""
+    """Returns kt-kernel's time divided by that of ktops for each round that both have."""
     rounds = ours.samples.keys() & theirs.samples.keys()
     median = statistics.median
-    if not rounds:
-        return [theirs.seconds / ours.seconds]
     return [median(theirs.samples[number]) / median(ours.samples[number]) for number in sorted(rounds)]
 
 
@@ -204,7 +202,7 @@ def row_of(case: dict, ours: Entrant, theirs: Entrant) -> dict:
         if entrant.seconds is not None:
             row |= {f"{name}_seconds": entrant.seconds, f"{name}_error": entrant.error}
     if ours.seconds is not None and theirs.seconds is not None:
-        found = ratios(ours, theirs)
+        found = ratios(ours, theirs) or [theirs.seconds / ours.seconds]
         speeds = {"speed": statistics.median(found), "speed_min": min(found), "speed_max": max(found)}
         row |= speeds | {"rounds": len(found)}
     return row

@@ -69,8 +69,10 @@ def profile_calls(mode: str, layer: Layer, tokens: int, rank: int, calls: int) -
     medians = []
     for op_name, name in profiles[0]:
         samples = [profile[op_name, name] for profile in profiles if (op_name, name) in profile]
-        values = (statistics.median(getattr(s, what) for s in samples) for what in ("busy", "wait", "wall"))
-        medians.append(ktops.Step(op_name, name, 1, samples[0].tasks, *values, samples[0].paths))
+        busy, wait, wall = (
+            statistics.median(getattr(s, what) for s in samples) for what in ("busy", "wait", "wall")
+        )
+        medians.append(ktops.Step(op_name, name, 1, samples[0].tasks, busy, wait, wall, samples[0].paths))
     return medians, inputs.distinct_experts
 
 

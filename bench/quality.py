@@ -94,7 +94,8 @@ def trained_layers(directory: Path) -> list[Layer]:
 
     def record(experts: KTExperts, inputs: tuple[Tensor, Tensor, Tensor]) -> None:
         x, ids, weights = inputs
-        layers.append(Layer(experts.gate_up_proj, experts.down_proj, x, ids, weights))
+        gate_up, down = (experts.get_parameter(name) for name in ("gate_up_proj", "down_proj"))
+        layers.append(Layer(gate_up, down, x, ids, weights))
 
     for module in model.modules():
         if isinstance(module, KTExperts):

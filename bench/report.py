@@ -111,8 +111,9 @@ def contest_table(rows: list[dict]) -> tuple[tuple[str, ...], list[tuple[str, ..
     lines = []
     for (shape, mode, rank, tokens), case in cases.items():
         ours, best = case.get("ktops"), best_peer(case)
-        both = best is not None and ours is not None and ours["status"] == "ok"
-        ratio = f"{best['seconds'] / ours['seconds']:.2f}" if both else "-"
+        ratio = "-"
+        if best is not None and ours is not None and ours["status"] == "ok":
+            ratio = f"{best['seconds'] / ours['seconds']:.2f}"
         limit = next((f"{r['limit_seconds'] * 1e3:.3g}" for r in case.values() if r["status"] == "ok"), "-")
         figures = [_figure(case.get(name)) for name in names]
         lines.append((shape, f"{mode} r={rank}" if rank else mode, str(tokens), limit, *figures, ratio))
@@ -134,7 +135,7 @@ def print_contest(rows: list[dict]) -> None:
 
 def print_regression(rows: list[dict], threshold: float) -> None:
     """Prints milliseconds of A and B and the ratio of B to A with its spread over rounds, a line per case."""
-    lines = []
+    lines: list[tuple[str, ...]] = []
     for row in rows:
         head = (row["shape"], row["mode"], str(row["tokens"]))
         if "ratio" in row:
@@ -150,7 +151,7 @@ def print_regression(rows: list[dict], threshold: float) -> None:
 
 def busy_core_table(rows: list[dict]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
     """Returns (columns, lines): milliseconds alone and with one core kept busy, and their ratio."""
-    lines = [
+    lines: list[tuple[str, ...]] = [
         (
             row["shape"],
             row["mode"],
@@ -173,7 +174,7 @@ def print_busy_core(rows: list[dict]) -> None:
 
 def check_table(rows: list[dict]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
     """Returns (columns, lines), one line per check."""
-    lines = [
+    lines: list[tuple[str, ...]] = [
         (
             row["check"],
             f"{row['measured']:.3g} {row['unit']}".strip(),

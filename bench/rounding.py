@@ -53,7 +53,7 @@ def layer(inputs: dict, x: Tensor, rounded: Callable[[Tensor], Tensor]) -> Tenso
 def cases(name: str, group_size: int) -> Iterator[tuple[int, dict]]:
     """Yields (factor, inputs of ktops.moe_sft) for few and for many tokens."""
     for tokens in TOKENS:
-        inputs = in_format(moe_inputs(T=tokens, **SHAPE, E=1, K=1), name, group_size)
+        inputs = in_format(moe_inputs(T=tokens, H=SHAPE["H"], I=SHAPE["I"], E=1, K=1), name, group_size)
         for factor in FACTORS:
             x = inputs["hidden_states"].clone()
             x[:, [channel % SHAPE["H"] for channel in CHANNELS]] *= factor

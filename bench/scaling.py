@@ -15,6 +15,7 @@ import dataclasses
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -61,10 +62,10 @@ def points(sweep: str, base: Shape, tokens: int, threads: int) -> Iterator[Point
     """Returns the points of a sweep, smallest value first."""
     for value in values(sweep, base, threads):
         point = Point(sweep, value, base, tokens, RANK, threads)
+        changed: dict[str, Any] = {"rank" if sweep == "lora_rank" else sweep: value}
         if sweep in ("num_experts", "intermediate_size"):
-            yield dataclasses.replace(point, shape=dataclasses.replace(base, **{sweep: value}))
-        else:
-            yield dataclasses.replace(point, **{"rank" if sweep == "lora_rank" else sweep: value})
+            changed = {"shape": dataclasses.replace(base, **changed)}
+        yield dataclasses.replace(point, **changed)
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:

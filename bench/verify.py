@@ -58,11 +58,11 @@ def _gradients(
     arguments = _arguments(layer, rank, inputs, rows, expert)
     if names & set(_WEIGHTS):
         arguments = arguments._replace(**{name: getattr(arguments, name).float() for name in _WEIGHTS})
-    output, *saved = reference.moe_sft_fwd(arguments, "activations")
+    output, gate_up, xa, ha = reference.moe_sft_fwd(arguments, "activations")
     mask = sum(1 << bit for bit, name in enumerate(GRADIENTS) if name in names)
     grad_output = inputs.grad_output[rows].float()
-    grads = reference.moe_sft_bwd(grad_output, arguments, "activations", *saved, mask)
-    return output, dict(zip(GRADIENTS, grads, strict=True))
+    grads = reference.moe_sft_bwd(grad_output, arguments, "activations", gate_up, xa, ha, mask)
+    return output, {name: grad for name, grad in zip(GRADIENTS, grads, strict=True) if grad is not None}
 
 
 def check_forward(

@@ -13,6 +13,7 @@ import sys
 import time
 import traceback
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -29,7 +30,8 @@ class Host:
         """
         torch.set_num_threads(threads)
         layer = Layer.read(Path(file), copy=True)
-        self.contestants, unavailable = {}, {}
+        self.contestants: dict[str, Any] = {}
+        unavailable: dict[str, str | None] = {}
         for name, entry in contestants.items():
             try:
                 module = importlib.import_module(f"bench.peers.{entry['module']}")

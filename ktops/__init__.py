@@ -1,4 +1,4 @@
-"""Mixture-of-Experts layers on the CPU as PyTorch operators: LoRA and full fine-tuning, inference."""
+"""PyTorch operators for Mixture-of-Experts layers on the CPU: LoRA and full fine-tuning, and inference."""
 
 import importlib
 

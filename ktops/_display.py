@@ -1,4 +1,4 @@
-"""What people see of a long operation: its progress, and sizes of memory."""
+"""Displays the progress of long operations, and formats memory sizes."""
 
 import importlib.util
 import sys
@@ -7,10 +7,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 Step = Callable[[int], None]
-"""Called with the number of items that are done."""
+"""Called with the number of items completed since the last call."""
 
 SECONDS = 10
-"""Between two lines where there is no terminal."""
+"""Seconds between progress lines without a terminal."""
 
 
 def no_step(count: int) -> None:
@@ -19,9 +19,9 @@ def no_step(count: int) -> None:
 
 @contextmanager
 def progress(description: str, total: int, *, show: bool = True) -> Iterator[Step]:
-    """Shows how much of ``total`` is done, in a bar in a terminal, in a line now and then elsewhere.
+    """Shows how much of ``total`` is done: as a bar in a terminal, as occasional lines elsewhere.
 
-    Yields the function that is told of every step.
+    Yields the function to call after every step.
 
     Example:
         >>> with progress("experts", len(layers)) as step:
@@ -50,7 +50,7 @@ def _bar(description: str, total: int) -> Iterator[Step]:
 
 
 class _Lines:
-    """A line on stderr every ten seconds."""
+    """Prints a line to stderr every ten seconds."""
 
     def __init__(self, description: str, total: int) -> None:
         self.description, self.total = description, total
@@ -64,7 +64,7 @@ class _Lines:
 
 
 def format_bytes(count: float) -> str:
-    """A number of bytes for people, in KiB, MiB or GiB.
+    """Formats a number of bytes in KiB, MiB or GiB.
 
     Example:
         >>> format_bytes(12_900_000)

@@ -1,4 +1,4 @@
-"""Warnings that are given once."""
+"""Warnings that are issued once."""
 
 import functools
 import warnings
@@ -6,5 +6,5 @@ import warnings
 
 @functools.cache
 def warn_once(message: str) -> None:
-    """Warns, unless this message was given before; ``warn_once.cache_clear()`` forgets."""
+    """Warns unless this message was already issued; ``warn_once.cache_clear()`` forgets all messages."""
     warnings.warn(message, stacklevel=2)

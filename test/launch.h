@@ -1,4 +1,4 @@
-// What a program of a test gives to kt::Schedule::run.
+// The Region and the launch function that test programs pass to kt::Schedule::run.
 
 #pragma once
 

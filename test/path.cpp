@@ -101,7 +101,7 @@ static_assert(!taken(coded(9, 1), kTiles, Path::kCodeTiles) && !taken(coded(9, 2
 static_assert(taken(coded(256, 2), kTiles, Path::kCodeDots));
 static_assert(!taken(strided(coded(256, 2), 256), kTiles, Path::kCodeDots));
 
-// Of calls: routes of one expert, and columns that share a scale.
+// Digits of a call: `routes` of one expert, `group` columns that share a scale.
 constexpr int digits(int64_t routes, int64_t group, const IsaLimits& isa, Computation compute = Computation::kAuto,
                      bool inference = true, std::optional<Path> forced = {}) {
     return choose_digits({compute, inference, routes, 1, 4096, group, 128}, isa, forced);

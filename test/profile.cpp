@@ -1,6 +1,7 @@
-// The profile of one call in two phases, by a clock that a task moves by kTaskTicks, the rest of the call by the other
-// constants below, and each reading by one. Argument: THREADS. Prints the lines of kt::profile::describe(), then the
-// ticks from the first reading to the last. Every third task of the first phase counts a path "b", the others an "a".
+// Profiles one call of two phases with a clock that advances by kTaskTicks per task, by the other constants below
+// during the rest of the call, and by one per reading. Argument: THREADS. Prints the lines of kt::profile::describe(),
+// then the ticks from the first reading to the last. Every third task of the first phase counts path "b", the others
+// path "a".
 
 #include <atomic>
 #include <cstdio>
@@ -29,7 +30,7 @@ int main(int, char** argv) {
         task(i, thread);
     };
     const char* const path_names[kt::profile::kMaxPaths] = {"a", "b"};
-    kt::profile::count_path(0);  // outside of every step: nowhere
+    kt::profile::count_path(0);  // outside any step: not counted
     kt::profile::set_enabled(true);
     {
         const kt::profile::Call call("op");

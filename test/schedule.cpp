@@ -1,8 +1,8 @@
-// kt::Schedule with threads that are held up: who gets one of the first HELD tasks of a phase stays in it until all the
-// other tasks of the phase are done. Arguments: THREADS HELD. Prints a line for each phase: the number of tasks that
-// each thread did. Exit status 1: a held thread waited too long, for tasks that nobody else took; 2: a task ran twice
-// or never; 3: a task ran before the phase before it had ended. Without arguments: fills a schedule with phases and
-// prints what one more says.
+// Runs kt::Schedule with threads that are held up: a thread that takes one of the first HELD tasks of a phase stays in
+// it until all other tasks of the phase are done. Arguments: THREADS HELD. Prints a line for each phase: the number of
+// tasks done by each thread. Exit status 1: a held thread waited too long for tasks that no other thread took; 2: a
+// task ran twice or never; 3: a task ran before the previous phase had ended. Without arguments: fills a schedule with
+// phases and prints the error of one more.
 
 #include "parallel/schedule.h"
 
@@ -20,7 +20,7 @@ namespace {
 
 constexpr int64_t kTasks = 100;
 constexpr int kPhases = 3;
-constexpr std::chrono::seconds kPatience{60};  // then a thread hangs
+constexpr std::chrono::seconds kPatience{60};  // a longer wait means that a thread hangs
 
 struct Phase {
     std::atomic<int64_t> finished{0};

@@ -375,8 +375,18 @@ def test_no_test_reads_a_clock_or_resident_memory(name):
     assert not re.search(calls, read(name))
 
 
-@pytest.mark.parametrize("command", ["ruff check --no-cache .", "ruff format --check --no-cache .", "mypy"])
+@pytest.mark.parametrize(
+    "command",
+    [
+        "ruff check --no-cache .",
+        "ruff format --check --no-cache .",
+        "mypy",
+        "clang-format --dry-run -Werror " + " ".join(name for name in FILES if name.endswith((".h", ".cpp"))),
+    ],
+    ids=lambda command: command.split(" -")[0],
+)
 def test_lint(command):
-    arguments = [sys.executable, "-m", *command.split()]
-    result = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True)
+    tool, *arguments = command.split()
+    executable = str(Path(sys.executable).with_name(tool))
+    result = subprocess.run([executable, *arguments], cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout + result.stderr

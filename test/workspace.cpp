@@ -1,5 +1,5 @@
-// kt::Workspace in its two passes. Exit status 1: an array of the counting pass is not null; 2: an array of the placing
-// pass is not aligned, or not within its room. Prints what it says to an array that was not counted.
+// Runs both passes of kt::Workspace. Exit status 1: an array of the counting pass is not null; 2: an array of the
+// second pass is not aligned, or overlaps another. Prints the error for an array that was not counted.
 
 #include "core/workspace.h"
 
@@ -18,7 +18,7 @@ struct Arrays {
         : floats(w.take<float>(5)), none(w.take<int8_t>(0)), doubles(w.take<double>(1000)), flags(w.take<bool>(3)) {}
 };
 
-// Whether it is aligned and ends before `next`.
+// True if the array is aligned and ends before `next`.
 template <class T>
 bool fits(const T* array, int64_t count, const void* next) {
     return reinterpret_cast<uintptr_t>(array) % 64 == 0 && static_cast<const void*>(array + count) < next;

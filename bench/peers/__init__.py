@@ -50,7 +50,7 @@ instructions, as far as the peer allows."""
 
 OBEYS = {
     "torch": "oneDNN and ATen limited",
-    "kt-kernel": "its variant for the ISA",
+    "kt-kernel": "its variant for these kernels",
     "sglang": "oneDNN limited, its own kernels are not",
     "zentorch": "oneDNN limited, its own kernels are not",
 }

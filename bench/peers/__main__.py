@@ -136,7 +136,7 @@ def _row(entrant: Entrant, case: dict, limit: float) -> dict:
     }
     if entrant.failure:
         row["message"] = entrant.failure
-    elif entrant.samples:
+    elif entrant.seconds is not None:
         low, high = entrant.spread()
         row |= {
             "seconds": entrant.seconds,

@@ -73,7 +73,7 @@ class Contestant(kt_kernel_moe.Contestant):
             self.sft_options = {"group_size": 32, "zero_point": False, "swiglu_limit": _NO_LIMIT}
         stored = torch.load(file, mmap=True, weights_only=True)
         self.format, self.group_size = (stored["down"][name] for name in ("format", "group_size"))
-        halves = {
+        halves: dict[str, tuple] = {
             name: (None, None) if stored["gate_up"][name] is None else stored["gate_up"][name].chunk(2, dim=1)
             for name in ("weight", "scale")
         }
@@ -93,10 +93,10 @@ class Contestant(kt_kernel_moe.Contestant):
             return [gptq_words(expert) for expert in codes]
         return list(codes.clone(memory_format=torch.contiguous_format))
 
-    def _scales(self, scales: Tensor | None) -> list[Tensor] | None:
-        """Returns the scales of each expert in the dtype and order that the method's loader produces."""
+    def _scales(self, scales: Tensor | None) -> list[Tensor]:
+        """Returns each expert's scales in the dtype and order that the method's loader produces, or []."""
         if scales is None:
-            return None
+            return []
         if self.method == "GPTQ_INT4":
             return [scale.float().t().contiguous() for scale in scales]
         if self.method.startswith("MXFP4"):
@@ -131,8 +131,8 @@ class Contestant(kt_kernel_moe.Contestant):
         config.m_block, config.group_min_len, config.group_max_len = 32, 10, MAX_TOKENS
         config.hidden_type = types.BF16
         for name in PROJECTIONS:
-            self.weights[name] = torch.stack(self.weights[name])
-            setattr(config, f"{name}_proj", self.weights[name].data_ptr())
+            self.weights[name] = list(torch.stack(self.weights[name]))
+            setattr(config, f"{name}_proj", self.weights[name][0].data_ptr())
             setattr(config, f"{name}_type", types.__members__[self.format.upper()])
 
     def _load(self, wrapper) -> None:

@@ -1,5 +1,7 @@
 """kt-kernel's inference class AMXBF16_MOE, and KTMoEWrapper in SFT mode."""
 
+from typing import Any
+
 import torch
 from kt_kernel import KTMoEWrapper, kt_kernel_ext
 from torch import Tensor
@@ -16,17 +18,18 @@ class Contestant:
     The wrapper has separate A for gate and up, so both get the layer's A and their gradients are added.
     """
 
-    sft_method, sft_options = "AMXBF16_SFT", {}
-
     def __init__(self, layer: Layer, rank: int) -> None:
         self.layer, self.rank = layer, rank
+        self.sft_method = "AMXBF16_SFT"
+        self.sft_options: dict[str, Any] = {}
         shape = layer.shape
         self.sizes = (shape.num_experts, shape.top_k, shape.hidden_size, shape.intermediate_size)
         self.gate, self.up = (half.contiguous() for half in layer.gate_up_proj.chunk(2, dim=1))
         self.down = layer.down_proj
         self.experts = torch.arange(shape.num_experts)
-        layer.gate_up_proj = None
-        self._inference = self._wrapper = None
+        del layer.gate_up_proj
+        self._inference: Any = None
+        self._wrapper: Any = None
 
     def _make_inference(self):
         pool = kt_kernel_ext.WorkerPoolConfig()

@@ -26,8 +26,8 @@ class Contestant:
     def __init__(self, layer: Layer, rank: int, method: str, file: str) -> None:
         self.layer, self.rank = layer, rank
         stored = torch.load(file, mmap=True, weights_only=True)
-        layer.gate_up_proj = expert_weight(stored["gate_up"])
-        layer.down_proj = expert_weight(stored["down"])
+        for name in ("gate_up", "down"):  # where the layer has tensors: ktops.moe_sft takes either
+            setattr(layer, f"{name}_proj", expert_weight(stored[name]))
 
     def forward(self, inputs: Inputs) -> Tensor:
         return moe_fwd.call(self.layer, Variant(), inputs)

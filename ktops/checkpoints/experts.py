@@ -1,4 +1,4 @@
-"""The experts of a projection [E, N, K], one by one: from files, from memory, or quantized on the way."""
+"""Provides the experts of a projection [E, N, K] one by one, from files or memory, or quantized."""
 
 import ctypes
 from abc import ABC, abstractmethod
@@ -18,16 +18,16 @@ from ktops.formats import Codes, ExpertWeight, get_format
 from ktops.formats.format import stacked
 
 CHUNK_WEIGHTS = 1 << 18
-"""Weights that are floats at a time while they are quantized; in whole blocks of 128 rows."""
+"""Number of weights held as floats at a time during quantization, rounded to blocks of 128 rows."""
 
 
 class Experts(ABC):
-    """Weights [E, N, K] that are made expert by expert.
+    """Weights [E, N, K] that are produced expert by expert.
 
     Attributes:
-        format, group_size, shape: as of :class:`ktops.ExpertWeight`.
-        mapped: bytes that :meth:`read` maps instead of reading them.
-        mixture: the error message if the files hold the experts in several formats; else None.
+        format, group_size, shape: as in :class:`ktops.ExpertWeight`.
+        mapped: number of bytes that :meth:`read` maps instead of reading.
+        mixture: the error message if the files hold the experts in several formats, otherwise None.
     """
 
     format: str
@@ -41,10 +41,10 @@ class Experts(ABC):
 
     @abstractmethod
     def expert(self, index: int) -> Codes:
-        """The tensors of one expert, weight [N, ...], scale and zero [N, G]."""
+        """Returns the tensors of one expert: weight [N, ...], scale and zero [N, G]."""
 
     def name(self, index: int) -> str:
-        """What errors call an expert."""
+        """Returns the name of an expert for error messages."""
         return f"expert {index}"
 
     def __len__(self) -> int:
@@ -54,7 +54,7 @@ class Experts(ABC):
         return (self.expert(index) for index in range(len(self)))
 
     def read(self, dtype: torch.dtype = torch.bfloat16, step: Step = no_step) -> ExpertWeight:
-        """All experts in memory, to be computed in dtype."""
+        """Reads all experts into memory, as an ExpertWeight that computes in dtype."""
         return self._weight(stacked(self._stepped(step), len(self)), dtype)
 
     def _stepped(self, step: Step) -> Iterator[Codes]:
@@ -82,7 +82,7 @@ class StoredExperts(Experts):
     """The experts of a projection as a checkpoint stores them.
 
     Attributes:
-        scheme: what the checkpoint's way of storing them is called.
+        scheme: name of the checkpoint's storage scheme.
     """
 
     scheme: str
@@ -90,14 +90,14 @@ class StoredExperts(Experts):
     @property
     @abstractmethod
     def nbytes(self) -> int:
-        """Bytes of all experts in memory."""
+        """Size of all experts in memory, in bytes."""
 
 
 class FileExperts(StoredExperts):
-    """Experts in files: mapped where their bytes lie together as a format wants them, else read.
+    """Experts in files, mapped if their bytes are contiguous in the layout of a format, otherwise read.
 
     Args:
-        experts: of every expert the matrices that stand one above the other: one, or gate and up.
+        experts: for every expert, the matrices to stack by rows: one, or gate and up.
     """
 
     def __init__(self, experts: list[list[Matrix]]) -> None:
@@ -112,7 +112,7 @@ class FileExperts(StoredExperts):
                     )
         if any(part.columns != first[0].columns for part in first):
             raise CheckpointError(
-                f"{first[1].name}: must have {first[0].columns} columns as {first[0].name}, got "
+                f"{first[1].name}: must have {first[0].columns} columns, like {first[0].name}, got "
                 f"{first[1].columns}"
             )
         self.scheme = " and ".join(dict.fromkeys(part.scheme for part in first))
@@ -127,11 +127,11 @@ class FileExperts(StoredExperts):
             raise CheckpointError(f"{first[0].name}: {error}") from None
 
     def _stand_in(self, fields: list[Field]) -> Tensor:
-        """As the tensor of all experts, without memory."""
+        """Returns a meta tensor with the dtype and shape of all experts together."""
         return torch.empty((len(self), *_stacked_shape(fields)), dtype=fields[0].dtype, device="meta")
 
     def _fields(self, index: int) -> Iterator[list[Field] | None]:
-        """Of every tensor of the format: its parts, from the top; None if the format does not have it."""
+        """Yields the parts of every tensor of the format, in row order; None for one it lacks."""
         for fields in zip(*(part.fields for part in self.experts[index]), strict=True):
             yield [field for field in fields if field is not None] or None
 
@@ -143,12 +143,12 @@ class FileExperts(StoredExperts):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all experts in memory."""
+        """Size of all experts in memory, in bytes."""
         fields = [field for part in self.experts[0] for field in part.fields if field]
         return len(self) * sum(torch.Size(field.shape).numel() * field.dtype.itemsize for field in fields)
 
     def read(self, dtype: torch.dtype = torch.bfloat16, step: Step = no_step) -> ExpertWeight:
-        """All experts, mapped or in memory, to be computed in dtype."""
+        """Maps all experts or reads them into memory, as an ExpertWeight that computes in dtype."""
         columns = list(zip(*(self._fields(index) for index in range(len(self))), strict=True))
         steps = (step, no_step, no_step)
         codes = (
@@ -159,7 +159,7 @@ class FileExperts(StoredExperts):
 
     @property
     def mapped(self) -> int:
-        """Bytes of all experts that :meth:`read` maps."""
+        """Number of bytes that :meth:`read` maps."""
         columns = zip(*(self._fields(index) for index in range(len(self))), strict=True)
         wholes = (_whole(experts) for experts in columns if experts[0] is not None)
         return sum(whole.nbytes for whole in wholes if whole is not None)
@@ -182,7 +182,7 @@ def _stacked_shape(fields: list[Field]) -> tuple[int, ...]:
 
 
 def _read_stacked(fields: list[Field], out: Tensor | None = None) -> Tensor:
-    """The parts of one expert's tensor, one above the other."""
+    """Reads the parts of one expert's tensor, stacked by rows."""
     if out is None:
         if len(fields) == 1:
             return fields[0].read()
@@ -199,7 +199,7 @@ def _whole(experts: Sequence[list[Field]]) -> View | None:
 
 
 def contiguous(views: list[View | None]) -> View | None:
-    """The one piece of a file that views are, one after the other and aligned; None if they are not."""
+    """Returns the views as one view if they are adjacent in a file, in order and aligned; otherwise None."""
     first = views[0]
     if first is None or first.offset % first.dtype.itemsize:
         return None
@@ -218,15 +218,15 @@ def _words(matrix: Matrix) -> str:
 
 
 class Requantized(Experts):
-    """Experts in another format, through float32.
+    """Experts converted to another format, through float32.
 
     Args:
         source: the experts.
-        format, group_size, method: as of :func:`ktops.quantize`.
+        format, group_size, method: as in :func:`ktops.quantize`.
 
     Raises:
-        ValueError: the format does not have the group size or the method, cannot hold such rows, or can only
-            be read.
+        ValueError: the format does not support the group size or the method, cannot hold such rows, or can
+            only be read.
     """
 
     def __init__(
@@ -253,7 +253,7 @@ class Requantized(Experts):
 
 
 def float_rows(experts: Experts, index: int) -> Iterator[Tensor]:
-    """The weights of an expert in float32, some rows at a time; of one shape, in the same pieces."""
+    """Yields the weights of an expert in float32, some rows at a time; equal shapes give equal pieces."""
     codes, (_, rows, columns) = experts.expert(index), experts.shape
     known, chunk = get_format(experts.format), max(1, CHUNK_WEIGHTS // (128 * columns)) * 128
     for row in range(0, rows, chunk):
@@ -262,21 +262,21 @@ def float_rows(experts: Experts, index: int) -> Iterator[Tensor]:
 
 
 def give_back_freed_memory() -> None:
-    """What was freed goes back to the system: glibc keeps blocks of up to 32 MiB, far more than is in use."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # of glibc; others keep less
+    """Returns freed memory to the system; glibc keeps blocks of up to 32 MiB, far more than is in use."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # only glibc has it; others keep less
     if trim is not None:
         trim(0)
 
 
 def _rows(tensor: Tensor, begin: int, end: int, rows: int) -> Tensor:
-    """The rows [begin, end) of a tensor with one for every row, or one for every 128."""
+    """Returns the rows [begin, end) of a tensor that has one entry per row, or one per 128 rows."""
     if tensor.shape[0] == rows:
         return tensor[begin:end]
     return tensor[begin // 128 : -(-end // 128)]
 
 
 class Mixed(StoredExperts):
-    """Experts that the files hold in several formats, decoded to float32 to be quantized to one.
+    """Experts that the files hold in several formats, decoded to float32 for quantizing to one format.
 
     Args:
         experts: for each expert, the matrices that are stacked by rows.
@@ -287,7 +287,7 @@ class Mixed(StoredExperts):
         index, odd, common = _odd_one(experts)
         self.mixture = (
             f"{odd.name}: expert {index} differs from the others: expected {_words(common)}, got "
-            f"{_words(odd)}: pass weight_format to quantize them all to one format"
+            f"{_words(odd)}. Pass weight_format to quantize them all to one format"
         )
         first = self.parts[0]
         if any(part.shape[-1] != first[0].shape[-1] for part in first):
@@ -311,12 +311,12 @@ class Mixed(StoredExperts):
 
     @property
     def nbytes(self) -> int:
-        """Bytes in memory, as float32."""
+        """Size in memory as float32, in bytes."""
         return 4 * torch.Size(self.shape).numel()
 
 
 def _odd_one(experts: list[list[Matrix]]) -> tuple[int, Matrix, Matrix]:
-    """The first expert with a matrix that most others lay out differently, that matrix, and one of theirs."""
+    """Returns the first expert with a matrix of unusual layout, that matrix, and one of the usual layout."""
     for parts in zip(*experts, strict=True):
         (layout, _), *others = Counter(part.layout for part in parts).most_common()
         if others:
@@ -326,7 +326,7 @@ def _odd_one(experts: list[list[Matrix]]) -> tuple[int, Matrix, Matrix]:
 
 
 def _are_mixed(experts: list[list[Matrix]]) -> bool:
-    """Whether experts have one shape but different layouts."""
+    """True if the experts have one shape but different layouts."""
     return any(
         len({part.layout for part in parts}) > 1 and len({(part.rows, part.columns) for part in parts}) == 1
         for parts in zip(*experts, strict=True)
@@ -334,28 +334,28 @@ def _are_mixed(experts: list[list[Matrix]]) -> bool:
 
 
 def stack(experts: list[list[Matrix]]) -> StoredExperts:
-    """The experts of a projection; decoded to bf16, with a warning, if gate and up differ in format."""
+    """Returns the experts of a projection; warns and decodes to bf16 if gate and up differ in format."""
     first = experts[0]
     if _are_mixed(experts):
         return Mixed(experts)
     if all((part.format, part.group_size) == (first[0].format, first[0].group_size) for part in first):
         return FileExperts(experts)
     warn_once(
-        f"ktops: {first[0].name} is {first[0].format} and {first[1].name} {first[1].format}: one format is "
-        "needed for both, they are decoded to bf16, 16 bits a weight. Give weight_format to choose another."
+        f"ktops: {first[0].name} is {first[0].format} and {first[1].name} {first[1].format}. Both need one "
+        "format, so they are decoded to bf16, 16 bits per weight. Pass weight_format to choose another."
     )
     halves = [FileExperts([[parts[half]] for parts in experts]) for half in range(2)]
     return Stacked(halves)
 
 
 class Stacked(StoredExperts):
-    """Experts in bf16 one above the other: gate and up, which the files hold in two formats."""
+    """Gate and up stacked by rows in bf16, because the files hold them in two formats."""
 
     def __init__(self, halves: list[FileExperts]) -> None:
         self.parts = [Requantized(half, "bf16") for half in halves]
         first, second = self.parts
         if first.shape[::2] != second.shape[::2]:
-            raise CheckpointError(f"gate of shape {first.shape} and up of {second.shape} do not fit together")
+            raise CheckpointError(f"gate of shape {first.shape} and up of shape {second.shape} do not match")
         self.format, self.group_size = first.format, first.group_size
         self.shape = first.shape[0], first.shape[1] + second.shape[1], first.shape[2]
         self.scheme = " and ".join(half.scheme for half in halves)

@@ -1,8 +1,8 @@
-"""GGUF files: header and tensor list, checked before anything of the file is used.
+"""Reads the header and tensor list of GGUF files, checking them before any other part of the file is used.
 
 Layout: "GGUF", version, numbers of tensors and of key-value pairs; the pairs; name, dimensions (innermost
 first), type and offset of every tensor; padding to the alignment; the tensors.
-Source: ggml's docs/gguf.md. The numbers of types are those of the gguf package, which a test compares.
+Source: ggml's docs/gguf.md. A test compares the type numbers with those of the gguf package.
 """
 
 import math
@@ -22,13 +22,13 @@ TYPES = {
     2: "q4_0", 3: "q4_1", 6: "q5_0", 7: "q5_1", 8: "q8_0", 10: "q2_k", 11: "q3_k", 12: "q4_k", 13: "q5_k",
     14: "q6_k", 20: "iq4_nl", 23: "iq4_xs",
 }  # fmt: skip
-"""ggml's types that are formats of ktops."""
+"""ggml types that ktops has a format for."""
 
 OTHER_TYPES = {
     9: "Q8_1", 15: "Q8_K", 16: "IQ2_XXS", 17: "IQ2_XS", 18: "IQ3_XXS", 19: "IQ1_S", 21: "IQ3_S", 22: "IQ2_S",
     29: "IQ1_M", 34: "TQ1_0", 35: "TQ2_0", 39: "MXFP4", 40: "NVFP4", 41: "Q1_0",
 }  # fmt: skip
-"""Those that are not, for error messages."""
+"""Other ggml types, for error messages."""
 
 SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 STRING, ARRAY = 8, 9
@@ -38,7 +38,7 @@ SPLIT = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")
 
 
 class _Cursor:
-    """Reads values one after the other, never beyond the end."""
+    """Reads consecutive values, never past the end."""
 
     def __init__(self, file: TensorFile) -> None:
         self.file, self.position = file, 0
@@ -47,7 +47,7 @@ class _Cursor:
         end = self.position + count
         if end > self.file.size:
             raise CheckpointError(
-                f"{self.file.path}: truncated or damaged: the header goes on to byte {end} of "
+                f"{self.file.path}: truncated or damaged: the header extends to byte {end} of "
                 f"{self.file.size}"
             )
         data = self.file.mapped[self.position : end]
@@ -62,7 +62,7 @@ class _Cursor:
         return self.take(self.number("Q")).decode(errors="replace")
 
     def value(self):
-        """A value, None for arrays, which are passed over."""
+        """Returns a value, or None for arrays, which are skipped."""
         kind = self.number("I")
         if kind != ARRAY:
             return self._scalar(kind)
@@ -85,7 +85,7 @@ class _Cursor:
 
 
 def split_files(path: Path) -> list[Path]:
-    """All files of a model that is split, ``name-00001-of-00003.gguf`` and so on; else the file itself."""
+    """Returns all files of a split model, ``name-00001-of-00003.gguf`` and so on, or else the file itself."""
     match = SPLIT.fullmatch(path.name)
     if not match:
         return [path]
@@ -94,10 +94,10 @@ def split_files(path: Path) -> list[Path]:
 
 
 def read_views(path: Path) -> dict[str, View]:
-    """The tensors of a GGUF file by name. A type that ktops has no format for has rows of no bytes.
+    """Returns the tensors of a GGUF file by name. Tensors without a ktops format have rows of 0 bytes.
 
     Raises:
-        CheckpointError: the file is not one, or truncated, or damaged.
+        CheckpointError: the file is not a GGUF file, or is truncated or damaged.
     """
     file = TensorFile(path)
     if file.size < 24:
@@ -105,7 +105,7 @@ def read_views(path: Path) -> dict[str, View]:
     cursor = _Cursor(file)
     magic, version = cursor.take(4), cursor.number("I")
     if magic != b"GGUF" or version not in (2, 3):
-        raise CheckpointError(f"{path}: not a GGUF file of version 2 or 3: it begins {magic!r}, {version}")
+        raise CheckpointError(f"{path}: not a GGUF file of version 2 or 3: begins with {magic!r}, {version}")
     num_tensors, num_pairs = cursor.number("Q"), cursor.number("Q")
     alignment = 32
     for _ in range(num_pairs):

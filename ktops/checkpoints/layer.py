@@ -29,7 +29,7 @@ BIASES = {"gate_up_proj": "gate_up_proj_bias", "down_proj": "down_proj_bias"}
 
 
 class LayerWeights(NamedTuple):
-    """The experts of a layer as :meth:`ktops.nn.KTExperts.from_parameters` takes them."""
+    """The experts of a layer, in the argument order of :meth:`ktops.nn.KTExperts.from_parameters`."""
 
     gate_up_proj: ExpertWeight
     down_proj: ExpertWeight
@@ -38,14 +38,14 @@ class LayerWeights(NamedTuple):
 
 
 class Layer:
-    """The experts of one layer: where they are, in which scheme, and reading them.
+    """The experts of one layer: knows where and in which scheme they are stored, and reads them.
 
     Attributes:
-        name: of the experts in the checkpoint, "model.layers.3.mlp.experts" or, in GGUF, "blk.3".
-        index: of the layer.
+        name: name of the experts in the checkpoint, "model.layers.3.mlp.experts" or, in GGUF, "blk.3".
+        index: the layer's number.
         module: the experts module that transformers would load them into, or None.
         tensors: all tensors of the experts.
-        interleaved: whether gate and up are alternate rows in the file, as in gpt-oss.
+        interleaved: whether gate and up rows alternate in the file, as in gpt-oss.
     """
 
     def __init__(self, name: str, index: int, keyed: dict[Key, View], config: QuantizationConfig) -> None:
@@ -68,16 +68,16 @@ class Layer:
 
     @property
     def scheme(self) -> str:
-        """What the checkpoint's way of storing the experts is called.
+        """The name of the checkpoint's storage scheme.
 
         Raises:
-            CheckpointError: as of :meth:`check`.
+            CheckpointError: as in :meth:`check`.
         """
         return " and ".join(dict.fromkeys((self.gate_up_proj.scheme, self.down_proj.scheme)))
 
     @property
     def formats(self) -> tuple[str, str]:
-        """The formats that gate_up_proj and down_proj come in."""
+        """The formats of gate_up_proj and down_proj."""
         return self.gate_up_proj.format, self.down_proj.format
 
     @property
@@ -94,33 +94,33 @@ class Layer:
 
     @property
     def nbytes(self) -> int:
-        """Bytes in memory, mapped or not, in the formats of the checkpoint."""
+        """Size in memory in bytes, mapped or not, in the formats of the checkpoint."""
         return self.gate_up_proj.nbytes + self.down_proj.nbytes
 
     @cached_property
     def gate_up_proj(self) -> StoredExperts:
-        """[E, 2I, H], the rows of the gate first."""
+        """gate_up_proj [E, 2I, H], with the gate rows first."""
         if "gate_up" in self._projections:
             return self._experts("gate_up")
         return self._experts("gate", "up")
 
     @cached_property
     def down_proj(self) -> StoredExperts:
-        """[E, H, I]"""
+        """down_proj [E, H, I]."""
         return self._experts("down")
 
     def check(self) -> None:
-        """Looks at every tensor's name, dtype and shape, and at the small ones (group indices, zero points).
+        """Checks every tensor's name, dtype and shape, and the values of group indices and zero points.
 
         Raises:
-            CheckpointError: a tensor is missing, has a wrong shape or dtype, or is of an unknown scheme; the
+            CheckpointError: a tensor is missing, has a wrong shape or dtype, or uses an unknown scheme; the
                 message names it and the file.
         """
         num_experts, rows, hidden_size = self.gate_up_proj.shape
         expected = num_experts, hidden_size, rows // 2
         if rows % 2 or tuple(self.down_proj.shape) != expected:
             raise CheckpointError(
-                f"{self._any('down')}: must be of shape {list(expected)} beside gate and up of "
+                f"{self._any('down')}: must have shape {list(expected)} to match gate and up of shape "
                 f"{list(self.gate_up_proj.shape)}, got {list(self.down_proj.shape)}"
             )
         for name in BIASES:
@@ -129,14 +129,14 @@ class Layer:
     def experts(
         self, weight_format: str | None = None, *, group_size: int | None = None, method: str = "rtn"
     ) -> tuple[Experts, Experts]:
-        """gate_up_proj and down_proj, quantized on the way if weight_format is given.
+        """Returns gate_up_proj and down_proj, which quantize while reading if weight_format is given.
 
         Args:
             weight_format: None keeps the formats of the checkpoint.
-            group_size, method: as of :func:`ktops.quantize`.
+            group_size, method: as in :func:`ktops.quantize`.
 
         Raises:
-            CheckpointError: as of :meth:`check`; weight_format is None and experts are in several formats.
+            CheckpointError: as in :meth:`check`; weight_format is None and the experts have several formats.
             ValueError: the format cannot hold these weights.
         """
         self.check()
@@ -158,26 +158,26 @@ class Layer:
         dtype: torch.dtype = torch.bfloat16,
         step: Step = no_step,
     ) -> LayerWeights:
-        """The experts in memory, mapped where the bytes of the file can be used as they are.
+        """Reads the experts, or maps them where the bytes of the file can be used directly.
 
         Args:
-            weight_format, group_size, method: as of :func:`ktops.load_experts`.
-            dtype: what is computed in, and the dtype of the biases.
-            step: called with the number of experts of a projection that are done.
+            weight_format, group_size, method: as in :func:`ktops.load_experts`.
+            dtype: the dtype to compute in, and the dtype of the biases.
+            step: called with the number of experts of a projection that were read.
 
         Raises:
-            CheckpointError, ValueError: as of :meth:`experts`.
+            CheckpointError, ValueError: as in :meth:`experts`.
         """
         gate_up, down = self.experts(weight_format, group_size=group_size, method=method)
         biases = (self.bias(name, dtype) for name in BIASES)
         return LayerWeights(gate_up.read(dtype, step), down.read(dtype, step), *biases)
 
     def has_bias(self, name: str) -> bool:
-        """Whether "gate_up_proj" or "down_proj" has one."""
+        """True if "gate_up_proj" or "down_proj" has a bias."""
         return self._bias_views(name) is not None
 
     def bias(self, name: str, dtype: torch.dtype) -> Tensor | None:
-        """The bias of "gate_up_proj" [E, 2I] or "down_proj" [E, H]; None if there is none."""
+        """Returns the bias of "gate_up_proj" [E, 2I] or "down_proj" [E, H]; None if it has none."""
         parts = self._bias_views(name)
         if parts is None:
             return None
@@ -187,7 +187,7 @@ class Layer:
         return bias
 
     def _bias_views(self, name: str) -> list[list[View]] | None:
-        """For each expert, the biases of its matrices, checked."""
+        """Returns the biases of each expert's matrices, checked; None if there are none."""
         parts = ["down"] if name == "down_proj" else ["gate", "up"]
         if name == "gate_up_proj" and "gate_up" in self._projections:
             parts = ["gate_up"]
@@ -213,7 +213,7 @@ class Layer:
         for layout in self._layouts - {CONCATENATED, INTERLEAVED, None}:
             raise CheckpointError(
                 f"{self.tensors[0]}: unknown scheme: transformers loads {self.module} with the operation "
-                f"{layout}, which ktops does not know"
+                f"{layout}, which ktops does not support"
             )
         for projection in projections:
             if projection not in self._projections:
@@ -230,14 +230,14 @@ class Layer:
             )
         flat = [_without_bias(part) for of_experts in tensors for part in of_experts]
         if not all(flat):
-            raise CheckpointError(f"{self._any(projections[0])}: there is a bias, but no weight beside it")
+            raise CheckpointError(f"{self._any(projections[0])}: there is a bias but no weight")
         made = self._matrices(flat, projections)
         count = len(tensors[0])
         parts = [made[first : first + count] for first in range(0, len(made), count)]
         return stack([list(of_expert) for of_expert in zip(*parts, strict=True)])
 
     def _matrices(self, tensors: list[Tensors], projections: tuple[str, ...]) -> list[Matrix]:
-        """The matrices of all experts of one projection, then those of the next."""
+        """Returns the matrices of all experts of one projection, then those of the next."""
         if self._transposed and projections != ("gate", "up"):
             made = [transposed(part) for part in tensors]
         else:
@@ -245,13 +245,13 @@ class Layer:
         return [deinterleaved(m) for m in made] if self.interleaved and projections == ("gate_up",) else made
 
     def _is_interleaved(self, gate_up: Tensors) -> bool:
-        """As the model says; if it does not, whether the tensors are gpt-oss'."""
+        """True if gate and up are interleaved: by the model or, if it does not say so, as in gpt-oss."""
         if "_extra_state" in gate_up or self._layouts & {CONCATENATED, INTERLEAVED}:
             return "_extra_state" not in gate_up and INTERLEAVED in self._layouts
         return "blocks" in gate_up or (self._transposed and "bias" in gate_up)
 
     def _is_transposed(self) -> bool:
-        """Whether fused weights are [E, H, 2I] and [E, I, H], by their shapes."""
+        """True if fused weights are [E, H, 2I] and [E, I, H], by their shapes."""
         both = [self._projections.get(name, {}).get(EVERY_EXPERT, {}) for name in ("gate_up", "down")]
         if any("weight" not in t or "_extra_state" in t or t["weight"].dim != 3 for t in both):
             return False
@@ -259,12 +259,12 @@ class Layer:
         return gate_up[2] == 2 * down[1] and gate_up[1] == down[2]
 
     def _of_experts(self, projection: str) -> list[Tensors]:
-        """The tensors of every expert; slices, if they are stacked."""
+        """Returns the tensors of every expert, as slices if they are stacked."""
         experts = self._projections[projection]
         if EVERY_EXPERT in experts:
             if len(experts) > 1:
                 raise CheckpointError(
-                    f"{self._any(projection)}: some experts share a tensor, others have their own"
+                    f"{self._any(projection)}: some experts share a tensor, but others have their own"
                 )
             return _slices(experts[EVERY_EXPERT])
         last = max(experts)
@@ -283,10 +283,10 @@ def _without_bias(tensors: Tensors) -> Tensors:
 
 
 def _slices(tensors: Tensors) -> list[Tensors]:
-    """The tensors of each expert, sliced from those that hold all experts."""
+    """Returns the tensors of each expert, sliced from those that hold all experts."""
     state, shape = tensors.get("_extra_state"), tensors.get("weight_shape")
     own = {} if state is None else {"_extra_state": state}
-    if shape is not None and shape.dim == 1:  # one for all experts, or a row for each
+    if shape is not None and shape.dim == 1:  # one for all experts, or one row per expert
         own["weight_shape"] = shape.tail(2)
     stacked = {name: view for name, view in tensors.items() if name not in own}
     if not stacked:

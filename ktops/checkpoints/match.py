@@ -1,4 +1,4 @@
-"""Finds the layer of a checkpoint for an experts module of a model, or for a layer number."""
+"""Finds the layer of a checkpoint by the experts module of a model, or by layer number."""
 
 from collections import defaultdict
 from collections.abc import Iterable
@@ -20,20 +20,20 @@ def match_layers(
     prefix: str | None = None,
     conversions: list | None = None,
 ) -> dict[str, Layer]:
-    """The layer of a checkpoint for every experts module of a model.
+    """Returns the layer of a checkpoint for every experts module of a model.
 
-    These are the layers that transformers would load into the modules, or whose names equal the modules'. A
-    checkpoint without any, such as a GGUF file, is matched by layer number, if it has the layers of only one
-    part of a model.
+    A layer matches if transformers would load it into the module, or if it has the same name as the module.
+    If no layer matches, as in a GGUF file, layers are matched by number, provided that the checkpoint has the
+    layers of only one part of a model.
 
     Args:
         modules: the experts of the model by name.
-        prefix: consider only layers whose names in the checkpoint start with it.
+        prefix: consider only layers whose names in the checkpoint start with this.
         conversions: the conversions that transformers loads the model with; default: those of the model.
 
     Raises:
         CheckpointError: the layer of a module is missing, or several match.
-        ValueError: several modules of the model have the number of a layer.
+        ValueError: several modules of the model have the same layer number.
 
     Example:
         >>> match_layers(open_checkpoint("Qwen3-Next-80B-A3B"), model, experts_modules(model))
@@ -62,10 +62,10 @@ def match_layers(
 
 
 def numbered_layer(checkpoint: Checkpoint, index: int, prefix: str | None = None) -> Layer:
-    """The layer with this number; if there are several, the one that transformers loads, not an MTP layer.
+    """Returns the layer with this number, preferring one that transformers loads over an MTP layer.
 
     Raises:
-        CheckpointError: there is none, or several match.
+        CheckpointError: no layer matches, or several match.
     """
     layers = [layer for layer in _beginning_with(prefix, checkpoint) if layer.index == index]
     of_model = [layer for layer in layers if layer.module is not None]
@@ -77,19 +77,19 @@ def _beginning_with(prefix: str | None, checkpoint: Checkpoint) -> list[Layer]:
     chosen = [layer for layer in checkpoint.layers if layer.name.startswith(prefix or "")]
     if not chosen:
         raise CheckpointError(
-            f"{checkpoint.path}: no experts have a name that starts with prefix={prefix!r}: there are "
+            f"{checkpoint.path}: no experts have a name that starts with prefix={prefix!r}; there are "
             f"{_parts(checkpoint.layers)}"
         )
     return chosen
 
 
 def _one(layers: list[Layer], number: int | None, checkpoint: Checkpoint, name: str | None = None) -> Layer:
-    """The only one of these layers; for errors, its number and the module of the model."""
+    """Returns the single layer of the list; number and name of the module are for error messages."""
     what = f"layer {number}" if name is None else name
     if len(layers) > 1:
         names = " and ".join(layer.name for layer in layers)
         raise CheckpointError(
-            f"{checkpoint.path}: the experts of {what} could be {names}: pass prefix=, the beginning of the "
+            f"{checkpoint.path}: the experts of {what} could be {names}. Pass prefix=, the beginning of the "
             "right name"
         )
     if not layers:
@@ -102,7 +102,7 @@ def _one(layers: list[Layer], number: int | None, checkpoint: Checkpoint, name: 
 
 
 def _number(name: str) -> int | None:
-    """The number of the layer that a module is in."""
+    """Returns the number of the layer that contains a module."""
     found = NUMBER.findall(name)
     return int(found[-1]) if found else None
 
@@ -114,7 +114,7 @@ def _by_number(
     if len(families) > 1:
         raise CheckpointError(
             f"{checkpoint.path}: it does not have the names of the model's experts, {next(iter(modules))}, "
-            f"and the experts could be any of {_parts(layers)}: pass prefix=, the beginning of the right name"
+            f"and the experts could be any of {_parts(layers)}. Pass prefix=, the beginning of the right name"
         )
     numbers: dict[int, str] = {}
     for name in modules:
@@ -127,7 +127,7 @@ def _by_number(
         if number in numbers:
             raise ValueError(
                 f"load_experts: layer {number} of {checkpoint.path} could be {numbers[number]} or {name} of "
-                "the model: pass only the right part of the model"
+                "the model. Pass only the right part of the model"
             )
         numbers[number] = name
     by_number: dict[int, list[Layer]] = defaultdict(list)
@@ -137,7 +137,7 @@ def _by_number(
 
 
 def _parts(layers: Iterable[Layer]) -> str:
-    """Layers for people: "model.layers.{0 to 47} and mtp.layers.{0}"."""
+    """Formats layers for messages: "model.layers.{0 to 47} and mtp.layers.{0}"."""
     indices: dict[str, list[int]] = defaultdict(list)
     for layer in layers:
         indices[family(layer.name)].append(layer.index)

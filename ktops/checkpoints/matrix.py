@@ -1,4 +1,4 @@
-"""One matrix [N, K] of one expert in a checkpoint, as the tensors of a weight format."""
+"""A matrix [N, K] of one expert in a checkpoint, described as the tensors of a weight format."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,12 +14,12 @@ from ktops.formats.format import Codes
 
 @dataclass(frozen=True)
 class Field:
-    """A tensor of a format, known before it is read: bytes of a file as they are, or what is made of them.
+    """A tensor of a format that is not read yet: either bytes of a file, or the result of a function.
 
     Attributes:
         shape, dtype: of the tensor.
-        view: where it lies in a file, if it does.
-        make: makes it, if not.
+        view: its place in a file, or None.
+        make: creates the tensor if there is no view.
     """
 
     shape: tuple[int, ...]
@@ -45,12 +45,12 @@ class Field:
             self.view.read_into(out)
 
     def then(self, change: Callable[[Tensor], Tensor], shape: tuple[int, ...], dtype=None) -> "Field":
-        """What ``change`` makes of this tensor."""
+        """Returns a field that applies ``change`` to this tensor when it is read."""
         return Field(shape, dtype or self.dtype, make=lambda: change(self.read()))
 
 
 class Fields(NamedTuple):
-    """As :class:`ktops.formats.Codes`, not yet read."""
+    """Like :class:`ktops.formats.Codes`, but not read yet."""
 
     weight: Field
     scale: Field | None = None
@@ -65,8 +65,8 @@ class Matrix:
     """A matrix [rows, columns] in a format.
 
     Attributes:
-        scheme: what the checkpoint's way of storing it is called.
-        name: of its weight in the file, with the file: for messages.
+        scheme: name of the checkpoint's storage scheme.
+        name: name of its weight and of the file, for messages.
     """
 
     format: str
@@ -79,7 +79,7 @@ class Matrix:
 
     @property
     def layout(self) -> tuple:
-        """What all experts of a projection have in common."""
+        """The properties that all experts of a projection must share."""
         kinds = tuple(field and (field.dtype, field.shape) for field in self.fields)
         return self.format, self.group_size, self.rows, self.columns, kinds
 

@@ -1,4 +1,4 @@
-"""ModelNames: maps names of experts' tensors as transformers itself does, by its conversion table."""
+"""ModelNames: maps names of experts' tensors like transformers itself, using its conversion table."""
 
 import copy
 import re
@@ -34,15 +34,15 @@ MATRICES = ("gate_proj", "up_proj", "down_proj", "w1", "w3", "w2")
 
 
 class ModelNames:
-    """Which tensors of a checkpoint transformers would load into which experts of a model.
+    """Maps tensors of a checkpoint to the experts of a model that transformers would load them into.
 
     Args:
-        model: a PreTrainedModel, on any device; its experts may be replaced by modules of ktops.
+        model: a PreTrainedModel on any device; ktops may have replaced its experts.
         modules: its experts by name.
         conversions: transformers' renamings and conversions; default: those of the model.
 
     Attributes:
-        modules: the experts, by the names that they had before ktops put its own modules around them.
+        modules: the experts, by the names that they had before ktops wrapped them.
 
     Example:
         >>> names = ModelNames(model, experts_modules(model))
@@ -76,7 +76,7 @@ class ModelNames:
         self._resolved: dict[str, Key | None] = {}
 
     def key(self, name: str) -> Key | None:
-        """The parts of the name of an expert's tensor, in this model or not; None for any other tensor."""
+        """Parses the name of an expert's tensor, in this model or not; None for any other tensor."""
         if GGUF.fullmatch(name):
             return parse(name)
         expert = OF_EXPERT.search(name)
@@ -89,7 +89,7 @@ class ModelNames:
         return key if expert is None or key.expert == EVERY_EXPERT else key._replace(expert=int(expert[1]))
 
     def ignored(self, name: str) -> bool:
-        """Whether transformers silently skips a tensor of this name, as it does with MTP layers."""
+        """True if transformers silently skips a tensor of this name, as it does with MTP layers."""
         return any(pattern.search(name) for pattern in self._ignored)
 
     def _resolve(self, name: str) -> Key | None:
@@ -101,7 +101,7 @@ class ModelNames:
         return None
 
     def _rename(self, name: str) -> tuple[str, str | None]:
-        """The name in the model, and the source pattern of the conversion that it takes part in, if any."""
+        """Returns the name in the model, and the source pattern of the conversion that applies, if any."""
         from transformers.core_model_loading import rename_source_key
 
         renamed, pattern = rename_source_key(
@@ -112,7 +112,7 @@ class ModelNames:
         return renamed, pattern
 
     def _renamed(self, name: str, renamed: str) -> Key | None:
-        """The key of a tensor that is loaded unchanged."""
+        """Returns the key of a tensor that is loaded unchanged."""
         for module, rest in _splits(renamed):
             if module in self.modules:
                 found = parse_tensor(rest)
@@ -120,7 +120,7 @@ class ModelNames:
         return None
 
     def _converted(self, name: str, renamed: str, pattern: str) -> Key | None:
-        """The key of a tensor that is loaded through operations."""
+        """Returns the key of a tensor that is loaded through operations."""
         converter = self._by_pattern[pattern]
         module, _, target = renamed.rpartition(".")
         if module not in self.modules or FUSED.fullmatch(target) is None:
@@ -152,7 +152,7 @@ class ModelNames:
 
 
 def config_names(config: dict) -> ModelNames | None:
-    """The names of the model that config.json describes; None if transformers has no such model."""
+    """Returns the names of the model that config.json describes; None if transformers has no such model."""
     model_type, architectures = config.get("model_type"), config.get("architectures")
     if not isinstance(model_type, str):
         return None
@@ -186,7 +186,7 @@ def _without_quantization(config: dict) -> dict:
 
 
 def _names_of_class(config, model_class: "type[PreTrainedModel] | None") -> ModelNames | None:
-    """The names of a model that is created without weights."""
+    """Creates a model without weights and returns its names."""
     from transformers import AutoModel, AutoModelForCausalLM
     from transformers.initialization import no_init_weights
 
@@ -203,7 +203,7 @@ def _names_of_class(config, model_class: "type[PreTrainedModel] | None") -> Mode
 
 
 def pretrained_parts(model: nn.Module) -> dict[str, nn.Module]:
-    """The outermost models of transformers in a model, by name: often itself, ""."""
+    """Returns the outermost transformers models in a model, by name; often the model itself, ""."""
     transformers = sys.modules.get("transformers.modeling_utils")
     if transformers is None:
         return {}
@@ -216,14 +216,14 @@ def pretrained_parts(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def _owner(model: nn.Module, name: str) -> str:
-    """The name that the experts had before ktops put its own module around them."""
+    """Returns the name that the experts had before ktops wrapped them."""
     parent, _, _ = name.rpartition(".")
     return parent if isinstance(model.get_submodule(parent), KTExpertSequence) else name
 
 
 def _dense_names(name: str) -> Iterator[tuple[str, str | None]]:
-    """Names of dense weights, which transformers' table has, that a tensor may belong to, and which of the
-    weight's tensors it is; None: the renamed name says that."""
+    """Yields the names of dense weights, which transformers' table contains, that a tensor may belong to, and
+    which of the weight's tensors it is, or None if the renamed name tells."""
     yield name, None
     owner, _, tensor = name.rpartition(".")
     if tensor != "weight":
@@ -235,14 +235,14 @@ def _dense_names(name: str) -> Iterator[tuple[str, str | None]]:
 
 
 def _splits(name: str) -> Iterator[tuple[str, str]]:
-    """(module, rest) for every dot at which the module's name could end, the longest first."""
+    """Yields (module, rest) for every dot where the module's name could end, longest first."""
     parts = name.split(".")
     for count in range(len(parts) - 1, 0, -1):
         yield ".".join(parts[:count]), ".".join(parts[count:])
 
 
 def _experts(name: str) -> str:
-    """The part of a tensor's name that all tensors of its experts share."""
+    """Returns the part of a tensor's name that all tensors of its experts share."""
     parts = name.split(".")
     end = len(parts) - parts[::-1].index("experts") if "experts" in parts else len(parts) - 2
     return ".".join(parts[:end])

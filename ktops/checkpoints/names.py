@@ -1,7 +1,7 @@
-"""What checkpoints call the tensors of experts, without a model to ask (:mod:`.model_names` asks one).
+"""Parses the names of experts' tensors without using a model (:mod:`.model_names` uses one).
 
-Per expert   {base}.layers.{L}.mlp.experts.{e}.{gate_proj, up_proj, down_proj}.{tensor}, with other names for
-             mlp, and w1, w3, w2 for the projections
+Per expert   {base}.layers.{L}.mlp.experts.{e}.{gate_proj, up_proj, down_proj}.{tensor}; mlp may have other
+             names, and the projections may be w1, w3, w2
 fused        {base}.layers.{L}.mlp.experts.{gate_up_proj, down_proj}, followed by nothing, _{tensor} or
              .{tensor}
 GGUF         blk.{L}.ffn_{gate, up, down, gate_up}_exps.{tensor}
@@ -31,17 +31,17 @@ _LISTED = 12
 
 
 class Key(NamedTuple):
-    """What a tensor's name says.
+    """The parts of a tensor's name.
 
     Attributes:
         experts: the name of the experts in the checkpoint, "model.layers.3.mlp.experts".
-        layer: its number.
-        expert: which one; EVERY_EXPERT if the tensor holds all.
+        layer: the layer's number.
+        expert: the expert's index; EVERY_EXPERT if the tensor holds all.
         projection: "gate", "up", "down" or "gate_up".
         tensor: "weight", "bias", "weight_scale", ...
         module: the experts module of the model that transformers loads it into; None if there is none.
-        layout: CONCATENATED, INTERLEAVED, or None if the tensors must tell; else the name of a transformers
-            operation that ktops does not know.
+        layout: CONCATENATED, INTERLEAVED, or None if only the tensors can tell; otherwise the name of a
+            transformers operation that ktops does not support.
     """
 
     experts: str
@@ -54,7 +54,7 @@ class Key(NamedTuple):
 
 
 def parse(name: str) -> Key | None:
-    """The parts of the name of an expert's tensor; None for any other tensor.
+    """Parses the name of an expert's tensor; None for any other tensor.
 
     Example:
         >>> parse("model.layers.3.mlp.experts.7.up_proj.weight")[:5]
@@ -73,7 +73,7 @@ def parse(name: str) -> Key | None:
 
 
 def parse_tensor(rest: str) -> tuple[int, str, str] | None:
-    """Expert, projection and tensor of a name, without the name of the experts; None if it is no expert's.
+    """Parses expert, projection and tensor from a name without the experts' name; None for other tensors.
 
     Example:
         >>> parse_tensor("7.up_proj.weight")
@@ -91,7 +91,7 @@ def parse_tensor(rest: str) -> tuple[int, str, str] | None:
 
 
 def family(name: str) -> str:
-    """What precedes the layer number: the same for all layers of a part of a model.
+    """Returns the part of the name before the layer number, which all layers of a part of a model share.
 
     Example:
         >>> family("thinker.model.layers.3.mlp.experts")
@@ -102,7 +102,7 @@ def family(name: str) -> str:
 
 
 def summary(names: Iterable[str]) -> str:
-    """Names for messages, with ``*`` for numbers; names that could be experts' come first.
+    """Summarizes names for messages, with ``*`` for numbers and names that may be experts' first.
 
     Example:
         >>> summary(f"model.layers.{layer}.moe.w1" for layer in range(48))

@@ -1,15 +1,15 @@
-"""Integers in int32 words: GPTQ, AWQ and compressed-tensors' pack-quantized, into int4, uint4 and int8.
+"""Converts integers in int32 words (GPTQ, AWQ, compressed-tensors' pack-quantized) to int4, uint4 and int8.
 
-Words hold 32 / bits codes. Of 4 bits and with the lowest code first, they are the bytes of int4's rows.
+A word holds 32 / bits codes. With 4 bits and the lowest code first, words are the bytes of int4's rows.
 
 GPTQ   qweight int32 [K * bits / 32, N], the lowest code first along K; scales [G, N]; qzeros int32
-       [G, N * bits / 32], the zero points minus one (format "gptq_v2": the zero points); g_idx int32 [K],
+       [G, N * bits / 32], the zero points minus one (in format "gptq_v2", the zero points); g_idx int32 [K],
        the group of every column
 AWQ    4 bits: qweight int32 [K, N / 8], nibbles along N in the order 0, 2, 4, 6, 1, 3, 5, 7; scales [G, N];
        qzeros int32 [G, N / 8] in the same order
 pack-quantized   weight_packed int32 [N, ceil(K * bits / 32)], the lowest code first; weight_scale [N, G];
        weight_zero_point int32 [ceil(N * bits / 32), G], packed along N, or int8 [N, G], the zero points minus
-       the middle of the codes; weight_g_idx as GPTQ's
+       the middle of the codes; weight_g_idx as in GPTQ
 """
 
 from functools import partial
@@ -28,17 +28,17 @@ from ktops.formats.integer import unpack_nibbles
 
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 CHUNK = 128
-"""Columns of AWQ weights that are unpacked at a time."""
+"""Number of columns of AWQ weights to unpack at a time."""
 
 WIDTHS = range(1, 9)
 LAYOUTS = (None, "gptq", "gptq_v2", "gptq_p", "gemm", "exllama", "ipex")
-"""Names of the GPTQ and AWQ layouts above; with 4 and 8 bits "gptq_p" is "gptq_v2"."""
+"""Names of the GPTQ and AWQ layouts above; with 4 and 8 bits, "gptq_p" equals "gptq_v2"."""
 
 Tensors = dict[str, View]
 
 
 def unpacked(words: Tensor, bits: int = 4, dim: int = -1) -> Tensor:
-    """int32 [..., n] -> uint8 [..., 32 / bits * n] of 4 or 8 bits, the lowest first; or along another
+    """Unpacks int32 [..., n] into uint8 [..., 32 / bits * n] of 4 or 8 bits, lowest first, or along another
     dimension."""
     words = words.movedim(dim, -1).contiguous()
     codes = words.view(torch.uint8)
@@ -46,12 +46,12 @@ def unpacked(words: Tensor, bits: int = 4, dim: int = -1) -> Tensor:
 
 
 def signed(codes: Tensor) -> Tensor:
-    """uint8 codes of 8 bits -> int8, minus 128"""
+    """Converts uint8 codes of 8 bits to int8 by subtracting 128."""
     return (codes ^ 128).view(torch.int8)
 
 
 def _group_size(scales: View, groups: int, columns: int, packing: Packing) -> int:
-    """By the shapes; the config, if it fits them, can make the last group shorter than the others."""
+    """Derives the group size from the shapes. The config's, if it fits them, allows a shorter last group."""
     if groups == 1:
         return 0
     size = packing.group_size or 0
@@ -67,12 +67,12 @@ def _group_size(scales: View, groups: int, columns: int, packing: Packing) -> in
 
 
 def _width(fits: list[int], packing: Packing) -> int:
-    """Bits per weight, among those that fit the shapes: the config's if possible, else 4, else 8."""
+    """Returns the bits per weight that fit the shapes: the config's if possible, otherwise 4, otherwise 8."""
     return next((bits for bits in (packing.bits, 4, 8) if bits in fits), fits[0] if fits else 4)
 
 
 def _fitting(words: int, count: int, among=WIDTHS) -> list[int]:
-    """The bit widths for which exactly this many words hold this many codes."""
+    """Returns the bit widths for which ``count`` codes fill exactly ``words`` words."""
     return [bits for bits in among if words == -(-count * bits // 32)]
 
 
@@ -85,7 +85,7 @@ def _expect_readable(view: View, bits: int, symmetric: bool = True) -> None:
 
 
 class Gptq(NamedTuple):
-    """One matrix in GPTQ's tensors, checked."""
+    """The checked GPTQ tensors of one matrix."""
 
     qweight: View
     qzeros: View
@@ -109,18 +109,18 @@ class Gptq(NamedTuple):
         return 1 << self.bits - 1
 
     def stored_zeros(self) -> Tensor:
-        """uint8 [G, N], as they are in the file"""
+        """Returns the zero points as stored in the file, uint8 [G, N]."""
         return unpacked(self.qzeros.read(), self.bits)[:, : self.rows]
 
     def zeros(self) -> Tensor:
-        """int16 [G, N]"""
+        """Returns the zero points, int16 [G, N]."""
         if self.symmetric:
             return torch.full(self.scales.shape, self.middle, dtype=torch.int16)
         assert self.zero_offset is not None
         return self.stored_zeros().to(torch.int16) + self.zero_offset
 
     def groups(self) -> Tensor:
-        """The group of every column, int64 [K]."""
+        """Returns the group of every column, int64 [K]."""
         assert self.g_idx is not None
         groups = self.g_idx.read().long()
         if len(groups) and (groups.min() < 0 or groups.max() >= self.scales.shape[0]):
@@ -133,11 +133,11 @@ class Gptq(NamedTuple):
         return not torch.equal(self.groups(), torch.arange(self.columns) // self.group_size)
 
     def codes(self) -> Tensor:
-        """uint8 [N, K / 2], or [N, K]: the words along K are the bytes of int4's rows, once transposed."""
+        """Returns uint8 [N, K / 2], or [N, K]; transposed words along K are the bytes of int4's rows."""
         return self.qweight.read().T.contiguous().view(torch.uint8)
 
     def dense(self, dtype: torch.dtype) -> Tensor:
-        """[N, K], each column with the scale and zero point of its group, rounded once."""
+        """Returns [N, K], decoded with the scale and zero point of each column's group, rounded once."""
         scales, zeros, groups = self.scales.read().float(), self.zeros(), self.groups()
         codes, out = self.codes(), torch.empty(self.rows, self.columns, dtype=dtype)
         for row in range(0, self.rows, 128):
@@ -160,8 +160,8 @@ class Gptq(NamedTuple):
 
 
 def gptq(matrices: list[tuple[Tensors, Packing]]) -> list[Matrix]:
-    """All matrices of a projection: uint4, or int4 and int8 if every zero point is the middle, or dense if
-    the columns of a group are not adjacent (act-order)."""
+    """Returns all matrices of a projection: uint4, or int4 and int8 if every zero point is the middle, or
+    dense if the columns of a group are not adjacent (act-order)."""
     parts = [_gptq(tensors, packing) for tensors, packing in matrices]
     if any(part.is_reordered() for part in parts):
         dtype = torch.float16 if parts[0].scales.dtype == torch.float16 else torch.bfloat16
@@ -214,9 +214,9 @@ def _with_known_zeros(part: Gptq) -> Gptq:
     offset = 0 if middle[0] else 1
     if not middle[1]:
         warn_once(
-            f"ktops: nothing in {folder} says how the zero points of the GPTQ weights are stored: assuming "
-            f"{'unchanged, as in gptq_v2' if middle[0] else 'minus one, as in gptq'}. If that is wrong, set "
-            "checkpoint_format in quantize_config.json"
+            f"ktops: nothing in {folder} specifies how the zero points of the GPTQ weights are stored; "
+            f"assuming {'unchanged, as in gptq_v2' if middle[0] else 'minus one, as in gptq'}. If that is "
+            "wrong, set checkpoint_format in quantize_config.json"
         )
     return part._replace(zero_offset=offset)
 
@@ -230,7 +230,7 @@ def _dense(parts: list[Gptq], dtype: torch.dtype) -> list[Matrix]:
     name = "fp16" if dtype == torch.float16 else "bf16"
     weights = sum(part.rows * part.columns for part in parts)
     warn_once(
-        f"ktops: the GPTQ weights were quantized in an order of their own (desc_act), so they are decoded to "
+        f"ktops: the GPTQ weights were quantized with reordered columns (desc_act), so they are decoded to "
         f"{name}, 16 bits per weight instead of about 4.5. Pass weight_format='int4' to quantize them again."
     )
     made = []
@@ -275,7 +275,7 @@ def awq(tensors: Tensors, packing: Packing) -> Matrix:
 
 
 def _in_awq_order(words: Tensor) -> Tensor:
-    """int32 [n, N / 8] -> uint8 [n, N]"""
+    """Unpacks int32 [n, N / 8] in AWQ's order into uint8 [n, N]."""
     packed = unpacked(words).unflatten(-1, (-1, 8))
     return packed[..., torch.tensor(AWQ_ORDER).argsort()].flatten(-2)
 
@@ -308,7 +308,7 @@ def pack_quantized(tensors: Tensors, packing: Packing) -> Matrix:
 
 
 def _width_and_columns(tensors: Tensors, packing: Packing) -> tuple[int, int]:
-    """From weight_shape, or from the config if there is none."""
+    """Returns bits and columns from weight_shape, or from the config if there is none."""
     weight, shape = tensors["weight_packed"], tensors.get("weight_shape")
     rows, words = weight.shape
     if shape is None:
@@ -328,8 +328,7 @@ def _packed_zeros(tensors: Tensors, packing: Packing, bits: int, shape: tuple[in
         if packing.symmetric is False:
             weight = tensors["weight_packed"]
             raise CheckpointError(
-                f"{weight}: weight_zero_point is missing beside it, but the quantization config says "
-                "symmetric: false"
+                f"{weight}: weight_zero_point is missing, but the quantization config says symmetric: false"
             )
         return None
     if zero.dtype == torch.int8:
@@ -346,6 +345,6 @@ def _expect_in_order(g_idx: View | None, columns: int, group_size: int) -> None:
     groups = g_idx.read().long()
     if not torch.equal(groups, torch.arange(columns) // group_size) and not (groups == -1).all():
         raise CheckpointError(
-            f"{g_idx}: groups whose columns are not adjacent are read from GPTQ only: save the checkpoint "
-            "with actorder='static'"
+            f"{g_idx}: groups with non-adjacent columns are supported only in GPTQ. Save the checkpoint with "
+            "actorder='static'"
         )

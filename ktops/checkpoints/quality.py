@@ -1,4 +1,4 @@
-"""The errors of a converted layer's experts relative to their source."""
+"""Measures the errors of a converted layer's experts relative to their source."""
 
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -6,36 +6,31 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ktops.checkpoints.activations import BY_HIDDEN_ACT
 from ktops.checkpoints.errors import CheckpointError
 from ktops.checkpoints.experts import float_rows, give_back_freed_memory
 from ktops.checkpoints.layer import Layer
 from ktops.formats.error import RelativeError
-from ktops.ops.activation import ACTIVATIONS as FUNCTIONS
+from ktops.ops.activation import ACTIVATIONS
 
 MOST_EXPERTS = 16
-"""The most experts of a layer that are compared, evenly spaced."""
+"""Maximum number of experts of a layer to compare, evenly spaced."""
 
 TOKENS = 32
-
-ACTIVATIONS = {
-    "silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_fast": "gelu_tanh",
-    "gelu_accurate": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu_python_tanh": "gelu_tanh",
-}  # fmt: skip
-"""hidden_act of config.json -> activation of the op."""
 
 KEYS = ("hidden_act", "hidden_activation", "mlp_hidden_act")
 """Names of the experts' activation in config.json."""
 
 
 class Activation(NamedTuple):
-    """The activation that outputs are compared with, None if they are not, and a note for the report."""
+    """The activation for comparing outputs, None if they are not compared, and a note for the report."""
 
     name: str | None
     note: str | None = None
 
 
 def find_activation(config: dict) -> Activation:
-    """The activation in a config.json, that of the text model if there are several.
+    """Returns the activation in a config.json, preferring the text model's if there are several.
 
     Example:
         >>> find_activation({"hidden_act": "gelu_pytorch_tanh"})
@@ -48,12 +43,12 @@ def find_activation(config: dict) -> Activation:
         given = next((part[key] for key in KEYS if part.get(key) is not None), None)
         if given is None:
             continue
-        if given not in ACTIVATIONS:
+        if given not in BY_HIDDEN_ACT:
             return Activation(None, f"outputs are not compared: ktops has no activation {given!r}")
         if part.get("swiglu_limit") is not None:
             return Activation(None, f"outputs are not compared: ktops has no {given!r} with a swiglu_limit")
-        return Activation(ACTIVATIONS[given])
-    return Activation("silu", "no config.json names the activation: outputs are compared with silu")
+        return Activation(BY_HIDDEN_ACT[given])
+    return Activation("silu", "no config.json names the activation; outputs are compared with silu")
 
 
 @dataclass(frozen=True)
@@ -61,12 +56,12 @@ class LayerQuality:
     """Relative errors (2-norm) of a converted layer.
 
     Attributes:
-        name: of the experts in the converted checkpoint.
+        name: name of the experts in the converted checkpoint.
         scheme: how the source stores them.
-        num_experts, measured_experts: in the layer, and compared.
-        gate_up_error, down_error: of the weights.
-        output_error: of each expert's output for random normal tokens; None if they were not compared.
-        bytes, bytes_bf16: of all weights of the layer, converted and in bf16.
+        num_experts, measured_experts: number of experts in the layer, and of those compared.
+        gate_up_error, down_error: errors of the weights.
+        output_error: error of the experts' outputs for random normal tokens; None if not compared.
+        bytes, bytes_bf16: size of all weights of the layer, converted and in bf16.
     """
 
     name: str
@@ -85,9 +80,9 @@ def compare(name: str, source: Layer, converted: Layer, activation: str | None) 
     """Compares two layers expert by expert, in float32.
 
     Args:
-        name: of the layer in the converted checkpoint.
+        name: name of the layer in the converted checkpoint.
         source, converted: the layers.
-        activation: of the experts, as of :func:`ktops.moe_sft`; None: outputs are not compared.
+        activation: of the experts, as in :func:`ktops.moe_sft`; None skips comparing outputs.
 
     Raises:
         CheckpointError: weights of the source are not finite.
@@ -118,8 +113,8 @@ def compare(name: str, source: Layer, converted: Layer, activation: str | None) 
 def _compare_expert(
     source: Layer, converted: Layer, index: int, tokens: Tensor, activation: str | None, errors: dict
 ) -> tuple[Tensor, Tensor] | None:
-    """Adds the errors of one expert's weights. Returns its outputs, converted and source, if there is an
-    activation. Only a few rows are floats at a time."""
+    """Adds the errors of one expert's weights. If there is an activation, returns the expert's outputs,
+    converted and source. Decodes only a few rows at a time."""
     made = expected = tokens
     for kind in ("gate_up", "down"):
         pair = [getattr(layer, f"{kind}_proj") for layer in (converted, source)]
@@ -144,4 +139,4 @@ def _compare_expert(
 
 def _activated(gate_up: Tensor, activation: str) -> Tensor:
     gate, up = gate_up.chunk(2, dim=1)
-    return FUNCTIONS[activation](gate)[0] * up
+    return ACTIVATIONS[activation](gate)[0] * up

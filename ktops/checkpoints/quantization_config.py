@@ -1,4 +1,4 @@
-"""What the quantization config, in config.json or a file beside it, says about packed weights."""
+"""Reads the settings of packed weights from the quantization config, in config.json or another file."""
 
 import json
 import re
@@ -10,26 +10,26 @@ from ktops.checkpoints.errors import CheckpointError
 
 CONFIG = "config.json"
 KEYS = ("quantization_config", "compression_config")
-"""In config.json; early compressed-tensors wrote the second one."""
+"""Keys in config.json; early versions of compressed-tensors wrote the second one."""
 
 FILES = ("quantize_config.json", "quant_config.json", "quantization_config.json")
-"""Files that hold the same alone: of AutoGPTQ and GPTQModel, of AWQ, of AutoRound."""
+"""Files with only the quantization config: of AutoGPTQ and GPTQModel, of AWQ, of AutoRound."""
 
 STORED_LESS_ONE = {"gptq": 1, "gptq_v2": 0, "gptq_p": 0}
-"""checkpoint_format -> what must be added to a stored zero point."""
+"""checkpoint_format -> offset to add to a stored zero point."""
 
 NAME = re.compile(r"[\w.]+")
-"""The name of a module, as opposed to a pattern."""
+"""Matches the name of a module, as opposed to a pattern."""
 
 
 class Packing(NamedTuple):
-    """What is known about the packed weights of one module; None: unknown.
+    """What is known about the packed weights of one module; None means unknown.
 
     Attributes:
-        bits: per weight.
-        group_size: columns that share a scale; -1: all.
-        symmetric: whether the zero point is the middle of the codes, whatever the file holds.
-        zero_offset: what must be added to GPTQ's stored zero points: 1, or 0 in version 2 of the format.
+        bits: bits per weight.
+        group_size: number of columns that share a scale; -1 means all.
+        symmetric: whether the zero point is the middle of the codes, regardless of what the file holds.
+        zero_offset: offset to add to GPTQ's stored zero points: 1, or 0 in version 2 of the format.
         layout: the method's tensor layout: "gptq_v2", "gemv".
         data_type: "int", "float", "mx_int", ...
     """
@@ -43,10 +43,10 @@ class Packing(NamedTuple):
 
 
 class _Part(NamedTuple):
-    """The quantization config of a model, or of a part of it.
+    """The quantization config of a model or of a part of it.
 
     Attributes:
-        owners: names of the part, outermost first: ("thinker", "text").
+        owners: names of the part, outermost first, such as ("thinker", "text").
         config: the settings for every module.
         names, patterns: settings for single modules, by name or by the first pattern that matches.
     """
@@ -57,7 +57,7 @@ class _Part(NamedTuple):
     patterns: list[tuple[re.Pattern, dict]]
 
     def own(self, module: str) -> dict:
-        """The settings for this module alone."""
+        """Returns the settings specific to this module."""
         if module in self.names:
             return self.names[module]
         return next((said for pattern, said in self.patterns if pattern.match(module)), {})
@@ -67,8 +67,8 @@ class QuantizationConfig:
     """The quantization config of a checkpoint, or of the parts of a composite model.
 
     Args:
-        config: of config.json.
-        beside: of one of FILES, for what config.json does not say.
+        config: the contents of config.json.
+        beside: the contents of one of FILES, for settings that config.json lacks.
 
     Example:
         >>> config = {"quantization_config": {"quant_method": "gptq", "bits": 4, "sym": True}}
@@ -81,12 +81,12 @@ class QuantizationConfig:
         self._parts = [_part(*part) for part in found or [((), beside or {})]]
 
     def __str__(self) -> str:
-        """For messages: "quant_method bitsandbytes"; empty if nothing is known."""
+        """Returns "quant_method bitsandbytes", for messages; empty if nothing is known."""
         methods = dict.fromkeys(_method(part.config) for part in self._parts)
         return " and ".join(f"quant_method {method}" for method in methods if method)
 
     def packing(self, module: str) -> Packing:
-        """What is known about a module, by its name in the checkpoint."""
+        """Returns what is known about a module, by its name in the checkpoint."""
         names = set(module.split("."))
         part = max(self._parts, key=lambda part: len(names.intersection(part.owners)))
         config, method = part.config, _method(part.config)
@@ -102,7 +102,7 @@ class QuantizationConfig:
 
 
 def read_quantization_config(folder: Path, config: dict) -> QuantizationConfig:
-    """The quantization config in a config.json and the other files of its folder.
+    """Reads the quantization config from a config.json and the other files of its folder.
 
     Raises:
         CheckpointError: a file is not a JSON object.
@@ -112,10 +112,10 @@ def read_quantization_config(folder: Path, config: dict) -> QuantizationConfig:
 
 
 def read_json(path: Path) -> dict:
-    """The object in a JSON file.
+    """Reads the object in a JSON file.
 
     Raises:
-        CheckpointError: naming the file.
+        CheckpointError: the file cannot be read or is not a JSON object; the message names it.
     """
     try:
         value = json.loads(path.read_text())
@@ -127,7 +127,7 @@ def read_json(path: Path) -> dict:
 
 
 def sub_configs(config: Mapping) -> dict[str, Mapping]:
-    """The configs of the parts of a composite model, such as text_config, by key."""
+    """Returns the configs of the parts of a composite model, such as text_config, by key."""
     return {
         key: part
         for key, part in config.items()
@@ -136,7 +136,7 @@ def sub_configs(config: Mapping) -> dict[str, Mapping]:
 
 
 def _configs(config: Mapping, owners: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], dict]]:
-    """The quantization configs in a config and its sub-configs, with their parts of the model."""
+    """Yields the quantization configs in a config and its sub-configs, with their parts of the model."""
     for key in KEYS:
         if isinstance(config.get(key), dict) and config[key]:
             yield owners, config[key]
@@ -146,7 +146,7 @@ def _configs(config: Mapping, owners: tuple[str, ...]) -> Iterator[tuple[tuple[s
 
 
 def _text(config: dict, *keys: str) -> str | None:
-    """The first of these values that is a string, in lower case."""
+    """Returns the first of these values that is a string, in lowercase."""
     found = (config[key] for key in keys if isinstance(config.get(key), str))
     return next((value.lower() for value in found), None)
 
@@ -162,7 +162,7 @@ def _layout(config: dict, method: str | None) -> str | None:
 
 
 def _is_gptq(config: dict, method: str | None) -> bool:
-    """By the method, or by the keys that AutoGPTQ's own file, which names no method, always has."""
+    """True by the method, or by the keys that AutoGPTQ's own file always has, which names no method."""
     return method == "gptq" or (method is None and "bits" in config and "desc_act" in config)
 
 
@@ -176,7 +176,7 @@ def _zero_offset(config: dict, method: str | None) -> int | None:
 
 
 def _value(config: dict, kind: type, *keys: str):
-    """The first of these values that has this type; None if there is none."""
+    """Returns the first of these values with this type; None if there is none."""
     return next((config[key] for key in keys if type(config.get(key)) is kind), None)
 
 
@@ -185,7 +185,7 @@ def _dict(config: dict, key: str) -> dict:
 
 
 def _compiled(pattern: str) -> list[re.Pattern]:
-    """One pattern, or none if this is not a regular expression."""
+    """Returns one pattern, or none if this is not a regular expression."""
     try:
         return [re.compile(pattern)]
     except (re.error, RecursionError, OverflowError):
@@ -195,7 +195,7 @@ def _compiled(pattern: str) -> list[re.Pattern]:
 def _part(owners: tuple[str, ...], config: dict) -> _Part:
     """Reads GPTQModel's ``dynamic``, AutoRound's ``extra_config``, compressed-tensors' ``config_groups``.
 
-    The last has targets: module names, patterns after "re:", or class names, which for experts is Linear.
+    The last has targets: module names, patterns after "re:", or class names, for experts Linear.
     """
     names: dict[str, dict] = {}
     patterns: list[tuple[re.Pattern, dict]] = []

@@ -1,6 +1,6 @@
-"""Safetensors files: the header, checked before anything of the file is used.
+"""Reads the header of safetensors files, checking it before any other part of the file is used.
 
-Layout: 8 bytes, the length of the header; the header, JSON; the tensors one after the other, without gaps.
+Layout: 8 bytes with the length of the header; the header in JSON; the tensors, contiguous and without gaps.
 """
 
 import json
@@ -20,18 +20,18 @@ DTYPES = {
     "U16": torch.uint16, "U32": torch.uint32, "U64": torch.uint64, "BOOL": torch.bool, "F4": torch.uint8,
     "C64": torch.complex64,
 }  # fmt: skip
-"""Scales F8_E8M0 are read as the bytes that they are, F4 as bytes of two."""
+"""F8_E8M0 scales are read as bytes, F4 as bytes with two values each."""
 
 MAX_DIMENSIONS = 16
 MAX_HEADER = 100_000_000
-"""What the safetensors library reads at most."""
+"""The largest header that the safetensors library reads."""
 
 
 def read_views(path: Path) -> dict[str, View]:
-    """The tensors of a safetensors file by name.
+    """Returns the tensors of a safetensors file by name.
 
     Raises:
-        CheckpointError: the file is not one, or truncated, or its header does not fit the file.
+        CheckpointError: the file is not a safetensors file, is truncated, or does not match its header.
     """
     file = TensorFile(path)
     header, start = _header(file)
@@ -42,11 +42,11 @@ def read_views(path: Path) -> dict[str, View]:
     for view in sorted(views.values(), key=lambda view: (view.offset, view.nbytes)):
         if view.offset != position:
             raise CheckpointError(
-                f"{view}: begins at byte {view.offset}, where {position} is expected: a damaged header"
+                f"{view}: damaged header: the tensor begins at byte {view.offset}, expected {position}"
             )
         position += view.nbytes
     if position != file.size:
-        raise CheckpointError(f"{path}: must have {position} bytes by its header, got {file.size}")
+        raise CheckpointError(f"{path}: must have {position} bytes according to its header, got {file.size}")
     return views
 
 
@@ -73,7 +73,7 @@ def _header(file: TensorFile) -> tuple[dict, int]:
 
 
 def _is_list_of_sizes(value) -> TypeGuard[list[int]]:
-    """Not too many and none too large, so that their product is soon calculated."""
+    """True for a list of sizes, limited in number and size so that their product is cheap to compute."""
     return (
         isinstance(value, list)
         and len(value) <= MAX_DIMENSIONS
@@ -87,7 +87,7 @@ def _view(file: TensorFile, start: int, name: str, entry) -> View:
         raise CheckpointError(f"{where}: the header entry has no dtype, shape and data_offsets")
     shape, offsets, kind = entry.get("shape"), entry.get("data_offsets"), entry.get("dtype")
     if not _is_list_of_sizes(shape) or not _is_list_of_sizes(offsets) or len(offsets) != 2:
-        raise CheckpointError(f"{where}: shape {shape} or data_offsets {offsets} of the header are not sizes")
+        raise CheckpointError(f"{where}: shape {shape} or data_offsets {offsets} in the header are not sizes")
     dtype = DTYPES.get(kind) if isinstance(kind, str) else None
     begin, end = offsets
     if begin > end or start + end > file.size:

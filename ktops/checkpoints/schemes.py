@@ -1,6 +1,6 @@
-"""The ways in which checkpoints store a matrix, told by the tensors there are, and the format each one is.
+"""Identifies how a checkpoint stores a matrix from its tensors, and maps each scheme to a format.
 
-The tensors of a matrix go by what follows its name: ``weight``, ``weight_scale_inv``, ``qweight`` and so on.
+The tensors of a matrix are named by what follows its name: ``weight``, ``weight_scale_inv``, ``qweight``, ...
 """
 
 import json
@@ -21,7 +21,7 @@ from ktops.formats.gguf_blocks import BLOCKS
 from ktops.formats.plain import PLAIN
 
 SCALES = ("weight_scale_inv", "weight_scale", "scale_inv", "scale", "scales")
-"""What the scales of floating-point and 8-bit weights are called."""
+"""Names of the scales of floating-point and 8-bit weights."""
 
 OF_ACTIVATIONS = re.compile(
     "(input|output|act|activation|k|v|kv|q|attn|kv_cache)_"
@@ -30,15 +30,15 @@ OF_ACTIVATIONS = re.compile(
 """Tensors that describe activations, not weights."""
 
 LOOKED_UP = ("bias", "g_idx", "weight_g_idx", "weight_shape")
-"""Optional tensors, which do not identify a scheme."""
+"""Optional tensors that do not identify a scheme."""
 
 GPTQ = ("qweight", "qzeros", "scales")
 
 OTHERS = {
     "weight_global_scale": "NVFP4",
     "weight_scale_2": "NVFP4 of ModelOpt",
-    "pre_quant_scale": "weights of scaled activations (AWQ of ModelOpt, SmoothQuant)",
-    "smooth_scale": "weights of scaled activations",
+    "pre_quant_scale": "weights for scaled activations (AWQ of ModelOpt, SmoothQuant)",
+    "smooth_scale": "weights for scaled activations",
     "SCB": "LLM.int8 of bitsandbytes",
     "absmax": "4 bits of bitsandbytes",
     "W_q": "HQQ",
@@ -51,26 +51,26 @@ OTHERS = {
     "B": "Marlin",
     "weight_zero_point": "8 bits with zero points",
 }
-"""Tensors that identify schemes which are not read."""
+"""Tensors that identify unsupported schemes."""
 
 BLOCK = 128
 
 
 def is_of_activations(name: str) -> bool:
-    """Whether a tensor describes activations, by the part of its name after the matrix'."""
+    """True if a tensor describes activations, by the part of its name after that of the matrix."""
     return OF_ACTIVATIONS.fullmatch(name) is not None
 
 
 def matrices(parts: list[Tensors], config: QuantizationConfig, *, stacked: bool) -> list[Matrix]:
-    """The matrices of a layer's projection, checked: shapes and dtypes, groups and zero points if packed.
+    """Returns the checked matrices of a layer's projection: shapes, dtypes and, if packed, groups and zeros.
 
     Args:
         parts: the tensors of each matrix, of all experts; schemes may differ.
-        config: of the checkpoint, for packed weights.
-        stacked: whether gate and up are stacked, so that blocks of rows must fit together.
+        config: the quantization config of the checkpoint, for packed weights.
+        stacked: whether gate and up will be stacked, so that blocks of rows must fit together.
 
     Raises:
-        CheckpointError: naming the tensor and the file.
+        CheckpointError: a tensor is missing or wrong; the message names the tensor and the file.
     """
     kinds: dict[frozenset[str], list[int]] = {}
     for index, tensors in enumerate(parts):
@@ -92,7 +92,7 @@ def _packing(tensors: Tensors, config: QuantizationConfig) -> Packing:
 
 
 def _alike(names: frozenset[str], parts: list[tuple[Tensors, Packing]], stacked: bool) -> list[Matrix]:
-    """Matrices with tensors of the same names."""
+    """Returns matrices whose tensors have the same names."""
     if names.issuperset(GPTQ):
         for tensors, _ in parts:
             _expect_no_others(tensors, *GPTQ)
@@ -103,7 +103,7 @@ def _alike(names: frozenset[str], parts: list[tuple[Tensors, Packing]], stacked:
 
 
 def _expect_complete(parts: list[Tensors], kinds: dict[frozenset[str], list[int]]) -> None:
-    """Several schemes are fine, but not matrices with only some of the tensors that others have."""
+    """Allows several schemes, but no matrices that have only some of the tensors that others have."""
     for names, indices in kinds.items():
         larger = next((other for other in kinds if names < other), None)
         tensors = parts[indices[0]]
@@ -122,7 +122,7 @@ def _expect_no_others(tensors: Tensors, *used: str) -> None:
         known = ", ".join(sorted(set(tensors) - set(others))) or "nothing else"
         raise UnknownScheme(
             f"{tensors[others[0]]}: unknown scheme: {_called(others)}ktops does not know what "
-            f"{', '.join(others)} mean beside {known}"
+            f"{', '.join(others)} mean in addition to {known}"
         )
 
 
@@ -177,7 +177,7 @@ def _matrix(tensors: Tensors, packing: Packing, stacked: bool) -> Matrix:
 
 
 def _scaled(weight: View, scale: View, packing: Packing, stacked: bool) -> Matrix:
-    """8-bit and 4-bit weights with a scale, told by dtypes and shapes."""
+    """Returns 8-bit and 4-bit weights with a scale, identified by dtypes and shapes."""
     rows, columns = weight.shape
     groups = (rows, -(-columns // 32))
     if weight.dtype == torch.float8_e4m3fn and scale.dtype == torch.uint8 and scale.shape == groups:
@@ -195,7 +195,7 @@ def _scaled(weight: View, scale: View, packing: Packing, stacked: bool) -> Matri
 
 
 def _int8(weight: View, scale: View) -> Matrix:
-    """With a scale per row, per tensor, or per group of columns."""
+    """Returns int8 weights with a scale per row, per tensor, or per group of columns."""
     rows, columns = weight.shape
     groups = scale.shape[1] if scale.dim == 2 and scale.shape[0] == rows else 1
     if groups <= 1 or columns % groups:
@@ -207,7 +207,7 @@ def _int8(weight: View, scale: View) -> Matrix:
 
 
 def _expect_floats(weight: View, packing: Packing) -> None:
-    """Tells MXFP4 from integers with E8M0 scales, which have the same tensors."""
+    """Raises UnknownScheme for integers with E8M0 scales, which have the same tensors as MXFP4."""
     if packing.data_type is not None and "int" in packing.data_type:
         raise UnknownScheme(
             f"{weight}: unknown scheme: 4-bit weights with E8M0 scales must be floats, but the quantization "
@@ -216,7 +216,7 @@ def _expect_floats(weight: View, packing: Packing) -> None:
 
 
 def _per_row(weight: View, scale: View) -> Field:
-    """A scale of every row, [N, 1], from one of them or one of the tensor."""
+    """Returns a scale per row, [N, 1], from one per row or one per tensor."""
     rows = weight.shape[0]
     if scale.dtype not in FLOAT_SCALES:
         raise CheckpointError(f"{scale}: must be a floating scale, got {scale.dtype}")
@@ -257,7 +257,7 @@ def _microscaling(name: str, weight: View, scale: View) -> Matrix:
 
 
 def _gpt_oss(tensors: Tensors) -> Matrix:
-    """mxfp4, blocks [N, K / 32, 16] and scales [N, K / 32]"""
+    """Returns mxfp4 weights from blocks [N, K / 32, 16] and scales [N, K / 32]."""
     blocks, scales = tensors["blocks"], tensors.get("scales")
     if scales is None:
         raise CheckpointError(f"{blocks}: its scales are missing")
@@ -268,10 +268,10 @@ def _gpt_oss(tensors: Tensors) -> Matrix:
 
 
 def _compressed(tensors: Tensors, packing: Packing) -> Matrix:
-    """compressed-tensors' pack-quantized, or its mxfp4-pack-quantized."""
+    """Returns weights from compressed-tensors' pack-quantized or mxfp4-pack-quantized."""
     weight, scale = tensors["weight_packed"], tensors.get("weight_scale")
     if scale is None:
-        raise CheckpointError(f"{weight}: weight_scale is missing beside it")
+        raise CheckpointError(f"{weight}: weight_scale is missing")
     if weight.dtype == torch.uint8 and scale.dtype == torch.uint8:
         _expect_no_others(tensors, "weight_packed", "weight_scale")
         expect_dim(weight, 2)
@@ -295,7 +295,7 @@ def _gguf(weight: View) -> Matrix:
 
 
 def own_layout(view: View) -> dict:
-    """What ExpertWeight's extra state says: format, shape, group_size."""
+    """Returns format, shape and group_size from ExpertWeight's extra state."""
     try:
         layout = json.loads(bytes(view.read().tolist()))
         name, (experts, rows, columns), size = layout["format"], layout["shape"], layout["group_size"]
@@ -303,12 +303,12 @@ def own_layout(view: View) -> dict:
         if not all(type(value) is int and value >= 0 for value in (experts, rows, columns, size)):
             raise ValueError("sizes must not be negative")
     except (ValueError, TypeError, KeyError, OverflowError) as error:
-        raise CheckpointError(f"{view}: is not the layout of an ExpertWeight: {error!r}") from None
+        raise CheckpointError(f"{view}: not the layout of an ExpertWeight: {error!r}") from None
     return layout
 
 
 def _own(tensors: Tensors) -> Matrix:
-    """What ktops has written, one expert of it."""
+    """Returns one expert of a layer that ktops wrote."""
     layout = own_layout(tensors["_extra_state"])
     if "weight" not in tensors:
         raise CheckpointError(f"{tensors['_extra_state']}: its weight is missing")
@@ -328,7 +328,7 @@ def _own(tensors: Tensors) -> Matrix:
 
 
 def transposed(tensors: Tensors) -> Matrix:
-    """A dense matrix that lies in the file as [K, N]."""
+    """Returns a dense matrix that the file stores as [K, N]."""
     weight = tensors["weight"]
     _expect_no_others(tensors, "weight")
     expect_dim(weight, 2)
@@ -341,7 +341,7 @@ def transposed(tensors: Tensors) -> Matrix:
 
 
 def deinterleaved(matrix: Matrix) -> Matrix:
-    """Gate and up in alternate rows -> all rows of the gate, then those of up."""
+    """Reorders alternating rows of gate and up: first all gate rows, then all up rows."""
 
     def sorted_rows(tensor: Tensor) -> Tensor:
         return torch.cat([tensor[0::2], tensor[1::2]])

@@ -1,4 +1,4 @@
-"""A tensor in a file: where its bytes lie, and the two ways to them."""
+"""A tensor in a file: where its bytes are, and how to read or map them."""
 
 import math
 import mmap
@@ -14,11 +14,11 @@ from torch import Tensor
 from ktops.checkpoints.errors import CheckpointError
 
 MAP_NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000)
-"""So that a private mapping larger than memory is not refused; the mmap module has it since Python 3.13."""
+"""Allows private mappings larger than memory; the mmap module has it since Python 3.13."""
 
 
 class TensorFile:
-    """A file of tensors: opened at the first read, closed with the last view of it."""
+    """A file of tensors, opened at the first read and closed with its last view."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -38,12 +38,12 @@ class TensorFile:
 
     @cached_property
     def mapped(self) -> mmap.mmap:
-        """The whole file: shared with every process that maps it, until someone writes to the memory."""
+        """The whole file, shared with every process that maps it until the memory is written to."""
         flags = mmap.MAP_PRIVATE | MAP_NORESERVE
         return mmap.mmap(self._descriptor, self.size, flags=flags, prot=mmap.PROT_READ | mmap.PROT_WRITE)
 
     def read(self, offset: int, memory: memoryview) -> None:
-        """Fills memory with the bytes from offset on."""
+        """Fills memory with the bytes starting at offset."""
         while memory:
             count = os.preadv(self._descriptor, [memory], offset)
             if count == 0:
@@ -56,11 +56,11 @@ class View:
     """A tensor, or a part of one, in a file.
 
     Attributes:
-        name: of the whole tensor.
+        name: name of the whole tensor.
         file, offset: where its bytes begin.
-        dtype, shape: of the tensor.
-        blocks: name of the type, where these are ggml's blocks of bytes.
-        columns: weights in a row of blocks.
+        dtype, shape: of the view.
+        blocks: name of the type if these are bytes of ggml blocks.
+        columns: number of weights in a row of blocks.
     """
 
     name: str
@@ -88,24 +88,24 @@ class View:
         return self.shape if self.columns is None else (*self.shape[:-1], self.columns)
 
     def select(self, index: int) -> "View":
-        """The slice at an index of the first dimension."""
+        """Returns the slice at an index of the first dimension."""
         part = replace(self, shape=self.shape[1:])
         return replace(part, offset=self.offset + index * part.nbytes)
 
     def tail(self, count: int) -> "View":
-        """The last ``count`` elements of a one-dimensional tensor."""
+        """Returns the last ``count`` elements of a one-dimensional tensor."""
         first = max(self.shape[0] - count, 0)
         offset = self.offset + first * self.dtype.itemsize
         return replace(self, offset=offset, shape=(self.shape[0] - first,))
 
     def viewed(self, dtype: torch.dtype, *shape: int) -> "View":
-        """The same bytes as another dtype and shape."""
+        """Returns the same bytes with another dtype and shape."""
         other = replace(self, dtype=dtype, shape=shape, columns=None)
         assert other.nbytes == self.nbytes
         return other
 
     def read(self) -> Tensor:
-        """A copy in memory."""
+        """Returns a copy in memory."""
         out = torch.empty(self.shape, dtype=self.dtype)
         self.read_into(out)
         return out
@@ -117,7 +117,7 @@ class View:
             self.file.read(self.offset, memoryview(out.view(-1).view(torch.uint8).numpy()))
 
     def map(self) -> Tensor:
-        """A tensor over the mapped file: nothing is read until it is used."""
+        """Returns a tensor backed by the mapped file; nothing is read until it is used."""
         if not math.prod(self.shape):
             return torch.empty(self.shape, dtype=self.dtype)
         count = math.prod(self.shape)

@@ -1,10 +1,10 @@
 """CheckpointWriter: writes a directory that ktops can map, one expert in memory at a time.
 
-The directory holds ``experts-00000.safetensors`` and so on, one file for every layer, with the keys that
+The directory holds ``experts-00000.safetensors`` and so on, one file per layer, with the keys that
 :class:`ktops.nn.KTExperts` has in a state dict: ``{experts}.gate_up_proj.weight``, ``.scale``, ``.zero`` and
 ``._extra_state``, the format as JSON. ``ktops.json`` lists these files with their sizes. The other tensors of
-the model are in ``model-*.safetensors``; transformers' index lists both. All bytes are in the order that
-``docs/formats.md`` gives: they do not depend on CPU, NUMA nodes or threads.
+the model are in ``model-*.safetensors``; transformers' index lists both. All bytes are in the order defined
+in ``docs/formats.md``, and do not depend on CPU, NUMA nodes or threads.
 """
 
 import json
@@ -33,20 +33,20 @@ ALIGNMENT = 64
 
 
 def extra_state(experts: Experts) -> Tensor:
-    """The extra state of an :class:`ktops.ExpertWeight` of these experts."""
+    """Returns the extra state of an :class:`ktops.ExpertWeight` for these experts."""
     layout = {"format": experts.format, "shape": list(experts.shape), "group_size": experts.group_size}
     return torch.frombuffer(bytearray(json.dumps(layout).encode()), dtype=torch.uint8)
 
 
 class SafetensorsStream:
-    """A safetensors file whose tensors are written in any order, in parts.
+    """Writes a safetensors file whose tensors may come in any order and in parts.
 
-    The file has its name once it is complete; until then the name ends in ``.tmp``.
+    Until the file is complete, its name ends in ``.tmp``.
 
     Args:
-        path: of the file.
-        tensors: dtype and shape of each, by name.
-        metadata: strings, for the header.
+        path: path of the file.
+        tensors: dtype and shape of each tensor, by name.
+        metadata: strings for the header.
     """
 
     def __init__(
@@ -99,18 +99,18 @@ class SafetensorsStream:
 
 
 class CheckpointWriter:
-    """Writes a ktops directory. Until :meth:`finish` it is called ``{path}.partial`` and does not load.
+    """Writes a ktops directory. Until :meth:`finish`, its name is ``{path}.partial`` and it does not load.
 
-    A writer that was interrupted goes on where it was, if it is made again with the same settings: skip what
-    :meth:`has` knows. With other settings it begins anew.
+    A new writer with the same settings continues an interrupted one; skip the layers that :meth:`has`
+    reports. A writer with other settings starts over.
 
     Args:
-        path: of the directory to be.
-        settings: what the result depends on, as JSON: source, format, group size.
-        overwrite: replace a directory that is there.
+        path: the directory to create.
+        settings: everything the result depends on, as JSON: source, format, group size.
+        overwrite: replace an existing directory.
 
     Raises:
-        CheckpointError: path exists.
+        CheckpointError: path exists and overwrite is False.
 
     Example:
         >>> source = open_checkpoint("Qwen3-30B-A3B")
@@ -127,7 +127,7 @@ class CheckpointWriter:
     def __init__(self, path: str | Path, settings: dict | None = None, *, overwrite: bool = False) -> None:
         self.path, self.overwrite = Path(path), overwrite
         if self.path.exists() and not overwrite:
-            raise CheckpointError(f"{self.path}: exists already: give another path, or overwrite=True")
+            raise CheckpointError(f"{self.path}: already exists. Pass another path, or overwrite=True")
         self.partial = self.partial_path(self.path)
         self.settings = json.loads(json.dumps({"version": VERSION, **(settings or {})}))
         self._progress = self._resume() or {"settings": self.settings, "layers": {}, "tensors": {}}
@@ -135,11 +135,11 @@ class CheckpointWriter:
 
     @staticmethod
     def partial_path(path: Path) -> Path:
-        """What a directory is called until it is finished."""
+        """Returns the path of a directory until it is finished."""
         return path.with_name(path.name + ".partial")
 
     def _resume(self) -> dict | None:
-        """What an interrupted writer has done; None, and its files are gone, if it was of other settings."""
+        """Returns an interrupted writer's progress; if it does not match, deletes its files, returns None."""
         try:
             progress = json.loads((self.partial / PROGRESS).read_text())
             files = [*progress["layers"].values(), *progress["tensors"].values()]
@@ -155,15 +155,15 @@ class CheckpointWriter:
 
     @property
     def finished_layers(self) -> list[str]:
-        """The names of the layers that are written."""
+        """The names of the layers written so far."""
         return list(self._progress["layers"])
 
     def has(self, name: str) -> bool:
-        """Whether the experts of this name are written."""
+        """True if the experts with this name have been written."""
         return name in self._progress["layers"]
 
     def layer_file(self, name: str) -> Path:
-        """The file with the experts of this name, which is complete."""
+        """Returns the complete file with the experts of this name."""
         return self.partial / self._progress["layers"][name]["file"]
 
     def write_layer(
@@ -179,13 +179,13 @@ class CheckpointWriter:
         """Writes the experts of a layer.
 
         Args:
-            name: of the experts module, "model.layers.3.mlp.experts".
+            name: name of the experts module, such as "model.layers.3.mlp.experts".
             gate_up_proj, down_proj: [E, 2I, H] and [E, H, I]; an :class:`Experts` is read expert by expert.
             gate_up_proj_bias, down_proj_bias: [E, 2I] and [E, H].
-            step: called with the number of experts of a projection written.
+            step: called with the number of experts of a projection that were written.
 
         Returns:
-            Bytes written.
+            The number of bytes written.
         """
         both = {"gate_up_proj": _experts(gate_up_proj), "down_proj": _experts(down_proj)}
         biases = {"gate_up_proj_bias": gate_up_proj_bias, "down_proj_bias": down_proj_bias}
@@ -220,11 +220,11 @@ class CheckpointWriter:
     def write_tensors(
         self, tensors: Mapping[str, View | Tensor], *, max_bytes: int = 4 << 30, step: Step = no_step
     ) -> None:
-        """Writes the tensors of the model that are not experts', one in memory at a time.
+        """Writes the tensors of the model that do not belong to experts, one in memory at a time.
 
         Args:
-            tensors: by name, in memory or in files.
-            max_bytes: of a file.
+            tensors: tensors by name, in memory or in files.
+            max_bytes: maximum size of a file.
             step: called with 1 for every tensor.
         """
         files: list[dict[str, View | Tensor]] = [{}]
@@ -247,7 +247,7 @@ class CheckpointWriter:
             self._done("tensors", path.name, path, list(part))
 
     def copy(self, files: Iterable[Path]) -> None:
-        """Copies small files as they are: configuration, tokenizer, license. Not the index of the source."""
+        """Copies small files unchanged: configuration, tokenizer, license, but not the source's index."""
         for file in files:
             if file.name not in (INDEX, MANIFEST, PROGRESS):
                 shutil.copyfile(file, self.partial / file.name)
@@ -257,10 +257,10 @@ class CheckpointWriter:
         _write_json(self.partial / CONFIG, config)
 
     def finish(self) -> Path:
-        """Makes the directory a checkpoint: writes the lists of files and gives it its name.
+        """Completes the checkpoint: writes the lists of files and renames the directory.
 
         Returns:
-            The path.
+            The path of the directory.
         """
         layers, tensors = self._progress["layers"].values(), self._progress["tensors"].values()
         if tensors:
@@ -298,7 +298,7 @@ class CheckpointWriter:
 
 
 def checksum(path: Path) -> int:
-    """CRC-32 of a file."""
+    """Returns the CRC-32 of a file."""
     value = 0
     with path.open("rb") as file:
         while block := file.read(1 << 20):

@@ -1,5 +1,4 @@
-"""The commands and their options. What they do is imported when they run, so that help and info answer at
-once."""
+"""The commands and their options. Their implementations are imported when a command runs, so help is fast."""
 
 from pathlib import Path
 from typing import Annotated
@@ -23,7 +22,7 @@ _LORA = "Adapter"
 _TRAINING = "Training"
 _RUN = "Run"
 
-_GROUP_SIZE = "Weights that share a scale, 0 for rows."
+_GROUP_SIZE = "Number of weights that share a scale; 0 for one scale per row."
 _METHOD = "How scales are chosen."
 
 
@@ -46,7 +45,7 @@ def _root(
 def info(
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Show what ktops finds on this machine: versions, kernels, threads, NUMA nodes, memory."""
+    """Show this machine's versions, kernels, threads, NUMA nodes and memory."""
     from ktops.cli.info import collect, show
 
     show(collect(), as_json=json)
@@ -57,17 +56,17 @@ def convert(
     source: Annotated[
         Path, typer.Argument(metavar="SRC", help="Model directory with safetensors, or a GGUF file.")
     ],
-    destination: Annotated[Path, typer.Argument(metavar="DST", help="Directory to be written.")],
+    destination: Annotated[Path, typer.Argument(metavar="DST", help="Directory to write.")],
     weight_format: Annotated[
-        str, typer.Option("--format", metavar="NAME", help="Of the experts: int4, int8, q4_k ...")
+        str, typer.Option("--format", metavar="NAME", help="Format of the experts: int4, int8, q4_k ...")
     ],
     group_size: Annotated[int | None, typer.Option(help=_GROUP_SIZE)] = None,
     method: Annotated[str | None, typer.Option(metavar="rtn|mse|hqq", help=_METHOD)] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace DST.")] = False,
 ) -> None:
-    """Write a checkpoint with its experts in a weight format, for ktops.load_experts.
+    """Convert the experts of a checkpoint to a weight format, for ktops.load_experts.
 
-    Streams expert by expert. DST has its name when it is complete; interrupted, the same command goes on.
+    Streams expert by expert. DST appears once it is complete. If interrupted, the same command continues.
     """
     from ktops.cli.command import run_convert
 
@@ -81,7 +80,7 @@ def finetune(
         str | None,
         typer.Option(
             metavar="DIR",
-            help="Hugging Face model directory with safetensors and tokenizer. Without it: a small model.",
+            help="Hugging Face model directory with safetensors and tokenizer. Default: a small model.",
             rich_help_panel=_MODEL,
         ),
     ] = None,
@@ -89,8 +88,8 @@ def finetune(
         str | None,
         typer.Option(
             metavar="FILE",
-            help="JSON or JSONL: messages, conversations, prompt and completion, alpaca (instruction, input, "
-            "output) or text.",
+            help="JSON or JSONL file of messages, conversations, prompt and completion, alpaca (instruction, "
+            "input, output) or text.",
             rich_help_panel=_MODEL,
         ),
     ] = None,
@@ -98,19 +97,19 @@ def finetune(
         str,
         typer.Option(
             metavar="NAMES",
-            help="Keys of records and messages in FILE to leave out: id,source. Otherwise a key that the "
-            "chat template doesn't write is an error.",
+            help="Keys of records and messages in FILE to leave out, such as id,source. Otherwise, a key "
+            "that the chat template doesn't write is an error.",
             rich_help_panel=_MODEL,
         ),
     ] = "",
     eval_fraction: Annotated[
-        float, typer.Option(help="Share of the examples in FILE that is held out.", rich_help_panel=_MODEL)
+        float, typer.Option(help="Fraction of the examples in FILE to hold out.", rich_help_panel=_MODEL)
     ] = 0.05,
     max_length: Annotated[
-        int, typer.Option(help="Longest sequence in tokens; longer ones are cut.", rich_help_panel=_MODEL)
+        int, typer.Option(help="Maximum tokens per sequence; longer ones are cut.", rich_help_panel=_MODEL)
     ] = 1024,
     lora_rank: Annotated[
-        int, typer.Option(help="Rank of the adapters, on experts per expert.", rich_help_panel=_LORA)
+        int, typer.Option(help="Rank of the adapters; for experts, per expert.", rich_help_panel=_LORA)
     ] = 16,
     lora_alpha: Annotated[
         float | None,
@@ -120,14 +119,14 @@ def finetune(
         str,
         typer.Option(
             metavar="NAMES",
-            help="What gets adapters: attention, experts or names of linear layers, with commas between.",
+            help="Where to add adapters: attention, experts or names of linear layers, separated by commas.",
             rich_help_panel=_LORA,
         ),
     ] = "attention,experts",
     max_steps: Annotated[
         int | None,
         typer.Option(
-            help="Optimizer steps; goes before --epochs. (small model: 200)", rich_help_panel=_TRAINING
+            help="Optimizer steps; overrides --epochs. (small model: 200)", rich_help_panel=_TRAINING
         ),
     ] = None,
     epochs: Annotated[
@@ -141,19 +140,20 @@ def finetune(
     ] = None,
     batch_size: Annotated[
         int | None,
-        typer.Option(help="Sequences at a time. (default: 4; small model: 16)", rich_help_panel=_TRAINING),
+        typer.Option(help="Sequences per batch. (default: 4; small model: 16)", rich_help_panel=_TRAINING),
     ] = None,
     gradient_accumulation_steps: Annotated[
-        int, typer.Option(help="Batches in one optimizer step.", rich_help_panel=_TRAINING)
+        int, typer.Option(help="Batches per optimizer step.", rich_help_panel=_TRAINING)
     ] = 1,
     dtype: Annotated[
-        str, typer.Option(metavar="bf16|f32", help="Weights and activations.", rich_help_panel=_TRAINING)
+        str,
+        typer.Option(metavar="bf16|f32", help="Dtype of weights and activations.", rich_help_panel=_TRAINING),
     ] = "bf16",
     experts_implementation: Annotated[
         str,
         typer.Option(
             metavar="NAME",
-            help="ktops, or one of transformers' own to compare with: eager, grouped_mm, batched_mm.",
+            help="ktops, or one of transformers' own for comparison: eager, grouped_mm, batched_mm.",
             rich_help_panel=_TRAINING,
         ),
     ] = "ktops",
@@ -161,7 +161,7 @@ def finetune(
         str | None,
         typer.Option(
             metavar="NAME",
-            help="Keep the experts' weights in this format (int4, int8, q4_k ...) and train adapters on it.",
+            help="Quantize the experts to this format (int4, int8, q4_k ...) and train adapters on them.",
             rich_help_panel=_FORMAT,
         ),
     ] = None,
@@ -177,13 +177,13 @@ def finetune(
         int | None,
         typer.Option(help="Pretraining steps of the small model. (default: 450)", rich_help_panel=_TRAINING),
     ] = None,
-    seed: Annotated[int, typer.Option(help="Of everything random.", rich_help_panel=_TRAINING)] = 0,
+    seed: Annotated[int, typer.Option(help="Random seed.", rich_help_panel=_TRAINING)] = 0,
     output_dir: Annotated[
         Path | None,
         typer.Option(
             metavar="DIR",
-            help="Where the adapter, metrics.json, loss.png and checkpoints go. [default: the first free of "
-            "ktops-finetune, ktops-finetune-2, ...]",
+            help="Directory for the adapter, metrics.json, loss.png and checkpoints. (default: the first "
+            "unused of ktops-finetune, ktops-finetune-2, ...)",
             rich_help_panel=_RUN,
         ),
     ] = None,
@@ -191,25 +191,23 @@ def finetune(
         bool,
         typer.Option(
             "--resume",
-            help="Continue the run in --output-dir with the options it had.",
+            help="Continue the run in --output-dir with its original options.",
             rich_help_panel=_RUN,
         ),
     ] = False,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace the run in --output-dir.", rich_help_panel=_RUN)
     ] = False,
-    save_steps: Annotated[
-        int, typer.Option(help="Save a checkpoint every so many steps.", rich_help_panel=_RUN)
-    ] = 50,
+    save_steps: Annotated[int, typer.Option(help="Steps between checkpoints.", rich_help_panel=_RUN)] = 50,
 ) -> None:
     """Fine-tune a Mixture-of-Experts model with LoRA on attention and experts.
 
-    Without arguments: makes and pretrains a small model, fine-tunes it on packaged instructions, saves the
-    adapter and checks it in a fresh process. No network, a few minutes.
+    Without arguments, pretrains a small model, fine-tunes it on packaged instructions, saves the adapter and
+    checks it in a fresh process. Takes a few minutes and needs no network.
 
-    With --model and --data: your own model and data.
+    With --model and --data, fine-tunes your own model on your own data.
 
-    Ctrl-C saves a checkpoint, --resume continues from it.
+    Ctrl-C saves a checkpoint; --resume continues from it.
     """
     from ktops.cli.command import run_finetune
 

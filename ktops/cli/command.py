@@ -1,4 +1,4 @@
-"""What `ktops finetune` does before it starts: the directory, the options, the console."""
+"""Prepares the commands: checks options and packages, and chooses the directory."""
 
 import json
 import os
@@ -16,8 +16,8 @@ from ktops.cli.packages import require_packages
 
 
 def run_finetune(given: dict[str, Any]) -> None:
-    """Runs a fine-tuning with the options given on the command line; the others have their defaults or, with
-    ``resume``, the values that the run to be resumed had.
+    """Runs fine-tuning with the options given on the command line. The others have their defaults or, with
+    ``resume``, the values from the original run.
 
     Raises:
         UserError, Interrupted: see finetune.finetune.
@@ -81,5 +81,6 @@ def _require_unfinished(directory: Path, options: Options) -> None:
     done = json.loads(metrics.read_text(encoding="utf-8"))["steps"][-1]["step"]
     if options.max_steps is None or options.max_steps <= done:
         raise UserError(
-            f"--resume: the run in {directory} is complete after {done} steps; a larger --max-steps goes on"
+            f"--resume: the run in {directory} is complete after {done} steps. To continue it, increase "
+            "--max-steps"
         )

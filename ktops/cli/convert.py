@@ -1,4 +1,4 @@
-"""`ktops convert`: a checkpoint whose experts are in a weight format, as a directory that ktops maps."""
+"""`ktops convert`: writes a checkpoint with experts in a weight format as a directory that ktops can map."""
 
 import json
 from collections.abc import Iterator
@@ -22,12 +22,12 @@ from ktops.integrations.transformers.architectures import uncomputable_experts
 
 REPORT = "ktops-report.json"
 WEIGHTS = {".safetensors", ".gguf", ".bin", ".pt", ".pth", ".onnx", ".h5", ".msgpack"}
-"""What is not copied along. What ktops has written is not, either."""
+"""Suffixes of files that are not copied. Files written by ktops are not copied either."""
 
 
 @dataclass(frozen=True)
 class Options:
-    """Arguments of the command; destination's default group size and method are the format's and rtn."""
+    """Arguments of the command; group_size defaults to the format's, method to rtn."""
 
     source: Path
     destination: Path
@@ -39,7 +39,7 @@ class Options:
 
 @dataclass(frozen=True)
 class Part:
-    """A layer to be written under a name."""
+    """A layer and the name to write it under."""
 
     name: str
     layer: Layer
@@ -47,13 +47,13 @@ class Part:
 
 
 def convert(options: Options, console: Console) -> dict:
-    """Runs `ktops convert`, continuing where an interrupted one of the same options was.
+    """Runs `ktops convert`, continuing an interrupted conversion with the same options.
 
     Returns:
-        What was written to ktops-report.json.
+        The contents of ktops-report.json.
 
     Raises:
-        UserError: something is wrong with the source, the format cannot hold it, or the destination is there.
+        UserError: something is wrong with the source, the format cannot hold it, or the destination exists.
         Interrupted: Ctrl-C.
     """
     _require_destination(options)
@@ -83,7 +83,7 @@ def convert(options: Options, console: Console) -> dict:
 
 @contextmanager
 def _told(options: Options) -> Iterator[None]:
-    """Turns what stops a conversion into messages."""
+    """Turns errors that stop a conversion into messages."""
     try:
         yield
     except CheckpointError as error:
@@ -97,19 +97,20 @@ def _told(options: Options) -> Iterator[None]:
 def _require_destination(options: Options) -> None:
     source, destination = options.source.resolve(), options.destination.resolve()
     if destination == source or source in destination.parents or destination in source.parents:
-        raise UserError(f"{options.destination}: SRC and DST must be apart from each other")
+        raise UserError(f"{options.destination}: SRC and DST must not be the same or contain each other")
     if not destination.exists():
         return
     if not options.overwrite:
-        raise UserError(f"{options.destination} is there already. Add --overwrite to replace it")
+        raise UserError(f"{options.destination} already exists. Add --overwrite to replace it")
     if not (destination / MANIFEST).is_file():
         raise UserError(
-            f"--overwrite: {options.destination} has no {MANIFEST}: only what ktops has converted is replaced"
+            f"--overwrite: {options.destination} has no {MANIFEST}; only directories converted by ktops are "
+            "replaced"
         )
 
 
 def _plan(checkpoint: Checkpoint, options: Options) -> list[Part]:
-    """Every layer, checked: nothing is written before all of it can be."""
+    """Returns all layers, checked, so that writing starts only if all of them can be written."""
     checkpoint.require_layers()
     parts = []
     for layer in checkpoint.layers:
@@ -126,14 +127,14 @@ def _plan(checkpoint: Checkpoint, options: Options) -> list[Part]:
 
 
 def _written_name(layer: Layer) -> str:
-    """The name of the experts in DST: that in SRC, if it is the usual kind."""
+    """Returns the name of the experts in DST: the name in SRC if it ends in "experts"."""
     if layer.name.rpartition(".")[2] == "experts":
         return layer.name
     return layer.module or f"model.layers.{layer.index}.mlp.experts"
 
 
 def _settings(options: Options, checkpoint: Checkpoint) -> dict:
-    """What the result depends on: a partial one of other settings, or of changed files, is not continued."""
+    """Returns what the result depends on; if it differs, a partial result is not continued."""
     files = {}
     for path in {view.file.path for view in checkpoint.tensors.values()}:
         status = path.stat()
@@ -148,7 +149,7 @@ def _settings(options: Options, checkpoint: Checkpoint) -> dict:
 
 
 def _write(writer: CheckpointWriter, checkpoint: Checkpoint, parts: list[Part], options: Options) -> dict:
-    """All but the last step of a conversion. Returns the report."""
+    """Runs all steps of a conversion except the last. Returns the report."""
     file = writer.partial / REPORT
     measured = json.loads(file.read_text())["layers"] if file.exists() else []
     layers = {layer["name"]: layer for layer in measured}
@@ -178,12 +179,12 @@ def _write(writer: CheckpointWriter, checkpoint: Checkpoint, parts: list[Part], 
 
 
 def _uncomputable(checkpoint: Checkpoint) -> str | None:
-    """Why the model of config.json will not run with what is written, as far as transformers knows it."""
+    """Returns why the model in config.json cannot run the result, if transformers knows the model."""
     return None if checkpoint.names is None else uncomputable_experts(checkpoint.names.modules)
 
 
 def _is_gguf(checkpoint: Checkpoint) -> bool:
-    """Other tensors of GGUF files have names and blocks of ggml, which no other library reads here."""
+    """True for GGUF files, whose other tensors have ggml's names and blocks, which only ktops reads here."""
     return any(view.file.path.suffix == ".gguf" for view in checkpoint.tensors.values())
 
 
@@ -235,13 +236,13 @@ def _show(report: dict, options: Options, console: Console) -> None:
     if report["output_error"] is not None:
         worst = max(report["layers"], key=lambda layer: layer["output_error"])
         errors += f", of the output {report['output_error']:.2g} "
-        errors += f"(most: {worst['output_error']:.2g} in {worst['name']})"
+        errors += f"(largest: {worst['output_error']:.2g} in {worst['name']})"
     if report["activation_note"]:
         errors += f"; {report['activation_note']}"
     for line in (
         f"{len(report['layers'])} layers of experts: {format_bytes(report['bytes'])} in {report['format']}"
         f"{group} (bf16: {format_bytes(report['bytes_bf16'])}, {report['ratio']:.2f} times smaller)",
         errors,
-        f"written: {options.destination}, errors of every layer in {REPORT}",
+        f"written: {options.destination}; {REPORT} lists the errors of every layer",
     ):
         console.print(f"  {line}", soft_wrap=True)

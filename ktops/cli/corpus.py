@@ -1,9 +1,9 @@
 """The packaged corpus: short stories about the people of a village, and instructions about them.
 
-The text is written from the word lists and sentences in ``ktops/cli/data/``; the same seed gives the same
-text on every machine. Each person has one home, one job, one animal and so on. The stories tell these facts
-again and again, so a small model learns them; the instructions ask for them, and the held-out instructions
-ask for facts that no training instruction asks for.
+The text is generated from the word lists and sentences in ``ktops/cli/data/``; the same seed gives the same
+text on every machine. Each person has one home, one job, one animal and so on. The stories repeat these facts
+often enough for a small model to learn them. The instructions ask for them, and the held-out instructions ask
+for facts that no training instruction asks for.
 """
 
 import json
@@ -23,7 +23,7 @@ ATTRIBUTES = {
 """Attribute of a person -> its word list in village.json."""
 
 HELD_OUT = 1 / 8
-"""Share of the facts asked for that is kept for evaluation."""
+"""Fraction of the facts that is held out for evaluation."""
 
 
 def _read(name: str) -> dict:
@@ -58,7 +58,7 @@ def _three(rng: random.Random, village: dict) -> dict[str, str]:
 
 
 def stories(num_stories: int, seed: int = 0) -> list[str]:
-    """Documents of 30 to 120 words to pretrain on: stories, portraits of one person, lists, questions.
+    """Returns documents of 30 to 120 words for pretraining: stories, portraits of a person, lists, questions.
 
     Example:
         >>> stories(1)[0]
@@ -103,7 +103,7 @@ def stories(num_stories: int, seed: int = 0) -> list[str]:
 
 
 def _subjects(kind: str, village: dict, rng: random.Random) -> Iterator[dict]:
-    """What the instructions of one kind can be about: the values of their slots."""
+    """Yields the possible slot values for instructions of one kind."""
     if kind == "person":
         yield from ({"a": person} for person in _people(village))
     elif kind == "opposite":
@@ -116,7 +116,7 @@ def _subjects(kind: str, village: dict, rng: random.Random) -> Iterator[dict]:
 
 
 def instructions(seed: int = 0) -> tuple[list[dict], list[dict]]:
-    """The instruction set in the alpaca layout, split into (training, held-out).
+    """Returns the instruction set in the alpaca layout, split into (training, held-out).
 
     Returns:
         Two lists of ``{"instruction": str, "input": str, "output": str}``. Every phrasing of a

@@ -9,11 +9,11 @@ from ktops.cli.layouts import Example, read_record
 
 
 def load_examples(path: Path, ignored: Collection[str] = ()) -> list[Example]:
-    """Every example of a data file, in the order of the file.
+    """Returns every example of a data file, in file order.
 
     Args:
-        path: a JSON array, or one JSON object per line (JSONL); the first character tells which. The keys of
-            each object tell its layout.
+        path: a JSON array, or one JSON object per line (JSONL), determined by the first character. The keys
+            of each object determine its layout.
         ignored: keys of records, messages and calls to leave out.
 
     Raises:
@@ -24,7 +24,7 @@ def load_examples(path: Path, ignored: Collection[str] = ()) -> list[Example]:
 
 
 def _records(path: Path) -> list[tuple[str, object]]:
-    """(location, JSON value) of every example"""
+    """Returns (location, JSON value) of every example."""
     if not path.is_file():
         raise UserError(f"--data: there is no file {path}")
     try:
@@ -73,7 +73,7 @@ class _RepeatedKeyError(Exception):
 
 
 def _object(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    """A JSON object; rejects repeated keys, of which json would silently keep the last."""
+    """Returns a JSON object; rejects repeated keys, because json would silently keep the last one."""
     result = dict(pairs)
     if len(result) < len(pairs):
         names = [name for name, _ in pairs]

@@ -1,4 +1,4 @@
-"""A small Mixture-of-Experts language model, made and pretrained on the spot from the packaged corpus."""
+"""A small Mixture-of-Experts language model, created and pretrained locally from the packaged corpus."""
 
 from pathlib import Path
 
@@ -8,14 +8,14 @@ from ktops.cli.rendering import CHAT_TEMPLATE
 
 VOCAB_SIZE = 2048
 MAX_LENGTH = 128
-"""Most tokens in one sequence of pretraining."""
+"""Maximum number of tokens in a pretraining sequence."""
 
 NUM_STORIES = 2500
 END, PAD = "<|endoftext|>", "<|pad|>"
 
 
 def train_tokenizer(documents: list[str], vocab_size: int = VOCAB_SIZE):
-    """A byte-level BPE tokenizer trained on documents, as a transformers tokenizer with the default chat
+    """Trains a byte-level BPE tokenizer on documents; returns a transformers tokenizer with the default chat
     template."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
@@ -36,9 +36,9 @@ def train_tokenizer(documents: list[str], vocab_size: int = VOCAB_SIZE):
 
 
 def config(tokenizer):
-    """A Qwen3-MoE configuration of 7 million parameters: 2 layers of 16 experts, 2 of them for each token.
+    """Returns a Qwen3-MoE configuration with 7 million parameters: 2 layers of 16 experts, 2 per token.
 
-    Rows of experts are 256 weights long: every weight format can hold them, those in blocks of 256 too.
+    Rows of experts have 256 weights, so every weight format can hold them, even those with blocks of 256.
     """
     from transformers import Qwen3MoeConfig
 
@@ -56,7 +56,7 @@ def config(tokenizer):
         router_aux_loss_coef=0.01,
         max_position_embeddings=1024,
         tie_word_embeddings=True,
-        # About hidden_size ** -0.5: with the usual 0.02 attention learns to copy words much later.
+        # About hidden_size ** -0.5. With the usual 0.02, attention learns to copy words much later.
         initializer_range=0.0625,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
@@ -64,7 +64,7 @@ def config(tokenizer):
 
 
 def create(tokenizer, dtype, experts_implementation: str):
-    """A randomly initialized model whose routers already tell tokens apart: their logits have unit
+    """Returns a randomly initialized model whose routers already distinguish tokens: their logits have unit
     variance."""
     import torch
     from transformers import AutoModelForCausalLM
@@ -79,10 +79,10 @@ def create(tokenizer, dtype, experts_implementation: str):
 
 
 def pretraining_examples(documents: list[str], tokenizer) -> list[dict[str, list[int]]]:
-    """One sequence for each document, ended by the end-of-text token and cut to MAX_LENGTH tokens.
+    """Returns one sequence per document, ended by the end-of-text token and cut to MAX_LENGTH tokens.
 
-    Documents are not packed into common sequences: within its own document a name stands out, and the model
-    learns earlier to repeat it.
+    Documents are not packed into shared sequences. A name stands out in its own document, so the model learns
+    to repeat it sooner.
     """
     examples = []
     for ids in tokenizer(documents)["input_ids"]:
@@ -92,7 +92,7 @@ def pretraining_examples(documents: list[str], tokenizer) -> list[dict[str, list
 
 
 def make_tokenizer():
-    """(the pretraining documents, a tokenizer trained on them and on the text of the instructions)"""
+    """Returns (pretraining documents, a tokenizer trained on them and on the text of the instructions)."""
     documents = corpus.stories(NUM_STORIES)
     train, _ = corpus.instructions()
     conversations = [
@@ -105,7 +105,7 @@ def make_tokenizer():
 
 
 def save(model, tokenizer, directory: Path) -> None:
-    """Writes the model and its tokenizer as any Hugging Face model directory."""
+    """Writes the model and its tokenizer as a regular Hugging Face model directory."""
     model.config.output_router_logits = False
     model.save_pretrained(directory)
     tokenizer.save_pretrained(directory)

@@ -1,4 +1,4 @@
-"""Turns examples into token ids, with the loss on the tokens of the answers only."""
+"""Turns examples into token ids, with loss only on the tokens of the answers."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ IGNORED = -100
 
 @dataclass
 class Encoded:
-    """Token ids of the examples, and how many examples had to be shortened or left out."""
+    """Token ids of the examples, and how many examples were shortened or left out."""
 
     examples: list[dict[str, list[int]]]
     truncated: int = 0
@@ -29,7 +29,7 @@ def prepare_tokenizer(tokenizer) -> None:
     if not tokenizer.is_fast:
         raise UserError("--model: the tokenizer must be a fast one (tokenizer.json)")
     if tokenizer.eos_token is None:
-        raise UserError("--model: the tokenizer has no eos_token, so answers could not end")
+        raise UserError("--model: the tokenizer has no eos_token, so answers would not end")
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     if tokenizer.chat_template is None:
@@ -37,12 +37,12 @@ def prepare_tokenizer(tokenizer) -> None:
 
 
 def encode(examples: list[Example], tokenizer, max_length: int) -> Encoded:
-    """``{"input_ids", "attention_mask", "labels"}`` of every example, cut to max_length tokens.
+    """Returns ``{"input_ids", "attention_mask", "labels"}`` of every example, cut to max_length tokens.
 
-    Labels are the token ids of answers (including the tokens that end them) and -100 elsewhere. In plain text
-    everything but the prompt is an answer, and the end-of-text token ends it. An example whose answers lie
-    entirely beyond max_length is dropped. If a chat template writes earlier answers differently from the last
-    one, for example without their reasoning, every answer becomes an example of its own.
+    Labels are the token ids of answers (including the tokens that end them) and -100 elsewhere. In plain
+    text, everything except the prompt is an answer, and the end-of-text token ends it. Examples whose answers
+    are entirely past max_length are dropped. If a chat template writes earlier answers differently from the
+    last one, for example without their reasoning, every answer becomes a separate example.
 
     Raises:
         UserError: the chat template rejects a conversation, or leaves out a part of it.
@@ -51,7 +51,7 @@ def encode(examples: list[Example], tokenizer, max_length: int) -> Encoded:
     for example in examples:
         for ids, labels in _tokens(example, tokenizer):
             encoded.truncated += len(ids) > max_length
-            # The model predicts token i from the tokens before it: the first token never counts.
+            # The model predicts each token from those before it, so the first token never counts.
             if all(label == IGNORED for label in labels[1:max_length]):
                 encoded.dropped += 1
                 continue
@@ -66,7 +66,7 @@ def encode(examples: list[Example], tokenizer, max_length: int) -> Encoded:
 
 
 def encode_question(example: Example, tokenizer) -> list[int]:
-    """The token ids of the prompt for the last answer of an example; none for text without a prompt."""
+    """Returns the token ids of the prompt for an example's last answer; none for text without a prompt."""
     if isinstance(example, Conversation):
         return tokenizer(answers(example, tokenizer)[-1].prompt, add_special_tokens=False)["input_ids"]
     ids = tokenizer(example.prompt)["input_ids"] if example.prompt else []
@@ -74,7 +74,7 @@ def encode_question(example: Example, tokenizer) -> list[int]:
 
 
 def _tokens(example: Example, tokenizer) -> Iterator[tuple[list[int], list[int]]]:
-    """(token ids, labels) of an example; several if no single text holds all of its answers."""
+    """Yields (token ids, labels) of an example, several times if no single text holds all of its answers."""
     if isinstance(example, PlainText):
         text = example.prompt + example.completion
         tokens = tokenizer(text, return_offsets_mapping=True)
@@ -93,8 +93,8 @@ def _tokens(example: Example, tokenizer) -> Iterator[tuple[list[int], list[int]]
 
 
 def _learn_ends(ids, labels: list[int], offsets, text: str, spans, tokenizer) -> None:
-    """Labels the special token that follows an answer, if the answer itself does not end with one: the
-    heading of the next turn, with which GLM stops. That of the last answer is one more label."""
+    """Labels the special token that follows an answer if the answer itself does not end with one. This is the
+    heading of the next turn, which GLM stops with. For the last answer, it adds a label."""
     for _, end in spans:
         after = next((i for i, (start, _) in enumerate(offsets) if start >= end), len(offsets))
         written = (i for i in range(after - 1, -1, -1) if text[slice(*offsets[i])].strip())
@@ -109,7 +109,7 @@ def _is_special(token: int, tokenizer) -> bool:
 
 
 def _labels(tokens, spans: list[tuple[int, int]]) -> list[int]:
-    """The ids of tokens that overlap a (first, end) span of characters, and -100 for the others."""
+    """Returns the ids of tokens that overlap a (first, end) span of characters, and -100 for the others."""
     return [
         token if any(first < stop and start < end for first, end in spans) else IGNORED
         for token, (start, stop) in zip(tokens["input_ids"], tokens["offset_mapping"], strict=True)
@@ -117,8 +117,8 @@ def _labels(tokens, spans: list[tuple[int, int]]) -> list[int]:
 
 
 def _texts(conversation: Conversation, tokenizer) -> list[tuple[str, list[tuple[int, int]], str]]:
-    """The text of a conversation, the (first, end) spans of its answers, and what follows if it goes on; one
-    text per answer if the template rewrites earlier ones."""
+    """Returns the text of a conversation, the (first, end) spans of its answers, and what follows if it
+    continues; one text per answer if the template rewrites earlier ones."""
     found = answers(conversation, tokenizer)
     spans = [(answer.start, len(answer.text)) for answer in found]
     whole = found[-1].text

@@ -1,5 +1,4 @@
-"""`ktops finetune`: from a model and a data file to a LoRA adapter that was saved, loaded again and
-compared."""
+"""`ktops finetune`: trains a LoRA adapter on a data file, saves it, and verifies it after reloading."""
 
 import gc
 import math
@@ -25,12 +24,12 @@ from ktops.cli.plot import plot_loss
 from ktops.cli.report import Report
 
 NEW_TOKENS = 40
-"""Length of a generated sample."""
+"""Maximum number of tokens in a generated sample."""
 
 
 @dataclass
 class Split:
-    """Examples to train on and to evaluate with, and for samples, (question, its token ids)."""
+    """Examples for training and evaluation, and (question, token ids) pairs for samples."""
 
     train: list[dict]
     held_out: list[dict]
@@ -38,10 +37,10 @@ class Split:
 
 
 def finetune(options: Options, directory: Path, console: Console, overwrite: bool = False) -> dict:
-    """Runs `ktops finetune` in a directory that run_directory.choose has returned, continuing what is there.
+    """Runs `ktops finetune` in a directory from run_directory.choose, continuing any run in it.
 
     Returns:
-        What was written to metrics.json.
+        The contents of metrics.json.
 
     Raises:
         UserError: something is wrong with the model, the data, or the reloaded adapter.
@@ -113,13 +112,13 @@ def _packaged() -> tuple[list[Example], list[Example]]:
 
 
 def _user_data(model: str, options: Options, report: Report):
-    """The tokenizer of --model, and --data in its tokens; the seed alone decides what is held out."""
+    """Returns the tokenizer of --model, and --data in its tokens; only the seed decides what is held out."""
     assert options.data is not None
     check_directory(model)
     examples = load_examples(Path(options.data), {key.strip() for key in options.ignore_keys.split(",")})
     if len(examples) < 2:
         raise UserError(
-            f"--data: {options.data} has one example; at least two are needed, one of them held out"
+            f"--data: {options.data} has one example; at least two are needed, because one is held out"
         )
     shuffled = random.Random(options.seed).sample(examples, len(examples))
     held_out = min(max(1, round(options.eval_fraction * len(shuffled))), len(shuffled) - 1)
@@ -127,7 +126,7 @@ def _user_data(model: str, options: Options, report: Report):
 
 
 def _encode(examples: tuple[list[Example], list[Example]], base: str, options: Options, report: Report):
-    """The tokenizer of a model directory, and the (training, held-out) examples in its tokens."""
+    """Returns the tokenizer of a model directory, and the (training, held-out) examples in its tokens."""
     tokenizer = load_tokenizer(base)
     prepare_tokenizer(tokenizer)
     train, held_out = (encode(part, tokenizer, options.max_length) for part in examples)
@@ -164,7 +163,7 @@ def _training_arguments(options: Options, directory: Path, num_examples: int):
 
 @torch.no_grad()
 def _sample(model, tokenizer, question: list[int]) -> str:
-    """What the model answers to the token ids of a question, by greedy decoding."""
+    """Returns the model's answer to a question's token ids, by greedy decoding."""
     prompt = torch.tensor([question])
     model.eval()
     output = model.generate(

@@ -1,4 +1,4 @@
-"""`ktops info`: what ktops finds on this machine."""
+"""`ktops info`: shows what ktops finds on this machine."""
 
 import json
 import platform
@@ -13,7 +13,7 @@ from ktops.cli.versions import versions
 
 
 def collect() -> dict:
-    """Versions, CPU, rows of kernels, threads, NUMA nodes and memory of this machine; sizes in bytes."""
+    """Returns versions, CPU, kernels, threads, NUMA nodes and memory of this machine; sizes in bytes."""
     require_packages("psutil")
     import psutil
 
@@ -32,7 +32,7 @@ def collect() -> dict:
 
 
 def cpu_name() -> str:
-    """The name of the CPU as it gives it itself."""
+    """Returns the name that the CPU reports."""
     try:
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("model name"):
@@ -43,12 +43,12 @@ def cpu_name() -> str:
 
 
 def numa_nodes() -> int:
-    """How many NUMA nodes have CPUs or memory; 1 where the system does not say."""
+    """Returns how many NUMA nodes have CPUs or memory; 1 if the system does not report it."""
     return len(list(Path("/sys/devices/system/node").glob("node[0-9]*"))) or 1
 
 
 def show(info: dict, as_json: bool) -> None:
-    """Prints what collect returns, as JSON or for people."""
+    """Prints what collect returns, as JSON or as a table."""
     if as_json:
         print(json.dumps(info, indent=2))
         return

@@ -1,4 +1,4 @@
-"""Ctrl-C during training: finish the step, save a checkpoint, stop."""
+"""Handles Ctrl-C during training: finishes the step, saves a checkpoint, stops."""
 
 import signal
 

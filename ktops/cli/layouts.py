@@ -1,8 +1,8 @@
 """The layouts of training records, and the examples that they become.
 
 A record with messages (``messages``, ``conversations``, alpaca, ``prompt`` and ``completion`` as lists)
-becomes a :class:`Conversation`, one with text (``text``, ``prompt`` and ``completion`` as strings) a
-:class:`PlainText`. Keys that a layout does not know are kept; applying the chat template shows whether it
+becomes a :class:`Conversation`, and one with text (``text``, ``prompt`` and ``completion`` as strings) a
+:class:`PlainText`. Keys that a layout does not know are kept. Applying the chat template shows whether it
 writes them.
 """
 
@@ -35,7 +35,7 @@ class Conversation:
     Attributes:
         messages: for ``apply_chat_template``; arguments of calls are dicts, absent content has no key.
         variables: the template's other inputs: tools, documents, and any other key of the record.
-        first: answers from this message on are trained on.
+        first: index of the first message to train on.
         where: the file and the line, for error messages.
     """
 
@@ -53,7 +53,7 @@ class Conversation:
 
 @dataclass(frozen=True)
 class PlainText:
-    """An example without a chat template: the completion is trained on; the prompt may be empty."""
+    """An example without a chat template. Only the completion is trained on; the prompt may be empty."""
 
     prompt: str
     completion: str
@@ -68,7 +68,7 @@ Example = Conversation | PlainText
 
 
 def read_record(record: object, where: str, ignored: Collection[str] = ()) -> Example:
-    """The example that a record of a data file holds.
+    """Returns the example in a record of a data file.
 
     Args:
         record: a JSON value; it must be an object with the keys of one of LAYOUTS.
@@ -76,7 +76,7 @@ def read_record(record: object, where: str, ignored: Collection[str] = ()) -> Ex
         ignored: keys of records, messages and calls to leave out.
 
     Raises:
-        UserError: the record has no layout or two, or something in it has the wrong type.
+        UserError: the record has no layout or several, or a value has the wrong type.
     """
     if not isinstance(record, dict):
         raise UserError(f"--data: {where}: expected a JSON object, got {json.dumps(record)[:60]}")
@@ -104,7 +104,7 @@ def read_record(record: object, where: str, ignored: Collection[str] = ()) -> Ex
 
 
 def from_alpaca(record: dict, where: str = "example", ignored: Collection[str] = ()) -> Conversation:
-    """The conversation of an alpaca example: instruction and input are the question, output is the answer."""
+    """Returns an alpaca example as a conversation: instruction and input ask, output answers."""
     for key in ("instruction", "input"):
         if not isinstance(record.get(key) or "", str):
             raise UserError(f"--data: {where}: {key} must be a string, got {record[key]!r}")
@@ -136,7 +136,7 @@ def _messages(record: dict, key: str, where: str, ignored: Collection[str]) -> l
 def _conversation(
     messages: list[dict], record: dict, known: Collection[str], where: str, first: int = 0
 ) -> Conversation:
-    """Keys of the record other than ``known`` and ``system`` go to the template."""
+    """Returns a Conversation. Keys of the record other than ``known`` and ``system`` go to the template."""
     system = record.get("system")
     if not is_absent(system):
         if not isinstance(system, str):
@@ -175,7 +175,7 @@ def _variables(rest: dict, where: str) -> dict[str, object]:
 
 
 def _tool(tool: dict) -> dict:
-    """A bare function schema, wrapped as transformers and OpenAI do."""
+    """Wraps a bare function schema as transformers and OpenAI do."""
     return {"type": "function", "function": tool} if "name" in tool and "type" not in tool else tool
 
 
@@ -186,7 +186,7 @@ def _from_text(record: dict, where: str) -> PlainText:
             raise UserError(f"--data: {where}: {key} must be a string, got {record[key]!r}")
     if others := sorted(key for key, value in without(record, keys).items() if not is_absent(value)):
         raise UserError(
-            f"--data: {where}: the layout {' and '.join(keys)} has no use for the keys {others}. "
+            f"--data: {where}: the layout {' and '.join(keys)} does not use the keys {others}. "
             f"To leave them out: --ignore-keys {','.join(others)}"
         )
     if not record[keys[-1]].strip():

@@ -1,4 +1,4 @@
-"""Puts LoRA adapters on the attention and the experts of a model."""
+"""Adds LoRA adapters to the attention and the experts of a model."""
 
 from torch import nn
 
@@ -13,7 +13,7 @@ ATTENTION = (
 
 
 def targets(model: nn.Module, target: str) -> tuple[list[str], list[str]]:
-    """What a ``--target`` stands for in a model.
+    """Resolves ``--target`` for a model.
 
     Args:
         model: a transformers model without adapters.
@@ -24,7 +24,7 @@ def targets(model: nn.Module, target: str) -> tuple[list[str], list[str]]:
         (target_modules, target_parameters) for ``peft.LoraConfig``.
 
     Raises:
-        UserError: a name reaches nothing in this model.
+        UserError: a name matches nothing in this model.
     """
     from ktops.integrations.peft import expert_target_parameters
 
@@ -47,16 +47,16 @@ def targets(model: nn.Module, target: str) -> tuple[list[str], list[str]]:
             modules.append(name)
         else:
             raise UserError(
-                f"--target: {type(model).__name__} has no linear layers named {name!r}. Say attention, "
+                f"--target: {type(model).__name__} has no linear layers named {name!r}. Use attention, "
                 f"experts, or any of {', '.join(sorted(linear))}"
             )
     if not modules and not parameters:
-        raise UserError(f"--target: {target!r} reaches nothing in {type(model).__name__}")
+        raise UserError(f"--target: {target!r} matches nothing in {type(model).__name__}")
     return modules, parameters
 
 
 def add_adapters(model: nn.Module, target: str, rank: int, alpha: float):
-    """A ``peft.PeftModel`` with fresh LoRA adapters (B = 0) where ``--target`` says; the rest is frozen."""
+    """Returns a ``peft.PeftModel`` with new LoRA adapters (B = 0) on ``--target``; the rest is frozen."""
     from peft import LoraConfig, get_peft_model
 
     modules, parameters = targets(model, target)

@@ -1,4 +1,4 @@
-"""Measures a training while it runs: tokens per second, share of the time inside kt ops, peak memory."""
+"""Measures training while it runs: tokens per second, share of the time inside kt ops, peak memory."""
 
 import resource
 import sys
@@ -11,13 +11,13 @@ from ktops.formats import ExpertWeight
 
 
 def peak_rss_bytes() -> int:
-    """The most memory this process has had resident so far."""
+    """Returns the peak resident memory of this process."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 
 
 def count_weights(model: torch.nn.Module) -> int:
-    """How many numbers a model has, those in weight formats included."""
+    """Returns the number of weights of a model, including those in weight formats."""
     quantized = (module.shape.numel() for module in model.modules() if isinstance(module, ExpertWeight))
     return sum(parameter.numel() for parameter in model.parameters()) + sum(quantized)
 
@@ -46,7 +46,7 @@ class StepTimer(TrainerCallback):
 
 
 class _TimedOp:
-    """An operator that adds up the time from its calls to their returns."""
+    """Wraps an operator and adds up the time spent in its calls."""
 
     def __init__(self, op):
         self.op, self.calls, self.seconds = op, 0, 0.0
@@ -66,9 +66,10 @@ class _TimedOp:
 class KtTime(TrainerCallback):
     """Adds up the time inside the operators of the kt namespace during training.
 
-    While training runs, ``torch.ops.kt.moe_sft_fwd`` and the others are replaced by wrappers that read the
-    clock before and after the call: unlike a profiler this costs nothing, so every step counts. The time
-    includes the dispatcher and autograd's bookkeeping, not the Python of PEFT and transformers around the op.
+    During training, wrappers that read the clock before and after each call replace
+    ``torch.ops.kt.moe_sft_fwd`` and the others. Unlike a profiler this costs nothing, so every step is
+    measured. The time includes the dispatcher and autograd's bookkeeping, but not the Python code of PEFT and
+    transformers around the op.
     """
 
     NAMES = ("moe_sft_fwd", "moe_sft_bwd", "moe_fwd")
@@ -83,7 +84,10 @@ class KtTime(TrainerCallback):
             setattr(torch.ops.kt, name, op.op)
 
     def summary(self, seconds: float) -> dict | None:
-        """``share`` of ``seconds`` inside kt ops, calls and seconds of each; None if no time has passed."""
+        """Returns the ``share`` of ``seconds`` inside kt ops, and each op's calls and seconds.
+
+        Returns None if ``seconds`` is 0.
+        """
         if not seconds:
             return None
         ops = {name: {"calls": op.calls, "seconds": round(op.seconds, 4)} for name, op in self.ops.items()}

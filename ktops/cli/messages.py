@@ -1,4 +1,4 @@
-"""Messages of training records, in the form that transformers' chat templates take.
+"""Converts messages of training records to the form that transformers' chat templates expect.
 
 That is ``{"role", "content"}`` and any other key of the message. ``from`` and ``value`` (ShareGPT) become
 role and content; ``tool_calls`` become ``[{"type": "function", "function": {"name", "arguments": dict}}]``.
@@ -17,7 +17,7 @@ CALL_KEYS = {"id", "type", "index", "function", "name", "arguments"}
 
 
 def is_absent(value: object) -> bool:
-    """null, "", [] and {} mean that a key has no value."""
+    """True for null, "", [] and {}, which mean that a key has no value."""
     return value is None or (isinstance(value, str | list | dict) and not value)
 
 
@@ -32,16 +32,16 @@ def is_answer(message: dict) -> bool:
 
 
 def message_text(message: dict) -> str:
-    """The content of a message as one string."""
+    """Returns the content of a message as one string."""
     content = message.get("content", "")
     return content if isinstance(content, str) else "\n".join(part["text"] for part in content)
 
 
 def parsed_json(value: object, key: str, where: str) -> object:
-    """The value, parsed if it is a string of JSON.
+    """Returns the value, parsed as JSON if it is a string.
 
     Raises:
-        UserError: it is a string that is not JSON.
+        UserError: the string is not JSON.
     """
     if not isinstance(value, str):
         return value
@@ -52,10 +52,10 @@ def parsed_json(value: object, key: str, where: str) -> object:
 
 
 def normalize(message: object, where: str, ignored: Collection[str] = ()) -> dict:
-    """A message as chat templates take it; keys without a value are left out, except ``content: ""``.
+    """Returns a message as chat templates expect it, without keys that have no value, except ``content: ""``.
 
     Raises:
-        UserError: it has no role, an unknown role, no content where it needs some, or a call without a name.
+        UserError: it has no role, an unknown role, no content where required, or a call without a name.
     """
     if not isinstance(message, dict):
         raise UserError(
@@ -90,7 +90,7 @@ def normalize(message: object, where: str, ignored: Collection[str] = ()) -> dic
 
 
 def _with_calls(message: dict, where: str) -> dict:
-    """ShareGPT's function_call: its content is a call or a list of calls in JSON, after any reasoning."""
+    """Converts ShareGPT's function_call, whose content is JSON for one or more calls, after any reasoning."""
     reasoning, call = "", message.get("content")
     if isinstance(call, str) and "</think>" in call:
         reasoning, tag, call = call.partition("</think>")
@@ -107,7 +107,7 @@ def _calls(calls: object, where: str, ignored: Collection[str]) -> list[dict]:
 
 
 def _call(call: object, where: str, ignored: Collection[str]) -> dict:
-    """``{"type": "function", "function": {"name", "arguments"}}``, with id and index if the call has them."""
+    """Returns ``{"type": "function", "function": {"name", "arguments"}}``, with any id and index."""
     if isinstance(call, dict):
         call = {key: value for key, value in without(call, ignored).items() if value is not None}
         function = call.get("function", {key: call[key] for key in ("name", "arguments") if key in call})

@@ -1,4 +1,4 @@
-"""What metrics.json says about a run."""
+"""Collects the contents of metrics.json."""
 
 import json
 from dataclasses import asdict
@@ -12,8 +12,8 @@ from ktops.integrations.quantize_experts import QuantizationReport
 
 
 def training_log(trainer) -> list[dict]:
-    """step, loss, learning_rate, grad_norm, seconds and tokens of every step, those before a resume
-    included."""
+    """Returns step, loss, learning_rate, grad_norm, seconds and tokens of every step, including those before
+    a resume."""
     names = ("step", "loss", "learning_rate", "grad_norm", "seconds", "tokens")
     return [
         {name: entry.get(name) for name in names} for entry in trainer.state.log_history if "loss" in entry
@@ -21,10 +21,10 @@ def training_log(trainer) -> list[dict]:
 
 
 def collect(options: Options, trainer, timer: StepTimer, kt: KtTime, **parts) -> dict:
-    """The contents of metrics.json.
+    """Returns the contents of metrics.json.
 
-    Throughput, peak memory and the share of the kt ops are those of this process, so of the steps since the
-    last resume; the losses are those of the whole run.
+    Throughput, peak memory and the share of the kt ops cover this process, so only the steps since the last
+    resume. The losses cover the whole run.
     """
     return {
         "versions": versions(),
@@ -45,7 +45,7 @@ def write(metrics: dict, path: Path) -> None:
 
 
 def quantization(report: QuantizationReport | None) -> dict | None:
-    """What metrics.json says about the weight format of the experts; None if they are dense."""
+    """Returns the entry of metrics.json for the weight format of the experts; None if they are dense."""
     if report is None:
         return None
     sizes = {"bytes": report.bytes_after, "bytes_before": report.bytes_before, "ratio": report.ratio}

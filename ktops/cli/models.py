@@ -1,4 +1,4 @@
-"""Loads a model directory of the user, with errors that say what is wrong with it."""
+"""Loads the user's model directory, with errors that explain what is wrong with it."""
 
 from pathlib import Path
 
@@ -6,15 +6,15 @@ from ktops.cli.errors import UserError
 
 
 def check_directory(directory: str) -> None:
-    """Raises UserError unless the directory holds a causal language model that transformers knows, with its
-    files."""
+    """Raises UserError unless the directory holds all files of a causal language model that transformers
+    knows."""
     from transformers import AutoConfig
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
     path = Path(directory)
     if not path.is_dir():
         raise UserError(
-            f"--model: there is no directory {path}. Give the folder of a downloaded Hugging Face model"
+            f"--model: there is no directory {path}. Pass the directory of a downloaded Hugging Face model"
         )
     if not (path / "config.json").is_file():
         raise UserError(f"--model: {path} has no config.json, so it is not a Hugging Face model directory")
@@ -35,7 +35,7 @@ def check_directory(directory: str) -> None:
 
 
 def load_tokenizer(directory: str):
-    """The tokenizer of a model directory.
+    """Loads the tokenizer of a model directory.
 
     Raises:
         UserError: its files cannot be read.
@@ -49,14 +49,14 @@ def load_tokenizer(directory: str):
 
 
 def load_model(directory: str, dtype, experts_implementation: str, *, keep_format: bool = True):
-    """The causal language model of a directory, its experts run by the given implementation.
+    """Loads the causal language model in a directory, with the given implementation of its experts.
 
     Args:
         directory: a Hugging Face model directory.
         dtype: torch.bfloat16 or torch.float32, of the weights in memory.
         experts_implementation: "ktops", or one of transformers' own ("eager", "grouped_mm", "batched_mm").
-        keep_format: whether "ktops" keeps the format of experts that another library has quantized, or
-            decodes them.
+        keep_format: whether "ktops" keeps the format of experts that another library quantized, or decodes
+            them.
 
     Raises:
         UserError: transformers cannot load the model, does not know the implementation for this architecture,
@@ -72,14 +72,14 @@ def load_model(directory: str, dtype, experts_implementation: str, *, keep_forma
     ktops.enable()
     try:
         quantized = quantization_of(AutoConfig.from_pretrained(directory, local_files_only=True).to_dict())
-        loader = {}  # with None in it, transformers would not see that of config.json
+        loader = {}  # a quantization_config of None would hide the one in config.json
         if experts_implementation == "ktops" and quantized:
             decoded = None if keep_format or is_ktops(quantized) else PLAIN[dtype]
             loader = {"quantization_config": ktops.KTConfig(decoded)}
         elif is_ktops(quantized):
             raise UserError(
                 f"--experts-implementation {experts_implementation}: the experts in {directory} are in a "
-                "format that only ktops runs: use --experts-implementation ktops"
+                "format that only ktops runs. Use --experts-implementation ktops"
             )
         elif quantized:
             _require_whole_blocks(directory, quantized.get("weight_block_size"), experts_implementation)
@@ -98,8 +98,8 @@ def load_model(directory: str, dtype, experts_implementation: str, *, keep_forma
 
 
 def _require_whole_blocks(directory: str, block: list[int] | None, experts_implementation: str) -> None:
-    """Raises UserError for FP8 with a block that is partly outside of its weight: transformers takes all
-    blocks for smaller ones, where ktops' loader does not."""
+    """Raises UserError for FP8 with partial blocks at the edge of a weight, because transformers then assumes
+    smaller blocks. ktops' loader does not."""
     from ktops.checkpoints import open_checkpoint
 
     if block is None:
@@ -123,7 +123,7 @@ def quantize_experts(
     method: str | None = None,
     show_progress: bool = False,
 ):
-    """Puts the experts of a model into a weight format; None leaves them as they are.
+    """Converts the experts of a model to a weight format; None leaves them unchanged.
 
     Returns:
         The ktops.integrations.quantize_experts.QuantizationReport, or None.

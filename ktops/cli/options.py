@@ -1,4 +1,4 @@
-"""The settings of one `ktops finetune` run."""
+"""The settings of a `ktops finetune` run."""
 
 import json
 from dataclasses import asdict, dataclass, fields, replace
@@ -12,9 +12,9 @@ FILE = "options.json"
 
 @dataclass(frozen=True)
 class Options:
-    """Everything that decides the result of a run; written to ``options.json`` so that it can be resumed.
+    """Everything that determines the result of a run; written to ``options.json`` so that it can be resumed.
 
-    None stands for a value that depends on others: see :func:`complete`.
+    None means a value that depends on others; see :func:`complete`.
     """
 
     model: str | None = None
@@ -55,18 +55,16 @@ USER = {"epochs": 3.0, "learning_rate": 2e-4, "batch_size": 4}
 
 
 def complete(options: Options) -> Options:
-    """Checks the options and fills in those left open.
+    """Checks the options and fills in those that are None.
 
     Raises:
-        UserError: a value is out of range, or an option was given without the one it belongs to.
+        UserError: a value is out of range, or an option was given without the one it requires.
     """
     if (options.model is None) != (options.data is None):
         given, missing = ("--model", "--data") if options.data is None else ("--data", "--model")
-        raise UserError(
-            f"{given} needs {missing} beside it. Without both, a small model and its data are made"
-        )
+        raise UserError(f"{given} needs {missing}. Without both, ktops creates a small model and its data")
     if options.pretrain_steps is not None and not options.is_demo:
-        raise UserError("--pretrain-steps is for the small model only: your own --model is not pretrained")
+        raise UserError("--pretrain-steps is only for the small model; ktops does not pretrain your --model")
     defaults = DEMO if options.is_demo else USER
     if options.max_steps is None and options.epochs is not None:
         defaults = {name: value for name, value in defaults.items() if name != "max_steps"}
@@ -81,7 +79,7 @@ def complete(options: Options) -> Options:
     for name in ("lora_alpha", "gradient_accumulation_steps", "max_length", "save_steps"):
         _require_positive(name, getattr(options, name))
     if not 0 < options.eval_fraction < 1:
-        raise UserError(f"--eval-fraction must lie between 0 and 1, got {options.eval_fraction}")
+        raise UserError(f"--eval-fraction must be between 0 and 1, got {options.eval_fraction}")
     if options.dtype not in ("bf16", "f32"):
         raise UserError(f"--dtype must be bf16 or f32, got {options.dtype!r}")
     _require_format(options)
@@ -92,7 +90,7 @@ def _require_format(options: Options) -> None:
     if options.weight_format is None:
         for name in ("group_size", "quantize_method"):
             if getattr(options, name) is not None:
-                raise UserError(f"--{name.replace('_', '-')} needs --weight-format beside it")
+                raise UserError(f"--{name.replace('_', '-')} needs --weight-format")
         return
     if options.experts_implementation != "ktops":
         raise UserError(
@@ -102,7 +100,7 @@ def _require_format(options: Options) -> None:
 
 
 def require_settings(option: str, weight_format: str, group_size: int | None, method: str | None) -> None:
-    """Raises UserError for an unknown weight format, or a group size or method that it does not have."""
+    """Raises UserError for an unknown weight format, or a group size or method that it does not support."""
     from ktops.formats import get_format
 
     try:
@@ -121,10 +119,10 @@ def save(options: Options, directory: Path) -> None:
 
 
 def load(directory: Path) -> Options:
-    """The options of the run in a directory.
+    """Loads the options of the run in a directory.
 
     Raises:
-        UserError: there is no run in it.
+        UserError: the directory holds no run.
     """
     path = directory / FILE
     if not path.is_file():
@@ -134,7 +132,7 @@ def load(directory: Path) -> Options:
 
 
 def resumed(recorded: Options, given: dict[str, Any]) -> Options:
-    """The options to continue a run with: those recorded, and the ``--max-steps`` given now, if any.
+    """Returns the options to continue a run with: the recorded ones, with any ``--max-steps`` given now.
 
     Raises:
         UserError: another option was given with a value that differs from the recorded one.

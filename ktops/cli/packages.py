@@ -1,4 +1,4 @@
-"""The optional packages that commands need."""
+"""Checks for the optional packages that commands need."""
 
 import importlib.util
 
@@ -6,10 +6,10 @@ from ktops.cli.errors import UserError
 
 
 def require_packages(*names: str) -> None:
-    """Raises UserError, which says how to install them, if any of the packages is missing."""
+    """Raises UserError with install instructions if any of the packages is missing."""
     missing = [name for name in names if importlib.util.find_spec(name) is None]
     if missing:
         raise UserError(
-            f"this command needs {', '.join(missing)}, not installed here. Install what it needs with\n"
+            f"this command needs {', '.join(missing)}, which is not installed. Install what it needs with\n"
             "  pip install 'ktops[cli]'"
         )

@@ -4,11 +4,11 @@ from pathlib import Path
 
 
 def plot_loss(metrics: dict, path: Path) -> None:
-    """Training loss per step with a running mean, and the held-out loss before and after; pretraining to its
-    left.
+    """Plots the training loss per step with a running mean, and the held-out loss before and after. Any
+    pretraining is plotted on the left.
 
     Args:
-        metrics: what metrics.json holds.
+        metrics: the contents of metrics.json.
         path: the PNG file to write.
     """
     import matplotlib
@@ -44,7 +44,7 @@ def plot_loss(metrics: dict, path: Path) -> None:
 
 
 def running_mean(values: list[float], weight: float = 0.9) -> list[float]:
-    """Exponential running mean, corrected for its start (as in Adam)."""
+    """Returns the exponential running mean with bias correction (as in Adam)."""
     means, total = [], 0.0
     for i, value in enumerate(values, start=1):
         total = weight * total + (1 - weight) * value

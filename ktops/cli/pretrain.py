@@ -1,4 +1,4 @@
-"""Pretraining of the small model: there is something to adapt afterwards."""
+"""Pretrains the small model, so that fine-tuning has something to adapt."""
 
 import json
 import shutil
@@ -15,13 +15,11 @@ from ktops.cli.report import Report
 LEARNING_RATE = 3e-3
 BATCH_SIZE = 8
 DTYPE = torch.float32
-"""AdamW on bfloat16 weights loses most updates to rounding; the small model is kept in float32 while it is
-made."""
+"""Dtype of pretraining. AdamW on bfloat16 weights loses most updates to rounding."""
 
 
 def base_model(options: Options, directory: Path, report: Report, resume_command: str) -> tuple[str, dict]:
-    """The directory of the pretrained small model, made now unless an earlier run of this directory finished
-    it.
+    """Pretrains the small model, unless an earlier run in this directory already did.
 
     Returns:
         (model directory, {"steps": log, "tokens_per_second": ..., "kt_time": ...} of its pretraining).

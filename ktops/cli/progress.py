@@ -1,15 +1,15 @@
-"""Shows how training goes: a bar in a terminal, a line now and then in a file or a pipe."""
+"""Shows training progress: a bar in a terminal, occasional lines in a file or a pipe."""
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import TrainerCallback
 
 LINES = 10
-"""Lines written in the course of a training when the output is not a terminal."""
+"""Number of lines per training when the output is not a terminal."""
 
 
 class ProgressCallback(TrainerCallback):
-    """One bar for a ``Trainer.train``: step, loss, tokens per second, time left."""
+    """Shows one bar per ``Trainer.train`` with step, loss, tokens per second and time left."""
 
     def __init__(self, console: Console, description: str):
         self.console = console

@@ -1,6 +1,6 @@
 """Writes conversations with a chat template, and checks that the template leaves nothing out.
 
-The source of a template does not tell which keys it writes, so they are tried: markers in place of text must
+A template's source does not reveal which keys it writes, so each key is tested: markers in place of text must
 appear in the output, and removing any other key must change the output.
 """
 
@@ -30,7 +30,7 @@ CHAT_TEMPLATE = (
     "{%- endfor -%}"
     "{%- if add_generation_prompt -%}{{ '### Response:\\n' }}{%- endif -%}"
 )
-"""For a tokenizer without a chat template: the headings of the alpaca prompt; eos ends an answer."""
+"""Used if a tokenizer has no chat template: the headings of the alpaca prompt, with eos after each answer."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Answer:
         prompt: the model's input for producing the answer.
         text: the conversation up to the end of the answer.
         start: the index in text where the answer begins.
-        after: what follows in the text if the conversation goes on.
+        after: the text that follows if the conversation continues.
     """
 
     prompt: str
@@ -51,7 +51,7 @@ class Answer:
 
 
 class _TemplateError(UserError):
-    """What is wrong with a form of a conversation, and how many messages came before the error."""
+    """Says what is wrong with a form of a conversation, and how many messages came before the error."""
 
     def __init__(self, message: str, progress: float):
         super().__init__(message)
@@ -59,7 +59,7 @@ class _TemplateError(UserError):
 
 
 def answers(conversation: Conversation, tokenizer) -> list[Answer]:
-    """The answers to train on, each with the text in front of it.
+    """Returns the answers to train on, each with the text before it.
 
     Templates differ in how they accept calls and missing text. Equivalent forms of the conversation are tried
     in turn; the first that the template writes completely is used.
@@ -78,8 +78,8 @@ def answers(conversation: Conversation, tokenizer) -> list[Answer]:
 
 
 def _forms(messages: list[dict]) -> Iterator[list[dict]]:
-    """The conversation unchanged, and in forms that some templates need: arguments as JSON text, None or ""
-    as the content of a message without text, a single text part as a string."""
+    """Yields the conversation unchanged, and in forms that some templates need: arguments as JSON text, None
+    or "" as the content of a message without text, a single text part as a string."""
     choices: list[tuple[Callable[[dict], dict], ...]] = []
     if any("content" not in message for message in messages):
         choices.append((dict, partial(_with_content, content=None), partial(_with_content, content="")))
@@ -117,7 +117,7 @@ def _with_single_part_as_string(message: dict) -> dict:
 
 
 class _Writer:
-    """A chat template, and its inputs for one conversation besides the messages."""
+    """A chat template, and its inputs for one conversation in addition to the messages."""
 
     def __init__(self, conversation: Conversation, tokenizer):
         self.conversation, self.tokenizer = conversation, tokenizer
@@ -143,8 +143,8 @@ class _Writer:
         ]
 
     def after(self, messages: list[dict], i: int) -> str:
-        """What the template writes behind message i for the next one, or else for the one that is to be
-        expected; "" if it refuses that, or then writes message i differently, even without its text."""
+        """Returns what the template writes after message i for the next message, or for an expected one if i
+        is the last; "" if it rejects that, or then writes message i differently, even without its text."""
         answer = {**messages[i], "content": "-"}
         answer = {key: answer[key] for key in ("role", "content", "tool_calls") if key in answer}
         expected = {"role": "tool" if "tool_calls" in answer else "user", "content": "-"}
@@ -169,7 +169,7 @@ class _Writer:
             ) from None
 
     def answer(self, messages: list[dict], variables: dict) -> Answer:
-        """The last message, as the answer to the others."""
+        """Returns the last message as the answer to the others."""
         if len(messages) == 1:
             text = self.write(messages, variables)
             return Answer("", text, self.first_difference(messages, text))
@@ -183,8 +183,8 @@ class _Writer:
         return Answer(prompt, text, self.start(messages, text, prompt.removeprefix(bare)))
 
     def start(self, messages: list[dict], text: str, heading: str) -> int:
-        """Where the last message begins if its presence changes what the template writes before it: after the
-        heading of an answer that follows the others, or else where its own text begins."""
+        """Returns where the last message begins if its presence changes what the template writes before it:
+        after the heading of an answer that follows the others, otherwise where its own text begins."""
         changed = [*messages[:-2], _marked(messages[-2]), messages[-1]]
         end = len(text) - _length_in_common(text[::-1], self.write(changed)[::-1])
         if end == 0:
@@ -201,7 +201,7 @@ class _Writer:
         return _length_in_common(text, self.write([*messages[:-1], _marked(messages[-1])]))
 
     def check(self, messages: list[dict], first: int, text: str) -> None:
-        """Notes what the text leaves out of the messages from ``first`` on."""
+        """Records what the text leaves out of the messages from ``first`` on."""
         numbers = itertools.count()
         marked = [*messages[:first], *(_marked(message, numbers, TEXT_KEYS) for message in messages[first:])]
         written = self.write(marked)
@@ -253,11 +253,11 @@ THINK_TAGS = re.compile(r"(</?think>)")
 
 
 def _marked(message: dict, numbers: Iterator[int] | None = None, keys: Collection[str] = ()) -> dict:
-    """The message with a marker in place of every text, under these keys or, without any, all but role."""
+    """Returns the message with a marker in place of every text, under these keys, by default all but role."""
     numbers = itertools.count() if numbers is None else numbers
 
     def mark(text: str) -> str:
-        """A marker whose first letter differs from the text's."""
+        """Returns a marker whose first letter differs from the text's."""
         return (
             f"{'Y' if text.lstrip().startswith('Z') else 'Z'}mark{next(numbers)}Z" if text.strip() else text
         )
@@ -288,7 +288,7 @@ def _marked(message: dict, numbers: Iterator[int] | None = None, keys: Collectio
 
 
 def _is_written(marked: object, text: str) -> bool:
-    """Whether every marker of a value is in the text, and no object in Python's notation."""
+    """True if the text contains every marker of a value, and no object in Python's notation."""
     if not all(marker in text for marker in re.findall(r"[YZ]mark\d+Z", str(marked))):
         return False
     items = marked if isinstance(marked, list) else []
@@ -297,8 +297,8 @@ def _is_written(marked: object, text: str) -> bool:
 
 
 def _repeats_call(messages: list[dict], i: int, key: str) -> bool:
-    """Whether the key of a tool result only repeats what its position says: the n-th result answers the n-th
-    call."""
+    """True if the key of a tool result only repeats what its position implies, that the n-th result answers
+    the n-th call."""
     if messages[i]["role"] != "tool" or key not in ("tool_call_id", "name"):
         return False
     call = i - 1

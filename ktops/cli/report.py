@@ -1,4 +1,4 @@
-"""What `ktops finetune` prints."""
+"""Prints the output of `ktops finetune`."""
 
 from pathlib import Path
 
@@ -33,15 +33,15 @@ class Report:
         self.heading("A small Mixture-of-Experts model, pretrained on short stories")
         self.line(
             f"Qwen3-MoE, {_millions(model)} parameters, {config.num_hidden_layers} layers of "
-            f"{config.num_experts} experts ({config.num_experts_per_tok} a token)"
+            f"{config.num_experts} experts ({config.num_experts_per_tok} per token)"
         )
         self.line(f"vocabulary of {config.vocab_size:,}, corpus of {tokens:,} tokens")
 
     def shortened(self, encoded: Encoded, max_length: int) -> None:
         if encoded.truncated or encoded.dropped:
             self.line(
-                f"--max-length {max_length}: {encoded.truncated} examples are longer and were cut, "
-                f"{encoded.dropped} of them left out because nothing of their answer remained",
+                f"--max-length {max_length}: {encoded.truncated} examples are longer and were cut; "
+                f"{encoded.dropped} of them were left out because nothing of their answer remained",
                 style="yellow",
             )
 
@@ -63,7 +63,7 @@ class Report:
         for column in ("held-out examples", "before", "after"):
             table.add_column(column, justify="left" if column.startswith("held") else "right")
         table.add_row("loss", f"{before['loss']:.3f}", f"{after['loss']:.3f}")
-        names = {"token_accuracy": "answer tokens predicted", "answer_accuracy": "answers wholly right"}
+        names = {"token_accuracy": "answer tokens predicted", "answer_accuracy": "answers fully correct"}
         for name, title in names.items():
             table.add_row(title, f"{before[name]:.1%}", f"{after[name]:.1%}")
         self.console.print(table)
@@ -81,10 +81,10 @@ class Report:
 
     def reload(self, reload: dict, directory: Path) -> None:
         if reload["max_abs_difference"] == 0:
-            self.line("saved, and reloaded in a fresh process: the same logits, bit for bit")
+            self.line("saved and reloaded in a fresh process: the same logits, bit for bit")
         else:
             self.line(
-                "saved, and reloaded in a fresh process: logits differ by "
+                "saved and reloaded in a fresh process: logits differ by "
                 f"{reload['relative_difference']:.1e} (accepted: {reload['tolerance']:.1e})"
             )
         self.line(f"adapter, metrics.json and loss.png: {directory}", style="bold")

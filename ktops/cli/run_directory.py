@@ -1,4 +1,4 @@
-"""Where a run writes, and what is there already."""
+"""Chooses and prepares the directory of a run."""
 
 import shutil
 from pathlib import Path
@@ -19,22 +19,21 @@ OWN = (
     "adapter_model.safetensors",
     "README.md",
 )
-"""What a run leaves in its directory; --overwrite deletes these and nothing else."""
+"""Everything a run writes to its directory; --overwrite deletes only these."""
 
 
 def choose(output_dir: Path | None, resume: bool, overwrite: bool) -> Path:
-    """The directory of this run; nothing is changed yet.
+    """Returns the directory of this run, without changing anything.
 
-    A directory that the user named is taken if it holds no run yet; otherwise --resume or --overwrite must
-    say what to do with the one it holds. Without a name it is ktops-finetune, or ktops-finetune-2, -3, ...
-    when there are runs
-    already: the next free one for a new run, the last one to resume.
+    If a directory named by the user already holds a run, --resume or --overwrite must say what to do with it.
+    The default directory is ktops-finetune, then ktops-finetune-2, -3, ...: the first unused one for a new
+    run, the last existing run for --resume or --overwrite.
 
     Raises:
-        UserError: there is a run where none should be, or none where one should be.
+        UserError: the directory holds a run but should not, or holds none but should.
     """
     if resume and overwrite:
-        raise UserError("--resume and --overwrite exclude each other")
+        raise UserError("--resume and --overwrite cannot be combined")
     if output_dir is None:
         output_dir = _default(resume or overwrite)
     if output_dir.exists() and not output_dir.is_dir():
@@ -43,14 +42,14 @@ def choose(output_dir: Path | None, resume: bool, overwrite: bool) -> Path:
         raise UserError(f"--resume: there is no run in {output_dir}")
     if not resume and not overwrite and holds_run(output_dir):
         raise UserError(
-            f"--output-dir: {output_dir} holds a run already. Add --resume to continue it, --overwrite to "
-            "replace it, or name another directory"
+            f"--output-dir: {output_dir} already holds a run. Add --resume to continue it, --overwrite to "
+            "replace it, or choose another directory"
         )
     return output_dir
 
 
 def prepare(directory: Path, overwrite: bool) -> None:
-    """Makes the directory; with ``overwrite``, deletes the run in it (and no other file)."""
+    """Creates the directory; with ``overwrite``, deletes the run in it (and no other file)."""
     for name in OWN if overwrite else ():
         path = directory / name
         if path.is_dir():
@@ -60,7 +59,7 @@ def prepare(directory: Path, overwrite: bool) -> None:
     try:
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"--output-dir: {directory} cannot be made: {error.strerror}") from None
+        raise UserError(f"--output-dir: {directory} cannot be created: {error.strerror}") from None
 
 
 def holds_run(directory: Path) -> bool:
@@ -68,7 +67,7 @@ def holds_run(directory: Path) -> bool:
 
 
 def last_checkpoint(directory: Path) -> Path | None:
-    """The newest complete checkpoint-N below a directory."""
+    """Returns the latest complete checkpoint-N in a directory."""
     complete = [path.parent for path in directory.glob("checkpoint-*/trainer_state.json")]
     return max(complete, key=lambda path: int(path.name.split("-")[1]), default=None)
 

@@ -1,4 +1,4 @@
-"""The Hugging Face Trainer as both phases use it: pretraining of the small model, and LoRA fine-tuning."""
+"""Sets up the Hugging Face Trainer for both phases: pretraining of the small model, and LoRA fine-tuning."""
 
 import random
 from pathlib import Path
@@ -17,11 +17,11 @@ from ktops.cli.options import Options
 from ktops.cli.progress import ProgressCallback
 
 WARM_UP = 0.05
-"""Share of the steps in which the learning rate rises to its peak; it falls along a cosine from there."""
+"""Fraction of the steps in which the learning rate rises to its peak; then it decays along a cosine."""
 
 
 def training_arguments(options: Options, directory: Path, max_steps: int, **kwargs) -> TrainingArguments:
-    """The settings that both phases share; a phase passes its own learning rate, batch size and number of
+    """Returns the settings that both phases share; each phase passes its own learning rate, batch size and
     steps."""
     return TrainingArguments(
         output_dir=str(directory),
@@ -44,13 +44,14 @@ def training_arguments(options: Options, directory: Path, max_steps: int, **kwar
 
 
 class BatchOrder(torch.utils.data.Sampler):
-    """The order of the examples: batches of similar length, as padding costs as much as text, and shuffled.
+    """Orders examples in shuffled batches of similar length, because padding costs as much as text.
 
-    It depends on the seed and the epoch only: a resumed run sees the batches that an uninterrupted one sees.
+    The order depends only on the seed and the epoch, so a resumed run sees the same batches as an
+    uninterrupted one.
     """
 
     POOL = 8
-    """Batches whose examples are sorted together: enough for little padding, few enough to stay mixed."""
+    """Batches whose examples are sorted together: enough to limit padding, few enough to stay mixed."""
 
     def __init__(self, lengths: list[int], batch_size: int, seed: int):
         self.lengths, self.batch_size, self.seed = lengths, batch_size, seed
@@ -90,7 +91,7 @@ def make_trainer(
     console: Console,
     name: str,
 ) -> tuple[Trainer, StepTimer, KtTime]:
-    """A Trainer on examples of encoding.encode, and what measures it while it runs."""
+    """Returns a Trainer for examples from encoding.encode, and the callbacks that measure it."""
     timer, kt = StepTimer(), KtTime()
     trainer = _Trainer(
         model=model,
@@ -108,8 +109,7 @@ def make_trainer(
 
 
 def _count_right(prediction) -> dict[str, float]:
-    """Share of the answer tokens that are the most likely ones, and of the answers in which every token
-    is."""
+    """Returns the fraction of answer tokens predicted as most likely, and of answers that are all right."""
     guesses, labels = prediction.predictions[:, :-1], prediction.label_ids[:, 1:]
     asked = labels != IGNORED
     right = (guesses == labels) & asked
@@ -120,14 +120,14 @@ def _count_right(prediction) -> dict[str, float]:
 
 
 def evaluate(trainer: Trainer) -> dict[str, float]:
-    """``loss`` (mean over the answer tokens of a batch, then over batches), ``token_accuracy``,
+    """Returns ``loss`` (mean over the answer tokens of a batch, then over batches), ``token_accuracy`` and
     ``answer_accuracy``."""
     metrics = trainer.evaluate()
     return {name: round(metrics[f"eval_{name}"], 5) for name in ("loss", "token_accuracy", "answer_accuracy")}
 
 
 def train(trainer: Trainer, directory: Path, console: Console, resume_command: str) -> None:
-    """Trains to the end, from the newest checkpoint in the trainer's directory if there is one.
+    """Trains to the end, starting from the latest checkpoint in the directory, if any.
 
     Raises:
         Interrupted: Ctrl-C; a checkpoint has been saved.

@@ -1,8 +1,8 @@
-"""Loads a base model and a saved adapter in a process of its own and compares its logits with recorded ones.
+"""Loads a base model and a saved adapter in a separate process and compares the logits with recorded ones.
 
     python -m ktops.cli.verify RECORD.json
 
-The record says what to load and how; the logits lie beside it in a safetensors file.
+The record specifies what to load and how. The logits are in a safetensors file in the same directory.
 """
 
 import json
@@ -19,8 +19,8 @@ from ktops.cli.errors import UserError
 
 @dataclass(frozen=True)
 class Record:
-    """Where a model lies, how it was loaded, and the file with its ``input_ids`` [1, T] and ``logits`` [1, T,
-    V]."""
+    """Where a model is stored, how it was loaded, and the file with its ``input_ids`` [1, T] and ``logits``
+    [1, T, V]."""
 
     base: str
     adapter: str
@@ -35,18 +35,18 @@ class Record:
 
 @torch.no_grad()
 def logits(model, input_ids: Tensor) -> Tensor:
-    """[1, T, V] in float32, with the model in evaluation mode."""
+    """Returns logits [1, T, V] in float32, with the model in evaluation mode."""
     model.eval()
     return model(input_ids=input_ids).logits.float()
 
 
 def tolerance(dtype: torch.dtype, num_layers: int) -> float:
-    """Largest accepted ||a - b|| / ||b|| of the logits of the same model in two processes.
+    """Returns the largest accepted ||a - b|| / ||b|| between logits of the same model in two processes.
 
     The same kernels on the same machine give the same bits, unless a library picks another kernel for a
-    buffer that happens to be aligned otherwise. That reorders sums, which can flip the last rounding of a
-    result: a relative error of eps in each of the ~8 tensors that a layer rounds, independent, so they add up
-    as the square root of their number.
+    buffer that happens to be aligned differently. That reorders sums, which can flip the last rounding of a
+    result. Each of the ~8 tensors that a layer rounds may get a relative error of eps. These errors are
+    independent, so they add up as the square root of their number.
     """
     return torch.finfo(dtype).eps * (8 * num_layers) ** 0.5
 
@@ -62,14 +62,14 @@ def write(record: Record, input_ids: Tensor, values: Tensor, path: Path) -> None
 def run(path: Path) -> dict[str, float]:
     """Runs :func:`check` in a fresh Python process.
 
-    It runs in the directory of the record: Python looks for modules in the working directory first, and that
-    of the user may hold a ktops that is not the installed one.
+    It runs in the directory of the record, because Python looks for modules in the working directory first,
+    and the user's may contain a ktops that is not the installed one.
 
     Returns:
-        What check returns.
+        The result of check.
 
     Raises:
-        UserError: the process failed; the message holds its last words.
+        UserError: the process failed; the message contains the end of its stderr.
     """
     result = subprocess.run(
         [sys.executable, "-m", "ktops.cli.verify", str(path.resolve())],
@@ -86,12 +86,12 @@ def run(path: Path) -> dict[str, float]:
 
 
 def check(record: Record) -> dict[str, float]:
-    """Loads base and adapter from disk and compares.
+    """Loads base and adapter from disk and compares their logits with the recorded ones.
 
     Returns:
-        ``max_abs_difference`` and ``relative_difference`` to the recorded logits, the ``tolerance`` of the
-        latter, and ``adapter_effect``, the relative difference when the adapter is switched off: a check that
-        passes while the adapter does nothing would say little.
+        ``max_abs_difference`` and ``relative_difference`` from the recorded logits, the ``tolerance`` of the
+        latter, and ``adapter_effect``, the relative difference with the adapter disabled. Without an effect,
+        passing the check would mean little.
     """
     from safetensors.torch import load_file
 
@@ -124,14 +124,14 @@ def check(record: Record) -> dict[str, float]:
 
 
 def require(result: dict[str, float]) -> None:
-    """Raises UserError unless a result of :func:`check` says that the reloaded model is the trained one."""
+    """Raises UserError unless a result of :func:`check` shows that the reloaded model is the trained one."""
     if not result["relative_difference"] <= result["tolerance"]:
         raise UserError(
-            "the reloaded adapter gives other logits: relative difference "
+            "the reloaded adapter gives different logits: relative difference "
             f"{result['relative_difference']:.2e}, accepted {result['tolerance']:.2e}"
         )
     if result["adapter_effect"] == 0:
-        raise UserError("the adapter does not change the model at all: training did not update it")
+        raise UserError("the adapter does not change the model at all; training did not update it")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Which versions are installed, without importing the packages."""
+"""Finds installed versions without importing the packages."""
 
 import platform
 from importlib import metadata
@@ -9,8 +9,7 @@ PACKAGES = ("torch", "transformers", "peft", "accelerate", "tokenizers", "safete
 
 
 def versions() -> dict[str, str | None]:
-    """Version of ktops, of Python and of the packages that decide the result; None for one that is not
-    installed."""
+    """Returns the versions of ktops, Python and the packages that affect results; None if not installed."""
     found: dict[str, str | None] = {"ktops": ktops.__version__, "python": platform.python_version()}
     for package in PACKAGES:
         try:

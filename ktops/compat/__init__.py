@@ -1,4 +1,4 @@
-"""The names of other systems: ``KTMoEWrapper`` of KTransformers' kt-kernel."""
+"""APIs compatible with other systems: ``KTMoEWrapper`` from KTransformers' kt-kernel."""
 
 from ktops.compat.methods import INFERENCE_METHODS, SFT_METHODS
 from ktops.compat.wrapper import KTMoEWrapper

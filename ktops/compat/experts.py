@@ -1,4 +1,4 @@
-"""What both modes of KTMoEWrapper share: sizes, the experts' weights, and the call of the operator."""
+"""The base of both modes of KTMoEWrapper: sizes, the experts' weights, and the operator call."""
 
 import functools
 import os
@@ -21,7 +21,7 @@ COMPUTE_DTYPE = torch.bfloat16
 
 @functools.cache
 def worker() -> ThreadPoolExecutor:
-    """One thread for what is submitted and not waited for, in the order of submission."""
+    """Returns the single thread that runs submitted work, in the order of submission."""
     return ThreadPoolExecutor(max_workers=1, thread_name_prefix="ktops-compat")
 
 
@@ -29,7 +29,7 @@ os.register_at_fork(after_in_child=worker.cache_clear)
 
 
 def expect_shape(name: str, tensor: Tensor, shape: Sequence[int | str]) -> None:
-    """Raises ValueError unless the tensor has this shape; names stand for any size."""
+    """Raises ValueError unless the tensor has this shape; a name matches any size."""
     sizes = list(tensor.shape)
     if len(sizes) != len(shape) or any(
         isinstance(w, int) and w != s for w, s in zip(shape, sizes, strict=True)
@@ -39,7 +39,7 @@ def expect_shape(name: str, tensor: Tensor, shape: Sequence[int | str]) -> None:
 
 
 def on_stream(cuda_stream, device: torch.device) -> AbstractContextManager:
-    """In which copies from and to the device belong to a stream: an address, a stream, or None."""
+    """Context in which copies from and to the device use a stream: a Stream, its address, or None."""
     if cuda_stream is None or device.type != "cuda":
         return nullcontext()
     if not isinstance(cuda_stream, torch.cuda.Stream):
@@ -48,7 +48,7 @@ def on_stream(cuda_stream, device: torch.device) -> AbstractContextManager:
 
 
 class ExpertsWrapper:
-    """The experts of one layer. ``compute`` is :func:`ktops.moe_sft`'s: "auto", "bf16" or "int8"."""
+    """The experts of one layer. ``compute`` is as in :func:`ktops.moe_sft`: "auto", "bf16" or "int8"."""
 
     mode: str
     compute: str
@@ -111,13 +111,13 @@ class ExpertsWrapper:
             )
         if self.cpuinfer_threads != torch.get_num_threads():
             warn_once(
-                f"KTMoEWrapper: ktops computes with torch's threads, {torch.get_num_threads()}, "
+                f"KTMoEWrapper: ktops computes with torch's {torch.get_num_threads()} threads, "
                 f"not with cpuinfer_threads={self.cpuinfer_threads}: call torch.set_num_threads"
             )
 
     @property
     def num_gpu_experts(self) -> int:
-        """Experts that are skipped, because they are computed elsewhere."""
+        """Number of experts that are skipped because they are computed elsewhere."""
         return int(self.gpu_experts_mask.sum())
 
     def load_weights_from_tensors(
@@ -127,18 +127,18 @@ class ExpertsWrapper:
         down_proj: Tensor,
         physical_to_logical_map_cpu: Tensor | None = None,
     ) -> None:
-        """Stores the experts in the method's format; weights loaded before are replaced.
+        """Stores the experts in the method's format, replacing any weights loaded before.
 
         Args:
-            gate_proj, up_proj: [num_experts, moe_intermediate_size, hidden_size], bfloat16, float16 or
-                float32, both the same.
+            gate_proj, up_proj: [num_experts, moe_intermediate_size, hidden_size], both in the same dtype:
+                bfloat16, float16 or float32.
             down_proj: [num_experts, hidden_size, moe_intermediate_size].
-            physical_to_logical_map_cpu: [num_experts]: the id p in topk_ids means the expert map[p] of these
-                tensors. None: itself.
+            physical_to_logical_map_cpu: [num_experts]; the id p in topk_ids means expert map[p] of these
+                tensors. None means the identity.
 
         Raises:
-            ValueError: a wrong shape, a map with other entries than 0 to num_experts - 1, or sizes that the
-                format does not have.
+            ValueError: a wrong shape, a map with entries outside 0 to num_experts - 1, or sizes that the
+                format does not support.
             TypeError: a wrong dtype.
             NotImplementedError: method LLAMAFILE, whose formats come from a file.
         """
@@ -156,14 +156,14 @@ class ExpertsWrapper:
         )
 
     def load_weights(self, physical_to_logical_map_cpu: Tensor | None = None) -> None:
-        """Loads the experts of layer ``layer_idx`` from ``weight_path``: see ``docs/compat.md``.
+        """Loads the experts of layer ``layer_idx`` from ``weight_path``; see ``docs/compat.md``.
 
         Args:
             physical_to_logical_map_cpu: as for :meth:`load_weights_from_tensors`.
 
         Raises:
             ValueError: weight_path is None or cannot be read (CheckpointError), or has no such layer, several
-                (pass prefix) or one with other sizes; or the map is wrong. Weights loaded before stay.
+                (pass prefix), or one with other sizes; or the map is wrong. Weights loaded before remain.
         """
         if not self.weight_path:
             raise ValueError("KTMoEWrapper: weight_path must name a checkpoint for load_weights, got none")
@@ -188,7 +188,7 @@ class ExpertsWrapper:
             )
 
     def _routes(self, num_tokens: int, topk_ids: Tensor, topk_weights: Tensor) -> tuple[Tensor, Tensor]:
-        """Copies on the CPU: int64 topk_ids, those of experts elsewhere -1, and float32 topk_weights."""
+        """Returns CPU copies: int64 topk_ids, -1 for experts computed elsewhere, and float32 topk_weights."""
         for name, tensor in (("topk_ids", topk_ids), ("topk_weights", topk_weights)):
             expect_shape(name, tensor, [num_tokens, self.num_experts_per_tok])
         ids = topk_ids.detach().to("cpu", torch.int64, copy=True)

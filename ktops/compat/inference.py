@@ -1,4 +1,4 @@
-"""KTMoEWrapper in mode "inference": forward, now or in the background, and deferred experts."""
+"""KTMoEWrapper in mode "inference": synchronous or background forward, and deferred experts."""
 
 import weakref
 from concurrent.futures import Future
@@ -12,11 +12,11 @@ from ktops.compat.experts import COMPUTE_DTYPE, ExpertsWrapper, expect_shape, on
 
 
 class InferenceWrapper(ExpertsWrapper):
-    """What ``KTMoEWrapper(mode="inference")`` makes.
+    """The class that ``KTMoEWrapper(mode="inference")`` creates.
 
-    With ``max_deferred_experts_per_token`` = d > 0, the d routes of a token with the smallest weights are
+    With ``max_deferred_experts_per_token`` = d > 0, the d routes of each token with the smallest weights are
     computed in the background, and the next layer adds them to its output. The next layer is the wrapper with
-    the next larger layer_idx, made after this one.
+    the next larger layer_idx, created after this one.
     """
 
     mode = "inference"
@@ -38,7 +38,7 @@ class InferenceWrapper(ExpertsWrapper):
         self._latest[self.layer_idx] = self
 
     def _follow(self, layer_idx: int | None) -> None:
-        """Makes this the layer after that one, unless that has a next layer, or belongs to other sizes."""
+        """Makes this the next layer of ``layer_idx``, unless that already has one or another hidden_size."""
         previous = self._latest.get(layer_idx)
         if previous and previous._next() is None and previous.hidden_size == self.hidden_size:
             self._previous, previous._next = weakref.ref(previous), weakref.ref(self)
@@ -46,10 +46,10 @@ class InferenceWrapper(ExpertsWrapper):
     def select_deferred_experts(
         self, expert_ids: Tensor, expert_scores: Tensor, protected_k: int
     ) -> tuple[Tensor, Tensor]:
-        """(immediate, deferred): expert_ids [T, K] twice, each with -1 where the other has the id.
+        """Splits expert_ids [T, K] into (immediate, deferred), each with -1 where the other has the id.
 
-        Immediate are the ``protected_k`` routes of every token with the largest scores [T, K], and all routes
-        to an expert that is among these for any token: its weights are read anyway.
+        Immediate routes are the ``protected_k`` routes of every token with the largest scores [T, K], plus
+        all routes to an expert that these select for any token, because its weights are read anyway.
         """
         protected_k = max(0, min(protected_k, expert_ids.shape[1]))
         known = (expert_ids >= 0) & (expert_ids < self.num_experts)
@@ -62,14 +62,14 @@ class InferenceWrapper(ExpertsWrapper):
     def submit_forward(
         self, hidden_states: Tensor, topk_ids: Tensor, topk_weights: Tensor, cuda_stream=None
     ) -> None:
-        """Starts :meth:`forward` in the background; :meth:`sync_forward` returns what it computes."""
+        """Starts :meth:`forward` in the background; :meth:`sync_forward` returns its result."""
         self._pending = self._start(hidden_states, topk_ids, topk_weights, cuda_stream, worker().submit)
 
     def sync_forward(self, hidden_states: Tensor, cuda_stream=None) -> Tensor:
-        """The output of the forward that was submitted last, as :meth:`forward` returns it.
+        """Returns the output of the last submitted forward, as :meth:`forward` returns it.
 
         Raises:
-            RuntimeError: there is none.
+            RuntimeError: no forward was submitted.
         """
         if self._pending is None:
             raise RuntimeError("KTMoEWrapper: no pending forward: call submit_forward() first")
@@ -80,20 +80,20 @@ class InferenceWrapper(ExpertsWrapper):
     def forward(
         self, hidden_states: Tensor, topk_ids: Tensor, topk_weights: Tensor, cuda_stream=None
     ) -> Tensor:
-        """The experts' output, and what the layer before has deferred.
+        """Returns the experts' output plus what the previous layer deferred.
 
         Args:
-            hidden_states: [..., H], computed in bfloat16; on any device, as the other two.
-            topk_ids: [T, num_experts_per_tok], physical ids; ids that are no expert, and those in
+            hidden_states: [..., H], computed in bfloat16; on any device, as are the next two.
+            topk_ids: [T, num_experts_per_tok], physical ids; ids outside [0, E), and those in
                 gpu_experts_mask, contribute nothing.
             topk_weights: [T, num_experts_per_tok].
-            cuda_stream: a stream or its address: of the copies from and to a CUDA device.
+            cuda_stream: a stream or its address, for the copies from and to a CUDA device.
 
         Returns:
             [T, H] with the dtype and device of hidden_states.
 
         Raises:
-            RuntimeError: no weights are loaded; the layer before deferred experts of other tokens.
+            RuntimeError: no weights are loaded, or the previous layer deferred experts of other tokens.
             ValueError: a wrong shape.
         """
         self._pending = self._start(hidden_states, topk_ids, topk_weights, cuda_stream, _now)
@@ -111,7 +111,7 @@ class InferenceWrapper(ExpertsWrapper):
         return output
 
     def _inputs(self, hidden_states: Tensor, topk_ids: Tensor, topk_weights: Tensor, cuda_stream):
-        """Copies of hidden_states [T, H], topk_ids, topk_weights in CPU memory."""
+        """Returns copies of hidden_states [T, H], topk_ids and topk_weights in CPU memory."""
         self._check_loaded()
         if hidden_states.dim() < 2 or hidden_states.shape[-1] != self.hidden_size:
             expect_shape("hidden_states", hidden_states, ["num_tokens", self.hidden_size])
@@ -129,15 +129,15 @@ class InferenceWrapper(ExpertsWrapper):
     def _defer(self, x: Tensor, ids: Tensor, weights: Tensor) -> None:
         if self._deferred is not None:
             warn_once(
-                f"KTMoEWrapper: the experts that layer {self.layer_idx} deferred were never added: give the "
-                "last layer of a model max_deferred_experts_per_token=0"
+                f"KTMoEWrapper: the experts that layer {self.layer_idx} deferred were never added. Set "
+                "max_deferred_experts_per_token=0 for the last layer of a model"
             )
         self._deferred = None
         if (ids >= 0).any():
             self._deferred = len(x), worker().submit(self._compute, x, ids, weights, None)
 
     def _take_deferred(self, num_tokens: int) -> Future | None:
-        """What the layer before has deferred."""
+        """Returns what the previous layer deferred."""
         previous = self._previous()
         if previous is None or previous._deferred is None:
             return None
@@ -151,7 +151,7 @@ class InferenceWrapper(ExpertsWrapper):
 
 
 def _now(compute, *args) -> Future:
-    """As the method submit of an executor, in this thread."""
+    """Like the submit method of an executor, but runs in this thread."""
     future: Future = Future()
     future.set_result(compute(*args))
     return future

@@ -1,4 +1,4 @@
-"""Separate adapters of gate and up as the one joint adapter that kt::moe_sft has.
+"""Combines separate adapters of gate and up into the joint adapter that kt::moe_sft expects.
 
     [g | u] += s x [A_gate; A_up]^T [[B_gate, 0], [0, B_up]]^T
 
@@ -12,7 +12,7 @@ NAMES = ("gate_lora_a", "gate_lora_b", "up_lora_a", "up_lora_b", "down_lora_a", 
 
 
 def shapes(num_experts: int, hidden_size: int, intermediate_size: int, rank: int) -> dict[str, list[int]]:
-    """The shape of each adapter tensor by name."""
+    """Returns the shape of each adapter tensor by name."""
     first, second = [num_experts, rank, hidden_size], [num_experts, intermediate_size, rank]
     down = [num_experts, rank, intermediate_size], [num_experts, hidden_size, rank]
     return dict(zip(NAMES, (first, second, first, second, *down), strict=True))
@@ -20,7 +20,7 @@ def shapes(num_experts: int, hidden_size: int, intermediate_size: int, rank: int
 
 @torch.no_grad()
 def join(gate_a: Tensor, gate_b: Tensor, up_a: Tensor, up_b: Tensor) -> tuple[Tensor, Tensor]:
-    """(A [E, 2r, H], B [E, 2I, 2r])"""
+    """Returns (A [E, 2r, H], B [E, 2I, 2r])."""
     num_experts, rows, rank = gate_b.shape
     joint_b = gate_b.new_zeros(num_experts, 2 * rows, 2 * rank)
     joint_b[:, :rows, :rank] = gate_b
@@ -29,6 +29,6 @@ def join(gate_a: Tensor, gate_b: Tensor, up_a: Tensor, up_b: Tensor) -> tuple[Te
 
 
 def split(joint_a: Tensor, joint_b: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(gate_a, gate_b, up_a, up_b): the blocks of what :func:`join` returns, or of its gradient; views."""
+    """Returns views (gate_a, gate_b, up_a, up_b) of the blocks of a joint adapter, or of its gradient."""
     rank, rows = joint_a.shape[1] // 2, joint_b.shape[1] // 2
     return joint_a[:, :rank], joint_b[:, :rows, :rank], joint_a[:, rank:], joint_b[:, rows:, rank:]

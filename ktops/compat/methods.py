@@ -1,4 +1,4 @@
-"""The method names of KTMoEWrapper and the weight format that each one stands for."""
+"""The method names of KTMoEWrapper and the weight format of each."""
 
 from typing import NamedTuple
 
@@ -7,10 +7,11 @@ class Method(NamedTuple):
     """How a method stores the experts.
 
     Attributes:
-        format: a name of ``ktops.formats.names()``; "" for whatever the file has (LLAMAFILE).
-        group_size: columns that share a scale, 0: a whole row; None: the ``group_size`` of the constructor.
-        schemes: of checkpoints whose experts are taken as they are, as ``ktops.checkpoints`` calls them.
-        trains_lora: of SFT methods: whether there are adapters.
+        format: one of ``ktops.formats.names()``; "" for the format of the file (LLAMAFILE).
+        group_size: number of columns that share a scale; 0 for a whole row, None for the ``group_size`` of
+            the constructor.
+        schemes: checkpoint schemes, as ``ktops.checkpoints`` names them, whose experts are used unchanged.
+        trains_lora: for SFT methods, whether the experts have adapters.
     """
 
     format: str
@@ -56,10 +57,10 @@ SFT_METHODS = _SFT_METHODS | {
 
 
 def find_method(mode: str, name: str) -> Method:
-    """The method of this name.
+    """Returns the method with this name.
 
     Raises:
-        ValueError: unknown mode, or the mode has no such method; the message lists those that there are.
+        ValueError: unknown mode, or the mode has no such method; the message lists the valid ones.
     """
     if mode not in MODES:
         raise ValueError(f"KTMoEWrapper: mode must be one of {', '.join(MODES)}, got {mode!r}")

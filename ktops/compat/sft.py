@@ -16,7 +16,7 @@ LORA_DTYPES = (torch.bfloat16, torch.float32, torch.float64)
 
 
 class Forward(NamedTuple):
-    """A forward that a backward may follow: the output with its graph, and the leaves of it."""
+    """A forward that a backward may follow: the output with its graph, and the leaves of the graph."""
 
     output: Tensor
     hidden_states: Tensor
@@ -25,9 +25,9 @@ class Forward(NamedTuple):
 
 
 class SFTWrapper(ExpertsWrapper):
-    """What ``KTMoEWrapper(mode="sft")`` makes.
+    """The class that ``KTMoEWrapper(mode="sft")`` creates.
 
-    The six adapter tensors are attributes, gate_lora_a to down_lora_b, and so are their gradients,
+    The six adapter tensors are attributes, gate_lora_a to down_lora_b, as are their gradients,
     grad_gate_lora_a to grad_down_lora_b.
     """
 
@@ -86,15 +86,15 @@ class SFTWrapper(ExpertsWrapper):
         grad_down_lora_a: Tensor | None = None,
         grad_down_lora_b: Tensor | None = None,
     ) -> None:
-        """The adapters, and where :meth:`backward` writes their gradients. The tensors are kept, not copied.
+        """Sets the adapters, and the tensors for the gradients that :meth:`backward` writes. Copies nothing.
 
         With E experts, H hidden_size, I moe_intermediate_size, r lora_rank:
 
         Args:
-            gate_lora_a, up_lora_a: [E, r, H], on the CPU, bfloat16, float32 or float64, as all six.
+            gate_lora_a, up_lora_a: [E, r, H]; all six are on the CPU, in bfloat16, float32 or float64.
             gate_lora_b, up_lora_b: [E, I, r].
             down_lora_a, down_lora_b: [E, r, I] and [E, H, r].
-            grad_*: of the same shapes; None: a new tensor, to be read from the attribute.
+            grad_*: same shapes; None creates a new tensor, available as the attribute.
 
         Raises:
             ValueError: a wrong shape or device.
@@ -125,10 +125,10 @@ class SFTWrapper(ExpertsWrapper):
         self._joint = None
 
     def update_lora_weights(self) -> None:
-        """To be called once the adapters have changed, after ``optimizer.step()``.
+        """Signals that the adapters have changed; call it after ``optimizer.step()``.
 
-        Changes that PyTorch sees (in-place operations, so every optimizer's) are noticed without it; those
-        through ``.data`` or another library are not.
+        Changes that PyTorch tracks (in-place operations, so every optimizer's) are detected without this
+        call; changes through ``.data`` or another library are not.
 
         Raises:
             RuntimeError: the weights are not loaded or the adapters not initialized.
@@ -143,7 +143,7 @@ class SFTWrapper(ExpertsWrapper):
             raise RuntimeError("KTMoEWrapper: LoRA weights not initialized: call init_lora_weights() first")
 
     def _adapters(self) -> tuple[Tensor, ...]:
-        """The op's four LoRA tensors, made anew if the adapters have changed."""
+        """Returns the op's four LoRA tensors, rebuilt if the adapters have changed."""
         if not self.trains_lora:
             return ()
         self._check_initialized()
@@ -155,7 +155,7 @@ class SFTWrapper(ExpertsWrapper):
         return self._joint
 
     def _inputs(self, hidden_states: Tensor, expert_ids: Tensor, weights: Tensor) -> tuple[Tensor, ...]:
-        """(hidden_states, expert_ids, weights, adapters...) in CPU memory, the first three as copies."""
+        """Returns (hidden_states, expert_ids, weights, adapters...) on the CPU, the first three as copies."""
         self._check_loaded()
         expect_shape("hidden_states", hidden_states, ["num_tokens", self.hidden_size])
         x = hidden_states.detach().to("cpu", COMPUTE_DTYPE, copy=True)
@@ -186,14 +186,14 @@ class SFTWrapper(ExpertsWrapper):
         save_for_backward: bool = True,
         output_device: torch.device | None = None,
     ) -> Tensor:
-        """The experts' output, bfloat16 [T, H] in CPU memory or on output_device.
+        """Returns the experts' output, bfloat16 [T, H] in CPU memory or on output_device.
 
         Args:
             hidden_states: [T, H], computed in bfloat16.
-            expert_ids, weights: [T, num_experts_per_tok]; ids that are no expert, and those of experts on the
+            expert_ids, weights: [T, num_experts_per_tok]; ids outside [0, E), and those of experts on the
                 GPU, contribute nothing.
-            save_for_backward: whether a backward will follow. The newest ``max_cache_depth`` of such
-                forwards are kept; backward takes the newest first.
+            save_for_backward: whether a backward will follow. The latest ``max_cache_depth`` such forwards
+                are kept; backward uses the latest first.
 
         Raises:
             RuntimeError: the weights are not loaded or the adapters not initialized.
@@ -205,15 +205,15 @@ class SFTWrapper(ExpertsWrapper):
     def submit_forward(
         self, hidden_states: Tensor, expert_ids: Tensor, weights: Tensor, save_for_backward: bool = True
     ) -> None:
-        """Starts :meth:`forward` in the background; :meth:`sync_forward` returns what it computes."""
+        """Starts :meth:`forward` in the background; :meth:`sync_forward` returns its result."""
         inputs = self._inputs(hidden_states, expert_ids, weights)
         self._pending = worker().submit(self._compute, save_for_backward, *inputs)
 
     def sync_forward(self, output_device: torch.device | None = None) -> Tensor:
-        """The output of the forward that was submitted last.
+        """Returns the output of the last submitted forward.
 
         Raises:
-            RuntimeError: there is none.
+            RuntimeError: no forward was submitted.
         """
         if self._pending is None:
             raise RuntimeError("KTMoEWrapper: no pending forward: call submit_forward() first")
@@ -226,21 +226,22 @@ class SFTWrapper(ExpertsWrapper):
         output_device: torch.device | None = None,
         optimizer_grad_scale: float = 1.0,
     ) -> tuple[Tensor, Tensor]:
-        """Gradients of the newest forward that has none yet.
+        """Computes the gradients of the latest forward that has none yet.
 
-        The adapters' go, times optimizer_grad_scale, to the tensors of :meth:`init_lora_weights`. These are
-        overwritten, unless the adapter is an ``nn.Parameter`` whose ``.grad`` is that tensor, as backward
-        leaves it: then they are added, until the optimizer's ``zero_grad()``.
+        The adapters' gradients, times optimizer_grad_scale, are written to the tensors of
+        :meth:`init_lora_weights`. They overwrite the previous values, or accumulate if the adapter is an
+        ``nn.Parameter`` whose ``.grad`` is that tensor. Backward sets ``.grad``, so gradients accumulate
+        until the optimizer's ``zero_grad()``.
 
         Args:
-            grad_output: [T, H] of the output.
+            grad_output: [T, H], the gradient of the output.
 
         Returns:
             (grad_input bfloat16 [T, H], grad_weights float32 [T, num_experts_per_tok])
 
         Raises:
             RuntimeError: no forward is left, or the ``.grad`` of an adapter is another tensor.
-            ValueError: a wrong shape, or optimizer_grad_scale is not positive and finite. The forward stays.
+            ValueError: a wrong shape, or optimizer_grad_scale is not positive and finite. Keeps the forward.
         """
         last = self._last_forward(grad_output, optimizer_grad_scale)
         return self._publish(_gradients(last, grad_output), optimizer_grad_scale, output_device)
@@ -257,10 +258,10 @@ class SFTWrapper(ExpertsWrapper):
         self._pending_backward = future, optimizer_grad_scale, output_device
 
     def sync_backward(self) -> tuple[Tensor, Tensor]:
-        """What :meth:`backward` returns, for the backward that was submitted.
+        """Returns what :meth:`backward` returns, for the submitted backward.
 
         Raises:
-            RuntimeError: there is none.
+            RuntimeError: no backward was submitted.
         """
         if self._pending_backward is None:
             raise RuntimeError("KTMoEWrapper: no pending backward: call submit_backward_async() first")
@@ -268,11 +269,11 @@ class SFTWrapper(ExpertsWrapper):
         return self._publish(future.result(), scale, output_device)
 
     def _last_forward(self, grad_output: Tensor, optimizer_grad_scale: float) -> Forward:
-        """The newest forward, which is forgotten once everything is checked."""
+        """Checks the arguments, then removes and returns the latest forward."""
         if not self._forwards:
             raise RuntimeError(
                 "KTMoEWrapper: no forward to differentiate: call forward(save_for_backward=True) first; "
-                f"max_cache_depth={self.max_cache_depth} of them are kept"
+                f"max_cache_depth={self.max_cache_depth} forwards are kept"
             )
         expect_shape("grad_output", grad_output, list(self._forwards[-1].output.shape))
         if not (optimizer_grad_scale > 0 and math.isfinite(optimizer_grad_scale)):
@@ -310,7 +311,7 @@ class SFTWrapper(ExpertsWrapper):
 
 
 def _gradients(last: Forward, grad_output: Tensor) -> tuple[Tensor, ...]:
-    """(grad_input, grad_weights, gradients of the op's LoRA tensors...)"""
+    """Returns (grad_input, grad_weights, gradients of the op's LoRA tensors...)."""
     leaves = last.hidden_states, last.weights, *last.adapters
     return torch.autograd.grad(last.output, leaves, grad_output.detach().to("cpu", COMPUTE_DTYPE))
 

@@ -1,4 +1,4 @@
-"""The experts of a layer in the order of their physical ids: from tensors, or from a checkpoint."""
+"""Loads the experts of a layer in the order of their physical ids, from tensors or a checkpoint."""
 
 import functools
 from pathlib import Path
@@ -19,11 +19,11 @@ Weights = tuple[Tensor | ExpertWeight, Tensor | ExpertWeight]
 
 
 def expert_order(physical_to_logical_map: Tensor | None, num_experts: int) -> list[int]:
-    """The logical expert of every physical id.
+    """Returns the logical expert of every physical id.
 
     Raises:
-        ValueError: the map has not num_experts entries, or one that is no expert.
-        TypeError: it does not hold integers.
+        ValueError: the map does not have num_experts entries, or an entry is not an expert.
+        TypeError: the map does not hold integers.
     """
     if physical_to_logical_map is None:
         return list(range(num_experts))
@@ -45,7 +45,7 @@ def expert_order(physical_to_logical_map: Tensor | None, num_experts: int) -> li
 
 
 class Given(Experts):
-    """Tensors [E, N, K] of one dtype, one above the other."""
+    """Tensors [E, N, K] of one dtype, concatenated along N."""
 
     def __init__(self, *tensors: Tensor) -> None:
         self.tensors = [tensor.detach().cpu() for tensor in tensors]
@@ -69,7 +69,7 @@ class Ordered(Experts):
 
 
 def _read(experts: Experts, order: list[int]) -> Tensor | ExpertWeight:
-    """In memory or, in the order of a file, mapped; a plain tensor if they are bfloat16."""
+    """Reads the experts into memory, or maps them if in file order; returns a plain tensor for bfloat16."""
     weight = (experts if order == list(range(len(experts))) else Ordered(experts, order)).read()
     return weight.weight if weight.format == "bf16" else weight
 
@@ -77,10 +77,10 @@ def _read(experts: Experts, order: list[int]) -> Tensor | ExpertWeight:
 def from_tensors(
     gate: Tensor, up: Tensor, down: Tensor, order: list[int], format: str, group_size: int
 ) -> Weights:
-    """Quantized expert by expert.
+    """Quantizes tensors expert by expert.
 
     Raises:
-        TypeError: a dtype is none of bfloat16, float16, float32, or gate's and up's differ.
+        TypeError: a dtype is not bfloat16, float16 or float32, or gate and up differ in dtype.
         ValueError: the format cannot hold these weights.
     """
     for name, tensor in (("gate_proj", gate), ("up_proj", up), ("down_proj", down)):
@@ -104,17 +104,17 @@ def from_checkpoint(
     method: Method,
     group_size: int,
 ) -> Weights:
-    """The experts of a layer in the format of a method.
+    """Loads the experts of a layer in the format of a method.
 
     Args:
-        prefix: the beginning of the name of the layer's experts, if several layers have the number.
+        prefix: prefix of the name of the layer's experts, if several layers have the number.
         sizes: num_experts, hidden_size and moe_intermediate_size that the layer must have.
-        group_size: of the method, where it quantizes.
+        group_size: the group size for quantizing.
 
     Raises:
         CheckpointError: the checkpoint cannot be read.
-        ValueError: it has no such layer, several, or one with other sizes; or the format cannot hold its
-            weights.
+        ValueError: it has no such layer, several, or one with other sizes; or the format cannot hold the
+            layer's weights.
     """
     layer = _layer(path, layer_idx, prefix)
     layer.check()
@@ -124,7 +124,7 @@ def from_checkpoint(
             raise ValueError(f"KTMoEWrapper: {name} must be {actual} for {layer.name} in {path}, got {size}")
     if any(layer.bias(name, torch.bfloat16) is not None for name in ("gate_up_proj", "down_proj")):
         raise ValueError(
-            f"KTMoEWrapper: {layer.name} in {path} has biases, which KTMoEWrapper has no place for: use "
+            f"KTMoEWrapper: {layer.name} in {path} has biases, which KTMoEWrapper does not support: use "
             "ktops.load_experts"
         )
     if not method.format or layer.scheme.startswith(method.schemes):
@@ -154,5 +154,5 @@ def _layer(path: Path, layer_idx: int, prefix: str | None) -> Layer:
 
 @functools.lru_cache(maxsize=2)
 def _opened(path: Path, files: tuple) -> Checkpoint:
-    """Remembered for the other layers, as long as the files are the same."""
+    """Opens a checkpoint, cached for the other layers while the files stay the same."""
     return open_checkpoint(path)

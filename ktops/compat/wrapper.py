@@ -1,4 +1,4 @@
-"""KTMoEWrapper: the experts of a layer under the names of KTransformers' kt-kernel."""
+"""KTMoEWrapper: the experts of a layer with the API of KTransformers' kt-kernel."""
 
 from typing import ClassVar
 
@@ -14,28 +14,28 @@ from ktops.compat.sft import SFTWrapper
 class KTMoEWrapper:
     """The routed experts of one layer, for code written for KTransformers' ``kt_kernel.KTMoEWrapper``.
 
-    A thin layer over :func:`ktops.moe_sft`: what ``kt_kernel`` keeps in C++ objects and shared buffers are
-    tensors of the wrapper here. ``docs/compat.md`` has the methods and the differences.
+    A thin layer over :func:`ktops.moe_sft`. Where ``kt_kernel`` uses C++ objects and shared buffers, the
+    wrapper holds tensors. ``docs/compat.md`` lists the methods and the differences.
 
     Args:
-        layer_idx: the layer's number: in the names of a checkpoint, and for deferred experts.
+        layer_idx: the layer's number, in the names of a checkpoint and for deferred experts.
         num_experts, num_experts_per_tok, hidden_size, moe_intermediate_size: E, K, H, I.
-        gpu_experts_mask: bool [E]: experts that are computed elsewhere and skipped here. None: none.
-        cpuinfer_threads, threadpool_count, numa_nodes: checked, but the threads are torch's: a warning says
-            so where ``torch.get_num_threads()`` is another number.
-        weight_path: of the checkpoint for ``load_weights``: a directory or a GGUF file; may be None.
-        chunked_prefill_size: kept, without effect: there are no buffers that it would have to size.
-        cpu_save: no effect but a warning: ``ktops convert`` stores quantized checkpoints.
-        max_deferred_experts_per_token: in mode "inference", see there. None: 0.
+        gpu_experts_mask: bool [E], experts that are computed elsewhere and skipped here. None skips none.
+        cpuinfer_threads, threadpool_count, numa_nodes: checked but not used, because ktops uses torch's
+            threads. Warns if cpuinfer_threads differs from ``torch.get_num_threads()``.
+        weight_path: the checkpoint for ``load_weights``, a directory or a GGUF file; may be None.
+        chunked_prefill_size: stored but has no effect, because there are no buffers to size.
+        cpu_save: only issues a warning; ``ktops convert`` stores quantized checkpoints.
+        max_deferred_experts_per_token: for mode "inference", see InferenceWrapper. None means 0.
         method: how the experts are stored, one of ``ktops.compat.INFERENCE_METHODS`` or ``SFT_METHODS``.
         mode: "inference" or "sft".
-        num_gpu_experts: in mode "sft", so many experts, the first ones, are computed elsewhere.
+        num_gpu_experts: in mode "sft", the number of experts, starting from the first, computed elsewhere.
         lora_rank, lora_alpha: of the adapters; scaling = lora_alpha / lora_rank.
-        max_cache_depth: how many forwards may wait for their backward; older ones are forgotten.
-        group_size: of the methods with "KGroup" in their names, and of GPTQ_INT4 where it quantizes.
-        zero_point: False: AMXINT4_1KGroup_SFT without zero points, as AMXINT4_KGroup_SFT.
-        prefix: the beginning of the name of the layer's experts in the checkpoint, such as
-            "thinker.model."; needed if several layers have the number layer_idx.
+        max_cache_depth: how many forwards may wait for their backward; older ones are discarded.
+        group_size: for methods with "KGroup" in their names, and for GPTQ_INT4 when it quantizes.
+        zero_point: False makes AMXINT4_1KGroup_SFT omit zero points, like AMXINT4_KGroup_SFT.
+        prefix: prefix of the name of the layer's experts in the checkpoint, such as "thinker.model.";
+            required if several layers have the number layer_idx.
         lora_dropout, full_weight_grad, swiglu_limit, swiglu_alpha: must have their defaults.
 
     Returns:
@@ -58,7 +58,7 @@ class KTMoEWrapper:
 
     _capture_batch_sizes: ClassVar[list[int]] = []
 
-    def __new__(  # type: ignore[misc]  # a factory under the name of a class
+    def __new__(  # type: ignore[misc]  # a factory with the name of a class
         cls,
         layer_idx: int,
         num_experts: int,
@@ -130,24 +130,24 @@ class KTMoEWrapper:
 
     @staticmethod
     def set_capture_batch_sizes(capture_bs: list[int]) -> None:
-        """Remembers batch sizes, for :meth:`get_capture_batch_sizes`: there are no buffers to allocate."""
+        """Stores batch sizes for :meth:`get_capture_batch_sizes`; there are no buffers to allocate."""
         if any(size < 1 for size in capture_bs):
             raise ValueError(f"KTMoEWrapper: capture_bs must be positive, got {capture_bs}")
         KTMoEWrapper._capture_batch_sizes = list(capture_bs)
 
     @staticmethod
     def get_capture_batch_sizes() -> list[int]:
-        """What :meth:`set_capture_batch_sizes` was given last."""
+        """Returns the batch sizes last passed to :meth:`set_capture_batch_sizes`."""
         return list(KTMoEWrapper._capture_batch_sizes)
 
     @staticmethod
     def clear_buffer_cache() -> None:
-        """:func:`ktops.empty_cache`: gives scratch memory back to the system."""
+        """Returns scratch memory to the system; see :func:`ktops.empty_cache`."""
         ktops.empty_cache()
 
     @staticmethod
     def clear_sft_buffer_cache() -> None:
-        """:func:`ktops.empty_cache`. What forwards saved for their backward stays: it is no cache."""
+        """Calls :func:`ktops.empty_cache`. Keeps tensors saved for backward, which are not a cache."""
         ktops.empty_cache()
 
 

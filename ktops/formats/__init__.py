@@ -1,4 +1,4 @@
-"""Weight formats: one module each, the same names as in ``ktops_csrc/formats``."""
+"""Weight formats, one module per family, with the same names as in ``ktops_csrc/formats``."""
 
 from ktops.formats import floating, gguf_blocks, integer, k_quants, plain
 from ktops.formats.expert_weight import ExpertWeight

@@ -1,4 +1,4 @@
-"""How far quantized weights, and what is computed with them, are from what they stand for."""
+"""The error of quantized weights, and of results computed with them."""
 
 import torch
 from torch import Tensor
@@ -8,7 +8,7 @@ from ktops.formats.registry import get_format
 
 
 class RelativeError:
-    """``||actual - expected|| / ||expected||`` (2-norm) over tensors that come one after the other.
+    """``||actual - expected|| / ||expected||`` (2-norm), accumulated over a sequence of tensors.
 
     Example:
         >>> error = RelativeError()
@@ -27,23 +27,23 @@ class RelativeError:
 
     @property
     def value(self) -> float:
-        """0 if nothing differs; infinite if everything expected is 0."""
+        """The relative error; 0 if nothing differs, otherwise infinite if all expected values are 0."""
         if not self.difference:
             return 0.0
         return (self.difference / self.norm) ** 0.5 if self.norm else float("inf")
 
 
 def decode(weight: ExpertWeight, index: int) -> Tensor:
-    """The float32 weights [N, K] of one expert, by the specification of the format."""
+    """Returns the float32 weights [N, K] of one expert, as the format specifies them."""
     return get_format(weight.format).dequantize(weight.expert(index), weight.shape[-1], weight.group_size)
 
 
 def relative_error(weight: ExpertWeight, dense: Tensor) -> float:
-    """The :class:`RelativeError` of a weight, decoded one expert at a time.
+    """Returns the :class:`RelativeError` of a weight, decoding one expert at a time.
 
     Args:
         weight: in any format.
-        dense: the weights [E, N, K] it was made from, any floating dtype.
+        dense: the weights [E, N, K] it was made from, in any floating dtype.
 
     Example:
         >>> dense = torch.randn(8, 64, 128)

@@ -1,4 +1,4 @@
-"""ExpertWeight: the weights of a layer's experts in a format, in place of a dense tensor."""
+"""ExpertWeight: the weights of a layer's experts in a weight format, in place of a dense tensor."""
 
 import json
 
@@ -12,20 +12,21 @@ COMPUTE_DTYPES = (torch.bfloat16, torch.float32, torch.float64)
 
 
 class ExpertWeight(nn.Module):
-    """Weights [E, N, K] of E experts in a weight format: what :func:`ktops.quantize` returns.
+    """Weights [E, N, K] of E experts in a weight format, as :func:`ktops.quantize` returns them.
 
-    :func:`ktops.moe_sft` and :class:`ktops.nn.KTExperts` take it where they take a tensor. Forward and
-    backward read the same bytes; there is no other copy. Its tensors are buffers: they are in the state dict
-    of the module that holds it, with the format beside them. ``.to(device)`` and ``.half()`` leave them as
-    they are: experts stay in CPU memory, and a floating dtype is what ktops computes in. ``copy.deepcopy``
-    shares them. Not to be changed once made.
+    :func:`ktops.moe_sft` and :class:`ktops.nn.KTExperts` accept it in place of a tensor. Forward and backward
+    read the same bytes; no other copy exists. Its tensors are buffers, so the state dict of the module that
+    holds it contains them, along with the format. ``.to(device)`` and ``.half()`` do not convert them:
+    experts stay in CPU memory, and a floating dtype only sets the dtype ktops computes in.
+    ``copy.deepcopy`` shares them. Do not modify an ExpertWeight after creating it.
 
     Args:
         format: name of the format, one of ``ktops.formats.names()``.
-        shape: [E, N, K], of the weights that are meant.
-        weight: the codes, [E, N, ...] as ``docs/formats.md`` says for the format.
-        scale, zero: [E, N, G], where the format has them.
-        group_size: columns that share a scale; 0: a whole row, or as the format's blocks have it.
+        shape: [E, N, K], the shape of the decoded weights.
+        weight: the codes, [E, N, ...], as ``docs/formats.md`` specifies for the format.
+        scale, zero: [E, N, G], if the format has them.
+        group_size: number of columns that share a scale; 0 for a whole row, or if the format's blocks
+            determine it.
         dtype: what hidden states are cast to: bfloat16, float32 or float64.
 
     Raises:
@@ -77,7 +78,7 @@ class ExpertWeight(nn.Module):
         return Codes(self.weight, self.scale, self.zero)
 
     def expert(self, index: int) -> Codes:
-        """The tensors of one expert: weight [N, ...], scale and zero [N, G]."""
+        """Returns the tensors of one expert: weight [N, ...], scale and zero [N, G]."""
         return self.codes.map(lambda tensor: tensor[index])
 
     @property
@@ -93,11 +94,11 @@ class ExpertWeight(nn.Module):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of memory."""
+        """The size of all tensors in bytes."""
         return sum(tensor.nbytes for tensor in self.codes if tensor is not None)
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
-        """:func:`ktops.dequantize` of this weight."""
+        """Returns the dense weights; see :func:`ktops.dequantize`."""
         out = torch.empty(self.shape, dtype=self.dtype if dtype is None else dtype)
         for index in range(self.shape[0]):
             codes = self.expert(index).map(lambda tensor: tensor[None])
@@ -105,7 +106,7 @@ class ExpertWeight(nn.Module):
         return out
 
     def _apply(self, fn, recurse: bool = True) -> "ExpertWeight":
-        """``.to()`` and the like: a floating dtype is what is computed in, tensors stay where they are."""
+        """Sets the dtype to compute in for ``.to()`` and the like; leaves the tensors in place."""
         dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
         if dtype in COMPUTE_DTYPES:
             self.dtype = dtype
@@ -122,21 +123,21 @@ class ExpertWeight(nn.Module):
         return {"format": self.format, "shape": list(self.shape), "group_size": self.group_size}
 
     def get_extra_state(self) -> Tensor:
-        """The format as JSON in a uint8 tensor: so a state dict holds tensors only, as safetensors needs."""
+        """Returns the format as JSON in a uint8 tensor, because safetensors requires tensors only."""
         return torch.frombuffer(bytearray(json.dumps(self._layout()).encode()), dtype=torch.uint8)
 
     def set_extra_state(self, state: Tensor) -> None:
         layout = json.loads(bytes(state.tolist()))
         if layout != self._layout():
             raise ValueError(
-                f"ExpertWeight: the state dict is of another layout: expected {self._layout()}, got {layout}"
+                f"ExpertWeight: the state dict has another layout: expected {self._layout()}, got {layout}"
             )
 
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, *args) -> None:
-        """Takes over the state dict's tensors; writing into its own would change copies and mapped files.
+        """Adopts the state dict's tensors; writing into its own would change copies and mapped files.
 
         Raises:
-            ValueError, TypeError: the state dict has another layout, or a tensor a wrong shape or dtype.
+            ValueError, TypeError: the state dict has another layout, or a tensor has a wrong shape or dtype.
         """
         state = state_dict.get(f"{prefix}_extra_state")
         if state is not None:

@@ -1,12 +1,12 @@
 """fp8_e4m3, mxfp8 and mxfp4: small floating-point numbers times a scale.
 
-fp8_e4m3  weight float8_e4m3fn [..., N, K]; scale float [..., N, 1] (group_size 0), or with group_size 128
-          one for every 128 columns of 128 rows, [..., ceil(N / 128), ceil(K / 128)], or of every row,
+fp8_e4m3  weight float8_e4m3fn [..., N, K]; scale float [..., N, 1] (group_size 0). With group_size 128, one
+          scale per block of 128 x 128, [..., ceil(N / 128), ceil(K / 128)], or per 128 columns of a row,
           [..., N, ceil(K / 128)]
-mxfp8     weight float8_e4m3fn [..., N, K]; scale uint8 [..., N, K / 32]: 2^(scale - 127)
-mxfp4     weight uint8 [..., N, K / 2], E2M1 codes, the even column in the low nibble; scale as mxfp8's
+mxfp8     weight float8_e4m3fn [..., N, K]; scale uint8 [..., N, K / 32], meaning 2^(scale - 127)
+mxfp4     weight uint8 [..., N, K / 2], E2M1 codes, even columns in the low nibbles; scale as in mxfp8
 
-Sources: OCP Microscaling Formats (MX) 1.0; DeepSeek-V3's checkpoints for the blocks of 128 x 128.
+Sources: OCP Microscaling Formats (MX) 1.0; DeepSeek-V3's checkpoints for the 128 x 128 blocks.
 """
 
 import torch
@@ -70,7 +70,7 @@ class Fp8(Format):
 
 
 class Microscaling(Format):
-    """Groups of 32 columns with a power of two each."""
+    """Groups of 32 columns, each scaled by a power of two."""
 
     has_scale = True
     group_sizes = (32,)
@@ -86,7 +86,10 @@ class Microscaling(Format):
         return columns
 
     def _scaled(self, weight: Tensor) -> tuple[Tensor, Tensor]:
-        """Weights [..., K] divided by their scales 2^(floor(log2(largest)) - max_exponent), and these."""
+        """Returns weights [..., K] divided by their scales, and the scales as uint8 exponents.
+
+        A scale is 2^(floor(log2(largest)) - max_exponent).
+        """
         groups = in_groups(weight, 32)
         largest = groups.abs().amax(-1)
         exponent = torch.where(largest == 0, -127, torch.frexp(largest).exponent - 1 - self.max_exponent)
@@ -95,7 +98,7 @@ class Microscaling(Format):
 
 
 def exponents(scale: Tensor) -> Tensor:
-    """uint8 -> float32 2^(scale - 127); 255 is NaN."""
+    """Converts uint8 scales to float32 2^(scale - 127); 255 is NaN."""
     powers = torch.exp2(scale.double() - 127).float()
     return torch.where(scale == 255, torch.nan, powers)
 

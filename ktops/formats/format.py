@@ -1,4 +1,4 @@
-"""What a weight format is to Python: its tensors, and the two directions between them and floats."""
+"""The base class of weight formats: their tensors, and the conversion from and to floats."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
@@ -12,19 +12,19 @@ METHODS = ("rtn", "mse", "hqq")
 
 
 class Codes(NamedTuple):
-    """The tensors of weights [..., N, K] in a format; what a format does not have is None."""
+    """The tensors that hold weights [..., N, K] in a format; None for those the format does not have."""
 
     weight: Tensor
     scale: Tensor | None = None
     zero: Tensor | None = None
 
     def map(self, function: Callable[[Tensor], Tensor]) -> "Codes":
-        """The same of each tensor there is."""
+        """Applies a function to every tensor that is not None."""
         return Codes._make(None if tensor is None else function(tensor) for tensor in self)
 
 
 def stacked(experts: Iterable[Codes], count: int) -> Codes:
-    """The codes of so many experts, at least one, as tensors [count, ...], filled as they come."""
+    """Stacks the codes of ``count`` experts, at least one, into tensors [count, ...], filled one by one."""
     out: Codes | None = None
     for index, codes in enumerate(experts):
         if out is None:
@@ -41,12 +41,12 @@ class Format(ABC):
     """A weight format: the Python half of ``ktops_csrc/formats``.
 
     Attributes:
-        name: in ``weight_format``, ``ExpertWeight.format`` and files.
-        dtype: of the weight tensor, whose last dimension is :meth:`row_elements` long.
-        group_sizes: what ``group_size`` may be: 0 stands for one scale per row, or for blocks that hold their
-            own scales; -1 in the tuple for any multiple of 32.
-        methods: of quantization that it knows.
-        has_scale, has_zero: which tensors there are besides the weight.
+        name: used in ``weight_format``, ``ExpertWeight.format`` and files.
+        dtype: of the weight tensor, whose last dimension has :meth:`row_elements` elements.
+        group_sizes: valid values of ``group_size``. 0 means one scale per row, or blocks that contain their
+            own scales; -1 allows any multiple of 32.
+        methods: the supported quantization methods.
+        has_scale, has_zero: which tensors the format has in addition to the weight.
         written: whether weights can be quantized to it, or only read.
     """
 
@@ -61,15 +61,15 @@ class Format(ABC):
 
     @abstractmethod
     def row_elements(self, columns: int) -> int:
-        """Elements of the weight tensor that hold a row of ``columns`` weights.
+        """Returns the number of elements of the weight tensor that hold a row of ``columns`` weights.
 
         Raises:
-            ValueError: a row of so many weights cannot be stored.
+            ValueError: the format cannot store a row of ``columns`` weights.
         """
 
     @abstractmethod
     def quantize(self, weight: Tensor, group_size: int, method: str) -> Codes:
-        """The codes nearest to float32 weights [..., N, K], by one of ``methods``."""
+        """Quantizes float32 weights [..., N, K] with one of ``methods``."""
 
     def require_finite(self, weight: Tensor) -> None:
         """Raises ValueError if a weight is NaN or infinite, which codes and scales cannot hold."""
@@ -78,10 +78,10 @@ class Format(ABC):
 
     @abstractmethod
     def dequantize(self, codes: Codes, columns: int, group_size: int) -> Tensor:
-        """The float32 weights [..., N, columns]: the specification of the kernels' decoding, bit for bit."""
+        """Returns the float32 weights [..., N, columns], which the kernels must decode to bit for bit."""
 
     def scale_shape(self, rows: int, columns: int, group_size: int) -> tuple[int, ...]:
-        """The last two dimensions of the scale, and of the zero point if there is one."""
+        """Returns the last two dimensions of the scale, and of the zero point if the format has one."""
         return rows, num_groups(columns, group_size)
 
     def check(self, codes: Codes, shape: torch.Size, group_size: int) -> None:
@@ -112,19 +112,19 @@ class Format(ABC):
         )
 
     def check_group_size(self, group_size: int) -> None:
-        """Raises ValueError for a group_size that the format does not have."""
+        """Raises ValueError if the format does not support the group_size."""
         if not self.has_group_size(group_size):
             names = ", ".join("any multiple of 32" if size == -1 else str(size) for size in self.group_sizes)
             raise ValueError(f"group_size must be one of {names} for format {self.name!r}, got {group_size}")
 
     def check_settings(self, group_size: int | None, method: str) -> int:
-        """Checks what weights are to be quantized with.
+        """Checks the settings for quantizing to this format.
 
         Returns:
-            The group size: for None, the format's default.
+            The group size; for None, the format's default.
 
         Raises:
-            ValueError: the format does not have the group size or the method.
+            ValueError: the format does not support the group size or the method.
         """
         if method not in self.methods:
             raise ValueError(
@@ -135,10 +135,10 @@ class Format(ABC):
         return group_size
 
     def check_quantizable(self, columns: int, group_size: int | None, method: str) -> int:
-        """The same for rows of so many weights.
+        """Like :meth:`check_settings`, for rows of ``columns`` weights.
 
         Raises:
-            ValueError: also if the format can only be read, or cannot hold such rows.
+            ValueError: also if the format can only be read, or cannot store such rows.
         """
         group_size = self.check_settings(group_size, method)
         self.row_elements(columns)
@@ -150,7 +150,7 @@ FLOAT_SCALES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def expect(name: str, tensor: Tensor | None, dtypes: tuple[torch.dtype, ...], shape: tuple[int, ...]) -> None:
-    """Raises unless the tensor has one of the dtypes and the shape."""
+    """Raises ValueError or TypeError unless the tensor has one of the dtypes and the shape."""
     if tensor is None:
         raise ValueError(f"{name} must be a tensor of shape {list(shape)}, got None")
     if tensor.dtype not in dtypes:
@@ -161,18 +161,18 @@ def expect(name: str, tensor: Tensor | None, dtypes: tuple[torch.dtype, ...], sh
 
 
 def num_groups(columns: int, group_size: int) -> int:
-    """Groups in a row; the last one may be shorter."""
+    """Returns the number of groups in a row; the last one may be shorter."""
     return 1 if group_size == 0 else -(-columns // group_size)
 
 
 def in_groups(weight: Tensor, group_size: int) -> Tensor:
-    """[..., K] -> [..., G, group_size], zeros beyond the end."""
+    """Splits [..., K] into [..., G, group_size], zero-padded at the end."""
     columns = weight.shape[-1]
     groups, size = num_groups(columns, group_size), group_size or columns
     return torch.nn.functional.pad(weight, (0, groups * size - columns)).unflatten(-1, (groups, size))
 
 
 def spread(per_group: Tensor, columns: int, group_size: int) -> Tensor:
-    """[..., G] -> [..., columns] or [..., 1]: the value of every column's group, as float32."""
+    """Expands [..., G] to the value of each column's group, float32 [..., columns] or [..., 1]."""
     per_group = per_group.float()
     return per_group if group_size == 0 else per_group.repeat_interleave(group_size, dim=-1)[..., :columns]

@@ -1,7 +1,7 @@
 """The block formats of ggml, as GGUF files store them: weight uint8 [..., N, K / block * bytes].
 
-The scales lie inside the blocks. The specification of decoding is the `gguf` package's, and so is quantizing,
-but for the k-quants (`k_quants.py`).
+The blocks contain the scales. The `gguf` package defines decoding, and also quantization except for the
+k-quants (`k_quants.py`).
 """
 
 import torch
@@ -14,11 +14,11 @@ BLOCKS = {
     "q2_k": (256, 84), "q3_k": (256, 110), "q4_k": (256, 144), "q5_k": (256, 176), "q6_k": (256, 210),
     "iq4_nl": (32, 18), "iq4_xs": (256, 136),
 }  # fmt: skip
-"""Format -> (weights, bytes) of a block."""
+"""Format -> (weights, bytes) per block."""
 
 
 READ_ONLY = ("iq4_nl", "iq4_xs")
-"""Formats that neither the gguf package nor ktops quantizes to."""
+"""Formats that neither the gguf package nor ktops can quantize to."""
 
 
 class GgufBlocks(Format):
@@ -43,7 +43,7 @@ class GgufBlocks(Format):
     def check_written(self) -> None:
         if not self.written:
             raise ValueError(
-                f"format {self.name!r} can be read but not written: convert with llama.cpp, or use "
+                f"format {self.name!r} can be read but not written. Convert with llama.cpp, or use "
                 "q4_k (blocks of 256) or q4_0 (blocks of 32)"
             )
         _gguf()
@@ -68,4 +68,4 @@ def _gguf():
 
 
 FORMATS = tuple(GgufBlocks(name, *sizes) for name, sizes in BLOCKS.items() if not name.endswith("_k"))
-"""All but the k-quants: ``k_quants.py``."""
+"""All except the k-quants, which are in ``k_quants.py``."""

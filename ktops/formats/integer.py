@@ -1,9 +1,10 @@
 """int8, int4 and uint4: integers with one scale per row, or per group of columns.
 
 int8   weight int8  [..., N, K]            q * scale
-int4   weight uint8 [..., N, ceil(K / 2)]  (q - 8) * scale     byte b holds column 2b in its low nibble
-uint4  the same, and a zero point          (q - zero) * scale  and column 2b + 1 in its high one
+int4   weight uint8 [..., N, ceil(K / 2)]  (q - 8) * scale
+uint4  as int4, with a zero point          (q - zero) * scale
 
+In int4 and uint4, byte b holds column 2b in its low nibble and column 2b + 1 in its high nibble.
 scale and zero are [..., N, G]; group_size 0 means one group, G = 1.
 """
 
@@ -17,23 +18,23 @@ from ktops.formats.format import METHODS, Codes, Format, in_groups, spread
 
 
 def pack_nibbles(codes: Tensor) -> Tensor:
-    """[..., K] of 0..15 -> uint8 [..., ceil(K / 2)], the even columns in the low nibbles."""
+    """Packs [..., K] of 0..15 into uint8 [..., ceil(K / 2)], even columns in the low nibbles."""
     codes = torch.nn.functional.pad(codes.to(torch.uint8), (0, codes.shape[-1] % 2))
     return codes[..., 0::2] | codes[..., 1::2] << 4
 
 
 def unpack_nibbles(packed: Tensor, columns: int) -> Tensor:
-    """uint8 [..., ceil(columns / 2)] -> uint8 [..., columns]"""
+    """Unpacks uint8 [..., ceil(columns / 2)] into uint8 [..., columns]."""
     return torch.stack([packed & 15, packed >> 4], dim=-1).flatten(-2)[..., :columns]
 
 
 def divide(weight: Tensor, scale: Tensor) -> Tensor:
-    """weight / scale; 0 where the scale is 0."""
+    """Returns weight / scale, and 0 where the scale is 0."""
     return weight / torch.where(scale == 0, torch.inf, scale)
 
 
 def round_to(weight: Tensor, scale: Tensor, low: int, high: int) -> Tensor:
-    """The integers in [low, high] nearest to weight / scale; 0 where the scale is 0."""
+    """Returns the integers in [low, high] nearest to weight / scale, and 0 where the scale is 0."""
     return divide(weight, scale).round_().clamp_(low, high)
 
 
@@ -47,20 +48,20 @@ class Symmetric(Format):
     smallest: float
 
     def _scale(self, groups: Tensor, method: str) -> Tensor:
-        """[..., G, 1] for weights [..., G, group]"""
+        """Returns scales [..., G, 1] for weights [..., G, group]."""
         largest = groups.abs().amax(-1, keepdim=True) / self.high
         if method == "rtn":
             return largest
         return in_chunks(self._search, groups, largest)[0]
 
     def _search(self, groups: Tensor, largest: Tensor) -> tuple[Tensor]:
-        """[n, 1] for weights [n, group]: of either sign, the scale with the least squared error."""
+        """Returns the scales [n, 1] of either sign with the least squared error for weights [n, group]."""
         best, least = largest, torch.full_like(largest, torch.inf)
         integers, errors = torch.empty_like(groups), torch.empty_like(groups)
         for size in shrinking(NUM_SCALES, self.smallest):
             scale = largest * size
             torch.div(groups, torch.where(scale == 0, 1, scale), out=integers).round_()
-            for sign, low in ((1, -self.high - 1), (-1, -self.high)):  # -scale: the range the other way round
+            for sign, low in ((1, -self.high - 1), (-1, -self.high)):  # -scale reverses the range
                 torch.clamp(integers, low, low + 2 * self.high + 1, out=errors).mul_(scale).sub_(groups)
                 error = errors.square_().sum(-1, keepdim=True)
                 better = error < least
@@ -75,16 +76,17 @@ class Symmetric(Format):
 
 
 NUM_SCALES, NUM_RANGES, NUM_FITS = 30, 20, 2
-"""What "mse" tries: symmetric scales, of either sign, as -8 reaches further than 7; ranges of uint4, with so
-many least-squares fits each. They go evenly from the largest weight down to the ``smallest`` share of it."""
+"""How much "mse" tries: NUM_SCALES symmetric scales of either sign, because -8 reaches further than 7;
+NUM_RANGES ranges of uint4 with NUM_FITS least-squares fits each. They are evenly spaced from the largest
+weight down to the fraction ``smallest`` of it."""
 
 
 CHUNK_WEIGHTS = 1 << 17
-"""Weights that are searched at a time: their floats stay in a core's cache."""
+"""Number of weights searched at a time, so that their floats stay in a core's cache."""
 
 
 def in_chunks(search: Callable[..., tuple[Tensor, ...]], groups: Tensor, *others: Tensor) -> list[Tensor]:
-    """What a search finds for groups [..., G, group] and others [..., G, 1], each result [..., G, 1]."""
+    """Runs a search on groups [..., G, group] and others [..., G, 1]; each result is [..., G, 1]."""
     count = max(1, CHUNK_WEIGHTS // groups.shape[-1])
     chunks = zip(*(x.flatten(0, -2).split(count) for x in (groups, *others)), strict=True)
     results = zip(*(search(*chunk) for chunk in chunks), strict=True)
@@ -96,7 +98,7 @@ def shrinking(steps: int, smallest: float) -> list[float]:
 
 
 def scale_dtype(group_size: int) -> torch.dtype:
-    """float32 for the scale of a row; bfloat16 for those of groups, which are a part of the memory."""
+    """Returns float32 for the scale of a row; bfloat16 for those of groups, which take noticeable memory."""
     return torch.float32 if group_size == 0 else torch.bfloat16
 
 
@@ -133,7 +135,7 @@ class Int4(Symmetric):
 
 
 class UInt4(Format):
-    """Integers in [0, 15] less a zero point, times a scale."""
+    """Integers in [0, 15] minus a zero point, times a scale."""
 
     name, dtype, smallest = "uint4", torch.uint8, 0.4
     methods = METHODS
@@ -168,21 +170,21 @@ class UInt4(Format):
 
 
 SIGNS = ((None, 0.0), (0.0, None))
-"""The range of a group holds zero, so that padding and zeros stay exact."""
+"""The range of every group includes zero, so padding and zeros stay exact."""
 
 
 def affine(low: Tensor, high: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Scale and integer zero point (uint8) of the range [low, high]."""
+    """Returns the scale and the integer zero point (uint8) of the range [low, high]."""
     scale = ((high - low) / 15).to(dtype)
     return scale, round_to(-low, scale.float(), 0, 15).to(torch.uint8)
 
 
 def _search(groups: Tensor, low: Tensor, high: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """The scale and zero point (float16) with the least squared error.
+    """Returns the scale and the zero point (float16) with the least squared error.
 
-    Starts from shrunken ranges and fits scale and zero point to the codes that they give. A search over
-    ranges alone makes weights smaller on the whole, which the sums of a trained layer show more than larger
-    errors without a direction.
+    Starts from shrunken ranges and fits scale and zero point to the resulting codes. A search over ranges
+    alone biases weights toward zero, which affects the sums of a trained layer more than larger unbiased
+    errors do.
     """
     scale, zero = affine(low, high, dtype)
     best = scale, zero.half()
@@ -202,7 +204,7 @@ def _search(groups: Tensor, low: Tensor, high: Tensor, dtype: torch.dtype) -> tu
 
 
 def fit(groups: Tensor, codes: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-    """The scale and zero point of least squares for these codes; the scale stays where all codes are one."""
+    """Returns the least-squares scale and zero point for codes; keeps the scale if all codes are equal."""
     mean, center = groups.mean(-1, keepdim=True), codes.mean(-1, keepdim=True)
     centered = codes - center
     squares = centered.square().sum(-1, keepdim=True)
@@ -220,9 +222,9 @@ def _restored(groups: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
 
 
 def _half_quadratic_zero(groups: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
-    """The zero point that minimizes sum |error|^0.7, by half-quadratic splitting (Badri and Shaji, 2023).
+    """Minimizes sum |error|^0.7 over the zero point by half-quadratic splitting (Badri and Shaji, 2023).
 
-    Alternates a shrinkage of the error and the mean that fits it, with the weight of the split growing.
+    Alternates between shrinking the error and taking the mean that fits it, with a growing penalty beta.
     """
     power, beta, growth = 0.7, 10.0, 1.01
     best, least = zero, torch.full_like(zero, torch.inf)

@@ -1,11 +1,11 @@
-"""The k-quants of ggml, from float weights: blocks of 256, in groups whose scales are integers too.
+"""Quantizes to the k-quants of ggml: blocks of 256 weights, in groups whose scales are integers too.
 
-    q2_k, q4_k, q5_k   (d * scale) * q - (dmin * minimum)   q and both integers not negative
-    q3_k, q6_k         (d * scale) * q                      q and scale of either sign
+    q2_k, q4_k, q5_k   (d * scale) * q - (dmin * minimum)   q, scale and minimum are not negative
+    q3_k, q6_k         (d * scale) * q                      q and scale have either sign
 
-d and dmin are float16, one for each block. "rtn" gives every group its range, rounds the scales and minima to
-integers, and rounds weights with what these stand for. "mse" searches the scale and minimum of a group with
-the least squared error, as integers again after d and dmin are chosen.
+d and dmin are float16, one per block. "rtn" covers the range of every group, rounds the scales and minima to
+integers, and rounds the weights with the rounded values. "mse" searches for the scale and minimum of each
+group with the least squared error, and searches again among integers once d and dmin are chosen.
 """
 
 from collections.abc import Callable, Iterator
@@ -20,22 +20,22 @@ from ktops.formats.gguf_blocks import BLOCKS, GgufBlocks
 from ktops.formats.integer import NUM_FITS, divide, fit, shrinking
 
 NUM_RANGES = 10
-"""Ranges that "mse" starts from: evenly, from all of a group's down to the ``smallest`` share of it."""
+"""Number of ranges "mse" starts from, evenly spaced from the full range down to the fraction ``smallest``."""
 
 CHUNK_BLOCKS = 512
-"""Blocks that are worked on at a time: their floats stay in a core's cache."""
+"""Number of blocks processed at a time, so that their floats stay in a core's cache."""
 
 
 @dataclass(frozen=True)
 class Layout:
-    """The numbers of a k-quant.
+    """The parameters of a k-quant.
 
     Attributes:
-        group: weights that share a scale.
-        low, high: the least and the largest code.
-        most: of the integers for scales and minima; scales are in [-most, most] where codes have signs.
-        smallest: the share of a group's range that is worth a try.
-        pack: (codes less low, :class:`Scales`) -> the parts of the blocks, uint8 [blocks, ...], in order.
+        group: number of weights that share a scale.
+        low, high: the smallest and the largest code.
+        most: the largest integer scale or minimum; scales are in [-most, most] if codes are signed.
+        smallest: the smallest fraction of a group's range worth trying.
+        pack: (codes - low, :class:`Scales`) -> the parts of the blocks, uint8 [blocks, ...], in order.
     """
 
     group: int
@@ -51,7 +51,7 @@ class Layout:
 
 
 class Scales(NamedTuple):
-    """Of blocks: d and dmin, float16 [blocks, 1, 1]; integers as float32 [blocks, groups, 1]."""
+    """The scales of blocks: d and dmin, float16 [blocks, 1, 1]; integers as float32 [blocks, groups, 1]."""
 
     d: Tensor
     scale: Tensor
@@ -60,7 +60,7 @@ class Scales(NamedTuple):
 
     @property
     def step(self) -> Tensor:
-        """Exact: 11 bits times 7."""
+        """d * scale, which is exact: 11 bits times 7 bits."""
         return self.d.float() * self.scale
 
     @property
@@ -76,7 +76,7 @@ class KQuant(GgufBlocks):
         self.layout = layout
 
     def check_written(self) -> None:
-        """Nothing to check: the gguf package is not needed to quantize."""
+        """Checks nothing, because quantizing does not need the gguf package."""
 
     def quantize(self, weight: Tensor, group_size: int, method: str) -> Codes:
         rows = *weight.shape[:-1], self.row_elements(weight.shape[-1])
@@ -89,8 +89,8 @@ class KQuant(GgufBlocks):
         if not bool((scales.d.isfinite() & scales.dmin.isfinite()).all()):
             low, high = groups.aminmax()
             raise ValueError(
-                f"format {self.name!r} needs finite weights, with scales of groups up to {self.layout.most} "
-                f"times the largest float16, 65504: got weights from {low:.3g} to {high:.3g}"
+                f"format {self.name!r} needs finite weights, with group scales up to {self.layout.most} "
+                f"times the largest float16, 65504; got weights from {low:.3g} to {high:.3g}"
             )
         if method == "mse":
             scales = least_error(groups, scales, self.layout)
@@ -99,7 +99,7 @@ class KQuant(GgufBlocks):
 
 
 def ranges(groups: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
-    """The step and the offset that reach the least and the largest weight of each group."""
+    """Returns the step and the offset that cover the smallest and the largest weight of each group."""
     if not layout.has_minimum:
         step = groups.abs().amax(-1, keepdim=True) / layout.high
         return step, torch.zeros_like(step)
@@ -109,14 +109,14 @@ def ranges(groups: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
 
 
 def rounded(step: Tensor, offset: Tensor, layout: Layout) -> Scales:
-    """Steps and offsets of groups as integers times a d and a dmin."""
+    """Rounds the steps and offsets of groups to integers times d and dmin."""
     d, dmin = (float16_above(x.abs().amax(1, keepdim=True) / layout.most) for x in (step, offset))
     scale, minimum = (divide(x, unit.float()).round_() for x, unit in ((step, d), (offset, dmin)))
     return Scales(d, scale, dmin, minimum)
 
 
 def float16_above(x: Tensor) -> Tensor:
-    """The least float16 that is not below x >= 0; tiny scales would become 0 otherwise."""
+    """Rounds x >= 0 up to float16, because rounding to nearest would turn tiny scales into 0."""
     nearest = x.half()
     return torch.where(nearest.float() < x, nearest.view(torch.int16) + 1, nearest.view(torch.int16)).view(
         torch.float16
@@ -124,19 +124,19 @@ def float16_above(x: Tensor) -> Tensor:
 
 
 def codes_of(groups: Tensor, step: Tensor, offset: Tensor, layout: Layout) -> Tensor:
-    """The nearest codes, as float32."""
+    """Returns the nearest codes, as float32."""
     inverse = torch.where(step == 0, 0, 1 / step)
     return (groups + offset).mul_(inverse).round_().clamp_(layout.low, layout.high)
 
 
 def squared_error(groups: Tensor, step: Tensor, offset: Tensor, layout: Layout) -> Tensor:
-    """[blocks, groups, 1]"""
+    """Returns the squared error of each group, [blocks, groups, 1]."""
     codes = codes_of(groups, step, offset, layout)
     return codes.mul_(step).sub_(offset).sub_(groups).square_().sum(-1, keepdim=True)
 
 
 def least_error(groups: Tensor, start: Scales, layout: Layout) -> Scales:
-    """The best scales that were found, block by block not worse than those to start with."""
+    """Returns the best scales found; no block is worse than with the initial scales."""
     found = neighbors(groups, rounded(*search(groups, layout), layout), layout)
     errors = (
         squared_error(groups, scales.step, scales.offset, layout).sum(1, keepdim=True)
@@ -147,7 +147,7 @@ def least_error(groups: Tensor, start: Scales, layout: Layout) -> Scales:
 
 
 def search(groups: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
-    """The step and the offset of each group with the least squared error, as if they were not rounded."""
+    """Returns the unrounded step and offset of each group with the least squared error."""
     best = step, offset = ranges(groups, layout)
     least = squared_error(groups, *best, layout)
     for size in shrinking(NUM_RANGES, layout.smallest):
@@ -162,7 +162,7 @@ def search(groups: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
 def trials(
     groups: Tensor, step: Tensor, offset: Tensor, size: float, layout: Layout
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Pairs of step and offset from a share of the range: of either sign, or fitted to its codes."""
+    """Yields pairs of step and offset for a fraction of the range: of either sign, or fitted to its codes."""
     if not layout.has_minimum:
         yield step * size, offset
         yield step * -size, offset
@@ -178,7 +178,7 @@ def trials(
 
 
 def neighbors(groups: Tensor, scales: Scales, layout: Layout) -> Scales:
-    """For each group the best of the integers around: both rounded to nearest need not be."""
+    """Returns the best nearby integers for each group; rounding both to nearest may not be optimal."""
     best, least = scales, squared_error(groups, scales.step, scales.offset, layout)
     lowest = 0 if layout.has_minimum else -layout.most
     minima = (-1, 0, 1) if layout.has_minimum else (0,)
@@ -199,23 +199,25 @@ def neighbors(groups: Tensor, scales: Scales, layout: Layout) -> Scales:
 
 
 def packed(numbers: Tensor, bits: int) -> Tensor:
-    """uint8 [blocks, ..., P, M], of so many bits each -> [blocks, bytes]: number p from bit p * bits on."""
+    """Packs uint8 [blocks, ..., P, M] into [blocks, bytes]; number p starts at bit p * bits."""
     shifts = torch.arange(0, 8, bits, dtype=torch.uint8)[: numbers.shape[-2], None]
     return (numbers << shifts).sum(-2, dtype=torch.uint8).flatten(1)
 
 
 def unsigned(integers: Tensor) -> Tensor:
-    """float32 [blocks, groups, 1] -> uint8 [blocks, groups]"""
+    """Converts float32 [blocks, groups, 1] to uint8 [blocks, groups]."""
     return integers.squeeze(-1).to(torch.uint8)
 
 
 def halves(*numbers: Tensor) -> Tensor:
-    """float16 [blocks, 1, 1] each -> their bytes [blocks, ...]"""
+    """Returns the bytes [blocks, ...] of numbers that are float16 [blocks, 1, 1] each."""
     return torch.cat(numbers, dim=1).flatten(1).view(torch.uint8)
 
 
 def six_bits(scales: Scales) -> Tensor:
-    """[blocks, 12]: the first four scales and minima, with the upper bits of the others; their lower bits."""
+    """Packs into [blocks, 12] the first four scales and minima with the upper bits of the others, then the
+    lower bits of the others.
+    """
     both = torch.stack([unsigned(scales.scale), unsigned(scales.minimum)], dim=1).unflatten(-1, (2, 4))
     first, last = both.unbind(2)
     return torch.cat([(first | last >> 4 << 6).flatten(1), packed(last & 15, 4)], dim=1)

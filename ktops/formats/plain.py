@@ -1,4 +1,4 @@
-"""bf16, fp16, fp32: weights as they are, in a dtype that need not be the one of the activations."""
+"""bf16, fp16, fp32: unquantized weights, in a dtype that may differ from that of the activations."""
 
 import torch
 from torch import Tensor
@@ -28,4 +28,4 @@ class Plain(Format):
 FORMATS = (Plain("bf16", torch.bfloat16), Plain("fp16", torch.float16), Plain("fp32", torch.float32))
 
 PLAIN = {known.dtype: known.name for known in FORMATS}
-"""dtype -> the format of weights in it."""
+"""dtype -> the format of weights stored in it."""

@@ -1,4 +1,4 @@
-"""quantize and dequantize: between dense weights and :class:`ExpertWeight`."""
+"""quantize and dequantize, which convert between dense weights and :class:`ExpertWeight`."""
 
 import torch
 from torch import Tensor
@@ -12,24 +12,25 @@ from ktops.formats.registry import get_format
 def quantize(
     weight: Tensor, format: str, *, group_size: int | None = None, method: str = "rtn"
 ) -> ExpertWeight:
-    """Dense weights in a format, expert by expert.
+    """Quantizes dense weights to a weight format, expert by expert.
 
     Args:
         weight: [E, N, K], any floating dtype, on the CPU.
         format: one of ``ktops.formats.names()``.
-        group_size: columns that share a scale, 0: one scale a row. Default: 128 for int4 and uint4, 32 for
-            mxfp4 and mxfp8, blocks of 128 x 128 for fp8_e4m3, else 0.
-        method: "rtn" rounds to nearest with the scale that reaches the largest weight; "mse" (int8, int4,
-            uint4, k-quants) searches the scale, of either sign, and the zero point with the least squared
-            error; "hqq" (uint4) is half-quadratic quantization (Badri and Shaji, 2023): the zero point that
-            minimizes sum |error|^0.7. Zero points of uint4 are float16 in these two, not integers.
+        group_size: number of columns that share a scale; 0 means one scale per row. Default: 128 for int4
+            and uint4, 32 for mxfp4 and mxfp8, 128 x 128 blocks for fp8_e4m3, otherwise 0.
+        method: "rtn" rounds to nearest with the scale that covers the largest weight; "mse" (int8, int4,
+            uint4, k-quants) searches for the scale, of either sign, and the zero point with the least squared
+            error; "hqq" (uint4) is half-quadratic quantization (Badri and Shaji, 2023), which minimizes
+            sum |error|^0.7 over the zero point. With "mse" and "hqq", zero points of uint4 are float16, not
+            integers.
 
     Returns:
-        The weights as an :class:`ExpertWeight`, to be computed in weight.dtype.
+        The weights as an :class:`ExpertWeight` that computes in weight.dtype.
 
     Raises:
-        ValueError: unknown format, or one that cannot be written, does not have the group size or the method,
-            or cannot hold rows of K columns, weights of that size, or NaN and infinity.
+        ValueError: unknown format, or one that cannot be written, does not support the group size or the
+            method, or cannot hold rows of K columns, weights of that size, or NaN and infinity.
         TypeError: weight is not floating, or not a tensor.
 
     Example:
@@ -56,12 +57,12 @@ def quantize(
 
 
 def dequantize(weight: ExpertWeight, dtype: torch.dtype | None = None) -> Tensor:
-    """The dense weights [E, N, K] that an :class:`ExpertWeight` means, what its kernels multiply with.
+    """Returns the dense weights [E, N, K] of an :class:`ExpertWeight`, which its kernels multiply by.
 
     Args:
         weight: in any format.
-        dtype: of the result; default: weight.dtype. In float32 the values are those of the format's
-            definition, bit for bit; other dtypes are rounded from it.
+        dtype: of the result; default: weight.dtype. float32 values match the format's definition bit for
+            bit; other dtypes are rounded from float32.
 
     Example:
         >>> weight = ktops.quantize(torch.randn(8, 64, 128), "int8")

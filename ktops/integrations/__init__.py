@@ -1,12 +1,12 @@
-"""Other libraries, each imported only when used."""
+"""Integrations with other libraries, each imported only when used."""
 
 __all__ = ["disable", "enable"]
 
 
 def enable() -> None:
-    """Register the experts implementation "ktops" in transformers, and route PEFT's expert LoRA into the op.
+    """Registers the experts implementation "ktops" in transformers, and routes PEFT's expert LoRA to the op.
 
-    To be called once, before a model is made; a second call does nothing. PEFT is optional.
+    Call it once, before creating a model; a second call does nothing. PEFT is optional.
 
     Raises:
         ImportError: transformers is not installed, or has no experts interface.
@@ -22,7 +22,7 @@ def enable() -> None:
 
 
 def disable() -> None:
-    """Undo :func:`enable`. Models that still ask for "ktops" raise in forward: set another implementation."""
+    """Undoes :func:`enable`. Models still set to "ktops" raise in forward; set another implementation."""
     from ktops.integrations import peft, transformers
 
     transformers.disable()

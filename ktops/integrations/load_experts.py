@@ -1,4 +1,4 @@
-"""load_experts: the experts of a model from a checkpoint, in its format or quantized on the way."""
+"""load_experts: loads a model's experts from a checkpoint, in its format or quantized while loading."""
 
 from pathlib import Path
 
@@ -21,32 +21,32 @@ def load_experts(
     prefix: str | None = None,
     show_progress: bool = True,
 ) -> LoadReport:
-    """Fills a model's experts from a checkpoint: each experts module becomes a :class:`ktops.nn.KTExperts`.
+    """Loads a model's experts from a checkpoint. Each experts module becomes a :class:`ktops.nn.KTExperts`.
 
-    Everything is checked before anything is changed, and the new experts take their places at the end: after
-    an error the model is as it was. Weights are mapped where the bytes of the files can be used as they are,
-    else read expert by expert: besides the result, less than two experts are in memory. Experts that the
-    model has already stay until then; a model whose experts are on the meta device never has both.
+    All checks run before the model changes, and the new experts are installed last, so after an error the
+    model is unchanged. Weights are memory-mapped where the bytes in the files can be used directly; otherwise
+    they are read expert by expert, with less than two experts in memory in addition to the result. The
+    model's existing experts stay in memory until the end, unless they are on the meta device.
 
     Args:
-        model: with stacked experts or ModuleLists of gated MLPs, as :func:`ktops.swap_experts` takes them,
-            on any device; before adapters are added.
-        path: a directory or file, as :func:`ktops.checkpoints.open_checkpoint` takes it. Layers are matched
-            by the names that transformers would load; in a file without such names, such as GGUF, by number.
+        model: a model with stacked experts or ModuleLists of gated MLPs, as :func:`ktops.swap_experts`
+            supports them, on any device, without adapters.
+        path: a directory or file, as for :func:`ktops.checkpoints.open_checkpoint`. Layers are matched by the
+            names that transformers would load; in files without such names, such as GGUF, by number.
         weight_format: one of ``ktops.formats.names()``; None keeps the format of the checkpoint.
-        group_size, method: as of :func:`ktops.quantize`, where weights are quantized.
-        prefix: consider only experts whose names in the checkpoint start with it, such as "thinker.model.";
-            needed if several match.
-        show_progress: a bar in a terminal, a line every ten seconds elsewhere.
+        group_size, method: as in :func:`ktops.quantize`, for weights that are quantized.
+        prefix: consider only experts whose names in the checkpoint start with this, such as "thinker.model.";
+            required if several match.
+        show_progress: show a bar in a terminal, or a line every ten seconds elsewhere.
 
     Returns:
         A :class:`LoadReport`: layers, formats, bytes.
 
     Raises:
-        ktops.checkpoints.CheckpointError: a tensor is missing, has a wrong shape or dtype, or is of an
-            unknown scheme, or a file is truncated; the message names the tensor and the file. Or the experts
-            of a layer are missing, or several match; the message lists them.
-        ValueError: the model has no experts, or ones that ktops cannot compute; the format cannot hold them.
+        ktops.checkpoints.CheckpointError: a tensor is missing, has a wrong shape or dtype, or uses an
+            unknown scheme, or a file is truncated; the message names the tensor and the file. Also if the
+            experts of a layer are missing, or if several match; the message lists them.
+        ValueError: the model has no experts, ktops cannot compute them, or the format cannot hold them.
 
     Example:
         >>> model = AutoModelForCausalLM.from_pretrained("Qwen3-30B-A3B-FP8", dequantize=True)

@@ -1,7 +1,6 @@
-"""Fills the experts modules of a model from the layers of a checkpoint."""
+"""Loads the experts modules of a model from the layers of a checkpoint."""
 
 from dataclasses import dataclass
-from typing import cast
 
 import torch
 from torch import nn
@@ -16,16 +15,16 @@ from ktops.nn.experts import KTExperts
 
 
 class PendingExperts(nn.Module):
-    """Stands for experts that are to be loaded: knows what they compute, has no weights.
+    """A placeholder for experts that are not loaded yet. It knows what they compute but has no weights.
 
     Attributes:
-        num_experts, hidden_size, intermediate_size: as of :class:`ktops.nn.KTExperts`.
-        activation: its name.
-        is_concatenated: whether all rows of gate come before those of up in its weights; None if unknown.
-        is_list: whether they replace a ModuleList, which the MoE block iterates.
+        num_experts, hidden_size, intermediate_size: as in :class:`ktops.nn.KTExperts`.
+        activation: the name of the activation.
+        is_concatenated: whether all gate rows precede the up rows in the weights; None if unknown.
+        is_list: whether it replaces a ModuleList, which the MoE block iterates.
         biased: which of gate_up_proj and down_proj have a bias.
 
-    The names of the weights exist too, as meta tensors that are not parameters, because MoE blocks of
+    The weights also exist as attributes, as meta tensors that are not parameters, because MoE blocks of
     transformers initialize the weights of their experts themselves.
     """
 
@@ -34,7 +33,7 @@ class PendingExperts(nn.Module):
         self.activation = _activation(experts)
         sizes = _sizes(experts)
         if sizes is None:
-            raise ValueError(f"KTConfig: the weights of {type(experts).__name__} do not tell their sizes")
+            raise ValueError(f"KTConfig: the weights of {type(experts).__name__} do not show their sizes")
         self.num_experts, self.hidden_size, self.intermediate_size = sizes
         self.is_concatenated = getattr(experts, "is_concatenated", None)
         for name, weight in experts.named_parameters(recurse=False):
@@ -44,19 +43,19 @@ class PendingExperts(nn.Module):
         self.train(experts.training)
 
     def forward(self, *args, **kwargs):
-        raise RuntimeError("ktops: the experts are not loaded: call ktops.load_experts(model, path)")
+        raise RuntimeError("ktops: the experts are not loaded. Call ktops.load_experts(model, path)")
 
 
 @dataclass(frozen=True)
 class LoadReport:
-    """What :func:`ktops.load_experts` has loaded.
+    """What :func:`ktops.load_experts` loaded.
 
     Attributes:
         layers: the names of the experts modules, in order.
-        formats: the format of gate_up_proj and of down_proj -> the number of layers that have it.
-        schemes: how the checkpoint stores them -> number of layers.
-        nbytes: bytes of the experts.
-        mapped: of these, bytes that lie in the files of the checkpoint, mapped into memory.
+        formats: (format of gate_up_proj, format of down_proj) -> number of layers that have them.
+        schemes: how the checkpoint stores the experts -> number of layers.
+        nbytes: size of the experts in bytes.
+        mapped: how many of these bytes are memory-mapped from the files of the checkpoint.
     """
 
     layers: tuple[str, ...]
@@ -83,15 +82,15 @@ def load_layers(
     *,
     show_progress: bool = True,
 ) -> LoadReport:
-    """What :func:`ktops.load_experts` does once it knows the layer of every experts module.
+    """Loads every experts module from its layer.
 
     Args:
         modules: the experts of the model by name.
-        layers: of a checkpoint, by the same names.
-        options: weight_format, group_size and method, as of :func:`ktops.load_experts`.
+        layers: the layers of the checkpoint, by the same names.
+        options: weight_format, group_size and method, as in :func:`ktops.load_experts`.
 
     Raises:
-        CheckpointError, ValueError: as of :func:`ktops.load_experts`.
+        CheckpointError, ValueError: as in :func:`ktops.load_experts`.
     """
     dtype = _compute_dtype(model)
     plan = []
@@ -120,10 +119,10 @@ def load_layers(
 
 
 def experts_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """The experts modules of a model by name.
+    """Returns the experts modules of a model by name.
 
     Raises:
-        ValueError: there are none, or ktops cannot fill them; the message names the module.
+        ValueError: the model has none, or ktops cannot load them; the message names the module.
     """
     modules: dict[str, nn.Module] = {
         name: m for name, m in model.named_modules() if isinstance(m, PendingExperts)
@@ -155,7 +154,7 @@ def _activation(module: nn.Module, name: str = "experts") -> str:
 
 
 def _uneven(module: nn.Module) -> str | None:
-    """Why ktops cannot compute experts some of which have no weights, such as LongCat's; None if it can."""
+    """Returns why ktops cannot compute experts if some have no weights, as in LongCat; None if it can."""
     gate_up, down = (module._parameters.get(name) for name in ("gate_up_proj", "down_proj"))
     if gate_up is None or down is None or gate_up.dim() != 3 or down.dim() != 3 or len(gate_up) == len(down):
         return None
@@ -163,12 +162,12 @@ def _uneven(module: nn.Module) -> str | None:
 
 
 def _compute_dtype(model: nn.Module) -> torch.dtype:
-    """What the model computes in: the dtype of its first weight that has one of ktops' dtypes."""
+    """Returns the dtype of the model's first weight that has one of ktops' dtypes."""
     return next((p.dtype for p in model.parameters() if p.dtype in COMPUTE_DTYPES), torch.bfloat16)
 
 
 def _sizes(module: nn.Module) -> tuple[int, int, int] | None:
-    """Experts, hidden size, intermediate size of a module; None if its weights do not tell."""
+    """Returns num_experts, hidden_size, intermediate_size; None if the weights do not show them."""
     if isinstance(module, (KTExperts, PendingExperts)):
         return module.num_experts, module.hidden_size, module.intermediate_size
     if isinstance(module, nn.ModuleList):
@@ -184,9 +183,9 @@ def _sizes(module: nn.Module) -> tuple[int, int, int] | None:
 
 
 def _projections(experts: nn.ModuleList) -> tuple[nn.Linear, nn.Linear]:
-    """The gate and down projections of the first expert of a list."""
+    """Returns the gate and down projections of the first expert of a list."""
     gate, _, down = listed_experts(experts, any_device=True)[0].projections()
-    return cast(nn.Linear, gate), cast(nn.Linear, down)
+    return gate, down
 
 
 def _check_fit(layer: Layer, name: str, module: nn.Module) -> None:

@@ -1,9 +1,9 @@
 """PEFT's LoRA on stacked expert parameters, computed by the op instead of through dense deltas.
 
 PEFT nests one ``ParamWrapper`` per adapted parameter around an experts module and, in every forward,
-builds ``W + scaling * B A`` for the whole stack. With ``enable()`` a wrapper whose experts run through ktops
-hands its two factors on instead, as keyword arguments of the module it wraps; the experts module receives
-those of every wrapper around it and passes them to ``ktops.moe_sft``. Nothing else of PEFT changes:
+builds ``W + scaling * B A`` for the whole stack. After ``enable()``, a wrapper whose experts run through
+ktops passes its two factors as keyword arguments to the module it wraps instead. The experts module receives
+the factors of all its wrappers and passes them to ``ktops.moe_sft``. Everything else in PEFT stays the same:
 parameters, names, files.
 """
 
@@ -28,10 +28,10 @@ if TYPE_CHECKING:
     from peft.tuners.lora.layer import ParamWrapper
 
 PREFIXES = {"gate_up_proj": "gate_up", "down_proj": "down"}
-"""Adapted parameter -> what its keyword arguments start with: ``gate_up_lora_A``, ``gate_up_scaling``, ..."""
+"""Adapted parameter -> prefix of its keyword arguments: ``gate_up_lora_A``, ``gate_up_scaling``, ..."""
 
 MIN_VERSION = "0.21"
-"""The layout of the factors read here is that of this version of PEFT and later."""
+"""The first version of PEFT with the layout of factors that this module reads."""
 
 _STACKED = ("gate_up_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -39,10 +39,10 @@ _replaced = Replacements()
 
 
 def enable() -> None:
-    """Route PEFT's LoRA on expert parameters into the op, for models whose experts run through ktops.
+    """Routes PEFT's LoRA on expert parameters into the op, for models whose experts run through ktops.
 
     Other models, and parameters other than ``gate_up_proj`` and ``down_proj``, keep PEFT's own forward.
-    Holds for models that have adapters already and for later ones. Called by ``ktops.enable()``.
+    Applies to existing and future models. Called by ``ktops.enable()``.
 
     Raises:
         ImportError: PEFT is not installed.
@@ -55,7 +55,7 @@ def enable() -> None:
     if Version(peft.__version__) < Version(MIN_VERSION):
         warnings.warn(
             f"ktops needs peft>={MIN_VERSION} for LoRA on experts, found {peft.__version__}, which keeps its "
-            "own path with dense deltas: pip install -U peft",
+            "own path with dense deltas. Upgrade it: pip install -U peft",
             stacklevel=2,
         )
         return
@@ -72,21 +72,21 @@ def enable() -> None:
 
 
 def enable_if_installed() -> None:
-    """The same, but does nothing unless PEFT and the transformers that it needs are installed."""
+    """Calls :func:`enable` if PEFT and transformers are installed; otherwise does nothing."""
     if all(importlib.util.find_spec(name) is not None for name in ("transformers", "peft")):
         enable()
 
 
 def disable() -> None:
-    """Give PEFT its own methods back."""
+    """Restores PEFT's own methods."""
     _replaced.restore()
 
 
 def expert_target_parameters(model: nn.Module) -> list[str]:
-    """The ``LoraConfig(target_parameters=...)`` that reach every routed expert of a model.
+    """Returns the ``LoraConfig(target_parameters=...)`` that reach every routed expert of a model.
 
     Args:
-        model: a transformers model, with or without PEFT adapters, with its experts swapped or not.
+        model: a transformers model, with or without PEFT adapters, swapped or not.
 
     Returns:
         Parameter names within a layer, e.g. ``["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]``.
@@ -116,7 +116,7 @@ def _in_format(module: nn.Module, parameter: str) -> bool:
 
 @contextmanager
 def _weights_in_formats_as_parameters(model: nn.Module) -> Iterator[None]:
-    """Inside, experts modules list their ExpertWeights among their own parameters: PEFT targets these."""
+    """Context in which experts modules list their ExpertWeights as parameters, which PEFT can target."""
     modules = [module for _, module in _experts(model) if _in_format(module, "down_proj")]
 
     def named_parameters(module: nn.Module, *args, **kwargs):
@@ -139,11 +139,11 @@ def _experts(model: nn.Module):
 
 
 def _lora_arguments(wrapper: "ParamWrapper", adapters: list[str]) -> dict[str, Tensor | float]:
-    """The keyword arguments of one wrapper: A [E, r, in], B [E, out, r], scaling.
+    """Returns the keyword arguments of one wrapper: A [E, r, in], B [E, out, r], scaling.
 
-    PEFT keeps ``lora_A.weight [r * E, in]`` with the expert outermost and ``lora_B.weight [out, r * E]`` with
-    the expert innermost; both are passed on as views. Several adapters are one adapter of the summed rank,
-    each with its own scaling in its columns of B.
+    PEFT stores ``lora_A.weight [r * E, in]`` with the expert outermost and ``lora_B.weight [out, r * E]``
+    with the expert innermost; both are passed as views. Several adapters become one adapter with the sum of
+    their ranks, with each scaling multiplied into the adapter's columns of B.
     """
     lora_a, lora_b = [], []
     for name in adapters:
@@ -161,7 +161,7 @@ def _lora_arguments(wrapper: "ParamWrapper", adapters: list[str]) -> dict[str, T
 
 
 def _takes_factors(wrapper: "ParamWrapper", kwargs: dict) -> bool:
-    """Whether PEFT's own forward, which builds the dense delta or refuses, may be left out for this call."""
+    """True if this call can skip PEFT's own forward, which builds the dense delta or refuses."""
     if wrapper.parameter_name not in PREFIXES or "adapter_names" in kwargs:
         return False
     experts = wrapper.get_base_layer()
@@ -169,7 +169,7 @@ def _takes_factors(wrapper: "ParamWrapper", kwargs: dict) -> bool:
 
 
 def _forward(wrapper: "ParamWrapper", x: Tensor, *args, **kwargs) -> Tensor:
-    """``ParamWrapper.forward``, with factors in place of the dense delta if the experts run through ktops."""
+    """``ParamWrapper.forward``, which passes factors instead of the dense delta if the experts run ktops."""
     if not _takes_factors(wrapper, kwargs):
         _require_dense(wrapper, "computed with different adapters in one batch")
         return _replaced.original["forward"](wrapper, x, *args, **kwargs)
@@ -192,19 +192,19 @@ def _forward(wrapper: "ParamWrapper", x: Tensor, *args, **kwargs) -> Tensor:
 
 
 def _merge(wrapper: "ParamWrapper", *args, **kwargs) -> None:
-    """``ParamWrapper.merge``, which weights in a format have no room for."""
+    """``ParamWrapper.merge``, which raises for weights in a format, because they cannot hold the sum."""
     _require_dense(wrapper, "merged")
     _replaced.original["merge"](wrapper, *args, **kwargs)
 
 
 def _merge_adapter(tuner, adapter_names: list[str] | None = None, *args, **kwargs) -> None:
-    """``BaseTuner.merge_adapter``, but raises before the first layer is merged if one cannot be."""
+    """``BaseTuner.merge_adapter``, which raises before merging any layer if one cannot be merged."""
     _require_mergeable(tuner, adapter_names)
     _replaced.original["merge_adapter"](tuner, adapter_names, *args, **kwargs)
 
 
 def _unload_and_optionally_merge(tuner, merge: bool = True, *args, **kwargs) -> nn.Module:
-    """The same for ``BaseTuner.merge_and_unload``."""
+    """``BaseTuner.merge_and_unload``, which raises before merging any layer if one cannot be merged."""
     if merge:
         _require_mergeable(tuner, kwargs.get("adapter_names"))
     return _replaced.original["_unload_and_optionally_merge"](tuner, merge, *args, **kwargs)
@@ -224,8 +224,8 @@ def _require_dense(wrapper: "ParamWrapper", what: str) -> None:
     weight = getattr(wrapper.get_base_layer(), wrapper.parameter_name)
     if isinstance(weight, ExpertWeight):
         raise NotImplementedError(
-            f"ktops: LoRA on {wrapper.parameter_name} in format {weight.format!r} cannot be {what}: load the "
-            "adapter into a model with bfloat16 experts for that"
+            f"ktops: LoRA on {wrapper.parameter_name} in format {weight.format!r} cannot be {what}. To do "
+            "that, load the adapter into a model with bfloat16 experts"
         )
 
 
@@ -233,7 +233,7 @@ _MLP_NAMES = {"experts", "gate_proj", "up_proj", "down_proj", "gate_up_proj", "w
 
 
 def _asks_for_experts(target_modules: str | set[str] | list[str] | None) -> bool:
-    """Whether the names are those of a model's MLP projections, without a word about shared experts."""
+    """True if the names include a model's MLP projections and do not mention shared experts."""
     names = [target_modules] if isinstance(target_modules, str) else target_modules or []
     return any(
         "shared" not in name and _MLP_NAMES.intersection(re.findall(r"[\w-]+", name)) for name in names
@@ -241,7 +241,7 @@ def _asks_for_experts(target_modules: str | set[str] | list[str] | None) -> bool
 
 
 def _inject_adapter(self, model: nn.Module, adapter_name: str, *args, **kwargs) -> None:
-    """``BaseTuner.inject_adapter``, with a warning when LoRA meant for the experts does not reach them."""
+    """``BaseTuner.inject_adapter``, which warns if LoRA meant for the experts does not reach them."""
     config = self.peft_config[adapter_name]
     asked = config.peft_type == "LORA" and not config.inference_mode
     asked = asked and (config.target_parameters or _asks_for_experts(config.target_modules))

@@ -1,7 +1,6 @@
-"""Tries on random rows whether an experts module computes what the op computes, before it is exchanged."""
+"""Tests on random rows whether an experts module computes what the op computes, before it is swapped."""
 
 import copy
-from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -10,23 +9,23 @@ from ktops.nn.expert_list import KTExpert, KTExpertList
 from ktops.nn.experts import KTExperts
 
 _SCALES = (0.1, 1.0, 10.0, 100.0)
-"""Rows of very different size: a clamped activation shows in the large ones."""
+"""Rows of very different magnitude; the large ones reveal a clamped activation."""
 
 _ROUNDINGS = 12
-"""Of a bfloat16 result: the products and biases of gate, up and down (6), the activation, act(g) u, the
-routing weight, the sum of two experts (2), and the op's own one. Sums of products run in float32."""
+"""Roundings in a bfloat16 result: the products and biases of gate, up and down (6), the activation, act(g) u,
+the routing weight, the sum of two experts (2), and the op's own rounding. Sums of products run in float32."""
 
 _LONGEST_SUM = 1 << 14
-"""In wider dtypes it is the sums that are rounded, at every term of the longest fan-in."""
+"""In wider dtypes the sums are rounded, once per term of the longest fan-in."""
 
 
 def _tolerance(dtype: torch.dtype) -> float:
-    """Largest relative error of a row, all roundings in one direction. Another formula errs by about 1."""
+    """Returns the relative error of a row if all roundings go one way; another formula errs by about 1."""
     return (_ROUNDINGS if dtype == torch.bfloat16 else _LONGEST_SUM) * torch.finfo(dtype).eps / 2
 
 
 def disagreement_of_experts(module: nn.Module, experts: KTExperts) -> str | None:
-    """What speaks against ``experts`` in place of ``module``, None if their results agree."""
+    """Returns why ``experts`` cannot replace ``module``, None if their results agree."""
     rows = _rows(experts.hidden_size, experts.down_proj.dtype)
     top_k = min(2, experts.num_experts)
     ids = torch.arange(len(rows) * top_k).reshape(len(rows), top_k) % experts.num_experts
@@ -35,7 +34,7 @@ def disagreement_of_experts(module: nn.Module, experts: KTExperts) -> str | None
 
 
 def disagreement_of_expert(module: nn.Module, expert: KTExpert) -> str | None:
-    """What speaks against ``expert`` in place of ``module``; tried on a float32 copy with random weights.
+    """Returns why ``expert`` cannot replace ``module``, testing a float32 copy with random weights.
 
     The modules may be on any device, and the default device need not be the CPU.
     """
@@ -54,7 +53,7 @@ def _disagreement_of_expert(module: nn.Module, expert: KTExpert) -> str | None:
             size = parameter.shape[-1] ** -0.5
             parameter.copy_(size * torch.randn(parameter.shape, generator=generator))
     KTExpertList([expert])  # makes its weights slices of stacked ones
-    gate = cast(nn.Linear, expert.projections()[0])
+    gate = expert.projections()[0]
     return _disagreement(module, expert, _rows(gate.in_features, gate.weight.dtype))
 
 
@@ -70,9 +69,9 @@ def _disagreement(module: nn.Module, replacement: nn.Module, rows: Tensor, *rout
     except Exception as error:
         return f"it cannot be called as {'experts(x, ids, weights)' if routes else 'expert(x)'}: {error}"
     if not isinstance(expected, Tensor) or expected.shape != rows.shape:
-        return "it returns something else than one tensor of the shape of its input"
+        return "it does not return a single tensor with the shape of its input"
     expected, actual = expected.double(), replacement(rows, *routes).double()
     errors = (actual - expected).norm(dim=-1) / expected.norm(dim=-1)
     if not bool((errors < _tolerance(rows.dtype)).all()):  # NaN too: rows of zeros prove nothing
-        return f"it computes something else: relative errors {errors.tolist()} on random rows"
+        return f"it computes something else, with relative errors {errors.tolist()} on random rows"
     return None

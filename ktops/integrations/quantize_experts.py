@@ -1,9 +1,8 @@
-"""quantize_experts: the experts of a model in a weight format, layer by layer, in place."""
+"""quantize_experts: converts a model's experts to a weight format, layer by layer, in place."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -30,12 +29,12 @@ DTYPE_NAMES = {torch.bfloat16: "bf16", torch.float16: "f16", torch.float32: "f32
 
 @dataclass(frozen=True)
 class QuantizedLayer:
-    """What became of the experts of one layer.
+    """The result for the experts of one layer.
 
     Attributes:
-        name: of the experts module.
+        name: the name of the experts module.
         gate_up_error, down_error: ``||dequantized - w|| / ||w||`` of its weights.
-        bytes_before, bytes_after: of memory of the two.
+        bytes_before, bytes_after: size of gate_up_proj and down_proj together.
     """
 
     name: str
@@ -47,12 +46,12 @@ class QuantizedLayer:
 
 @dataclass(frozen=True)
 class QuantizationReport:
-    """What :func:`quantize_experts` did; ``str()`` of it is one line.
+    """The result of :func:`quantize_experts`; ``str()`` summarizes it in one line.
 
     Attributes:
-        weight_format, group_size, method: as they were asked for, or the format's default.
-        dtype: "bf16", "f16", "f32" or "f64": what the weights were stored in.
-        layers: one entry for each experts module, in the order of the model.
+        weight_format, group_size, method: as requested, or the format's default.
+        dtype: the original dtype of the weights, "bf16", "f16", "f32" or "f64".
+        layers: one entry per experts module, in model order.
     """
 
     weight_format: str
@@ -71,7 +70,7 @@ class QuantizationReport:
 
     @property
     def ratio(self) -> float:
-        """How many times smaller the experts are than before."""
+        """How many times smaller the experts have become."""
         return self.bytes_before / self.bytes_after
 
     @property
@@ -98,29 +97,29 @@ def quantize_experts(
     method: str = "rtn",
     show_progress: bool = True,
 ) -> QuantizationReport:
-    """Puts the weights of a model's experts into a weight format, in place.
+    """Converts the weights of a model's experts to a weight format, in place.
 
-    Every experts module with stacked ``gate_up_proj [E, 2I, H]`` and ``down_proj [E, H, I]``, a
-    :class:`ktops.nn.KTExperts` among them, becomes a KTExperts whose weights are :class:`ktops.ExpertWeight`;
-    a ModuleList of gated MLPs that :func:`ktops.swap_experts` would take becomes a
-    :class:`ktops.nn.KTExpertSequence` of such, for a block that iterates it. Routers, shared experts and
-    biases stay as they are. All layers are checked first; then one after the other is quantized, and its
-    dense weights are freed (if the caller keeps no reference to them) before the next one is. Adapters are
-    put on afterwards, as on any model: LoRA trains on the quantized weights.
+    Every experts module with stacked ``gate_up_proj [E, 2I, H]`` and ``down_proj [E, H, I]``, including
+    :class:`ktops.nn.KTExperts`, becomes a KTExperts whose weights are :class:`ktops.ExpertWeight`. A
+    ModuleList of gated MLPs that :func:`ktops.swap_experts` supports becomes a
+    :class:`ktops.nn.KTExpertSequence` of such experts, which the MoE block can iterate. Routers, shared
+    experts and biases are unchanged. All layers are checked first and then quantized one by one. Each
+    layer's dense weights are freed before the next layer, unless the caller holds a reference to them. Add
+    adapters afterward as usual; LoRA then trains on top of the quantized weights.
 
     Args:
-        model: on the CPU, its experts in bfloat16, float32 or float64, or in the formats bf16, fp16 or fp32,
-            without adapters on them.
+        model: on the CPU, with experts in bfloat16, float32 or float64, or in the formats bf16, fp16 or
+            fp32, and without adapters on them.
         weight_format, group_size, method: see :func:`ktops.quantize`.
-        show_progress: a bar in a terminal, a line every ten seconds elsewhere.
+        show_progress: show a bar in a terminal, or a line every ten seconds elsewhere.
 
     Returns:
-        A :class:`QuantizationReport`: errors and sizes of every layer. Its str() is a summary.
+        A :class:`QuantizationReport` with the errors and sizes of every layer. Its str() is a summary.
 
     Raises:
-        ValueError: no experts, or experts that the op does not support, or that the format cannot hold, or
-            with weights that are not finite; unknown format, method or group size. The message names the
-            layers and reasons; the model is as it was.
+        ValueError: the model has no experts, the op does not support them, the format cannot hold them, or
+            their weights are not finite; or the format, method or group size is unknown. The message names
+            the layers and reasons; the model is unchanged.
 
     Example:
         >>> model = AutoModelForCausalLM.from_pretrained(path, dtype="bfloat16")
@@ -158,7 +157,7 @@ def quantize_experts(
 
 @dataclass(frozen=True)
 class _Dense:
-    """Experts to be quantized: their weights, matrices in any number, and what makes a KTExperts of them."""
+    """Experts to quantize: lists of their weight matrices, and a function that returns them as KTExperts."""
 
     gate_up: list[Tensor]
     down: list[Tensor]
@@ -167,31 +166,29 @@ class _Dense:
 
 def _dense_experts(name: str, module: nn.Module) -> _Dense:
     if "base_layer" in name.split("."):
-        raise Unsupported("it has adapters: quantize first, then put adapters on")
+        raise Unsupported("it has adapters: quantize first, then add adapters")
     if isinstance(module, nn.ModuleList):
         experts = listed_experts(module)
-        rows = [[cast(Tensor, each.weight) for each in expert.projections()] for expert in experts]
+        rows = [[each.weight for each in expert.projections()] for expert in experts]
         gate_up = [weight for gate, up, _ in rows for weight in (gate, up)]
         return _Dense(gate_up, [down for *_, down in rows], partial(stacked_copy, experts))
     if isinstance(module, KTExperts):
         require_plain(module)
-        weights = module.gate_up_proj, module.down_proj
-        if isinstance(weights[0], ExpertWeight):
-            quantized = [weight for weight in weights if weight.format not in PLAIN.values()]
-            if quantized:
-                raise Unsupported(f"its weights are in format {quantized[0].format!r} already")
-            return _Dense(*(list(weight.weight) for weight in weights), partial(_with_parameters, module))
     else:
         module = stacked_experts(module, "activations")
-    return _Dense(list(module.gate_up_proj), list(module.down_proj), lambda: module)
+    weights = module.gate_up_proj, module.down_proj
+    in_format = [weight for weight in weights if isinstance(weight, ExpertWeight)]
+    quantized = [weight for weight in in_format if weight.format not in PLAIN.values()]
+    if quantized:
+        raise Unsupported(f"its weights are already in format {quantized[0].format!r}")
+    tensors = [weight.weight if isinstance(weight, ExpertWeight) else weight for weight in weights]
+    stacked = partial(_with_parameters, module) if in_format else lambda: module
+    return _Dense(list(tensors[0]), list(tensors[1]), stacked)
 
 
 def _with_parameters(experts: KTExperts) -> KTExperts:
-    """Experts in a plain format as such with Parameters, of the dtype that is computed in."""
-    weights = cast(tuple[ExpertWeight, ExpertWeight], (experts.gate_up_proj, experts.down_proj))
-    gate_up, down = (
-        weight.weight if weight.weight.dtype == weight.dtype else weight.dequantize() for weight in weights
-    )
+    """Converts experts in a plain format to experts with Parameters, in the dtype they compute in."""
+    gate_up, down = map(_dequantized, (experts.gate_up_proj, experts.down_proj))
     dense = KTExperts.from_parameters(
         nn.Parameter(gate_up, requires_grad=False),
         nn.Parameter(down, requires_grad=False),
@@ -202,6 +199,12 @@ def _with_parameters(experts: KTExperts) -> KTExperts:
         compute=experts.compute,
     )
     return dense.train(experts.training)
+
+
+def _dequantized(weight: nn.Parameter | ExpertWeight) -> Tensor:
+    if not isinstance(weight, ExpertWeight):
+        return weight
+    return weight.weight if weight.weight.dtype == weight.dtype else weight.dequantize()
 
 
 def _require_quantizable(experts: _Dense, weight_format: str, group_size: int | None, method: str) -> None:
@@ -239,7 +242,8 @@ def _quantize_layer(
 
 
 def _quantize(
-    dense: Tensor, weight_format: str, group_size: int | None, method: str
+    dense: Tensor | ExpertWeight, weight_format: str, group_size: int | None, method: str
 ) -> tuple[ExpertWeight, float]:
+    assert isinstance(dense, Tensor)
     weight = quantize(dense, weight_format, group_size=group_size, method=method)
     return weight, relative_error(weight, dense)

@@ -5,10 +5,10 @@ from collections.abc import Callable
 
 
 class Replacements:
-    """Replaces methods of classes, and gives them back.
+    """Replaces methods of classes, and restores them.
 
     Attributes:
-        original: name -> the class's own method, as the class itself has it.
+        original: name -> the class's own method.
 
     Example:
         >>> replacements = Replacements()
@@ -32,7 +32,7 @@ class Replacements:
             setattr(owner, name, method)
 
     def restore(self) -> None:
-        """Gives all classes their own methods back."""
+        """Restores the original methods of all classes."""
         while self._stored:
             setattr(*self._stored.pop())
         self.original.clear()

@@ -1,9 +1,8 @@
-"""swap_experts: the op in models without transformers' experts interface, by exchanging experts modules."""
+"""swap_experts: replaces experts modules to run the op in models without transformers' experts interface."""
 
 import inspect
 import warnings
 from collections import defaultdict
-from typing import cast
 
 import torch
 from torch import nn
@@ -30,30 +29,31 @@ from ktops.nn.find import find_experts, has_stacks
 
 
 class Unsupported(Exception):
-    """Why an experts module is left as it is."""
+    """Raised with the reason why an experts module is left unchanged."""
 
 
 def swap_experts(model: nn.Module, *, save: str = "activations") -> list[str]:
-    """Puts modules that run the op in place of every experts module of a model, in place.
+    """Replaces every experts module of a model with one that runs the op, in place.
 
     * Experts with stacked parameters ``gate_up_proj [E, 2I, H]`` and ``down_proj [E, H, I]`` become a
-      :class:`ktops.nn.KTExperts` over the very same Parameters.
+      :class:`ktops.nn.KTExperts` that holds the same Parameters.
     * A ModuleList of experts (gate_proj, up_proj, down_proj or w1, w3, w2) becomes a
-      :class:`ktops.nn.KTExpertList` of the same modules: the Parameters stay the same objects, their storage
-      moves, expert by expert, into one stacked tensor. The MoE block goes on iterating it, one op per expert;
-      blocks with DeepSeek's ``moe_infer(x, topk_ids, topk_weight)`` run one op per layer in evaluation mode.
+      :class:`ktops.nn.KTExpertList` of the same modules. The Parameters stay the same objects; their storage
+      moves, expert by expert, into one stacked tensor. The MoE block still iterates it, running one op per
+      expert; blocks with DeepSeek's ``moe_infer(x, topk_ids, topk_weight)`` run one op per layer in
+      evaluation mode.
 
-    Routers and MoE blocks are untouched, state-dict keys and Parameters are the same. Whether a module that
-    does not declare its layout computes what the op computes is tried on random rows first. An experts module
-    that the op does not support stays, and one warning names it and the reason. PEFT's LoRA on stacked
-    parameters goes through the op as well, as after :func:`ktops.enable`.
+    Routers, MoE blocks, state-dict keys and Parameters stay the same. If a module does not declare its
+    layout, a test on random rows first checks that it computes what the op computes. Experts modules that
+    the op does not support are left unchanged, and one warning names them and the reasons. PEFT's LoRA on
+    stacked parameters also runs through the op, as after :func:`ktops.enable`.
 
     Args:
-        model: on the CPU, float32, bfloat16 or float64. May have PEFT adapters.
-        save: what a forward keeps for backward, "activations" or "recompute", see :func:`ktops.moe_sft`.
+        model: on the CPU, in float32, bfloat16 or float64. May have PEFT adapters.
+        save: what the forward keeps for backward, "activations" or "recompute", see :func:`ktops.moe_sft`.
 
     Returns:
-        The names of the modules that were exchanged; those that were before are not among them.
+        The names of the modules that were swapped, without those that had been swapped before.
 
     Raises:
         ValueError: the model has no experts; unknown ``save``.
@@ -82,10 +82,10 @@ def swap_experts(model: nn.Module, *, save: str = "activations") -> list[str]:
 
 
 def unswap_experts(model: nn.Module) -> list[str]:
-    """Puts the modules that :func:`swap_experts` took out back in, with the Parameters as they are now.
+    """Restores the modules that :func:`swap_experts` replaced, with the current Parameters.
 
     Returns:
-        The names of the modules put back.
+        The names of the restored modules.
 
     Example:
         >>> ktops.swap_experts(model)
@@ -110,10 +110,10 @@ def unswap_experts(model: nn.Module) -> list[str]:
 
 
 def require_experts(model: nn.Module, function: str) -> dict[str, nn.Module]:
-    """What :func:`ktops.nn.find.find_experts` finds.
+    """Returns what :func:`ktops.nn.find.find_experts` finds.
 
     Raises:
-        ValueError: nothing; the message begins with the name of the function that looks for experts.
+        ValueError: it finds nothing; the message begins with the name of the calling function.
     """
     found = find_experts(model)
     if not found:
@@ -132,26 +132,24 @@ def _replacement(module: nn.Module, save: str) -> nn.Module:
 
 
 def require_plain(module: nn.Module) -> None:
-    """Raises Unsupported if something hangs on the module that another in its place would lose."""
+    """Raises Unsupported if the module has hooks or a replaced forward, which a replacement would lose."""
     reason = interception(module)
     if reason is not None:
         raise Unsupported(reason)
 
 
 def stacked_experts(module: nn.Module, save: str) -> KTExperts:
-    """A KTExperts over the Parameters of an experts module with stacked weights; the module stays as it is.
+    """Returns a KTExperts with the Parameters of an experts module with stacked weights, which is unchanged.
 
     Raises:
-        Unsupported: the op does not compute what the module does, or the module has hooks.
+        Unsupported: the op does not compute what the module computes, or the module has hooks.
     """
     require_plain(module)
     if not has_stacks(module):
         raise Unsupported(
             "its weights are neither gate_up_proj and down_proj nor a ModuleList of gated experts"
         )
-    gate_up_proj, down_proj = (
-        cast(nn.Parameter, module._parameters[name]) for name in ("gate_up_proj", "down_proj")
-    )
+    gate_up_proj, down_proj = module.get_parameter("gate_up_proj"), module.get_parameter("down_proj")
     reason = unsupported_layout(module) or unsupported_tensors(gate_up_proj, down_proj)
     if reason is not None:
         raise Unsupported(reason)
@@ -182,19 +180,19 @@ def _expert_list(experts: nn.ModuleList, save: str) -> KTExpertList:
 def listed_experts(
     experts: nn.ModuleList, save: str = "activations", *, any_device: bool = False
 ) -> list[KTExpert]:
-    """The experts of a ModuleList as KTExpert, with their modules as they are; nothing is moved.
+    """Returns the experts of a ModuleList as KTExpert that share their child modules; moves no weights.
 
     Args:
         experts: the modules.
-        save: as of :func:`swap_experts`.
+        save: as in :func:`swap_experts`.
         any_device: whether their weights, which will be replaced, may be on a device other than the CPU.
 
     Raises:
-        Unsupported: the op does not compute what they do, or they have hooks.
+        Unsupported: the op does not compute what they compute, or they have hooks.
     """
     require_plain(experts)
     if isinstance(experts, KTExpertList):
-        listed = cast(list[KTExpert], list(experts))
+        listed = list(experts)
         if not all(is_plain_linear(projection) for expert in listed for projection in expert.projections()):
             raise Unsupported("its projections are not plain nn.Linear: they have adapters or hooks")
         return listed
@@ -207,7 +205,7 @@ def listed_experts(
 
 
 def _check_experts(experts: list[nn.Module], any_device: bool) -> tuple[tuple[str, str, str], str, str]:
-    """Names of the projections, attribute and name of the activation: the same for every expert of a list."""
+    """Returns the projections' names and the activation's attribute and name, common to all experts."""
     if not experts or any(expert is None or type(expert) is not type(experts[0]) for expert in experts):
         raise Unsupported("its experts are not all modules of one class")
     first = type(experts[0]).__qualname__
@@ -240,7 +238,7 @@ def _check_experts(experts: list[nn.Module], any_device: bool) -> tuple[tuple[st
 
 
 def _describe(expert: nn.Module, names: tuple[str, str, str], attribute: str) -> tuple:
-    """What all experts of a list must have in common: activation, plainness, biases, shapes and dtypes."""
+    """Returns what all experts of a list must share: activation, plainness, biases, shapes and dtypes."""
     projections = [getattr(expert, name) for name in names]
     parameters = dict(expert.named_parameters())
     own = {f"{name}.{kind}" for name in names for kind in ("weight", "bias")}
@@ -258,7 +256,7 @@ def _replace(model: nn.Module, module: nn.Module, replacement: nn.Module) -> Non
 
 
 def exchange(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
-    """Puts ``new`` wherever ``old`` is a child, and its ``moe_infer`` into blocks that have one."""
+    """Replaces ``old`` with ``new`` wherever it is a child, and the ``moe_infer`` of blocks that have one."""
     for parent in list(model.modules()):
         for name, child in list(parent._modules.items()):
             if child is not old:
@@ -271,7 +269,7 @@ def exchange(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
 
 
 def exchange_stacked(model: nn.Module, old: nn.Module, new: KTExperts) -> None:
-    """The same with stacked experts, in a KTExpertSequence if they replace a ModuleList."""
+    """Replaces ``old`` with stacked experts, in a KTExpertSequence if they replace a ModuleList."""
     is_list = isinstance(old, nn.ModuleList) or getattr(old, "is_list", False)
     exchange(model, old, KTExpertSequence(new) if is_list else new)
 
@@ -292,7 +290,7 @@ def _warn_refused(model: nn.Module, refused: dict[tuple[str, str], list[str]]) -
         for (kind, reason), names in refused.items()
     ]
     warnings.warn(
-        f"ktops.swap_experts leaves experts of {type(model).__name__} as they are: {'; '.join(lines)}. "
+        f"ktops.swap_experts leaves experts of {type(model).__name__} unchanged: {'; '.join(lines)}. "
         f"Architectures tested: {', '.join(TESTED)}.",
         stacklevel=3,
     )

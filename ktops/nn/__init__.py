@@ -1,4 +1,4 @@
-"""Modules over the operators."""
+"""Modules built on the operators."""
 
 from ktops.nn.expert_list import KTExpertList
 from ktops.nn.expert_sequence import KTExpertSequence

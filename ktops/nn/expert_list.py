@@ -1,10 +1,11 @@
-"""KTExpertList: experts that are modules of their own, over one stacked copy of their weights.
+"""KTExpertList: experts as separate modules that share one stacked copy of their weights.
 
-The Parameters stay as they are, objects and names; their storage becomes slices of two stacked tensors, so
-that the op reads every expert of the layer, and gate and up of one expert, as one tensor.
+The Parameters keep their identity and their names. Their storage becomes slices of two stacked tensors, so
+the op reads all experts of the layer, and gate and up of each expert, as one tensor.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -13,22 +14,22 @@ from ktops._warn import warn_once
 from ktops.nn.experts import DTYPES, KTExperts, run_experts
 
 PROJECTIONS = (("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2"))
-"""What the gate, up and down projections of an expert module may be called."""
+"""Accepted names of the gate, up and down projections of an expert module."""
 
 ACTIVATION_NAMES = ("act_fn", "activation_fn", "act")
-"""What the activation of an expert module may be called."""
+"""Accepted names of the activation of an expert module."""
 
-Packed = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
+Packed = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
 """gate_up_proj [E, 2I, H], down_proj [E, H, I], gate_up_bias [E, 2I], down_bias [E, H]."""
 
 
 def is_plain_linear(module: nn.Module) -> bool:
-    """An ``nn.Linear`` and nothing else: no subclass, parametrization, hook or replaced forward."""
+    """True if the module is exactly an ``nn.Linear``, without parametrization, hooks or replaced forward."""
     return type(module) is nn.Linear and interception(module) is None
 
 
 def interception(module: nn.Module) -> str | None:
-    """Why a call of a module runs more than the forward of its class; None if it does not."""
+    """Returns why calling a module runs more than the forward of its class; None if it does not."""
     if (
         module._forward_hooks
         or module._forward_pre_hooks
@@ -42,20 +43,20 @@ def interception(module: nn.Module) -> str | None:
 
 
 class KTExpert(nn.Module):
-    """One expert of a :class:`KTExpertList`: the child modules of the expert it replaces, computed by the op.
+    """One expert of a :class:`KTExpertList`: runs the op on the child modules of the expert it replaces.
 
-    Where a projection is no longer a plain ``nn.Linear`` (an adapter was put around it, it has hooks), or the
+    If a projection is no longer a plain ``nn.Linear`` (an adapter wraps it, or it has hooks), or if the
     weights have left the CPU, the projections are called one by one instead.
 
     Args:
-        expert: the module replaced; its children are shared.
-        names: of its gate, up and down projections.
-        activation_attribute: where it has its activation.
+        expert: the module to replace; its children are shared.
+        names: the names of its gate, up and down projections.
+        activation_attribute: the attribute that holds its activation.
         activation, save: as in :class:`ktops.nn.KTExperts`.
     """
 
     packed: Packed | None
-    """This expert's slices, [1, ...], of the list's stacked tensors."""
+    """This expert's slices [1, ...] of the list's stacked tensors."""
 
     def __init__(
         self,
@@ -77,21 +78,21 @@ class KTExpert(nn.Module):
         self.training = expert.training
         self.packed = None
 
-    def projections(self) -> tuple[nn.Module, nn.Module, nn.Module]:
-        """gate, up and down."""
+    def projections(self) -> tuple[nn.Linear, nn.Linear, nn.Linear]:
+        """Returns gate, up and down. An adapter around one of them is returned in its place."""
         return tuple(getattr(self, name) for name in self.names)
 
     def runs_op(self) -> bool:
-        """Whether the op may compute this expert: packed, and with nothing around its projections.
+        """True if the op can compute this expert: it is packed, and nothing wraps its projections.
 
-        A parameter that was given other storage is copied back into its slice.
+        Copies any parameter whose storage was replaced back into its slice.
         """
         if self.packed is None or not all(map(is_plain_linear, self.projections())):
             return False
         return torch.compiler.is_compiling() or self.is_packed() or self.put(self.packed)
 
     def is_packed(self) -> bool:
-        """Whether the parameters are the slices."""
+        """True if the storage of the parameters is the slices."""
         return self.packed is not None and all(
             part.data_ptr() == place.data_ptr() and part.dtype == place.dtype
             for part, place in self.places(self.packed)
@@ -99,7 +100,7 @@ class KTExpert(nn.Module):
 
     @torch.no_grad()
     def put(self, packed: Packed) -> bool:
-        """Makes the parameters these slices, with the values that they have; False if of another dtype."""
+        """Moves the parameters into these slices, keeping their values; False if dtype or device differ."""
         places = self.places(packed)
         if any(part.dtype != place.dtype or part.device != place.device for part, place in places):
             return False
@@ -110,27 +111,28 @@ class KTExpert(nn.Module):
         return True
 
     def places(self, packed: Packed) -> list[tuple[nn.Parameter, Tensor]]:
-        """Every parameter and the slice where it belongs."""
+        """Returns every parameter with its slice."""
         gate, up, down = self.projections()
-        found = []
+        found: list[tuple[nn.Parameter, Tensor]] = []
         for kind, gate_up, single in (("weight", *packed[:2]), ("bias", *packed[2:])):
-            if gate_up is not None:
+            if gate_up is not None and single is not None:
                 parts = [getattr(projection, kind) for projection in (gate, up, down)]
                 found += zip(parts, (*gate_up[0].chunk(2), single[0]), strict=True)
         return found
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """[..., H] -> [..., H]"""
-        if not self.runs_op():
+        packed = self.packed
+        if packed is None or not self.runs_op():
             gate, up, down = self.projections()
-            if self.packed is not None and not torch.compiler.is_compiling():
+            if packed is not None and not torch.compiler.is_compiling():
                 _warn_of(f"are {type(gate).__name__} with hooks or adapters")
             act_fn = getattr(self, self.activation_attribute)
             return down(act_fn(gate(hidden_states)) * up(hidden_states))
         num_tokens = hidden_states.numel() // hidden_states.shape[-1]
         ids = torch.zeros(num_tokens, 1, dtype=torch.int64)
         weights = torch.ones(num_tokens, 1)
-        return _run(hidden_states, ids, weights, self.packed, [self])
+        return _run(hidden_states, ids, weights, packed, [self])
 
     def __getstate__(self) -> dict:
         return {**self.__dict__, "packed": None}
@@ -140,15 +142,21 @@ class KTExpert(nn.Module):
 
 
 class KTExpertList(nn.ModuleList):
-    """The experts of one layer as a ModuleList of :class:`KTExpert`: for models whose MoE block iterates it.
+    """The experts of one layer as a ModuleList of :class:`KTExpert`, for models whose MoE block iterates it.
 
-    A block that calls ``experts[i](rows)`` runs one op per expert. Called itself, with the routes of all
-    tokens, the list runs one op for all experts.
+    A block that calls ``experts[i](rows)`` runs one op per expert. Calling the list itself, with the routes
+    of all tokens, runs one op for all experts.
 
-    Making the list moves the weights, expert by expert, into the stacked tensors: there is one copy
-    throughout. The Parameters are the same objects, and a slice each. ``.to()``, deepcopy, pickling and
-    load_state_dict keep it so.
+    Constructing the list moves the weights, expert by expert, into the stacked tensors, so only one copy
+    ever exists. The Parameters remain the same objects, each now a slice. ``.to()``, deepcopy, pickling and
+    load_state_dict preserve this.
     """
+
+    packed: Packed | None
+
+    if TYPE_CHECKING:
+
+        def __iter__(self) -> Iterator[KTExpert]: ...
 
     def __init__(self, experts: list[KTExpert]) -> None:
         super().__init__(experts)
@@ -157,46 +165,49 @@ class KTExpertList(nn.ModuleList):
 
     @torch.no_grad()
     def pack(self) -> None:
-        """Makes every parameter a slice of the stacked tensors again; does nothing if they are."""
+        """Makes every parameter a slice of the stacked tensors again; does nothing if all already are."""
         if all(expert.is_packed() for expert in self):
             return
         self.packed = None
         for expert in self:
             expert.packed = None
-        weights = [projection.weight for expert in self for projection in expert.projections()]
+        rows = [expert.projections() for expert in self]
+        weights = [projection.weight for row in rows for projection in row]
         kinds = {(weight.dtype, weight.device.type) for weight in weights}
         if len(kinds) > 1 or weights[0].dtype not in DTYPES or weights[0].device.type != "cpu":
             _warn_of("are " + ", ".join(sorted(f"{dtype} on {device}" for dtype, device in kinds)))
             return
-        gate, up, down = self[0].projections()
+        gate, up, down = rows[0]
 
         def empty(*shape: int) -> Tensor:
             return torch.empty(len(self), *shape, dtype=gate.weight.dtype)
 
         width = gate.out_features + up.out_features
         biased = gate.bias is not None
-        self.packed = (
+        self.packed = packed = (
             empty(width, gate.in_features),
             empty(down.out_features, down.in_features),
             empty(width) if biased else None,
             empty(down.out_features) if biased else None,
         )
         for index, expert in enumerate(self):
-            expert.put(tuple(None if stack is None else stack[index : index + 1] for stack in self.packed))
+            own = slice(index, index + 1)
+            gate_up_bias, down_bias = (bias if bias is None else bias[own] for bias in packed[2:])
+            expert.put((packed[0][own], packed[1][own], gate_up_bias, down_bias))
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        """[T, H], [T, K], [T, K] -> [T, H], see :class:`ktops.nn.KTExperts`."""
-        experts = list(self)
-        if not all(expert.runs_op() for expert in experts):
+        """Runs all experts, [T, H], [T, K], [T, K] -> [T, H]; see :class:`ktops.nn.KTExperts`."""
+        experts, packed = list(self), self.packed
+        if packed is None or not all(expert.runs_op() for expert in experts):
             raise RuntimeError(
                 "KTExpertList: the projections of the experts must be plain nn.Linear on the CPU, got "
                 f"{sorted({type(p).__name__ for expert in experts for p in expert.projections()})}"
             )
-        return _run(hidden_states, top_k_index, top_k_weights, self.packed, experts)
+        return _run(hidden_states, top_k_index, top_k_weights, packed, experts)
 
     @torch.no_grad()
     def moe_infer(self, x: Tensor, topk_ids: Tensor, topk_weight: Tensor) -> Tensor:
-        """The method that MoE blocks of the DeepSeek family call in evaluation mode."""
+        """Runs all experts; MoE blocks of the DeepSeek family call this in evaluation mode."""
         if all(expert.runs_op() for expert in self):
             return self(x, topk_ids, topk_weight)
         output = torch.zeros_like(x, dtype=torch.float32)
@@ -220,17 +231,22 @@ class KTExpertList(nn.ModuleList):
 
 @torch.no_grad()
 def stacked_copy(experts: list[KTExpert]) -> KTExperts:
-    """A KTExperts with copies of the weights of experts whose projections are plain nn.Linear."""
+    """Returns a KTExperts with copies of the experts' weights; all projections must be plain nn.Linear."""
     rows = [expert.projections() for expert in experts]
 
-    def stacks(kind: str) -> Iterator[nn.Parameter | None]:
-        for parts in ([row[:2] for row in rows], [row[2:] for row in rows]):
-            tensors = [[getattr(projection, kind) for projection in part] for part in parts]
-            none = tensors[0][0] is None
-            yield None if none else nn.Parameter(torch.stack([torch.cat(each) for each in tensors]), False)
+    def stack(kind: str, parts: Sequence[tuple[nn.Linear, ...]]) -> nn.Parameter:
+        tensors = [[getattr(projection, kind) for projection in part] for part in parts]
+        return nn.Parameter(torch.stack([torch.cat(each) for each in tensors]), False)
 
+    gate_up, down = [row[:2] for row in rows], [row[2:] for row in rows]
+    biased = rows[0][0].bias is not None
     made = KTExperts.from_parameters(
-        *stacks("weight"), *stacks("bias"), activation=experts[0].activation, save=experts[0].save
+        stack("weight", gate_up),
+        stack("weight", down),
+        stack("bias", gate_up) if biased else None,
+        stack("bias", down) if biased else None,
+        activation=experts[0].activation,
+        save=experts[0].save,
     )
     return made.train(experts[0].training)
 
@@ -241,13 +257,13 @@ def _pack_after_loading(experts: KTExpertList, _) -> None:
 
 def _warn_of(what: str) -> None:
     warn_once(
-        f"ktops: projections of experts {what}; ktops does not run these experts, their projections are "
+        f"ktops: projections of experts {what}; ktops does not run these experts. Their projections are "
         "called one by one."
     )
 
 
 class _Stacked(torch.autograd.Function):
-    """A stacked tensor [E, R, ...] as a function of the parameters whose storage it is, R / n rows each."""
+    """A stacked tensor [E, R, ...] as a function of the parameters stored in it, R / n rows each."""
 
     @staticmethod
     def forward(ctx, stacked: Tensor, *parts: Tensor) -> Tensor:
@@ -261,8 +277,8 @@ class _Stacked(torch.autograd.Function):
         return None, *(part if need else None for part, need in zip(parts, needed, strict=True))
 
 
-def _differentiable(stacked: Tensor | None, parts: list[Tensor]) -> Tensor | None:
-    if stacked is None or not (torch.is_grad_enabled() and any(part.requires_grad for part in parts)):
+def _differentiable(stacked: Tensor, parts: list[Tensor]) -> Tensor:
+    if not (torch.is_grad_enabled() and any(part.requires_grad for part in parts)):
         return stacked
     return _Stacked.apply(stacked, *parts)
 
@@ -280,8 +296,8 @@ def _run(
         weights,
         _differentiable(weight, [projection.weight for projection in gate_up]),
         _differentiable(down_weight, [projection.weight for projection in down]),
-        gate_up_bias=_differentiable(bias, [projection.bias for projection in gate_up]),
-        down_bias=_differentiable(down_bias, [projection.bias for projection in down]),
+        gate_up_bias=None if bias is None else _differentiable(bias, [each.bias for each in gate_up]),
+        down_bias=None if down_bias is None else _differentiable(down_bias, [each.bias for each in down]),
         activation=experts[0].activation,
         save=experts[0].save,
     )

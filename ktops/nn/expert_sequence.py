@@ -11,15 +11,15 @@ from ktops.nn.experts import KTExperts
 
 
 class KTExpertSequence(nn.Module):
-    """The experts of one layer in stacked weights, in place of a ModuleList of modules.
+    """The experts of one layer with stacked weights, in place of a ModuleList.
 
-    ``sequence[i](rows)`` runs the op with all rows routed to expert i; called itself, with the routes of all
-    tokens, it runs one op for all experts. Adapters go on ``stacked``. Keys of the state dict are those of
-    ``stacked``, without "stacked." in front.
+    ``sequence[i](rows)`` runs the op with all rows routed to expert i. Calling the sequence itself, with the
+    routes of all tokens, runs one op for all experts. Adapters go on ``stacked``. The state-dict keys are
+    those of ``stacked``, without the prefix "stacked.".
 
     Args:
-        stacked: the experts, with weights in a format for example: then there are no separate Parameters that
-            a :class:`ktops.nn.KTExpertList` could be made of.
+        stacked: the experts. Their weights may be in a weight format, which has no separate Parameters to
+            build a :class:`ktops.nn.KTExpertList` from.
 
     Example:
         >>> weights = (ktops.quantize(torch.randn(8, *size), "int8") for size in ((64, 32), (32, 32)))
@@ -51,17 +51,17 @@ class KTExpertSequence(nn.Module):
         return self.stacked(hidden_states, ids, torch.ones(routes))
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        """[T, H], [T, K], [T, K] -> [T, H], see :class:`ktops.nn.KTExperts`."""
+        """Runs all experts, [T, H], [T, K], [T, K] -> [T, H]; see :class:`ktops.nn.KTExperts`."""
         return self.stacked(hidden_states, top_k_index, top_k_weights)
 
     @torch.no_grad()
     def moe_infer(self, x: Tensor, topk_ids: Tensor, topk_weight: Tensor) -> Tensor:
-        """The method that MoE blocks of the DeepSeek family call in evaluation mode."""
+        """Runs all experts; MoE blocks of the DeepSeek family call this in evaluation mode."""
         return self(x, topk_ids, topk_weight)
 
 
 def _rename(_, state_dict: dict, prefix: str, *args, old: str, new: str) -> None:
-    """Replaces ``old`` after the prefix by ``new`` in the keys of the experts' weights and biases."""
+    """Replaces ``old`` with ``new`` after the prefix in the keys of the experts' weights and biases."""
     pattern = re.compile(re.escape(prefix + old) + r"((?:gate_up|down)_proj(?:_bias|\.[a-z_]+)?)")
     for key in list(state_dict):
         match = pattern.fullmatch(key)

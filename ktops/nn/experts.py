@@ -1,4 +1,4 @@
-"""KTExperts: the routed experts of a Mixture-of-Experts layer as a module over kt::moe_sft."""
+"""KTExperts: the routed experts of a Mixture-of-Experts layer as a module built on kt::moe_sft."""
 
 import math
 
@@ -10,7 +10,7 @@ from ktops.ops import moe_sft
 from ktops.ops.activation import ACTIVATIONS
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float64)
-"""What the experts' weights may be stored in."""
+"""Supported dtypes of the experts' weights."""
 
 SAVE = ("activations", "recompute")
 COMPUTE = ("auto", "bf16", "int8")
@@ -24,10 +24,10 @@ def run_experts(
     down_proj: Tensor | ExpertWeight,
     **options,
 ) -> Tensor:
-    """``ktops.moe_sft`` in the dtype of the weights, with the result in the dtype of hidden_states.
+    """Runs ``ktops.moe_sft`` in the dtype of the weights and returns the dtype of hidden_states.
 
-    The cast is what makes autocast work: under it hidden_states may come in a lower precision than the
-    weights. hidden_states may have leading dimensions, [..., H], and so may the routes, [..., K].
+    The casts make autocast work, under which hidden_states may have a lower precision than the weights.
+    hidden_states may have leading dimensions, [..., H], and so may the routes, [..., K].
     """
     if top_k_weights.dtype not in DTYPES:
         top_k_weights = top_k_weights.to(gate_up_proj.dtype)
@@ -45,25 +45,25 @@ def run_experts(
 class KTExperts(nn.Module):
     """The routed experts of one layer, ``out[t] = sum_j w[t, j] * down(act(gate(x[t])) * up(x[t]))``.
 
-    Parameters and state-dict keys are those of the experts modules in transformers. With E = num_experts,
+    Parameters and state-dict keys match the experts modules in transformers. With E = num_experts,
     H = hidden_size, I = intermediate_size:
 
-    * ``gate_up_proj`` [E, 2I, H]: the first I rows of an expert are the gate;
+    * ``gate_up_proj`` [E, 2I, H]: the first I rows of each expert are the gate;
     * ``down_proj`` [E, H, I];
     * ``gate_up_proj_bias`` [E, 2I] and ``down_proj_bias`` [E, H] with ``bias=True``.
 
     Args:
         num_experts, hidden_size, intermediate_size: E, H, I.
         bias: whether the projections have a bias.
-        activation: act by its name, see :func:`ktops.moe_sft`.
+        activation: the name of act, see :func:`ktops.moe_sft`.
         save: what the forward keeps for backward, "activations" or "recompute", see :func:`ktops.moe_sft`.
-        compute: "auto", "bf16" or "int8", for weights in a format, see :func:`ktops.moe_sft`. In training
-            mode "auto" is "bf16" also where no gradient is asked for, as in a checkpointed forward.
+        compute: "auto", "bf16" or "int8", for weights in a weight format, see :func:`ktops.moe_sft`. In
+            training mode "auto" means "bf16" even if no gradient is needed, as in a checkpointed forward.
         device, dtype: of the parameters; dtype is float32, bfloat16 or float64.
 
     Raises:
         ValueError: a size is not positive; unknown activation or save.
-        TypeError: dtype is not supported; in forward if the module was cast to such a dtype later.
+        TypeError: dtype is not supported; raised in forward if the module was cast to such a dtype later.
 
     Example:
         >>> experts = ktops.nn.KTExperts(8, hidden_size=64, intermediate_size=32)
@@ -71,6 +71,9 @@ class KTExperts(nn.Module):
         >>> experts(torch.randn(5, 64), ids, weights).shape
         torch.Size([5, 64])
     """
+
+    gate_up_proj: nn.Parameter | ExpertWeight
+    down_proj: nn.Parameter | ExpertWeight
 
     def __init__(
         self,
@@ -126,7 +129,7 @@ class KTExperts(nn.Module):
         save: str = "activations",
         compute: str = "auto",
     ) -> "KTExperts":
-        """A module over these very Parameters, or weights in a format: nothing is copied.
+        """Returns a module that holds these Parameters, or weights in a format, without copying them.
 
         Raises:
             ValueError: the shapes are not [E, 2I, H], [E, H, I], [E, 2I], [E, H]; unknown activation or save.
@@ -173,10 +176,10 @@ class KTExperts(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Uniform in ±1/√fan_in, as ``nn.Linear`` does for each projection.
+        """Initializes each projection uniformly in ±1/√fan_in, as ``nn.Linear`` does.
 
         Raises:
-            TypeError: the weights are in a format, and stay as they are.
+            TypeError: the weights are in a format. They are left unchanged.
         """
         for name in ("gate_up_proj", "down_proj"):
             if isinstance(getattr(self, name), ExpertWeight):
@@ -187,12 +190,13 @@ class KTExperts(nn.Module):
             (self.down_proj, self.intermediate_size),
             (self.down_proj_bias, self.intermediate_size),
         ):
-            if parameter is not None:
+            if isinstance(parameter, Tensor):
                 bound = 1 / math.sqrt(fan_in)
                 nn.init.uniform_(parameter, -bound, bound)
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor, **lora) -> Tensor:
-        """
+        """Runs the experts.
+
         Args:
             hidden_states: [T, H] or with more leading dimensions; any floating dtype, cast to the weights'.
             top_k_index: [T, K], int32 or int64; ids outside [0, E) contribute nothing.
@@ -200,7 +204,7 @@ class KTExperts(nn.Module):
             lora: the LoRA arguments of :func:`ktops.moe_sft`: gate_up_lora_A, gate_up_scaling, ...
 
         Returns:
-            The shape and dtype of hidden_states.
+            A tensor with the shape and dtype of hidden_states.
         """
         _check_dtype("gate_up_proj", self.gate_up_proj.dtype)
         return run_experts(

@@ -8,7 +8,7 @@ from ktops.nn.experts import KTExperts
 
 
 def find_experts(model: nn.Module) -> dict[str, nn.Module]:
-    """Experts modules by name, outermost first, nothing inside of them."""
+    """Returns the outermost experts modules by name, without any nested inside them."""
     found: dict[str, nn.Module] = {}
     for name, module in model.named_modules():
         if name and any(name.startswith(f"{outer}.") for outer in found):
@@ -22,6 +22,6 @@ def find_experts(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def has_stacks(module: nn.Module) -> bool:
-    """Whether a module has the weights of all experts in stacked parameters."""
+    """True if the module holds the weights of all experts in stacked parameters."""
     stacks = [module._parameters.get(name) for name in ("gate_up_proj", "down_proj")]
     return all(stack is not None and stack.dim() == 3 for stack in stacks)

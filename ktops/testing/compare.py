@@ -5,7 +5,7 @@ import hashlib
 import math
 from collections import OrderedDict
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -50,9 +50,11 @@ def threads(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def one_thread() -> AbstractContextManager[None]:
+@contextmanager
+def one_thread() -> Iterator[None]:
     """Makes torch use only the calling thread, because small operators would wait longer than they work."""
-    return threads(1)
+    with threads(1):
+        yield
 
 
 @one_thread()
@@ -62,10 +64,10 @@ def run_reference(
     """Returns what :func:`run` returns, computed by ktops.reference in float64."""
     names = floating(inputs) if names is None else names
     arguments = op_arguments(upcast(densified(inputs)), activation=activation)
-    output, *saved = reference.moe_sft_fwd(arguments, "activations")
+    output, gate_up, xa, ha = reference.moe_sft_fwd(arguments, "activations")
     mask = sum(1 << GRADIENTS.index(name) for name in names)
-    gradients = reference.moe_sft_bwd(grad_output.double(), arguments, "activations", *saved, mask)
-    named = dict(zip(GRADIENTS, gradients, strict=True))
+    gradients = reference.moe_sft_bwd(grad_output.double(), arguments, "activations", gate_up, xa, ha, mask)
+    named = {name: grad for name, grad in zip(GRADIENTS, gradients, strict=True) if grad is not None}
     return {"output": output} | {name: named[name] for name in names}
 
 

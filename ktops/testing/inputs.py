@@ -50,10 +50,10 @@ def spoil_ids(ids: Tensor, num_experts: int, generator: torch.Generator) -> Tens
 
     Some ids are 0 in their low 32 bits, so a truncating conversion would make them valid.
     """
-    bad = [-1, num_experts, num_experts + 7, torch.iinfo(ids.dtype).min]
+    outside = [-1, num_experts, num_experts + 7, torch.iinfo(ids.dtype).min]
     if ids.dtype == torch.int64:
-        bad += [1 << 32, -(1 << 32)]
-    bad = torch.tensor(bad, dtype=ids.dtype)
+        outside += [1 << 32, -(1 << 32)]
+    bad = torch.tensor(outside, dtype=ids.dtype)
     values = bad[torch.randint(len(bad), ids.shape, generator=generator)]
     mask = torch.arange(ids.numel()).view(ids.shape) % 3 == 1
     mask[1:2] = True

@@ -4,13 +4,14 @@ Independent of ktops.reference, which it checks. Hooks turn it into a model of a
 :class:`Arithmetic`.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-ACTIVATIONS = {
+ACTIVATIONS: dict[str, Callable[..., Tensor]] = {
     "silu": F.silu,
     "gelu": F.gelu,
     "gelu_tanh": lambda g: F.gelu(g, approximate="tanh"),

@@ -10,7 +10,7 @@ struct bfloat16 {
     uint16_t bits;
 };
 
-// Unaligned read of one element: checkpoints are mapped from files at any byte offset.
+// Reads one element at any address: checkpoints are mapped from files at any byte offset.
 template <class T>
 inline T read(const T* p) {
     T value;
@@ -27,7 +27,7 @@ inline float to_float(bfloat16 x) {
 inline float to_float(float x) { return x; }
 inline double to_float(double x) { return x; }
 
-// Round to nearest even; a NaN stays a (quiet) NaN.
+// Rounds to nearest even; a NaN stays a (quiet) NaN.
 template <class T, class A>
 inline T from_float(A x) {
     return static_cast<T>(x);
@@ -44,7 +44,7 @@ inline bfloat16 from_float<bfloat16, double>(double x) {
     return from_float<bfloat16>(static_cast<float>(x));
 }
 
-// What products of T are summed in.
+// The type in which products of T are summed.
 template <class T>
 struct Accumulator {
     using type = float;

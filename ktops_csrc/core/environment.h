@@ -4,10 +4,10 @@
 
 namespace kt::environment {
 
-// KTOPS_ISA: name of the row of kernels to start with; empty for the best one.
+// KTOPS_ISA: the ISA whose kernels are used at first; empty for the best one.
 std::string isa();
 
-// KTOPS_ISA_UNCHECKED=1: do not ask the CPU whether it can run the row (for emulators).
+// KTOPS_ISA_UNCHECKED=1: do not check that the CPU supports the ISA (for emulators).
 bool isa_unchecked();
 
 // KTOPS_PROFILE=1: record the time of every step from the start.

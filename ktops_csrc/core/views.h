@@ -14,7 +14,7 @@ constexpr int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 constexpr int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 constexpr int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 
-// A tensor of up to three dimensions, any floating dtype, any strides (in elements). data is null for an absent one.
+// A tensor of up to three dimensions, of any floating dtype, with any strides (in elements). data is null if absent.
 struct StridedTensor {
     const void* data = nullptr;
     DType dtype = DType::kFloat32;
@@ -36,7 +36,7 @@ struct StridedTensor {
     }
 };
 
-// A freshly allocated result of up to three dimensions, contiguous. data is null for one that was not asked for.
+// A freshly allocated, contiguous result of up to three dimensions. data is null if it was not requested.
 struct Result {
     void* data = nullptr;
     DType dtype = DType::kFloat32;

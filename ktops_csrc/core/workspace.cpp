@@ -26,11 +26,11 @@ constexpr size_t kHugePage = 2 << 20;
 struct Block {
     char* data;
     size_t bytes;
-    size_t needed;  // by the call that uses it; 0: idle
+    size_t needed;  // by the call that uses it; 0 if idle
 };
 
-// Large blocks come from mmap: free() would keep some of them for itself. Huge pages, where the system grants them,
-// take fewer faults.
+// Large blocks come from mmap: free() may keep memory instead of returning it to the system. Huge pages, where the
+// system grants them, fault less often.
 char* allocate(size_t bytes) {
     if (bytes < kHugePage) return static_cast<char*>(std::aligned_alloc(kPage, bytes));
     void* data = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
@@ -47,8 +47,8 @@ void release(const Block& block) {
     }
 }
 
-// What calls in progress need at once, and the most that it was in the last kWindow to 2 kWindow calls. A call may have
-// a larger block than it needs: what it has does not tell which size is still wanted.
+// The bytes that concurrent calls need, and the peak over the last kWindow to 2 kWindow calls. The sizes of blocks do
+// not tell what is still needed, since a call may get a larger block than it needs.
 class Needed {
 public:
     void add(size_t bytes) {
@@ -69,7 +69,7 @@ private:
 
 class Pool {
 public:
-    // A used block of at least `bytes`.
+    // Returns a block of at least `bytes`, now in use.
     Block take(size_t bytes) {
         std::lock_guard<std::mutex> lock(mutex_);
         bytes = std::max((bytes + kPage - 1) / kPage * kPage, kPage);
@@ -109,7 +109,7 @@ public:
         return {in_use_, idle_, peak_, blocks_.size(), allocations_};
     }
 
-    // Around fork(): the child has the memory, but not the threads that used it.
+    // Around fork(): the child inherits the memory, but not the threads that used it.
     void lock() { mutex_.lock(); }
     void unlock() { mutex_.unlock(); }
     void unlock_in_child() {
@@ -123,14 +123,14 @@ public:
     }
 
 private:
-    // A new idle block, in place of idle ones if there would be too many.
+    // Adds an idle block, in place of older idle ones if all together would be too large.
     Block* add(size_t bytes) {
         shrink(room(in_use_ + bytes));
         blocks_.reserve(blocks_.size() + 1);
         char* data = allocate(bytes);
         if (!data) {
-            throw std::runtime_error("kt: out of memory: no " + std::to_string(bytes >> 20) +
-                                     " MiB for intermediate results; fewer tokens a call need less");
+            throw std::runtime_error("kt: out of memory: could not allocate " + std::to_string(bytes >> 20) +
+                                     " MiB for intermediate results; pass fewer tokens per call");
         }
         blocks_.push_back({data, bytes, 0});
         idle_ += bytes;
@@ -138,7 +138,7 @@ private:
         return &blocks_.back();
     }
 
-    // Bytes of idle blocks that may be kept beside `used` bytes of others.
+    // Bytes of idle blocks that may be kept while `used` bytes are in use.
     size_t room(size_t used) const {
         const size_t limit = std::max(needed_.recent_peak(), std::min(peak_, Workspace::kKept));
         return limit > used ? limit - used : 0;

@@ -25,7 +25,7 @@ struct Isa : IsaDefaults {
     static constexpr int64_t kBFloat16DirectRows = 12;
     static constexpr int kCodeGemmRows = 3, kCodeGemmPanels = 4;
     static constexpr bool kInt8Tiles = true;
-    static constexpr int64_t kInt8Rows = 8, kInt8Group = 1024;  // tiles of bfloat16 are faster for more, and for less
+    static constexpr int64_t kInt8Rows = 8, kInt8Group = 1024;  // else tiles of bfloat16 are faster
     using Region = TileRegion;
 };
 

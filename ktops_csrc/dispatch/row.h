@@ -1,10 +1,10 @@
 #pragma once
 
-// What a row of kernels includes first. dispatch/<isa>.h opens the target region of its row, and *-inl.h files, which
-// are compiled once for each row, come after that. Inline functions of other headers must not be compiled there: they
-// would hold the row's instructions, and the linker may keep that copy for everybody. So all headers that *-inl.h files
-// include, of the system and of ktops, are here, except for <immintrin.h>, which only some rows have. Including them
-// again does nothing.
+// Every dispatch/<isa>.h includes this first, then opens the target region of its ISA, in which the *-inl.h files are
+// compiled. Inline functions of other headers must not be compiled there: they would contain instructions of that ISA,
+// and the linker may keep that copy for every caller. So all system and ktops headers that *-inl.h files include are
+// included here, outside the region, except for <immintrin.h>, which only some ISAs use. Including them again does
+// nothing.
 
 #include <chrono>
 #include <cmath>

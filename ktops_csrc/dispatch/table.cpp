@@ -13,7 +13,7 @@ namespace {
 
 using Rows = std::vector<const IsaRow*>;
 
-// As listed, unless the CPU multiplies bfloat16 slowly.
+// In the order of isa/rows.def, unless the CPU multiplies bfloat16 slowly.
 Rows best_first() {
     Rows list = {
 #define KT_ROW(name) &name##_row,
@@ -59,7 +59,7 @@ const IsaRow& find(const std::string& name, const char* argument) {
         if (row->supported() || environment::isa_unchecked()) return *row;
         const std::string reason = refusal(*row), got = ", got '" + name + "'";
         if (!reason.empty()) {
-            throw std::runtime_error(std::string(argument) + " must be a row that can run here" + got + ": " + reason);
+            throw std::runtime_error(std::string(argument) + " must be an ISA that can run here" + got + ": " + reason);
         }
         throw std::runtime_error(std::string(argument) + " must be supported by this CPU (" + describe() + ")" + got);
     }

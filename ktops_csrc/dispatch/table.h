@@ -1,6 +1,6 @@
 #pragma once
 
-// One row of kernels for each ISA (isa/rows.def); the first that the CPU supports is used.
+// The kernels of every ISA (isa/rows.def). Those of the first ISA that the CPU supports are used.
 
 #include <string>
 
@@ -20,9 +20,9 @@ struct IsaRow {
     bool (*supported)();
     MoeKernels bfloat16, float32, float64;
     double (*peak_int8)(int64_t iterations);
-    // Rows [row, row + n) of expert e of a weight in a format, `columns` floats each.
+    // Decodes rows [row, row + n) of expert e of a weight in a format, `columns` floats each.
     void (*decode_rows)(const WeightTensor&, int64_t e, int64_t row, int64_t n, float* out);
-    // Why the operating system forbids what the CPU could run; empty if it does not.
+    // The reason why the operating system forbids what the CPU supports; empty if it does not.
     std::string (*refused)() = nullptr;
 
     const MoeKernels& kernels(DType dtype) const {
@@ -30,7 +30,7 @@ struct IsaRow {
     }
 };
 
-// float64 is computed by the scalar row on every machine.
+// On every machine the scalar kernels compute float64.
 void forward_float64(const Problem& problem, const ForwardResults& results);
 void backward_float64(const BackwardProblem& problem);
 
@@ -40,18 +40,18 @@ void backward_float64(const BackwardProblem& problem);
 
 namespace dispatch {
 
-// The row in use. The first call chooses it: KTOPS_ISA, else the first supported one.
+// Returns the kernels in use. The first call chooses them: those of KTOPS_ISA, else the first supported ones.
 const IsaRow& current();
 
-// Throws std::runtime_error, in the name of `argument`, for an unknown row or one that this CPU lacks.
+// Throws std::runtime_error, naming `argument`, for an unknown ISA or one that this CPU cannot run.
 const IsaRow& find(const std::string& name, const char* argument);
 void use(const std::string& name);
 
-// "name=1,name=0,...": every row, best first, and whether this CPU can run it.
+// Returns "name=1,name=0,...": every ISA, best first, and whether this CPU can run it.
 std::string describe();
 
-// Which better rows than the one chosen without KTOPS_ISA the CPU could run if the operating system let it, and why it
-// does not: "name: reason". Empty if there are none, or KTOPS_ISA is set.
+// Returns "name: reason; ..." for the ISAs that the CPU supports, that are better than the one chosen by default, and
+// that the operating system forbids. Empty if there are none, or if KTOPS_ISA is set.
 std::string refused();
 
 }  // namespace dispatch

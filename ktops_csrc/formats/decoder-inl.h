@@ -1,23 +1,24 @@
 #pragma once
 
 // A decoder is a type with
-//   kBlock, kBytes                   weights that are decoded from so many bytes: 32, or the format's own block
-//   kSplit                           the order of a chunk (isa/chunk-inl.h)
-//   kFactor                          by which values are to be multiplied, besides their scale
-//   State prepare(block)             what all chunks of a block need
-//   decode(block, state, part, v)    chunk number `part` of a block
-// and is named in formats.def.
+//   kBlock, kBytes                   the weights of a block (32, or the format's own number) and its bytes
+//   kSplit                           true if chunks are split (isa/chunk-inl.h)
+//   kFactor                          a constant to multiply values by, in addition to their scale
+//   State prepare(block)             computes what all chunks of a block need
+//   decode(block, state, part, v)    decodes chunk number `part` of a block
+// and is listed in formats.def.
 //
-// That of an integer format, whose codes are multiplied (weights/codes-inl.h), also has
-//   kCodeColumns, kCodeStep   a unit: columns whose codes are read together, and its bytes
-//   kPairs                    whether a byte holds two columns: then the codes of a unit are those of even columns and
-//                             then those of odd columns, else in order
-//   codes(unit, out)          these codes, vector by vector
-//   kCodesAByte               codes that each byte holds by itself, at the same place in kCodesAByte parts of the unit:
-//                             then codes_of(bytes, out) gives them, a vector of each part; or 0
-//   kCodeGroup                columns that share a scale that lies in the unit, or 0: scales are beside the weight
-//   code_scales(unit, out)    the scales in a unit, followed by s z if kMins; zeros up to 16 numbers
-//   kMins, kZeroCode          whether groups in a unit have a zero point of their own; z where they have none
+// A decoder of an integer format, whose codes are multiplied (weights/codes-inl.h), also has
+//   kCodeColumns, kCodeStep   the columns and the bytes of a unit, whose codes are decoded together
+//   kPairs                    true if a byte holds two columns: then the codes of a unit are those of its even columns
+//                             followed by those of its odd columns, else they are in order
+//   codes(unit, out)          decodes the codes of a unit to vectors
+//   kCodesAByte               codes in each byte if bytes can be decoded one by one, else 0. They belong to as many
+//                             equal parts of the unit, at the same place in each; codes_of(bytes, out) writes a
+//                             vector of each part
+//   kCodeGroup                columns that share a scale stored in the unit; 0: scales are in a tensor of their own
+//   code_scales(unit, out)    writes the scales of a unit, followed by s z if kMins; zeros up to 16 numbers
+//   kMins, kZeroCode          true if groups in a unit have zero points of their own; else z is kZeroCode
 
 #include <cstdint>
 
@@ -27,7 +28,7 @@ namespace kt::KT_ISA {
 
 struct NoState {};
 
-// Of a format whose blocks are chunks.
+// The base of decoders whose blocks are chunks.
 struct ChunkDecoder {
     static constexpr int64_t kBlock = kChunk;
     static constexpr bool kSplit = false;

@@ -1,6 +1,6 @@
 #pragma once
 
-// fp8_e4m3 and mxfp8: sign, 4 bits of exponent, 3 of mantissa. mxfp4: E2M1, two weights a byte as in int4.
+// fp8_e4m3 and mxfp8: sign, 4 bits of exponent, 3 of mantissa. mxfp4: E2M1, two weights per byte as in int4.
 
 #include <cstdint>
 
@@ -15,7 +15,7 @@ struct Fp8 : ChunkDecoder {
     static void decode(const uint8_t* block, NoState, int64_t, VecF* v) { unpack_fp8(block, v); }
 };
 
-// Twice the weights are integers.
+// The table holds twice the weights, which are integers.
 struct Fp4 : ChunkDecoder {
     static constexpr int64_t kBytes = kChunk / 2;
     static constexpr bool kSplit = true;

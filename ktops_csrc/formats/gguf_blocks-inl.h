@@ -1,7 +1,7 @@
 #pragma once
 
-// The blocks of 32 weights of ggml: d (and m) in binary16, then codes. Four-bit codes: byte i holds weight i in its low
-// half and weight 16 + i in its high half. A fifth bit is bit i of 32 in qh.
+// ggml's blocks of 32 weights: d (and m) in binary16, then codes. Four-bit codes: byte i holds weight i in its low half
+// and weight 16 + i in its high half. The fifth bit of weight i is bit i of qh.
 //
 //   q8_0  d  q[32]               d q             q5_0  d  qh[4]  q[16]       d (q - 16)
 //   q4_0  d  q[16]               d (q - 8)       q5_1  d  m  qh[4]  q[16]    d q + m
@@ -16,7 +16,7 @@
 
 namespace kt::KT_ISA {
 
-// f(lanes' codes 0..15, first weight) for the four-bit codes of 32 weights.
+// Calls f(codes 0..15 of the lanes, index of the vector) for the four-bit codes of 32 weights.
 template <class F>
 inline void for_each_nibble(const uint8_t* q, F f) {
     constexpr int L = kLanes<float>;
@@ -39,7 +39,7 @@ inline VecI32 fifth_bits(const uint8_t* qh, int64_t first) {
     return (VecI32)((bits >> (VecU32)lane_indices()) << 4) & 16;
 }
 
-// Codes of four blocks of so many bytes, with d in front.
+// Codes of units of four blocks, each of which starts with d.
 template <int64_t kBlockBytes>
 struct BlockCodes : ChunkDecoder {
     static constexpr int64_t kBytes = kBlockBytes;
@@ -55,7 +55,7 @@ struct BlockCodes : ChunkDecoder {
     }
 
 protected:
-    // load(codes of a block, bytes from one block to the next) for every vector of a unit.
+    // Calls load(codes of a block, bytes from one block to the next) for every vector of a unit.
     template <class F>
     static void for_each_vector_of_codes(const uint8_t* unit, VecCodes* out, F load) {
         constexpr int64_t kBlocks = kCodeBytes / kChunk;
@@ -117,7 +117,7 @@ struct Q5_1 : ChunkDecoder {
     }
 };
 
-// Of the non-linear four-bit formats.
+// The values of the non-linear four-bit formats.
 alignas(64) constexpr float kNonLinear[16] = {-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113};
 
 constexpr int kNonLinearZero = 128;

@@ -1,7 +1,7 @@
 #pragma once
 
-// The super-blocks of 256 weights of ggml ("k-quants", iq4_xs): eight chunks of 32, with integer scales of their own
-// under d (and dmin) in binary16. p: number of a chunk, h = p / 4 of its half, i of a weight in it.
+// ggml's super-blocks of 256 weights ("k-quants", iq4_xs): eight chunks of 32 with integer scales, in units of d
+// (and dmin) in binary16. p: index of a chunk; h = p / 4: of its half; i: of a weight in it.
 //
 //   q2_k    scales[16]  q[64]  d  dmin         q = q[32h + i] >> 2 (p % 4), 2 bits; 16 weights share a byte of scales
 //   q3_k    hmask[32]  q[64]  scales[12]  d    the same, less 4 unless bit p of hmask[i]
@@ -26,16 +26,16 @@ struct SuperBlockDecoder {
     static constexpr float kFactor = 1;
     static constexpr int kCodesAByte = 0;
 
-    // Of every chunk, or of every half of one.
+    // One for every chunk, or for every half of one.
     struct State {
         float scale[kScales], min[kMins ? kMins : 1];
     };
 
-    // The half of a chunk, 16 weights, that vector v of it lies in.
+    // The half of a chunk, 16 weights, that contains its vector v.
     static int64_t half(int v) { return v * kLanes<float> / 16; }
 };
 
-// out[i] = d * bytes[i], n a multiple of the lanes or not.
+// out[i] = d * bytes[i] for any n.
 inline void scale_bytes(const uint8_t* bytes, int n, float d, float* out) {
     constexpr int L = kLanes<float>;
     if (n % L == 0) {
@@ -67,7 +67,7 @@ struct Q2_K : SuperBlockDecoder<16, 16> {
 struct Q3_K : SuperBlockDecoder<16, 0> {
     static constexpr int64_t kBytes = 110;
 
-    // Sixteen scales of 6 bits, less 32: four bits in bytes 0 to 7, two in bytes 8 to 11.
+    // Sixteen 6-bit scales, less 32: four bits in bytes 0 to 7, two in bytes 8 to 11.
     static State prepare(const uint8_t* block) {
         uint32_t in[3], scales[4];
         std::memcpy(in, block + 96, sizeof(in));
@@ -89,8 +89,8 @@ struct Q3_K : SuperBlockDecoder<16, 0> {
     }
 };
 
-// q4_k and q5_k: scales and minima of 6 bits, the first four of each in bytes 0 to 3 and 4 to 7, the others in the
-// halves of bytes 8 to 11 and the upper two bits of bytes 0 to 7.
+// q4_k and q5_k: 6-bit scales and minima, the first four of each in bytes 0 to 3 and 4 to 7, the others in the halves
+// of bytes 8 to 11 and the upper two bits of bytes 0 to 7.
 struct ScaleAndMinDecoder : SuperBlockDecoder<8, 8> {
     // scale[8] and then min[8]
     struct State {

@@ -1,7 +1,7 @@
 #pragma once
 
-// int8, and int4 and uint4 with two weights a byte: byte b of a row holds column 2b in its low half and column 2b + 1
-// in its high half. int4 means q - 8.
+// int8, and int4 and uint4 with two weights per byte: byte b of a row holds column 2b in its low half and column 2b + 1
+// in its high half. An int4 code q is the weight q - 8.
 
 #include <cstdint>
 

@@ -1,6 +1,6 @@
 #pragma once
 
-// bf16, fp16, fp32: weights as they are.
+// bf16, fp16, fp32: weights stored as floats.
 
 #include <cstdint>
 

@@ -1,7 +1,7 @@
 #pragma once
 
-// One block of C = A . B held in a thread's scratch: at most kMaxRows rows and kMaxColumns columns, or fewer rows, in
-// steps of kRowStep, and up to kWideColumns columns; any k. gemm/path.h says how a product with a weight is computed.
+// One block of C = A . B in a thread's scratch: at most kMaxRows rows and kMaxColumns columns, or fewer rows, in steps
+// of kRowStep, and up to kWideColumns columns; any k. gemm/path.h chooses how a product with a weight is computed.
 
 #include "gemm/few_rows-inl.h"
 #include "gemm/panels-inl.h"
@@ -15,7 +15,7 @@ class BlockGemm {
     using C = Compute<T>;
 
 public:
-    // Whether the rows of A are widened, or put into tiles, for every block.
+    // True if every block copies its rows of A, widened or as tiles.
     static constexpr bool kCopiesRows = MicroGemm<C>::kStaged || !std::is_same_v<T, C>;
 
     BlockGemm(const GemmScratch<T>& scratch, int64_t rows, int64_t columns) : block_{scratch, rows, columns} {}
@@ -72,10 +72,10 @@ public:
         block_.adds = true;
     }
 
-    // Somebody else has written all of C.
+    // Call after all of C was written by other code.
     void holds_product() { block_.adds = true; }
 
-    // The block: row i, with `columns` columns. Zero if nothing was multiplied.
+    // Returns row i of the block, `columns` elements: zeros if nothing was multiplied.
     Acc<T>* row(int64_t i) {
         if (!block_.adds) {
             for (int64_t j = 0; j < block_.rows * block_.columns; ++j) block_.scratch.c[j] = 0;
@@ -101,7 +101,8 @@ private:
     Block<T> block_;
 };
 
-// f(start, count) for pieces of at most `most` rows, a multiple of kRowStep, about as many in each.
+// Calls f(start, count) for blocks of about equal size: at most `most` rows, and a multiple of kRowStep but for the
+// last.
 template <class F>
 inline void for_each_row_block(int64_t rows, F f, int64_t most = kMaxRows) {
     const int64_t size = round_up(ceil_div(rows, larger(1, ceil_div(rows, most))), kRowStep);

@@ -1,6 +1,6 @@
 #pragma once
 
-// C = A . W^T in integers: A as CodedRows, W in an integer format. What BlockGemm::multiply_nt is to floats.
+// C = A . W^T in integers: A as CodedRows, W in an integer format. The counterpart of BlockGemm::multiply_nt.
 
 #include <numeric>
 
@@ -11,11 +11,11 @@
 namespace kt::KT_ISA {
 
 template <class T>
-class CodeTiles;  // gemm/code_tiles-inl.h, where there are tiles of bytes
+class CodeTiles;  // gemm/code_tiles-inl.h, on an ISA with tiles of bytes
 
-// Rows of W from `row` on that a thread will probably need after a product: they are read ahead.
+// The first of the rows of W that a thread will probably need after a product, which prefetches them.
 struct NextRows {
-    int64_t expert = -1, row = 0;  // none
+    int64_t expert = -1, row = 0;  // -1: none
 };
 
 template <class T>
@@ -40,7 +40,7 @@ public:
         }
     }
 
-    // Writes rows [0, m) of scratch.c: products with the rows of W that `columns` names.
+    // Writes rows [0, m) of scratch.c: products with the rows of W in `columns`.
     void multiply(Path path, const Columns& columns) {
         ldc_ = columns.total();
         if (path == Path::kCodePanels) panels(columns);
@@ -55,7 +55,7 @@ public:
 private:
     static constexpr int64_t kBlockColumns = MicroDots::kPanels * kPanelColumns;
     static constexpr int64_t kMaxGroups = kMaxK / 16 + 2;
-    // What a block keeps in scratch: its panels; scale and min of every group and column.
+    // Scratch for one block: its panels, and the scale and min of every group and column.
     static constexpr int64_t kScales = 2 * kMaxGroups * kBlockColumns;
     static_assert(MicroDots::kPanels * code_panel_stride(kMaxK) <= kPanelBytes);
     static_assert(kScales * 4 <= kRowBytes);
@@ -64,10 +64,10 @@ private:
 
     void dots(int64_t row, int64_t n, float* c) const {
         const int64_t few = table_.few_rows, m = m_ * x_.digits, ldc = ldc_;
-        const int64_t strip = m > few ? 64 : n;  // rows of W that stay in cache for all rows of A
-        for (int64_t j = 0; j < n; j += strip) {
+        const int64_t most = m > few ? 64 : n;  // rows of W that stay in cache for all rows of A
+        for (int64_t j = 0; j < n; j += most) {
             for (int64_t i = 0; i < m; i += few) {
-                table_.code_dots(w_, e_, row + j, smaller(strip, n - j), x_, index_ + i, smaller(few, m - i),
+                table_.code_dots(w_, e_, row + j, smaller(most, n - j), x_, index_ + i, smaller(few, m - i),
                                  c + i * ldc + j, ldc);
             }
         }
@@ -83,7 +83,7 @@ private:
         int64_t k, kn, blocks, groups;
     };
 
-    // k is walked in blocks of whole units, of whole groups at best.
+    // k is split into blocks of whole units, and of whole groups if they fit.
     void panels(const Columns& columns) {
         const int64_t padded = round_up(w_.columns, unit_), groups = std::lcm(smaller(group_, padded), unit_);
         const int64_t step = groups <= kMaxK ? groups : unit_, most = kMaxK / step * step;
@@ -98,9 +98,8 @@ private:
         }
     }
 
-    // Products with rows [row, row + n) of W, over the columns of `block`, for columns of C from `column` on. A few
-    // panels are made and used at a time; meanwhile the codes of the next ones are read into the cache, at the end
-    // those of `after`.
+    // Products with rows [row, row + n) of W, over the columns of `block`, for columns of C from `column` on. Packs and
+    // uses a few panels at a time, and meanwhile prefetches the codes of the next ones; at the end, those of `after`.
     void panel_block(const Block& block, int64_t row, int64_t n, const NextRows& after, int64_t column) const {
         for (int64_t j = 0; j < n; j += kBlockColumns) {
             const int64_t count = smaller(kBlockColumns, n - j), next = j + kBlockColumns;
@@ -109,7 +108,7 @@ private:
         }
     }
 
-    // Of a row of W.
+    // Bytes of a row of W in the block.
     int64_t block_bytes(const Block& block) const {
         return ceil_div(w_.row_bytes * block.kn, round_up(w_.columns, unit_));
     }
@@ -117,7 +116,7 @@ private:
     void make_panels(const Block& block, int64_t row, int64_t n) const {
         uint8_t* panels = scratch_.code_panels();
         const int64_t first = block.k / group_;
-        // with few rows, the micro-kernel has too few steps to read all of the next panels ahead
+        // with few rows, the micro-kernel has too few steps to prefetch the codes of all the next panels
         const int64_t lines = ceil_div(m_, MicroDots::kRows) * block.kn / MicroDots::kCodesALine;
         const int64_t ahead = lines * 64 < n * block_bytes(block) ? kPanelColumns * w_.row_bytes : 0;
         for (int64_t j = 0; j < n; j += kPanelColumns, panels += code_panel_stride(block.kn)) {
@@ -130,7 +129,7 @@ private:
 
     void multiply_panels(const Block& block, int64_t n, int64_t column, const NextRows& next) const {
         const int panels = static_cast<int>(ceil_div(n, kPanelColumns));
-        // From column k of a row: where its numbers, one for `columns`, of so many bytes are.
+        // Offset from column k of a row to its numbers for that column: one number of `bytes` bytes per `columns`.
         const auto at = [&](int64_t first, int64_t columns, int64_t bytes) {
             return first + block.k / columns * bytes - block.k;
         };
@@ -164,8 +163,8 @@ private:
         }
     }
 
-    // What is read ahead during so many calls: `bytes` from column k on of each of the n rows from `next` on; and their
-    // scales.
+    // Spreads prefetches over `calls` calls: `bytes` bytes, from column k on, of each of the n rows from `next` on.
+    // Their scales are prefetched at once.
     class ReadAhead {
     public:
         ReadAhead(const WeightTensor& w, const NextRows& next, int64_t n, int64_t k, int64_t bytes, int64_t calls)
@@ -177,7 +176,7 @@ private:
             if (step) prefetch(w.scale, next, n), prefetch(w.zero, next, n);
         }
 
-        // Where the next call reads, `step` bytes at a time.
+        // Returns the address at which the next call prefetches, `step` bytes at a time.
         const uint8_t* call() {
             const uint8_t* at = row_ + line_ * step;
             for (line_ += lines_a_call_; line_ >= lines_; line_ -= lines_) row_ += row_bytes_;
@@ -189,7 +188,7 @@ private:
     private:
         static constexpr int64_t kLine = 64;
 
-        // Inline: GCC takes a function that only prefetches for one that does nothing, and leaves it out.
+        // Always inline: GCC drops calls of a function that only prefetches, as if it did nothing.
         __attribute__((always_inline)) static void prefetch(const GroupValues& values, const NextRows& next,
                                                             int64_t n) {
             if (!values.data) return;

@@ -1,8 +1,8 @@
 #pragma once
 
-// C = A . W^T in integers with tiles (isa/micro_dots_amx_int8-inl.h): rows of W are decoded, rows of A are put into
-// panels, and blocks of C are summed transposed. A scale of less than a group of W would take a store of the sums for
-// every tile; so a row of A has one scale and two digits, which are two panels.
+// C = A . W^T in integers with tiles (isa/micro_dots_amx_int8-inl.h): rows of W are decoded, rows of A are packed into
+// panels, and blocks of C are summed transposed. Scales for less than a group of W would require storing the sums of
+// every tile, so a row of A has one scale, and two digits in two panels.
 
 #include "gemm/scratch-inl.h"
 #include "isa/micro_dots-inl.h"
@@ -27,11 +27,11 @@ public:
           panels_(scratch.code_panels()),
           rows_(scratch.code_rows()) {}
 
-    // Writes rows [0, m) of C: products with the rows of W that `columns` names.
+    // Writes rows [0, m) of C: products with the rows of W in `columns`.
     void multiply(const Columns& columns) {
         ldc_ = columns.total();
         const int64_t padded = round_up(w_.columns, table_.code_columns);
-        const int64_t most = m_ * kDigits > kMaxRows ? kLeastColumns : kMaxK;  // whose panels there is room for
+        const int64_t most = m_ * kDigits > kMaxRows ? kLeastColumns : kMaxK;  // whose panels fit in scratch
         const int64_t block = group_ <= most ? most / group_ * group_ : most;
         for (int64_t k = 0; k < padded; k += block) {
             const int64_t kn = smaller(block, padded - k);
@@ -49,7 +49,7 @@ private:
     static_assert(kMaxRows / kPanelColumns * code_panel_stride(kMaxK) <=
                   GemmScratch<T>::kPaddedElements * static_cast<int64_t>(sizeof(Compute<T>)));
 
-    // A panel of high digits and one of low digits for every 16 rows.
+    // Packs a panel of high digits and one of low digits for every 16 rows.
     void make_panels(int64_t k, int64_t kn) const {
         uint8_t* panel = panels_;
         for (int64_t i = 0; i < m_; i += kPanelColumns) {
@@ -74,9 +74,9 @@ private:
                 table_.code_scales(w_, e_, row + j + r, smaller(kPanelColumns, count - r), first, groups, scale[0] + r,
                                    min[0] + r, kRows);
             }
-            if (k % group_) std::memset(min, 0, sizeof(min));  // the block before has taken it
+            if (k % group_) std::memset(min, 0, sizeof(min));  // subtracted by the block before
             for (int64_t i = 0; i < m_; i += kPanelColumns) {
-                // the rows after these, some in each pass
+                // prefetch the rows after these, a share in each pass
                 const int64_t part = kRows * i / m_, end = kRows * smaller(m_, i + kPanelColumns) / m_;
                 TileDots::ReadAhead ahead{w_.row(e_, row + j + kRows + part) + w_.row_bytes * k / w_.columns,
                                           w_.row_bytes, end - part, w_.row_bytes * TileDots::kColumns / w_.columns};

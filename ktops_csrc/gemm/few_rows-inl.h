@@ -1,6 +1,6 @@
 #pragma once
 
-// Products of few rows of A, with no panel: W is read once, where it lies. kDots, kDecodedDots and kColumnSums.
+// Products of few rows of A, without panels: W is read once, in place. kDots, kDecodedDots and kColumnSums.
 
 #include "gemm/scratch-inl.h"
 #include "isa/chunk-inl.h"
@@ -8,7 +8,7 @@
 
 namespace kt::KT_ISA {
 
-// C = A . W^T. Rows of W that aren't contiguous are copied, as many at once as there is room for.
+// C = A . W^T. Rows of W that aren't contiguous are copied, as many at a time as fit in scratch.
 template <class T, class Weight>
 inline void dots(const Block<T>& block, const Rows<T>& a, int64_t k, const Weight& weight, int64_t expert,
                  const Columns& columns) {
@@ -31,11 +31,11 @@ inline void dots(const Block<T>& block, const Rows<T>& a, int64_t k, const Weigh
     });
 }
 
-// C = A . W^T for a weight in a format, each code used as it is decoded.
+// C = A . W^T for a weight in a format, each weight used as it is decoded.
 template <class T, class Weight>
 inline void decoded_dots(const Block<T>& block, const Rows<T>& a, int64_t k, const Weight& weight, int64_t expert,
                          const Columns& columns) {
-    static_assert(kChunk == 32, "is_possible(kDecodedDots) counts on it");
+    static_assert(kChunk == 32, "is_possible(kDecodedDots) relies on it");
     const int64_t stride = round_up(k, kChunk);
     const float* x[kMaxRows];
     float* ordered = block.scratch.ordered_rows();

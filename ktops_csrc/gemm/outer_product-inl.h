@@ -6,7 +6,7 @@
 
 namespace kt::KT_ISA {
 
-// Columns [first, first + count) of a matrix whose rows are routes, row i times scale[i] if there is a scale.
+// Columns [first, first + count) of a matrix with one row per position, row i times scale[i] if scale is not null.
 template <class T>
 struct Operand {
     Rows<T> rows;
@@ -25,13 +25,13 @@ struct Operand {
     }
 };
 
-// put(i, m, c, ldc): rows [i, i + m) of C, right.count accumulators each. round_up(rows, kRowStep) * right.count is at
-// most kMaxRows * kMaxColumns.
+// Calls put(i, m, c, ldc) for rows [i, i + m) of C, right.count accumulators each. round_up(rows, kRowStep) *
+// right.count is at most kMaxRows * kMaxColumns.
 template <class T, class Put>
 inline void outer_product(const GemmScratch<T>& scratch, int64_t rows, const Operand<T>& left, const Operand<T>& right,
                           Put put) {
     const int64_t columns = round_up(right.count, kPanelColumns);
-    // Columns of S whose panels, and whose rows of C, fit in scratch.
+    // The most columns of S whose panels, and whose rows of C, fit in scratch.
     const int64_t most =
         smaller(kMaxRows * kMaxColumns / columns / kRowStep * kRowStep, GemmScratch<T>::kLeftElements / kMaxRows);
     for (int64_t i = 0; i < left.count; i += most) {
@@ -62,7 +62,7 @@ inline void put_row(const Result& result, int64_t e, int64_t i, int64_t j, int64
     for (int64_t k = 0; k < n; ++k) result.put(e, i, j + k, values[k] * scale);
 }
 
-// Where outer_product() puts its rows: result[expert][i .. i + m)[column .. column + n) = scale * c
+// Writes the rows of outer_product(): result[expert][i .. i + m)[column .. column + n) = scale * c
 template <class A>
 struct PutRows {
     const Result& result;
@@ -74,7 +74,7 @@ struct PutRows {
     }
 };
 
-// The same, transposed: result[expert][column .. column + n)[i .. i + m) = scale * c
+// Writes them transposed: result[expert][column .. column + n)[i .. i + m) = scale * c
 template <class A>
 struct PutColumns {
     const Result& result;

@@ -1,10 +1,10 @@
 #pragma once
 
-// Products of panels: kPanels, and those of two matrices whose common dimension is the routes of an expert.
+// Products with panels: kPanels, and products of two matrices whose common dimension is the positions of an expert.
 //
-//   k is walked in blocks: a panel block of B (kPanelBytes, sized for L2) is decoded once and used by every row.
-//   The order in which an element of C is summed depends on the number of rows and on k alone, so results do not depend
-//   on how the work is cut.
+//   k is split into blocks. The panels of a block of B (kPanelBytes, sized for L2) are packed once for all rows.
+//   The order in which an element of C is summed depends only on the number of rows and on k, so results do not depend
+//   on how the work is divided.
 
 #include "gemm/scratch-inl.h"
 
@@ -20,7 +20,7 @@ class PanelGemm {
 public:
     explicit PanelGemm(const Block<T>& block) : scratch_(block.scratch), block_(block) {}
 
-    // C (+)= A . B with B given by decode(k0, kn, panels, stride).
+    // C (+)= A . B, where decode(k0, kn, panels, stride) packs B.
     template <class Decode>
     void multiply(const Rows<T>& a, int64_t k, Decode decode) {
         const int64_t most = smaller(kMaxK, GemmScratch<T>::kPanelElements / block_.columns / 32 * 32);
@@ -54,7 +54,8 @@ public:
     }
 
 private:
-    // Rows that the micro-kernel can't read as they lie are staged: of another type, or with an end that needs zeros.
+    // Rows that the micro-kernel can't read in place are staged: those of another type, and those to be padded with
+    // zeros.
     void multiply_rows(const T* const* rows, int64_t m, int64_t k, int64_t stride, int64_t i) const {
         const C* staged[Micro::kRows];
         if constexpr (Micro::kStaged) {

@@ -1,6 +1,6 @@
 #pragma once
 
-// What decides the paths of products (gemm/path.h) on this row of kernels.
+// The limits of this ISA that decide between paths (gemm/path.h).
 
 #include <optional>
 #include <type_traits>
@@ -30,7 +30,7 @@ constexpr IsaLimits isa_limits() {
 template <class T>
 constexpr IsaLimits kIsaLimits = isa_limits<T>();
 
-// The path that a block takes; profiles count it.
+// Chooses the path of a block and counts it in the profile.
 template <class T>
 inline Path take_path(const Product& product, std::optional<Path> forced) {
     static_assert(kNumPaths <= profile::kMaxPaths);

@@ -1,14 +1,14 @@
 #pragma once
 
-// How a product of activations with a weight is computed: the paths, what each one requires, when it wins, and which
-// one is taken. This page decides; everything else in gemm/ computes what it is told to.
+// The paths of a product of activations with a weight: what each requires, when it wins, and which one is chosen. Only
+// this file decides; the rest of gemm/ computes.
 //
 //   x W^T   along the rows of W: forward
 //   x W     down the rows of W: the gradients of activations in backward
 //
-// The path is chosen once for a block of C, rows of one expert by columns of one task, and whether a weight is
-// multiplied in integers once for a call. LoRA factors, whose products are added to those of W, and weight gradients
-// always go through panels.
+// The path is chosen once per block of C (rows of one expert by columns of one task); whether a weight is multiplied in
+// integers is chosen once per call. LoRA factors, whose products are added to those of W, and weight gradients always
+// use panels.
 
 #include <cstdint>
 #include <optional>
@@ -17,29 +17,30 @@
 
 namespace kt {
 
-// In order of preference: the first one that is possible and wins is taken.
+// In order of preference: the first path that is possible and wins is chosen.
 enum class Path : uint8_t {
-    // x W^T, W in a format: dot products in float32 with each weight as it is decoded; none is stored. Wins up to the
-    // number of rows whose sums fit in registers; beyond it W would be decoded twice. (Decision 9)
+    // x W^T, W in a format: float32 dot products with each weight as it is decoded; none is stored. Wins up to the
+    // number of rows whose sums fit in registers; with more, W would be decoded twice. (Decision 9)
     kDecodedDots,
-    // x W^T on a CPU with tiles: rows of W are tiles where they lie, or as they are decoded, and x is in panels. W is
-    // not transposed, so this beats panels with any number of rows, and dots from five rows on. (Decision 7)
+    // x W^T on a CPU with tiles: rows of W are loaded as tiles, in place or after decoding, and x is packed into
+    // panels. W is not transposed, so this beats panels with any number of rows, and dots with five rows or more.
+    // (Decision 7)
     kRowTiles,
-    // x W^T: dot products with rows of W where they lie, or with copies where rows aren't contiguous. Wins while a
-    // panel would be used too rarely to pay for itself. (Decision 6)
+    // x W^T: dot products with rows of W in place, or with copies of rows that aren't contiguous. Wins while a panel
+    // would be used too rarely to pay for itself. (Decision 6)
     kDots,
     // x W: rows of W, each times an element of x, added up. Wins when dots do. (Decision 6)
     kColumnSums,
-    // x W^T and x W: blocks of W sized for L2 are brought into panels, which every row of x uses. Wins with many rows;
-    // takes any strides, formats and sizes. (Decision 2)
+    // x W^T and x W: blocks of W sized for L2 are packed into panels, which every row of x uses. Wins with many rows;
+    // handles any strides, formats and sizes. (Decision 2)
     kPanels,
-    // x W^T in integers: dot products with codes where they lie. Wins up to kCodeDotRows rows. (Decision 12)
+    // x W^T in integers: dot products with codes in place. Wins up to kCodeDotRows rows. (Decision 12)
     kCodeDots,
-    // x W^T in integers on a CPU with tiles of bytes: codes are decoded into rows of bytes, and x is in panels, as two
-    // digits, since tiles have no room for scales of blocks. Wins with many rows. (Decision 10)
+    // x W^T in integers on a CPU with tiles of bytes: codes are decoded into rows of bytes, and x is packed into panels
+    // as two digits, since sums in tiles cannot be scaled block by block. Wins with many rows. (Decision 10)
     kCodeTiles,
-    // x W^T in integers: codes in panels; each block of activations has its scale. Wins with many rows where there are
-    // no tiles of bytes, or the groups of W don't fill them. (Decisions 10 and 13)
+    // x W^T in integers: codes in panels; each block of activations has its own scale. Wins with many rows on a CPU
+    // without tiles of bytes, or when the groups of W don't fill them. (Decisions 10 and 13)
     kCodePanels,
 };
 constexpr const char* kPathNames[] = {"decoded_dots", "row_tiles", "dots",       "column_sums",
@@ -48,44 +49,45 @@ constexpr int kNumPaths = static_cast<int>(Path::kCodePanels) + 1;
 static_assert(sizeof(kPathNames) / sizeof(kPathNames[0]) == kNumPaths);
 
 // A block of C has at most kMaxRows rows and kMaxColumns columns, or fewer rows, in steps of kRowStep, and up to
-// kWideColumns columns. kMaxK: the most of the inner dimension that is in panels at once.
+// kWideColumns columns. kMaxK: the most elements of the inner dimension in panels at once.
 constexpr int64_t kMaxRows = 256, kMaxColumns = 256, kWideColumns = 2048, kMaxK = 2048;
-constexpr int64_t kRowStep = 32;  // a micro-kernel may write as many rows, with fewer to compute
+constexpr int64_t kRowStep = 32;  // a micro-kernel may write this many rows even if it computes fewer
 
-// A thread's scratch memory: for panels, sized for L2; and for rows of weights or of activations.
+// Sizes of a thread's scratch memory: for panels, sized for L2, and for rows of weights or activations.
 constexpr int64_t kPanelBytes = 512 << 10, kRowBytes = kPanelBytes / 2;
 
-// Up to this many rows, dots read memory faster than tiles; and codes are used too rarely for panels or tiles of them.
+// Up to kDotOnlyRows rows, dots read memory faster than tiles do. Up to kCodeDotRows rows, codes are used too rarely
+// for panels or tiles.
 constexpr int64_t kDotOnlyRows = 4, kCodeDotRows = 8;
 
-// What the kernels of an ISA can do with activations of a dtype, and where one path overtakes another.
+// What the kernels of an ISA support for activations of a dtype, and the sizes where one path overtakes another.
 struct IsaLimits {
     int64_t element_bytes;  // of the dtype
     int64_t direct_rows;    // up to this many rows, kDots and kColumnSums beat kPanels
-    int64_t dots_k;         // longest rows of kDots: copies of the rows that it reads at once fit in scratch
-    int64_t sums_columns;   // widest copies of kColumnSums: those of the rows that it reads at once fit in scratch
+    int64_t dots_k;         // longest rows of kDots: copies of those read at once fit in scratch
+    int64_t sums_columns;   // most columns of kColumnSums: copies of the rows read at once fit in scratch
     int64_t tile_k;         // columns of a tile of kRowTiles; 0: no tiles
-    bool code_tiles;        // whether there are tiles of bytes
-    int64_t code_rows;      // up to this many rows of an expert on average, integers are faster than floats,
-    int64_t code_group;     // and with any number of rows from this many columns on that share a scale
+    bool code_tiles;        // has tiles of bytes
+    int64_t code_rows;      // integers are faster than floats up to this many rows per expert on average,
+    int64_t code_group;     // and for any number of rows if at least this many columns share a scale
 };
 
-// The product that a block of C holds.
+// The product computed for a block of C.
 struct Product {
     bool transposed;        // x W^T, else x W
     int64_t rows, columns;  // of C; columns in whole panels, both halves of gate_up
     int64_t k;
-    bool adds;         // to a product that C holds already: LoRA's is added to that of the base weight
-    int64_t end;       // x W^T: the first row of W after the block (after its first half, of two)
-    bool contiguous;   // rows of W are, and in the dtype of x
+    bool adds;         // to a product already in C: LoRA's is added to that of the base weight
+    int64_t end;       // x W^T: end of the block's rows of W (of its first range, if it has two)
+    bool contiguous;   // rows of W are contiguous and in the dtype of x
     bool has_format;   // W is in a format
-    int64_t few_rows;  // the most rows that dots of its format take; 0: it has none
-    int digits;        // of activations in integers; 0: floats
+    int64_t few_rows;  // most rows of x for kDecodedDots; 0: not available
+    int digits;        // of activations rounded to integers; 0: floats
 };
 
 constexpr bool is_possible(Path path, const Product& p, const IsaLimits& isa) {
     switch (path) {
-        case Path::kDecodedDots:  // with rows of x in float32, whole chunks of 32 columns
+        case Path::kDecodedDots:  // rows of x in float32, padded to whole chunks of 32 columns, must fit in scratch
             return !p.digits && p.transposed && !p.adds && p.rows <= p.few_rows &&
                    p.rows * round_up(p.k, 32) * 4 <= kRowBytes;
         case Path::kRowTiles: {
@@ -99,7 +101,7 @@ constexpr bool is_possible(Path path, const Product& p, const IsaLimits& isa) {
             return !p.digits && !p.transposed && (p.contiguous || p.columns <= isa.sums_columns);
         case Path::kPanels:
             return !p.digits;
-        case Path::kCodeDots:  // a row of C for every digit
+        case Path::kCodeDots:  // one row of C per digit
             return p.digits && (p.digits == 1 || p.digits * p.rows * p.columns <= kMaxRows * kMaxColumns);
         case Path::kCodeTiles:
             return p.digits == 2;
@@ -109,7 +111,7 @@ constexpr bool is_possible(Path path, const Product& p, const IsaLimits& isa) {
     return false;
 }
 
-// Whether a path that is possible beats those after it.
+// True if a possible path beats those after it.
 constexpr bool wins(Path path, const Product& p, const IsaLimits& isa) {
     switch (path) {
         case Path::kRowTiles:
@@ -124,7 +126,7 @@ constexpr bool wins(Path path, const Product& p, const IsaLimits& isa) {
     }
 }
 
-// forced: what a test asks for; it is taken wherever it is possible.
+// forced: a path that a test requests, chosen wherever it is possible.
 constexpr Path choose_path(const Product& product, const IsaLimits& isa, std::optional<Path> forced = {}) {
     if (forced && is_possible(*forced, product, isa)) return *forced;
     int path = 0;
@@ -132,20 +134,20 @@ constexpr Path choose_path(const Product& product, const IsaLimits& isa, std::op
     return Path(path);
 }
 
-// What products with the weights are computed in: kInt8 rounds the activations, kAuto chooses.
+// The arithmetic of products with weights: kInt8 rounds the activations to integers, kAuto chooses.
 enum class Computation { kAuto, kFloat, kInt8 };
 
 // The products of a call with one weight of an integer format.
 struct IntegerProducts {
     Computation compute;
-    bool inference;  // no gradient will be asked for
+    bool inference;  // no gradient will be requested
     int64_t routes, experts;
     int64_t columns;      // of W
     int64_t group, unit;  // columns that share a scale; that are decoded together
 };
 
-// The digits of each activation in these products, 0 for floats. Two for kCodeTiles, which takes groups that are whole
-// rows or fill units of codes.
+// Returns the number of digits per activation in these products, 0 for floats. Two for kCodeTiles, which requires
+// groups that are whole rows or whole units.
 constexpr int choose_digits(const IntegerProducts& p, const IsaLimits& isa, std::optional<Path> forced = {}) {
     const bool many = p.routes > isa.code_rows * p.experts;
     const bool faster = p.inference && (!many || p.group >= isa.code_group);

@@ -1,7 +1,6 @@
 #pragma once
 
-// Products along the rows of W with rows of W as tiles, where they lie or as they are decoded, and A in panels:
-// kRowTiles.
+// kRowTiles: products along the rows of W, with rows of W as tiles, in place or after decoding, and A in panels.
 
 #include "gemm/scratch-inl.h"
 #include "isa/pack-inl.h"
@@ -16,7 +15,7 @@ inline void row_tiles(const Block<T>& block, const Rows<T>& a, int64_t k, const 
     const GemmScratch<T>& scratch = block.scratch;
     const T* w = weight.direct(expert);
     const int64_t most = smaller(kMaxRows, kPanelBytes / kBytes / larger(k, 1) / kRowStep * kRowStep);
-    // Decoded rows are not a power of two apart: their lines would share a few sets of the cache.
+    // Not a power of two, or the lines of decoded rows would share a few sets of the cache.
     const int64_t apart = k + 64 / kBytes, decoded = kRowBytes / kBytes / apart / kRowStep * kRowStep;
     const int64_t stride = panel_elements<T>(k);
     for (int64_t i = 0; i < block.rows; i += most) {

@@ -8,7 +8,7 @@
 
 namespace kt::KT_ISA {
 
-// Up to two ranges of columns of B, one after the other: the gate and the up half of gate_up_proj.
+// Up to two ranges of columns of B, consecutive in C: the gate and the up half of gate_up_proj.
 struct Columns {
     int64_t first, count;
     int64_t second = -1;
@@ -17,19 +17,19 @@ struct Columns {
     int64_t total() const { return (second < 0 ? 1 : 2) * padded(); }
 };
 
-// f(first row of W, its column of C) for each of the ranges.
+// Calls f(first row of W, its column of C) for each range.
 template <class A, class F>
 inline void for_each_range(const Columns& columns, A* c, F f) {
     f(columns.first, c);
     if (columns.second >= 0) f(columns.second, c + columns.padded());
 }
 
-// Two of the arrays serve every path, each for something else: the functions say what is there.
+// Every path uses `panels` and `left` in its own way; the functions name the uses.
 template <class T>
 struct GemmScratch {
     using C = Compute<T>;
     static constexpr int64_t kPanelElements = kPanelBytes / static_cast<int64_t>(sizeof(C));
-    // Between panels, so that they don't start a power of two apart: their lines would share a few sets of the cache.
+    // Between panels: if they started a power of two apart, their lines would share a few sets of the cache.
     static constexpr int64_t kPadding = 64 / static_cast<int64_t>(sizeof(C));
     static constexpr int64_t kPaddedElements = kPanelElements + kWideColumns / kPanelColumns * kPadding;
     static constexpr int64_t kLeftElements = kRowBytes / static_cast<int64_t>(sizeof(C));
@@ -37,16 +37,16 @@ struct GemmScratch {
 
     C* panels;
     C* left;   // kRowBytes
-    C* stage;  // rows of A, where the micro-kernel can't read them as they lie
+    C* stage;  // rows of A that the micro-kernel can't read in place
     Acc<T>* c;
     std::optional<Path> forced;  // for tests, see choose_path
 
-    // In the place of panels: rows of a weight, copied; panels of codes.
+    // In `panels`: copied rows of a weight; panels of codes.
     T* copied_rows() const { return reinterpret_cast<T*>(panels); }
     uint8_t* code_panels() const { return reinterpret_cast<uint8_t*>(panels); }
 
-    // In `left`: panels of the left one of two operands; rows of a weight, decoded; rows of A in float32 and in the
-    // order of a format; rows of codes; scales of codes.
+    // In `left`: panels of the left operand; decoded rows of a weight; rows of A in float32, in the order of a format's
+    // chunks; rows of codes; scales of codes.
     C* left_panels() const { return left; }
     T* decoded_rows() const { return reinterpret_cast<T*>(left); }
     float* ordered_rows() const { return reinterpret_cast<float*>(left); }

@@ -1,9 +1,9 @@
 #pragma once
 
-// Chunks: 32 consecutive weights of a row as float32 in registers, and what decoders make them from.
+// Chunks: 32 consecutive weights of a row as float32 in registers; and functions from which decoders are built.
 //
-// The vectors of a chunk hold the weights one after the other; or, where codes share bytes in pairs, first those of
-// even index and then those of odd index ("split").
+// The vectors of a chunk hold the weights in order; or, if two codes share a byte, first those of even index and then
+// those of odd index ("split").
 
 #include <cstdint>
 #include <utility>
@@ -34,7 +34,7 @@ inline void weave_pair(VecF even, VecF odd, float* out, std::integer_sequence<in
     store(out + L, __builtin_shufflevector(even, odd, (L / 2 + Is / 2 + Is % 2 * L)...));
 }
 
-// 32 weights in their order.
+// Stores 32 weights in their order.
 template <bool kSplit>
 inline void store_chunk(const VecF* v, float* out) {
     constexpr int L = kLanes<float>, N = kChunkVectors;
@@ -54,7 +54,7 @@ inline void store_chunk(const VecF* v, double* out) {
     for (int64_t i = 0; i < kChunk; ++i) out[i] = values[i];
 }
 
-// In narrow_generic-inl.h or, with an instruction for it, narrow_avx512_bf16-inl.h.
+// In narrow_generic-inl.h, or in narrow_avx512_bf16-inl.h for ISAs with an instruction for it.
 template <bool kSplit>
 void store_chunk(const VecF* v, bfloat16* out);
 

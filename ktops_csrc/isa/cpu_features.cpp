@@ -79,7 +79,7 @@ bool has_amx_bf16() { return has_avx512_bf16() && cpu_has_tiles() && tiles_refus
 std::string tiles_refused() {
     if (!has_avx512_bf16() || !cpu_has_tiles()) return {};
     if ((xcr0() & kTileState) != kTileState) {
-        return "this CPU has AMX, but the operating system does not keep tile registers (Linux does since 5.16)";
+        return "this CPU has AMX, but the operating system does not save tile registers (Linux does since 5.16)";
     }
     static const int error = request_tiles();
     if (error == 0) return {};

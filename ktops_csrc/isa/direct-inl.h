@@ -1,9 +1,9 @@
 #pragma once
 
-// Products for the few rows of an expert: B is read once, where it lies, with no panel.
+// Products for experts with few rows: B is read once, in place, without panels.
 //
 //   dots       C = A . W^T   dot products of rows of A with rows of W
-//   columns    C (+)= A . W  rows of W times an element of A each, added up
+//   columns    C (+)= A . W  sums of rows of W, each times an element of A
 
 #include <cstdint>
 #include <cstring>
@@ -17,11 +17,11 @@
 
 namespace kt::KT_ISA {
 
-// Rows of A that share a read of B: as many as the registers hold sums for.
-constexpr int kDirectTile = Isa::kVectorBytes == 64 ? 6 : 3;
+// Rows of A of one pass over rows of B: as many as the registers hold sums for.
+constexpr int kPassRows = Isa::kVectorBytes == 64 ? 6 : 3;
 
-// How kWidth elements of two rows are multiplied and added up, in kParts instructions. load: what a part takes of n
-// elements.
+// Multiplies kWidth elements of two rows and adds up the products, in kParts instructions. load: the operand of a part,
+// from n elements.
 template <class T>
 struct DotStep {
     static constexpr int64_t kWidth = kLanes<Acc<T>>;
@@ -30,29 +30,29 @@ struct DotStep {
     static Vec<Acc<T>> add(Vec<Acc<T>> sum, Vec<Acc<T>> x, Vec<Acc<T>> y) { return sum + x * y; }
 };
 
-// How one step takes kRows rows of kColumns columns of B into kVectors vectors of sums.
+// Adds kRows rows of kColumns columns of B, times elements of A, to kVectors vectors of sums.
 template <class T>
 struct ColumnStep {
     using V = Vec<Acc<T>>;
     static constexpr int64_t kRows = 1, kColumns = kLanes<Acc<T>>;
     static constexpr int kVectors = 1;
 
-    // `rows` rows of n columns; the others are zeros
+    // loads `rows` rows of n columns; the others are zeros
     static void load(const T* w, int64_t, int64_t, int64_t n, V* out) { out[0] = load_n(w, n); }
-    // the elements of a row of A for those rows, in every lane
+    // the elements of a row of A for these rows, in every lane
     static V spread(const T* a, int64_t) { return broadcast(read(a)); }
     static V add(V sum, V x, V y) { return sum + x * y; }
     static void load_sums(const Acc<T>* c, int64_t, V* sums) { sums[0] = KT_ISA::load(c); }
     static void store_sums(Acc<T>* c, int64_t, const V* sums) { store(c, sums[0]); }
 };
 
-// Of bfloat16: in direct_widened-inl.h or, with an instruction for it, direct_avx512_bf16-inl.h.
+// For bfloat16: in direct_widened-inl.h, or in direct_avx512_bf16-inl.h for ISAs with an instruction for it.
 template <>
 struct DotStep<bfloat16>;
 template <>
 struct ColumnStep<bfloat16>;
 
-// f(count) with 1 <= count <= kMost as a constant of the compiler.
+// Calls f(count), 1 <= count <= kMost, with a compile-time constant.
 template <int kMost, class F>
 inline void with_constant(int64_t count, F f) {
     if constexpr (kMost > 1) {
@@ -61,7 +61,7 @@ inline void with_constant(int64_t count, F f) {
     f(std::integral_constant<int, kMost>());
 }
 
-// Rows of W that are read at once: `count` of them, `apart` rows from each other.
+// Rows of W that are read at once: `count` of them, every `apart`-th row.
 constexpr int64_t kDotRows = 4;
 struct DotRows {
     int64_t first, apart, count;
@@ -69,17 +69,17 @@ struct DotRows {
     int64_t row(int64_t i) const { return first + smaller(i, count - 1) * apart; }
 };
 
-// n rows of W in the order in which they are read: kDotRows streams of `apart` rows each, and then what is left over;
-// else kDotRows neighbours at a time.
-struct DotGroups {
+// The order in which n rows of W are read: kDotRows streams of `apart` rows each, then the remaining rows; or kDotRows
+// neighbors at a time.
+struct DotOrder {
     int64_t apart, count;
 
-    DotGroups(int64_t n, bool streams)
+    DotOrder(int64_t n, bool streams)
         : apart(streams && n >= 2 * kDotRows ? n / kDotRows : 1), count(ceil_div(n, kDotRows)), rows_(n) {}
 
-    DotRows at(int64_t g) const {
-        if (g < apart && apart > 1) return {g, apart, kDotRows};
-        const int64_t first = g * kDotRows;
+    DotRows at(int64_t step) const {
+        if (step < apart && apart > 1) return {step, apart, kDotRows};
+        const int64_t first = step * kDotRows;
         return {first, 1, smaller(kDotRows, rows_ - first)};
     }
 
@@ -91,33 +91,34 @@ template <class T>
 class Direct {
     using A = Acc<T>;
     using Step = ColumnStep<T>;
-    static constexpr int kGroups = 4 / Step::kVectors;      // groups of columns at once
+    static constexpr int kSteps = 4 / Step::kVectors;       // column steps at once
     static constexpr int64_t kPrefetch = 1024 / sizeof(T);  // elements: far enough to hide memory, near enough for L1
     static constexpr int64_t kLine = 64 / sizeof(T), kPage = 4096 / sizeof(T);
 
 public:
-    static constexpr int64_t kRowsAhead = 64;  // rows of W between the prefetch to L2 and the use
+    static constexpr int64_t kRowsAhead = 64;  // rows of W between the prefetch to L2 and use
 
     // C[i][j] = a[i] . row j of W, for i < m and j < n. Rows of W are `stride` apart.
     static void dots(const T* const* a, int64_t m, const T* w, int64_t stride, int64_t n, int64_t k, A* c,
                      int64_t ldc) {
-        const int64_t passes = ceil_div(m, kDirectTile), tile = ceil_div(m, passes);
-        // Rows that share a page are slower side by side, by a quarter for rows of 1.5 KiB, where memory is the limit.
-        const DotGroups groups(n, passes == 1 && stride < kPage && n / kDotRows * stride >= kPage);
-        for (int64_t g = 0; g < groups.count; ++g) {
-            const DotRows rows = groups.at(g);
-            const T* next = w + groups.at(g + 1).first * stride;
+        const int64_t passes = ceil_div(m, kPassRows), pass_rows = ceil_div(m, passes);
+        // Reading rows of the same page side by side is slower, by a quarter for rows of 1.5 KiB if memory is the
+        // limit.
+        const DotOrder order(n, passes == 1 && stride < kPage && n / kDotRows * stride >= kPage);
+        for (int64_t step = 0; step < order.count; ++step) {
+            const DotRows rows = order.at(step);
+            const T* next = w + order.at(step + 1).first * stride;
             for (int64_t pass = 0; pass < passes; ++pass) {
-                const int64_t i = pass * tile;
+                const int64_t i = pass * pass_rows;
                 const Share ahead(kDotRows, pass, passes);
-                const int64_t height = smaller(tile, m - i);
+                const int64_t height = smaller(pass_rows, m - i);
                 const T* first = w + rows.first * stride;
                 A* out = c + i * ldc + rows.first;
                 if (rows.apart == 1) {
                     dots_rows(a + i, height, first, rows.count, next, stride, k, out, ldc, ahead);
                     continue;
                 }
-                A sums[kDirectTile * kDotRows];
+                A sums[kPassRows * kDotRows];
                 dots_rows(a + i, height, first, rows.count, next, rows.apart * stride, k, sums, kDotRows, ahead);
                 for (int64_t j = 0; j < height * kDotRows; ++j) {
                     out[j / kDotRows * ldc + j % kDotRows * rows.apart] = sums[j];
@@ -130,21 +131,21 @@ public:
     // have room for a multiple of kPanelColumns columns.
     static void columns(const T* const* a, int64_t m, const T* w, int64_t stride, int64_t n, int64_t k, A* c,
                         int64_t ldc, bool accumulate) {
-        const int64_t passes = ceil_div(m, kDirectTile), tile = ceil_div(m, passes);
+        const int64_t passes = ceil_div(m, kPassRows), pass_rows = ceil_div(m, passes);
         for (int64_t s = 0; s < k; s += kRowsAhead, accumulate = true) {
             RowsAhead ahead(w + (s + kRowsAhead) * stride, stride, n);
             Rank g{nullptr, s, smaller(kRowsAhead, k - s), nullptr, stride, 0, nullptr, ldc, accumulate};
             for (int64_t j = 0; j < n; j += g.n) {
-                const bool wide = n - j >= kGroups * Step::kColumns;
+                const bool wide = n - j >= kSteps * Step::kColumns;
                 g.w = w + s * stride + j;
-                g.n = wide ? kGroups * Step::kColumns : smaller(Step::kColumns, n - j);
+                g.n = wide ? kSteps * Step::kColumns : smaller(Step::kColumns, n - j);
                 const int64_t lines = ceil_div(Step::kRows * g.n, kLine * passes);
-                for (int64_t i = 0; i < m; i += tile) {
+                for (int64_t i = 0; i < m; i += pass_rows) {
                     g.a = a + i;
                     g.c = c + i * ldc + j;
-                    with_constant<kDirectTile>(smaller(tile, m - i), [&](auto rows) {
-                        wide ? columns_tile<rows(), kGroups>(g, ahead, lines)
-                             : columns_tile<rows(), 1>(g, ahead, lines);
+                    with_constant<kPassRows>(smaller(pass_rows, m - i), [&](auto rows) {
+                        wide ? columns_kernel<rows(), kSteps>(g, ahead, lines)
+                             : columns_kernel<rows(), 1>(g, ahead, lines);
                     });
                 }
             }
@@ -152,8 +153,8 @@ public:
     }
 
 private:
-    // Which of n rows to prefetch in each of several passes over the same rows of W: memory is not to wait while a pass
-    // finds them in cache.
+    // The share of the next n rows that one of several passes over the same rows of W prefetches, so that memory is
+    // busy even while a pass reads from the cache.
     struct Share {
         int64_t first, last, passes;
         Share(int64_t n, int64_t pass, int64_t passes)
@@ -162,16 +163,16 @@ private:
 
     static void dots_rows(const T* const* a, int64_t m, const T* w, int64_t n, const T* next, int64_t stride, int64_t k,
                           A* c, int64_t ldc, const Share& share) {
-        with_constant<kDirectTile>(m, [&](auto rows) {
+        with_constant<kPassRows>(m, [&](auto rows) {
             with_constant<kDotRows>(
-                n, [&](auto columns) { dots_tile<rows(), columns()>(a, w, next, stride, k, c, ldc, share); });
+                n, [&](auto columns) { dots_kernel<rows(), columns()>(a, w, next, stride, k, c, ldc, share); });
         });
     }
 
-    // next: the rows of W that are read after these.
+    // next: the rows of W to read after these.
     template <int M, int N>
-    static void dots_tile(const T* const* a, const T* w, const T* next, int64_t stride, int64_t k, A* c, int64_t ldc,
-                          const Share& share) {
+    static void dots_kernel(const T* const* a, const T* w, const T* next, int64_t stride, int64_t k, A* c, int64_t ldc,
+                            const Share& share) {
         constexpr int64_t W = DotStep<T>::kWidth;
         Vec<A> sums[M][N] = {};
         const auto multiply = [&](int64_t s, int64_t n) __attribute__((always_inline)) {
@@ -212,8 +213,8 @@ private:
         for (int i = 0; i < M; ++i) put_sums<A, N>(sums[i], c + i * ldc);
     }
 
-    // The lines of the rows of W that come after those in use, in the order in which they lie: read a line or two of a
-    // page at a time, memory is about half as fast.
+    // Prefetches the rows of W after those in use, line by line in memory order: read a line or two of a page at a
+    // time, memory is about half as fast.
     struct RowsAhead {
         const T *next, *end;
         int64_t stride, width;
@@ -244,7 +245,7 @@ private:
     };
 
     template <int M, int G>
-    static void columns_tile(const Rank& g, RowsAhead& ahead, int64_t lines) {
+    static void columns_kernel(const Rank& g, RowsAhead& ahead, int64_t lines) {
         constexpr int N = Step::kVectors;
         constexpr int64_t kColumns = Step::kColumns;
         const int64_t count = G > 1 ? kColumns : g.n;
@@ -277,7 +278,7 @@ private:
 #pragma GCC unroll 8
             for (int j = 0; j < G; ++j) {
                 A* c = g.c + i * g.ldc + j * kColumns;
-                if (g.accumulate) {  // last: a sum of sums of kRowsAhead terms has a smaller error than one long sum
+                if (g.accumulate) {  // at the end: sums of kRowsAhead terms, added up, err less than one long sum
                     Vec<A> before[N];
                     Step::load_sums(c, count, before);
 #pragma GCC unroll 8

@@ -23,7 +23,7 @@ struct DotStep<bfloat16> {
     static __m512 add(__m512 sum, __m512bh x, __m512bh y) { return _mm512_dpbf16_ps(sum, x, y); }
 };
 
-// Two rows r, s of 32 columns are paired by 128-bit blocks, and so are the sums until they are stored:
+// Two rows r, s of 32 columns are interleaved within 128-bit lanes, and sums stay in that order until they are stored:
 //
 //   unpacklo   r0 s0 .. r3 s3  | r8 s8 .. r11 s11  | r16 ..  | r24 ..     sums[0]: columns 0-3, 8-11, 16-19, 24-27
 //   unpackhi   r4 s4 .. r7 s7  | r12 ..            | r20 ..  | r28 ..     sums[1]: columns 4-7, 12-15, 20-23, 28-31

@@ -1,6 +1,6 @@
 #pragma once
 
-// Integer dot products: unsigned codes of weights times signed codes of activations, four products a lane of 32 bits.
+// Integer dot products: unsigned codes of weights times signed codes of activations, four products per 32-bit lane.
 
 #include <cstdint>
 #include <cstring>
@@ -10,13 +10,13 @@
 
 namespace kt::KT_ISA {
 
-// sum + weights * x, four products a lane. In narrow_generic-inl.h or, with an instruction for it,
-// narrow_avx512_bf16-inl.h.
+// sum + weights * x, four products per lane. In narrow_generic-inl.h, or in narrow_avx512_bf16-inl.h for ISAs with an
+// instruction for it.
 VecDots dot4(VecDots sum, VecCodes weights, VecCodes x);
 
 inline VecDotsF dots_to_floats(VecDots x) { return __builtin_convertvector(x, VecDotsF); }
 
-// One register: lanes beyond it are added to those in it.
+// Folds x into one register, by adding any further registers to the first.
 inline VecF in_one_register(VecDotsF x) {
     if constexpr (sizeof(VecDotsF) == sizeof(VecF)) {
         return bit_cast<VecF>(x);

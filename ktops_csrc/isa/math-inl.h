@@ -33,7 +33,7 @@ inline Vec<double> exp(Vec<double> x) {
     return x;
 }
 
-// erf to 1.5e-7 (Abramowitz and Stegun, 7.1.26); exp_minus_x2 is e^(-x^2), which callers have at hand.
+// erf to 1.5e-7 (Abramowitz and Stegun, 7.1.26). exp_minus_x2: e^(-x^2), which callers already have.
 inline Vec<float> erf(Vec<float> x, Vec<float> exp_minus_x2) {
     const Vec<float> zero{};
     const Vec<float> a = x < zero ? -x : x;

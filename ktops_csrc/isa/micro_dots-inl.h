@@ -3,11 +3,11 @@
 // The micro-kernel of integer products: rows of signed codes of activations times panels of unsigned codes of weights.
 //
 //   panel       [k / 4][16][4]: one zmm register holds four codes of each of 16 columns
-//   blocks      32 columns of k: their exact sums are scaled by the scale of the row of activations and added up in
+//   blocks      32 columns of k: their exact sums are scaled by the block's scale of activations and added up in
 //               float32; and by the weights' scales, once for all blocks of a group, or for each group of a block
-//   units       128 columns. Where all blocks of a unit have one scale, in all rows of a tile, they are summed at once
+//   units       128 columns. If all blocks of a unit share one scale, in every row of a call, they are summed at once
 //   registers   3 rows x 4 panels: 12 exact sums and 12 of floats, 4 for a step of the panels, 1 for the broadcast of a
-//               row. What a block has summed is scaled between the first products of the next one.
+//               row. The sums of a block are scaled between the first products of the next one.
 
 #include <cstdint>
 #include <cstring>
@@ -23,53 +23,54 @@ namespace kt::KT_ISA {
 
 struct CodeArguments {
     int m, panels;
-    // Every row, from the first code of the panels on; and so many bytes from there: the scales of blocks (float), what
-    // the exact sums of parts (a block, or a group of half a block) begin with (int32), the sums of groups (float).
+    // Every row, from the first code of the panels on. Offsets in bytes from there: the scales of blocks (float), the
+    // initial values of the exact sums of parts (a block, or a group of half a block; int32), the sums of groups
+    // (float).
     const int8_t* const* a;
     int64_t a_scales, starts, sums;
-    int64_t joined;  // whether a unit's blocks have one scale (int8)
-    bool joins;      // may be so
+    int64_t joined;  // for every unit, whether its blocks share one scale (int8)
+    bool joins;      // whether any may
     const uint8_t* b;
     int64_t b_stride;
-    bool pairs;  // of every 128 columns the even ones come first, then the odd ones
+    bool pairs;  // the even columns of every 128 come first, then the odd ones
     int64_t blocks;
-    // Groups, the first of which ends after first_blocks: for the columns of C, w_stride from group to group, scales
-    // and what is taken off times the row's sum of the group; no mins where the sums begin with that. A group that
-    // begins before the panels has been taken care of.
+    // Groups, the first of which ends after first_blocks blocks. For every group and column of C, w_stride from group
+    // to group: scales, and mins, which are subtracted times the row's sum of the group; null if `starts` include them.
+    // begins: the first group starts with the panels; else its mins have been subtracted already.
     int64_t group, first_blocks;
     const float *scales, *mins;
     int64_t w_stride;
     bool begins;
-    bool adds;  // to what C holds
+    bool adds;  // to C
     float* c;
     int64_t ldc;
-    const uint8_t* ahead;  // what is read into the cache meanwhile, every kCodesALine codes of a row
+    const uint8_t* ahead;  // what to prefetch meanwhile, a line per kCodesALine codes of a row
     int64_t ahead_step;
 };
 
-// Bytes from one panel of codes, or row of them, to the next: not a power of two, or their lines would share a few sets
-// of the cache.
+// Bytes from one panel or row of codes to the next: not a power of two, or their lines would share a few sets of the
+// cache.
 constexpr int64_t code_panel_stride(int64_t k) { return k * kPanelColumns + 64; }
 constexpr int64_t code_row_stride(int64_t k) { return k + 64; }
 
 struct MicroDots {
     static constexpr int kRows = Isa::kCodeGemmRows, kPanels = Isa::kCodeGemmPanels;
-    static constexpr int64_t kCodesALine = 32;  // of a row, while which a line is read ahead
+    static constexpr int64_t kCodesALine = 32;  // of a row, per prefetched line
 
     static void multiply(CodeArguments g) {
-        if (g.group < kBlock) return tiles<Groups::kHalves>(g, kTiles);
-        g.group == kBlock ? tiles<Groups::kBlocks>(g, kTiles) : tiles<Groups::kLong>(g, kTiles);
+        if (g.group < kBlock) return call_rows<Groups::kHalves>(g, kRowCounts);
+        g.group == kBlock ? call_rows<Groups::kBlocks>(g, kRowCounts) : call_rows<Groups::kLong>(g, kRowCounts);
     }
 
 private:
-    static constexpr int64_t kBlock = 32, kUnitBlocks = 4, kStepCodes = 16;  // of a run of four steps
+    static constexpr int64_t kBlock = 32, kUnitBlocks = 4, kStepCodes = 16;  // codes of a row in a run of four steps
     static constexpr int V = 64 / static_cast<int>(kCodeBytes);              // vectors of a step of a panel
-    static constexpr auto kTiles = std::make_integer_sequence<int, kRows>();
+    static constexpr auto kRowCounts = std::make_integer_sequence<int, kRows>();
 
     enum class Groups { kHalves, kBlocks, kLong };
 
     template <Groups kGroups, int... Is>
-    static void tiles(CodeArguments& g, std::integer_sequence<int, Is...>) {
+    static void call_rows(CodeArguments& g, std::integer_sequence<int, Is...>) {
         using Function = void (*)(CodeArguments&);
         static constexpr Function table[] = {&rows<Is + 1, kGroups>...};
         table[g.m - 1](g);
@@ -109,7 +110,7 @@ private:
         const int64_t parts = kHalf ? 2 * g.blocks : g.blocks;
         int64_t group = 0, end = kGroups == Groups::kLong ? smaller(g.first_blocks, parts) : parts;
         for (int64_t part = 0; part < parts; ++group) {
-            int64_t last = part;  // the part whose sums are to be added: zeros, at first
+            int64_t last = part;  // the part whose sums are scaled next: zeros at first
             clear<M, P>(sums);
             while (part < end) {
                 const bool unit = kGroups == Groups::kLong && joined<M>(g, part);
@@ -146,7 +147,7 @@ private:
         if constexpr (kGroups != Groups::kLong) put<M, P>(g, g.adds, totals);
     }
 
-    // Of a part: where its codes begin in a row; of pairs, which have blocks, those of the even columns.
+    // The index of a part's first code in a row; of its first even column if `pairs`.
     template <Groups kGroups>
     static int64_t first_code(const CodeArguments& g, int64_t part) {
         if (kGroups == Groups::kHalves) return part * kStepCodes;
@@ -163,7 +164,7 @@ private:
         }
     }
 
-    // Whether a block is the first of a unit whose blocks have one scale in every row.
+    // True if a block is the first of a unit whose blocks share one scale in every row.
     template <int M>
     __attribute__((always_inline)) static bool joined(const CodeArguments& g, int64_t block) {
         if (!g.joins || block % kUnitBlocks) return false;
@@ -178,7 +179,7 @@ private:
         ahead += g.ahead_step;
     }
 
-    // Four steps, from number `at` of the codes of a row on; first(i) comes before the first products of row i.
+    // Four steps, from code `at` of a row on. Calls first(i) before the first products of row i.
     template <int M, int P, class First>
     __attribute__((always_inline)) static void add_steps(const CodeArguments& g, int64_t at, VecDots (&sums)[M][P * V],
                                                          First first) {
@@ -229,7 +230,7 @@ private:
         }
     }
 
-    // C (+)= totals * scales - mins * the rows' sums of a group; then totals are zeros.
+    // C (+)= totals * scales - mins * the rows' sums of a group; then zeroes totals.
     template <int M, int P>
     __attribute__((always_inline)) static void put_group(const CodeArguments& g, int64_t group,
                                                          VecDotsF (&totals)[M][P * V]) {

@@ -20,7 +20,7 @@ namespace kt::KT_ISA {
 struct TileDots {
     static constexpr int64_t kColumns = 64, kTileBytes = 1024, kRows = 32;
 
-    // What is read into L2 during the steps: of each of `rows` rows, `stride` apart, `bytes` a step.
+    // Prefetches to L2 during the steps: `bytes` per step of each of `rows` rows, `stride` apart.
     struct ReadAhead {
         const uint8_t* from;
         int64_t stride, rows, bytes;
@@ -30,8 +30,8 @@ struct TileDots {
         }
     };
 
-    // sums[32][32] = rows of w, `stride` bytes apart, times panels, over `steps` steps. m, n: rows of w and of
-    // activations that count, up to 32.
+    // sums[32][32] = rows of w, `stride` bytes apart, times panels, over `steps` steps. n, m: the number of rows of w
+    // and of activations, up to 32.
     static void multiply(const uint8_t* w, int64_t stride, int64_t n, const uint8_t* panels, int64_t panel_stride,
                          int64_t m, int64_t steps, int32_t* sums, const ReadAhead& ahead) {
         if (n > 16) {

@@ -5,18 +5,17 @@
 //   tmm0 tmm1    C: rows 0-15  x panel 0, 1        16 x 16 float32 each
 //   tmm2 tmm3       rows 16-31 x panel 0, 1
 //   tmm4         A: rows 0-15, then rows 16-31     16 x 32 bfloat16
-//   tmm5 tmm6    B: panel 0, 1                     16 pairs of k x 16 columns: 16 rows of a panel as they lie
+//   tmm5 tmm6    B: panel 0, 1                     16 pairs of k x 16 columns: 16 rows of a panel in place
 //
 // A step is 32 elements of k: four tile loads and four products. Up to 16 rows by 4 panels, or 64 rows by one:
-// five loads, four products. No kernel uses tmm7: a CPU may be short of registers that are in use (decision 7).
+// five loads, four products. No kernel uses tmm7: a CPU may run short of tile registers (decision 7).
 //
 //   tmm0 .. tmm3    C: rows 0-15 x panel 0 .. 3    or rows 0-15 .. 48-63 x panel 0
 //   tmm4            A                                 B
 //   tmm5            B: panel 0, 1, 2, 3               A: rows 0-15 .. 48-63
 //
-// A tile of A is 64 bytes of 16 rows, however far apart they are. So the rows of a weight W are tiles as they lie, and
-// A . W^T is summed as W . A^T, with A in panels and C transposed. Other products have W in panels and A staged as
-// tiles.
+// A tile of A is 64 bytes of each of 16 rows, at any stride. So rows of a weight W are tiles in place, and A . W^T is
+// summed as W . A^T, with A in panels and C transposed. Other products have W in panels and A staged as tiles.
 
 #include <immintrin.h>
 
@@ -31,7 +30,7 @@
 
 namespace kt::KT_ISA {
 
-// Eight tiles of 16 rows of 64 bytes, from construction to destruction, on this thread.
+// Configures eight tiles of 16 rows of 64 bytes on this thread, from construction to destruction.
 struct TileRegion {
     TileRegion() {
         struct alignas(64) {
@@ -44,7 +43,7 @@ struct TileRegion {
     }
     ~TileRegion() { _tile_release(); }
 
-    // Makes the compiler finish its stores: it does not know which memory tile instructions read.
+    // Makes the compiler finish its stores, since it does not know which memory tile instructions read.
     static void settle(const void* p) { __asm__ volatile("" ::"r"(p) : "memory"); }
 };
 
@@ -55,7 +54,7 @@ inline void zero_sums() {
     _tile_zero(3);
 }
 
-// A tile of a panel, 16 lines one after the other.
+// Prefetches a tile of a panel, 16 consecutive lines.
 inline void prefetch_tile(const void* tile) {
 #pragma GCC unroll 16
     for (int i = 0; i < 16; ++i) __builtin_prefetch(static_cast<const char*>(tile) + 64 * i);
@@ -68,8 +67,8 @@ struct MicroGemm<bfloat16> {
     static constexpr bool kStaged = true, kReadsRows = true;
     static constexpr int64_t kTileK = 32, kTileElements = 16 * kTileK;
 
-    // A in tiles: [rows / 16][k / 32][16][32], zero beyond the last element of k. Rows beyond m are left as they are:
-    // they only reach rows of C beyond m.
+    // Copies A to tiles [rows / 16][k / 32][16][32], with zeros past the last element of k. Rows past m are left as
+    // they are, since they only affect rows of C past m.
     static void stage(const bfloat16* const* rows, int64_t m, int64_t k, bfloat16* out, const bfloat16** a) {
         const int64_t tiles = ceil_div(k, kTileK);
         for (int64_t i = 0; i < m; ++i) {
@@ -86,7 +85,8 @@ struct MicroGemm<bfloat16> {
         a[0] = out;
     }
 
-    // Rows i .. i + m of A are columns of panels: 16 pairs of k of a panel, transposed, are a tile.
+    // Copies rows i .. i + m of A from panels, whose columns they are: 16 pairs of k of a panel, transposed, are a
+    // tile.
     static void stage_panels(const bfloat16* panels, int64_t stride, int64_t i, int64_t m, bfloat16* out,
                              const bfloat16** a) {
         a[0] = out;
@@ -103,24 +103,24 @@ struct MicroGemm<bfloat16> {
         kernel({g.a[0], g.a[0] + g.k_steps / 16 * kTileElements, kTileElements, kTileK}, g, {});
     }
 
-    // C[i][j] = row j of w . column i of the panels, i < m <= 256, j < n. k is a multiple of kTileK; w has at least 16
-    // rows up to its row n.
+    // C[i][j] = row j of w . column i of the panels, i < m <= 256, j < n. k is a multiple of kTileK. At least 16 rows
+    // of w end at row n: some may come before row 0.
     static void multiply_rows(const bfloat16* w, int64_t row_stride, int64_t n, const bfloat16* panels,
                               int64_t panel_stride, int64_t m, int64_t k, float* c, int64_t ldc) {
         alignas(64) float sums[32 * 32];
-        // Where fewer than 16 rows are left, their tile has rows before them too.
+        // The tile of fewer than 16 remaining rows includes rows before them.
         const auto tile = [&](int64_t j) { return w + smaller(j, n - 16) * row_stride; };
         const auto put = [&](const float* from, int64_t ld, int64_t i, int64_t j) {
             if (i < m && j < n) put_transposed(from, ld, smaller(16, m - i), smaller(16, n - j), c + i * ldc + j, ldc);
         };
-        // 32 rows of w by two panels, and 64 by a last single one. Meanwhile as many rows after them are read ahead; or
-        // the same rows, along their length, where they are used once.
+        // 32 rows of w by two panels, and 64 by a last single panel. Meanwhile prefetches as many rows after them; or,
+        // if they are used once, the same rows further along.
         const int64_t num_panels = ceil_div(m, 16), steps = k / kTileK;
         const bool single = num_panels > 1 && num_panels % 2;
         const int64_t passes = single ? num_panels / 2 : ceil_div(num_panels, 2);
-        const int64_t band = single ? 64 : 32, calls = single ? 2 * passes + 1 : passes;
-        for (int64_t j = 0; j < n; j += band) {
-            ReadAhead ahead{nullptr, w + (j + band) * row_stride, 0, band / calls, row_stride};
+        const int64_t w_rows = single ? 64 : 32, calls = single ? 2 * passes + 1 : passes;
+        for (int64_t j = 0; j < n; j += w_rows) {
+            ReadAhead ahead{nullptr, w + (j + w_rows) * row_stride, 0, w_rows / calls, row_stride};
             const auto two_panels = [&](int64_t row) {
                 if (num_panels <= 2) {
                     ahead = {tile(row) + kAhead * kTileK, w + (row + 32) * row_stride + (kAhead - steps) * kTileK,
@@ -156,7 +156,7 @@ private:
         int64_t step, stride;
     };
 
-    // What is read into L2 during the steps, a line of each of `rows` rows a step: of `near`, and of `far` from step
+    // Prefetches to L2 during the steps, a line of each of `rows` rows per step: of `near`, and of `far` from step
     // far_from on.
     struct ReadAhead {
         const bfloat16 *near = nullptr, *far = nullptr;
@@ -234,7 +234,7 @@ private:
         _tile_stored(3, c + 768, 64);
     }
 
-    // The transpose of a 16 x 16 block of sums: its first rows, their last columns.
+    // Stores the transpose of a 16 x 16 block of sums: the last `columns` columns of its first `rows` rows.
     static void put_transposed(const float* sums, int64_t ld, int64_t rows, int64_t columns, float* c, int64_t ldc) {
         TileRegion::settle(sums);
         alignas(64) uint32_t block[16 * 16];

@@ -33,7 +33,7 @@ struct MicroArguments {
     bool accumulate;
 };
 
-// Table of kernel<M, P> for M <= kRows, P <= kPanels.
+// Calls kernel<M, P>, M <= kRows, P <= kPanels, from a table.
 template <class Kernels, class C, int... Is>
 inline void call_micro_kernel(const MicroArguments<C>& g, std::integer_sequence<int, Is...>) {
     using Function = void (*)(const MicroArguments<C>&);
@@ -42,7 +42,7 @@ inline void call_micro_kernel(const MicroArguments<C>& g, std::integer_sequence<
     table[(g.m - 1) * Kernels::kPanels + g.panels - 1](g);
 }
 
-// f(the distance of k-steps as a constant): rows as they lie, or columns of panels.
+// Calls f(a_step, a compile-time constant): for rows in place, or for columns of panels.
 template <class C, class F>
 inline void with_a_step(int64_t a_step, F f) {
     if (a_step == kPack<C>) {
@@ -52,15 +52,15 @@ inline void with_a_step(int64_t a_step, F f) {
     }
 }
 
-// Elements from one staged row of k elements to the next: zeros up to a multiple of kKMultiple, and some of a cache
-// line more, so that rows don't start a power of two apart.
+// Elements from one staged row of k elements to the next: zeros up to a multiple of kKMultiple, and up to a cache line
+// more, so that rows don't start a power of two apart.
 template <class C>
 constexpr int64_t staged_row_stride(int64_t k) {
     return round_up(round_up(k, kKMultiple<C>) + 1, 64 / static_cast<int64_t>(sizeof(C)));
 }
 
-// m rows of k elements as rows of C, staged_row_stride(k) apart, zero up to a multiple of kKMultiple; a[i] is set to
-// row i of out.
+// Copies m rows of k elements to rows of C, staged_row_stride(k) apart, padded with zeros to a multiple of kKMultiple.
+// Sets a[i] to row i of out.
 template <class C, class T>
 inline void stage_rows(const T* const* rows, int64_t m, int64_t k, C* out, const C** a) {
     const int64_t padded = round_up(k, kKMultiple<C>), stride = staged_row_stride<C>(k);
@@ -75,7 +75,7 @@ inline void stage_rows(const T* const* rows, int64_t m, int64_t k, C* out, const
     }
 }
 
-// Row i of A is column i of its panels: where the micro-kernel finds it.
+// Points a[] at rows i .. i + m of A in its panels, whose columns they are.
 template <class C>
 inline void point_into_panels(const C* panels, int64_t stride, int64_t i, int64_t m, const C** a) {
     for (int64_t j = i; j < i + m; ++j) {
@@ -88,8 +88,8 @@ struct MicroGemm {
     static constexpr int kRows = Isa::kGemmRows;
     static constexpr int kPanels = Isa::kGemmPanels;
     static constexpr int64_t panels(int64_t) { return kPanels; }  // for m rows
-    static constexpr bool kStaged = false;                        // takes rows of A anywhere in memory
-    static constexpr bool kReadsRows = false;                     // takes B from panels only
+    static constexpr bool kStaged = false;                        // reads rows of A anywhere in memory
+    static constexpr bool kReadsRows = false;                     // reads B from panels only
     static constexpr int kUnroll = 4;                             // k-steps that share the loop's own instructions
 
     static void gemm(const MicroArguments<C>& g) {
@@ -140,7 +140,7 @@ struct MicroGemm {
     }
 };
 
-// Only on an ISA with its own, in micro_gemm_<isa>-inl.h: others widen bfloat16.
+// Only for ISAs with their own, in micro_gemm_<isa>-inl.h: others widen bfloat16.
 template <>
 struct MicroGemm<bfloat16>;
 

@@ -1,6 +1,6 @@
 #pragma once
 
-// Rounding to bfloat16 and dot products of bytes, on an ISA that has no instructions for them.
+// Rounding to bfloat16 and dot products of bytes, for ISAs without instructions for them.
 
 #include <cstring>
 

@@ -1,6 +1,6 @@
 #pragma once
 
-// Re-orders a block of a dense row-major matrix into one panel, zero beyond the block.
+// Packs a block of a dense row-major matrix into a panel, padded with zeros.
 
 #include <cstdint>
 #include <cstring>
@@ -14,7 +14,7 @@
 
 namespace kt::KT_ISA {
 
-// 64 bytes of each of 16 rows: 16 k-steps of float32 or of pairs of bfloat16 as they are, or 32 of widened bfloat16.
+// Packs 64 bytes of each of 16 rows: 16 k-steps of float32 or of pairs of bfloat16, or 32 of widened bfloat16.
 template <class T, class C>
 inline void transpose_block(const T* w, int64_t stride, C* out) {
     const auto* rows = reinterpret_cast<const char*>(w);
@@ -34,7 +34,8 @@ inline void transpose_block(const T* w, int64_t stride, C* out) {
     }
 }
 
-// Columns of the panel are n <= 16 rows of the matrix; k runs along a row (y = x W^T). w: first row; stride: of rows.
+// Columns of the panel are n <= 16 rows of the matrix, `stride` apart; k runs along a row (y = x W^T). w: the first
+// row.
 template <class T>
 inline void pack_nt(const T* w, int64_t stride, int64_t n, int64_t kn, Compute<T>* panel) {
     using C = Compute<T>;
@@ -60,8 +61,8 @@ inline void pack_nt(const T* w, int64_t stride, int64_t n, int64_t kn, Compute<T
     }
 }
 
-// Columns of the panel are n <= 16 columns of k elements, of which copy(column, k, count, to) gives `count` from k on,
-// at most 64 bytes of them.
+// Columns of the panel are n <= 16 columns of kn elements. copy(column, k, count, to) copies `count` elements from k
+// on, at most 64 bytes.
 template <class C, class Copy>
 inline void pack_columns(int64_t n, int64_t kn, C* panel, Copy copy) {
     constexpr int64_t kBlock = 64 / static_cast<int64_t>(sizeof(C));
@@ -78,7 +79,7 @@ inline void pack_columns(int64_t n, int64_t kn, C* panel, Copy copy) {
     }
 }
 
-// Columns of the panel are rows [first, first + n), n <= 16, of k elements; k fills whole blocks of 64 bytes.
+// Columns of the panel are rows [first, first + n), n <= 16, of kn elements, which fill whole blocks of 64 bytes.
 template <class C>
 inline void pack_rows(const Rows<C>& rows, int64_t first, int64_t n, int64_t kn, C* panel) {
     pack_columns(n, kn, panel, [&](int64_t j, int64_t k, int64_t, C* to) {
@@ -86,7 +87,7 @@ inline void pack_rows(const Rows<C>& rows, int64_t first, int64_t n, int64_t kn,
     });
 }
 
-// out = n elements of row times factor, then zeros.
+// out = n elements of row times factor, then zeros; only zeros if row is null.
 template <class C, class T>
 inline void copy_row(const T* row, int64_t n, Acc<T> factor, C* out) {
     for (int64_t j = 0; j < kPanelColumns; j += kLanes<Acc<T>>) {
@@ -105,7 +106,7 @@ inline void interleave(const bfloat16* even, const bfloat16* odd, bfloat16* out)
 }
 
 // Columns of the panel are n <= 16 columns of the matrix; k runs down the rows (dx = dy W), row k times factor(k).
-// Only k in [begin, end), a part of [0, round_up(kn, kKMultiple)) at a k-step.
+// Packs only k in [begin, end), which lies within [0, round_up(kn, kKMultiple)); begin is at a k-step.
 template <class C, class S, class Factor>
 inline void pack_nn_scaled(Rows<S> w, int64_t column, int64_t n, int64_t kn, C* panel, Factor factor, int64_t begin,
                            int64_t end) {
@@ -126,7 +127,7 @@ inline void pack_nn_scaled(Rows<S> w, int64_t column, int64_t n, int64_t kn, C* 
     }
 }
 
-// Panels of n columns, `stride` elements apart. A few rows at a time go to all panels: memory is read a row at a time.
+// Packs panels of n columns, `stride` elements apart: a few rows at a time into all panels, to read memory row by row.
 template <class T>
 inline void pack_nn(Rows<T> w, int64_t column, int64_t n, int64_t kn, Compute<T>* panels, int64_t stride) {
     using C = Compute<T>;
@@ -152,7 +153,7 @@ inline void pack_nn(Rows<T> w, int64_t column, int64_t n, int64_t kn, Compute<T>
     }
 }
 
-// As pack_nt, times a factor, from elements of another type.
+// pack_nt times a factor, from elements of another type.
 template <class C, class S>
 inline void pack_nt_scaled(const S* w, int64_t stride, int64_t n, int64_t kn, C* panel, Acc<C> factor) {
     pack_columns(n, kn, panel, [&](int64_t j, int64_t k, int64_t count, C* to) {

@@ -1,6 +1,6 @@
 #pragma once
 
-// Panels: how a block of a matrix is laid out for the micro-kernels, the same on every ISA.
+// Panels: the layout of an operand's block for micro-kernels, the same on every ISA.
 //
 //   [k_steps][16][kPack]    16 columns; a k-step is kPack consecutive elements of k: a pair for bfloat16, else one.
 //                           One AMX tile is 16 of these rows, one zmm register is one row.
@@ -15,7 +15,7 @@ namespace kt::KT_ISA {
 
 constexpr int64_t kPanelColumns = 16;
 
-// What T is multiplied in: bfloat16 is widened to float32 on an ISA that has no dot product for it.
+// The type in which T is multiplied: bfloat16 is widened to float32 on an ISA without a dot product for it.
 template <class T>
 using Compute = std::conditional_t<std::is_same_v<T, bfloat16> && !Isa::kBFloat16Dot, float, T>;
 

@@ -1,6 +1,6 @@
 #pragma once
 
-// The fastest that one thread can multiply and add: what rooflines are drawn against.
+// Measures the peak multiply-add rate of one thread, for rooflines.
 
 #include <chrono>
 #include <cstdint>
@@ -16,7 +16,7 @@ namespace kt::KT_ISA {
 // Independent accumulators: enough to hide the latency of two multiply-add units, few enough for the registers.
 constexpr int kPeakChains = Isa::kVectorBytes == 64 ? 24 : 12;
 
-// x in every lane, whatever the lanes are.
+// x in every lane, converted to the type of the lanes.
 template <class V>
 inline V of_lanes(float x) {
     using Lane = std::decay_t<decltype(V{}[0])>;
@@ -26,12 +26,12 @@ inline V of_lanes(float x) {
 template <class V, class Step, int... Is>
 inline double peak_flops(int64_t iterations, double flops_a_step, Step step, std::integer_sequence<int, Is...>) {
     float start_values[] = {static_cast<float>(Is)...};
-    __asm__ volatile("" : "+m"(start_values));  // opaque and different, so that no two chains are merged into one
+    __asm__ volatile("" : "+m"(start_values));  // opaque and different, so that no two chains are merged
     V acc[] = {of_lanes<V>(start_values[Is])...};
     const auto start = std::chrono::steady_clock::now();
     for (int64_t i = 0; i < iterations; ++i) ((acc[Is] = step(acc[Is])), ...);
     V sum = (acc[Is] + ...);
-    __asm__ volatile("" : "+m"(sum));  // used, so that nothing is left out
+    __asm__ volatile("" : "+m"(sum));  // used, so that nothing is optimized out
     const std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - start;
     return static_cast<double>(iterations) * sizeof...(Is) * flops_a_step / seconds.count();
 }
@@ -44,7 +44,7 @@ inline double peak_float32(int64_t iterations) {
         std::make_integer_sequence<int, kPeakChains>());
 }
 
-// Of 8-bit integers: an operation is a product or a sum.
+// For 8-bit integers, a product or a sum counts as one operation.
 inline double peak_int8(int64_t iterations) {
     VecCodes a = VecCodes{} + 1, b = a;
     __asm__ volatile("" : "+m"(a), "+m"(b));

@@ -36,7 +36,7 @@ inline double peak_bfloat16_tiles(int64_t iterations) {
     });
 }
 
-// An operation is a product or a sum.
+// A product or a sum counts as one operation.
 inline double peak_int8_tiles(int64_t iterations) {
     return peak_tiles(iterations, 2.0 * 16 * 16 * 64, [] {
         _tile_dpbusd(0, 4, 6);

@@ -1,8 +1,8 @@
 #pragma once
 
-// Types of one register, in the compiler's vector extension, and what is done with them by instructions of an ISA or,
-// where it has none, by plain C++: simd_generic-inl.h, simd_avx2-inl.h and simd_avx512-inl.h define it, of which a row
-// of kernels includes one. Everything else that computes with vectors is the same source for all rows (vec-inl.h, ...).
+// Types of one register, in the compiler's vector extension, and functions that need instructions of an ISA or, without
+// those, plain C++. Every ISA includes one of simd_generic-inl.h, simd_avx2-inl.h and simd_avx512-inl.h, which define
+// them. All other code with vectors is the same source for all ISAs (vec-inl.h, ...).
 
 #include <cstdint>
 #include <cstring>
@@ -29,12 +29,12 @@ typedef uint16_t VecU16 __attribute__((vector_size(Isa::kVectorBytes / 2)));  //
 typedef int8_t VecI8 __attribute__((vector_size(Isa::kVectorBytes / 4)));  // as many lanes as VecI32
 typedef uint8_t VecU8 __attribute__((vector_size(Isa::kVectorBytes / 4)));
 
-// Chunks: 32 consecutive weights of a row (chunk-inl.h); their bytes, one for each weight.
+// Chunks: 32 consecutive weights of a row (chunk-inl.h). Bytes32: a byte per weight.
 constexpr int64_t kChunk = 32;
 constexpr int kChunkVectors = static_cast<int>(kChunk) / kLanes<float>;
 typedef uint8_t Bytes32 __attribute__((vector_size(32)));
 
-// Codes of weights and their dot products, four codes a lane (dot4-inl.h).
+// Codes of weights, and their dot products, four codes per lane (dot4-inl.h).
 constexpr int64_t kCodeBytes = Isa::kVectorBytes == 64 ? 64 : 32;
 constexpr int kDotLanes = static_cast<int>(kCodeBytes / 4);
 typedef uint8_t VecCodes __attribute__((vector_size(kCodeBytes)));
@@ -48,7 +48,7 @@ inline V load_bits(const P* p) {
     return v;
 }
 
-// The first n elements; the other lanes are zeros.
+// Loads the first n elements; the other lanes are zeros.
 template <class V, class P>
 inline V load_bits_partial(const P* p, int64_t n) {
     V v{};
@@ -56,7 +56,7 @@ inline V load_bits_partial(const P* p, int64_t n) {
     return v;
 }
 
-// The same through memory, and back.
+// The same through memory; and the store.
 template <class A>
 inline Vec<A> load_lanes(const A* p, int64_t n) {
     A lanes[kLanes<A>] = {};
@@ -72,7 +72,7 @@ inline void store_lanes(A* p, Vec<A> v, int64_t n) {
 
 inline VecF to_floats(VecI32 x) { return __builtin_convertvector(x, VecF); }
 
-// The first n lanes only, 0 <= n < lanes; those that are not read are zeros.
+// Only the first n lanes, 0 <= n < lanes; those that are not read are zeros.
 VecU8 load_partial(const uint8_t* p, int64_t n);
 VecU16 load_partial(const uint16_t* p, int64_t n);
 VecF load_partial(const float* p, int64_t n);
@@ -81,22 +81,22 @@ void store_partial(float* p, VecF v, int64_t n);
 // 16 x 16 dwords: out[16 * k + n] = row n, dword k. Rows are `stride` bytes apart.
 void transpose_16x16(const char* rows, int64_t stride, uint32_t* out);
 
-// Halves of 32 bits each, zero-extended.
+// Zero-extends 16 bits to 32.
 VecU32 widen(VecU16 x);
 
-// As many bytes as there are lanes of float32.
+// Extend one byte per lane of float32.
 VecI32 widen_unsigned(const uint8_t* p);
 VecI32 widen_signed(const uint8_t* p);
 
-// IEEE binary16 as float32, exactly: the number at p, and of every lane.
+// Convert IEEE binary16 to float32, exactly: the number at p, or every lane.
 float float16(const void* p);
 VecF from_float16(VecU16 x);
 
-// Signed bytes as a chunk.
+// Converts signed bytes to a chunk.
 void unpack(Bytes32 x, VecF* v);
 
-// A chunk of E4M3 numbers times 2^-8: as binary16 they have the same digits and another bias, so that subnormal ones
-// need no case of their own. 0x7f and 0xff are NaN.
+// Converts E4M3 numbers to a chunk, times 2^-8: as binary16 they have the same mantissa and another bias, so subnormal
+// numbers need no special case. 0x7f and 0xff are NaN.
 constexpr float kFp8Factor = 256;
 void unpack_fp8(const uint8_t* p, VecF* v);
 
@@ -106,17 +106,17 @@ VecF lookup(const float* table, VecI32 index);
 // table[index] of every byte, index < 16.
 VecCodes lookup_codes(const uint8_t* table, VecCodes index);
 
-// Four numbers, again and again.
+// Four numbers, repeated.
 VecDotsF repeat_four(const float* p);
 
-// kCodeBytes bytes: the 32 at p shifted right by `low` bits, and where there are 64 again by `high` bits. Bits of a
-// byte's neighbour come in from above.
+// kCodeBytes bytes: the 32 at p shifted right by `low` bits and, if kCodeBytes is 64, again by `high` bits. Bits of the
+// next byte are shifted in from above.
 VecCodes shifted_twice(const uint8_t* p, int low, int high);
 
-// 32 bytes at p, and where there are 64 those `apart` bytes behind them.
+// kCodeBytes bytes: the 32 at p and, if kCodeBytes is 64, the 32 at p + apart.
 VecCodes load_parts(const uint8_t* p, int64_t apart);
 
-// The same of four-bit codes: the low halves of 16 bytes, then their high halves.
+// The same for four-bit codes: the low halves of 16 bytes, then their high halves.
 VecCodes nibble_parts(const uint8_t* p, int64_t apart);
 
 }  // namespace kt::KT_ISA

@@ -29,7 +29,7 @@ inline void store_partial(float* p, VecF v, int64_t n) {
 //   unpack epi32   a0 b0 a1 b1 | ...      unpack epi64   a0 b0 c0 d0 | ...
 //   shuffle i32x4  128-bit blocks 0, 2 of two registers, then again: rows of the result
 //
-// put(k, dword k of every row)
+// Calls put(k, dword k of every row).
 template <class Put>
 inline __attribute__((always_inline)) void transpose_16x16(const char* rows, int64_t stride, Put put) {
     __m512i r[16], t[16];
@@ -65,7 +65,7 @@ inline void transpose_16x16(const char* rows, int64_t stride, uint32_t* out) {
     transpose_16x16(rows, stride, [&](int k, __m512i x) { _mm512_storeu_si512(out + 16 * k, x); });
 }
 
-// GCC 12 makes five instructions of one zmm's conversion.
+// GCC 12 compiles __builtin_convertvector of one zmm to five instructions.
 inline VecU32 widen(VecU16 x) { return (VecU32)_mm512_cvtepu16_epi32((__m256i)x); }
 
 inline VecI32 widen_unsigned(const uint8_t* p) {

@@ -4,9 +4,9 @@
 
 namespace kt {
 
-// Several pages are read side by side, as the direct kernels read rows of weights: a hardware prefetcher follows a
-// stream to the end of its page only, so that one page at a time leaves memory idle. Vectors of 16 bytes, which any
-// x86-64 has, are enough: memory is slower still.
+// Reads several pages side by side, as the direct kernels read rows of weights: a hardware prefetcher follows a stream
+// only to the end of its page, so reading one page at a time leaves memory idle. Vectors of 16 bytes, which any x86-64
+// has, are fast enough: memory is slower still.
 uint64_t sum_words(const uint64_t* words, int64_t n) {
     typedef uint64_t Pair __attribute__((vector_size(16)));
     constexpr int kPages = 8;

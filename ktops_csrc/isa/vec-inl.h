@@ -1,6 +1,6 @@
 #pragma once
 
-// Arithmetic on vectors of one register: the same source compiles to SSE2, AVX2 or AVX-512 by the target in force.
+// Arithmetic on vectors of one register. The same source compiles to SSE2, AVX2 or AVX-512, depending on the target.
 
 #include <cstdint>
 #include <cstring>
@@ -29,7 +29,7 @@ inline Vec<double> load(const double* p) { return load_bits<Vec<double>>(p); }
 inline Vec<float> from_bfloat16(VecU16 x) { return bit_cast<Vec<float>>(widen(x) << 16); }
 inline Vec<float> load(const bfloat16* p) { return from_bfloat16(load_bits<VecU16>(p)); }
 
-// The upper halves of float32, rounded to nearest even: bfloat16 in 32 bits.
+// Rounds to bfloat16, to nearest even: the upper halves of float32, in the lower halves of 32 bits.
 inline VecU32 round_to_bfloat16(Vec<float> v) {
     const VecU32 bits = bit_cast<VecU32>(v);
     const VecU32 rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
@@ -37,7 +37,7 @@ inline VecU32 round_to_bfloat16(Vec<float> v) {
     return v == v ? rounded : nan;
 }
 
-// Adding it to numbers of at most 2^22 leaves the nearest integer, plus kRoundBits, in the bits.
+// Adding kRound to a number of at most 2^22 leaves the nearest integer, plus kRoundBits, in its bits.
 constexpr float kRound = 12582912.0f;  // 1.5 * 2^23
 constexpr int32_t kRoundBits = 0x4b400000;
 
@@ -48,7 +48,7 @@ inline void store(bfloat16* p, Vec<float> v) {
     std::memcpy(p, &out, sizeof(out));
 }
 
-// The first n lanes only; the others read as zero.
+// Only the first n lanes; the others read as zero.
 inline Vec<double> load_partial(const double* p, int64_t n) { return load_lanes(p, n); }
 inline Vec<float> load_partial(const bfloat16* p, int64_t n) {
     return from_bfloat16(load_partial(reinterpret_cast<const uint16_t*>(p), n));
@@ -60,7 +60,7 @@ inline void store_partial(T* p, Vec<Acc<T>> v, int64_t n) {
     std::memcpy(p, lanes, static_cast<size_t>(n) * sizeof(T));
 }
 
-// f(i, n) for consecutive pieces [i, i + n) of [0, count), with n = kLanes but for the last.
+// Calls f(i, n) for consecutive vectors [i, i + n) of [0, count), with n = kLanes except for the last.
 template <class A, class F>
 inline void for_each_vector(int64_t count, F f) {
     constexpr int64_t step = kLanes<A>;
@@ -91,7 +91,7 @@ inline A sum_lanes(Vec<A> v) {
     return lanes[0];
 }
 
-// What op makes of the lanes of four vectors: halves of groups of G lanes are put together until a group is one lane.
+// Folds the lanes of four vectors with op: combines halves of groups of G lanes until every group is one lane.
 //
 //   G = 16   [a][b], [c][d]  ->  8 lanes of a, 8 of b;  8 of c, 8 of d  ->  4 of each  ->  2  ->  a b c d
 template <int G, class V, class Op, int... Is>

@@ -2,6 +2,8 @@
 
 // Gate activations act(g) and their derivatives, on vectors.
 
+#include <type_traits>
+
 #include "isa/math-inl.h"
 #include "moe/problem.h"
 
@@ -42,16 +44,25 @@ struct GeluTanh {
     }
 };
 
-// f(Silu{}), f(Gelu{}) or f(GeluTanh{})
+// An activation with parameters is constructed from activation_args.
+template <class Type>
+inline Type make_activation([[maybe_unused]] const double* args) {
+    if constexpr (std::is_constructible_v<Type, const double*>) {
+        return Type(args);
+    } else {
+        return Type{};
+    }
+}
+
+// Calls f with the activation of the layer.
 template <class F>
-inline void with_activation(Activation activation, F f) {
-    switch (activation) {
-        case Activation::kSilu:
-            return f(Silu{});
-        case Activation::kGelu:
-            return f(Gelu{});
-        case Activation::kGeluTanh:
-            return f(GeluTanh{});
+inline void with_activation(const Problem& p, F f) {
+    switch (p.activation) {
+#define KT_ACTIVATION(name, Type, num_args) \
+    case Activation::k##Type:               \
+        return f(make_activation<Type>(p.activation_args));
+#include "moe/activations.def"
+#undef KT_ACTIVATION
     }
 }
 

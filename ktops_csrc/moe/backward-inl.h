@@ -1,9 +1,10 @@
 #pragma once
 
-// The backward half of kt::moe_sft. The phases, d = grad_output[token], w = the routing weight:
+// The backward half of kt::moe_sft. The phases, with d = grad_output[token], w the routing weight and R the number of
+// positions:
 //
 //   clear_idle         zeros in the gradients of experts without tokens
-//   code_x, recompute  [g|u], if it was not saved, as in forward        [R, 2I]
+//   code_x, recompute  [g|u] as in forward, if not saved                [R, 2I]
 //   project_d          db2 = s2 d B2                                    [R, r2]
 //   activate           dh = d Wd + db2 A2;  grad_w = <h, dh>;  dg = w dh u act'(g);  du = w dh act(g)
 //                      grad_A2 = (w db2)^T h;  grad_Wd = (w d)^T h;  grad_bgu = the sum of [dg|du]
@@ -24,11 +25,11 @@ struct GradProduct {
     const Layer<T>& layer;
     const T *grad_gate_up, *dgub;
 
-    void multiply(const Thread<T>&, BlockGemm<T>& block, int64_t expert, int64_t route, int64_t, const Columns& columns,
-                  const NextRows&) const {
+    void multiply(const Thread<T>&, BlockGemm<T>& block, int64_t expert, int64_t position, int64_t,
+                  const Columns& columns, const NextRows&) const {
         const int64_t rank = layer.p.gate_up_rank, k = 2 * layer.I;
-        block.multiply_nn({grad_gate_up + route * k, k}, k, layer.gate_up, expert, columns);
-        if (rank) block.multiply_nn({dgub + route * rank, rank}, rank, layer.A1, expert, columns);
+        block.multiply_nn({grad_gate_up + position * k, k}, k, layer.gate_up, expert, columns);
+        if (rank) block.multiply_nn({dgub + position * rank, rank}, rank, layer.A1, expert, columns);
     }
     void start(const Thread<T>&, int64_t, int64_t, int64_t) const {}
     Vec<Acc<T>> value(const Thread<T>&, int64_t, Vec<Acc<T>> c, int64_t) const { return c; }
@@ -54,12 +55,12 @@ private:
         const int64_t R = routing_.num_routes;
         gate_up_ = static_cast<const T*>(b.saved_gate_up);
         grad_gate_up_ = workspace.take<T>(R * 2 * I_);
-        if (!gate_up_) gate_up_ = recomputed_ = grad_gate_up_;  // [dg | du] takes the place of [g | u] in activate()
+        if (!gate_up_) gate_up_ = recomputed_ = grad_gate_up_;  // activate() overwrites [g | u] with [dg | du]
         dgub_ = workspace.take<T>(R * p_.gate_up_rank);
         db2_ = workspace.take<T>(R * p_.down_rank);
-        i_slabs_ = ceil_div(I_, kDotSlab);  // fixed: it is the order in which grad_w is summed
-        grad_w_ = workspace.take<A>(R * i_slabs_);
-        routes_ = workspace.take<A>(CombineX::route_elements(p_, routing_));
+        dot_slabs_ = ceil_div(I_, kDotSlab);  // fixed, because it decides the order in which grad_w is summed
+        grad_w_ = workspace.take<A>(R * dot_slabs_);
+        kept_rows_ = workspace.take<A>(CombineX::kept_elements(p_, routing_));
         threads_ = Thread<T>::take(workspace, p_, routing_);
     }
 
@@ -68,14 +69,14 @@ private:
         const int64_t wide = larger(kDotSlab, slab_width(wide_slab(routing_), I_, active, p_.num_threads));
         const int64_t wide_slabs = ceil_div(I_, wide), recompute_slabs = ceil_div(I_, kSlab<T>);
         const GradProduct<T> product{layer_, grad_gate_up_, dgub_};
-        const CombineX combine(layer_, threads_, product, routes_, static_cast<T*>(b_.grad_hidden_states.data),
+        const CombineX combine(layer_, threads_, product, kept_rows_, static_cast<T*>(b_.grad_hidden_states.data),
                                wide_slab(routing_));
-        const int64_t h_pieces = ceil_div(H_, kMaxColumns), i_pieces = ceil_div(2 * I_, kMaxColumns);
+        const int64_t slabs_h = ceil_div(H_, kMaxColumns), slabs_i = ceil_div(2 * I_, kMaxColumns);
 
         const auto code_x = [&](int64_t token, int) { layer_.code_token(token); };
         const auto recompute_slab = [&](int64_t task, int thread) {
             const ExpertTask at(routing_, task, recompute_slabs);
-            recompute(threads_[thread], at.expert, at.piece * kSlab<T>);
+            recompute(threads_[thread], at.expert, at.slab * kSlab<T>);
         };
         const auto project_d = [&](int64_t task, int thread) {
             const int64_t e = routing_.active[task], first = routing_.offsets[e];
@@ -84,7 +85,7 @@ private:
         };
         const auto activate_slab = [&](int64_t task, int thread) {
             const ExpertTask at(routing_, task, wide_slabs);
-            activate(threads_[thread], at.expert, at.piece * wide, smaller(wide, I_ - at.piece * wide));
+            activate(threads_[thread], at.expert, at.slab * wide, smaller(wide, I_ - at.slab * wide));
         };
         const auto project_grad = [&](int64_t task, int thread) {
             const int64_t e = routing_.active[task], first = routing_.offsets[e];
@@ -94,12 +95,12 @@ private:
         const auto combine_x = [&](int64_t task, int thread) { combine.run(task, thread); };
         const auto sum_x = [&](int64_t token, int) { combine.sum(token); };
         const auto weight_columns_h = [&](int64_t task, int thread) {
-            const ExpertTask at(routing_, task, h_pieces);
-            weight_gradients_h(threads_[thread], at.expert, at.piece * kMaxColumns);
+            const ExpertTask at(routing_, task, slabs_h);
+            weight_gradients_h(threads_[thread], at.expert, at.slab * kMaxColumns);
         };
         const auto weight_columns_i = [&](int64_t task, int thread) {
-            const ExpertTask at(routing_, task, i_pieces);
-            weight_gradients_i(threads_[thread], at.expert, at.piece * kMaxColumns);
+            const ExpertTask at(routing_, task, slabs_i);
+            weight_gradients_i(threads_[thread], at.expert, at.slab * kMaxColumns);
         };
         const auto clear_idle = [&](int64_t expert, int) { clear_gradients(expert); };
         const auto routing_weights = [&](int64_t task, int) { finish_grad_w(task * kMaxRows); };
@@ -120,9 +121,9 @@ private:
             schedule.add("sum_x", combine.num_sums(), sum_x);
         }
         if (b_.grad_gate_up_lora_A || b_.grad_gate_up_proj || b_.grad_down_lora_B || b_.grad_down_bias) {
-            schedule.add("weights_h", active * h_pieces, weight_columns_h);
+            schedule.add("weights_h", active * slabs_h, weight_columns_h);
         }
-        if (b_.grad_gate_up_lora_B) schedule.add("weights_i", active * i_pieces, weight_columns_i);
+        if (b_.grad_gate_up_lora_B) schedule.add("weights_i", active * slabs_i, weight_columns_i);
         if (b_.grad_topk_weights) {
             for (int64_t t = 0; t < p_.num_tokens; ++t) {
                 for (int64_t j = 0; j < p_.top_k; ++j) b_.grad_topk_weights.put(0, t, j, 0);
@@ -137,7 +138,7 @@ private:
                b_.grad_gate_up_lora_A || b_.grad_gate_up_lora_B || b_.grad_down_lora_A || b_.grad_down_proj;
     }
 
-    // The gradients of an expert without tokens.
+    // Zeroes the gradients of an expert without tokens.
     void clear_gradients(int64_t expert) const {
         if (routing_.rows(expert)) return;
         for (const Result* result :
@@ -147,18 +148,19 @@ private:
         }
     }
 
-    Rows<T> grad_gate_up(int64_t route) const { return {grad_gate_up_ + route * 2 * I_, 2 * I_}; }
+    Rows<T> grad_gate_up(int64_t position) const { return {grad_gate_up_ + position * 2 * I_, 2 * I_}; }
 
     void recompute(const Thread<T>& thread, int64_t expert, int64_t column) {
         const int64_t n = smaller(kSlab<T>, I_ - column);
         const T* xa = static_cast<const T*>(b_.saved_xa);
-        gate_up_product(thread, layer_, expert, column, n, xa, NextRows{}, [&](int64_t route, const A* g, const A* u) {
-            T* to = recomputed_ + route * 2 * I_ + column;
-            for_each_vector<A>(n, [&](int64_t j, int64_t count) {
-                store_n(to + j, load(g + j), count);
-                store_n(to + I_ + j, load(u + j), count);
-            });
-        });
+        gate_up_product(thread, layer_, expert, column, n, xa, NextRows{},
+                        [&](int64_t position, const A* g, const A* u) {
+                            T* to = recomputed_ + position * 2 * I_ + column;
+                            for_each_vector<A>(n, [&](int64_t j, int64_t count) {
+                                store_n(to + j, load(g + j), count);
+                                store_n(to + I_ + j, load(u + j), count);
+                            });
+                        });
     }
 
     // column: a multiple of kDotSlab
@@ -173,7 +175,7 @@ private:
             BlockGemm<T> block(thread.gemm, count, columns.padded());
             block.multiply_nn(layer_.by_token(b_.grad_output, first), H_, layer_.down, expert, columns);
             if (rank) block.multiply_nn({db2_ + first * rank, rank}, rank, layer_.A2, expert, columns);
-            with_activation(p_.activation, [&](auto activation) {
+            with_activation(p_, [&](auto activation) {
                 for (int64_t i = 0; i < count; ++i) {
                     T* h = thread.activations + (row + i) * stride;
                     for (int64_t j = 0; j < n; j += kDotSlab) {
@@ -200,16 +202,17 @@ private:
         }
     }
 
-    // One row of a slab: from dh to [dg | du]; h for the weight gradients. Returns its part of <h, dh>.
+    // One row of a slab: computes [dg | du] from dh, and h for the weight gradients. Returns its part of <h, dh>.
     template <class Activation>
-    A activation_gradient(Activation, int64_t route, int64_t column, int64_t n, const A* dh, T* h, A* sum_g, A* sum_u) {
-        const T* g = gate_up_ + route * 2 * I_ + column;
-        T* dg = grad_gate_up_ + route * 2 * I_ + column;
-        const A w = layer_.route_weights[route];
+    A activation_gradient(Activation activation, int64_t position, int64_t column, int64_t n, const A* dh, T* h,
+                          A* sum_g, A* sum_u) {
+        const T* g = gate_up_ + position * 2 * I_ + column;
+        T* dg = grad_gate_up_ + position * 2 * I_ + column;
+        const A w = layer_.route_weights[position];
         Vec<A> dot{};
         for_each_vector<A>(n, [&](int64_t j, int64_t count) {
             const Vec<A> uj = load_n(g + I_ + j, count), dhj = load_n(dh + j, count);
-            const Gate<A> gate = Activation::template gate<A>(load_n(g + j, count));
+            const Gate<A> gate = activation.template gate<A>(load_n(g + j, count));
             const Vec<A> hj = gate.value * uj, wdh = w * dhj;
             dot += hj * dhj;
             const Vec<A> dgj = wdh * uj * gate.derivative, duj = wdh * gate.value;
@@ -222,7 +225,7 @@ private:
         return sum_lanes<A>(dot);
     }
 
-    // The gradients whose rows or columns run along H: one read of x or d for each.
+    // The gradients whose rows or columns run along H; each reads x or d once.
     void weight_gradients_h(const Thread<T>& thread, int64_t expert, int64_t column) {
         const int64_t begin = routing_.offsets[expert], rows = routing_.rows(expert);
         const int64_t n = smaller(kMaxColumns, H_ - column), r1 = p_.gate_up_rank, r2 = p_.down_rank;
@@ -266,7 +269,7 @@ private:
     void finish_grad_w(int64_t first) {
         for (int64_t i = first; i < smaller(first + kMaxRows, routing_.num_routes); ++i) {
             A sum = 0;
-            for (int64_t slab = 0; slab < i_slabs_; ++slab) sum += grad_w_[slab * routing_.num_routes + i];
+            for (int64_t slab = 0; slab < dot_slabs_; ++slab) sum += grad_w_[slab * routing_.num_routes + i];
             const int64_t token = routing_.token[i], slot = routing_.route[i] % p_.top_k;
             if (p_.down_bias) sum += bias_product(token, p_.id(token, slot));
             b_.grad_topk_weights.put(0, token, slot, sum);
@@ -285,12 +288,12 @@ private:
     const Layer<T> layer_;
     const Problem& p_;
     const Routing& routing_;
-    int64_t I_, H_, i_slabs_;
+    int64_t I_, H_, dot_slabs_;
     const T* gate_up_;
     T* recomputed_ = nullptr;
     T *grad_gate_up_, *dgub_, *db2_;
     A* grad_w_;  // [slabs, R]
-    A* routes_;
+    A* kept_rows_;
     const Thread<T>* threads_;
 };
 

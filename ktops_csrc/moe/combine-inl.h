@@ -1,12 +1,12 @@
 #pragma once
 
-// out[t] = sum over the routes of token t, experts in ascending order, of a product's row for each route.
+// out[t] = sum of a product's rows at the positions of token t, experts in ascending order.
 
 #include "moe/layer-inl.h"
 
 namespace kt::KT_ISA {
 
-// First i in [begin, end) with sorted[i] >= value, else end.
+// Returns the first i in [begin, end) with sorted[i] >= value, else end.
 inline int64_t lower_bound(const int32_t* sorted, int64_t begin, int64_t end, int64_t value) {
     while (begin < end) {
         const int64_t middle = begin + (end - begin) / 2;
@@ -20,37 +20,37 @@ inline int64_t lower_bound(const int32_t* sorted, int64_t begin, int64_t end, in
 }
 
 // Product has
-//   multiply(thread, block, expert, first_route, count, columns, after)   the rows of `count` of an expert's routes;
-//                                       after: the rows of the weight that come next
-//   start(thread, expert, column, n)    before value() for these columns
-//   value(thread, route, c, j)          what is added for vector c of the row, j columns after `column`
+//   multiply(thread, block, expert, first, count, columns, after)    computes rows [first, first + count);
+//                                       after: the rows of the weight to prefetch
+//   start(thread, expert, column, n)    prepares value() for these columns
+//   value(thread, position, c, j)       the value to add for vector c of the row, j columns after `column`
 template <class T, class Product>
 class Combine {
     using A = Acc<T>;
 
 public:
-    // routes: route_elements() of scratch. slab: the most columns of a task while routes are kept.
-    Combine(const Layer<T>& layer, const Thread<T>* threads, const Product& product, A* routes, T* out, int64_t slab)
+    // kept_rows: kept_elements() of scratch. slab: the most columns of a task if rows are kept.
+    Combine(const Layer<T>& layer, const Thread<T>* threads, const Product& product, A* kept_rows, T* out, int64_t slab)
         : layer_(layer),
           routing_(layer.routing),
           threads_(threads),
           product_(product),
-          routes_(keeps_routes(layer.p, layer.routing) ? routes : nullptr),
+          kept_rows_(keeps_rows(layer.p, layer.routing) ? kept_rows : nullptr),
           out_(out),
           blocks_(ceil_div(layer.p.num_tokens, kTokenBlock)) {
-        const int64_t groups = routes_ ? routing_.num_active : blocks_;
-        width_ = slab_width(routes_ ? slab : kSumSlab, layer.H, groups, layer.p.num_threads);
+        const int64_t tasks_a_slab = kept_rows_ ? routing_.num_active : blocks_;
+        width_ = slab_width(kept_rows_ ? slab : kSumSlab, layer.H, tasks_a_slab, layer.p.num_threads);
         slabs_ = ceil_div(layer.H, width_);
     }
 
-    static int64_t route_elements(const Problem& p, const Routing& routing) {
-        return keeps_routes(p, routing) ? routing.num_routes * p.hidden_size : 0;
+    static int64_t kept_elements(const Problem& p, const Routing& routing) {
+        return keeps_rows(p, routing) ? routing.num_routes * p.hidden_size : 0;
     }
 
-    int64_t num_tasks() const { return slabs_ * (routes_ ? routing_.num_active : blocks_); }
+    int64_t num_tasks() const { return slabs_ * (kept_rows_ ? routing_.num_active : blocks_); }
     void run(int64_t task, int thread) const {
         const int64_t column = task % slabs_ * width_, n = smaller(width_, layer_.H - column);
-        if (routes_) {
+        if (kept_rows_) {
             keep_rows(threads_[thread], routing_.active[task / slabs_], column, n,
                       rows_of_next(layer_.p, routing_, task, slabs_, width_));
         } else {
@@ -58,21 +58,21 @@ public:
         }
     }
 
-    // After all of run().
-    int64_t num_sums() const { return routes_ ? layer_.p.num_tokens : 0; }
+    // To be called after all of run().
+    int64_t num_sums() const { return kept_rows_ ? layer_.p.num_tokens : 0; }
     void sum(int64_t token) const {
-        const int32_t* sorted = routing_.sorted + token * layer_.p.top_k;
+        const int32_t* positions = routing_.positions + token * layer_.p.top_k;
         for_each_vector<A>(layer_.H, [&](int64_t j, int64_t n) {
             Vec<A> sum{};
-            for (int64_t i = 0; i < layer_.p.top_k && sorted[i] >= 0; ++i) {
-                sum += load_n(routes_ + sorted[i] * layer_.H + j, n);
+            for (int64_t i = 0; i < layer_.p.top_k && positions[i] >= 0; ++i) {
+                sum += load_n(kept_rows_ + positions[i] * layer_.H + j, n);
             }
             store_n(out_ + token * layer_.H + j, sum, n);
         });
     }
 
 private:
-    // put(route, row) for routes [begin, end) of an expert.
+    // Calls put(position, row) for positions [begin, end) of an expert.
     template <class Put>
     void rows(const Thread<T>& thread, int64_t expert, int64_t begin, int64_t end, int64_t column, int64_t n,
               const NextRows& after, Put put) const {
@@ -87,10 +87,10 @@ private:
 
     void keep_rows(const Thread<T>& thread, int64_t expert, int64_t column, int64_t n, const NextRows& after) const {
         rows(thread, expert, routing_.offsets[expert], routing_.offsets[expert + 1], column, n, after,
-             [&](int64_t route, const A* c) {
-                 A* to = routes_ + route * layer_.H + column;
+             [&](int64_t position, const A* c) {
+                 A* to = kept_rows_ + position * layer_.H + column;
                  for_each_vector<A>(n, [&](int64_t j, int64_t count) {
-                     store_n(to + j, product_.value(thread, route, load(c + j), j), count);
+                     store_n(to + j, product_.value(thread, position, load(c + j), j), count);
                  });
              });
     }
@@ -110,14 +110,14 @@ private:
             end = lower_bound(routing_.token, begin, end, first_token + tokens);
             if (begin == end) continue;
             const NextRows after = a + 1 < routing_.num_active ? NextRows{routing_.active[a + 1], column} : NextRows{};
-            rows(thread, expert, begin, end, column, n, after, [&](int64_t route, const A* c) {
+            rows(thread, expert, begin, end, column, n, after, [&](int64_t position, const A* c) {
                 const auto sums_of = [&](int64_t r) {
                     return thread.sums + (routing_.token[r] - first_token) * padded;
                 };
-                A* sums = sums_of(route);
-                if (route + 1 < end) prefetch_row(sums_of(route + 1), padded);
+                A* sums = sums_of(position);
+                if (position + 1 < end) prefetch_row(sums_of(position + 1), padded);
                 for (int64_t j = 0; j < padded; j += kLanes<A>) {
-                    store(sums + j, load(sums + j) + product_.value(thread, route, load(c + j), j));
+                    store(sums + j, load(sums + j) + product_.value(thread, position, load(c + j), j));
                 }
             });
         }
@@ -132,7 +132,7 @@ private:
     const Routing& routing_;
     const Thread<T>* threads_;
     const Product& product_;
-    A* routes_;
+    A* kept_rows_;
     T* out_;
     int64_t blocks_, width_, slabs_;
 };

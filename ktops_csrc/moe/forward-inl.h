@@ -1,13 +1,13 @@
 #pragma once
 
-// kt::moe_fwd and the forward half of kt::moe_sft. The phases, w = the routing weight:
+// kt::moe_fwd and the forward half of kt::moe_sft. The phases, with w the routing weight and R the number of positions:
 //
 //   project_x      xa = x A1^T                                      [R, r1]
 //   code_x         x as codes, if gate_up takes codes               [T, H]
-//   gate_up        [g|u] = x Wgu^T + s1 xa B1^T + bgu;  h = act(g) u                   [R, I], [g|u] saved if asked
+//   gate_up        [g|u] = x Wgu^T + s1 xa B1^T + bgu;  h = act(g) u                   [R, I]; saves [g|u] if requested
 //   project_h      ha = h A2^T                                      [R, r2]
 //   code_h         h as codes, if down takes codes                  [R, I]
-//   down           w (h Wd^T + s2 ha B2^T + bd), a row for each route or summed by token
+//   down           w (h Wd^T + s2 ha B2^T + bd), kept as one row per position or summed by token
 //   sum            output = the sum of a token's rows, if down kept them               [T, H]
 
 #include "moe/combine-inl.h"
@@ -21,22 +21,22 @@ struct DownProduct {
     const T *h, *ha;
     const CodedRows& coded_h;  // [R, I], if down takes codes
 
-    void multiply(const Thread<T>& thread, BlockGemm<T>& block, int64_t expert, int64_t route, int64_t count,
+    void multiply(const Thread<T>& thread, BlockGemm<T>& block, int64_t expert, int64_t position, int64_t count,
                   const Columns& columns, const NextRows& after) const {
         const int64_t rank = layer.p.down_rank;
         if (coded_h.codes) {
-            multiply_codes(block, thread.gemm, layer.down, expert, coded_h, nullptr, route, count, columns, after);
+            multiply_codes(block, thread.gemm, layer.down, expert, coded_h, nullptr, position, count, columns, after);
         } else {
-            block.multiply_nt({h + route * layer.I, layer.I}, layer.I, layer.down, expert, columns);
+            block.multiply_nt({h + position * layer.I, layer.I}, layer.I, layer.down, expert, columns);
         }
-        if (rank) block.multiply_nt({ha + route * rank, rank}, rank, layer.B2, expert, columns);
+        if (rank) block.multiply_nt({ha + position * rank, rank}, rank, layer.B2, expert, columns);
     }
     void start(const Thread<T>& thread, int64_t expert, int64_t column, int64_t n) const {
         load_bias(layer.p.down_bias, expert, column, n, thread.bias);
         for (int64_t j = n; j < round_up(n, kPanelColumns); ++j) thread.bias[j] = 0;
     }
-    Vec<Acc<T>> value(const Thread<T>& thread, int64_t route, Vec<Acc<T>> c, int64_t j) const {
-        return layer.route_weights[route] * (c + load(thread.bias + j));
+    Vec<Acc<T>> value(const Thread<T>& thread, int64_t position, Vec<Acc<T>> c, int64_t j) const {
+        return layer.route_weights[position] * (c + load(thread.bias + j));
     }
 };
 
@@ -61,7 +61,7 @@ private:
         h_ = workspace.take<T>(R * layer_.I);
         xa_ = results.saved_xa ? static_cast<T*>(results.saved_xa) : workspace.take<T>(R * p_.gate_up_rank);
         ha_ = results.saved_ha ? static_cast<T*>(results.saved_ha) : workspace.take<T>(R * p_.down_rank);
-        routes_ = workspace.take<Acc<T>>(CombineDown::route_elements(p_, routing_));
+        kept_rows_ = workspace.take<Acc<T>>(CombineDown::kept_elements(p_, routing_));
         coded_h_ = take_coded(workspace, p_, layer_.down, R);
         threads_ = Thread<T>::take(workspace, p_, routing_);
     }
@@ -72,11 +72,11 @@ private:
                           slab_width(layer_.coded_x.codes ? kCodeSlab<T> : kSlab<T>, layer_.I, active, p_.num_threads),
                       i_slabs = ceil_div(layer_.I, i_slab);
         const DownProduct<T> product{layer_, h_, ha_, coded_h_};
-        const CombineDown combine(layer_, threads_, product, routes_, static_cast<T*>(results_.output),
+        const CombineDown combine(layer_, threads_, product, kept_rows_, static_cast<T*>(results_.output),
                                   coded_h_.codes ? kCodeSlab<T> : kSlab<T>);
 
         const auto code_x = [&](int64_t token, int) { layer_.code_token(token); };
-        const auto code_h = [&](int64_t route, int) { code_row(h_, layer_.I, coded_h_, route); };
+        const auto code_h = [&](int64_t position, int) { code_row(h_, layer_.I, coded_h_, position); };
         const auto project_x = [&](int64_t task, int thread) {
             const int64_t e = routing_.active[task], first = routing_.offsets[e];
             low_rank_product<true>(threads_[thread].gemm, layer_, e, layer_.by_token(p_.hidden_states, first), layer_.H,
@@ -84,7 +84,7 @@ private:
         };
         const auto gate_up = [&](int64_t task, int thread) {
             const ExpertTask at(routing_, task, i_slabs);
-            const int64_t column = at.piece * i_slab;
+            const int64_t column = at.slab * i_slab;
             activate(threads_[thread], at.expert, column, smaller(i_slab, layer_.I - column),
                      rows_of_next(p_, routing_, task, i_slabs, i_slab));
         };
@@ -109,12 +109,12 @@ private:
 
     // h = act(g) u, and [g | u] for backward
     void activate(const Thread<T>& thread, int64_t expert, int64_t column, int64_t n, const NextRows& after) {
-        with_activation(p_.activation, [&](auto activation) {
+        with_activation(p_, [&](auto activation) {
             gate_up_product(thread, layer_, expert, column, n, xa_, after,
-                            [&](int64_t route, const Acc<T>* g, const Acc<T>* u) {
-                                T* h = h_ + route * layer_.I + column;
+                            [&](int64_t position, const Acc<T>* g, const Acc<T>* u) {
+                                T* h = h_ + position * layer_.I + column;
                                 T* saved = static_cast<T*>(results_.saved_gate_up);
-                                if (saved) saved += route * 2 * layer_.I + column;
+                                if (saved) saved += position * 2 * layer_.I + column;
                                 for_each_vector<Acc<T>>(n, [&](int64_t j, int64_t count) {
                                     const Vec<Acc<T>> gj = load(g + j), uj = load(u + j);
                                     store_n(h + j, activation.template gate<Acc<T>>(gj).value * uj, count);
@@ -131,7 +131,7 @@ private:
     const Routing& routing_;
     const ForwardResults& results_;
     T *h_, *xa_, *ha_;
-    Acc<T>* routes_;
+    Acc<T>* kept_rows_;
     CodedRows coded_h_;
     const Thread<T>* threads_;
 };

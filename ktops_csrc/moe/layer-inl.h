@@ -1,6 +1,6 @@
 #pragma once
 
-// What forward and backward share: the layer's operands in their types, and the three products they are built from.
+// Shared by forward and backward: the layer's operands, and the products from which both are built.
 
 #include <new>
 
@@ -12,25 +12,25 @@
 
 namespace kt::KT_ISA {
 
-// What a thread sets up for its work. A type of the row's own: no other row is to share functions of it.
+// Sets up a thread for its work. A type of its own for every ISA, so that no ISA shares its functions with another.
 struct Region : Isa::Region {};
 
-// Columns of one task of a product along the rows of a weight: of I twice, of g and of u. More where each task copies
-// the rows of A for itself. Rows of one of its blocks: as many as fit.
+// Columns of one task of a product along the rows of a weight; of gate_up, that many of g and of u. More if each task
+// copies the rows of A. kSlabRows: the most rows of such a block of g and u.
 template <class T>
 constexpr int64_t kSlab = BlockGemm<T>::kCopiesRows ? 256 : 64;
 template <class T>
 constexpr int64_t kSlabRows = smaller(kMaxRows, kMaxRows* kMaxColumns / (2 * kSlab<T>));
 
-// The same of products with codes, which read the codes of the next columns of a task ahead.
+// Columns of one task of a product with codes, which prefetches the codes of the task's next columns.
 template <class T>
 constexpr int64_t kCodeSlab = larger(kSlab<T>, 128);
 
-// Columns of I over which <h, dh> is summed before the sums are added up.
+// Columns of I over which <h, dh> is summed first; then these sums are added up.
 constexpr int64_t kDotSlab = 64;
 
-// Columns of one task of a product down the rows of a weight: as many as fit for the most rows of an expert, whole rows
-// of the weight at best, since memory is slow a few lines at a time.
+// Columns of one task of a product down the rows of a weight: as many as fit for the expert with the most rows, whole
+// rows of the weight if possible, since memory is slow when read a few lines at a time.
 inline int64_t wide_slab(const Routing& routing) {
     int64_t columns = kWideColumns;
     while (columns > kMaxColumns && columns * round_up(routing.most_rows, kRowStep) > kMaxRows * kMaxColumns)
@@ -42,15 +42,16 @@ inline int64_t wide_slab(const Routing& routing) {
 constexpr int64_t kTokenBlock = 2048;
 constexpr int64_t kSumSlab = 256;
 
-// Whether the rows of all routes, [R, H], are kept and added up in a phase of their own. Then tasks are (expert,
-// columns), enough for any number of threads; else a task is a slab of columns over all experts and holds its sums.
-constexpr int64_t kRouteBytes = 32 << 20;
+// True if the rows of all positions, [R, H], are kept and a separate phase adds them up. Then a task is a slab of one
+// expert, which gives enough tasks for any number of threads; else a task is a slab over all experts and holds its
+// sums.
+constexpr int64_t kKeptBytes = 32 << 20;
 
-inline bool keeps_routes(const Problem& p, const Routing& routing) {
-    return routing.num_routes * p.hidden_size * static_cast<int64_t>(sizeof(float)) <= kRouteBytes;
+inline bool keeps_rows(const Problem& p, const Routing& routing) {
+    return routing.num_routes * p.hidden_size * static_cast<int64_t>(sizeof(float)) <= kKeptBytes;
 }
 
-// At most `width`, and less when there are not enough tasks for the threads: the results do not depend on it.
+// Returns at most `width`, and less if the threads would lack tasks. Results do not depend on it.
 inline int64_t slab_width(int64_t width, int64_t columns, int64_t tasks_a_slab, int num_threads) {
     while (width > kPanelColumns && ceil_div(columns, width) * tasks_a_slab < 4 * num_threads) width /= 2;
     return width;
@@ -59,7 +60,7 @@ inline int64_t slab_width(int64_t width, int64_t columns, int64_t tasks_a_slab, 
 template <class T>
 struct Thread {
     GemmScratch<T> gemm;
-    Acc<T>* sums;    // [min(T, kTokenBlock), min(H, kSumSlab)] unless routes are kept
+    Acc<T>* sums;    // [min(T, kTokenBlock), min(H, kSumSlab)] unless rows are kept
     T* activations;  // [most rows of an expert, wide_slab]
     Acc<T>* bias;    // [kWideColumns]
 
@@ -80,12 +81,12 @@ struct Thread {
 
 private:
     static int64_t sum_elements(const Problem& p, const Routing& routing) {
-        if (keeps_routes(p, routing)) return 0;
+        if (keeps_rows(p, routing)) return 0;
         return smaller(p.num_tokens, kTokenBlock) * smaller(round_up(p.hidden_size, kPanelColumns), kSumSlab);
     }
 };
 
-// The digits of activations in products with this weight, 0 if they are computed in floats.
+// Returns the number of digits of activations in products with this weight, 0 for products in floats.
 template <class T>
 inline int code_digits(const Problem& p, const WeightTensor& weight) {
     if (std::is_same_v<T, double> || weight.is_dense() || !format_of(weight).code_group) return 0;
@@ -99,14 +100,14 @@ inline int code_digits(const Problem& p, const WeightTensor& weight) {
     return choose_digits(products, kIsaLimits<T>, p.forced_path);
 }
 
-// Of `rows` rows of activations, if products with this weight are computed in integers.
+// Takes `rows` rows of coded activations if products with this weight are computed in integers.
 template <class T>
 inline CodedRows take_coded(Workspace& workspace, const Problem& p, const Weight<T>& weight, int64_t rows) {
     const int digits = code_digits<T>(p, weight.tensor());
     return digits ? weight.take_codes(workspace, rows, digits) : CodedRows{};
 }
 
-// Row i of x, k elements, as row i of `rows`.
+// Quantizes row i of x, k elements, to row i of `rows`.
 template <class T>
 inline void code_row(const T* x, int64_t k, const CodedRows& rows, int64_t i) {
     if constexpr (std::is_same_v<Acc<T>, float>) {
@@ -119,7 +120,7 @@ template <class T>
 struct Layer {
     const Problem& p;
     const Routing& routing;
-    const Acc<T>* route_weights;  // [num_routes]
+    const Acc<T>* route_weights;  // [num_routes], by position
     Weight<T> gate_up, down;
     StridedWeight<T> A1, B1, A2, B2;  // the scalings are folded into B
     int64_t I, H;
@@ -145,32 +146,32 @@ struct Layer {
         }
     }
 
-    // To be called for every token before gate_up_product, if there is coded_x.
+    // To be called for every token before gate_up_product, if coded_x is used.
     void code_token(int64_t token) const { code_row(static_cast<const T*>(p.hidden_states), H, coded_x, token); }
 
-    // Rows of a [T, H] tensor for the routes from `first` on.
+    // Rows of a [T, H] tensor for the positions from `first` on.
     Rows<T> by_token(const void* tensor, int64_t first) const {
         return {static_cast<const T*>(tensor), H, routing.token + first};
     }
 };
 
-// A loop over (expert, piece) tasks: active experts times `pieces`.
+// Task number `task` of (active expert, slab) pairs, `slabs` per expert.
 struct ExpertTask {
-    int64_t expert, piece;
-    ExpertTask(const Routing& routing, int64_t task, int64_t pieces)
-        : expert(routing.active[task / pieces]), piece(task % pieces) {}
+    int64_t expert, slab;
+    ExpertTask(const Routing& routing, int64_t task, int64_t slabs)
+        : expert(routing.active[task / slabs]), slab(task % slabs) {}
 };
 
-// The rows of W of the task that a thread takes after `task`, most likely: the others take those between. A piece is
-// `width` rows.
-inline NextRows rows_of_next(const Problem& p, const Routing& routing, int64_t task, int64_t pieces, int64_t width) {
+// Returns the rows of W of the task that a thread most likely takes after `task`: the others take those in between. A
+// slab is `width` rows of W.
+inline NextRows rows_of_next(const Problem& p, const Routing& routing, int64_t task, int64_t slabs, int64_t width) {
     const int64_t next = task + p.num_threads;
-    if (next >= routing.num_active * pieces) return {};
-    const ExpertTask at(routing, next, pieces);
-    return {at.expert, at.piece * width};
+    if (next >= routing.num_active * slabs) return {};
+    const ExpertTask at(routing, next, slabs);
+    return {at.expert, at.slab * width};
 }
 
-// out[row][0 .. rank) = a . A^T (transposed) or a . B, for all rows of one expert.
+// out[row][0 .. rank) = a . A^T (kTransposed) or a . B, for all rows of one expert.
 template <bool kTransposed, class T>
 inline void low_rank_product(const GemmScratch<T>& scratch, const Layer<T>& layer, int64_t expert, const Rows<T>& a,
                              int64_t k, const StridedWeight<T>& factor, int64_t rank, T* out) {
@@ -194,8 +195,8 @@ inline void low_rank_product(const GemmScratch<T>& scratch, const Layer<T>& laye
     }
 }
 
-// [g | u] = x Wgu^T + s1 xa B1^T + bgu for columns [column, column + n) of g and of u; epilogue(row, g, u) gets
-// pointers to n accumulators of each. after: the thread's next task.
+// [g | u] = x Wgu^T + s1 xa B1^T + bgu for columns [column, column + n) of g and of u. Calls epilogue(position, g, u)
+// with pointers to n accumulators of each. after: rows of the thread's next task.
 template <class T, class Epilogue>
 inline void gate_up_product(const Thread<T>& thread, const Layer<T>& layer, int64_t expert, int64_t column, int64_t n,
                             const T* xa, const NextRows& after, Epilogue epilogue) {

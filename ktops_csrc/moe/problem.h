@@ -1,6 +1,6 @@
 #pragma once
 
-// One MoE layer as the kernels see it: pointers and sizes, already checked.
+// The arguments of one MoE layer for the kernels: pointers and sizes, already checked.
 
 #include <cstdint>
 
@@ -10,7 +10,15 @@
 
 namespace kt {
 
-enum class Activation { kSilu, kGelu, kGeluTanh };
+enum class Activation {
+#define KT_ACTIVATION(name, Type, num_args) k##Type,
+#include "moe/activations.def"
+#undef KT_ACTIVATION
+};
+constexpr int kMaxActivationArgs = 4;
+#define KT_ACTIVATION(name, Type, num_args) static_assert(num_args <= kMaxActivationArgs);
+#include "moe/activations.def"
+#undef KT_ACTIVATION
 
 struct Problem {
     int64_t num_tokens, top_k, num_experts, hidden_size, intermediate_size;
@@ -27,9 +35,10 @@ struct Problem {
     StridedTensor down_lora_A, down_lora_B;        // [E, r2, I], [E, H, r2]
     double gate_up_scaling, down_scaling;
     Activation activation;
+    double activation_args[kMaxActivationArgs];
     Computation compute = Computation::kAuto;
-    bool inference = false;           // no gradient will be asked for
-    std::optional<Path> forced_path;  // by a test
+    bool inference = false;           // no gradient will be requested
+    std::optional<Path> forced_path;  // requested by a test
 
     int num_threads;
     Launch launch;
@@ -41,7 +50,7 @@ struct Problem {
     }
 };
 
-// Contiguous, in the dtype of hidden_states; the saved ones may be null.
+// Contiguous, in the dtype of hidden_states. The saved tensors have one row per position and may be null.
 struct ForwardResults {
     void* output;         // [T, H]
     void* saved_gate_up;  // [T*K, 2I]
@@ -52,7 +61,7 @@ struct ForwardResults {
 struct BackwardProblem {
     Problem forward;
     const void* grad_output;    // [T, H]
-    const void* saved_gate_up;  // null: compute it again
+    const void* saved_gate_up;  // null: recompute it
     const void* saved_xa;
     const void* saved_ha;
 

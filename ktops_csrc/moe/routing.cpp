@@ -10,8 +10,8 @@ Routing::Routing(const Problem& p) {
     auto* active = reinterpret_cast<int32_t*>(cursor + E + 1);
     int32_t* route = active + E;
     int32_t* token = route + R;
-    int32_t* sorted = token + R;
-    int32_t* taken = sorted + R;
+    int32_t* positions = token + R;
+    int32_t* taken = positions + R;
 
     for (int64_t e = 0; e <= E; ++e) offsets[e] = 0;
     for (int64_t t = 0; t < p.num_tokens; ++t) {
@@ -37,14 +37,15 @@ Routing::Routing(const Problem& p) {
         }
     }
     num_routes = offsets[E];
-    for (int64_t i = 0; i < R; ++i) sorted[i] = -1;
+    for (int64_t i = 0; i < R; ++i) positions[i] = -1;
     for (int64_t t = 0; t < p.num_tokens; ++t) taken[t] = 0;
-    for (int64_t i = 0; i < num_routes; ++i) sorted[token[i] * p.top_k + taken[token[i]]++] = static_cast<int32_t>(i);
+    for (int64_t i = 0; i < num_routes; ++i)
+        positions[token[i] * p.top_k + taken[token[i]]++] = static_cast<int32_t>(i);
     this->offsets = offsets;
     this->active = active;
     this->route = route;
     this->token = token;
-    this->sorted = sorted;
+    this->positions = positions;
 }
 
 }  // namespace kt

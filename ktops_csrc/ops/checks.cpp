@@ -17,7 +17,7 @@ constexpr struct {
     {ScalarType::Double, DType::kFloat64, "float64"},
 };
 
-// PyTorch's name of a dtype.
+// PyTorch's name for a dtype.
 std::string dtype_name(ScalarType type) {
     for (const auto& known : kFloating) {
         if (known.type == type) return known.name;

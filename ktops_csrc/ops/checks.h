@@ -1,6 +1,6 @@
 #pragma once
 
-// Errors that name the argument, what was expected and what came:
+// Errors that name the argument, what was expected and what was given:
 //   kt::moe_sft_fwd: topk_ids must have shape [num_tokens=128, top_k], got [64, 8]
 
 #include <initializer_list>
@@ -13,7 +13,7 @@ namespace kt::ops {
 
 using torch::headeronly::ScalarType;
 
-// One expected size: a name, and a value unless any will do (-1).
+// An expected size: its name, and its value, or -1 for any.
 struct Size {
     const char* name;
     int64_t value = -1;
@@ -24,22 +24,22 @@ public:
     explicit Checker(const char* op) : op_(op) {}
 
     [[noreturn]] void fail(const std::string& message) const;
-    // The message is put together from texts, numbers and the shapes of tensors, only if it is needed.
+    // The message is built from texts, numbers and the shapes of tensors, only if the condition fails.
     template <class... Parts>
     void require(bool condition, const Parts&... parts) const {
         if (!condition) fail((text(parts) + ...));
     }
 
-    // On the CPU, with this shape.
+    // Requires a tensor on the CPU with this shape.
     void shape(const char* name, const Tensor& tensor, std::initializer_list<Size> expected) const;
-    // Of one of the three floating types, of exactly `dtype`, of an integer id type, of int64.
+    // Require a tensor of one of the three floating dtypes, of exactly `dtype`, of an integer dtype for ids, of int64.
     DType floating(const char* name, const Tensor& tensor) const;
     void same_dtype(const char* name, const Tensor& tensor, const char* other_name, DType dtype) const;
     bool is_int64_ids(const char* name, const Tensor& tensor) const;
     void int64(const char* name, const Tensor& tensor) const;
     void finite(const char* name, double value) const;
     void absent(const char* name, const OptionalTensor& tensor, const char* format_name, const char* format) const;
-    // One of several dtypes: its index.
+    // Requires one of several dtypes, and returns its index.
     int64_t one_of(const char* name, const Tensor& tensor, std::initializer_list<ScalarType> expected) const;
 
 private:
@@ -51,7 +51,7 @@ private:
     const char* op_;
 };
 
-// The tensor itself if it is contiguous: asking is much cheaper than PyTorch's operator.
+// Returns the tensor itself if it is contiguous: the check is much cheaper than PyTorch's operator.
 Tensor as_contiguous(const Tensor& tensor);
 
 // The kernels' view of a tensor.

@@ -5,7 +5,7 @@
 namespace kt::ops {
 namespace {
 
-// Runs f and gives its error the name of the op.
+// Calls f and puts the op's name into its error.
 template <class F>
 decltype(auto) named(const char* op, F f) {
     try {

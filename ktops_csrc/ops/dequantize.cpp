@@ -18,12 +18,12 @@ Tensor dequantize(Tensor weight, OptionalTensor scale, OptionalTensor zero, std:
     const WeightTensor view = weight_argument(check, names, *format, group_size, weight, scale, zero);
     Tensor out = torch::stable::empty({E, N, columns}, ScalarType::Float);
     auto* data = static_cast<float*>(out.mutable_data_ptr());
-    constexpr int64_t kRows = 16;  // of a task
-    const int64_t pieces = ceil_div(N, kRows);
+    constexpr int64_t kRows = 16;  // per task
+    const int64_t blocks = ceil_div(N, kRows);
     const auto decode = dispatch::current().decode_rows;
-    torch::stable::parallel_for(0, E * pieces, 1, [&](int64_t begin, int64_t end) {
+    torch::stable::parallel_for(0, E * blocks, 1, [&](int64_t begin, int64_t end) {
         for (int64_t i = begin; i < end; ++i) {
-            const int64_t e = i / pieces, row = i % pieces * kRows;
+            const int64_t e = i / blocks, row = i % blocks * kRows;
             decode(view, e, row, smaller(kRows, N - row), data + (e * N + row) * columns);
         }
     });

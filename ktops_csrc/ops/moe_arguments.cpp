@@ -1,5 +1,6 @@
 #include "ops/moe_arguments.h"
 
+#include <algorithm>
 #include <limits>
 
 #include "ops/weight_argument.h"
@@ -10,14 +11,14 @@ namespace {
 constexpr struct {
     const char* name;
     Activation activation;
-    size_t num_args;  // its parameters, the values of activation_args
+    size_t num_args;
 } kActivations[] = {
-    {"silu", Activation::kSilu, 0},
-    {"gelu", Activation::kGelu, 0},
-    {"gelu_tanh", Activation::kGeluTanh, 0},
+#define KT_ACTIVATION(name, Type, num_args) {#name, Activation::k##Type, num_args},
+#include "moe/activations.def"
+#undef KT_ACTIVATION
 };
 
-Activation parse_activation(const Checker& check, const std::string& name, const std::vector<double>& args) {
+void parse_activation(const Checker& check, const std::string& name, const std::vector<double>& args, Problem& p) {
     std::string names;
     for (const auto& known : kActivations) {
         names += (names.empty() ? "" : ", ") + std::string(known.name);
@@ -25,7 +26,9 @@ Activation parse_activation(const Checker& check, const std::string& name, const
         check.require(args.size() == known.num_args, "activation_args must have ", static_cast<int64_t>(known.num_args),
                       " values for activation '", name, "', got ", static_cast<int64_t>(args.size()));
         for (const double value : args) check.finite("activation_args", value);
-        return known.activation;
+        p.activation = known.activation;
+        std::copy(args.begin(), args.end(), p.activation_args);
+        return;
     }
     check.fail("activation must be one of " + names + ", got '" + name + "'");
 }
@@ -37,7 +40,7 @@ Computation parse_compute(const Checker& check, const std::string& name) {
     check.fail("compute must be one of auto, bf16, int8, got '" + name + "'");
 }
 
-// A projection, dense in the dtype of hidden_states or in a format.
+// Checks a projection, dense in the dtype of hidden_states or in a format.
 WeightTensor projection(const Checker& check, const WeightNames& names, const Tensor& weight,
                         const OptionalTensor& scale, const OptionalTensor& zero, const std::string& format_name,
                         int64_t group_size, DType dtype) {
@@ -54,14 +57,14 @@ WeightTensor projection(const Checker& check, const WeightNames& names, const Te
     return view;
 }
 
-// The rounding of activations that `compute` asks for must be possible with a projection.
+// Requires a projection that can be multiplied in int8.
 void check_int8(const Checker& check, const WeightNames& names, const WeightTensor& weight) {
     if (!weight.is_dense() && format_of(weight).code_group) return;
     check.fail(std::string("compute must be auto or bf16 for ") + names.format + " '" +
                (weight.is_dense() ? "dense" : format_of(weight).name) + "', got 'int8'");
 }
 
-// The threads of the calling thread's pool: torch.set_num_threads holds here too.
+// Runs on PyTorch's threads, so torch.set_num_threads applies.
 void launch(int64_t n, void (*body)(void* context), void* context) {
     if (n <= 1) return body(context);
     torch::stable::parallel_for(0, n, 1, [&](int64_t begin, int64_t end) {
@@ -69,8 +72,8 @@ void launch(int64_t n, void (*body)(void* context), void* context) {
     });
 }
 
-// No more threads than the work is worth: waking one up costs about as much as this many FLOPs, or as many bytes of
-// weights when they are used once.
+// Returns how many threads the work is worth: waking one up costs about as much as kFlopsAThread FLOPs, or that many
+// bytes of weights if they are used once.
 int useful_threads(const Problem& p) {
     constexpr int64_t kFlopsAThread = 1 << 19;
     const int64_t flops = 6 * p.num_tokens * p.top_k * p.hidden_size * p.intermediate_size;
@@ -78,7 +81,7 @@ int useful_threads(const Problem& p) {
     return static_cast<int>(larger(1, smaller(available, flops / kFlopsAThread)));
 }
 
-// Checks one pair of LoRA factors, A [E, r, in] and B [E, out, r], and returns r; 0 without them.
+// Checks a pair of LoRA factors, A [E, r, in] and B [E, out, r], and returns r, or 0 without them.
 int64_t lora_rank(const Checker& check, const char* a_name, const OptionalTensor& a, Size in, const char* b_name,
                   const OptionalTensor& b, Size out, Size experts) {
     if (!a && !b) return 0;
@@ -148,7 +151,7 @@ MoeArguments::MoeArguments(const char* op, KT_MOE_ARGUMENTS(KT_PARAMETER))
     p.down_rank = lora_rank(check, "down_lora_A", down_lora_A, I, "down_lora_B", down_lora_B, H, experts);
     check.finite("gate_up_scaling", gate_up_scaling);
     check.finite("down_scaling", down_scaling);
-    p.activation = parse_activation(check, activation, activation_args);
+    parse_activation(check, activation, activation_args, p);
 
     this->hidden_states = as_contiguous(hidden_states);
     point_to_tensors(check, weights_dtype);

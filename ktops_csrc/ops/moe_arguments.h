@@ -1,6 +1,6 @@
 #pragma once
 
-// The shared arguments of the MoE operators, checked and turned into what the kernels take.
+// The shared arguments of the MoE operators, checked and converted to the kernels' Problem.
 
 #include "moe/problem.h"
 #include "ops/checks.h"
@@ -27,10 +27,10 @@ private:
     void point_to_tensors(const Checker& check, DType weights_dtype);
 };
 
-// The path that kt::force_path asks for.
+// The path requested by kt::force_path.
 std::optional<Path> forced_path();
 
-// Whether [g | u] is kept ("activations") or computed again ("recompute").
+// True if [g | u] is saved ("activations"), false if it is recomputed ("recompute").
 bool keeps_activations(const char* op, const std::string& save);
 
 }  // namespace kt::ops

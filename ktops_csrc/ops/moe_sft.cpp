@@ -25,7 +25,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> moe_sft_fwd(KT_MOE_ARGUMENTS(KT_PARAM
 
 namespace {
 
-// A contiguous tensor like `like` and the kernels' view of it, [1, rows, columns] or [E, rows, columns].
+// Allocates a contiguous tensor like `like` and returns the kernels' view, [1, rows, columns] or [E, rows, columns].
 Result make_result(const Checker& check, const char* name, const Tensor& like, OptionalTensor& out) {
     out = torch::stable::empty(like.sizes(), like.scalar_type());
     Result result;

@@ -1,6 +1,6 @@
 #pragma once
 
-// The C++ side of every operator, in the order of schemas.cpp.
+// The C++ implementations of all operators, in the order of schemas.cpp.
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -13,7 +13,8 @@
 
 #include "ops/moe_arguments.def"
 
-// KT_MOE_ARGUMENTS(KT_PARAMETER) are the parameters of a function, with KT_NAME their names, with KT_SCHEMA the schema.
+// KT_MOE_ARGUMENTS(KT_PARAMETER) expands to function parameters, with KT_NAME to their names, with KT_SCHEMA to a
+// schema.
 #define KT_PARAMETER(schema, type, name) type name
 #define KT_NAME(schema, type, name) name
 #define KT_SCHEMA(schema, type, name) schema name

@@ -1,7 +1,7 @@
-// The kt operators: the whole API on one page.
+// The kt operators: the whole API in one file.
 //
 // The arguments that the MoE operators share are in moe_arguments.def. T tokens, H hidden_size, I intermediate_size, r
-// LoRA rank, R = T*K routes; save is "activations" or "recompute".
+// LoRA rank, R = T*K routes. save is "activations" or "recompute".
 
 #include <Python.h>
 
@@ -16,12 +16,12 @@ STABLE_TORCH_LIBRARY(kt, m) {
     // -> [T, H]
     m.def("moe_fwd(" KT_MOE_SCHEMA ") -> Tensor");
 
-    // -> output [T, H]; saved, one row per route in sorted order: gate_up [R, 2I] (or [0, 2I] for "recompute"),
+    // -> output [T, H]; saved tensors, one row per position: gate_up [R, 2I] (or [0, 2I] for "recompute"),
     //    x A1^T [R, r1], h A2^T [R, r2]
     m.def("moe_sft_fwd(" KT_MOE_SCHEMA ", str save) -> (Tensor output, Tensor saved_gate_up, "
           "Tensor saved_xa, Tensor saved_ha)");
 
-    // bit i of grad_mask asks for the i-th result
+    // bit i of grad_mask requests result i
     m.def("moe_sft_bwd(Tensor grad_output, " KT_MOE_SCHEMA ", str save, Tensor saved_gate_up, "
           "Tensor saved_xa, Tensor saved_ha, int grad_mask) -> ("
           "Tensor? grad_hidden_states, Tensor? grad_topk_weights, Tensor? grad_gate_up_proj, Tensor? grad_down_proj, "
@@ -32,30 +32,31 @@ STABLE_TORCH_LIBRARY(kt, m) {
     m.def("dequantize(Tensor weight, Tensor? scale, Tensor? zero, str weight_format, int group_size, int columns) "
           "-> Tensor");
 
-    // the row of kernels in use; "name=0|1,..." for every compiled row, 1 where this CPU can run it; choose one
+    // the ISA whose kernels are in use; "name=0|1,..." for every compiled ISA, 1 if this CPU can run it; choose an ISA
     m.def("cpu_capability() -> str");
     m.def("cpu_capabilities() -> str");
-    // "name: reason" for better rows that the CPU could run and the operating system forbids; "" with KTOPS_ISA
+    // "name: reason" for better ISAs that the CPU supports but the operating system forbids; "" with KTOPS_ISA
     m.def("cpu_refusals() -> str");
     m.def("set_cpu_capability(str name) -> ()");
 
-    // FLOP/s of one thread issuing nothing but the row's multiply-add instruction for dtype ("bfloat16", "float32", "int8")
+    // FLOP/s of one thread that executes only the ISA's multiply-add instruction for dtype ("bfloat16", "float32" or
+    // "int8")
     m.def("measure_peak(str isa, str dtype, int iterations) -> float");
-    // the sum of an int64 tensor [N] modulo 2^64, by one thread that reads memory as fast as it can
+    // the sum of an int64 tensor [N] modulo 2^64, computed by one thread at its peak memory bandwidth
     m.def("sum_words(Tensor words) -> int");
 
-    // scratch memory kept between calls: release it; how much there is
+    // scratch memory kept between calls: release it; report it
     m.def("empty_cache() -> ()");
     m.def("memory_stats() -> (int bytes_in_use, int bytes_idle, int bytes_peak, int blocks, int allocations)");
 
-    // record the time of every step or not (returns what it was); "operator step calls tasks busy wait wall\n" for every
-    // step so far, times in nanoseconds, with " path=blocks" for each path of its products before the end
+    // turn profiling of every step on or off (returns the previous setting); "operator step calls tasks busy wait
+    // wall\n" for every step so far, times in nanoseconds, with " path=blocks" before the newline for each path taken
     m.def("set_profiling(bool enabled) -> bool");
     m.def("profiling() -> bool");
     m.def("profiled_steps() -> str");
 
-    // the paths of products, "name,..."; the one that they take wherever it is possible, "" for none (returns what it
-    // was): for tests
+    // for tests: the paths of products, "name,..."; force a path wherever it is possible, "" for none (returns the
+    // previous one)
     m.def("paths() -> str");
     m.def("force_path(str name) -> str");
 }

@@ -25,7 +25,7 @@ int64_t element_bytes(Element element) {
     return element == Element::kFloat32 ? 4 : element == Element::kBFloat16 || element == Element::kFloat16 ? 2 : 1;
 }
 
-// Elements of the weight tensor in a row.
+// Elements of the weight tensor per row.
 Size row_size(const Checker& check, const WeightNames& names, const Format& format) {
     const int64_t columns = names.columns.value;
     if (format.block == 1) return names.columns;
@@ -51,7 +51,7 @@ void check_group_size(const Checker& check, const WeightNames& names, const Form
     }
 }
 
-// Values of groups, [E, rows, groups], or with row blocks [E, ceil(rows / group_size), groups].
+// Checks values of groups, [E, rows, groups], or with row blocks [E, ceil(rows / group_size), groups].
 GroupValues group_values(const Checker& check, const WeightNames& names, const char* name, const OptionalTensor& values,
                          const Format& format, int64_t group_size, bool exponents, bool integers) {
     check.require(values.has_value(), name, " must be given for ", names.format, " '", format.name, "', got None");

@@ -1,22 +1,22 @@
 #pragma once
 
-// One weight with its scale and zero point, checked and turned into what the kernels take.
+// A weight with its scale and zero point, checked and converted to the kernels' WeightTensor.
 
 #include "ops/checks.h"
 #include "weights/format.h"
 
 namespace kt::ops {
 
-// What the arguments of a weight are called in errors, and its shape [num_experts, rows, columns].
+// The names of a weight's arguments in errors, and its shape [num_experts, rows, columns].
 struct WeightNames {
     const char *weight, *scale, *zero, *format, *group_size;
     Size num_experts, rows, columns;
 };
 
-// The format of this name, null for "dense".
+// Returns the format of this name, null for "dense".
 const Format* find_format(const Checker& check, const WeightNames& names, const std::string& name);
 
-// A weight in a format. The tensors must outlive the result.
+// Checks a weight in a format and returns a view. The tensors must outlive it.
 WeightTensor weight_argument(const Checker& check, const WeightNames& names, const Format& format, int64_t group_size,
                              const Tensor& weight, const OptionalTensor& scale, const OptionalTensor& zero);
 

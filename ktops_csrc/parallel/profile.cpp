@@ -37,7 +37,7 @@ void record(const char* op, const char* name, const Step& values) {
         last = i;
         return;
     }
-    // A step that earlier calls of the operator did not have goes where it is in this one.
+    // A step that earlier calls of the operator did not have is listed after the one before it in this call.
     last = !rows.empty() && !std::strcmp(rows[last].op, op) ? last + 1 : rows.size();
     rows.insert(rows.begin() + static_cast<std::ptrdiff_t>(last), {op, name, values});
 }

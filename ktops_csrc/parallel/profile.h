@@ -6,12 +6,12 @@
 
 namespace kt::profile {
 
-// How many blocks of products took each path: an index, whose name the caller of describe() has.
+// The number of blocks of C computed by each path. The caller of describe() supplies the names of the indices.
 constexpr int kMaxPaths = 8;
 using PathCounts = std::array<int64_t, kMaxPaths>;
 
 // One step of an operator, summed over its calls. Times in nanoseconds. Every moment of a call belongs to one step,
-// so the `wall` of an operator's steps add up to its time.
+// so the `wall` times of an operator's steps add up to its time.
 struct Step {
     int64_t calls = 0;
     int64_t tasks = 0;
@@ -21,21 +21,21 @@ struct Step {
     PathCounts paths{};
 };
 
-// Off at first, unless KTOPS_PROFILE=1. Returns what it was. Calls under way keep to what they began with.
+// Off at first, unless KTOPS_PROFILE=1. Returns the previous setting. Calls in progress keep the one they began with.
 bool set_enabled(bool enabled);
 bool enabled();
 
-// A line for each step so far, in the order of first appearance: "operator step calls tasks busy wait wall\n", with
-// " path=blocks" for each path that was taken before the end.
+// Returns a line for each step so far, in the order of first appearance: "operator step calls tasks busy wait wall\n",
+// with " path=blocks" before the newline for each path that was taken.
 std::string describe(const char* const* path_names);
 
-// Where the paths of this thread are counted: in the step that it is in, if its call is profiled, else nowhere.
+// The path counts of this thread's current step; null unless its call is profiled.
 inline thread_local PathCounts* path_counts = nullptr;
 inline void count_path(int path) {
     if (path_counts) ++(*path_counts)[static_cast<size_t>(path)];
 }
 
-// Nanoseconds on the clock. In a file of its own, clock.cpp: test/profile.cpp has a clock that it moves itself.
+// Returns the time in nanoseconds. In a separate file, clock.cpp, because test/profile.cpp supplies its own clock.
 int64_t now();
 
 // The profile of one call of an operator, from construction to destruction, on the calling thread.
@@ -50,12 +50,12 @@ public:
     Call(const Call&) = delete;
     Call& operator=(const Call&) = delete;
 
-    // The call that this thread is in, null if it is not profiled.
+    // Returns this thread's current call, null if it is not profiled.
     static Call* current();
 
-    // Gives the time since the last mark to `step`, as busy or as waiting.
+    // Attributes the time since the last mark to `step`, as busy or as waiting.
     void mark(const char* step, bool busy = true);
-    // A step that counted its threads itself; its `wall` is no longer there for the next mark.
+    // Adds a step that measured its threads itself; the next mark leaves out its `wall` time.
     void add(const char* step, const Step& values);
 
 private:

@@ -13,14 +13,14 @@ namespace kt {
 // Runs body(context) on up to n threads at once, at least once. Supplied by the caller of the kernels.
 using Launch = void (*)(int64_t n, void (*body)(void* context), void* context);
 
-// A list of phases, each a number of independent tasks; a phase starts when the one before has ended. Tasks are handed
-// out one by one, so a thread that loses its core, or never gets one, delays the others by the task it holds at most.
+// A list of phases, each a number of independent tasks; a phase starts when the one before it has ended. Threads take
+// tasks one by one, so a thread that loses its core, or never gets one, delays the others by at most one task.
 class Schedule {
 public:
     static constexpr int kMaxPhases = 12;
 
-    // task(i, thread) for i in [0, num_tasks) and thread in [0, num_threads). The task is referenced, not copied.
-    // name: of the step in profiles, a literal. Throws std::logic_error beyond kMaxPhases.
+    // Adds a phase that calls task(i, thread) for every i in [0, num_tasks), thread in [0, num_threads). The task is
+    // referenced, not copied. name: a literal, the step's name in profiles. Throws std::logic_error after kMaxPhases.
     template <class Task>
     void add(const char* name, int64_t num_tasks, const Task& task) {
         if (num_phases_ == kMaxPhases) throw std::logic_error("kt: more than kMaxPhases phases");
@@ -31,7 +31,7 @@ public:
         phase.call = [](const void* t, int64_t i, int thread) { (*static_cast<const Task*>(t))(i, thread); };
     }
 
-    // Region: constructed and destroyed by every thread around its work.
+    // Every thread constructs a Region before its work and destroys it afterward.
     template <class Region>
     void run(int num_threads, Launch launch) {
         const auto work = [](void* self) {
@@ -55,7 +55,7 @@ private:
         alignas(64) std::atomic<int64_t> busy{0};  // nanoseconds, if the call is profiled
         std::atomic<int64_t> wait{0};
         std::atomic<int64_t> paths[profile::kMaxPaths] = {};
-        int64_t wall = 0;  // of the first worker, which is there from the beginning
+        int64_t wall = 0;  // of the first worker, which is there from the start
     };
 
     void work() {
@@ -96,7 +96,7 @@ private:
     }
 
     static void wait(const Phase& phase) {
-        constexpr int kSpins = 2000;  // about 50 microseconds; then give the core to whoever holds the last task
+        constexpr int kSpins = 2000;  // about 50 microseconds; then yield the core to a thread that holds a last task
         for (int spin = 0; phase.done.load(std::memory_order_acquire) < phase.num_tasks; ++spin) {
             if (spin < kSpins) {
                 __builtin_ia32_pause();

@@ -7,7 +7,7 @@
 
 namespace kt::KT_ISA {
 
-// A row of k elements in the order of chunks (split or not), zeros up to a whole chunk.
+// Copies a row of k elements in the order of chunks (split or not), with zeros up to a whole chunk.
 template <class T>
 inline void order(const T* x, int64_t k, bool split, float* out) {
     for (int64_t i = 0; i < k; i += kChunk, out += kChunk) {

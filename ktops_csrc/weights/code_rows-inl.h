@@ -1,6 +1,6 @@
 #pragma once
 
-// Codes of integer formats (formats/decoder-inl.h says what decoders have) as rows and as panels, and their scales.
+// Codes of integer formats (decoders: formats/decoder-inl.h) as rows and as panels, and their scales.
 
 #include <cstdint>
 #include <cstring>
@@ -18,14 +18,14 @@ class CodeRows {
     static constexpr int64_t kColumns = Decoder::kCodeColumns, kStep = Decoder::kCodeStep;
     static constexpr bool kInUnit = Decoder::kCodeGroup > 0;
     static constexpr int64_t kGroups = kInUnit ? kColumns / Decoder::kCodeGroup : 1;
-    static constexpr bool kSecond = kZeros || Decoder::kMins;  // whether a group has a second number
+    static constexpr bool kSecond = kZeros || Decoder::kMins;  // a group has a second number
 
 public:
-    // Of a unit: scales, and after them mins, whole vectors of 16 numbers.
+    // Scales of a unit, followed by its mins, padded to a multiple of 16 numbers.
     static constexpr int64_t kUnitScales = (kGroups * (Decoder::kMins ? 2 : 1) + 15) / 16 * 16;
 
-    // Codes [k, k + kn) of n rows, `stride` bytes apart. k and kn are multiples of kColumns; what lies beyond the last
-    // column is any code.
+    // Writes codes [k, k + kn) of n rows, `stride` bytes apart. k and kn are multiples of kColumns; codes past the last
+    // column are unspecified.
     static void rows(const WeightTensor& w, int64_t e, int64_t row, int64_t n, int64_t k, int64_t kn, uint8_t* out,
                      int64_t stride) {
         for (int64_t j = 0; j < n; ++j) {
@@ -40,8 +40,8 @@ public:
         }
     }
 
-    // The same of n <= kPanelColumns rows as a panel, [kn / 4][16][4]. Columns of the panel beyond them are any codes.
-    // What lies `ahead` bytes behind is read ahead, if that is not 0.
+    // Writes codes of n <= kPanelColumns rows as a panel, [kn / 4][16][4]. Columns of the panel past the n-th are
+    // unspecified. Prefetches what is `ahead` bytes past the units it reads, unless `ahead` is 0.
     static void panel(const WeightTensor& w, int64_t e, int64_t row, int64_t n, int64_t k, int64_t kn, uint8_t* out,
                       int64_t ahead) {
         int64_t i = 0;
@@ -64,8 +64,8 @@ public:
         }
     }
 
-    // Scales of groups [first, first + count) of n <= kPanelColumns rows, and scale * zero: that of row j and group
-    // first + g is number g * apart + j. Zeros behind n rows, up to kPanelColumns.
+    // Writes scales of groups [first, first + count) of n <= kPanelColumns rows, and scale * zero: those of row j and
+    // group first + g at g * apart + j. Zeros for rows past the n-th, up to kPanelColumns.
     static void scales(const WeightTensor& w, int64_t e, int64_t row, int64_t n, int64_t first, int64_t count,
                        float* scale, float* min, int64_t apart) {
         constexpr int64_t N = kPanelColumns;
@@ -91,7 +91,7 @@ public:
         }
     }
 
-    // load_groups of scales beside the weight.
+    // load_groups() for scales that are stored in a tensor of their own.
     static void load_scales(const WeightTensor& w, int64_t e, int64_t row, int64_t first, int64_t n, float* out) {
         load_groups(w.scale, e, row, first, n, out);
         if constexpr (Decoder::kFactor != 1) {
@@ -99,7 +99,7 @@ public:
         }
     }
 
-    // A last unit of so many columns: its bytes may be the last ones there are.
+    // Copies the last unit of a row, which has only `columns` columns: memory may end with it.
     __attribute__((noinline)) static const uint8_t* copy_last(const uint8_t* from, int64_t columns, uint8_t* last) {
         std::memset(last, 0, kStep);
         if (columns > 0) std::memcpy(last, from, static_cast<size_t>(ceil_div(columns * kStep, kColumns)));
@@ -113,7 +113,7 @@ private:
         }
     }
 
-    // A unit of each of 16 rows, whose bytes are codes by themselves: as they are transposed.
+    // Packs one unit of each of 16 rows if each byte can be decoded by itself, while bytes are transposed.
     static void unit_panel(const uint8_t* unit, int64_t row_bytes, uint8_t* out) {
         constexpr int64_t kBlocks = kStep / 64, kBlockBytes = 64 * kPanelColumns;
         for (int64_t b = 0; b < kBlocks; ++b, unit += 64, out += kBlockBytes) {
@@ -134,7 +134,7 @@ private:
                         reinterpret_cast<uint32_t*>(out));
     }
 
-    // The numbers of up to 16 groups of a row.
+    // Reads the numbers of up to 16 groups of a row.
     static void row_scales(const WeightTensor& w, int64_t e, int64_t row, int64_t first, int64_t count, float* scale,
                            float* second) {
         if constexpr (kInUnit) {

@@ -1,13 +1,12 @@
 #pragma once
 
-// Products with the codes of integer formats, without making floats of them: rows of activations are codes too, whose
-// blocks have a scale each (quantize_rows-inl.h). With q the unsigned code of a weight, s and z its group's scale and
-// zero point, and a t the code of an activation and its block's scale,
+// Products with the codes of integer formats, without converting them to floats: activations are codes too, with a
+// scale per block (quantize_rows-inl.h). With q the unsigned code of a weight, s and z the scale and zero point of its
+// group, a the code of an activation and t the scale of its block,
 //
 //   sum over k of s (q - z) t a = sum over groups of (s sum over blocks of t (sum of q a)) - s z (sum of t a)
 //
-// The sums over q a are exact, and those over t a are known from quantize_row. formats/decoder-inl.h says what decoders
-// of integer formats have.
+// The sums of q a are exact; quantize_row() computes those of t a. Decoders of integer formats: formats/decoder-inl.h.
 
 #include <cstdint>
 #include <utility>
@@ -50,7 +49,7 @@ private:
             const int64_t of = index[i < m ? i : 0];
             a[i] = x.row(of), a_scales[i] = x.row_scales(of), a_sums[i] = x.row_sums(of);
         }
-        const PieceGroups whole = kInUnit ? PieceGroups() : PieceGroups(w, 0);  // of most rows: all of one
+        const PieceGroups whole = kInUnit ? PieceGroups() : PieceGroups(w, 0);  // the only one in most rows
         const auto add = [&](const DotRows& rows, int64_t ahead) __attribute__((always_inline)) {
             VecDotsF total[M][R] = {};
             Units<M> units(w, w.row(e, row + rows.first), rows.apart * w.row_bytes, ahead, a, a_scales);
@@ -71,16 +70,16 @@ private:
             }
             put_dots<M>(sums, m, rows, [&](int64_t i, int64_t j, float sum) { c[i * ldc + j] = sum; });
         };
-        const DotGroups groups = streams(n, w.row_bytes);
-        for (int64_t g = 0; g < groups.count; ++g) {
-            const DotRows rows = groups.at(g);
-            const int64_t ahead = read_ahead(groups, g, w.row_bytes);
-            const bool all = rows.count == kDotRows;  // of less, each row by itself, as if it were all of them
+        const DotOrder order = streams(n, w.row_bytes);
+        for (int64_t step = 0; step < order.count; ++step) {
+            const DotRows rows = order.at(step);
+            const int64_t ahead = read_ahead(order, step, w.row_bytes);
+            const bool all = rows.count == kDotRows;  // fewer rows: one by one, each in place of all four
             for (int64_t j = 0; j < (all ? 1 : rows.count); ++j) add(all ? rows : DotRows{rows.first + j, 0, 1}, ahead);
         }
     }
 
-    // The codes of a unit of activations, and the scales of the lanes of their sums.
+    // The codes of a unit of activations, and the scale of every lane of their sums.
     template <int M>
     struct UnitOfRows {
         VecCodes codes[M][V];
@@ -100,7 +99,7 @@ private:
         }
     };
 
-    // From the scales of a unit's blocks to those of the lanes of vector v.
+    // Spreads the scales of a unit's blocks to the lanes of vector v.
     template <int v, int... Is>
     __attribute__((always_inline)) static VecDotsF of_blocks(const float* scale, std::integer_sequence<int, Is...>) {
         constexpr int64_t kFirst = column_of(v, 0) / CodedRows::kBlock / 4 * 4;
@@ -110,7 +109,7 @@ private:
                                        static_cast<int>(column_of(v, Is) / CodedRows::kBlock - kFirst)...);
     }
 
-    // The units of kDotRows rows, from the first to the last: as many streams of memory.
+    // Walks the units of kDotRows rows, which are that many streams of memory.
     template <int M>
     struct Units {
         const uint8_t* unit;
@@ -118,7 +117,7 @@ private:
         const int64_t ahead, columns, last_k;
         const int8_t* const* a;
         const float* const* a_scales;
-        int64_t k = 0;  // the first column of the next ones
+        int64_t k = 0;  // first column of the next units
         uint8_t last[R * kStep];
 
         Units(const WeightTensor& w, const uint8_t* first, int64_t apart, int64_t ahead, const int8_t* const* a,
@@ -131,7 +130,7 @@ private:
               a(a),
               a_scales(a_scales) {}
 
-        // f(r, unit of row r, its codes, those of activations) for every row; then the next ones follow.
+        // Calls f(r, unit of row r, its codes, those of activations) for every row, and moves on to the next units.
         template <class F>
         __attribute__((always_inline)) void next(F f) {
             if (__builtin_expect(k == last_k, 0)) {
@@ -166,7 +165,7 @@ private:
         }
     }
 
-    // total[i][r] += the sums of a unit of row r in groups of kGroup columns, with the scales of these.
+    // total[i][r] += the sums of a unit of row r, scaled group by group of kGroup columns.
     template <int M, int64_t kGroup>
     __attribute__((always_inline)) static void add_scaled(const VecCodes (&codes)[V], const UnitOfRows<M>& x,
                                                           const float* scale, int r, VecDotsF (&total)[M][R]) {
@@ -198,13 +197,13 @@ private:
         }
     }
 
-    // Numbers of one group of a unit after the other, in a register, and those of the lanes of vector v.
+    // Loads a number per group of a unit into a register, and spreads them to the lanes of vector v.
     template <int64_t kGroup, int v>
     struct GroupLanes {
         static constexpr int64_t kBegin = column_of(v, 0) / kGroup, kEnd = column_of(v, kDotLanes - 1) / kGroup + 1;
         static constexpr bool kOne = kEnd - kBegin == 1;
-        // those of a unit are in a register; else no more than what is needed: what several stores have written keeps a
-        // load waiting
+        // scales in a unit are in a register; others are loaded only as far as needed, since a load of what several
+        // stores have written has to wait
         static constexpr bool kFew = !kInUnit && kEnd - kBegin <= 4;
         static constexpr int64_t kFirst = kOne || kFew ? kBegin : kBegin / kDotLanes * kDotLanes;
 
@@ -212,7 +211,7 @@ private:
             if constexpr (kOne) return numbers[kFirst] - VecDotsF{};
             return kFew ? repeat_four(numbers + kFirst) : load_bits<VecDotsF>(numbers + kFirst);
         }
-        // The same of numbers of blocks, for groups of no more than a block.
+        // Loads numbers of blocks, for groups that are no longer than a block.
         template <int... Is>
         __attribute__((always_inline)) static VecDotsF load_blocks(const float* numbers,
                                                                    std::integer_sequence<int, Is...>) {
@@ -232,7 +231,7 @@ private:
         }
     };
 
-    // s z of groups [g, g + kDotLanes) of a unit, zeros beyond its groups.
+    // s z of groups [g, g + kDotLanes) of a unit, zeros past its last group.
     template <int... Is>
     __attribute__((always_inline)) static VecDotsF zeros_of(const float* scale, int64_t g,
                                                             std::integer_sequence<int, Is...>) {
@@ -247,7 +246,7 @@ private:
         }
     }
 
-    // Scales in the units.
+    // For scales in the units.
     template <int M>
     __attribute__((always_inline)) static void add_units(Units<M>& units, const float* const* a_sums,
                                                          VecDotsF (&total)[M][R]) {
@@ -268,10 +267,10 @@ private:
         }
     }
 
-    // The groups of the piece of a row that begins with column k.
+    // The groups of a row's piece that starts at column k.
     struct PieceGroups {
         int64_t end = 0, first = 0, count = 0;
-        bool begins = false;  // with all of the first one
+        bool begins = false;  // at the start of the first group
 
         PieceGroups() = default;
         PieceGroups(const WeightTensor& w, int64_t k)
@@ -281,7 +280,7 @@ private:
               begins(k % w.group == 0) {}
     };
 
-    // Their scales, and zero points if they have any, of kDotRows rows; zeros behind them.
+    // Their scales, and zero points if any, in kDotRows rows, followed by zeros.
     struct Groups : PieceGroups {
         static constexpr int64_t kRoom = group_room(kPieceGroups + 1) + kDotLanes;
         float scale[R][kRoom], zero[kZeros ? R : 1][kZeros ? kRoom : 1];
@@ -305,14 +304,14 @@ private:
                 const VecDotsF zero = kZeros ? load_bits<VecDotsF>(groups.zero[kZeros ? r : 0] + g)
                                              : VecDotsF{} + static_cast<float>(Decoder::kZeroCode);
                 VecDotsF mins = load_bits<VecDotsF>(groups.scale[r] + g) * zero;
-                if (__builtin_expect(g == 0 && !groups.begins, 0)) mins[0] = 0;  // the piece before has taken it
+                if (__builtin_expect(g == 0 && !groups.begins, 0)) mins[0] = 0;  // subtracted with the piece before
 #pragma GCC unroll 4
                 for (int i = 0; i < M; ++i) total[i][r] -= mins * load_bits<VecDotsF>(a_sums[i] + groups.first + g);
             }
         }
     }
 
-    // Rows with one scale each, which is that of every piece.
+    // For rows with one scale each, the same in every piece.
     template <int M>
     __attribute__((always_inline)) static void add_rows(Units<M>& units, const Groups& row, const float* const* a_sums,
                                                         VecDotsF (&total)[M][R]) {
@@ -355,7 +354,7 @@ private:
         }
     }
 
-    // Units of several groups of kGroup columns, or groups of several units.
+    // For units of several groups of kGroup columns, or groups of several units.
     template <int M, int64_t kGroup>
     __attribute__((always_inline)) static void add_parts(Units<M>& units, int64_t group, const Groups& groups,
                                                          VecDotsF (&total)[M][R]) {
@@ -368,7 +367,7 @@ private:
         }
     }
 
-    // Groups that end within a unit.
+    // For groups that end within a unit.
     template <int M>
     __attribute__((always_inline)) static void add_uneven_groups(Units<M>& units, int64_t group, const Groups& groups,
                                                                  VecDotsF (&total)[M][R]) {

@@ -1,6 +1,6 @@
 #pragma once
 
-// The kernels of every format, in a table for each.
+// A table of kernels for every format.
 
 #include "weights/code_rows-inl.h"
 #include "weights/codes-inl.h"

@@ -1,6 +1,6 @@
 #pragma once
 
-// Weight formats as the operators' checks and the kernels see them: names, sizes, pointers.
+// Weight formats for the operators' checks and the kernels: names, sizes, pointers.
 
 #include "core/views.h"
 
@@ -36,7 +36,7 @@ constexpr Format kFormats[] = {
 // Columns that share a scale of Scales::kExponents.
 constexpr int64_t kExponentGroup = 32;
 
-// Numbers beside a weight, one for a group of columns of a row or of `row_block` rows: [E, rows, groups].
+// A tensor of scales or zero points [E, rows, groups]: a number per group of a row, or of `row_block` rows.
 struct GroupValues {
     enum class Type : uint8_t { kFloat32, kBFloat16, kFloat16, kUInt8, kExponent };
 
@@ -48,21 +48,21 @@ struct GroupValues {
     int64_t element_bytes() const {
         return type == Type::kFloat32 ? 4 : type == Type::kBFloat16 || type == Type::kFloat16 ? 2 : 1;
     }
-    // The first group of a row.
+    // The number of a row's first group.
     const uint8_t* at(int64_t e, int64_t row) const {
         const int64_t element = e * expert_stride + row / row_block * row_stride;
         return static_cast<const uint8_t*>(data) + element * element_bytes();
     }
 };
 
-// [E, rows, columns] in a format: rows of bytes. Or dense, then nothing else is set.
+// A weight [E, rows, columns] in a format, as rows of bytes; or dense, then no other member is set.
 struct WeightTensor {
     StridedTensor dense;
     FormatId format = FormatId::dense;
     const uint8_t* codes = nullptr;
-    int64_t expert_bytes = 0, row_bytes = 0;  // from one to the next
+    int64_t expert_bytes = 0, row_bytes = 0;  // strides
     int64_t columns = 0;
-    int64_t group = 0;  // columns; of one row's scale: all of them, rounded up
+    int64_t group = 0;  // columns that share a scale; at least all of them if a row has one scale
     GroupValues scale, zero;
 
     bool is_dense() const { return format == FormatId::dense; }

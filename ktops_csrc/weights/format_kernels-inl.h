@@ -1,7 +1,7 @@
 #pragma once
 
-// What a decoder (formats/decoder-inl.h says what that is) makes possible: rows of weights, and products with few rows,
-// for tensors of its format.
+// The kernels that follow from a decoder (formats/decoder-inl.h): rows of weights, and products with few rows, for
+// tensors of its format.
 
 #include <cstdint>
 #include <cstring>
@@ -10,7 +10,7 @@
 
 namespace kt::KT_ISA {
 
-// The chunks of a row one after the other, of columns [first, end): `first` in any chunk, but all in one piece.
+// Reads the chunks of columns [first, end) of a row, in order. `first` may be in any chunk; all are in one piece.
 template <class Decoder, Scales kScales, bool kZeros>
 class RowReader {
     static constexpr int64_t kParts = Decoder::kBlock / kChunk;
@@ -35,7 +35,7 @@ public:
         }
     }
 
-    // The next chunk: weights [k, k + 32). Beyond the last column: any finite number.
+    // Decodes the next chunk, weights [k, k + 32). Lanes past the last column are any finite number.
     __attribute__((always_inline)) void next(int64_t k, VecF* v) {
         const uint8_t* block = block_;
         if constexpr (kParts == 1) {
@@ -48,11 +48,11 @@ public:
         }
     }
 
-    // What lies so many bytes behind the next chunk.
+    // Prefetches the line that is `ahead` bytes past the next chunk.
     void prefetch(int64_t ahead) const { __builtin_prefetch(block_ + part_ * (Decoder::kBytes / kParts) + ahead); }
 
 private:
-    // The last bytes of a row may be the last ones there are.
+    // Copies the last bytes of a row: memory may end with them.
     __attribute__((noinline)) const uint8_t* copy_last(int64_t k) {
         std::memcpy(last_, block_, static_cast<size_t>(ceil_div((columns_ - k) * Decoder::kBytes, kChunk)));
         return last_;
@@ -85,7 +85,7 @@ template <class Decoder, Scales kScales, bool kZeros>
 struct FormatKernels {
     using Reader = RowReader<Decoder, kScales, kZeros>;
 
-    // Rows [row, row + n), columns [column, column + count), `stride` elements apart.
+    // Decodes rows [row, row + n), columns [column, column + count), to rows `stride` elements apart.
     template <class T>
     static void rows(const WeightTensor& w, int64_t e, int64_t row, int64_t n, int64_t column, int64_t count, T* out,
                      int64_t stride) {
@@ -124,10 +124,10 @@ private:
                         float* c, int64_t ldc) {
         const float* a[M];
         for (int i = 0; i < M; ++i) a[i] = x[i < m ? i : 0];
-        const DotGroups groups = streams(n, w.row_bytes);
-        for (int64_t g = 0; g < groups.count; ++g) {
-            const DotRows rows = groups.at(g);
-            const int64_t ahead = read_ahead(groups, g, w.row_bytes);
+        const DotOrder order = streams(n, w.row_bytes);
+        for (int64_t step = 0; step < order.count; ++step) {
+            const DotRows rows = order.at(step);
+            const int64_t ahead = read_ahead(order, step, w.row_bytes);
             VecF sums[M][kDotRows] = {};
             for_each_piece(0, w.columns, [&](int64_t first, int64_t end) __attribute__((always_inline)) {
                 add_piece<M>(w, e, row, rows, first, end, a, ahead, sums);
@@ -136,8 +136,8 @@ private:
         }
     }
 
-    // Columns [first, end), in one piece, of kDotRows rows: as many streams of memory. The last ones may be the same
-    // row.
+    // Adds columns [first, end), in one piece, of kDotRows rows, which are that many streams of memory. The last rows
+    // may be the same.
     template <int M>
     static void add_piece(const WeightTensor& w, int64_t e, int64_t row, const DotRows& rows, int64_t first,
                           int64_t end, const float* const* x, int64_t ahead, VecF (&sums)[M][kDotRows]) {

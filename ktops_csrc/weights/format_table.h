@@ -1,6 +1,6 @@
 #pragma once
 
-// What the kernels of a layer need of a format, without its type: one table of functions for each format and ISA.
+// The interface of a format to the kernels of a layer, without its type: a table of functions per format and ISA.
 
 #include <type_traits>
 
@@ -9,24 +9,24 @@
 
 namespace kt {
 
-// Numbers of n groups, in whole vectors.
+// The numbers of n groups, rounded up to whole vectors.
 constexpr int64_t group_room(int64_t n) { return round_up(n, 16); }
 
-// Rows of activations as codes, zeros up to whole units: in order, or of every unit the even columns and then the odd
-// ones. A number is a code times the scale of its block; or the sum of two of them, its digits, in two rows of codes
-// each of which has one scale in all blocks.
+// Rows of activations as codes, padded with zeros to whole units: in order, or the even columns of every unit, then its
+// odd columns. An activation is a code times the scale of its block; or the sum of two digits, each such a product, in
+// two rows of codes that have one scale each for all blocks.
 struct CodedRows {
     static constexpr int64_t kUnit = 128, kBlock = 32, kSumsMultiple = 16;
-    static constexpr int32_t kDigit = 128;  // the high digit's scale is so many times the low one's
+    static constexpr int32_t kDigit = 128;  // the high digit's scale over the low one's
 
-    int8_t* codes = nullptr;  // of every row, and behind them, at these bytes, what goes with them
-    int64_t stride = 0;
-    int64_t scales_at = 0;        // float: of every block
-    int64_t starts_at = 0;        // int32: of every part, -zero_code times the sum of its codes
-    int64_t sums_at = 0;          // float: of every group, of its numbers; zeros up to num_sums
-    int64_t joined_at = 0;        // int8: of every unit, whether its blocks have one scale
-    int64_t columns = 0;          // in whole units
-    int64_t group = 0, part = 0;  // columns; a part is a block or, if it is less, a group
+    int8_t* codes = nullptr;      // of row 0; after the codes of each row, at these offsets in bytes:
+    int64_t stride = 0;           // bytes from row to row
+    int64_t scales_at = 0;        // float: the scale of every block
+    int64_t starts_at = 0;        // int32: for every part, -zero_code times the sum of its codes
+    int64_t sums_at = 0;          // float: for every group, the sum of its activations; zeros up to num_sums
+    int64_t joined_at = 0;        // int8: for every unit, 1 if its blocks share one scale
+    int64_t columns = 0;          // rounded up to whole units
+    int64_t group = 0, part = 0;  // columns; a part is a block, or a group if that is smaller
     int64_t num_sums = 0;
     int zero_code = 0;
     int digits = 1;
@@ -35,12 +35,12 @@ struct CodedRows {
     const int8_t* row(int64_t i) const { return codes + i * stride; }
     float* row_scales(int64_t i) const { return reinterpret_cast<float*>(codes + i * stride + scales_at); }
     int32_t* row_starts(int64_t i) const { return reinterpret_cast<int32_t*>(codes + i * stride + starts_at); }
-    // Blocks of a unit may share a scale where they belong to one group.
+    // Blocks of a unit may share a scale if they belong to one group.
     bool joins() const { return group % kUnit == 0; }
     int8_t* row_joined(int64_t i) const { return codes + i * stride + joined_at; }
     float* row_sums(int64_t i) const { return reinterpret_cast<float*>(codes + i * stride + sums_at); }
 
-    // Of `rows` rows of activations.
+    // Takes memory for `rows` rows of activations.
     static CodedRows take(Workspace& workspace, int64_t rows, const WeightTensor& w, int digits, bool pairs,
                           int zero_code) {
         CodedRows out(w, digits);
@@ -57,11 +57,11 @@ private:
         : columns(round_up(w.columns, kUnit)),
           group(code_group(w)),
           part(smaller(kBlock, group)),
-          // a piece of a row may begin with any of its groups, and takes kSumsMultiple at a time
+          // a piece of a row may start with any of its groups, and reads kSumsMultiple at a time
           num_sums(round_up(ceil_div(w.columns, larger(1, smaller(group, w.columns))), kSumsMultiple) + kSumsMultiple),
           digits(digits) {
         scales_at = columns;
-        sums_at = scales_at + columns / kBlock * 4;  // whole vectors of scales are read: of floats, to the last
+        sums_at = scales_at + columns / kBlock * 4;  // scales are read in whole vectors, so floats follow them
         starts_at = sums_at + num_sums * 4;
         joined_at = starts_at + columns / part * 4;
         stride = round_up(joined_at + columns / kUnit, 64);
@@ -76,10 +76,10 @@ struct FormatTable {
     Rows<bfloat16> rows_bfloat16;
     void (*dots)(const WeightTensor&, int64_t e, int64_t row, int64_t n, const float* const* x, int64_t m, float* c,
                  int64_t ldc);
-    int64_t few_rows;  // that dots take at most
-    bool split;        // the order of a chunk
+    int64_t few_rows;  // the most rows of dots()
+    bool split;        // the order of a chunk (isa/chunk-inl.h)
 
-    // Of integer formats: functions of CodeKernels and CodeRows.
+    // For integer formats: functions of CodeKernels and CodeRows.
     void (*code_dots)(const WeightTensor&, int64_t e, int64_t row, int64_t n, const CodedRows& x, const int64_t* index,
                       int64_t m, float* c, int64_t ldc) = nullptr;
     void (*code_rows)(const WeightTensor&, int64_t e, int64_t row, int64_t n, int64_t k, int64_t kn, uint8_t* out,
@@ -90,7 +90,7 @@ struct FormatTable {
                         float* scale, float* min, int64_t apart) = nullptr;
     int zero_code = 0;
     int64_t code_columns = 0;               // of a unit
-    bool pairs = false, code_mins = false;  // the order of codes; whether groups have a zero point of their own
+    bool pairs = false, code_mins = false;  // the order of codes; groups have zero points of their own
 };
 
 }  // namespace kt

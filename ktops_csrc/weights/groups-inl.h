@@ -1,7 +1,7 @@
 #pragma once
 
-// What products with few rows share, with floats or with codes: scales and zero points of the groups of a row, pieces
-// of rows, and sums.
+// Shared by products with few rows, with floats or with codes: scales and zero points of the groups of a row, pieces of
+// rows, and sums.
 
 #include <cstdint>
 #include <type_traits>
@@ -13,12 +13,12 @@
 
 namespace kt::KT_ISA {
 
-// Columns whose scales are read at once, a multiple of every block.
+// Columns of a piece: part of a row whose scales are loaded at once. A multiple of every format's block.
 constexpr int64_t kPiece = 4096;
 constexpr int64_t kPieceGroups = kPiece / kChunk;
 
-// n numbers of a row's groups as float32, and zeros up to group_room(n): what reads vectors of them soon after would
-// have to wait for a store of less.
+// Loads n numbers of a row's groups as float32, then zeros up to group_room(n). Stores whole vectors, because a vector
+// load soon after narrower stores would have to wait for them.
 inline void load_groups(const GroupValues& values, int64_t e, int64_t row, int64_t first, int64_t n, float* out) {
     const uint8_t* from = values.at(e, row) + first * values.element_bytes();
     constexpr int64_t L = kLanes<float>;
@@ -48,7 +48,7 @@ inline void load_groups(const GroupValues& values, int64_t e, int64_t row, int64
     }
 }
 
-// f(first, end) for the parts of [first, end) that lie in one piece each.
+// Calls f(first, end) for the part of [first, end) in each piece.
 template <class F>
 inline __attribute__((always_inline)) void for_each_piece(int64_t first, int64_t end, F f) {
     for (int64_t next; first < end; first = next) {
@@ -57,20 +57,21 @@ inline __attribute__((always_inline)) void for_each_piece(int64_t first, int64_t
     }
 }
 
-// Bytes between a code and the one that is read ahead when it is used.
+// Bytes from a code in use to the one prefetched meanwhile.
 constexpr int64_t kReadAhead = 1536;
 
-// n rows of codes as streams, unless these were shorter than a page: streams that share one are slower.
-inline DotGroups streams(int64_t n, int64_t row_bytes) { return {n, n / kDotRows * row_bytes >= 4096}; }
+// The order of n rows of codes: as streams, unless these would be shorter than a page. Streams that share a page are
+// slower.
+inline DotOrder streams(int64_t n, int64_t row_bytes) { return {n, n / kDotRows * row_bytes >= 4096}; }
 
-// What to add to a code's address to read ahead. At the end of a stream lies the next one, which has been read: the
-// rows that come after all of these are read instead.
-inline int64_t read_ahead(const DotGroups& groups, int64_t g, int64_t row_bytes) {
-    const bool ends = groups.apart > 1 && g >= groups.apart - ceil_div(kReadAhead, row_bytes);
-    return kReadAhead + (ends ? (kDotRows - 1) * groups.apart * row_bytes : 0);
+// The distance in bytes from a code in use to the one to prefetch. A stream ends where the next one, already read,
+// began; there, the rows after all the streams are prefetched instead.
+inline int64_t read_ahead(const DotOrder& order, int64_t step, int64_t row_bytes) {
+    const bool ends = order.apart > 1 && step >= order.apart - ceil_div(kReadAhead, row_bytes);
+    return kReadAhead + (ends ? (kDotRows - 1) * order.apart * row_bytes : 0);
 }
 
-// Rows of activations that share a read of codes, at most; f(1, 2 or 4 as a constant) for m of them.
+// The most rows of activations that share a read of codes. with_few_rows calls f(1, 2 or 4, a constant) for m rows.
 constexpr int kFewRows = Isa::kVectorBytes == 64 ? 4 : Isa::kVectorBytes == 32 ? 2 : 1;
 template <class F>
 inline void with_few_rows(int64_t m, F f) {
@@ -83,7 +84,7 @@ inline void with_few_rows(int64_t m, F f) {
     f(std::integral_constant<int, 1>());
 }
 
-// put(i, j, sum) of the first m rows of sums, j being the rows of W.
+// Calls put(i, j, sum) for the first m rows of sums and every row j of W.
 template <int M, class Put>
 inline void put_dots(const VecF (&sums)[M][kDotRows], int64_t m, const DotRows& rows, Put put) {
     for (int64_t i = 0; i < m; ++i) {

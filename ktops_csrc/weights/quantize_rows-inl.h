@@ -1,7 +1,7 @@
 #pragma once
 
-// Rows of activations as codes (CodedRows): blocks of 32 columns as integers of up to 127 times a scale each; or, with
-// two digits, whole rows as integers of up to 127 * 128 = 128 high + low.
+// Rounds rows of activations to codes (CodedRows): blocks of 32 columns to integers up to 127, with a scale per block;
+// or, with two digits, whole rows to integers up to 127 * 128 = 128 high + low.
 
 #include <cstdint>
 #include <cstring>
@@ -13,13 +13,13 @@
 
 namespace kt::KT_ISA {
 
-// The columns of a unit, in vectors.
+// The vectors, blocks and halves of blocks of a unit.
 constexpr int kUnitVectors = static_cast<int>(CodedRows::kUnit) / kLanes<float>;
 constexpr int kUnitBlocks = static_cast<int>(CodedRows::kUnit / CodedRows::kBlock);
 constexpr int kUnitHalves = 2 * kUnitBlocks;
 static_assert(kUnitBlocks == 4);
 
-// x[0 .. n), and zeros up to a unit.
+// Loads x[0 .. n), and zeros up to a unit.
 template <class T>
 inline void load_unit(const T* x, int64_t n, VecF* v) {
     constexpr int64_t L = kLanes<float>;
@@ -29,10 +29,10 @@ inline void load_unit(const T* x, int64_t n, VecF* v) {
     }
 }
 
-// The bits of |x|: in the order of the numbers, those of NaN last.
+// The bits of |x|, which as integers are in the order of the numbers, NaN last.
 inline VecI32 magnitude(VecF x) { return bit_cast<VecI32>(x) & 0x7fffffff; }
 
-// NaN, if the largest of some magnitudes is infinite or NaN.
+// The largest magnitude as a float; NaN if it is infinite or NaN.
 inline float finite_or_nan(int32_t magnitude) {
     return bit_cast<float>(magnitude < 0x7f800000 ? magnitude : 0x7fc00000);
 }
@@ -67,16 +67,16 @@ inline float largest_of(const T* x, int64_t k) {
     return finite_or_nan(all);
 }
 
-// steps / largest, or 0 where that is infinite.
+// steps / largest, or 0 if that is infinite.
 inline float inverse_of(float largest, float steps) { return largest * 3e38f > steps ? steps / largest : 0; }
 
 inline VecI32 nearest_integers(VecF x, float factor) {
     VecF v = x * factor;
-    __asm__("" : "+x"(v));  // the product is a float32 before it is an integer: no fused multiply-add
+    __asm__("" : "+x"(v));  // no fused multiply-add: the product must be rounded to float32 first
     return bit_cast<VecI32>(v + kRound) - kRoundBits;
 }
 
-// The even or the odd ones of two vectors.
+// The even or the odd elements of two vectors.
 template <int kOdd, int... Is>
 inline VecI32 every_second(VecI32 a, VecI32 b, std::integer_sequence<int, Is...>) {
     return __builtin_shufflevector(a, b, (2 * Is + kOdd)...);
@@ -87,7 +87,7 @@ inline void store_bytes(VecI32 x, int8_t* out) {
     std::memcpy(out, &bytes, sizeof(bytes));
 }
 
-// The codes of a unit, in order or as pairs.
+// Stores the codes of a unit, in order or as pairs.
 inline void store_unit(const VecI32* q, bool pairs, int8_t* out) {
     constexpr int L = kLanes<float>;
     for (int i = 0; i < kUnitVectors; i += 2) {
@@ -102,7 +102,7 @@ inline void store_unit(const VecI32* q, bool pairs, int8_t* out) {
     }
 }
 
-// What goes with the codes of a row: its scales, starts and sums, from the first unit to the last.
+// Writes a row of CodedRows unit by unit: its codes, scales, starts and sums.
 class CodedRow {
 public:
     CodedRow(const CodedRows& rows, int64_t i)
@@ -141,7 +141,7 @@ public:
         }
     }
 
-    // Zeros behind the last sum.
+    // Writes the sum of a last, incomplete group, and zeros after it.
     void finish() {
         if (k_ > group_end_ - rows_.group) *sums_++ = sum_;
         while (sums_ < end_) *sums_++ = 0;
@@ -166,11 +166,11 @@ private:
     int8_t* joined_;
     float *sums_, *const end_;
     int64_t k_ = 0, group_end_;
-    float sum_ = 0;  // of the group that ends with group_end_
+    float sum_ = 0;  // of the group that ends at group_end_
 };
 
-// The blocks of a unit share the largest of their scales where the sum of the squares of the scales, and so of the
-// errors, grows by no more than `most` times.
+// The blocks of a unit share the largest of their scales if the sum of the squares of the scales, and so of the errors,
+// grows at most by a factor of `most`.
 struct JoinedUnit {
     float largest = 0, squares = 0;
 
@@ -184,8 +184,8 @@ struct JoinedUnit {
     bool joins(float most) const { return joined_squares() <= most * squares; }
 };
 
-// `most` of a row with these largest |x| of its blocks: as much as makes the sum of all squares grow by no more than
-// kJoinedSquares times.
+// `most` for a row whose blocks have these largest |x|: kMostJoinedSquares if with it the sum of all squares grows at
+// most by a factor of kJoinedSquares, else kJoinedSquares.
 constexpr float kJoinedSquares = 1.6f, kMostJoinedSquares = 2.4f;
 inline float most_joined_squares(const float* blocks, int64_t units) {
     float before = 0, after = 0;
@@ -197,12 +197,12 @@ inline float most_joined_squares(const float* blocks, int64_t units) {
     return after <= kJoinedSquares * before ? kMostJoinedSquares : kJoinedSquares;
 }
 
-// Row i of `rows` from k elements: each block round(x / scale) with scale = max |x| / 127.
+// Writes row i of `rows` from k elements: for each block, round(x / scale) with scale = max |x| / 127.
 template <class T>
 inline void quantize_row(const T* x, int64_t k, const CodedRows& rows, int64_t i) {
     constexpr int N = kUnitVectors / kUnitBlocks;
     const int64_t units = rows.columns / CodedRows::kUnit;
-    float* all = rows.row_scales(i);  // of every block the largest |x|, until there is the scale
+    float* all = rows.row_scales(i);  // holds the largest |x| of every block until its scale is known
     VecF v[kUnitVectors];
     for (int64_t u = 0; u < units; ++u) {
         load_unit(x + u * CodedRows::kUnit, k - u * CodedRows::kUnit, v);
@@ -227,8 +227,8 @@ inline void quantize_row(const T* x, int64_t k, const CodedRows& rows, int64_t i
     row.finish();
 }
 
-// Rows 2i and 2i + 1 of `rows`, the high and the low digits of k elements: 128 high + low = round(x / scale) with
-// scale = max |x| / (127 * 128).
+// Writes rows 2i and 2i + 1 of `rows`, the high and the low digits of k elements: 128 high + low = round(x / scale)
+// with scale = max |x| / (127 * 128).
 template <class T>
 inline void quantize_digits(const T* x, int64_t k, const CodedRows& rows, int64_t i) {
     constexpr float kSteps = 127 * CodedRows::kDigit;

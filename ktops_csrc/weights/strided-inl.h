@@ -1,7 +1,7 @@
 #pragma once
 
-// Small matrices [E, rows, columns] of any dtype and strides, times a constant: the LoRA factors.
-// (PEFT keeps lora_B as [rows, r, E], the expert innermost, and both factors in float32 beside bfloat16 weights.)
+// LoRA factors: small matrices [E, rows, columns] of any dtype and strides, times a constant.
+// (PEFT stores lora_B as [rows, r, E], the expert innermost, and both factors in float32 even if weights are bfloat16.)
 
 #include <cstdint>
 #include <type_traits>
@@ -29,7 +29,7 @@ struct StridedWeight {
         decode(e, column, n, tensor.stride[2], k, kn, tensor.stride[1], panels, stride);
     }
 
-    // Rows [row, row + n), columns [column, column + count), one after the other.
+    // Copies rows [row, row + n), columns [column, column + count), contiguously.
     void copy_rows(int64_t e, int64_t row, int64_t n, int64_t column, int64_t count, T* out) const {
         for (int64_t i = row; i < row + n; ++i) {
             for (int64_t j = column; j < column + count; ++j) {
@@ -92,7 +92,7 @@ private:
     }
 };
 
-// One row of a bias [E, columns], as accumulators.
+// Loads n elements of a row of a bias [E, columns], as accumulators.
 template <class A>
 inline void load_bias(const StridedTensor& bias, int64_t e, int64_t column, int64_t n, A* out) {
     for (int64_t j = 0; j < n; ++j) out[j] = bias ? static_cast<A>(bias.at(e, column + j)) : A{};

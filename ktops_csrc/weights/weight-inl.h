@@ -1,14 +1,14 @@
 #pragma once
 
 // The weights of a projection, [E, rows, columns]: dense in the dtype of the activations, with any strides, or in a
-// format. To a product they are
-//   direct(e)                                     the rows of an expert as they lie, row_stride apart; or null, then
-//   copy_rows(e, row, n, column, count, out)      rows of T, one after the other
-//   dots(...)                                     products with up to few_rows() rows, read where the codes lie
+// format. They offer a product
+//   direct(e)                                     rows of an expert in place, row_stride apart; null if not contiguous
+//   copy_rows(e, row, n, column, count, out)      contiguous copies of rows, in T
+//   dots(...)                                     products with up to few_rows() rows, codes read in place
 //   decode_nt(e, row, n, k, kn, ...)              panels of rows [row, row + n), k in [k, k + kn) along a row
 //   decode_nn(e, k, kn, column, n, ...)           panels of columns [column, column + n), k down the rows
-// The last two write ceil(n / 16) panels of Compute<T>, `stride` elements apart, zero beyond the block. scratch has
-// room for kScratch elements of T.
+// The last two write ceil(n / 16) panels of Compute<T>, `stride` elements apart, padded with zeros. scratch has room
+// for kScratch elements of T.
 
 #include <cstdint>
 #include <type_traits>
@@ -21,7 +21,7 @@
 
 namespace kt::KT_ISA {
 
-// In decode-inl.h; or a row does with the formats of another.
+// In decode-inl.h, or taken from another ISA.
 const FormatTable& format_table(FormatId format);
 
 template <class T>
@@ -47,7 +47,7 @@ public:
         return static_cast<const T*>(dense.data) + e * dense.stride[0];
     }
 
-    // Of a weight in a format: rows of T, `stride` elements apart.
+    // For a weight in a format: decodes rows to T, `stride` elements apart.
     void decode_rows(int64_t e, int64_t row, int64_t n, int64_t column, int64_t count, T* out, int64_t stride) const {
         if constexpr (std::is_same_v<T, bfloat16>) {
             table_->rows_bfloat16(tensor_, e, row, n, column, count, out, stride);
@@ -74,14 +74,14 @@ public:
         }
     }
 
-    // How many rows dots() takes at most; 0: it is not to be called.
+    // The most rows of dots(); 0 if it must not be called.
     int64_t few_rows() const { return table_ && !std::is_same_v<T, double> ? table_->few_rows : 0; }
     void order_row(const T* x, float* out) const { order(x, tensor_.columns, table_->split, out); }
     void dots(int64_t e, int64_t row, int64_t n, const float* const* x, int64_t m, float* c, int64_t ldc) const {
         table_->dots(tensor_, e, row, n, x, m, c, ldc);
     }
 
-    // Products with codes, of an integer format: rows of activations for them.
+    // For an integer format: takes rows of activations for products with codes.
     CodedRows take_codes(Workspace& workspace, int64_t rows, int digits) const {
         return CodedRows::take(workspace, rows, tensor_, digits, table_->pairs, table_->zero_code);
     }
@@ -98,10 +98,10 @@ public:
                 pack_nt(w + (row + j) * row_stride + k, row_stride, columns, kn, panels);
                 continue;
             }
-            for (int64_t i = 0; i < kn; i += kStrip) {
-                const int64_t count = smaller(kStrip, kn - i);
-                decode_rows(e, row + j, columns, k + i, count, scratch, kStripStride);
-                pack_nt(scratch, kStripStride, columns, count, panels + i * kPanelColumns);
+            for (int64_t i = 0; i < kn; i += kDecodedColumns) {
+                const int64_t count = smaller(kDecodedColumns, kn - i);
+                decode_rows(e, row + j, columns, k + i, count, scratch, kDecodedStride);
+                pack_nt(scratch, kDecodedStride, columns, count, panels + i * kPanelColumns);
             }
         }
     }
@@ -120,16 +120,16 @@ public:
     }
 
 private:
-    // Columns that 16 rows are decoded for at a time, to stay in L1; and from one of these rows to the next, not a
-    // power of two apart.
-    static constexpr int64_t kStrip = 512, kStripStride = kStrip + 64 / static_cast<int64_t>(sizeof(T));
+    // Columns of 16 rows that are decoded at a time, to stay in L1; and their stride, which is not a power of two.
+    static constexpr int64_t kDecodedColumns = 512,
+                             kDecodedStride = kDecodedColumns + 64 / static_cast<int64_t>(sizeof(T));
 
     WeightTensor tensor_;
     StridedWeight<T> strided_;
     const FormatTable* table_ = nullptr;
 };
 
-// Whole rows as float32: kt::dequantize.
+// Decodes whole rows to float32, for kt::dequantize.
 inline void decode_rows(const WeightTensor& w, int64_t e, int64_t row, int64_t n, float* out) {
     format_table(w.format).rows_float(w, e, row, n, 0, w.columns, out, w.columns);
 }

@@ -1,5 +1,5 @@
-// Runs one piece of assembler, or one of the scenarios below, on an arena of memory that comes from stdin and goes to
-// stdout. Natively or under the emulator: the program is the same.
+// Runs one case in assembly, or one of the scenarios below, on an arena of memory that is read from stdin and written
+// to stdout. The same program runs natively and under the emulator.
 
 #include <errno.h>
 #include <immintrin.h>
@@ -23,7 +23,7 @@ extern void (*const cases[])(uint8_t* arena);  // written by the test
 
 namespace {
 
-constexpr uintptr_t kArena = 0x60000000;  // within 31 bits, beyond the gigabyte where Linux puts the heap
+constexpr uintptr_t kArena = 0x60000000;  // within 31 bits, above the gigabyte where Linux places the heap
 constexpr size_t kArenaBytes = 256 << 10;
 constexpr long kSetGs = 0x1001, kGetPermission = 0x1022, kRequestPermission = 0x1023, kTileData = 18;
 
@@ -33,7 +33,7 @@ struct alignas(64) Config {
     uint8_t rows[16] = {};
 };
 
-// Thread i: i + 1 rows of i + 1 dwords of value i, kept in tile 7 while all the others do the same with theirs.
+// Thread i keeps i + 1 rows of i + 1 dwords of value i in tile 7, while all other threads do the same with theirs.
 constexpr int kThreads = 8;
 pthread_barrier_t barrier;
 
@@ -71,8 +71,8 @@ void* zero_a_tile(void*) {
     return nullptr;
 }
 
-// A thread without a configuration of its own, beside one that has one. Linux gives a new thread its parent's, so the
-// parent configures its tiles later.
+// A thread without a tile configuration uses a tile while another thread has one. On Linux a new thread inherits its
+// parent's, so the parent configures its tiles later.
 void foreign_tiles() {
     pthread_barrier_init(&barrier, nullptr, 2);
     pthread_t id;
@@ -85,7 +85,7 @@ void foreign_tiles() {
     pthread_join(id, nullptr);
 }
 
-// The program's own handler steps over ud2 and over a tile instruction that faults.
+// The program's own handler skips ud2 and a tile instruction that faults.
 volatile sig_atomic_t handled = 0;
 
 void step_over(int, siginfo_t*, void* context) {

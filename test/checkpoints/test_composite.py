@@ -91,7 +91,7 @@ def parts():
     return {"thinker": omni().thinker, "vision": transformers.Qwen3_5MoeForCausalLM(text)}
 
 
-@pytest.mark.filterwarnings("ignore:ktops. the GPTQ weights were quantized in an order")
+@pytest.mark.filterwarnings("ignore:ktops. the GPTQ weights were quantized with reordered")
 @pytest.mark.parametrize("names", ["thinker", "vision"])
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_quantized_experts_of_a_part(tmp_path, parts, scheme, names):
@@ -151,7 +151,7 @@ def test_wrapper_is_told_which_of_two(tmp_path):
     with pytest.raises(
         ValueError,
         match=r"layer_idx must be one layer with experts, got 1: .* could be "
-        r"talker.model.layers.1.mlp.experts and thinker.model.layers.1.mlp.experts: pass prefix=",
+        r"talker.model.layers.1.mlp.experts and thinker.model.layers.1.mlp.experts. Pass prefix=",
     ):
         wrapper(tmp_path, layer, 1)
     found = [wrapper(tmp_path, layer, 1, prefix).down_proj.weight for prefix in ("thinker.", "talker.")]
@@ -170,7 +170,7 @@ def test_prefix_chooses_what_transformers_would_not_load(tmp_path):
     ):
         ktops.load_experts(model, path, prefix="mtp.")
     with pytest.raises(
-        CheckpointError, match=r"starts with prefix='nothing.': there are .*model.layers.\{0 to 1\}"
+        CheckpointError, match=r"starts with prefix='nothing.'; there are .*model.layers.\{0 to 1\}"
     ):
         ktops.load_experts(model, path, prefix="nothing.")
     del model.model.layers[1]
@@ -192,7 +192,7 @@ def test_two_names_of_one_layer(tmp_path):
     with pytest.raises(
         CheckpointError,
         match=r"model.layers.0.mlp.experts could be layers.0.block_sparse_moe.experts and "
-        "model.layers.0.block_sparse_moe.experts: pass prefix=",
+        "model.layers.0.block_sparse_moe.experts. Pass prefix=",
     ):
         ktops.load_experts(model, tmp_path)
     ktops.load_experts(model, tmp_path, "int8", prefix="model.", show_progress=False)
@@ -200,7 +200,7 @@ def test_two_names_of_one_layer(tmp_path):
     loaded = model.model.layers[0].mlp.experts.down_proj.weight
     stacked = torch.stack([mine[f"layers.0.block_sparse_moe.experts.{e}.w2.weight"] for e in range(8)])
     assert torch.equal(loaded, ktops.quantize(stacked, "int8").weight)
-    with pytest.raises(CheckpointError, match=r"could be layers.0.*: pass prefix="):
+    with pytest.raises(CheckpointError, match=r"could be layers.0.*. Pass prefix="):
         model_class.from_pretrained(tmp_path, quantization_config=ktops.KTConfig("int8"))
     config = ktops.KTConfig("int8", prefix="layers.")
     chosen = model_class.from_pretrained(tmp_path, quantization_config=config)
@@ -224,7 +224,7 @@ def test_gguf_is_taken_by_number(tmp_path):
     with pytest.raises(
         ValueError,
         match=r"layer 0 of .* could be thinker.model.*layers.0.mlp.experts or "
-        "talker.model.layers.0.mlp.experts of the model: pass only the right part of the model",
+        "talker.model.layers.0.mlp.experts of the model. Pass only the right part of the model",
     ):
         ktops.load_experts(model, tmp_path / "model.gguf")
     ktops.load_experts(model.thinker, tmp_path / "model.gguf", show_progress=False)
@@ -267,7 +267,7 @@ def test_without_config_the_model_decides(tmp_path):
     expect_experts(model, reference)
     with pytest.raises(
         CheckpointError,
-        match=r"does not recognize any tensor name as an expert's: the names are "
+        match=r"does not recognize any tensor name as an expert's. The names are "
         r".*model.layers.\*.block_sparse_moe.input_linear.weight",
     ):
         open_checkpoint(tmp_path).require_layers()

@@ -85,7 +85,7 @@ def test_down_is_mapped_and_may_be_of_another_type(tmp_path):
 def test_gate_and_up_of_different_types_are_decoded(tmp_path):
     warn_once.cache_clear()
     dense = write(tmp_path / "m.gguf", {"gate": "Q4_0", "up": "Q8_0", "down": "Q8_0"}, layers=1)
-    with pytest.warns(UserWarning, match=r"blk.0.ffn_gate_exps.weight .* is q4_0 and .* q8_0: one format"):
+    with pytest.warns(UserWarning, match=r"blk.0.ffn_gate_exps.weight .* is q4_0 and .* q8_0. Both need"):
         (layer,) = open_checkpoint(tmp_path / "m.gguf").layers
         read = layer.read()
     assert read.gate_up_proj.format == "bf16" and read.down_proj.format == "q8_0"

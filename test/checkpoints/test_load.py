@@ -61,7 +61,7 @@ def small(make):
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
-@pytest.mark.filterwarnings("ignore:ktops. the GPTQ weights were quantized in an order")
+@pytest.mark.filterwarnings("ignore:ktops. the GPTQ weights were quantized with reordered")
 def test_logits(tmp_path, scheme):
     make, name = SCHEMES[scheme]
     write_per_expert(tmp_path, small(make), **SIZES)

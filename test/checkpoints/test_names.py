@@ -164,7 +164,7 @@ def test_no_experts_at_all(tmp_path):
     model = model_without_weights("qwen3_moe", transformers.Qwen3MoeForCausalLM)
     with pytest.raises(
         CheckpointError,
-        match=r"does not recognize any tensor name as an expert's: the names are "
+        match=r"does not recognize any tensor name as an expert's. The names are "
         r"model.layers.\*.mlp.up.weight, lm_head",
     ):
         ktops.load_experts(model, tmp_path)

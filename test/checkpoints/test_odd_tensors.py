@@ -26,7 +26,7 @@ def test_one_dense_matrix_among_quantized_ones(tmp_path, scheme, dtype):
     config = {"quantization_config": GPTQ} if scheme == "gptq" else None
     ((gate_up, down),) = write_per_expert(tmp_path, make, layers=1, config=config)
     (layer,) = open_checkpoint(tmp_path).layers
-    expected = rf"{EXPERTS}\.2\.down_proj\.weight in .*: expert 2 differs .* pass weight_format"
+    expected = rf"{EXPERTS}\.2\.down_proj\.weight in .*: expert 2 differs .* Pass weight_format"
     with pytest.raises(CheckpointError, match=expected):
         layer.read()
     model = OneLayer(E, H, I)
@@ -181,7 +181,7 @@ def with_no_weights(make):
     [
         (nvfp4, "compressed-tensors", "weight_global_scale .*: NVFP4: "),
         (modelopt_nvfp4, "modelopt", "weight_scale_2 .*: NVFP4 of ModelOpt: "),
-        (modelopt_awq, "modelopt", "pre_quant_scale .*: weights of scaled activations"),
+        (modelopt_awq, "modelopt", "pre_quant_scale .*: weights for scaled activations"),
         (int8_zero_points, "compressed-tensors", "weight_zero_point .*: 8 bits with zero points: "),
         (llm_int8, "bitsandbytes", "SCB .*: LLM.int8 of bitsandbytes: "),
         (nf4, "bitsandbytes", "weight .*: its scale is missing, or the scheme is unknown"),

@@ -100,7 +100,7 @@ def test_arguments_of_from_pretrained(tmp_path):
     fp8 = transformers.FineGrainedFP8Config(dequantize=True)
     assert load(destination, quantization_config=fp8).model.layers[0].mlp.experts.down_proj.format == "int8"
     model.save_pretrained(tmp_path / "saved")
-    with pytest.raises(ValueError, match="must be a KTConfig for a model of which only the experts are quan"):
+    with pytest.raises(ValueError, match="must be a KTConfig for a model with only the experts quantized"):
         load(tmp_path / "saved", quantization_config=fp8)
 
 
@@ -198,7 +198,7 @@ def test_finetune_in_another_format(tmp_path, scheme):
 def test_finetune_of_converted_experts_in_another_format(tmp_path):
     source, _ = published.write(tmp_path, "fp8", attention=True)
     model = load_model(str(converted(source, "int8")), torch.float32, "ktops", keep_format=False)
-    with pytest.raises(UserError, match=r"--weight-format int4: .* its weights are in format 'int8' already"):
+    with pytest.raises(UserError, match=r"--weight-format int4: .* its weights are already in format 'int8'"):
         quantize_experts(model, "int4")
 
 

@@ -34,8 +34,8 @@ FORMATS = {
 }
 REFUSED = {
     "extra_config": (
-        r"experts\.1\.up_proj\.qweight .*: expert 1 differs from the others: expected int4 .*, got int8 .*: "
-        "pass weight_format"
+        r"experts\.1\.up_proj\.qweight .*: expert 1 differs from the others: expected int4 .*, got int8 .*\. "
+        "Pass weight_format"
     ),
     "llmcompressor_w8_zero_points": "experts.0.gate_proj.weight_packed .* got 8 bits with other zero points",
     "mxint4": r"gate_proj.weight_packed .* must be floats, .* says mx_int \(quant_method auto-round\)",

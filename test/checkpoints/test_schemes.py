@@ -13,7 +13,7 @@ from ktops.checkpoints import experts, open_checkpoint
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
-@pytest.mark.filterwarnings("ignore:ktops. the GPTQ weights were quantized in an order")
+@pytest.mark.filterwarnings("ignore:ktops. the GPTQ weights were quantized with reordered")
 def test_scheme(tmp_path, scheme):
     make, name = SCHEMES[scheme]
     checkpoint_weights = write_per_expert(tmp_path, make)

@@ -35,7 +35,7 @@ STORED = {
 
 pytestmark = [
     pytest.mark.usefixtures("enabled"),
-    pytest.mark.filterwarnings("ignore:ktops. the GPTQ weights were quantized in an order"),
+    pytest.mark.filterwarnings("ignore:ktops. the GPTQ weights were quantized with reordered"),
 ]
 
 

@@ -128,12 +128,12 @@ def test_a_converted_directory_is_a_source(convert, tmp_path):
 def test_overwrite(convert, tmp_path):
     assert convert("out", "--format", "int8")[0] == 0
     status, out, err = convert("out", *ARGUMENTS)
-    assert (status, out, err) == (1, "", "ktops: out is there already. Add --overwrite to replace it\n")
+    assert (status, out, err) == (1, "", "ktops: out already exists. Add --overwrite to replace it\n")
     assert convert("out", *ARGUMENTS, "--overwrite")[0] == 0
     assert open_checkpoint(tmp_path / "out").layers[0].formats == ("int4", "int4")
     (tmp_path / "mine").mkdir()
     status, _, err = convert("mine", *ARGUMENTS, "--overwrite")
-    assert status == 1 and "mine has no ktops.json: only what ktops has converted is replaced" in err
+    assert status == 1 and "mine has no ktops.json; only directories converted by ktops are replaced" in err
 
 
 @pytest.mark.parametrize(
@@ -161,7 +161,9 @@ def test_bad_sources(convert, model_directory, tmp_path):
         return err
 
     assert "nowhere: there is no such file or directory" in refused("nowhere")
-    assert "SRC and DST must be apart" in refused(model_directory, model_directory / "out")
+    assert "SRC and DST must not be the same or contain each other" in refused(
+        model_directory, model_directory / "out"
+    )
     (tmp_path / "damaged").mkdir()
     data = (model_directory / "model.safetensors").read_bytes()
     (tmp_path / "damaged" / "model.safetensors").write_bytes(data[:-1])
@@ -265,7 +267,7 @@ def test_the_quantizer_of_other_tensors_stays(convert, tmp_path, scaled):
             None,
             "outputs are not compared: ktops has no 'silu' with a swiglu_limit",
         ),
-        ({}, "silu", "no config.json names the activation: outputs are compared with silu"),
+        ({}, "silu", "no config.json names the activation; outputs are compared with silu"),
     ],
 )
 def test_activation_of_the_report(convert, model_directory, tmp_path, config, activation, said):

@@ -148,7 +148,7 @@ def test_reload_check_tells_a_damaged_adapter(finetune, reload_here, model_direc
     adapter = load_file(file)
     name = next(name for name in adapter if "experts" in name and "lora_B" in name)
     save_file({**adapter, name: adapter[name] * 1.01}, file)
-    with pytest.raises(UserError, match="the reloaded adapter gives other logits"):
+    with pytest.raises(UserError, match="the reloaded adapter gives different logits"):
         verify.require(verify.run(tmp_path / "record.json"))
     save_file({name: torch.zeros_like(tensor) for name, tensor in adapter.items()}, file)
     unchanged = PeftModel.from_pretrained(
@@ -168,7 +168,7 @@ def test_failing_reload_ends_with_status_1(finetune, monkeypatch):
     }
     monkeypatch.setattr(verify, "run", lambda path: different)
     status, _, err = finetune("--max-steps", 1)
-    assert status == 1 and "the reloaded adapter gives other logits: relative difference 5.00e-01" in err
+    assert status == 1 and "the reloaded adapter gives different logits: relative difference 5.00e-01" in err
 
 
 def test_fresh_process_that_fails_is_told(tmp_path):

@@ -149,7 +149,7 @@ def test_ignored_keys_of_records_messages_parts_and_calls():
             {"instruction": "a", "output": "b", "prompt": "a", "completion": "b"},
             "2 layouts, alpaca and prompt and completion.*--ignore-keys completion,prompt",
         ),
-        ({"text": "a", "id": 1}, r"the layout text has no use for the keys \['id'\].*--ignore-keys id"),
+        ({"text": "a", "id": 1}, r"the layout text does not use the keys \['id'\].*--ignore-keys id"),
         ({"prompt": "a", "completion": "b", "label": True}, "the layout prompt and completion .*'label'"),
         ({"prompt": "a", "completion": [ANSWER]}, "completion must be a string, got"),
         ({"prompt": [USER], "completion": "b"}, "completion must be a list, or both strings, got str"),

@@ -47,7 +47,7 @@ def test_interrupted_and_resumed_run_equals_an_uninterrupted_one(
     assert (status, err) == (
         1,
         "ktops: --resume: the run in stopped is complete after "
-        f"{STEPS} steps; a larger --max-steps goes on\n",
+        f"{STEPS} steps. To continue it, increase --max-steps\n",
     )
     assert ktops_command("finetune", "--resume", "--output-dir", "stopped", "--max-steps", STEPS + 2)[0] == 0
     assert len(losses(tmp_path / "stopped")) == STEPS + 2

@@ -55,14 +55,14 @@ def test_wrong_usage_has_status_2(ktops_command, arguments):
         (["--lora-rank", -1], "--lora-rank must be positive, got -1"),
         (["--learning-rate", "nan"], "--learning-rate must be positive, got nan"),
         (["--lora-alpha", "inf"], "--lora-alpha must be positive, got inf"),
-        (["--eval-fraction", 1], "--eval-fraction must lie between 0 and 1, got 1.0"),
+        (["--eval-fraction", 1], "--eval-fraction must be between 0 and 1, got 1.0"),
         (["--dtype", "int8"], "--dtype must be bf16 or f32, got 'int8'"),
-        (["--pretrain-steps", 3], "--pretrain-steps is for the small model only"),
-        (["--resume", "--overwrite"], "--resume and --overwrite exclude each other"),
+        (["--pretrain-steps", 3], "--pretrain-steps is only for the small model"),
+        (["--resume", "--overwrite"], "--resume and --overwrite cannot be combined"),
         (["--resume"], "--resume: there is no run in refused"),
         (["--max-length", 3], "--max-length 3: no example has its answer within that many tokens"),
         (["--target", "q_proj,nonsense"], "Qwen3MoeForCausalLM has no linear layers named 'nonsense'"),
-        (["--target", ","], "--target: ',' reaches nothing"),
+        (["--target", ","], "--target: ',' matches nothing"),
         (["--experts-implementation", "nonsense"], "nonsense"),
         (
             ["--weight-format", "int3"],
@@ -76,7 +76,7 @@ def test_wrong_usage_has_status_2(ktops_command, arguments):
             ["--weight-format", "int4", "--quantize-method", "hqq"],
             "--weight-format int4: method must be one of rtn, mse for format 'int4', got 'hqq'",
         ),
-        (["--group-size", 32], "--group-size needs --weight-format beside it"),
+        (["--group-size", 32], "--group-size needs --weight-format"),
         (
             ["--weight-format", "int4", "--experts-implementation", "eager"],
             "--weight-format needs --experts-implementation ktops, got eager",
@@ -90,7 +90,7 @@ def test_bad_options(refused, arguments, message):
 
 def test_model_and_data_need_each_other(ktops_command, model_directory):
     status, _, err = ktops_command("finetune", "--model", model_directory)
-    assert status == 1 and "--model needs --data beside it" in err
+    assert status == 1 and "--model needs --data. Without both" in err
 
 
 def test_bad_model_directories(refused, tmp_path):
@@ -154,7 +154,7 @@ TOOL_RECORD = {
     [
         (TOOL_RECORD, "leave out tool_calls of message 2 (assistant), tools"),
         ({"instruction": "a", "output": "b", "source": "web"}, "source. Give the model a template"),
-        ({"text": "a", "source": "web"}, "the layout text has no use for the keys ['source']"),
+        ({"text": "a", "source": "web"}, "the layout text does not use the keys ['source']"),
     ],
 )
 def test_data_that_the_template_leaves_out_is_refused_and_an_old_run_left_alone(
@@ -174,7 +174,7 @@ def test_data_that_the_template_leaves_out_is_refused_and_an_old_run_left_alone(
         ("[]", "is empty"),
         ("\n\n", "is empty"),
         ("{}", "line 1: the record is empty"),
-        ('{"text": "a"}\n', "has one example; at least two are needed, one of them held out"),
+        ('{"text": "a"}\n', "has one example; at least two are needed, because one is held out"),
     ],
 )
 def test_files_with_less_than_two_examples(refused, tmp_path, text, message):
@@ -192,7 +192,7 @@ def test_output_directory(monkeypatch, tmp_path):
     second = run_directory.choose(None, resume=False, overwrite=False)
     assert str(second) == "ktops-finetune-2"
     assert run_directory.choose(None, resume=True, overwrite=False) == first
-    with pytest.raises(UserError, match=r"holds a run already\. Add --resume"):
+    with pytest.raises(UserError, match=r"already holds a run\. Add --resume"):
         run_directory.choose(first, resume=False, overwrite=False)
     run_directory.prepare(run_directory.choose(first, resume=False, overwrite=True), overwrite=True)
     assert [path.name for path in first.iterdir()] == ["notes.txt"]

@@ -133,7 +133,7 @@ def test_what_nobody_adds_is_warned_of():
     warn_once.cache_clear()
     (last,) = model([1])
     last.forward(*inputs(last))
-    with pytest.warns(UserWarning, match="layer 0 deferred were never added: give the last layer"):
+    with pytest.warns(UserWarning, match="layer 0 deferred were never added. Set max_deferred_experts"):
         last.forward(*inputs(last))
 
 

@@ -68,7 +68,7 @@ def assert_holds(wrapper, gate_up: torch.Tensor, down: torch.Tensor) -> None:
     assert torch.equal(dense(wrapper.down_proj), down.double())
 
 
-@pytest.mark.filterwarnings("ignore:ktops. the GPTQ weights were quantized in an order of their own")
+@pytest.mark.filterwarnings("ignore:ktops. the GPTQ weights were quantized with reordered columns")
 @pytest.mark.parametrize(
     ("method", "scheme"), [(method, scheme) for method, schemes in AS_STORED.items() for scheme in schemes]
 )

@@ -97,7 +97,7 @@ def test_older_forwards_than_the_depth_are_forgotten():
         grad_input, _ = wrapper.backward(grad_output())
         expected = reference_gradients(wrapper, inputs(wrapper, seed=seed), adapters(wrapper), grad_output())
         assert_close({"grad_input": grad_input}, {"grad_input": expected["grad_input"]}, BUDGET)
-    with pytest.raises(RuntimeError, match="max_cache_depth=2 of them are kept"):
+    with pytest.raises(RuntimeError, match="max_cache_depth=2 forwards are kept"):
         wrapper.backward(grad_output())
 
 

@@ -1,5 +1,6 @@
-// Decodes and multiplies with the format "toy" on the scalar row: argv: experts, rows, columns, group; stdin: codes,
-// scales in float32, one row of activations in float32; stdout: the weights, then the product with that row.
+// Decodes and multiplies weights in the format "toy" with the scalar kernels. argv: experts, rows, columns, group.
+// stdin: codes, scales in float32, one row of activations in float32. stdout: the weights, then the product with that
+// row.
 
 #include <cstdint>
 #include <cstdio>

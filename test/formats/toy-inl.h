@@ -1,6 +1,6 @@
 #pragma once
 
-// A format for the test: a byte q for each weight, which means (q - 100) times the scale.
+// A format for the test: a byte q per weight, whose value is (q - 100) times the scale.
 
 #include "formats/decoder-inl.h"
 

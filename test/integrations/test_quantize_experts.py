@@ -105,7 +105,7 @@ def test_weights_beyond_a_scale_of_the_format_change_nothing():
     with torch.no_grad():
         experts["experts"].down_proj[1, 7, 5] = -1e8
     message = refused(experts, "q4_k")
-    assert "experts: down_proj: format 'q4_k' needs finite weights, with scales" in message
+    assert "experts: down_proj: format 'q4_k' needs finite weights, with group scales" in message
     assert "got weights from -1e+08 to" in message
 
 
@@ -127,6 +127,16 @@ def test_experts_in_a_plain_format(plain):
             assert torch.equal(weight.weight, ktops.quantize(expected, "int8").weight)
             assert weight.dtype == torch.float32
     model(TOKENS)
+
+
+def test_only_one_weight_in_a_plain_format():
+    dense = KTExperts(4, 64, 32)
+    gate_up = ktops.quantize(dense.gate_up_proj.detach(), "fp32")
+    model = nn.ModuleDict({"experts": KTExperts.from_parameters(gate_up, dense.down_proj)})
+    ktops.quantize_experts(model, "int8")
+    for kind in ("gate_up_proj", "down_proj"):
+        expected = ktops.quantize(getattr(dense, kind).detach(), "int8")
+        assert torch.equal(getattr(model["experts"], kind).weight, expected.weight)
 
 
 LISTS = {
@@ -164,7 +174,7 @@ def test_lists_of_experts(kind, swapped):
         expected = dense(x)
         assert (model(x) - expected).norm() / expected.norm() < 1e-5
     assert ("moe_infer" in vars(model.layers[0])) == (kind == "moe_infer")
-    assert "its weights are in format 'int8' already" in refused(model, "int4")
+    assert "its weights are already in format 'int8'" in refused(model, "int4")
 
 
 def test_lora_on_a_list_of_experts(enabled):
@@ -190,7 +200,7 @@ def test_other_modules_are_refused():
     assert "experts: it has hooks" in refused(model, "int8")
     handle.remove()
     ktops.quantize_experts(model, "int8")
-    assert "its weights are in format 'int8' already" in refused(model, "int4")
+    assert "its weights are already in format 'int8'" in refused(model, "int4")
 
 
 def test_adapters_come_after_the_format(enabled):

@@ -18,6 +18,7 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
 import ktops
 from ktops._warn import warn_once
+from ktops.checkpoints.activations import BY_HIDDEN_ACT
 from ktops.integrations.transformers import activation_name, unsupported_layout
 from ktops.ops.activation import ACTIVATIONS
 from ktops.testing.budgets import forward_budget, relative_error
@@ -113,6 +114,7 @@ def test_activations_are_mapped_only_where_equal(name):
     }
     mapped = activation_name(act_fn)
     assert equal == ({mapped} if mapped else set())
+    assert BY_HIDDEN_ACT.get(name, mapped) == mapped
 
 
 def test_functions_and_torch_modules_as_activation():

@@ -1,5 +1,5 @@
-// Memory that kernels are tested on: behind its last byte lies a page that can be neither read nor written, and what is
-// not to be written is seen to be as it was.
+// Memory for testing kernels: a page after its last byte can be neither read nor written, and bytes that must not be
+// written hold a guard value.
 
 #pragma once
 
@@ -15,7 +15,7 @@
 template <class T>
 class Buffer {
 public:
-    // n elements that end where the page begins; of an output, whole cache lines do.
+    // n elements that end where the page starts; an output is first rounded up to whole cache lines.
     Buffer(int64_t n, bool output) : size_(n) {
         const size_t data = static_cast<size_t>(n) * sizeof(T),
                      room = output ? (data + kLine - 1) / kLine * kLine : data;
@@ -36,7 +36,7 @@ public:
     T& operator[](int64_t i) { return data_[i]; }
     int64_t size() const { return size_; }
 
-    // Whether element i has never been written; and all bytes before the first and behind the last.
+    // True if element i was never written; true if no byte before the first or after the last element was.
     bool untouched(int64_t i) const { return guards(reinterpret_cast<const char*>(data_ + i), sizeof(T)); }
     bool guarded() const {
         const char *first = reinterpret_cast<const char*>(data_), *last = reinterpret_cast<const char*>(data_ + size_);
@@ -70,7 +70,7 @@ struct Output : Buffer<T> {
     explicit Output(int64_t n) : Buffer<T>(n, true) {}
 };
 
-// In [low, high], the same ones in every run.
+// Returns a number in [low, high]; the sequence is the same in every run.
 inline int64_t random_integer(int64_t low, int64_t high) {
     static uint64_t state = 1;
     state = state * 6364136223846793005u + 1442695040888963407u;
@@ -94,11 +94,11 @@ struct Matrix : Input<T> {
     kt::Acc<T> at(int64_t i, int64_t j) { return kt::to_float((*this)[i * stride + j]); }
 };
 
-// What is wrong, or "ok".
+// Returns "ok", or `what` if the condition fails.
 inline std::string expect(bool condition, const char* what) { return condition ? "ok" : what; }
 
-// The largest error that a sum of n products in A may have, of which the magnitudes add up to `sum`: each product and
-// each addition rounds once.
+// The largest error in A of a sum of n products whose magnitudes add up to `sum`: each product and each addition rounds
+// once.
 template <class A>
 double error_bound(int64_t n, double sum) {
     return static_cast<double>(n + 1) * (sizeof(A) == 4 ? 0x1p-24 : 0x1p-53) * sum;

@@ -1,5 +1,5 @@
-// Runs suites of the kernels of one row. stdin: lines "suite dtype edge"; stdout: for each "ok", what is wrong, or that
-// there is no such suite. Its first lines come from test_kernels.py: what describes the row, and the row's own files.
+// Runs suites of the kernels of one ISA. stdin: lines "suite dtype edge". stdout: for each "ok", what is wrong, or "no
+// such suite". test_kernels.py prepends includes: the description of the ISA, and the files of that ISA only.
 
 #include <cstdio>
 #include <string>
@@ -21,7 +21,7 @@ Suite suite_of(const std::string& dtype) {
     using kt::bfloat16;
     if (dtype == "float32") return S<float>::run;
     if (dtype == "bfloat16") return S<bfloat16>::run;
-    if constexpr (kt::KT_ISA::Isa::kVectorBytes == 16) {  // the only row that computes in float64
+    if constexpr (kt::KT_ISA::Isa::kVectorBytes == 16) {  // only scalar kernels compute in float64
         if (dtype == "float64") return S<double>::run;
     }
     return nullptr;

@@ -1,5 +1,5 @@
-// Kernels that the decoder of a format makes possible, with two whose weights are simple to say: int8, and uint4 with
-// zero points. That every decoder is right is for the tests of formats.
+// Kernels that follow from the decoder of a format, with two simple decoders: int8, and uint4 with zero points. The
+// tests of formats check every decoder.
 
 #pragma once
 
@@ -73,8 +73,8 @@ struct Coded {
         const int64_t group = k / weight.group;
         return std::fabs(static_cast<double>(scale(j, group))) * (code(j, k) + zero(j, group));
     }
-    // Where the code of column k is in rows of codes.
-    static int64_t position(int64_t k) {
+    // The index of column k in rows of codes.
+    static int64_t code_index(int64_t k) {
         constexpr int64_t kUnit = Decoder::kCodeColumns;
         return kNibbles ? k / kUnit * kUnit + k % 2 * (kUnit / 2) + k % kUnit / 2 : k;
     }
@@ -107,7 +107,7 @@ struct format_rows {
     }
 };
 
-// f(a weight) with one of each decoder
+// Checks with a weight of each decoder.
 template <template <class> class Check>
 std::string both(const Shape& shape) {
     const std::string result = Check<Signed>::run(shape);
@@ -138,7 +138,7 @@ struct format_dots {
     static std::string run(const Shape& shape) { return both<CheckDots>(shape); }
 };
 
-// With activations that are codes as well: the reference takes them as they are.
+// Activations are codes as well, and the reference uses these.
 template <class W>
 struct CheckCodeDots {
     static std::string run(const Shape& shape) {
@@ -165,7 +165,7 @@ struct CheckCodeDots {
             [&](int64_t i, int64_t s) {
                 const int64_t row = index[i];
                 return static_cast<double>(coded.row_scales(row)[s / CodedRows::kBlock]) *
-                       coded.row(row)[W::position(s)];
+                       coded.row(row)[W::code_index(s)];
             },
             [&](int64_t s, int64_t j) { return w.value(j, s); }, [&](int64_t s, int64_t j) { return w.size(j, s); });
     }
@@ -185,7 +185,7 @@ struct CheckCodeRows {
         W::Rows::rows(w.weight, 0, 0, n, 0, padded, out.data(), stride);
         for (int64_t j = 0; j < n; ++j) {
             for (int64_t s = 0; s < k; ++s) {
-                if (out[j * stride + W::position(s)] != w.code(j, s)) return "column " + std::to_string(s);
+                if (out[j * stride + W::code_index(s)] != w.code(j, s)) return "column " + std::to_string(s);
             }
             for (int64_t i = j * stride + padded; i < smaller((j + 1) * stride, out.size()); ++i) {
                 if (!out.untouched(i)) return "written between rows";
@@ -209,7 +209,7 @@ struct CheckCodePanel {
         W::Rows::panel(w.weight, 0, 0, n, 0, padded, out.data(), shape.is("ahead", "64") ? 64 : 0);
         for (int64_t j = 0; j < n; ++j) {
             for (int64_t s = 0; s < k; ++s) {
-                const int64_t at = W::position(s);
+                const int64_t at = W::code_index(s);
                 if (out[at / 4 * 64 + j * 4 + at % 4] != w.code(j, s)) return "column " + std::to_string(s);
             }
         }

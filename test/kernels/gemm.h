@@ -1,4 +1,4 @@
-// Kernels that multiply floating point numbers: every element of C within the bound of its rounding errors.
+// Kernels that multiply floating-point numbers: every element of C is within the bound of its rounding errors.
 
 #pragma once
 
@@ -12,8 +12,8 @@
 
 namespace suites {
 
-// C of a product: m rows of n columns, of which a kernel may write `room`, and rows up to `written`. Each term is
-// rounded once, and `roundings` times more.
+// C of a product: m rows of n columns. A kernel may write `written` rows of `room` columns. A term is rounded once, and
+// `roundings` more times.
 template <class A>
 class Product {
 public:
@@ -38,7 +38,8 @@ public:
         return check(k, a, b, b);
     }
 
-    // b(s, j) is the difference of two numbers with the magnitudes' sum size(s, j), each multiplied and added up.
+    // b(s, j) is the difference of two numbers whose magnitudes add up to size(s, j), and which are multiplied
+    // separately.
     template <class F, class G, class H>
     std::string check(int64_t k, F a, G b, H size) {
         for (int64_t i = 0; i < m_; ++i) {
@@ -153,7 +154,7 @@ template <class T>
 struct direct_dots {
     static std::string run(const Shape& shape) {
         constexpr int64_t kUnit = DotStep<T>::kWidth;
-        const int64_t m = shape.size("m", kDirectTile, kDirectTile), n = shape.size("columns", 16, 0);
+        const int64_t m = shape.size("m", kPassRows, kPassRows), n = shape.size("columns", 16, 0);
         const int64_t k = shape.size("k", 2 * kUnit + 3, 0, kUnit), ldc = shape.stride(n);
         Matrix<T> x(m, k, shape.stride(k)), w(n, k, shape.stride(k));
         std::vector<const T*> a;
@@ -170,7 +171,7 @@ struct direct_columns {
     static std::string run(const Shape& shape) {
         using Step = ColumnStep<T>;
         constexpr int64_t kUnit = 4 / Step::kVectors * Step::kColumns;
-        const int64_t m = shape.size("m", kDirectTile, kDirectTile), n = shape.size("columns", 16, 0, kUnit);
+        const int64_t m = shape.size("m", kPassRows, kPassRows), n = shape.size("columns", 16, 0, kUnit);
         const int64_t k = shape.size("k", 7, 0, Direct<T>::kRowsAhead);
         const int64_t room = round_up(n, kPanelColumns), ldc = shape.stride(room);
         const bool adds = shape.is("adds", "1");

@@ -1,4 +1,4 @@
-// The kernel that multiplies panels of codes: its exact sums, and the scales of these.
+// The kernel that multiplies panels of codes: exact sums, and their scales.
 
 #pragma once
 
@@ -34,7 +34,7 @@ private:
           group(shape.size("group", 128, 0)),
           part(smaller(group, kBlock)),
           k(round_up(blocks * kBlock, kUnit)),
-          // of the first group, half lies before the panels
+          // half of the first group is before the panels
           first_blocks(shape.is("begins", "0") ? larger(group / 2 / kBlock, 1) : larger(group / kBlock, 1)),
           groups(group < kBlock ? blocks * kBlock / group
                                 : 1 + ceil_div(larger(blocks - first_blocks, 0), group / kBlock)),
@@ -63,14 +63,15 @@ private:
 
     static float number() { return static_cast<float>(random_integer(-100, 100)) / 64; }
 
-    // Codes in blocks that count, zeros behind them; every unit's blocks have one scale, if they are to be joined.
+    // Makes a row: random codes in `blocks` blocks, then zeros. If `joins`, the blocks of a unit share one scale.
     void make_row() {
         rows.push_back(std::make_unique<Input<int8_t>>(row_bytes));
         int8_t* x = rows.back()->data();
         std::memset(x, 0, static_cast<size_t>(row_bytes));
         a.push_back(x);
         for (int64_t block = 0; block < blocks; ++block) {
-            for (int64_t i = 0; i < kBlock; ++i) x[position(block, i)] = static_cast<int8_t>(random_integer(-127, 127));
+            for (int64_t i = 0; i < kBlock; ++i)
+                x[code_index(block, i)] = static_cast<int8_t>(random_integer(-127, 127));
             const bool first = block % (kUnit / kBlock) == 0;
             put(x, scales_at, block, joins && !first ? scale(x, block - 1) : number());
         }
@@ -88,8 +89,8 @@ private:
         return read(reinterpret_cast<const float*>(row + scales_at) + block);
     }
 
-    // Where number i of a block is in a row and in panels.
-    int64_t position(int64_t block, int64_t i) const {
+    // The index of code i of a block in a row and in panels.
+    int64_t code_index(int64_t block, int64_t i) const {
         if (!pairs) return block * kBlock + i;
         return block / 4 * kUnit + i / kHalf * (kUnit / 2) + block % 4 * kHalf + i % kHalf;
     }
@@ -142,7 +143,7 @@ private:
         for (int64_t p = 0; p < parts; ++p) {
             int64_t exact = read(reinterpret_cast<const int32_t*>(a[i] + starts_at) + p);
             for (int64_t s = p * part; s < (p + 1) * part; ++s) {
-                const int64_t at = position(s / kBlock, s % kBlock);
+                const int64_t at = code_index(s / kBlock, s % kBlock);
                 const uint8_t code = b[j / kPanelColumns * b_stride + at / 4 * 64 + j % kPanelColumns * 4 + at % 4];
                 exact += int64_t{code} * a[i][at];
             }
@@ -152,7 +153,7 @@ private:
             add(-static_cast<double>(w_mins[q * w_stride + j]) *
                 read(reinterpret_cast<const float*>(a[i] + sums_at) + q));
         }
-        // three roundings a part, two a group, and one for C
+        // three roundings per part, two per group, and one for C
         const double error = std::fabs(c[i * ldc + j] - sum),
                      bound = error_bound<float>(3 * parts + 2 * groups, magnitude);
         return error <= bound

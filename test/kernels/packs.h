@@ -1,4 +1,4 @@
-// Kernels that move blocks of matrices: every element is where it belongs, bit by bit.
+// Kernels that move blocks of matrices: every element must arrive where it belongs, bit by bit.
 
 #pragma once
 
@@ -17,7 +17,7 @@ namespace suites {
 using namespace kt;
 using namespace kt::KT_ISA;
 
-// Where element k of column j is in a panel.
+// The index of element k of column j in a panel.
 template <class C>
 int64_t in_panel(int64_t k, int64_t j) {
     return k / kPack<C> * kPack<C> * kPanelColumns + j * kPack<C> + k % kPack<C>;
@@ -28,7 +28,7 @@ bool same(C x, C y) {
     return std::memcmp(&x, &y, sizeof(C)) == 0;
 }
 
-// Panels of n columns, `stride` apart, hold value(k, j), zeros up to kKMultiple and beyond column n, and nothing else.
+// Panels of n columns, `stride` apart, must hold value(k, j), zeros up to kKMultiple and past column n, and no more.
 template <class C, class F>
 std::string check_panels(Output<C>& out, int64_t stride, int64_t n, int64_t kn, F value) {
     const int64_t elements = panel_elements<C>(kn);

@@ -1,4 +1,4 @@
-// An edge, as test_kernels.py writes it: a usual shape of which one thing is special.
+// An edge case, as test_kernels.py writes it: a usual shape with one special size.
 
 #pragma once
 
@@ -9,7 +9,7 @@
 #include <utility>
 
 struct Shape {
-    // "m=most-1": of the sizes that follow from the kernel, `unit` is the multiple of k in which it works.
+    // E.g. "m=most-1". most, half and unit depend on the kernel; unit is the step in which it processes k.
     explicit Shape(const std::string& edge) {
         const size_t equals = edge.find('=');
         name_ = edge.substr(0, equals);
@@ -18,7 +18,7 @@ struct Shape {
 
     bool is(const char* name, const char* value) const { return name_ == name && value_ == value; }
 
-    // The size called `name`: `usual`, unless it is what the edge is about.
+    // The size called `name`: `usual`, unless the edge is about it.
     int64_t size(const char* name, int64_t usual, int64_t most, int64_t unit = 1) const {
         if (name_ != name) return usual;
         int64_t base = 0;

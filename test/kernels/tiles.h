@@ -1,4 +1,4 @@
-// Kernels of AMX tiles.
+// Kernels with AMX tiles.
 
 #pragma once
 
@@ -14,7 +14,7 @@ namespace suites {
 
 using Tiles = MicroGemm<bfloat16>;
 
-// Tiles [rows / 16][k / 32][16][32] hold value(i, s), with zeros for s >= k, in rows i < m.
+// Tiles [rows / 16][k / 32][16][32] must hold value(i, s) in rows i < m, with zeros for s >= k.
 template <class F>
 std::string check_tiles(Output<bfloat16>& out, int64_t m, int64_t k, F value) {
     const int64_t tiles = ceil_div(k, Tiles::kTileK);

@@ -1,4 +1,4 @@
-"""The experts implementation "ktops" of transformers."""
+"""The experts implementation "ktops" for transformers."""
 
 from ktops._warn import warn_once
 from ktops.integrations.transformers.architectures import (
@@ -20,7 +20,7 @@ __all__ = [
 
 
 def enable() -> None:
-    """Register "ktops" as an experts implementation; a second call does nothing.
+    """Registers "ktops" as an experts implementation; a second call does nothing.
 
     Raises:
         ImportError: transformers is not installed, or has no experts interface.
@@ -34,7 +34,7 @@ def enable() -> None:
 
 
 def disable() -> None:
-    """Take the implementation out again."""
+    """Unregisters the implementation."""
     for registry in _registries():
         registry._global_mapping.pop(NAME, None)
     from ktops.integrations.transformers import auto, pretrained
@@ -45,7 +45,7 @@ def disable() -> None:
 
 
 def _registries() -> list:
-    """The experts interface and its sibling for fp8 checkpoints, where "ktops" is a warning and eager."""
+    """Returns the experts interface and its fp8 counterpart, where "ktops" warns and runs eager."""
     try:
         from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
     except ImportError as error:

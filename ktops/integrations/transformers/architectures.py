@@ -1,7 +1,7 @@
-"""Which experts modules of transformers the op computes.
+"""Decides which experts modules of transformers the op can compute.
 
 An experts module declares its layout in attributes (``has_gate``, ``is_transposed``, ...), so most
-architectures need nothing here. One that looks special but computes the same is a row of ``GATES``.
+architectures need no entry here. One that looks special but computes the same has an entry in ``GATES``.
 """
 
 import inspect
@@ -11,37 +11,27 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ktops.checkpoints.activations import BY_CLASS
 from ktops.nn.experts import DTYPES
 
 TESTED = (
     "Qwen2-MoE", "Qwen3-MoE", "Qwen3.5-MoE", "Qwen3-Next", "Mixtral", "DeepSeek-V2", "DeepSeek-V3",
     "GLM4-MoE", "OLMoE",
 )  # fmt: skip
-"""Architectures compared with their eager implementation in the tests."""
+"""Architectures that the tests compare with their eager implementation."""
 
 GATES = {
-    "modeling_beam.BeamExperts._apply_gate": "act_fn",  # act_fn(gate) * up in float32, as the op always does
+    "modeling_beam.BeamExperts._apply_gate": "act_fn",  # act_fn(gate) * up in float32, like the op
     "finegrained_fp8.FP8Experts._apply_gate": "act_fn",  # act_fn(gate) * up where no limit is set
 }
-"""``_apply_gate`` of special architectures: the attribute that holds the activation of ``act(gate) * up``."""
+"""``_apply_gate`` of special architectures -> attribute that holds the activation of ``act(gate) * up``."""
 
 LIMITS = ("gate_softcap", "swiglu_alpha", "limit")
-"""Attributes that make an ``_apply_gate`` of ``GATES`` another function, unless they are None."""
-
-ACTIVATIONS = {
-    "torch.nn.modules.activation.SiLU": "silu",
-    "transformers.activations.SiLUActivation": "silu",
-    "transformers.activations.GELUActivation": "gelu",
-    "transformers.activations.GELUTanh": "gelu_tanh",
-    "transformers.activations.NewGELUActivation": "gelu_tanh",
-    "transformers.activations.FastGELUActivation": "gelu_tanh",
-    "transformers.activations.AccurateGELUActivation": "gelu_tanh",
-}
-"""Class of an activation module -> activation of the op. By name: transformers need not be imported."""
+"""Attributes that, unless None, make an ``_apply_gate`` in ``GATES`` a different function."""
 
 
 def activation_name(act_fn) -> str | None:
-    """The op's name for an activation module or function, None if it has none.
+    """Returns the op's name for an activation module or function, None if it has none.
 
     Example:
         >>> activation_name(ACT2FN["gelu_pytorch_tanh"])
@@ -53,11 +43,11 @@ def activation_name(act_fn) -> str | None:
         return "gelu"
     if isinstance(act_fn, nn.GELU):
         return "gelu_tanh" if act_fn.approximate == "tanh" else "gelu"
-    return ACTIVATIONS.get(f"{type(act_fn).__module__}.{type(act_fn).__qualname__}")
+    return BY_CLASS.get(f"{type(act_fn).__module__}.{type(act_fn).__qualname__}")
 
 
 def unsupported_layout(experts: nn.Module) -> str | None:
-    """Why the op cannot compute an experts module of transformers, None if it can. Reads no weight."""
+    """Returns why the op cannot run an experts module of transformers, None if it can. Reads no weights."""
     weight = experts._parameters.get("down_proj")
     if weight is not None and weight.element_size() == 1:
         return f"its weights are quantized, {weight.dtype}"
@@ -69,7 +59,7 @@ def unsupported_layout(experts: nn.Module) -> str | None:
 
 
 def unsupported_computation(experts: nn.Module) -> str | None:
-    """Why the op cannot compute what an experts module does, however its weights lie; None if it can."""
+    """Returns why the op cannot compute an experts module, whatever its weight layout; None if it can."""
     if not hasattr(experts, "has_gate") and not _takes_routes(experts):
         return "its forward does not take (hidden_states, top_k_index, top_k_weights)"
     if not getattr(experts, "has_gate", True):
@@ -90,7 +80,7 @@ def unsupported_computation(experts: nn.Module) -> str | None:
 
 
 def uncomputable_experts(modules: Mapping[str, nn.Module]) -> str | None:
-    """Which of these experts modules, by name, the op cannot compute, and why; None if it can compute all."""
+    """Names the first experts module that the op cannot compute, and why; None if it can compute all."""
     for name, module in modules.items():
         if hasattr(module, "num_experts") and not isinstance(module, nn.ModuleList):
             reason = unsupported_computation(module)
@@ -108,7 +98,7 @@ def _takes_routes(experts: nn.Module) -> bool:
 
 
 def unsupported_tensors(gate_up_proj: Tensor, down_proj: Tensor) -> str | None:
-    """Why the op cannot read these weights, None if it can."""
+    """Returns why the op cannot read these weights, None if it can."""
     if gate_up_proj.dtype not in DTYPES:
         return f"its weights are stored in {gate_up_proj.dtype}"
     if gate_up_proj.dtype != down_proj.dtype:

@@ -29,14 +29,14 @@ def enable() -> None:
 
 
 def disable() -> None:
-    """Unregisters it."""
+    """Unregisters ktops' loader."""
     AUTO_QUANTIZATION_CONFIG_MAPPING.pop(NAME, None)
     AUTO_QUANTIZER_MAPPING.pop(NAME, None)
     _replaced.restore()
 
 
 def _supports(quantization) -> bool:
-    """``AutoHfQuantizer.supports_quant_method``, which refuses a config without quant_method."""
+    """``AutoHfQuantizer.supports_quant_method``, which otherwise rejects a config without quant_method."""
     return (
         is_ktops(quantization)
         or isinstance(quantization, KTConfig)
@@ -48,7 +48,7 @@ def _merge(quantization, given):
     """``AutoHfQuantizer.merge_quantization_configs``, where either config may be ktops'.
 
     Args:
-        quantization: the model's, from config.json or an object.
+        quantization: the model's quantization config, from config.json or an object.
         given: the argument of from_pretrained, or None.
     """
     ours = is_ktops(quantization) or isinstance(quantization, KTConfig)
@@ -65,15 +65,15 @@ def _merge(quantization, given):
     if given is not None:
         if stored.other is None:
             raise ValueError(
-                "from_pretrained: quantization_config must be a KTConfig for a model of which only the "
-                f"experts are quantized, got a {type(given).__name__}"
+                "from_pretrained: quantization_config must be a KTConfig for a model with only the experts "
+                f"quantized, got a {type(given).__name__}"
             )
         stored.other = _replaced.original["merge_quantization_configs"](stored.other, given)
     return stored
 
 
 def _with_arguments(stored: KTConfig, given: KTConfig) -> KTConfig:
-    """The config stored with a model, overridden by the one that from_pretrained was given."""
+    """Returns the config stored with a model, overridden by the one passed to from_pretrained."""
     merged = copy.copy(given)
     if given.weight_format is None:
         for name in ("weight_format", "group_size", "method"):

@@ -18,14 +18,14 @@ class KTConfig(QuantizationConfigMixin):
 
     Args:
         weight_format: one of ``ktops.formats.names()``; None keeps the format of the checkpoint.
-        group_size, method: as of :func:`ktops.quantize`, where weights are quantized.
-        experts_path: another checkpoint to take the experts from, a directory or a GGUF file; default: the
-            one that is loaded.
-        prefix: as of :func:`ktops.load_experts`, if several experts of the checkpoint match.
-        other: the quantization_config of all tensors but the experts'; default: the one in config.json.
+        group_size, method: as in :func:`ktops.quantize`, for weights that are quantized.
+        experts_path: another checkpoint, a directory or a GGUF file, to load the experts from; default: the
+            checkpoint being loaded.
+        prefix: as in :func:`ktops.load_experts`, if several experts of the checkpoint match.
+        other: the quantization_config of all tensors except the experts; default: the one in config.json.
 
     Raises:
-        ValueError: unknown format or method, or the format does not have the group size.
+        ValueError: unknown format or method, or the format does not support the group size.
 
     Example:
         >>> ktops.enable()
@@ -55,7 +55,7 @@ class KTConfig(QuantizationConfigMixin):
             raise ValueError(f"KTConfig: {error}") from None
 
     def to_dict(self) -> dict:
-        """What goes into config.json; not experts_path and prefix, as a saved model contains its experts."""
+        """Returns what config.json stores, without experts_path and prefix: a saved model has its experts."""
         made: dict = {"loader": LOADER}
         if self.weight_format is not None:
             made |= {

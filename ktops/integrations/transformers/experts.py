@@ -1,4 +1,4 @@
-"""The entry "ktops" of transformers' experts interface."""
+"""The entry "ktops" in transformers' experts interface."""
 
 from typing import cast
 
@@ -18,7 +18,7 @@ NAME = "ktops"
 
 
 def runs_ktops(experts: nn.Module) -> bool:
-    """Whether this experts module runs through the op: a KTExperts, or one that is asked to and supported."""
+    """True if the experts module runs the op: a KTExperts, or a supported module set to "ktops"."""
     if isinstance(experts, KTExperts):
         return True
     implementation = getattr(getattr(experts, "config", None), "_experts_implementation", None)
@@ -28,7 +28,7 @@ def runs_ktops(experts: nn.Module) -> bool:
 def experts_forward(
     experts: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor, **lora
 ) -> Tensor:
-    """What an experts module runs with ``experts_implementation="ktops"``.
+    """Runs an experts module with ``experts_implementation="ktops"``.
 
     Args:
         experts: the module, with the attributes that ``use_experts_implementation`` gives it.
@@ -63,18 +63,18 @@ def experts_forward(
 
 
 def _own_forward(experts: nn.Module, reason: str, lora: dict, *args: Tensor) -> Tensor:
-    """The model's own implementation: "grouped_mm", transformers' default, or for quantized experts eager."""
+    """Runs transformers' own implementation: "grouped_mm", its default, or eager for quantized experts."""
     name = f"{type(experts).__module__}.{type(experts).__qualname__}"
     if lora:
         raise NotImplementedError(f"ktops: LoRA on {name} cannot be computed: {reason}")
-    _warn(f"ktops does not run {name}: {reason}. It runs with the implementation of transformers instead.")
+    _warn(f"ktops does not run {name}: {reason}. It runs with transformers' own implementation instead.")
     if cast(Tensor, experts.down_proj).element_size() == 1:
         return _eager_forward(type(experts))(experts, *args)
     return _grouped_mm()(experts, *args)
 
 
 def _eager_forward(experts_class: type[nn.Module]):
-    """The forward under every layer of ``use_experts_implementation``: one per fp8 layer stacks up."""
+    """Returns the forward beneath all wrappers of ``use_experts_implementation``; each fp8 layer adds one."""
     forward = experts_class.forward
     while hasattr(forward, "__wrapped__"):
         forward = forward.__wrapped__
@@ -83,7 +83,7 @@ def _eager_forward(experts_class: type[nn.Module]):
 
 @torch.compiler.assume_constant_result
 def _warn(message: str) -> None:
-    """Once per message; under torch.compile while tracing."""
+    """Warns once per message; under torch.compile, while tracing."""
     warn_once(message)
 
 

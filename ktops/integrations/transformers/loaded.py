@@ -1,4 +1,4 @@
-"""Checks that transformers found all of a model's weights in the files: it initializes others at random."""
+"""Checks that transformers found all of a model's weights, because it initializes missing ones at random."""
 
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 MOST_NAMES = 4
-"""The most names of tensors that a message lists."""
+"""Maximum number of tensor names that a message lists."""
 
 
 def require_loaded(
@@ -22,7 +22,7 @@ def require_loaded(
         model: a transformers model.
         missing: names of tensors that only the model has.
         unexpected: names of tensors that only the files have.
-        heads: whether weights outside the base model must be present too; those of a new head are not.
+        heads: whether weights outside the base model must be present too; a new head has none.
 
     Raises:
         CheckpointError: weights were initialized at random, or were read as numbers without their scales.
@@ -32,7 +32,7 @@ def require_loaded(
     if random:
         raise CheckpointError(
             f"{listed(random)} of {type(model).__name__}: not in the checkpoint, or in a form that "
-            "config.json does not describe: the weights would be random"
+            "config.json does not describe. The weights would be random"
         )
     modules = dict(model.named_modules())
     left = sorted(
@@ -41,11 +41,11 @@ def require_loaded(
     if left:
         raise CheckpointError(
             f"{listed(left)}: the weights of {type(model).__name__} are quantized, but config.json does not "
-            "name the quantizer in quantization_config: they would be read without their scales"
+            "name the quantizer in quantization_config. They would be read without their scales"
         )
 
 
 def listed(names: list[str]) -> str:
-    """The first of some names, and how many more there are."""
+    """Returns the first names, and how many more follow."""
     more = f" and {len(names) - MOST_NAMES} more" if len(names) > MOST_NAMES else ""
     return ", ".join(names[:MOST_NAMES]) + more

@@ -1,4 +1,4 @@
-"""The quantizer of all tensors but the experts': transformers' own for the method, or none."""
+"""The quantizer of all tensors except the experts: transformers' own for the method, or none."""
 
 import torch
 from torch import Tensor
@@ -9,7 +9,7 @@ from transformers.quantizers.quantizer_finegrained_fp8 import FineGrainedFP8HfQu
 
 
 class PlainQuantizer(HfQuantizer):
-    """For weights that are not quantized: does nothing."""
+    """Does nothing, for weights that are not quantized."""
 
     def preprocess_model(self, model, **kwargs) -> None:
         pass
@@ -34,9 +34,9 @@ class PlainQuantizer(HfQuantizer):
 
 
 def other_quantizer(config) -> HfQuantizer:
-    """transformers' quantizer for a quantization_config, the dict from config.json or an object.
+    """Returns transformers' quantizer for a quantization_config, the dict from config.json or an object.
 
-    If it can, it decodes the weights while loading them, because they are used on the CPU.
+    If it can, the quantizer decodes the weights while loading them, because they are used on the CPU.
 
     Raises:
         ValueError, ImportError, RuntimeError: transformers does not know the method, or it needs a library.
@@ -54,8 +54,8 @@ def other_quantizer(config) -> HfQuantizer:
 class BlockDequantize(Fp8Dequantize):
     """transformers' decoding of FP8 blocks, extended to partial blocks at the edges of a weight.
 
-    transformers derives the block size from the number of scales: it refuses 576 rows with 5 scales
-    (DeepSeek's kv_a_proj) and takes 192 rows with 2 scales for blocks of 96.
+    transformers derives the block size from the number of scales. It rejects 576 rows with 5 scales
+    (DeepSeek's kv_a_proj), and mistakes 192 rows with 2 scales for blocks of 96.
     """
 
     def _dequantize_one(

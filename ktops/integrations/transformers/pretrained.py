@@ -1,8 +1,8 @@
 """Warnings and errors where transformers silently does not do what ``experts_implementation="ktops"`` asks.
 
 transformers accepts the name for any model, but only experts modules in its experts interface look it up;
-others, such as Llama-4's, ignore it. ktops warns about those. And transformers initializes weights at random
-that it does not find in the files. ktops raises an error if they are experts'.
+others, such as Llama-4's, ignore it. ktops warns about those. transformers also initializes weights that it
+does not find in the files at random. ktops raises an error if they belong to experts.
 """
 
 import re
@@ -36,7 +36,7 @@ def enable() -> None:
 
 
 def disable() -> None:
-    """Gives transformers its own methods back."""
+    """Restores transformers' own methods."""
     _replaced.restore()
 
 

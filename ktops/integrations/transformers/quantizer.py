@@ -1,7 +1,7 @@
-"""KTQuantizer: what transformers calls to load and save a model whose experts are in weight formats.
+"""KTQuantizer: the hooks transformers calls to load and save a model whose experts are in weight formats.
 
-The experts modules are replaced by stand-ins without weights before transformers loads the model, so that no
-dense experts are ever made, and by :class:`ktops.nn.KTExperts` after it.
+Before transformers loads the model, placeholders without weights replace the experts modules, so that no
+dense experts are ever created. Afterward, :class:`ktops.nn.KTExperts` replace the placeholders.
 """
 
 import copy
@@ -29,7 +29,7 @@ from ktops.integrations.transformers.loaded import require_loaded
 from ktops.integrations.transformers.other_quantizer import PlainQuantizer, other_quantizer
 
 WATCHED = "_adjust_missing_and_unexpected_keys"
-"""The method that transformers calls with the keys that only the model has, or only the files."""
+"""The method that transformers calls with the keys that only the model or only the files have."""
 
 KEYS_OF_EXPERTS = re.compile(r"(^|\.)experts\.(\d+\.|gate_up_proj|gate_proj|up_proj|down_proj)")
 """Keys in the files that transformers must neither load nor report."""
@@ -41,7 +41,7 @@ class KTQuantizer(HfQuantizer):
     ktops handles the experts. For everything else, each hook is forwarded to :attr:`other`.
 
     Attributes:
-        other: the quantizer of all tensors but the experts'; a :class:`PlainQuantizer` if they are plain.
+        other: the quantizer of all tensors except the experts; a :class:`PlainQuantizer` if they are plain.
     """
 
     def __init__(self, quantization_config: KTConfig, **_) -> None:
@@ -56,7 +56,7 @@ class KTQuantizer(HfQuantizer):
 
     @contextmanager
     def _refusing(self) -> Iterator[None]:
-        """Keeps what the other quantizer is missing; it becomes an error only if there are tensors for it."""
+        """Stores the other quantizer's error, which is raised only if tensors need that quantizer."""
         try:
             yield
         except (ImportError, RuntimeError, ValueError) as error:
@@ -69,7 +69,7 @@ class KTQuantizer(HfQuantizer):
     def preprocess_model(self, model, dtype=None, checkpoint_files=None, **kwargs) -> None:
         path = self.quantization_config.experts_path
         if not checkpoint_files and path is None:
-            raise ValueError("KTConfig: the weights must come from files; otherwise pass experts_path")
+            raise ValueError("KTConfig: the weights must come from files. Otherwise, pass experts_path")
         if checkpoint_files:
             self._require_other(Path(checkpoint_files[0]).parent)
         self._path = Path(checkpoint_files[0]).parent if path is None else Path(path)
@@ -91,7 +91,7 @@ class KTQuantizer(HfQuantizer):
             ) from self._refusal
 
     def _watch(self, model) -> None:
-        """Records which weights transformers does not find in the files, which it would only log.
+        """Records the weights that transformers does not find in the files, because it only logs them.
 
         The experts' keys are removed from the unexpected ones, because ktops loads them.
         """
@@ -110,7 +110,7 @@ class KTQuantizer(HfQuantizer):
         model.__dict__[WATCHED] = watched
 
     def update_weight_conversions(self, weight_conversions, model):
-        """Drops the conversions that would merge experts' weights; ktops keeps them all to map names."""
+        """Drops the conversions that would merge experts' weights; ktops keeps a copy of all to map names."""
         self._conversions = copy.deepcopy(weight_conversions)
         self._experts_patterns = [
             re.compile(source.replace("*.", r".*\."))
@@ -144,7 +144,7 @@ class KTQuantizer(HfQuantizer):
 
     @property
     def is_plain(self) -> bool:
-        """Whether nothing but the experts is quantized."""
+        """True if only the experts are quantized."""
         return isinstance(self.other, PlainQuantizer)
 
     def is_serializable(self) -> bool:
@@ -181,7 +181,7 @@ for _name, _member in vars(HfQuantizer).items():
 
 
 def without_experts(conversions: Iterable) -> list:
-    """The conversions of transformers that do not make stacked weights of experts."""
+    """Returns the conversions of transformers that do not create stacked expert weights."""
     return [conversion for conversion in conversions if not _is_of_experts(conversion)]
 
 
@@ -194,7 +194,7 @@ def attach(model: nn.Module) -> None:
     """Sets the config, the quantizer and the conversions that ``save_pretrained`` uses.
 
     Args:
-        model: any module; every PreTrainedModel in it that has experts in formats is changed.
+        model: any module; changes every PreTrainedModel in it that has experts in formats.
     """
     known: dict[PreTrainedModel, KTQuantizer] = {}
     for part in _with_formats(model):
@@ -206,14 +206,14 @@ def attach(model: nn.Module) -> None:
 
 
 def _with_formats(model: nn.Module) -> Iterator[PreTrainedModel]:
-    """The transformers models in a module whose experts are in formats, outermost first."""
+    """Yields the transformers models in a module whose experts are in formats, outermost first."""
     for part in model.modules():
         if isinstance(part, PreTrainedModel) and any(isinstance(m, ExpertWeight) for m in part.modules()):
             yield part
 
 
 def _quantizer(model: PreTrainedModel) -> KTQuantizer:
-    """The model's KTQuantizer, or a new one around the quantizer that loaded its other tensors."""
+    """Returns the model's KTQuantizer, or a new one around the quantizer that loaded its other tensors."""
     found = getattr(model, "hf_quantizer", None)
     if isinstance(found, KTQuantizer):
         return found
@@ -225,9 +225,9 @@ def _quantizer(model: PreTrainedModel) -> KTQuantizer:
 
 
 def _conversions(model: PreTrainedModel) -> list[WeightConverter]:
-    """The conversions that transformers reverts when it saves the model: all but those of experts.
+    """Returns the conversions that transformers reverts when it saves the model: all except those of experts.
 
-    Renamings are left out: names stay those of the state dict, which a Trainer expects when it resumes.
+    Renamings are left out, so names match the state dict, which a Trainer expects when it resumes.
     """
     used = getattr(model, "_weight_conversions", None)
     if used is None:
@@ -237,7 +237,7 @@ def _conversions(model: PreTrainedModel) -> list[WeightConverter]:
 
 
 def _is_reversible(converter: WeightConverter) -> bool:
-    """Not if a quantizer's modules write their own tensors, as bitsandbytes' do."""
+    """True unless a quantizer's modules write their own tensors, as those of bitsandbytes do."""
     try:
         converter.reverse_transform()
     except NotImplementedError:

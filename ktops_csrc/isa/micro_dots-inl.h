@@ -44,7 +44,7 @@ struct CodeArguments {
     bool adds;  // to C
     float* c;
     int64_t ldc;
-    const uint8_t* ahead;  // what to prefetch meanwhile, a line per kCodesALine codes of a row
+    const uint8_t* ahead;  // where to prefetch meanwhile, a line per kCodesALine codes of a row
     int64_t ahead_step;
 };
 

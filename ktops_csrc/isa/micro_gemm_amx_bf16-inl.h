@@ -113,8 +113,8 @@ struct MicroGemm<bfloat16> {
         const auto put = [&](const float* from, int64_t ld, int64_t i, int64_t j) {
             if (i < m && j < n) put_transposed(from, ld, smaller(16, m - i), smaller(16, n - j), c + i * ldc + j, ldc);
         };
-        // 32 rows of w by two panels, and 64 by a last single panel. Meanwhile prefetches as many rows after them; or,
-        // if they are used once, the same rows further along.
+        // 32 rows of w by two panels, and 64 by a last single panel. Meanwhile prefetches the same number of rows after
+        // them; if they are used only once, first the same rows further along k.
         const int64_t num_panels = ceil_div(m, 16), steps = k / kTileK;
         const bool single = num_panels > 1 && num_panels % 2;
         const int64_t passes = single ? num_panels / 2 : ceil_div(num_panels, 2);
@@ -156,8 +156,8 @@ private:
         int64_t step, stride;
     };
 
-    // Prefetches to L2 during the steps, a line of each of `rows` rows per step: of `near`, and of `far` from step
-    // far_from on.
+    // Prefetches to L2 during the steps, a line of each of `rows` rows per step: of `near` before step far_from, then
+    // of `far`.
     struct ReadAhead {
         const bfloat16 *near = nullptr, *far = nullptr;
         int64_t far_from = 0, rows = 0, stride = 0;

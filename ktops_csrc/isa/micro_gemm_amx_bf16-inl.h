@@ -14,7 +14,7 @@
 //   tmm4            A                                 B
 //   tmm5            B: panel 0, 1, 2, 3               A: rows 0-15 .. 48-63
 //
-// A tile of A is 64 bytes of each of 16 rows, at any stride. So rows of a weight W are tiles in place, and A . W^T is
+// A tile of A is 64 bytes of each of 16 rows, at any stride, so rows of a weight W are tiles in place. A . W^T is
 // summed as W . A^T, with A in panels and C transposed. Other products have W in panels and A staged as tiles.
 
 #include <immintrin.h>
@@ -85,8 +85,7 @@ struct MicroGemm<bfloat16> {
         a[0] = out;
     }
 
-    // Copies rows i .. i + m of A from panels, whose columns they are: 16 pairs of k of a panel, transposed, are a
-    // tile.
+    // Copies rows i .. i + m of A, which are columns of panels: 16 pairs of k of a panel, transposed, form a tile.
     static void stage_panels(const bfloat16* panels, int64_t stride, int64_t i, int64_t m, bfloat16* out,
                              const bfloat16** a) {
         a[0] = out;

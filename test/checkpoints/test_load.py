@@ -194,7 +194,7 @@ def snapshot(model) -> dict:
 
 
 FAULTS = {
-    "no directory": (lambda folder: folder / "nothing", r"nothing: there is no such file or directory"),
+    "no directory": (lambda folder: folder / "nothing", r"nothing: no such file or directory"),
     "missing layer": (
         lambda folder: (
             (folder / "model-00002-of-00002.safetensors").unlink()

@@ -199,5 +199,5 @@ def test_experts_of_unknown_sizes_are_an_error():
     experts = torch.nn.Module()
     experts.has_gate, experts.act_fn = True, torch.nn.SiLU()
     experts.up_proj = torch.nn.Parameter(torch.zeros(4, 8, 16))
-    with pytest.raises(ValueError, match="the weights of Module do not show their sizes"):
+    with pytest.raises(ValueError, match="cannot infer sizes from the weights of Module"):
         PendingExperts(experts)

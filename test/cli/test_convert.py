@@ -88,7 +88,7 @@ def test_what_is_written(convert, model_directory, tmp_path):
 
 def test_interrupted_and_continued(convert, stop_after_a_layer, tmp_path):
     status, _, err = convert("out", *ARGUMENTS)
-    assert (status, err) == (130, "Interrupted. The same command continues.\n")
+    assert (status, err) == (130, "Interrupted. Run the same command again to continue.\n")
     assert not (tmp_path / "out").exists()
     with pytest.raises(CheckpointError, match=r"out\.partial: still being written, or writing was inter"):
         open_checkpoint(tmp_path / "out.partial")
@@ -160,7 +160,7 @@ def test_bad_sources(convert, model_directory, tmp_path):
         assert (status, out) == (1, "") and "Traceback" not in err
         return err
 
-    assert "nowhere: there is no such file or directory" in refused("nowhere")
+    assert "nowhere: no such file or directory" in refused("nowhere")
     assert "SRC and DST must not be the same or contain each other" in refused(
         model_directory, model_directory / "out"
     )

@@ -157,7 +157,7 @@ def test_a_checkpoint_written_anew_is_read_anew(tmp_path):
         ({"hidden_size": 32}, "hidden_size must be 64 .*, got 32"),
         ({"moe_intermediate_size": 32}, "moe_intermediate_size must be 96 .*, got 32"),
         ({"weight_path": ""}, "weight_path must name a checkpoint for load_weights, got none"),
-        ({"weight_path": "/nowhere"}, "there is no such file or directory"),
+        ({"weight_path": "/nowhere"}, "no such file or directory"),
     ],
 )
 def test_errors(tmp_path, options, message):

@@ -194,7 +194,11 @@ def test_wrong_arguments(changes, error, message):
             ValueError,
             r"weight must have shape \[E, N, K\], got \[64, 64\]",
         ),
-        (lambda w: ktops.quantize(w.int(), "int8"), TypeError, "weight must be floating, got torch.int32"),
+        (
+            lambda w: ktops.quantize(w.int(), "int8"),
+            TypeError,
+            "weight must have a floating-point dtype, got torch.int32",
+        ),
         (lambda w: ktops.quantize(w[:0], "int8"), ValueError, "weight must have at least one expert"),
         (lambda w: ktops.quantize(w.repeat(1, 1, 4), "iq4_xs"), ValueError, "can be read but not written"),
     ],

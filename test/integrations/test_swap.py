@@ -259,7 +259,7 @@ def test_adapters_around_projections_are_not_skipped():
 def test_half_precision_module_list_calls_its_projections():
     model = make("loop")
     ktops.swap_experts(model)
-    with pytest.warns(UserWarning, match=r"projections of experts are torch\.float16"):
+    with pytest.warns(UserWarning, match=r"experts whose projections are torch\.float16"):
         model.half()
     with CountOps() as ops:
         model.layers[0].experts[0](torch.randn(2, H).half())

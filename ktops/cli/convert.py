@@ -86,7 +86,7 @@ def _told(options: Options) -> Iterator[None]:
     """Turns errors that stop a conversion into messages."""
     try:
         yield
-    except CheckpointError as error:
+    except (CheckpointError, ImportError) as error:
         raise UserError(str(error)) from None
     except OSError as error:
         raise UserError(f"{error.filename or options.destination}: {error.strerror}") from None

@@ -143,5 +143,5 @@ def quantize_experts(
             method=method or "rtn",
             show_progress=show_progress,
         )
-    except ValueError as error:
+    except (ValueError, ImportError) as error:
         raise UserError(f"--weight-format {weight_format}: {error}") from None

@@ -24,7 +24,7 @@ from ktops.nn.expert_list import (
     is_plain_linear,
 )
 from ktops.nn.expert_sequence import KTExpertSequence
-from ktops.nn.experts import KTExperts
+from ktops.nn.experts import SAVE, KTExperts, check_name
 from ktops.nn.find import find_experts, has_stacks
 
 
@@ -62,6 +62,7 @@ def swap_experts(model: nn.Module, *, save: str = "activations") -> list[str]:
         >>> ktops.swap_experts(model)
         ['model.layers.0.mlp.experts', 'model.layers.1.mlp.experts']
     """
+    check_name("swap_experts", "save", save, SAVE)
     found = require_experts(model, "swap_experts")
     swapped, refused = [], defaultdict(list)
     for name, module in found.items():

@@ -97,9 +97,9 @@ class KTExperts(nn.Module):
         for name, size in sizes.items():
             if size < 1:
                 raise ValueError(f"KTExperts: {name} must be positive, got {size}")
-        _check_name("activation", activation, ACTIVATIONS)
-        _check_name("save", save, SAVE)
-        _check_name("compute", compute, COMPUTE)
+        check_name("KTExperts", "activation", activation, ACTIVATIONS)
+        check_name("KTExperts", "save", save, SAVE)
+        check_name("KTExperts", "compute", compute, COMPUTE)
         _check_dtype("dtype", dtype or torch.get_default_dtype())
         self.num_experts = num_experts
         self.hidden_size = hidden_size
@@ -232,9 +232,10 @@ class KTExperts(nn.Module):
         return text if self.compute == "auto" else f"{text}, compute={self.compute!r}"
 
 
-def _check_name(argument: str, name: str, known) -> None:
+def check_name(caller: str, argument: str, name: str, known) -> None:
+    """Raises ValueError, with the caller and the argument, unless ``name`` is one of ``known``."""
     if name not in known:
-        raise ValueError(f"KTExperts: {argument} must be one of {', '.join(known)}, got {name!r}")
+        raise ValueError(f"{caller}: {argument} must be one of {', '.join(known)}, got {name!r}")
 
 
 def _check_dtype(argument: str, dtype: torch.dtype) -> None:

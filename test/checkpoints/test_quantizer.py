@@ -155,6 +155,11 @@ def test_config_errors(options, message):
         ktops.KTConfig(**options)
 
 
+def test_unknown_argument_of_the_config():
+    with pytest.raises(TypeError, match="KTConfig: unknown arguments weightformat"):
+        ktops.KTConfig(weightformat="int4")
+
+
 def write_fp8(model, folder) -> None:
     """Writes the layout of DeepSeek-V3 and Qwen3 FP8: blocks of 128 x 128, and their configuration."""
     model.save_pretrained(folder)

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import gguf
@@ -177,6 +178,14 @@ def test_bad_sources(convert, model_directory, tmp_path):
     err = refused("nan")
     assert "experts.3.up_proj" in err and "needs finite weights, got NaN or infinity" in err
     assert not (tmp_path / "out").exists()
+
+
+def test_formats_of_gguf_without_its_package(convert, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    status, out, err = convert("out", "--format", "q4_0")
+    assert (status, out) == (1, "") and "Traceback" not in err
+    assert "need the gguf package: pip install 'ktops[formats]'" in " ".join(err.split())
+    assert not list(tmp_path.glob("out*"))
 
 
 @pytest.mark.parametrize(

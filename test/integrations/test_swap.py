@@ -374,6 +374,12 @@ def test_refused_models_of_transformers_warn_once():
     assert len(caught) == 1
 
 
+@pytest.mark.parametrize("experts", [nn.ModuleList(), nn.Linear(3, 3)])
+def test_unknown_save_is_an_error(experts):
+    with pytest.raises(ValueError, match=r"swap_experts: save must be one of .*, got 'all'"):
+        ktops.swap_experts(experts, save="all")
+
+
 def test_model_without_experts_is_an_error():
     with pytest.raises(ValueError, match=r"must have Mixture-of-Experts layers, got Linear .*Qwen3-MoE"):
         ktops.swap_experts(nn.Linear(3, 3))

@@ -26,6 +26,7 @@ class KTConfig(QuantizationConfigMixin):
 
     Raises:
         ValueError: unknown format or method, or the format does not support the group size.
+        TypeError: unknown argument.
 
     Example:
         >>> ktops.enable()
@@ -41,8 +42,11 @@ class KTConfig(QuantizationConfigMixin):
         experts_path: str | None = None,
         prefix: str | None = None,
         other: dict | QuantizationConfigMixin | None = None,
-        **_,
+        **given,
     ) -> None:
+        unknown = given.keys() - {"loader", "quant_method"}  # which config.json may have as well
+        if unknown:
+            raise TypeError(f"KTConfig: unknown arguments {', '.join(sorted(unknown))}")
         self.quant_method = NAME
         self.weight_format, self.group_size, self.method = weight_format, group_size, method
         self.experts_path, self.prefix, self.other = experts_path, prefix, other

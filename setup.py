@@ -1,4 +1,4 @@
-"""Builds ktops._C, the one extension module: stable ABI of torch 2.10, limited Python API."""
+"""Builds ktops._C, the only extension module, with torch 2.10's stable ABI and the limited Python API."""
 
 import os
 import shutil
@@ -34,7 +34,7 @@ SANITIZE = os.environ.get("KTOPS_SANITIZE")  # e.g. "address,undefined"
 compile_args = [
     "-std=c++17",
     "-O3",
-    "-g0",  # Python's own flags often have -g, which is two thirds of the library
+    "-g0",  # Python's own flags often include -g, which makes up two thirds of the library
     "-fvisibility=hidden",
     "-fno-math-errno",
     "-Wall",
@@ -48,7 +48,7 @@ if SANITIZE:
 
 
 class BuildWithObjects(BuildExtension.with_options(no_python_abi_suffix=False)):
-    """Keeps the objects of an editable install where later builds look for theirs: ninja reuses them."""
+    """Keeps the objects of an editable install where later builds look for them, for ninja to reuse."""
 
     def run(self) -> None:
         if self.editable_mode:
@@ -64,7 +64,7 @@ setup(
         CppExtension(
             "ktops._C",
             SOURCES,
-            depends=HEADERS,  # which puts them into the sdist
+            depends=HEADERS,  # includes them in the sdist
             include_dirs=[str(ROOT / "ktops_csrc")],
             define_macros=[
                 ("Py_LIMITED_API", "0x030A0000"),

@@ -1,6 +1,6 @@
-"""Prints pip constraints: for each package of the extra "transformers", the oldest version that ktops allows.
+"""Prints pip constraints with the oldest version that ktops allows of packages in the extra "transformers".
 
-The bounds come from the metadata of the installed ktops, and so from pyproject.toml.
+The bounds come from the metadata of the installed ktops, and thus from pyproject.toml.
 """
 
 import re

@@ -1,4 +1,4 @@
-"""An installed ktops, with nothing but its own dependencies, away from the source tree."""
+"""Tests an installed ktops with only its own dependencies, away from the source tree."""
 
 import sys
 from pathlib import Path

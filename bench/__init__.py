@@ -1,1 +1,1 @@
-"""Measures the operators as a fraction of what this machine can do: ``python -m bench.run``."""
+"""Measures the speed of the operators as a fraction of what this machine can do: ``python -m bench.run``."""

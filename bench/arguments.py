@@ -1,4 +1,4 @@
-"""The options that several benches have, spelled alike in all of them."""
+"""Command-line options shared by several benches."""
 
 import argparse
 
@@ -9,7 +9,7 @@ from bench import moe_fwd, moe_sft
 from bench.shapes import SHAPES, TOKENS, Shape, parse_shape
 
 OPS = {op.MODE: op for op in (moe_fwd, moe_sft)}
-"""What --mode names."""
+"""The values of --mode."""
 
 
 def _at_least(least: int, text: str) -> int:
@@ -20,17 +20,17 @@ def _at_least(least: int, text: str) -> int:
 
 
 def positive(text: str) -> int:
-    """A number from 1 on."""
+    """Parses an integer of at least 1."""
     return _at_least(1, text)
 
 
 def lora_rank(text: str) -> int:
-    """A LoRA rank; 0 is no LoRA."""
+    """Parses a LoRA rank; 0 means no LoRA."""
     return _at_least(0, text)
 
 
 def shape(text: str) -> Shape:
-    """A name of SHAPES, or H,I,E,K."""
+    """Parses a name in SHAPES, or H,I,E,K."""
     try:
         return parse_shape(text)
     except ValueError as error:
@@ -38,7 +38,7 @@ def shape(text: str) -> Shape:
 
 
 class _Isas(argparse.Action):
-    """Rows that this machine can run; "all", if the option takes several, is every one of them."""
+    """Returns the names of kernels that this machine can run; "all" selects every one."""
 
     def __call__(self, parser, namespace, values, option_string=None) -> None:
         have = [name for name, available in ktops.cpu_capabilities().items() if available]
@@ -52,7 +52,7 @@ class _Isas(argparse.Action):
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser to which each shared option is added by the method of its name.
+    """An argument parser with a method for each shared option, which adds it.
 
     Example:
         >>> parser = Parser("run", __doc__)
@@ -65,7 +65,7 @@ class Parser(argparse.ArgumentParser):
         super().__init__(prog, description=description, formatter_class=formatter)
 
     def shape(self, default: str = "qwen3_30b", several: bool = False) -> None:
-        """default: a shape, or "all three"."""
+        """Adds --shape; default: a shape, or "all three"."""
         shapes = list(SHAPES.values()) if default == "all three" else [parse_shape(default)]
         self.add_argument(
             "--shape", type=shape, nargs="+" if several else None, default=shapes if several else shapes[0],
@@ -73,7 +73,7 @@ class Parser(argparse.ArgumentParser):
         )  # fmt: skip
 
     def tokens(self, *default: int) -> None:
-        """No default: TOKENS, or with --quick QUICK_TOKENS; the bench chooses."""
+        """Adds --tokens. If no default is given, the bench uses TOKENS, or QUICK_TOKENS with --quick."""
         words = " ".join(map(str, default or TOKENS))
         self.add_argument("--tokens", type=positive, nargs="+", metavar="T", default=default or None,
                           help=f"default: {words}")  # fmt: skip
@@ -83,10 +83,10 @@ class Parser(argparse.ArgumentParser):
         self.add_argument("--mode", choices=modes, nargs="+", default=modes, help="default: both")
 
     def isa(self, several: bool = False) -> None:
-        default, what = ktops.cpu_capability(), "rows of kernels, or all" if several else "row of kernels"
+        default, what = ktops.cpu_capability(), "kernels, or all" if several else "kernels"
         self.add_argument(
             "--isa", action=_Isas, nargs="+" if several else None, default=[default] if several else default,
-            metavar="ROW", help=f"{what} (default: {default})",
+            metavar="ISA", help=f"{what} (default: {default})",
         )  # fmt: skip
 
     def threads(self) -> None:
@@ -94,10 +94,10 @@ class Parser(argparse.ArgumentParser):
         self.add_argument("--threads", type=positive, default=threads, help="default: %(default)s")
 
     def rounds(self, default: int, quick: int | None = None) -> None:
-        """quick: the default with --quick; the bench chooses."""
+        """Adds --rounds; quick: the default with --quick, which the bench applies."""
         words = f"{default}, with --quick {quick}" if quick else str(default)
         self.add_argument("--rounds", type=positive, default=None if quick else default, metavar="N",
-                          help=f"samples of each (default: {words})")  # fmt: skip
+                          help=f"samples per configuration (default: {words})")  # fmt: skip
 
     def max_load(self) -> None:
         self.add_argument(

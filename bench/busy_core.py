@@ -1,12 +1,12 @@
-"""How much slower a call becomes while another process burns one core.
+"""Measures how much slower a call becomes while another process keeps one core busy.
 
     python -m bench.busy_core
     python -m bench.busy_core --shape dsv2_lite --tokens 512 --mode training
 
-Quiet and busy samples alternate: the burning process is stopped and continued. Per round, the ratio of the
-medians; reported are the smallest, the median and the largest of the rounds. With two threads on two cores
-the burning process takes a quarter to a third of the machine: 1.33 to 1.5 is what tasks taken one by one
-should cost. A fixed split costs about 2, and losing time slices at many barriers more.
+Quiet and busy samples alternate: the other process is stopped and continued. Each round yields the ratio of
+the medians; the smallest, the median and the largest ratio are reported. With two threads on two cores, the
+other process takes a quarter to a third of the machine, so a ratio of 1.33 to 1.5 is expected if threads take
+tasks one by one. A fixed split costs about 2, and losing time slices at many barriers costs more.
 
 Exit status: 0, or 1 if the median ratio exceeds --limit.
 """
@@ -34,7 +34,7 @@ _SETTLE_SECONDS = 0.05
 
 
 class Burner:
-    """A process that burns one core inside the ``with`` block while it is not paused; it starts paused.
+    """A process that keeps one core busy inside the ``with`` block unless it is paused; it starts paused.
 
     Example:
         >>> with Burner() as burner:
@@ -69,7 +69,7 @@ class Burner:
 
 
 def median_seconds(call: Callable[[], object], calls: int) -> float:
-    """Median time of so many calls."""
+    """Returns the median time of that many calls."""
     times = []
     for _ in range(calls):
         start = time.perf_counter()
@@ -79,7 +79,7 @@ def median_seconds(call: Callable[[], object], calls: int) -> float:
 
 
 def slowdown(call: Callable[[], object], burner: Burner, calls: int) -> tuple[float, float]:
-    """(seconds quiet, seconds busy) of one round; quiet is the mean of before and after."""
+    """Returns (seconds quiet, seconds busy) of one round; quiet is the mean of before and after."""
     before = median_seconds(call, calls)
     burner.resume()
     try:
@@ -98,7 +98,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.isa(several=True)
     parser.threads()
     parser.rounds(5)
-    add("--calls", type=positive, default=5, help="of a sample (default: %(default)s)")
+    add("--calls", type=positive, default=5, help="calls per sample (default: %(default)s)")
     add("--limit", type=float, default=LIMIT, help="largest ratio that passes (default: %(default)s)")
     add("--save", action="store_true", help="write the rows to bench/results")
     parser.seed()
@@ -106,7 +106,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 
 
 def row_key(row: dict) -> tuple:
-    """What distinguishes the rows of one result file."""
+    """Returns what distinguishes the rows of one result file."""
     return tuple(row[name] for name in ("shape", "mode", "lora_rank", "tokens"))
 
 

@@ -1,14 +1,14 @@
-"""Checks what no test asserts, because it depends on the machine: times, their ratios, resident memory.
+"""Checks what no test asserts because it depends on the machine: times, their ratios, resident memory.
 
     python -m bench.check
     python -m bench.check --save
     python -m bench.check --against main
 
-One line per check: measured, limit, held. Run it on an otherwise idle machine; the checks take the median or
-the best of several rounds, but other work can still make one fail. --against also compares HEAD with another
-revision, as bench.regression does.
+Prints one line per check: measured, limit, held. Run it on an otherwise idle machine. The checks use the
+median or the best of several rounds, but other work can still make one fail. --against also compares HEAD
+with another revision, as bench.regression does.
 
-Exit status: 0 if every check held, 1 if one did not.
+Exit status: 0 if every check held, otherwise 1.
 """
 
 import argparse
@@ -35,7 +35,7 @@ from ktops.testing.compare import one_thread, threads
 SHAPE = Shape("small", 1024, 512, 16, 2)
 TOKENS = 1024
 WIDE = Shape("wide", 64, 2048, 4, 2)
-"""Its intermediate results are far larger than its weights, inputs and outputs."""
+"""A layer whose intermediate results are far larger than its weights, inputs and outputs."""
 
 ROUNDS = 5
 MAPPED = 40 * memory.MIB
@@ -43,9 +43,9 @@ MAPPED = 40 * memory.MIB
 
 @dataclass(frozen=True)
 class Check:
-    """A figure and its limit, which it must not exceed, or with at_least must reach.
+    """A figure and its limit, which it must not exceed or, with at_least, must reach.
 
-    excused: the check held anyway, because the figure is within its spread.
+    excused: the check held anyway because the figure is within its spread.
     """
 
     name: str
@@ -56,7 +56,7 @@ class Check:
     excused: bool = False
 
     def row(self) -> dict:
-        """The check as tables and files show it."""
+        """Returns the check as tables and files show it."""
         held = self.measured >= self.limit if self.at_least else self.measured <= self.limit
         return {
             "check": self.name, "measured": float(self.measured), "limit": float(self.limit),
@@ -66,7 +66,7 @@ class Check:
 
 
 def call_overhead() -> Iterator[Check]:
-    """A tiny call against the same layer built from PyTorch's operators, in turn."""
+    """Compares a tiny call with the same layer built from PyTorch's operators, in alternation."""
     function, arguments = overhead.tiny_call()
     ratios = []
     with one_thread(), torch.no_grad():
@@ -79,7 +79,7 @@ def call_overhead() -> Iterator[Check]:
 
 
 def steps_of_a_call() -> Iterator[Check]:
-    """The part of a call outside the steps of ktops.profile: PyTorch's path to the operator."""
+    """Measures the part of a call outside the steps of ktops.profile: PyTorch's path to the operator."""
     layer = Layer(SHAPE, seed=0)
     shares = []
     for _ in range(2 * ROUNDS):
@@ -93,7 +93,7 @@ def steps_of_a_call() -> Iterator[Check]:
 
 
 def peak_of_a_step() -> Iterator[Check]:
-    """No product is faster than the peak that rooflines are based on."""
+    """Checks that no product is faster than the peak that rooflines are based on."""
     isa = ktops.cpu_capability()
     layer, calibration = Layer(SHAPE, seed=0), Calibration(torch.get_num_threads(), 64 << 20)
     limits = calibration.limits(isa, "bfloat16")
@@ -107,7 +107,7 @@ def peak_of_a_step() -> Iterator[Check]:
 
 
 def order_of_rows() -> Iterator[Check]:
-    """Of avx512 and avx512_bf16 the one with the higher peak comes first."""
+    """Checks that of avx512 and avx512_bf16, the one with the higher peak comes first."""
     rows = [row for row, available in ktops.cpu_capabilities().items() if available and "avx512" in row]
     if len(rows) == 2:
         first, second = (
@@ -117,7 +117,7 @@ def order_of_rows() -> Iterator[Check]:
 
 
 def a_busy_core() -> Iterator[Check]:
-    """See bench.busy_core. A call lasts several time slices; losing many at barriers exceeds the limit."""
+    """Runs bench.busy_core. A call lasts several time slices; losing many at barriers exceeds the limit."""
     layer = Layer(SHAPE, seed=0)
     with busy_core.Burner() as burner:
         for mode, op in OPS.items():
@@ -127,16 +127,16 @@ def a_busy_core() -> Iterator[Check]:
                 for _ in range(ROUNDS)
             ]
             slowdown = statistics.median(busy / quiet for quiet, busy in pairs)
-            yield Check(f"T={TOKENS}, {mode}: slowdown beside a busy core", slowdown, busy_core.LIMIT)
+            yield Check(f"T={TOKENS}, {mode}: slowdown with a busy core", slowdown, busy_core.LIMIT)
         burner.resume()
         with OtherLoad() as load:
             time.sleep(0.5)
         burner.pause()
-    yield Check("measured load of a process that burns a core", load.cores, 0.5, "cores", at_least=True)
+    yield Check("measured load of a process that keeps a core busy", load.cores, 0.5, "cores", at_least=True)
 
 
 def resident_memory() -> Iterator[Check]:
-    """What a call adds beyond its results, what forward saves, and the counted scratch memory."""
+    """Measures what a call adds beyond its results, what forward saves, and the counted scratch memory."""
     memory.reset_peak()
     before = memory.resident_bytes()
     fresh = mmap.mmap(-1, MAPPED)  # malloc may hand out pages that are resident
@@ -165,7 +165,7 @@ CHECKS = (call_overhead, steps_of_a_call, peak_of_a_step, order_of_rows, a_busy_
 
 
 def against(revision: str, num_threads: int) -> Iterator[Check]:
-    """HEAD next to a revision, one check per case."""
+    """Compares HEAD with a revision, one check per case."""
     arguments = regression.parse_arguments(
         [revision, "HEAD", "--shape", "1024,512,16,2", "--tokens", "1", "128", "--threads", str(num_threads)]
     )

@@ -1,4 +1,4 @@
-"""Contestants in worker processes take turns, round after round: A B A B, in one run, on the same inputs."""
+"""Measures contestants in worker processes, taking turns round after round (A B A B) on the same inputs."""
 
 import contextlib
 import json
@@ -22,17 +22,17 @@ _LONG_SECONDS = 3.0
 
 
 class ContestError(Exception):
-    """A worker could not do what it was asked to."""
+    """Raised if a worker could not fulfill a request."""
 
 
 class Worker:
-    """A process of ``python -m bench.worker``; call its requests with :meth:`ask`.
+    """A ``python -m bench.worker`` process; send it requests with :meth:`ask`.
 
     Args:
         python: the interpreter of its environment.
-        environment: variables that it gets in addition.
-        ktops: folder whose package ktops it imports; default: what its interpreter finds.
-        log: file for what it prints.
+        environment: additional environment variables.
+        ktops: the folder from which it imports ktops; default: what its interpreter finds.
+        log: the file for its output.
     """
 
     def __init__(
@@ -49,7 +49,7 @@ class Worker:
         self._requests, self._replies = self.process.stdin, self.process.stdout
 
     def ask(self, do: str, **arguments) -> dict:
-        """The reply to a request.
+        """Sends a request and returns the reply.
 
         Raises:
             ContestError: the request failed, or the process ended.
@@ -82,7 +82,7 @@ class Worker:
 
 @dataclass
 class Entrant:
-    """A contestant of one case and its samples so far: {round: seconds of its calls}."""
+    """A contestant in one case and its samples so far: {round: seconds of its calls}."""
 
     name: str
     worker: Worker
@@ -95,7 +95,7 @@ class Entrant:
 
     @property
     def seconds(self) -> float | None:
-        """Median over all calls; None without a sample, or if the result was wrong."""
+        """Median over all calls; None if there is no sample or the result was wrong."""
         calls = [s for sample in self.samples.values() for s in sample]
         return statistics.median(calls) if calls and not self.failure else None
 
@@ -107,14 +107,14 @@ class Entrant:
         return "ok" if self.samples else "busy"
 
     def spread(self) -> tuple[float, float]:
-        """Smallest and largest median of a round."""
+        """The smallest and the largest median of a round."""
         medians = [statistics.median(sample) for sample in self.samples.values()]
         return min(medians), max(medians)
 
 
 @dataclass(frozen=True)
 class Turns:
-    """How long to measure: rounds, seconds a sample, when to drop one; and what is too slow to repeat."""
+    """How long to measure: rounds, seconds per sample, when to drop one, and what is too slow to repeat."""
 
     rounds: int
     seconds: float
@@ -124,13 +124,13 @@ class Turns:
 
 
 def inputs_around(layer: Layer, tokens: int) -> list[Inputs]:
-    """Inputs that together use every expert, so that weights are cold when they come again."""
+    """Returns inputs that together use every expert, so that weights are cold when they are used again."""
     calls = max(1, -(-layer.shape.num_experts // (tokens * layer.shape.top_k)))
     return [layer.inputs(tokens) for _ in range(min(max(calls, 2), 32))]
 
 
 def _turn(entrant: Entrant, mode: str, turns: Turns, number: int) -> int:
-    """One sample; the index of the input of the last call."""
+    """Takes one sample; returns the index of the input of the last call."""
     time.sleep(_PAUSE_SECONDS)
     with OtherLoad() as load:
         reply = entrant.worker.ask(
@@ -145,7 +145,7 @@ def _turn(entrant: Entrant, mode: str, turns: Turns, number: int) -> int:
 
 
 def _warm_up(entrant: Entrant, mode: str, calls: list[Inputs], check, scratch: Path) -> float:
-    """A first call, checked; seconds of a second one, unless the first was long already."""
+    """Checks a first call; returns the seconds of a second one, unless the first already took long."""
     reply = entrant.worker.ask("run", contestant=entrant.name, mode=mode, seconds=0.0, max_calls=1)
     file = scratch / "result.pt"
     entrant.worker.ask("result", file=str(file))
@@ -159,11 +159,11 @@ def _warm_up(entrant: Entrant, mode: str, calls: list[Inputs], check, scratch: P
 def contest(
     entrants: list[Entrant], mode: str, calls: list[Inputs], check, turns: Turns, scratch: Path
 ) -> None:
-    """Fills the entrants' samples: a checked call each, then rounds in which everybody has a turn.
+    """Fills the entrants' samples: a checked call each, then rounds in which every entrant has a turn.
 
-    The order is reversed in every other round. An entrant that raises, or whose result ``check(entrant,
-    inputs, result)`` refuses by raising WrongResult, has its failure noted and takes no part. One that is
-    slow_factor times slower than the fastest has a single round.
+    The order is reversed in every other round. If an entrant raises an error, or ``check(entrant, inputs,
+    result)`` rejects its result by raising WrongResult, its failure is recorded and it does not take part. An
+    entrant that is slow_factor times slower than the fastest has a single round.
     """
     file = scratch / "inputs.pt"
     torch.save([asdict(inputs) for inputs in calls], file)
@@ -194,5 +194,5 @@ def contest(
 
 
 def say(text: str) -> None:
-    """A line of progress on standard error."""
+    """Prints a line of progress to standard error."""
     print(text, file=sys.stderr, flush=True)

@@ -1,13 +1,13 @@
-"""Measures layers with weights in formats against bfloat16 weights and against the limits of this machine.
+"""Compares layers with weights in formats with bfloat16 weights and with the limits of this machine.
 
     python -m bench.formats --isa avx512_bf16 --save
     python -m bench.formats --formats int4:128 int4:128@int8 q4_k --tokens 1 16 --mode forward
 
-A contestant is a format, with a group size after a colon, and after an @ what it is computed in (bf16, int8;
-default: bf16). Contestants take turns, A B A B, in one process; weights are cold, inputs fresh. A figure is
-the median time of a call; the roofline is max(flops / peak, bytes / bandwidth), with the bytes of the format
-and the peak of what is computed in, measured in the same run; "speed" is next to dense bfloat16 weights.
-Each contestant is first compared with the op on its decoded weights.
+A contestant is a format, optionally followed by a colon and a group size, and by an @ and the type to compute
+in (bf16, int8; default: bf16). Contestants take turns, A B A B, in one process, with cold weights and fresh
+inputs. A figure is the median time of a call. The roofline is max(flops / peak, bytes / bandwidth), with the
+bytes of the format and the peak of the type computed in, measured in the same run. "speed" is relative to
+dense bfloat16 weights. Each contestant is first compared with the op on its decoded weights.
 
 Exit status: 0, or 1 if a result was wrong.
 """
@@ -41,7 +41,7 @@ FORMATS = (
 )  # fmt: skip
 TOKENS = (1, 16, 2048)
 ROUNDED_ACTIVATIONS = 0.03
-"""Of int8 products: three factors rounded to 127 steps of the largest of 32 numbers, normal ones: 2 to 3."""
+"""Error of int8 products: three factors rounded to 127 steps of the largest of 32 normal numbers, 2 to 3."""
 
 
 @dataclass
@@ -69,7 +69,7 @@ class Contestant:
 
 
 def contestant(text: str, layer: Layer) -> Contestant:
-    """The layer in the format that text names; one expert is quantised and repeated, values do not matter."""
+    """Returns the layer in the format that text names. All experts are copies of one, to save time."""
     layout, _, compute = text.partition("@")
     name, _, group = layout.partition(":")
     size = int(group) if group else get_format(name).default_group_size
@@ -90,7 +90,7 @@ def first_experts(weight: Tensor | ExpertWeight, n: int) -> Tensor | ExpertWeigh
 
 
 def check(entrant: Contestant, layer: Layer) -> float:
-    """The relative error next to the op on decoded weights of few experts."""
+    """Returns the error relative to the op on the decoded weights of a few experts."""
     inputs = layer.inputs(8)
     inputs.topk_ids.remainder_(4)
     gate_up, down = few = [first_experts(weight, 4) for weight in (entrant.gate_up, entrant.down)]
@@ -105,7 +105,7 @@ def allowed(entrant: Contestant) -> float:
 
 
 def measure(entrants: list[Contestant], layer: Layer, tokens: int, training: bool, rounds: int) -> int:
-    """Fills the contestants' seconds; the number of experts that a call uses."""
+    """Fills the contestants' seconds; returns the number of experts that a call uses."""
     calls = max(1, min(8, layer.shape.num_experts // (tokens * layer.shape.top_k)))
     for entrant in entrants:
         entrant.seconds.clear()
@@ -120,7 +120,10 @@ def measure(entrants: list[Contestant], layer: Layer, tokens: int, training: boo
 
 
 def work(shape: Shape, entrant: Contestant, tokens: int, experts: int, training: bool) -> Work:
-    """Forward, or forward and the gradient of hidden_states: weights once or twice, activations."""
+    """Returns the work of forward, or of forward and the gradient of hidden_states.
+
+    Weights are read once or twice, and activations are counted.
+    """
     passes = 2 if training else 1
     activations = 2 * tokens * shape.hidden_size * 2 * passes
     flops = 2 * tokens * shape.top_k * shape.expert_elements * passes
@@ -148,12 +151,12 @@ def rows_of(entrants, layer, isa, tokens, mode, rounds, calibration) -> list[dic
 
 
 def row_key(row: dict) -> tuple:
-    """What distinguishes the rows of one result file."""
+    """Returns what distinguishes the rows of one result file."""
     return tuple(row[name] for name in ("shape", "mode", "tokens", "format"))
 
 
 def table(rows: list[dict]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
-    """(head, lines): a line for each format; fraction of the roofline and speed next to bfloat16 weights."""
+    """Returns (head, lines), a line per format: fraction of the roofline and speed relative to bfloat16."""
     cases = list(dict.fromkeys((row["mode"], row["tokens"]) for row in rows))
     head = ("format", *(f"{mode} T={tokens}" for mode, tokens in cases))
     cells = {
@@ -170,7 +173,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.tokens(*TOKENS)
     parser.mode()
     parser.isa()
-    parser.add_argument("--formats", nargs="+", default=FORMATS, metavar="FORMAT", help="default: many")
+    parser.add_argument("--formats", nargs="+", default=FORMATS, metavar="FORMAT", help="default: several")
     parser.rounds(5)
     parser.threads()
     parser.seed()
@@ -216,7 +219,7 @@ def save(machine: dict, rows: list[dict], isa: str) -> None:
 
 
 def section(isa: str) -> str:
-    """The block of docs/formats.md for a row of kernels: a table for each machine with a saved file."""
+    """Returns the block of docs/formats.md for the kernels of an ISA, with a table per saved machine."""
     from bench.plots import markdown
 
     tables = []

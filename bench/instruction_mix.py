@@ -1,14 +1,13 @@
-"""Which tile instructions the row amx_bf16 executes, counted by the AMX emulator.
+"""Counts the tile instructions of the amx_bf16 kernels with the AMX emulator.
 
     python -m bench.instruction_mix
     python -m bench.instruction_mix --shape dsv2_lite --rows 32 48 --rank 16
 
-Every expert gets exactly --rows rows. per load: dot products (TDPBF16PS) per tile load; a core issues a tile
-load in 8 cycles and a dot product in 16, so above 0.5 the dot products rule, and each load saved leaves room
-for a cache miss. Results are compared with the reference: one that differs is an error, not a row.
+Every expert gets exactly --rows rows. "per load" is the number of dot products (TDPBF16PS) per tile load. A
+core issues a tile load in 8 cycles and a dot product in 16, so above 0.5 the dot products dominate, and each
+load saved leaves room for a cache miss. Results are compared with the reference; a mismatch is an error.
 
-The command starts itself again under the emulator (ktops.testing.amx_emulator); the CPU must have
-AVX512_BF16.
+The command restarts itself under the emulator (ktops.testing.amx_emulator). The CPU must support AVX512_BF16.
 """
 
 import argparse
@@ -36,10 +35,10 @@ COLUMNS = (
 
 
 def balanced_inputs(layer: Layer, rows: int) -> Inputs:
-    """Inputs that give every expert ``rows`` rows.
+    """Returns inputs that give every expert ``rows`` rows.
 
     Raises:
-        ValueError: rows times experts is no multiple of top_k.
+        ValueError: rows times experts is not a multiple of top_k.
     """
     experts, top_k = layer.shape.num_experts, layer.shape.top_k
     if rows * experts % top_k:
@@ -50,7 +49,7 @@ def balanced_inputs(layer: Layer, rows: int) -> Inputs:
 
 
 def count(layer: Layer, rows: int, mode: str, variant: Variant) -> Counter:
-    """Tile instructions of one call, by name; this process must run under the emulator.
+    """Returns the tile instructions of one call, by name; this process must run under the emulator.
 
     Raises:
         bench.verify.WrongResult: the call's result is wrong.
@@ -65,7 +64,7 @@ def count(layer: Layer, rows: int, mode: str, variant: Variant) -> Counter:
 
 
 def record(shape: Shape, rows: int, mode: str, variant: Variant, threads: int, executed: Counter) -> dict:
-    """One measurement as plain values."""
+    """Returns one measurement as plain values."""
     dot_products = sum(executed[name] for name in amx_emulator.DOT_PRODUCTS)
     loads = sum(executed[name] for name in amx_emulator.LOADS)
     return {
@@ -97,7 +96,7 @@ def _cells(row: dict) -> tuple[str, ...]:
 
 
 def print_table(rows: list[dict]) -> None:
-    """One line a measurement; configs: LDTILECFG + TILERELEASE."""
+    """Prints one line per measurement; configs: LDTILECFG + TILERELEASE."""
     table = [COLUMNS, *(_cells(row) for row in rows)]
     widths = [max(len(line[i]) for line in table) for i in range(len(COLUMNS))]
     for line in table:
@@ -108,10 +107,10 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser("instruction_mix", __doc__)
     add = parser.add_argument
     parser.shape(DEFAULT_SHAPE, several=True)
-    add("--rows", type=positive, nargs="+", default=list(ROWS), metavar="N", help="of each expert")
+    add("--rows", type=positive, nargs="+", default=list(ROWS), metavar="N", help="rows per expert")
     add("--mode", choices=list(CALLS), nargs="+", default=list(CALLS))
     add("--rank", type=lora_rank, nargs="+", default=[0, 16], metavar="R", help="LoRA ranks (default: 0 16)")
-    add("--full", action="store_true", help="gradients of the base weights too")
+    add("--full", action="store_true", help="also compute the gradients of the base weights")
     parser.threads()
     add("--json", type=Path, metavar="FILE", help="write JSON lines")
     parser.seed()
@@ -119,7 +118,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 
 
 def measure(args: argparse.Namespace) -> list[dict]:
-    """All rows; this process must run under the emulator."""
+    """Measures all rows; this process must run under the emulator."""
     torch.set_num_threads(args.threads)
     rows = []
     for shape in args.shape:

@@ -9,17 +9,17 @@ from torch import Tensor
 
 from bench.shapes import Shape
 
-_POOL = 1_000_003  # prime: no two rows of a weight start at the same place of the pool
+_POOL = 1_000_003  # prime, so that no two rows of a weight start at the same place in the pool
 
 ROUTINGS = ("random", "skewed")
-"""How tokens choose experts: evenly, or half of the tokens with expert 0 among theirs."""
+"""How tokens choose experts: evenly, or with expert 0 chosen by half of the tokens."""
 
 
 @dataclass(frozen=True)
 class Variant:
-    """How a layer is called: LoRA rank of both adapters (0: none), what forward saves, what is trained.
+    """How a layer is called: the LoRA rank of both adapters (0: none), what forward saves, what is trained.
 
-    full asks for the gradients of gate_up_proj and down_proj as well.
+    full also requests the gradients of gate_up_proj and down_proj.
     """
 
     rank: int = 0
@@ -29,7 +29,7 @@ class Variant:
 
 
 def random_(tensor: Tensor, scale: float, generator: torch.Generator) -> Tensor:
-    """Fills a contiguous tensor with normal numbers of a small pool, at the speed of a copy; returns it."""
+    """Fills a contiguous tensor with normal numbers from a small pool, at the speed of a copy; returns it."""
     flat = tensor.view(-1)
     pool = (torch.randn(min(_POOL, flat.numel()), generator=generator) * scale).to(tensor.dtype)
     for start in range(0, flat.numel(), _POOL):
@@ -40,7 +40,7 @@ def random_(tensor: Tensor, scale: float, generator: torch.Generator) -> Tensor:
 
 @dataclass(frozen=True)
 class Inputs:
-    """The arguments of one call that differ from call to call; grad_output [T, H] is for training."""
+    """The arguments that differ from call to call; grad_output [T, H] is for training."""
 
     hidden_states: Tensor
     topk_ids: Tensor
@@ -49,15 +49,15 @@ class Inputs:
 
     @property
     def distinct_experts(self) -> int:
-        """Experts with at least one token."""
+        """The number of experts with at least one token."""
         return self.topk_ids.unique().numel()
 
 
 class Layer:
-    """Weights of one shape in bfloat16, with LoRA adapters made on demand, and a source of fresh inputs.
+    """Weights of one shape in bfloat16, with LoRA adapters created on demand, and a source of fresh inputs.
 
-    Few routes deal the experts like a deck of cards, so that an expert's weights have left the caches when it
-    comes again; with more routes than experts every token draws its own.
+    With few routes, experts are dealt like a deck of cards, so that an expert's weights have left the caches
+    before it is used again. With more routes than experts, every token draws its own.
 
     Example:
         >>> layer = Layer(SHAPES["qwen3_30b"], seed=0)
@@ -78,7 +78,7 @@ class Layer:
         self._dealt = 0
 
     def write(self, file: Path, rank: int) -> None:
-        """Weights and the adapters of a rank, for :meth:`read` in another process."""
+        """Writes the weights and the adapters of a rank, for :meth:`read` in another process."""
         weights = {"gate_up_proj": self.gate_up_proj, "down_proj": self.down_proj}
         adapters = {name: tensor.detach() for name, tensor in self.adapters(rank).items()}
         state = {"shape": asdict(self.shape), "rank": rank, "weights": weights, "adapters": adapters}
@@ -86,7 +86,7 @@ class Layer:
 
     @classmethod
     def read(cls, file: Path, *, seed: int = 0, copy: bool = False) -> "Layer":
-        """The layer that :meth:`write` wrote: mapped from the file, or copied to memory of this process."""
+        """Reads the layer that :meth:`write` wrote: maps the file, or copies it to memory of this process."""
         state = torch.load(file, mmap=True, weights_only=True)
 
         def take(tensor: Tensor) -> Tensor:
@@ -105,7 +105,7 @@ class Layer:
         return random_(torch.empty(size, dtype=self.dtype), scale, self.generator)
 
     def adapters(self, rank: int) -> dict[str, Any]:
-        """The LoRA arguments of ktops.moe_sft for a rank, all requiring gradients; {} for rank 0."""
+        """Returns the LoRA arguments of ktops.moe_sft for a rank, all requiring gradients; {} for rank 0."""
         if rank == 0:
             return {}
         if rank not in self._adapters:
@@ -119,7 +119,7 @@ class Layer:
         return self._adapters[rank]
 
     def inputs(self, tokens: int, routing: str = "random") -> Inputs:
-        """Inputs that no call has seen before; routing is one of ROUTINGS."""
+        """Returns inputs that no call has used before; routing is one of ROUTINGS."""
         h = self.shape.hidden_size
         logits = torch.randn(tokens, self.shape.top_k, generator=self.generator)
         return Inputs(

@@ -1,4 +1,4 @@
-"""What this machine can do right now: peak of a row of kernels, read bandwidth; and who else uses it."""
+"""Measures the current limits of this machine (peak, read bandwidth) and the load of other processes."""
 
 import os
 import platform
@@ -14,12 +14,12 @@ from bench.roofline import Limits
 _CALL_SECONDS = 0.02  # one measurement of the peak; far above the skew between starting threads
 _REPEATS = 3
 _MIN_BUFFER_BYTES = 256 << 20
-_CACHED_BYTES = 512 << 10  # larger than the first cache, smaller than the second
+_CACHED_BYTES = 512 << 10  # larger than the first-level cache, smaller than the second
 _CACHE_READS = 20
 
 
 def cpu_model() -> str:
-    """Name of the processor as the kernel gives it."""
+    """Returns the name of the processor as the kernel reports it."""
     for line in Path("/proc/cpuinfo").read_text().splitlines():
         if line.startswith("model name"):
             return line.split(":", 1)[1].strip()
@@ -27,7 +27,7 @@ def cpu_model() -> str:
 
 
 def cpu_features() -> list[str]:
-    """The kernel's names for the vector and tile instructions that the processor has."""
+    """Returns the kernel's names of the vector and tile instructions that the processor supports."""
     for line in Path("/proc/cpuinfo").read_text().splitlines():
         if line.startswith("flags"):
             wanted = ("fma", "avx", "f16c", "amx")
@@ -36,7 +36,7 @@ def cpu_features() -> list[str]:
 
 
 def last_level_cache_bytes() -> int:
-    """Size of the largest cache that CPU 0 sees, in bytes; 0 if the kernel does not say."""
+    """Returns the size of the largest cache of CPU 0 in bytes; 0 if the kernel does not report it."""
     sizes = [0]
     for file in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
         text = file.read_text().strip()
@@ -45,16 +45,16 @@ def last_level_cache_bytes() -> int:
 
 
 def _busy_seconds() -> float:
-    """CPU seconds spent by anybody, the hypervisor's other guests included, since boot."""
+    """Returns the CPU seconds used since boot by everything, including other guests of the hypervisor."""
     fields = [int(x) for x in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]]
     user, nice, system, _idle, _iowait, irq, softirq, steal = fields
     return (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
 
 
 class OtherLoad:
-    """Cores used by other processes during a ``with`` block, in ``cores`` afterwards.
+    """Measures how many cores other processes use during a ``with`` block; the result is in ``cores``.
 
-    The kernel counts in ticks of 10 ms, so blocks under 0.2 s say little.
+    The kernel counts in ticks of 10 ms, so the result for blocks under 0.2 s is inaccurate.
 
     Example:
         >>> with OtherLoad() as load:
@@ -71,7 +71,7 @@ class OtherLoad:
         return self
 
     def leave_out(self, cpu_seconds: float) -> None:
-        """CPU time of other processes within the block that belongs to the measurement."""
+        """Counts CPU time of other processes within the block as part of the measurement."""
         self._left_out += cpu_seconds
 
     def __exit__(self, *_) -> None:
@@ -82,9 +82,9 @@ class OtherLoad:
 
 
 def run_on_threads(num_threads: int, function: Callable[[int], object]) -> list:
-    """Results of ``function(index)``, each called by one of num_threads Python threads that start together.
+    """Calls ``function(index)`` in num_threads Python threads that start together; returns the results.
 
-    They overlap as far as the function releases the interpreter lock, which every PyTorch operator does.
+    The calls overlap while the function releases the interpreter lock, as every PyTorch operator does.
 
     Raises:
         Exception: the first one that a thread raised.
@@ -111,11 +111,12 @@ def run_on_threads(num_threads: int, function: Callable[[int], object]) -> list:
 
 
 class Calibration:
-    """Measures :class:`Limits` again and again with the same buffer and iteration counts.
+    """Measures :class:`Limits` repeatedly with the same buffer and iteration counts.
 
     Args:
-        num_threads: threads that compute and read at once.
-        buffer_bytes: read for the bandwidth; default four times the last-level cache, at least 256 MiB.
+        num_threads: the number of threads that compute and read at once.
+        buffer_bytes: the size of the buffer read to measure the bandwidth; default: four times the last-level
+            cache, at least 256 MiB.
     """
 
     def __init__(self, num_threads: int, buffer_bytes: int | None = None) -> None:
@@ -127,7 +128,7 @@ class Calibration:
         self._iterations: dict[tuple[str, str], int] = {}
 
     def peak(self, isa: str, dtype: str, num_threads: int | None = None) -> float:
-        """FLOP/s of num_threads threads that issue nothing but the row's multiply-adds; the best of three."""
+        """Returns the FLOP/s of num_threads threads that only issue multiply-adds; the best of three."""
         if (isa, dtype) not in self._iterations:
             self._iterations[isa, dtype] = self._find_iterations(isa, dtype)
         iterations = self._iterations[isa, dtype]
@@ -138,7 +139,7 @@ class Calibration:
         )
 
     def bandwidth(self, num_threads: int | None = None) -> float:
-        """Bytes/s that num_threads threads read of a buffer larger than the caches; the best of three."""
+        """Returns the bytes/s that num_threads threads read from a large buffer; the best of three."""
         parts = self._buffer.tensor_split(num_threads or self.num_threads)
 
         def read(index: int) -> tuple[float, float]:
@@ -153,11 +154,10 @@ class Calibration:
         return self._buffer.nbytes / min(seconds)
 
     def cache_read(self) -> float:
-        """Bytes per CPU second that the slowest thread reads from its core's second-level cache.
+        """Returns the bytes per CPU second that the slowest thread reads from its core's second-level cache.
 
-        Somebody else's hyper-thread on the same core, in another virtual machine for instance, slows these
-        reads down, and every kernel that reads operands; the peak hardly feels it, and /proc/stat does not
-        count it.
+        Work on the other hyper-thread of a core, e.g. in another virtual machine, slows down these reads and
+        every kernel that reads operands. It hardly affects the peak, and /proc/stat does not count it.
         ``fastest_cache_read`` is the largest value so far.
         """
 
@@ -172,13 +172,13 @@ class Calibration:
         return rate
 
     def limits(self, isa: str, dtype: str) -> Limits:
-        """Peak and bandwidth of all threads."""
+        """Measures peak and bandwidth of all threads."""
         return Limits(self.peak(isa, dtype), self.bandwidth())
 
     def _find_iterations(self, isa: str, dtype: str) -> int:
         iterations = 1024
         while iterations < 1 << 40:
-            start = time.thread_time()  # not on the clock: an interrupted call would seem long enough
+            start = time.thread_time()  # not elapsed time: an interrupted call would seem long enough
             torch.ops.kt.measure_peak(isa, dtype, iterations)
             if time.thread_time() - start >= _CALL_SECONDS:
                 break

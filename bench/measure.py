@@ -1,4 +1,4 @@
-"""Times every configuration in turn, round after round, next to a fresh calibration of the machine."""
+"""Times every configuration in turn, round after round, and calibrates the machine around each sample."""
 
 import math
 import statistics
@@ -14,15 +14,15 @@ from bench.roofline import Limits, Work
 from bench.shapes import Shape
 from bench.verify import WrongResult
 
-# A call was undisturbed if caches were read at least at this fraction of the best rate before and after it.
-# Next to an idle hyper-thread reads scatter by a tenth; next to a busy one they lose a third or more.
+# A call was undisturbed if caches were read at this fraction of the best rate or more, before and after it.
+# Reads scatter by a tenth if the other hyper-thread is idle; they lose a third or more if it is busy.
 _UNDISTURBED = 0.75
-_PAUSE_SECONDS = 0.02  # lets the thread pool of the contestant before fall asleep
+_PAUSE_SECONDS = 0.02  # lets the thread pool of the previous contestant fall asleep
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How long to measure: rounds with a kept sample each, seconds a sample, and when to drop one.
+    """How long to measure: rounds with one kept sample each, seconds per sample, and when to drop a sample.
 
     A configuration whose first call takes longer than slow_seconds has a single round.
     """
@@ -36,7 +36,7 @@ class Plan:
 
 @dataclass
 class Configuration:
-    """One row of the report, with the calls measured so far."""
+    """One row of the report with the calls measured so far."""
 
     op: ModuleType
     isa: str
@@ -69,7 +69,7 @@ class Configuration:
         return str(self.layer.dtype).removeprefix("torch.")
 
     def record(self) -> dict:
-        """The row as plain values: a wrong or never quiet configuration has no figures."""
+        """Returns the row as plain values. A wrong or never quiet configuration has no figures."""
         row = {
             "op": self.op.__name__.rsplit(".", 1)[-1],
             "mode": self.op.MODE,
@@ -104,13 +104,13 @@ class Configuration:
         return row
 
     def undisturbed(self) -> list[float]:
-        """The fractions of calls during which nobody else used the cores, other virtual machines included."""
+        """Returns the fractions of calls during which nothing else used the cores, not even another VM."""
         least = _UNDISTURBED * self.fastest_cache_read
         return [f for f, rate in zip(self.fractions, self.cache_reads, strict=True) if rate >= least]
 
 
 def _time_calls(config: Configuration, seconds: float) -> tuple[list[tuple[float, Work]], Inputs, object]:
-    """([(seconds, work) of each call], inputs and result of the last)"""
+    """Returns ([(seconds, work) of each call], inputs and result of the last)."""
     calls: list[tuple[float, Work]] = []
     total = 0.0
     while not calls or total < seconds:
@@ -127,7 +127,7 @@ def _time_calls(config: Configuration, seconds: float) -> tuple[list[tuple[float
 
 
 def _warm_up(config: Configuration) -> float:
-    """Seconds of a first call."""
+    """Returns the seconds of a first call."""
     inputs = config.layer.inputs(config.tokens, config.variant.routing)
     start = time.perf_counter()
     config.op.call(config.layer, config.variant, inputs)
@@ -135,12 +135,12 @@ def _warm_up(config: Configuration) -> float:
 
 
 def mean_limits(a: Limits, b: Limits) -> Limits:
-    """Between two measurements."""
+    """Separates two measurements."""
     return Limits((a.peak + b.peak) / 2, (a.bandwidth + b.bandwidth) / 2)
 
 
 def _sample(config: Configuration, calibration: Calibration, plan: Plan) -> None:
-    """One sample: calibrate, time calls for a while, calibrate; kept if the machine was quiet throughout."""
+    """Calibrates, times calls for a while, calibrates again; keeps the sample if the machine was quiet."""
     with OtherLoad() as load:
         before = calibration.limits(config.isa, config.dtype)
         time.sleep(_PAUSE_SECONDS)
@@ -166,10 +166,10 @@ def _sample(config: Configuration, calibration: Calibration, plan: Plan) -> None
 
 
 def measure(configurations: list[Configuration], calibration: Calibration, plan: Plan) -> None:
-    """Fills the configurations: a warm-up call each, then rounds in which every configuration has its turn.
+    """Fills the configurations: a warm-up call each, then rounds in which every configuration has a turn.
 
-    A dropped sample is tried again in later rounds, plan.max_attempts times in all. The first result that was
-    timed is checked; a configuration whose result is wrong is not timed again.
+    A dropped sample is retried in later rounds, up to plan.max_attempts times in total. The first timed
+    result is checked; a configuration with a wrong result is not timed again.
     """
     for attempt in range(plan.max_attempts):
         pending = [c for c in configurations if c.samples < (1 if c.slow else plan.rounds) and not c.wrong]

@@ -1,11 +1,11 @@
-"""Peak memory of one forward and backward, beyond weights, inputs and outputs.
+"""Measures the peak memory of one forward and backward, beyond weights, inputs and outputs.
 
     python -m bench.memory
     python -m bench.memory --shape dsv2_lite --tokens 512 2048 --save recompute
 
-extra: the highest resident memory of the process during the call, less what was resident before and less the
-results (output and gradients). saved: what forward must keep for backward; scratch: what ktops.memory_stats
-counted at its peak. The call finds no scratch memory of earlier ones. All in MiB, bfloat16.
+extra: the highest resident memory of the process during the call, minus what was resident before and minus
+the results (output and gradients). saved: what forward must keep for backward. scratch: the peak that
+ktops.memory_stats counted. The call finds no scratch memory from earlier calls. All in MiB, bfloat16.
 
 Exit status: 1 if extra exceeds saved by more than --limit.
 """
@@ -30,7 +30,7 @@ MIB = 1 << 20
 
 
 def resident_bytes(peak: bool = False) -> int:
-    """Resident memory of this process now, or the highest since :func:`reset_peak`."""
+    """Returns the resident memory of this process now, or the highest since :func:`reset_peak`."""
     name = "VmHWM" if peak else "VmRSS"
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(name):
@@ -39,13 +39,13 @@ def resident_bytes(peak: bool = False) -> int:
 
 
 def reset_peak() -> None:
-    """The peak of resident memory starts again at its present value."""
+    """Resets the peak of resident memory to its current value."""
     Path("/proc/self/clear_refs").write_text("5")
 
 
 @dataclass(frozen=True)
 class Usage:
-    """Bytes of one forward and backward; scratch is what ktops.memory_stats counted at its peak."""
+    """Bytes used by one forward and backward; scratch is the peak that ktops.memory_stats counted."""
 
     extra: int
     saved: int
@@ -53,13 +53,13 @@ class Usage:
 
 
 def saved_bytes(shape: Shape, tokens: int, rank: int, save: str) -> int:
-    """[g | u] of every route unless save is "recompute", and the r-wide products of gate_up and down."""
+    """Returns the bytes of [g | u] (unless save is "recompute") and of the r-wide products of each route."""
     gate_up = 0 if save == "recompute" else 2 * shape.intermediate_size
     return 2 * tokens * shape.top_k * (gate_up + 2 * rank)
 
 
 def call(layer: Layer, inputs: Inputs, rank: int, save: str) -> list[Tensor]:
-    """Output and gradients of one forward and backward."""
+    """Returns the output and the gradients of one forward and backward."""
     adapters = layer.adapters(rank)
     leaves = {
         "hidden_states": inputs.hidden_states.requires_grad_(),
@@ -79,11 +79,11 @@ def call(layer: Layer, inputs: Inputs, rank: int, save: str) -> list[Tensor]:
 
 
 def _added(layer: Layer, tokens: int, rank: int, save: str) -> int:
-    """Resident bytes that one forward and backward add at their peak, less those of their results."""
+    """Returns the resident bytes that one forward and backward add at their peak, minus their results."""
     inputs = layer.inputs(tokens)
     layer.adapters(rank)
     gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)  # freed memory that is still resident would hide what the call adds
+    ctypes.CDLL(None).malloc_trim(0)  # freed but still resident memory would hide what the call adds
     before = resident_bytes()
     reset_peak()
     results = call(layer, inputs, rank, save)
@@ -91,7 +91,7 @@ def _added(layer: Layer, tokens: int, rank: int, save: str) -> int:
 
 
 def measure(layer: Layer, tokens: int, rank: int, save: str = "activations") -> Usage:
-    """Measures one call, after a small one that loads code and starts threads."""
+    """Measures one call after a small one that loads code and starts threads."""
     _added(layer, 1, rank, save)
     ktops.empty_cache()
     extra = _added(layer, tokens, rank, save)
@@ -108,7 +108,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--save", choices=("activations", "recompute"), default="activations")
     parser.isa(several=True)
     parser.threads()
-    add("--limit", type=float, default=64, metavar="MIB", help="scratch allowed (default: %(default)s)")
+    add("--limit", type=float, default=64, metavar="MIB", help="allowed scratch (default: %(default)s)")
     return parser.parse_args(argv)
 
 

@@ -1,15 +1,15 @@
-"""ktops next to kt-kernel's method of the same name: weights in the same format, turn by turn in one run.
+"""Compares ktops with kt-kernel's method of the same name, taking turns on weights in the same format.
 
     python -m bench.methods --peer kt-kernel=VENV/bin/python --isa amx_bf16 --save
     python -m bench.methods --peer kt-kernel=VENV/bin/python --methods AMXINT8 RAWINT4 --tokens 1 16
 
 Inference methods run forward, SFT methods forward and backward with LoRA. Both contestants get the same
-codes, quantized from the layer's bfloat16 weights, but for methods of kt-kernel that quantize by themselves.
-Each method has a pair of worker processes of its own. A result is checked before it is timed: with
-ktops.reference on the decoded codes, or on the bfloat16 weights if kt-kernel has made codes of its own. The
-figures are milliseconds of the median call, ktops / kt-kernel, and in brackets how many times as fast ktops
-is: the median over rounds. A method that kt-kernel cannot run is listed with the reason. kt-kernel's threads
-spin: beside a busy process it loses far more than ktops, so use a quiet machine.
+codes, quantized from the layer's bfloat16 weights, except for kt-kernel methods that quantize weights
+themselves. Each method has its own pair of worker processes. Before a result is timed, it is compared with
+ktops.reference on the decoded codes, or on the bfloat16 weights if kt-kernel made its own codes. The figures
+are milliseconds of the median call, ktops / kt-kernel, and in brackets the speedup of ktops, the median over
+rounds. A method that kt-kernel cannot run is listed with the reason. Use a quiet machine: kt-kernel's threads
+spin, so other load slows it down far more than ktops.
 
 Exit status: 0, or 1 if a result of ktops was wrong, or 3 if it never had a quiet sample.
 """
@@ -39,24 +39,26 @@ PAGE = results.ROOT / "docs" / "formats.md"
 TOKENS = (1, 16, 128, 2048)
 OURS, THEIRS = "ktops", "kt-kernel"
 MODULES = {OURS: "ktops_method", THEIRS: "kt_kernel_method"}
-SECONDS = 0.3  # of a sample
-DISTINCT = 16  # experts with weights of their own
+SECONDS = 0.3  # per sample
+DISTINCT = 16  # experts with distinct weights
 _LAYER, _CODES = "layer.pt", "codes.pt"
 
 INTEGERS = (*GROUPED, "mxfp4", "q8_0", "q4_k", "q5_k", "q6_k")
 """Formats whose codes ktops may multiply as integers."""
 
 ROUNDED_ACTIVATIONS = 0.05
-"""Allowed where integers may be multiplied: activations are rounded to 127 steps of the largest of a row."""
+"""Allowed error of integer products: activations are rounded to 127 steps of the largest in a row."""
 
 OWN_CODES = {"bf16": PEER_BUDGETS * forward_budget(torch.bfloat16), "int8": 0.08, "int4": 0.5, "uint4": 0.5}
-"""Allowed next to bfloat16 weights to kt-kernel's own codes: they cost 0.013 and 0.23 in docs/formats.md, a
-row may be twice as bad, and gradients and transposed weights are rounded too. A wrong expert is above 1."""
+"""Allowed error of kt-kernel's own codes relative to bfloat16 weights. They cost 0.013 and 0.23 in
+docs/formats.md, a row may be twice as bad, and gradients and transposed weights are rounded too. A wrong
+expert
+exceeds 1."""
 
 
 @dataclass(frozen=True)
 class Method:
-    """A name that KTMoEWrapper knows, the format, and whether kt-kernel starts from bfloat16 weights."""
+    """A method name of KTMoEWrapper, the format, and whether kt-kernel starts from bfloat16 weights."""
 
     name: str
     format: str
@@ -69,7 +71,7 @@ class Method:
 
     @property
     def weights(self) -> str:
-        """The format, with a group size other than the usual one."""
+        """The format, with the group size if it is not the usual one."""
         return f"{self.format}:{self.group_size}" if self.group_size else self.format
 
 
@@ -98,7 +100,7 @@ METHODS = (
     Method("AMXFP8_SFT", "fp8_e4m3", 128),
     Method("MXFP4_SFT", "mxfp4", 32),
 )
-"""INT8_SFT is left out: the class of AMXINT8_SFT under another name."""
+"""INT8_SFT is left out because it is the class of AMXINT8_SFT under another name."""
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -110,9 +112,9 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--peer", type=environment, required=True, metavar="kt-kernel=PYTHON",
                         help="interpreter of its environment")  # fmt: skip
     parser.add_argument("--methods", choices=names, nargs="+", default=names, metavar="NAME",
-                        help=f"of {', '.join(names)} (default: all)")  # fmt: skip
+                        help=f"any of {', '.join(names)} (default: all)")  # fmt: skip
     parser.add_argument("--rank", type=positive, default=8, metavar="R",
-                        help="LoRA rank; RAWINT4_SFT has no other than 8 (default: %(default)s)")  # fmt: skip
+                        help="LoRA rank; RAWINT4_SFT supports only 8 (default: %(default)s)")  # fmt: skip
     parser.threads()
     parser.rounds(3)
     parser.max_load()
@@ -122,15 +124,15 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 
 
 def stored(weight: ExpertWeight) -> dict:
-    """What the contestants read: the arguments of ExpertWeight."""
+    """Returns what the contestants read, the arguments of ExpertWeight."""
     sizes = {"shape": tuple(weight.shape), "group_size": weight.group_size}
     return {"format": weight.format, **sizes, **weight.codes._asdict()}
 
 
 def quantized(layer: Layer, method: Method, file: Path) -> Layer:
-    """Writes the layer's codes to a file; returns the layer with the weights that they stand for.
+    """Writes the layer's codes to a file; returns the layer with the decoded weights.
 
-    A few experts are quantized, and repeated: it takes long, and values do not matter.
+    To save time, only a few experts are quantized and repeated; values do not matter.
     """
     decoded = copy.copy(layer)
     codes = {}
@@ -147,7 +149,7 @@ def quantized(layer: Layer, method: Method, file: Path) -> Layer:
 
 
 def allowed(method: Method, contestant: str) -> float:
-    """Relative error that is taken for right."""
+    """Returns the relative error that is accepted."""
     if contestant == THEIRS and method.quantizes:
         return OWN_CODES[method.format]
     integers = method.format in INTEGERS
@@ -167,7 +169,7 @@ def _start(name: str, args: argparse.Namespace, scratch: Path) -> Worker:
 
 
 def _entrants(method: Method, args: argparse.Namespace, scratch: Path) -> list[Entrant]:
-    """Both contestants with the layer and its codes; a failure is noted."""
+    """Returns both contestants with the layer and its codes; failures are recorded."""
     entrants = []
     for name, module in MODULES.items():
         entrant = Entrant(name, _start(name, args, scratch))
@@ -185,14 +187,14 @@ def _entrants(method: Method, args: argparse.Namespace, scratch: Path) -> list[E
 
 
 def ratios(ours: Entrant, theirs: Entrant) -> list[float]:
-    """Time of kt-kernel over that of ktops in each round that both have."""
+    """Returns kt-kernel's time divided by that of ktops for each round that both have."""
     rounds = ours.samples.keys() & theirs.samples.keys()
     median = statistics.median
     return [median(theirs.samples[number]) / median(ours.samples[number]) for number in sorted(rounds)]
 
 
 def row_of(case: dict, ours: Entrant, theirs: Entrant) -> dict:
-    """What was measured of one method with so many tokens. "status" is that of ktops, "peer" kt-kernel's."""
+    """Returns the row of a method and a number of tokens; "status" is that of ktops, "peer" kt-kernel's."""
     row = case | {"status": ours.status, "peer": theirs.status}
     if ours.failure or theirs.failure:
         row["message"] = ours.failure or theirs.failure
@@ -207,7 +209,7 @@ def row_of(case: dict, ours: Entrant, theirs: Entrant) -> dict:
 
 
 def method_rows(method: Method, layer: Layer, args: argparse.Namespace, scratch: Path) -> list[dict]:
-    """The rows of a method, in a pair of processes that lives no longer."""
+    """Returns the rows of a method, measured in a pair of processes that then ends."""
     decoded = quantized(layer, method, scratch / _CODES)
     op, variant = OPS[method.mode], Variant(args.rank if method.mode == "training" else 0)
     budget = forward_budget(torch.bfloat16)
@@ -236,7 +238,7 @@ def method_rows(method: Method, layer: Layer, args: argparse.Namespace, scratch:
 
 
 def words(row: dict) -> str:
-    """The figure of a row, or why there is none."""
+    """Returns the figure of a row, or why there is none."""
     if "speed" in row:
         return cell(row)
     reason = row.get("message", "no quiet sample").split(". Supported")[0]
@@ -244,14 +246,14 @@ def words(row: dict) -> str:
 
 
 def cell(row: dict) -> str:
-    """Milliseconds of ktops / of kt-kernel (how many times as fast ktops is)."""
+    """Returns "milliseconds of ktops / of kt-kernel (speedup of ktops)"."""
     if "speed" not in row:
         return "-"
     return f"{1e3 * row['ktops_seconds']:.3g} / {1e3 * row['kt_kernel_seconds']:.3g} ({row['speed']:.2f})"
 
 
 def table(rows: list[dict]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
-    """(head, lines): a line for each method that kt-kernel runs."""
+    """Returns (head, lines), a line per method that kt-kernel runs."""
     tokens = sorted({row["tokens"] for row in rows})
     lines: dict[tuple, dict[int, str]] = {}
     for row in rows:
@@ -262,12 +264,12 @@ def table(rows: list[dict]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
 
 
 def missing(rows: list[dict]) -> dict[str, str]:
-    """{method: why there is no figure}"""
+    """Returns {method: why there is no figure}."""
     return {row["method"]: words(row) for row in rows if "speed" not in row}
 
 
 def row_key(row: dict) -> tuple:
-    """What distinguishes the rows of one result file."""
+    """Returns what distinguishes the rows of one result file."""
     return tuple(row[name] for name in ("shape", "mode", "method", "format", "tokens"))
 
 
@@ -297,7 +299,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def section(isa: str) -> str:
-    """The block of docs/formats.md for a row of kernels: tables for each machine with a saved file."""
+    """Returns the block of docs/formats.md for the kernels of an ISA, with tables per saved machine."""
     return "\n".join(map(machine_section, results.load("methods", isa=isa))) or "Not measured yet.\n"
 
 

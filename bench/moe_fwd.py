@@ -11,7 +11,7 @@ MODE = "forward"
 
 
 def call(layer: Layer, variant: Variant, inputs: Inputs) -> Tensor:
-    """The timed call: output [T, H]."""
+    """Runs the timed call; returns output [T, H]."""
     with torch.no_grad():
         return ktops.moe_sft(
             inputs.hidden_states,
@@ -24,7 +24,7 @@ def call(layer: Layer, variant: Variant, inputs: Inputs) -> Tensor:
 
 
 def check(layer: Layer, variant: Variant, inputs: Inputs, result: Tensor, factor: float = 1.0) -> float:
-    """Largest relative error; raises bench.verify.WrongResult above factor times the budget."""
-    from bench.verify import check_forward  # which needs this tree's ktops; calls are timed with others too
+    """Returns the largest relative error; raises bench.verify.WrongResult above factor times the budget."""
+    from bench.verify import check_forward  # needs this tree's ktops; calls are timed with others too
 
     return check_forward(layer, variant, inputs, result, factor)

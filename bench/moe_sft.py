@@ -11,7 +11,7 @@ MODE = "training"
 
 
 def call(layer: Layer, variant: Variant, inputs: Inputs) -> tuple[Tensor, dict[str, Tensor]]:
-    """The timed call: output and, by name, gradients of hidden_states, topk_weights and what is trained."""
+    """Runs the timed call; returns the output and, by name, the gradients of inputs and trained tensors."""
     leaves = {
         "hidden_states": inputs.hidden_states.detach().requires_grad_(),
         "topk_weights": inputs.topk_weights.detach().requires_grad_(),
@@ -40,7 +40,7 @@ def check(
     result: tuple[Tensor, dict[str, Tensor]],
     factor: float = 1.0,
 ) -> float:
-    """Largest relative error; raises bench.verify.WrongResult above factor times the budget."""
-    from bench.verify import check_training  # which needs this tree's ktops; calls are timed with others too
+    """Returns the largest relative error; raises bench.verify.WrongResult above factor times the budget."""
+    from bench.verify import check_training  # needs this tree's ktops; calls are timed with others too
 
     return check_training(layer, variant, inputs, *result, factor)

@@ -1,12 +1,12 @@
-"""What a call costs besides the work: one token, a tiny layer, one thread, no gradient.
+"""Measures the overhead of a call: one token, a tiny layer, one thread, no gradient.
 
     python -m bench.overhead
 
-The thread's CPU time of a call, from Python to the kernels and back, the best of many series. "ktops.moe_sft"
-is the public function under torch.no_grad; "torch.ops.kt.moe_fwd" the operator below in torch.inference_mode
-(under torch.no_grad PyTorch asks the operator's autograd first, in Python). The steps are those of
-ktops.profile. For comparison, the table also has F.linear, an operator without arguments, and the same layer
-built from PyTorch's operators, which slows down with the machine as ktops does.
+The figure is the thread's CPU time of a call, from Python to the kernels and back, the best of many series.
+"ktops.moe_sft" is the public function under torch.no_grad; "torch.ops.kt.moe_fwd" is the operator that it
+calls, in torch.inference_mode (under torch.no_grad PyTorch first runs the operator's autograd, in Python).
+The steps are those of ktops.profile. For comparison, the table also has F.linear, an operator without
+arguments, and the same layer built from PyTorch's operators, which slows down with the machine as ktops does.
 
 Exit status: 1 if ktops.moe_sft takes longer than --limit times the layer built from PyTorch's operators.
 """
@@ -25,14 +25,14 @@ from ktops.ops.arguments import MoeArguments
 from ktops.testing.inputs import op_arguments
 
 LIMIT = 0.75
-"""Relative to the same layer built from PyTorch's operators; 0.3 on a Zen 4."""
+"""Limit relative to the same layer built from PyTorch's operators; 0.3 was measured on a Zen 4."""
 
 _SERIES = 20
 _SHAPE = Shape("tiny", hidden_size=16, intermediate_size=16, num_experts=4, top_k=2)
 
 
 def best_seconds(function: Callable[[], object], calls: int = 500) -> float:
-    """CPU seconds of this thread for one call, in the fastest of some series of calls."""
+    """Returns the CPU seconds of this thread per call, in the fastest of several series of calls."""
     seconds = []
     for _ in range(_SERIES):
         start = time.thread_time()
@@ -43,7 +43,7 @@ def best_seconds(function: Callable[[], object], calls: int = 500) -> float:
 
 
 def tiny_call(dtype: torch.dtype = torch.bfloat16) -> tuple[Callable[[], torch.Tensor], MoeArguments]:
-    """(ktops.moe_sft of one token, the arguments of torch.ops.kt.moe_fwd)"""
+    """Returns (ktops.moe_sft of one token, the arguments of torch.ops.kt.moe_fwd)."""
     h, i, e, k = _SHAPE.hidden_size, _SHAPE.intermediate_size, _SHAPE.num_experts, _SHAPE.top_k
     x, gate_up, down = (torch.ones(size, dtype=dtype) for size in ((1, h), (e, 2 * i, h), (e, h, i)))
     ids, weights = torch.arange(k).view(1, k), torch.full((1, k), 1 / k, dtype=dtype)
@@ -53,7 +53,7 @@ def tiny_call(dtype: torch.dtype = torch.bfloat16) -> tuple[Callable[[], torch.T
 
 
 def layer_of_operators(a: MoeArguments) -> torch.Tensor:
-    """ktops.moe_sft of one token, written with PyTorch's operators."""
+    """Computes ktops.moe_sft of one token with PyTorch's operators."""
     linear, silu = torch.nn.functional.linear, torch.nn.functional.silu
     y = torch.zeros_like(a.hidden_states)
     for route, expert in enumerate(a.topk_ids[0].tolist()):
@@ -63,7 +63,7 @@ def layer_of_operators(a: MoeArguments) -> torch.Tensor:
 
 
 def overheads() -> dict[str, float]:
-    """Seconds a call, by name; the steps of the operator last, indented."""
+    """Returns seconds per call, by name; the steps of the operator last, indented."""
     function, arguments = tiny_call()
     op = torch.ops.kt.moe_fwd.default
     x = arguments.hidden_states
@@ -98,7 +98,7 @@ def main(argv: list[str] | None = None) -> int:
     for name, seconds in rows.items():
         print(f"{name:32} {seconds * 1e6:7.2f} us")
     ratio = rows["ktops.moe_sft"] / rows["the layer of PyTorch's operators"]
-    print(f"ktops.moe_sft takes {ratio:.2f} times the layer of PyTorch's operators, limit {args.limit:g}")
+    print(f"ktops.moe_sft takes {ratio:.2f} times the layer of PyTorch's operators; limit {args.limit:g}")
     return 1 if ratio > args.limit else 0
 
 

@@ -2,8 +2,8 @@
 
     python -m bench.plots
 
-The page is text by hand around blocks between <!-- begin NAME --> and <!-- end NAME -->, which are replaced.
-Needs matplotlib.
+Replaces the blocks between <!-- begin NAME --> and <!-- end NAME -->; the rest of the page is written by
+hand. Needs matplotlib.
 """
 
 import argparse
@@ -28,13 +28,13 @@ def _pyplot():
 
 
 def _save(figure, file: Path) -> None:
-    """The same figure is the same file: without a date."""
+    """No date, so that the same figure gives the same file."""
     figure.savefig(file, dpi=120, metadata={"Date": None} if file.suffix == ".svg" else None)
     _pyplot().close(figure)
 
 
 def title(result: dict) -> str:
-    """What a result was measured on, on one line."""
+    """Returns what a result was measured on, in one line."""
     machine = result["machine"]
     return f"{machine['cpu']}, {machine['threads']} threads, {result['isa']} kernels"
 
@@ -60,7 +60,7 @@ def _group(rows: list[dict], key) -> dict:
 
 
 def write_run(file: Path, result: dict) -> None:
-    """Fraction of the roofline over tokens, a panel a mode, a line a shape and variant."""
+    """Plots the fraction of the roofline over tokens, a panel per mode, a line per shape and variant."""
     panels = _group(_ok(result["rows"]), lambda row: row["mode"])
     figure, axes = _pyplot().subplots(
         1, len(panels), figsize=(4.2 * len(panels), 3.2), layout="constrained", squeeze=False, sharey=True
@@ -80,7 +80,7 @@ def write_run(file: Path, result: dict) -> None:
 
 
 def write_peers(file: Path, result: dict) -> None:
-    """Fraction of the roofline over tokens, a panel a shape and mode, a line a contestant."""
+    """Plots the fraction of the roofline over tokens, a panel per shape and mode, a line per contestant."""
     rows = _ok(result["rows"])
     shapes, modes = (list(dict.fromkeys(row[name] for row in rows)) for name in ("shape", "mode"))
     names = list(dict.fromkeys(row["contestant"] for row in rows))
@@ -106,7 +106,7 @@ def write_peers(file: Path, result: dict) -> None:
 
 
 def write_scaling(file: Path, result: dict) -> None:
-    """Milliseconds and the roofline over each size, both axes logarithmic, a panel a sweep."""
+    """Plots milliseconds and the roofline over each size, both axes logarithmic, a panel per sweep."""
     sweeps = _group(_ok(result["rows"]), lambda row: row["sweep"])
     figure, axes = _pyplot().subplots(
         1, len(sweeps), figsize=(3.0 * len(sweeps), 3.0), layout="constrained", squeeze=False
@@ -130,7 +130,7 @@ def write_scaling(file: Path, result: dict) -> None:
 
 
 def markdown(columns: tuple[str, ...], lines: list[tuple[str, ...]]) -> str:
-    """A table."""
+    """Returns a table in Markdown."""
     return "".join(f"| {' | '.join(line)} |\n" for line in [columns, ("---",) * len(columns), *lines])
 
 
@@ -154,11 +154,11 @@ SECTIONS = {
     "busy_core": (None, lambda rows: [report.busy_core_table(rows)]),
     "check": (None, lambda rows: [report.check_table(rows)]),
 }
-"""Bench: its figure, its tables."""
+"""Maps each bench to its figure and its tables."""
 
 
 def section(bench: str, figures: Path, folder: Path | None = None) -> str:
-    """The block of a bench: per result file a heading, where it comes from, figure and table."""
+    """Returns the block of a bench: for each result file a heading, its origin, figure and table."""
     draw, tables = SECTIONS[bench]
     parts = []
     for result in results.load(bench, folder):
@@ -173,7 +173,7 @@ def section(bench: str, figures: Path, folder: Path | None = None) -> str:
 
 
 def fill(page: str, name: str, block: str) -> str:
-    """The page with another text between <!-- begin name --> and <!-- end name -->.
+    """Returns the page with the text between <!-- begin name --> and <!-- end name --> replaced.
 
     Raises:
         ValueError: the page has no such block.
@@ -185,7 +185,7 @@ def fill(page: str, name: str, block: str) -> str:
 
 
 def render(page: str, figures: Path, folder: Path | None = None) -> str:
-    """The page with every block renewed; the figures are written."""
+    """Returns the page with every block regenerated; writes the figures."""
     figures.mkdir(parents=True, exist_ok=True)
     for name in SECTIONS:
         page = fill(page, name, section(name, figures, folder))

@@ -1,12 +1,13 @@
-"""Where the time of one layer goes: the steps of forward and backward, next to what each must cost.
+"""Times the steps of forward and backward of one layer, and compares each with its lower bound.
 
     python -m bench.profile --shape qwen3_30b --tokens 128
     python -m bench.profile --tokens 2048 --isa amx_bf16 avx512_bf16 --rank 0 --mode forward
 
-busy: milliseconds in tasks, all threads together; share: of all busy time; wait: for other threads' last
-tasks; wall: on the clock. limit: the roofline of the step's own FLOPs and weights at the peak and bandwidth
-measured before and after; fraction: limit / wall; blocks by path: how products with the weights were computed
-(ktops_csrc/gemm/path.h). Medians of the calls; weights cold, inputs fresh.
+busy: milliseconds in tasks, summed over threads. share: fraction of all busy time. wait: time waiting for
+other threads' last tasks. wall: elapsed time. limit: the roofline of the step's own FLOPs and weights at the
+peak and bandwidth measured before and after. fraction: limit / wall. blocks by path: how products with the
+weights were computed (ktops_csrc/gemm/path.h). Figures are medians over the calls, with cold weights and
+fresh inputs.
 """
 
 import argparse
@@ -25,15 +26,15 @@ from bench.shapes import Shape
 
 
 def step_work(shape: Shape, tokens: int, distinct_experts: int, rank: int) -> dict[tuple[str, str], Work]:
-    """FLOPs and bytes of bfloat16 weights and LoRA gradients of the steps that have any, by (operator, step).
+    """Returns the FLOPs and the bytes of bfloat16 weights and LoRA gradients, by (operator, step).
 
-    The FLOPs add up to those of ``bench.roofline``. Activations are left out of the bytes.
+    The FLOPs add up to those of ``bench.roofline``. The bytes do not include activations.
     """
     h, i, r = shape.hidden_size, shape.intermediate_size, rank
     routes = tokens * shape.top_k
 
     def work(*elements: int, gradients: bool = False) -> Work:
-        """Products of each route with that many elements of its expert's weights, read once."""
+        """Returns the work of multiplying each route by that many weights of its expert, read once."""
         n = sum(elements)
         return Work(2 * routes * n, 2 * distinct_experts * n if not gradients else 2 * shape.num_experts * n)
 
@@ -56,7 +57,7 @@ def step_work(shape: Shape, tokens: int, distinct_experts: int, rank: int) -> di
 
 
 def profile_calls(mode: str, layer: Layer, tokens: int, rank: int, calls: int) -> tuple[list, int]:
-    """([median Step of each step], distinct experts of the last call)"""
+    """Returns ([median Step of each step], distinct experts of the last call)."""
     op = OPS[mode]
     op.call(layer, Variant(rank), layer.inputs(tokens))
     profiles = []
@@ -76,7 +77,7 @@ def profile_calls(mode: str, layer: Layer, tokens: int, rank: int, calls: int) -
 
 
 def print_steps(steps: list, work: dict[tuple[str, str], Work], limits: Limits) -> None:
-    """One line a step, and their sum."""
+    """Returns one line per step, and their sum."""
     busy = sum(step.busy for step in steps)
     head = (
         f"{'operator':12} {'step':18} {'tasks':>7} {'busy ms':>10} {'share':>6} "

@@ -1,15 +1,15 @@
-"""What a weight format costs in accuracy: every format that can be written, group size and method.
+"""Measures the accuracy of every writable weight format, group size and method.
 
     python -m bench.quality [--model DIR] [--save]
 
 Two cases. `gaussian`: experts of normal numbers divided by the square root of their fan-in, normal tokens,
 the best two of four experts. `trained`: the experts of the small model that `ktops finetune` pretrains, all
-layers, with the tokens and routes that they get on its stories. DIR is that model (ktops-finetune/base, say);
+layers, with the tokens and routes that they get on its stories. DIR is that model (e.g. ktops-finetune/base);
 without it one is made, which takes minutes.
 
-Weights: ||dequantized - w|| / ||w||. Output: the same of the sums of the experts, computed in float32 by
-ktops.moe_sft. Bits: bytes of memory, scales included, per weight. --save writes bench/results/quality.json
-and its table in docs/formats.md.
+Weights: ||dequantized - w|| / ||w||. Output: the same for the sums over experts, computed in float32 by
+ktops.moe_sft. Bits: memory per weight, including scales. --save writes bench/results/quality.json and its
+table in docs/formats.md.
 """
 
 import argparse
@@ -36,7 +36,7 @@ SHAPE = (4, 512, 256)
 TOKENS = 256
 CASES = ("gaussian", "trained")
 GROUP_SIZES = (0, 32, 64, 128)
-"""Of formats that take any."""
+"""For formats that support any group size."""
 
 
 class Layer(NamedTuple):
@@ -53,7 +53,7 @@ class Layer(NamedTuple):
 
 
 def variants(columns: tuple[int, ...]) -> Iterator[tuple[str, int, str]]:
-    """(format, group size, method) of whatever can be written and hold rows of these lengths."""
+    """Returns (format, group size, method) for all that can be written and hold rows of these lengths."""
     for name in formats.names():
         known = formats.get_format(name)
         sizes = GROUP_SIZES if -1 in known.group_sizes else known.group_sizes
@@ -82,7 +82,7 @@ def gaussian_layers(seed: int = 0) -> list[Layer]:
 
 @torch.no_grad()
 def trained_layers(directory: Path) -> list[Layer]:
-    """The layers of a model of `ktops finetune`, with what their experts get on some of its stories."""
+    """Returns the layers of a `ktops finetune` model, with the inputs of their experts for some stories."""
     from ktops.cli import corpus
     from ktops.cli.models import load_model, load_tokenizer
     from ktops.nn import KTExperts
@@ -106,7 +106,7 @@ def trained_layers(directory: Path) -> list[Layer]:
 
 @torch.no_grad()
 def measure(case: str, layers: list[Layer]) -> Iterator[dict]:
-    """A row for every variant."""
+    """Returns a row for every variant."""
     expected = [layer.run(layer.gate_up_proj, layer.down_proj) for layer in layers]
     columns = (layers[0].gate_up_proj.shape[-1], layers[0].down_proj.shape[-1])
     for name, group_size, method in variants(columns):
@@ -131,13 +131,13 @@ def measure(case: str, layers: list[Layer]) -> Iterator[dict]:
 
 
 def cells(row: dict) -> tuple[str, ...]:
-    """(format, group, method, bits) and the two errors in percent."""
+    """Returns (format, group, method, bits) and the two errors in percent."""
     errors = (f"{100 * row[name]:.3g}" for name in ("weight_error", "output_error"))
     return row["format"], str(row["group_size"] or "-"), row["method"], f"{row['bits']:.3g}", *errors
 
 
 def table(rows: list[dict]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
-    """(head, lines): a line for each variant, the errors of both cases side by side."""
+    """Returns (head, lines), a line per variant with the errors of both cases."""
     head = ("format", "group", "method", "bits", *(f"{case}: {what} %" for case in CASES
                                                    for what in ("weights", "output")))  # fmt: skip
     lines: dict[tuple, list[str]] = {}
@@ -152,7 +152,7 @@ def table(rows: list[dict]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
 
 
 def section(file: Path | None = None) -> str:
-    """The block of docs/formats.md."""
+    """Returns the block of docs/formats.md."""
     from bench.plots import markdown
 
     record = json.loads((file or results.RESULTS / "quality.json").read_text())
@@ -185,7 +185,7 @@ def _pretrained(folder: Path) -> Path:
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser("quality", __doc__)
     parser.add_argument("--case", choices=CASES, nargs="+", default=CASES, help="default: both")
-    parser.add_argument("--model", type=Path, metavar="DIR", help="of the case trained")
+    parser.add_argument("--model", type=Path, metavar="DIR", help="the model of the case trained")
     parser.add_argument("--save", action="store_true", help="needs both cases")
     parser.threads()
     args = parser.parse_args(argv)

@@ -1,15 +1,16 @@
-"""Two git revisions in one run: builds both, lets them take turns on the same inputs, compares their times.
+"""Builds two git revisions and compares their times, taking turns on the same inputs in one run.
 
     python -m bench.regression HEAD~1 HEAD
     python -m bench.regression v0.1.0 HEAD --shape dsv2_lite --tokens 1 128 --threshold 1.03
 
-The ratio of a case is time of B / time of A, the median over rounds; the spread beside it is that of the
-middle half of the rounds. Results of both are compared with the reference of this tree. B is slower if the
-ratio exceeds --threshold while even the lower end of the spread exceeds 1, and that again with new processes:
-what a process got in physical memory can cost some percent. Revisions are built in temporary worktrees; an
-extension module once built is kept under build/regression by the contents of its sources.
+The ratio of a case is time of B / time of A, the median over rounds. The spread is that of the middle half of
+the rounds. Results of both are compared with the reference of this tree. B is slower if the ratio exceeds
+--threshold and even the lower end of the spread exceeds 1, and if new processes confirm it, because the
+physical memory that a process gets can cost a few percent. Revisions are built in temporary worktrees. Built
+extension modules are kept under build/regression, keyed by the contents of their sources.
 
-Exit status: 0, or 1 if B is slower in some case or a result was wrong, or 3 if a case never was quiet.
+Exit status: 0, or 1 if B is slower in some case or a result was wrong, or 3 if a case never had a quiet
+sample.
 """
 
 import argparse
@@ -34,7 +35,7 @@ MODULE = Path("ktops/_C.abi3.so")
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser("regression", __doc__)
     add = parser.add_argument
-    add("revisions", nargs=2, metavar="REV", help="A, the old one, and B, the new one")
+    add("revisions", nargs=2, metavar="REV", help="A, the old revision, and B, the new one")
     parser.shape(several=True)
     parser.tokens(1, 16, 128, 512)
     parser.mode()
@@ -43,7 +44,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--threshold", type=float, default=1.05, help="largest ratio that passes (default: %(default)s)")
     parser.threads()
     parser.rounds(7)
-    add("--seconds", type=float, default=0.3, help="of a sample (default: %(default)s)")
+    add("--seconds", type=float, default=0.3, help="seconds per sample (default: %(default)s)")
     parser.max_load()
     parser.seed()
     return parser.parse_args(argv)
@@ -55,13 +56,13 @@ def _git(*arguments: str) -> str:
 
 
 def source_key(revision: str) -> str:
-    """Changes with the C++ sources or the build of a revision, and with torch."""
+    """Returns a key that changes with the C++ sources or the build of a revision, and with torch."""
     trees = [_git("rev-parse", f"{revision}:{path}")[:12] for path in ("ktops_csrc", "setup.py")]
     return "-".join([*trees, torch.__version__])
 
 
 def build(revision: str, tree: Path) -> None:
-    """Puts the extension module of a revision into its checked-out tree.
+    """Builds the extension module of a revision in its checked-out tree, or copies it from an earlier build.
 
     Raises:
         subprocess.CalledProcessError: the build failed; its output has been printed.
@@ -83,7 +84,7 @@ def build(revision: str, tree: Path) -> None:
 
 
 class Checkouts:
-    """The two revisions, built, in temporary worktrees that are removed at the end of a ``with`` block."""
+    """Builds two revisions in temporary worktrees, which are removed at the end of the ``with`` block."""
 
     def __init__(self, revisions: list[str], folder: Path) -> None:
         self.trees = {name: folder / name for name in ("A", "B")}
@@ -103,13 +104,13 @@ class Checkouts:
 
 
 def ratios(a: Entrant, b: Entrant) -> list[float]:
-    """time of B / time of A of every round in which both have a sample."""
+    """Returns time of B / time of A for every round in which both have a sample."""
     rounds = sorted(a.samples.keys() & b.samples.keys())
     return [statistics.median(b.samples[n]) / statistics.median(a.samples[n]) for n in rounds]
 
 
 def judge(values: list[float], threshold: float) -> dict:
-    """{"ratio", "low", "high", "slower"} of the ratios of the rounds."""
+    """Returns {"ratio", "low", "high", "slower"} of the ratios of the rounds."""
     ratio = statistics.median(values)
     low, _, high = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else [ratio] * 3
     return {"ratio": ratio, "low": low, "high": high, "slower": ratio > threshold and low > 1.0}
@@ -151,7 +152,7 @@ def _case(layer: Layer, mode: str, tokens: int, workers: dict[str, Worker], args
 
 
 def _cases(layer: Layer, cases: list[tuple[str, int]], trees: dict, args, scratch: Path) -> list[dict]:
-    """The rows of some (mode, tokens), with processes of their own."""
+    """Returns the rows of some (mode, tokens), measured in new processes."""
     workers = _workers(trees, layer, args, scratch)
     try:
         return [_case(layer, mode, tokens, workers, args, scratch) for mode, tokens in cases]
@@ -161,7 +162,7 @@ def _cases(layer: Layer, cases: list[tuple[str, int]], trees: dict, args, scratc
 
 
 def compare(layer: Layer, trees: dict[str, Path], args: argparse.Namespace, scratch: Path) -> list[dict]:
-    """The rows of a layer; those that look slower have been measured twice."""
+    """Returns the rows of a layer; those that look slower are measured twice."""
     rows = _cases(
         layer, [(mode, tokens) for mode in args.mode for tokens in args.tokens], trees, args, scratch
     )
@@ -174,7 +175,7 @@ def compare(layer: Layer, trees: dict[str, Path], args: argparse.Namespace, scra
 
 
 def measure(args: argparse.Namespace) -> list[dict]:
-    """A row for every case of the arguments."""
+    """Returns a row for every case that the arguments select."""
     torch.set_num_threads(args.threads)
     rows = []
     with tempfile.TemporaryDirectory() as folder:

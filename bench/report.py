@@ -1,4 +1,4 @@
-"""The measurements as a table, as JSON lines and as a plot."""
+"""Reports measurements as a table, as JSON lines and as a plot."""
 
 import json
 from pathlib import Path
@@ -12,7 +12,7 @@ _COLUMNS = (
 
 
 def mode(row: dict) -> str:
-    """The mode of a row with whatever is not the default: "training full recompute float32 skewed"."""
+    """Returns the mode of a row with all non-default settings: "training full recompute float32 skewed"."""
     words = [row["mode"], "full" * row["full"], row["save"], row["dtype"], row["routing"]]
     return " ".join(word for word in words if word and word not in ("activations", "bfloat16", "random"))
 
@@ -42,7 +42,7 @@ def _cells(row: dict) -> tuple[str, ...]:
 
 
 def print_machine(machine: dict) -> None:
-    """CPU, versions, and the limits that the rows are measured against."""
+    """Returns CPU, versions, and the limits that the rows are compared with."""
     cache = machine["last_level_cache_bytes"] >> 20
     print(f"{machine['cpu']}, {cache} MiB last-level cache, {machine['threads']} threads")
     print(f"ktops {machine['ktops']}, torch {machine['torch']}")
@@ -55,7 +55,7 @@ def print_machine(machine: dict) -> None:
 
 
 def print_columns(columns: tuple[str, ...], table: list[tuple[str, ...]]) -> None:
-    """A table; through rich if it is installed."""
+    """Prints a table, with rich if it is installed."""
     try:
         from rich.console import Console
         from rich.table import Table
@@ -74,12 +74,12 @@ def print_columns(columns: tuple[str, ...], table: list[tuple[str, ...]]) -> Non
 
 
 def print_table(rows: list[dict]) -> None:
-    """One line a configuration."""
+    """Prints one line per configuration."""
     print_columns(_COLUMNS, [_cells(row) for row in rows])
 
 
 def contest_cases(rows: list[dict]) -> dict[tuple, dict[str, dict]]:
-    """{(shape, mode, LoRA rank, tokens): {contestant: row}}, in the order of the rows."""
+    """Returns {(shape, mode, LoRA rank, tokens): {contestant: row}}, in the order of the rows."""
     cases: dict[tuple, dict[str, dict]] = {}
     for row in rows:
         key = (row["shape"], row["mode"], row["lora_rank"], row["tokens"])
@@ -88,7 +88,7 @@ def contest_cases(rows: list[dict]) -> dict[tuple, dict[str, dict]]:
 
 
 def best_peer(case: dict[str, dict]) -> dict | None:
-    """The fastest row of a case that is not of ktops."""
+    """Returns the fastest row of a case among the peers."""
     peers = [row for name, row in case.items() if name != "ktops" and row["status"] == "ok"]
     return min(peers, key=lambda row: row["seconds"], default=None)
 
@@ -103,7 +103,7 @@ def _figure(row: dict | None) -> str:
 
 
 def contest_table(rows: list[dict]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
-    """(columns, lines): milliseconds (fraction of the roofline) of every contestant, a line a case."""
+    """Returns (columns, lines), a line per case: milliseconds (fraction of the roofline) per contestant."""
     cases = contest_cases(rows)
     order = [entry.name for entry in CONTESTANTS]
     names = sorted({row["contestant"] for row in rows} - set(order))
@@ -121,20 +121,20 @@ def contest_table(rows: list[dict]) -> tuple[tuple[str, ...], list[tuple[str, ..
 
 
 def contest_tables(rows: list[dict]) -> list[tuple[tuple[str, ...], list[tuple[str, ...]]]]:
-    """A table for each mode: not everybody trains."""
+    """Prints a table per mode, because not every contestant trains."""
     modes = dict.fromkeys(row["mode"] for row in rows)
     return [contest_table([row for row in rows if row["mode"] == mode]) for mode in modes]
 
 
 def print_contest(rows: list[dict]) -> None:
-    """Milliseconds (fraction of the roofline), and how much faster ktops is."""
+    """Prints milliseconds (fraction of the roofline), and how much faster ktops is."""
     for table in contest_tables(rows):
         print("milliseconds (fraction of the roofline)")
         print_columns(*table)
 
 
 def print_regression(rows: list[dict], threshold: float) -> None:
-    """One line a case: milliseconds of A and B, and the ratio of B to A with its spread over rounds."""
+    """Prints milliseconds of A and B and the ratio of B to A with its spread over rounds, a line per case."""
     lines: list[tuple[str, ...]] = []
     for row in rows:
         head = (row["shape"], row["mode"], str(row["tokens"]))
@@ -150,7 +150,7 @@ def print_regression(rows: list[dict], threshold: float) -> None:
 
 
 def busy_core_table(rows: list[dict]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
-    """(columns, lines): milliseconds alone and beside a process that burns a core, and their ratio."""
+    """Returns (columns, lines): milliseconds alone and with one core kept busy, and their ratio."""
     lines: list[tuple[str, ...]] = [
         (
             row["shape"],
@@ -168,12 +168,12 @@ def busy_core_table(rows: list[dict]) -> tuple[tuple[str, ...], list[tuple[str, 
 
 
 def print_busy_core(rows: list[dict]) -> None:
-    """One line a case."""
+    """Prints one line per case."""
     print_columns(*busy_core_table(rows))
 
 
 def check_table(rows: list[dict]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
-    """(columns, lines): one line per check."""
+    """Returns (columns, lines), one line per check."""
     lines: list[tuple[str, ...]] = [
         (
             row["check"],
@@ -187,12 +187,12 @@ def check_table(rows: list[dict]) -> tuple[tuple[str, ...], list[tuple[str, ...]
 
 
 def print_check(rows: list[dict]) -> None:
-    """One line a check."""
+    """Prints one line per check."""
     print_columns(*check_table(rows))
 
 
 def run_table(rows: list[dict]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
-    """(columns, lines): milliseconds (fraction of the roofline; of undisturbed calls), a column each T."""
+    """Returns (columns, lines), a column per T: milliseconds (fraction of the roofline; undisturbed)."""
     tokens = sorted({row["tokens"] for row in rows})
     variants: dict[tuple, dict[int, dict]] = {}
     for row in rows:
@@ -202,7 +202,7 @@ def run_table(rows: list[dict]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]
 
 
 def scaling_table(rows: list[dict]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
-    """(columns, lines): milliseconds (fraction of the roofline), a line a point, a column a mode."""
+    """Returns (columns, lines), a line per point, a column per mode: milliseconds (fraction of roofline)."""
     modes = list(dict.fromkeys(row["mode"] for row in rows))
     points: dict[tuple[str, str], dict[str, dict]] = {}
     for row in rows:
@@ -213,18 +213,18 @@ def scaling_table(rows: list[dict]) -> tuple[tuple[str, ...], list[tuple[str, ..
 
 
 def print_scaling(rows: list[dict]) -> None:
-    """One line a point."""
+    """Prints one line per point."""
     print_columns(*scaling_table(rows))
 
 
 def write_json(file: Path, machine: dict, rows: list[dict]) -> None:
-    """One JSON object a line: first the machine ("kind": "machine"), then every row ("kind": "row")."""
+    """Writes a JSON object per line: first the machine ("kind": "machine"), then the rows ("kind": "row")."""
     records = [{"kind": "machine", **machine}, *({"kind": "row", **row} for row in rows)]
     file.write_text("".join(json.dumps(record) + "\n" for record in records))
 
 
 def write_plot(file: Path, machine: dict, rows: list[dict]) -> None:
-    """Fraction of the roofline of every row as bars, memory-bound and compute-bound in two colors.
+    """Plots the fraction of the roofline of every row as bars, in two colors for memory and compute bound.
 
     Raises:
         ImportError: matplotlib is not installed.

@@ -1,4 +1,4 @@
-"""What a measurement was taken on; and the files of bench/results: one a bench, machine and ISA row."""
+"""Reads and writes bench/results, a file per bench, machine and ISA; describes the measured machine."""
 
 import datetime
 import json
@@ -18,7 +18,7 @@ RESULTS = ROOT / "bench" / "results"
 
 
 def revision(root: Path = ROOT) -> str | None:
-    """Commit of the tree, with "+" if what is measured differs from it; None outside of a git checkout."""
+    """Returns the commit of the tree, with "+" if what is measured differs; None outside a git checkout."""
 
     def git(*arguments: str) -> str:
         command = ["git", *arguments]
@@ -39,7 +39,7 @@ def _version(package: str) -> str | None:
 
 
 def machine_record(calibration: Calibration) -> dict:
-    """CPU, versions, peak of every row this CPU can run and read bandwidth, for one thread and for all."""
+    """Returns CPU, versions, peak of all supported kernels and read bandwidth, for one and all threads."""
     threads = sorted({1, calibration.num_threads})
     return {
         "cpu": cpu_model(),
@@ -70,7 +70,7 @@ def result_file(bench: str, machine: dict, isa: str) -> Path:
 
 
 def _rounded(value):
-    """Floats with six significant digits, everywhere inside."""
+    """Rounds all floats inside a value to six significant digits."""
     if isinstance(value, float):
         return float(f"{value:.6g}")
     if isinstance(value, dict):
@@ -79,9 +79,9 @@ def _rounded(value):
 
 
 def save(bench: str, machine: dict, isa: str, rows: list[dict], key: Callable[[dict], tuple]) -> Path:
-    """Writes rows to the file of the bench; rows in it with other keys stay, so a run may be a part.
+    """Writes rows to the file of the bench. Rows with other keys stay, so a run may be partial.
 
-    Every row carries the revision that it was measured at.
+    Every row records the revision that was measured.
     """
     file = result_file(bench, machine, isa)
     rows = [{**row, "revision": machine["revision"]} for row in rows]
@@ -93,7 +93,7 @@ def save(bench: str, machine: dict, isa: str, rows: list[dict], key: Callable[[d
 
 
 def write(file: Path, record: dict, rows: list[dict]) -> None:
-    """Writes a record as JSON with its "rows" behind, a row a line."""
+    """Writes a record as JSON with its "rows" last, a row per line."""
     head = json.dumps(_rounded(record), indent=1).removesuffix("\n}")
     lines = ",\n".join("  " + json.dumps(_rounded(row)) for row in rows)
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -101,19 +101,19 @@ def write(file: Path, record: dict, rows: list[dict]) -> None:
 
 
 def save_by_isa(bench: str, machine: dict, rows: list[dict], key: Callable[[dict], tuple]) -> None:
-    """:func:`save` of the rows of each ISA row, with a line on each file."""
+    """Saves the rows of each ISA with :func:`save` and prints a line per file."""
     for isa in dict.fromkeys(row["isa"] for row in rows):
         file = save(bench, machine, isa, [row for row in rows if row["isa"] == isa], key)
         print(f"saved {file}")
 
 
 def exit_status(rows: list[dict]) -> int:
-    """1 if a row is wrong or slower than it may be, else 3 if one never had a quiet sample, else 0."""
+    """Returns 1 if a row is wrong or too slow, else 3 if one never had a quiet sample, else 0."""
     statuses = {row["status"] for row in rows}
     return 1 if statuses & {"wrong", "slower"} else 3 if "busy" in statuses else 0
 
 
 def load(bench: str, folder: Path | None = None, isa: str = "*") -> list[dict]:
-    """Every file of a bench, or of a row: {"bench", "isa", "machine", "rows"}, by name."""
+    """Returns the contents of all files of a bench, or of one ISA, by name: {"bench", "isa", ...}."""
     files = sorted((folder or RESULTS).glob(f"{bench}-*-{isa}.json"))
     return [json.loads(file.read_text()) for file in files]

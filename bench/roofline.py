@@ -1,7 +1,7 @@
-"""What a call must compute and move at least, and how long this machine needs for that.
+"""Computes the least work of a call, and how long this machine needs for it.
 
-Only work that no implementation can avoid is counted, so a fraction of the roofline is never flattered:
-padding, re-reads, saved activations, and the zero gradients of experts without tokens are left out.
+Only work that no implementation can avoid is counted, so that fractions of the roofline are never too high.
+Padding, re-reads, saved activations, and the zero gradients of experts without tokens are left out.
 """
 
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from bench.shapes import Shape
 
 @dataclass(frozen=True)
 class Limits:
-    """What the machine can do: peak in FLOP/s, bandwidth in bytes/s, both for all threads together."""
+    """Limits of the machine: peak in FLOP/s and bandwidth in bytes/s, both of all threads together."""
 
     peak: float
     bandwidth: float
@@ -20,34 +20,37 @@ class Limits:
 
 @dataclass(frozen=True)
 class Work:
-    """What a call has to do: FLOPs (two a multiply-add) and bytes between memory and cores."""
+    """Work of a call: FLOPs (two per multiply-add) and bytes moved between memory and cores."""
 
     flops: int
     bytes: int
 
     def seconds(self, limits: Limits) -> float:
-        """The roofline: the longer of computing at the peak and moving at the bandwidth."""
+        """Returns the roofline, the longer of the times to compute at the peak and to move the bytes."""
         return max(self.flops / limits.peak, self.bytes / limits.bandwidth)
 
     def bound(self, limits: Limits) -> str:
-        """ "compute" or "memory": which of the two is longer."""
+        """Returns "compute" or "memory", whichever takes longer."""
         return "compute" if self.flops / limits.peak >= self.bytes / limits.bandwidth else "memory"
 
 
 def _lora_elements(shape: Shape, rank: int) -> int:
-    """Elements of the four LoRA matrices of one expert: gate_up r·(H + 2I), down r·(I + H)."""
+    """Returns the elements of the four LoRA matrices of one expert: gate_up r·(H + 2I), down r·(I + H)."""
     return rank * (2 * shape.hidden_size + 3 * shape.intermediate_size)
 
 
 def forward_work(
     shape: Shape, tokens: int, distinct_experts: int, variant: Variant, itemsize: int = 2
 ) -> Work:
-    """kt::moe_fwd: 6·T·K·H·I FLOPs plus LoRA's; routed experts' weights once, hidden_states, output.
+    """Returns the work of kt::moe_fwd.
+
+    That is 6·T·K·H·I FLOPs plus LoRA's; it reads the routed experts' weights once, and moves hidden_states
+    and output.
 
     Args:
-        distinct_experts: experts with at least one token.
-        variant: its rank is that of gate_up's and of down's adapter, 0 without LoRA.
-        itemsize: bytes an element.
+        distinct_experts: the number of experts with at least one token.
+        variant: its rank is that of the gate_up and down adapters, 0 without LoRA.
+        itemsize: bytes per element.
     """
     expert = shape.expert_elements + _lora_elements(shape, variant.rank)
     routes = tokens * shape.top_k
@@ -58,11 +61,11 @@ def forward_work(
 def training_work(
     shape: Shape, tokens: int, distinct_experts: int, variant: Variant, itemsize: int = 2
 ) -> Work:
-    """kt::moe_sft_fwd and _bwd: 12·T·K·H·I FLOPs plus three times LoRA's forward.
+    """Returns the work of kt::moe_sft_fwd and _bwd: 12·T·K·H·I FLOPs plus three times LoRA's forward.
 
-    The routed experts' weights are read twice and their LoRA gradients written once; activations are
+    The routed experts' weights are read twice and their LoRA gradients written once. Activations are
     hidden_states (twice), output, grad_output and grad_hidden_states. Full fine-tuning adds 6·T·K·H·I FLOPs
-    and the gradients of the routed experts' weights; save="recompute", which the caller chose, another
+    and the gradients of the routed experts' weights. save="recompute", the caller's choice, adds another
     product with gate_up_proj. The arguments are those of :func:`forward_work`.
     """
     lora, weights = _lora_elements(shape, variant.rank), shape.expert_elements

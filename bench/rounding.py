@@ -1,12 +1,12 @@
-"""What rounding activations to int8 costs where a few channels are massive, on rows of kernels.
+"""Measures the error of rounding activations to int8 if a few channels are massive.
 
-    python -m bench.rounding [--isa ROW ...] [--save]
+    python -m bench.rounding [--isa ISA ...] [--save]
 
-An expert in each format on normal tokens, a few channels of which are 30, 100 or 300 times as large in all
-tokens, as models have them. The error is that of the output next to float64 on the same decoded weights, the
-norm of the difference over that of the output; "blocks of 32" (ggml's Q8_0) and "one scale a row" are done in
-float64. Few tokens and many take other kernels: the larger error counts. --isa amx_bf16 starts this again
-under the emulator where there are no tiles.
+Runs an expert in each format on normal tokens in which a few channels are 30, 100 or 300 times as large, as
+in real models. The error is the norm of the difference from float64 on the same decoded weights, divided by
+the norm of the output. "blocks of 32" (ggml's Q8_0) and "one scale a row" are computed in float64. Few and
+many tokens use different kernels; the larger error counts. --isa amx_bf16 restarts the program under the
+emulator if there are no tiles.
 
 Exit status: 0, or 1 if an error exceeds 1.3 times that of blocks of 32.
 """
@@ -40,18 +40,18 @@ TOKENS = (4, 32)
 CHANNELS = (7, 200, 201, 950, 1400, 2001)
 ROWS, BLOCKS = "one scale a row", "blocks of 32"
 ALLOWED = 1.3
-"""Times the error of blocks of 32."""
+"""Largest error relative to that of blocks of 32."""
 
 
 def layer(inputs: dict, x: Tensor, rounded: Callable[[Tensor], Tensor]) -> Tensor:
-    """The output of one expert in float64, rows of activations rounded."""
+    """Computes the output of one expert in float64, with rows of activations rounded."""
     gate_up, down = (inputs[name][0].double() for name in ("gate_up_proj", "down_proj"))
     gate, up = (rounded(x) @ gate_up.T).chunk(2, -1)
     return rounded(torch.nn.functional.silu(gate) * up) @ down.T
 
 
 def cases(name: str, group_size: int) -> Iterator[tuple[int, dict]]:
-    """(factor, inputs of ktops.moe_sft) for few and for many tokens."""
+    """Yields (factor, inputs of ktops.moe_sft) for few and for many tokens."""
     for tokens in TOKENS:
         inputs = in_format(moe_inputs(T=tokens, H=SHAPE["H"], I=SHAPE["I"], E=1, K=1), name, group_size)
         for factor in FACTORS:
@@ -61,7 +61,7 @@ def cases(name: str, group_size: int) -> Iterator[tuple[int, dict]]:
 
 
 def measure(isas: list[str]) -> Iterator[dict]:
-    """A row for every format and kind of rounding: {"format", "group_size", "kernels", "errors"}."""
+    """Returns a row per format and kind of rounding: {"format", "group_size", "kernels", "errors"}."""
     for name, group_size in FORMATS:
         errors = {kind: dict.fromkeys(FACTORS, 0.0) for kind in (ROWS, BLOCKS, *isas)}
         for factor, inputs in cases(name, group_size):
@@ -85,7 +85,7 @@ def label(row: dict) -> str:
 
 
 def table(rows: list[dict], factors: list[int]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
-    """(head, lines): errors in percent, a line for each format and kind; kernels that agree share one."""
+    """Returns (head, lines): errors in percent, a line per format and kind; equal kernels share a line."""
     head = ("format", "activations", *(f"{factor} times" for factor in factors))
     lines: dict[tuple, list[str]] = {}
     for row in rows:
@@ -96,7 +96,7 @@ def table(rows: list[dict], factors: list[int]) -> tuple[tuple[str, ...], list[t
 
 
 def too_large(rows: list[dict]) -> list[str]:
-    """Formats and kernels whose error is beyond what is allowed."""
+    """Returns the formats and kernels whose error exceeds the limit."""
     blocks = {label(row): row["errors"] for row in rows if row["kernels"] == BLOCKS}
     return [
         f"{label(row)} on {row['kernels']}"
@@ -109,7 +109,7 @@ def too_large(rows: list[dict]) -> list[str]:
 
 
 def save(rows: list[dict]) -> Path:
-    """Rows of other kernels in the file stay."""
+    """Saves the rows; rows of other kernels in the file stay."""
     file = results.RESULTS / "rounding.json"
     rows = [{**row, "revision": results.revision()} for row in rows]
     new = {(label(row), row["kernels"]) for row in rows}
@@ -123,7 +123,7 @@ def save(rows: list[dict]) -> Path:
 
 
 def section(file: Path | None = None) -> str:
-    """The block of docs/formats.md."""
+    """Returns the block of docs/formats.md."""
     from bench.plots import markdown
 
     record = json.loads((file or results.RESULTS / "rounding.json").read_text())
@@ -134,14 +134,14 @@ def section(file: Path | None = None) -> str:
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser("rounding", __doc__)
-    parser.add_argument("--isa", nargs="+", metavar="ROW", help="default: all that run here")
+    parser.add_argument("--isa", nargs="+", metavar="ISA", help="default: all that run here")
     parser.add_argument("--save", action="store_true", help="write to bench/results and docs/formats.md")
     parser.threads()
     return parser.parse_args(argv)
 
 
 def has_tiles() -> bool:
-    """Of the CPU, or of the emulator that this process runs under."""
+    """Returns the kernels of the CPU, or of the emulator that this process runs under."""
     try:
         amx_emulator.counts()
     except RuntimeError:

@@ -1,16 +1,16 @@
-"""Measures kt::moe_fwd and kt::moe_sft against the limits of this machine.
+"""Measures kt::moe_fwd and kt::moe_sft and compares them with the limits of this machine.
 
     python -m bench.run --quick
     python -m bench.run --shape qwen3_30b --tokens 1 2048 --mode forward --json rows.jsonl --plot rows.png
     python -m bench.run --isa all --rank 8 16 64 128 --mode training --tokens 512 --save
 
-Every row is one layer: the median time of a call, and the roofline max(flops / peak, bytes / bandwidth) of
+Each row is one layer: the median time of a call, and the roofline max(flops / peak, bytes / bandwidth) of
 that call divided by its time. Peak and bandwidth are measured before and after every sample, configurations
 take turns, weights are cold and inputs fresh. Samples during which other processes used more than --max-load
-cores are dropped and repeated; "undisturbed" is the median of the calls (how many) during which no other
-virtual machine slowed the cores down either, told by reads of a cache before and after. A row whose result
-differs from the reference has no figure and says WRONG. With --save the rows go to bench/results, where rows
-of other configurations stay.
+cores are dropped and repeated. "undisturbed" is the median over the calls (in brackets, how many) during
+which no other virtual machine slowed the cores down either, according to cache reads before and after. A row
+whose result differs from the reference has no figure and reads WRONG. --save writes the rows to
+bench/results, where rows of other configurations stay.
 
 Exit status: 0, or 1 if a result was wrong, or 3 if a configuration never had a quiet sample.
 """
@@ -37,7 +37,7 @@ ROUNDS, QUICK_ROUNDS = 7, 3
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser("run", __doc__)
     add = parser.add_argument
-    add("--quick", action="store_true", help=f"T in {QUICK_TOKENS} and fewer, shorter samples")
+    add("--quick", action="store_true", help=f"T in {QUICK_TOKENS} with fewer and shorter samples")
     parser.shape("all three", several=True)
     parser.tokens()
     parser.mode()
@@ -46,7 +46,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--dtype", choices=list(DTYPES), default="bfloat16", help="default: %(default)s")
     add("--routing", choices=ROUTINGS, default="random",
         help="skewed: expert 0 gets half of the tokens (default: %(default)s)")  # fmt: skip
-    add("--full", action="store_true", help="train the weights as well (their gradients take as much memory)")
+    add("--full", action="store_true", help="also train the weights (their gradients take as much memory)")
     add("--recompute", action="store_true", help='train with save="recompute"')
     parser.threads()
     parser.rounds(ROUNDS, QUICK_ROUNDS)
@@ -79,7 +79,7 @@ def _configurations(args: argparse.Namespace) -> list[Configuration]:
 
 
 def row_key(row: dict) -> tuple:
-    """What distinguishes the rows of one result file."""
+    """Returns what distinguishes the rows of one result file."""
     names = ("shape", "dtype", "mode", "routing", "save", "full", "lora_rank", "tokens")
     return tuple(row[name] for name in names)
 

@@ -1,11 +1,11 @@
-"""How the cost of one layer grows with tokens, experts, intermediate size, LoRA rank and threads.
+"""Measures how the time of one layer grows with tokens, experts, intermediate size, LoRA rank and threads.
 
     python -m bench.scaling --shape qwen3_30b --isa avx512_bf16 --save
     python -m bench.scaling --sweep tokens threads --plot scaling.svg
 
-One size changes at a time, the others stay those of the shape, with --tokens tokens and LoRA rank 16. Samples
-are taken and checked as in bench.run. With --save the points go to bench/results, where those of other
-sweeps stay.
+One size varies at a time. The others are those of the shape, with --tokens tokens and LoRA rank 16. Samples
+are taken and checked as in bench.run. --save writes the points to bench/results, where those of other sweeps
+stay.
 
 Exit status: 0, or 1 if a result was wrong, or 3 if a point never had a quiet sample.
 """
@@ -36,12 +36,12 @@ SWEEPS = {
     "lora_rank": (4, 8, 16, 32, 64, 128, 256),
     "threads": (),
 }
-"""What changes: its values; threads: powers of two up to --threads."""
+"""Maps each varied quantity to its values; threads take powers of two up to --threads."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Point:
-    """What is measured: the value of the sweep, and everything else as it stands there."""
+    """A measured point: the value of the sweep, and all other settings there."""
 
     sweep: str
     value: int
@@ -52,14 +52,14 @@ class Point:
 
 
 def values(sweep: str, base: Shape, threads: int) -> list[int]:
-    """The values of a sweep for a shape: at least top_k experts."""
+    """Returns the values of a sweep for a shape, with at least top_k experts."""
     if sweep == "threads":
         return sorted({1 << i for i in range(threads.bit_length()) if 1 << i <= threads} | {threads})
     return [value for value in SWEEPS[sweep] if sweep != "num_experts" or value >= base.top_k]
 
 
 def points(sweep: str, base: Shape, tokens: int, threads: int) -> Iterator[Point]:
-    """The points of a sweep, smallest value first."""
+    """Returns the points of a sweep, smallest value first."""
     for value in values(sweep, base, threads):
         point = Point(sweep, value, base, tokens, RANK, threads)
         changed: dict[str, Any] = {"rank" if sweep == "lora_rank" else sweep: value}
@@ -86,12 +86,12 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 
 
 def row_key(row: dict) -> tuple:
-    """What distinguishes the rows of one result file."""
+    """Returns what distinguishes the rows of one result file."""
     return tuple(row[name] for name in ("shape", "mode", "sweep", "value"))
 
 
 def _measure(point: Point, layer: Layer, args: argparse.Namespace) -> list[dict]:
-    """The rows of one point, one a mode; the sweep of LoRA ranks is of training alone."""
+    """Returns the rows of one point, one per mode; the sweep of LoRA ranks is for training only."""
     modes = [mode for mode in args.mode if mode == "training" or point.sweep != "lora_rank"]
     configurations = [
         Configuration(

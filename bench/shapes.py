@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Shape:
-    """One Mixture-of-Experts layer: sizes as in the op's documentation."""
+    """The sizes of one Mixture-of-Experts layer, as in the op's documentation."""
 
     name: str
     hidden_size: int
@@ -15,7 +15,7 @@ class Shape:
 
     @property
     def expert_elements(self) -> int:
-        """Elements of gate_up_proj and down_proj of one expert: 3·H·I."""
+        """The elements of gate_up_proj and down_proj of one expert, 3·H·I."""
         return 3 * self.hidden_size * self.intermediate_size
 
 
@@ -33,10 +33,10 @@ QUICK_TOKENS = (1, 128, 2048)
 
 
 def parse_shape(text: str) -> Shape:
-    """A name of SHAPES, or "H,I,E,K".
+    """Parses a name in SHAPES, or "H,I,E,K".
 
     Raises:
-        ValueError: neither of the two.
+        ValueError: the text is neither of the two.
 
     Example:
         >>> parse_shape("64,32,8,2")

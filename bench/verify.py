@@ -1,8 +1,8 @@
-"""Is a timed result right? Compared with ktops.reference in float32 on some tokens and some experts.
+"""Compares timed results with ktops.reference in float32, on some tokens and some experts.
 
-Tokens are compared row by row; the gradients of an expert's weights and adapters need all tokens of that
-expert. The budgets are those of ktops.testing; a dropped expert, a wrong weight or a wrong scale lies far
-above. Peers that round every intermediate result are allowed a factor.
+Tokens are compared row by row. The gradients of an expert's weights and adapters need all tokens of that
+expert. The budgets are those of ktops.testing; a dropped expert, a wrong weight or a wrong scale exceeds them
+by far. Peers that round every intermediate result are allowed a factor.
 """
 
 import torch
@@ -18,7 +18,7 @@ _ROWS = 4
 
 
 class WrongResult(Exception):
-    """A timed call returned something else than the reference."""
+    """Raised if the result of a timed call differs from the reference."""
 
 
 def _require(name: str, error: float, budget: float) -> float:
@@ -33,7 +33,7 @@ _WEIGHTS = ("gate_up_proj", "down_proj")
 def _arguments(
     layer: Layer, rank: int, inputs: Inputs, rows: Tensor, expert: int | None = None
 ) -> MoeArguments:
-    """The reference's arguments for some tokens in float32; with an expert, for that one alone."""
+    """Returns the reference's arguments for some tokens in float32; with an expert, for that expert alone."""
     take = slice(None) if expert is None else slice(expert, expert + 1)
     ids = inputs.topk_ids[rows]
     tokens = {
@@ -47,14 +47,14 @@ def _arguments(
 
 
 def _rows(tokens: int) -> Tensor:
-    """The first token, the last and some between."""
+    """Returns the first token, the last and some in between."""
     return torch.linspace(0, tokens - 1, min(tokens, _ROWS)).round().long().unique()
 
 
 def _gradients(
     layer: Layer, rank: int, inputs: Inputs, rows: Tensor, names: set[str], expert: int | None = None
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """(reference output of rows, {name: reference gradient}) for grad_output of those rows"""
+    """Returns (reference output of rows, {name: reference gradient}) for grad_output of those rows."""
     arguments = _arguments(layer, rank, inputs, rows, expert)
     if names & set(_WEIGHTS):
         arguments = arguments._replace(**{name: getattr(arguments, name).float() for name in _WEIGHTS})
@@ -68,7 +68,7 @@ def _gradients(
 def check_forward(
     layer: Layer, variant: Variant, inputs: Inputs, output: Tensor, factor: float = 1.0
 ) -> float:
-    """Largest relative error of the rows looked at.
+    """Returns the largest relative error of the compared rows.
 
     Raises:
         WrongResult: it exceeds factor times the budget, or some output is not finite.
@@ -92,11 +92,13 @@ def check_training(
     grads: dict[str, Tensor],
     factor: float = 1.0,
 ) -> float:
-    """Largest relative error of output, token gradients (some rows), LoRA and weight gradients (one expert).
+    """Returns the largest relative error of output and gradients.
+
+    Token gradients are compared for some rows, LoRA and weight gradients for one expert.
 
     Args:
-        grads: by the names of ktops.ops.arguments.GRADIENTS.
-        factor: how many budgets are allowed.
+        grads: gradients by the names of ktops.ops.arguments.GRADIENTS.
+        factor: multiplies the budget.
 
     Raises:
         WrongResult: one exceeds its budget, is not finite, or is not zero for an expert without tokens.
@@ -125,9 +127,10 @@ def check_training(
 def _topk_weights_error(
     inputs: Inputs, rows: Tensor, actual: Tensor, expected: Tensor, output: Tensor
 ) -> float:
-    """Relative error of some of grad_w = <grad_output, y>, sums of H products of random sign that may cancel.
+    """Returns the relative error of some of grad_w = <grad_output, y>.
 
-    So it is relative to the usual size of such a sum, where that is larger.
+    These are sums of H products of random sign that may cancel, so the error is relative to the usual size of
+    such a sum if that is larger.
     """
     grad_output, weights = inputs.grad_output[rows].float(), inputs.topk_weights[rows].float()
     y = output.norm(dim=1) / weights.norm(dim=1)
@@ -139,7 +142,7 @@ def _topk_weights_error(
 def _check_experts(
     layer: Layer, rank: int, inputs: Inputs, grads: dict[str, Tensor], names: set[str], budget: float
 ) -> float:
-    """The gradients of the expert with the median number of tokens, and of one without any."""
+    """Checks the gradients of the expert with the median number of tokens, and of one without any."""
     counts = inputs.topk_ids.flatten().bincount(minlength=layer.shape.num_experts)
     routed = counts.nonzero().flatten()
     expert = int(routed[counts[routed].argsort()[len(routed) // 2]])

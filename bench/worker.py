@@ -1,8 +1,8 @@
-"""The process of one or more contestants: ``python -m bench.worker [--ktops FOLDER]``, spoken to over pipes.
+"""Runs contestants in a process controlled over pipes: ``python -m bench.worker [--ktops FOLDER]``.
 
-A request is one line of JSON on standard input, its reply one line on what was standard output; anything
-that libraries print goes to standard error. Tensors travel through files. The requests are the methods of
-:class:`Host`. Needs torch, and whatever its contestants import: another environment may lack ktops.
+A request is one line of JSON on standard input, its reply one line on the original standard output. Anything
+that libraries print goes to standard error. Tensors are passed in files. The requests are the methods of
+:class:`Host`. Needs torch and whatever its contestants import; another environment may lack ktops.
 """
 
 import argparse
@@ -21,10 +21,10 @@ from bench.layer import Inputs, Layer
 
 
 class Host:
-    """Holds a layer of its own and the contestants that share it."""
+    """Holds a layer and the contestants that share it."""
 
     def load(self, file: str, rank: int, threads: int, contestants: dict[str, dict]) -> dict:
-        """Copies the layer of a file and makes the contestants: {name: {"module": ..., "options": {...}}}.
+        """Copies the layer in a file and creates the contestants: {name: {"module": ..., "options": {...}}}.
 
         Replies with what each lacks, or None: {"unavailable": {name: "ImportError: ..." or None}}.
         """
@@ -43,13 +43,13 @@ class Host:
         return {"unavailable": unavailable, "torch": torch.__version__}
 
     def inputs(self, file: str) -> dict:
-        """Takes the inputs of the calls to come, a list of Inputs as dictionaries."""
+        """Receives the inputs of the following calls, a list of Inputs as dictionaries."""
         self.calls = [Inputs(**fields) for fields in torch.load(file, weights_only=True)]
         self.next = 0
         return {}
 
     def run(self, contestant: str, mode: str, seconds: float, max_calls: int) -> dict:
-        """Calls with one input after the other for so long, at least once.
+        """Calls the contestant with one input after another for that long, at least once.
 
         Replies {"seconds": of each call, "cpu_seconds": of this process, "last": index of the last input}.
         """
@@ -67,13 +67,13 @@ class Host:
         return {"seconds": times, "cpu_seconds": time.process_time() - cpu, "last": index}
 
     def result(self, file: str) -> dict:
-        """Writes what the last call returned."""
+        """Writes the result of the last call."""
         torch.save(self.last, file)
         self.last = None
         return {}
 
     def handle(self, request: dict) -> dict:
-        """The reply to {"do": method, **arguments}; {"error": ...} if it raised."""
+        """Returns the reply to {"do": method, **arguments}; {"error": ...} if it raised."""
         try:
             return getattr(self, request.pop("do"))(**request)
         except Exception as error:
@@ -83,7 +83,7 @@ class Host:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.worker", description=__doc__)
-    parser.add_argument("--ktops", metavar="FOLDER", help="folder whose package ktops is to be imported")
+    parser.add_argument("--ktops", metavar="FOLDER", help="folder from which to import ktops")
     folder = parser.parse_args().ktops
     if folder:
         sys.path.insert(0, folder)

@@ -1,4 +1,4 @@
-"""Displays the progress of long operations, and formats memory sizes."""
+"""Shows the progress of long operations, and formats memory sizes."""
 
 import importlib.util
 import sys
@@ -10,7 +10,7 @@ Step = Callable[[int], None]
 """Called with the number of items completed since the last call."""
 
 SECONDS = 10
-"""Seconds between progress lines without a terminal."""
+"""Seconds between progress lines when no bar is shown."""
 
 
 def no_step(count: int) -> None:
@@ -19,9 +19,9 @@ def no_step(count: int) -> None:
 
 @contextmanager
 def progress(description: str, total: int, *, show: bool = True) -> Iterator[Step]:
-    """Shows how much of ``total`` is done: as a bar in a terminal, as occasional lines elsewhere.
+    """Shows progress toward ``total`` items, as a bar in a terminal if rich is installed, otherwise as lines.
 
-    Yields the function to call after every step.
+    Yields a function to call with the number of newly completed items.
 
     Example:
         >>> with progress("experts", len(layers)) as step:

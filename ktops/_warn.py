@@ -1,4 +1,4 @@
-"""Warnings that are issued once."""
+"""Issues each warning only once."""
 
 import functools
 import warnings
@@ -6,5 +6,5 @@ import warnings
 
 @functools.cache
 def warn_once(message: str) -> None:
-    """Warns unless this message was already issued; ``warn_once.cache_clear()`` forgets all messages."""
+    """Issues a warning unless the same message was issued before; ``warn_once.cache_clear()`` resets this."""
     warnings.warn(message, stacklevel=2)

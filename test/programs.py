@@ -1,4 +1,4 @@
-"""Programs of this folder that test parts of ktops_csrc by themselves."""
+"""Programs in this folder that test parts of ktops_csrc in isolation."""
 
 import os
 import subprocess
@@ -8,7 +8,7 @@ ROOT = Path(__file__).parents[1]
 
 
 def compiled(name: str, folder: Path, *sources: str) -> Path:
-    """``<name>.cpp``, compiled into ``folder`` with these files of ktops_csrc."""
+    """Compiles ``<name>.cpp`` with these files of ktops_csrc into ``folder``; returns the program."""
     csrc, output = ROOT / "ktops_csrc", folder / name
     files = [ROOT / "test" / f"{name}.cpp", *(csrc / source for source in sources)]
     flags = ["-std=c++17", "-O1", "-Wall", "-Wextra", "-Werror", "-pthread", f"-I{csrc}"]

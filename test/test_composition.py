@@ -1,4 +1,4 @@
-"""KTExperts beside other parts of PyTorch: loss scaling, DDP, threads, checkpointing, weights used twice."""
+"""KTExperts with other parts of PyTorch: loss scaling, DDP, threads, checkpointing, weights used twice."""
 
 import copy
 import threading

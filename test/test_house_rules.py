@@ -1,4 +1,4 @@
-"""The rules of docs/contributing.md that a machine can check."""
+"""Checks the rules of docs/contributing.md that a machine can check."""
 
 import ast
 import re
@@ -29,7 +29,7 @@ MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 80
 
 CSRC_LAYERS = ("ops", "dispatch", "moe", "gemm", "weights", "formats", "isa", "parallel", "core")
-"""A folder of ktops_csrc includes only itself and the folders after it."""
+"""A folder of ktops_csrc includes only files from itself and the folders after it."""
 
 FLOORS = (
     ("testing",),
@@ -47,7 +47,7 @@ FLOORS = (
 
 
 def project_files() -> list[str]:
-    """Paths, relative to the root, of the files of the project: tracked, or new and not ignored."""
+    """Paths of the project's files relative to the root: tracked, or new and not ignored."""
     if (ROOT / ".git").exists():
         command = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
         listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
@@ -77,7 +77,7 @@ def read(name: str) -> str:
 
 
 def stem(op: str) -> str:
-    """The name that the files of an operator share: forward and backward have the same."""
+    """Returns the name that the files of an operator share; forward and backward have the same."""
     return op if (ROOT / "ktops_csrc" / "ops" / f"{op}.cpp").exists() else re.sub("_(fwd|bwd)$", "", op)
 
 
@@ -101,7 +101,7 @@ def test_file_length(name):
 
 
 def python_functions(source: str):
-    """(name, lines of the body without the docstring) of every function: signatures follow schemas."""
+    """Yields (name, lines of the body without the docstring) of every function; signatures follow schemas."""
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             body = node.body[1:] if ast.get_docstring(node) is not None else node.body
@@ -109,7 +109,7 @@ def python_functions(source: str):
 
 
 FUNCTION = re.compile(r"[^{]*[(\[].*(?<!=) {")
-"""From a function's first line to its brace; an `if` looks the same, and a struct may."""
+"""Matches a function from its first line to its brace; an `if` looks the same, and a struct may."""
 
 NO_FUNCTION = re.compile(
     r"}|(public|protected|private|namespace|struct|class|enum|union"
@@ -118,9 +118,9 @@ NO_FUNCTION = re.compile(
 
 
 def cpp_functions(source: str):
-    """(first line, lines) of every function, method and lambda whose body is more than a line.
+    """Yields (first line, lines) of every function, method and lambda with a body of more than one line.
 
-    clang-format indents what is between the first and the last line of a block, and namespaces not at all.
+    clang-format indents the lines between the first and the last of a block, but not those of namespaces.
     """
     lines, begins = [line.split("  //")[0] for line in source.splitlines()], {}
     for end, line in enumerate(lines):
@@ -242,7 +242,7 @@ MODULES = {
 
 
 def imported_modules(name: str) -> set[str]:
-    """The modules of ktops that a file imports, anywhere in it, or names in a string to import them later."""
+    """Returns the modules of ktops that a file imports anywhere, or names in a string to import later."""
     found = set()
     for node in ast.walk(ast.parse(read(name))):
         if isinstance(node, ast.Import):
@@ -270,7 +270,7 @@ def package(module: str) -> str:
 
 
 def on_a_circle(graph: dict[str, set[str]]) -> set[str]:
-    """What is left after everything that leads nowhere, or comes from nowhere, is taken away."""
+    """Returns what is left after repeatedly removing nodes without successors or without predecessors."""
     left = dict(graph)
     while True:
         reached = set().union(*left.values())
@@ -291,8 +291,8 @@ def test_imports_point_downwards(module):
 
 
 def test_imports_have_no_circle():
-    """Between modules, imports inside functions included. Not counted: importing a module also runs the
-    ``__init__`` of the packages that it is in."""
+    """Checks imports between modules, including those inside functions. The ``__init__`` of a module's
+    packages, which importing it also runs, does not count."""
     assert not on_a_circle(IMPORTS)
 
 
@@ -368,7 +368,7 @@ def test_no_test_is_switched_off(name):
 
 @pytest.mark.parametrize("name", [name for name in PYTHON if name.startswith("test/")])
 def test_no_test_reads_a_clock_or_resident_memory(name):
-    """They depend on the machine and belong in ``bench/check.py``."""
+    """Such checks depend on the machine and belong in ``bench/check.py``."""
     clocks = ("perf" + "_counter", "mono" + "tonic", "process" + "_time", "thread" + "_time", r"time\.time")
     memory = ("getru" + "sage", "Vm" + "HWM", "Vm" + "RSS", "Rss" + "Anon", "resident" + "_bytes")
     calls = "|".join((*(rf"{clock}(_ns)?\(" for clock in clocks), *memory))

@@ -1,7 +1,7 @@
-"""No function of the compiled library holds an instruction that its row of kernels was not asked for.
+"""No function of the compiled library has an instruction outside the ISA that it was compiled for.
 
-Rows live in namespaces of their own (kt::avx2, kt::avx512, ...). Everything else, the scalar row, static
-initializers, inline functions of the standard library and what the linker made, runs on any x86-64.
+The kernels of each ISA have their own namespace (kt::avx2, kt::avx512, ...). Everything else runs on any
+x86-64: scalar kernels, static initializers, inline functions of the standard library, code from the linker.
 """
 
 import re
@@ -14,7 +14,7 @@ import ktops
 from ktops import _C
 
 WIDE = r"%zmm|%k[0-7]\b|%[xy]mm(?:1[6-9]|2\d|3[01])\b|\{evex\}"
-"""Operands that only EVEX encodes; the mnemonics of mask registers start with k."""
+"""Operands that only EVEX can encode; mnemonics for mask registers start with k."""
 
 EXTENSIONS = {
     "sse3": r"lddqu|mov(dd|sh|sl)dup|h(add|sub)p[sd]|addsubp[sd]|ph(add|sub)(w|d|sw)|pabs[bwd]|palignr|pshufb"
@@ -28,7 +28,7 @@ EXTENSIONS = {
     "avx512_other": r"vpermb|vperm[it]2b|vpsh[lr]d[vwdq]+|vpopcnt[bwdq]"
     r"|vpmultishiftqb|vp(compress|expand)[bw]|vpmadd52[lh]uq|(?!vcvtps2ph)v[a-z0-9]+[ps]h|vp2intersect[dq]|vpconflict[dq]|vplzcnt[dq]",
 }
-"""By mnemonic. tzcnt is not in the list: on an older CPU the same bytes are bsf, which GCC counts on."""
+"""Extensions by mnemonic. tzcnt is not listed: older CPUs run the same bytes as bsf, which GCC relies on."""
 
 ALLOWED = {
     "avx2": {"sse3", "bmi", "avx"},
@@ -38,11 +38,11 @@ ALLOWED = {
     "scalar": set(),
     "": set(),
 }
-"""By row; "" is everything outside of the rows."""
+"""Extensions by ISA; "" is everything outside the ISA namespaces."""
 
 
 def extension(mnemonic: str, operands: str) -> str | None:
-    """Name of the extension that an instruction belongs to, None for those of every x86-64."""
+    """Returns the name of the extension that an instruction belongs to; None if every x86-64 has it."""
     for name, pattern in EXTENSIONS.items():
         if re.fullmatch(pattern, mnemonic):
             return name
@@ -58,7 +58,7 @@ def run(*command: str, text: str | None = None) -> str:
 
 
 def functions(listing: str) -> dict[str, set[tuple[str, str]]]:
-    """{mangled name: {(mnemonic, extension)}} of an objdump listing, for the instructions of extensions."""
+    """Returns {mangled name: {(mnemonic, extension)}} from an objdump listing, for extensions only."""
     found: dict[str, set[tuple[str, str]]] = {}
     name = None
     for line in listing.splitlines():
@@ -73,7 +73,7 @@ def functions(listing: str) -> dict[str, set[tuple[str, str]]]:
 
 @pytest.fixture(scope="module")
 def by_row() -> dict[str, dict[str, set[tuple[str, str]]]]:
-    """{row: {function: its instructions of extensions}}"""
+    """Returns {ISA: {function: its instructions of extensions}}."""
     found = functions(run("objdump", "-d", "--no-show-raw-insn", "--wide", _C.__file__))
     readable = run("c++filt", text="\n".join(found)).splitlines()
     rows = defaultdict(dict)
@@ -93,7 +93,7 @@ def test_instructions_of_a_row(by_row, row):
 
 
 def test_every_row_is_seen(by_row):
-    """The names are those of the compiled rows, and each uses what it is there for."""
+    """The names are those of the compiled kernels, and each uses its extensions."""
     assert set(ktops.cpu_capabilities()) == {row for row in ALLOWED if row}
     used = {row: {which for found in by_row[row].values() for _, which in found} for row in ALLOWED}
     assert {"avx"} <= used["avx2"] and {"avx512"} <= used["avx512"]
@@ -102,7 +102,7 @@ def test_every_row_is_seen(by_row):
 
 
 def test_static_initializers_are_among_the_functions(by_row):
-    """What runs when the library is loaded is disassembled too, and belongs to no row."""
+    """Code that runs when the library is loaded is disassembled too, and belongs to no ISA."""
     assert any("_GLOBAL__sub_I" in name for name in by_row[""])
     assert {"_init", "PyInit__C"} <= set(by_row[""])
 

@@ -1,4 +1,4 @@
-"""What an installed ktops is: version, types, imports that cost nothing."""
+"""An installed ktops: version, types, cheap imports."""
 
 import os
 import re
@@ -67,7 +67,7 @@ def test_unknown_name():
 
 
 def test_source_distribution_can_be_built(tmp_path):
-    """It has every file of the package and of the C++ sources, headers too."""
+    """It has every file of the package and of the C++ sources, including headers."""
     command = [sys.executable, "setup.py", "--quiet", "egg_info", "--egg-base", str(tmp_path)]
     subprocess.run(command, cwd=ROOT, check=True)
     listed = set((tmp_path / "ktops.egg-info" / "SOURCES.txt").read_text().splitlines())
@@ -89,7 +89,7 @@ def test_dependencies():
 
 
 def test_tools_of_the_tests_are_pinned():
-    """Except where an older Python needs an older version."""
+    """Versions are pinned except where an older Python needs an older one."""
     project = (ROOT / "pyproject.toml").read_text()
     extra = re.search(r"^test = \[\n(.*?)^\]", project, re.DOTALL | re.MULTILINE)
     lines = re.findall(r'"(.+)"', extra[1])

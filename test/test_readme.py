@@ -1,4 +1,4 @@
-"""README.md and docs/ are true: examples run, commands are those of CI, tables match the tree."""
+"""README.md and docs/ are correct: examples run, commands are those of CI, tables match the tree."""
 
 import json
 import re
@@ -48,7 +48,7 @@ CHECKS = {
     "formats": check_formats,
     "compile": check_compile,
 }
-"""Name of an example -> the check of its output."""
+"""Maps the name of each example to the check of its output."""
 
 
 def test_every_example_has_a_name_a_check_and_about_15_lines():
@@ -60,7 +60,7 @@ def test_every_example_has_a_name_a_check_and_about_15_lines():
 
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_example(name, tmp_path):
-    """It must not warn about ktops."""
+    """The example must not warn about ktops."""
     command = [sys.executable, "-W", "error::UserWarning:ktops", "-c", EXAMPLES[name]]
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr

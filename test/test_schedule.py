@@ -1,6 +1,6 @@
-"""The work of a call is drawn task by task: a thread that is held up holds up nothing but the task it has.
+"""Threads take the work of a call task by task, so a delayed thread delays only its current task.
 
-Times on a busy machine show that only roughly (``python -m bench.busy_core``); here it is counted.
+Times on a busy machine show this only roughly (``python -m bench.busy_core``); here it is counted.
 """
 
 import subprocess
@@ -25,7 +25,7 @@ def program(tmp_path_factory) -> Path:
 
 @pytest.mark.parametrize(("threads", "held"), [(1, 0), (2, 1), (3, 1), (3, 2), (7, 6)])
 def test_threads_that_are_held_up_keep_one_task_each(program, threads, held):
-    """They wait until everybody else's tasks are done, in every phase; with fixed shares for ever."""
+    """They wait in every phase until all other tasks are done; with fixed shares they would wait forever."""
     result = subprocess.run([program, str(threads), str(held)], capture_output=True, text=True)
     assert result.returncode == 0, f"status {result.returncode}, see schedule.cpp"
     phases = [list(map(int, line.split())) for line in result.stdout.splitlines()]
@@ -36,7 +36,7 @@ def test_threads_that_are_held_up_keep_one_task_each(program, threads, held):
 
 
 def test_a_phase_too_many_is_an_error(program):
-    """When it is added, not when it runs; those before it run."""
+    """The error comes when the phase is added, not when it runs; earlier phases run."""
     result = subprocess.run([program], capture_output=True, text=True, check=True)
     assert result.stdout == "kt: more than kMaxPhases phases\n"
 
@@ -49,7 +49,7 @@ PRODUCTS = {
 
 @pytest.mark.parametrize("num_tokens", [1, 128])
 def test_products_are_many_tasks_for_every_thread(num_tokens):
-    """A fixed split of a product would be as many tasks as there are threads."""
+    """A fixed split of a product would have one task per thread."""
     with threads(2):
         inputs = moe_inputs(T=num_tokens, H=1024, I=512, E=16, K=2, dtype=torch.bfloat16, lora_rank=16)
         with ktops.profile() as profile:

@@ -1,4 +1,4 @@
-"""ktops and its peers, one file each: ``python -m bench.peers``."""
+"""ktops and its peers, one file each, for ``python -m bench.peers``."""
 
 from dataclasses import dataclass, field
 
@@ -7,10 +7,9 @@ TRANSFORMERS, PEFT = "transformers_experts", "peft_lora"
 
 @dataclass(frozen=True)
 class Entry:
-    """A contestant: the file in this folder, what it can do, and in whose process it lives.
+    """A contestant: its file in this folder, what it can do, and the process that runs it.
 
-    home is "ktops" and "torch" for workers with this interpreter, else the name of an environment that
-    the user gives.
+    home is "ktops" or "torch" for workers with this interpreter, otherwise the name of a user's environment.
     """
 
     name: str
@@ -33,7 +32,7 @@ CONTESTANTS = (
 )
 
 HOMES = ("kt-kernel", "sglang", "zentorch")
-"""Peers that need an environment of their own."""
+"""Peers that need a separate environment."""
 
 PARITY = {
     "amx_bf16": {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE_AMX", "KT_KERNEL_CPU_VARIANT": "amx"},
@@ -46,8 +45,8 @@ PARITY = {
     },
     "scalar": {"ONEDNN_MAX_CPU_ISA": "SSE41", "ATEN_CPU_CAPABILITY": "default"},
 }
-"""Row of ktops, most instructions first -> the environment that keeps a peer to the same instructions, as far
-as it can be told."""
+"""Maps each ISA of ktops, most instructions first, to the environment that restricts a peer to the same
+instructions, as far as the peer allows."""
 
 OBEYS = {
     "torch": "oneDNN and ATen limited",
@@ -57,4 +56,4 @@ OBEYS = {
 }
 
 TUNED_MALLOC = {"MALLOC_MMAP_THRESHOLD_": str(1 << 30), "MALLOC_TRIM_THRESHOLD_": str(1 << 32)}
-"""glibc keeps large blocks instead of unmapping and faulting them in again at each step."""
+"""Makes glibc keep large blocks instead of unmapping them and faulting them in again at each step."""

@@ -1,15 +1,15 @@
-"""ktops next to its peers: the same layer and inputs, turn by turn in one run, every result checked.
+"""Compares ktops with its peers, taking turns on the same layer and inputs, with every result checked.
 
     python -m bench.peers --shape qwen3_30b
     python -m bench.peers --isa avx512_bf16 --tokens 1 16 --mode forward --save
     python -m bench.peers --peer zentorch=VENV/bin/python --peer kt-kernel=VENV/bin/python
 
-Forward runs without LoRA, training (forward and backward) with LoRA on both projections. Contestants live in
-worker processes: ktops, what needs torch alone, and one for every environment given by --peer; others are
-left out with a word. The figures are milliseconds of the median call, with the fraction of the roofline of
-the row of ktops, and at the end how many times faster than the best peer ktops is. On a row below the best
-of the machine, peers are kept, as far as they can be told, to the instructions of that row and of those that
-come after it. A wrong result has no figure.
+Forward runs without LoRA, training (forward and backward) with LoRA on both projections. Contestants run in
+worker processes: one for ktops, one for peers that need only torch, and one for each environment given by
+--peer. Other peers are left out with a message. The figures are milliseconds of the median call, with the
+fraction of the roofline of ktops' kernels, and at the end the speedup of ktops over the best peer. If --isa
+is not the best of the machine, peers are restricted, as far as they allow, to the instructions of that ISA
+and of those that come after it. A wrong result has no figure.
 
 Exit status: 0, or 1 if a result was wrong, or 3 if ktops never had a quiet sample.
 """
@@ -35,7 +35,7 @@ _LAYER = "layer.pt"
 ROUNDS, QUICK_ROUNDS = 3, 2
 
 PEER_BUDGETS = 2.0
-"""Peers round every intermediate result to bfloat16: ktops.testing.budgets calls that 1.5 to 2 times."""
+"""Peers round every intermediate result to bfloat16, which costs 1.5 to 2 times (ktops.testing.budgets)."""
 
 
 def environment(text: str) -> tuple[str, str]:
@@ -49,7 +49,7 @@ def environment(text: str) -> tuple[str, str]:
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser("peers", __doc__)
     add = parser.add_argument
-    add("--quick", action="store_true", help=f"T in {QUICK_TOKENS}, two short rounds")
+    add("--quick", action="store_true", help=f"T in {QUICK_TOKENS} and two short rounds")
     parser.shape("all three", several=True)
     parser.tokens()
     parser.mode()
@@ -58,9 +58,9 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--peer", type=environment, action="append", default=[], metavar="NAME=PYTHON",
         help=f"interpreter of the environment of a peer: {', '.join(HOMES)}")  # fmt: skip
     names = [entry.name for entry in CONTESTANTS]
-    add("--only", choices=names, nargs="+", metavar="NAME", help=f"ktops and these of {', '.join(names)}")
+    add("--only", choices=names, nargs="+", metavar="NAME", help=f"ktops and these: {', '.join(names)}")
     add("--malloc", choices=("tuned", "default"), default="tuned",
-        help="of the torch peers; tuned keeps freed blocks: faster (default: %(default)s)")  # fmt: skip
+        help="for the torch peers; tuned keeps freed blocks, faster (default: %(default)s)")  # fmt: skip
     parser.threads()
     parser.rounds(ROUNDS, QUICK_ROUNDS)
     parser.max_load()
@@ -70,7 +70,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 
 
 def _entries(args: argparse.Namespace, mode: str) -> dict[str, list]:
-    """{home: contestants in it}, of those that can do the mode, are asked for and have an environment."""
+    """Returns {home: contestants} for those that support the mode, are requested and have an environment."""
     pythons = {"ktops": sys.executable, "torch": sys.executable, **dict(args.peer)}
     homes: dict[str, list] = {}
     for entry in CONTESTANTS:
@@ -86,8 +86,8 @@ def _entries(args: argparse.Namespace, mode: str) -> dict[str, list]:
 
 
 def parity(isa: str) -> dict[str, str]:
-    """The environment of peers beside row ``isa``: all instructions that the CPU has left without the rows
-    that ktops ranks above it. Where ``avx512`` is the faster row, peers beside it may use AVX512_BF16."""
+    """Returns the environment of peers compared with the ``isa`` kernels: all instructions of the CPU except
+    those of kernels that ktops ranks higher. Where ``avx512`` is faster, its peers may use AVX512_BF16."""
     ranking = ktops.cpu_capabilities()
     left = list(ranking)[list(ranking).index(isa) :]
     return PARITY[next(row for row in PARITY if row == isa or (row in left and ranking[row]))]
@@ -105,7 +105,7 @@ def _start(home: str, args: argparse.Namespace, scratch: Path) -> Worker:
 
 
 def _load(homes: dict, layer: Layer, args: argparse.Namespace, scratch: Path) -> tuple[dict, list[Worker]]:
-    """({contestant: its worker}, workers) with the layer in every worker; what cannot run is left out."""
+    """Returns ({contestant: its worker}, workers), each worker with the layer; leaves out what cannot run."""
     holders: dict[str, Worker] = {}
     workers = []
     for home, entries in homes.items():
@@ -150,7 +150,7 @@ def _row(entrant: Entrant, case: dict, limit: float) -> dict:
 
 
 def _case(layer: Layer, mode: str, tokens: int, holders: dict, args, calibration, scratch) -> list[dict]:
-    """The rows of one shape, mode and number of tokens."""
+    """Returns the rows of one shape, mode and number of tokens."""
     rank = args.rank if mode == "training" else 0
     op, variant, calls = OPS[mode], Variant(rank), inputs_around(layer, tokens)
     modes = {entry.name: entry.modes for entry in CONTESTANTS}
@@ -177,7 +177,7 @@ def _case(layer: Layer, mode: str, tokens: int, holders: dict, args, calibration
 
 
 def row_key(row: dict) -> tuple:
-    """What distinguishes the rows of one result file."""
+    """Returns what distinguishes the rows of one result file."""
     return tuple(row[name] for name in ("shape", "mode", "lora_rank", "tokens", "contestant"))
 
 
@@ -188,7 +188,7 @@ def _parity_remark(isa: str) -> str:
 
 
 def _mode_rows(layer: Layer, mode: str, args, calibration, scratch: Path, keep) -> list[dict]:
-    """The rows of one shape and mode, in worker processes that live no longer; keep(rows) after each case."""
+    """Returns the rows of a shape and mode, measured in new worker processes; keep(rows) after each case."""
     holders, workers = _load(_entries(args, mode), layer, args, scratch)
     rows: list[dict] = []
     try:

@@ -1,4 +1,4 @@
-"""What contestants that train through autograd have in common."""
+"""Shared code of contestants that train through autograd."""
 
 from abc import ABC, abstractmethod
 
@@ -9,7 +9,7 @@ from bench.layer import Inputs, Layer
 
 
 def gradients(output: Tensor, leaves: dict[str, Tensor], inputs: Inputs) -> dict[str, Tensor]:
-    """{name: gradient} of <output, grad_output>."""
+    """Returns {name: gradient} of <output, grad_output>."""
     grads = torch.autograd.grad(output, list(leaves.values()), inputs.grad_output)
     return dict(zip(leaves, grads, strict=True))
 
@@ -25,7 +25,7 @@ class LoraContestant(ABC):
         """[T, H]"""
 
     def training(self, inputs: Inputs) -> tuple[Tensor, dict[str, Tensor]]:
-        """Output and gradients by the names of ktops.ops.arguments.GRADIENTS."""
+        """Returns the output and the gradients by the names of ktops.ops.arguments.GRADIENTS."""
         leaves = {
             "hidden_states": inputs.hidden_states.detach().requires_grad_(),
             "topk_weights": inputs.topk_weights.detach().requires_grad_(),

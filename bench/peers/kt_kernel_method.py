@@ -1,8 +1,8 @@
-"""kt-kernel's methods by name, on codes from a file: the C++ class that KTMoEWrapper takes for the method.
+"""kt-kernel's methods by name, on codes from a file, using the C++ class that KTMoEWrapper uses.
 
-KTMoEWrapper cannot be constructed for inference without an accelerator, as it pins memory, and reads experts
-that are quantized already from a checkpoint only: here its classes get the pointers that its loaders would
-give them. SFT methods go through KTMoEWrapper.
+KTMoEWrapper cannot be constructed for inference without an accelerator, because it pins memory. It reads
+experts that are already quantized only from a checkpoint, so here its classes get the pointers that its
+loaders would pass. SFT methods use KTMoEWrapper itself.
 """
 
 import torch
@@ -25,13 +25,13 @@ _CLASSES = {
     "FP8_PERCHANNEL": ("AMXFP8PerChannel_MOE",),
     "LLAMAFILE": ("MOE",),
 }
-"""Method: the class of kt_kernel_ext.moe, the best one first."""
+"""Maps each method to the classes of kt_kernel_ext.moe, best first."""
 
-_NO_LIMIT = 1e30  # MXFP4_SFT insists on a limit of its activation
+_NO_LIMIT = 1e30  # MXFP4_SFT requires a limit for its activation
 
 
 def inference_class(method: str, group_size: int):
-    """What KTMoEWrapper would construct.
+    """Returns the class that KTMoEWrapper would construct.
 
     Raises:
         NotImplementedError: this build of kt-kernel has no such class.
@@ -48,22 +48,22 @@ def inference_class(method: str, group_size: int):
 
 
 def gptq_words(codes: Tensor) -> Tensor:
-    """Nibbles [N, K/2], even columns low, as GPTQ has them: int32 [K/8, N], column k in bits 4 (k mod 8)."""
+    """Converts nibbles [N, K/2], even columns low, to GPTQ's int32 [K/8, N], column k in bits 4 (k mod 8)."""
     return codes.contiguous().view(torch.int32).t().contiguous()
 
 
 def e8m0_to_bfloat16(scale: Tensor) -> Tensor:
-    """2^(e - 127) of uint8 exponents e > 0."""
+    """Returns 2^(e - 127) for uint8 exponents e > 0."""
     return (scale.to(torch.int16) << 7).view(torch.bfloat16)
 
 
 class Contestant(kt_kernel_moe.Contestant):
-    """forward for a method of mode inference, training for one of mode sft.
+    """Provides forward for methods of mode inference, training for those of mode sft.
 
     Args:
-        method: a name that KTMoEWrapper knows.
+        method: a method name of KTMoEWrapper.
         file: {"gate_up": {...}, "down": {...}}, each with "format", "group_size", "weight" and "scale".
-            Methods that quantize do so from the layer's weights.
+            Methods that quantize use the layer's weights instead.
     """
 
     def __init__(self, layer: Layer, rank: int, method: str, file: str) -> None:
@@ -94,7 +94,7 @@ class Contestant(kt_kernel_moe.Contestant):
         return list(codes.clone(memory_format=torch.contiguous_format))
 
     def _scales(self, scales: Tensor | None) -> list[Tensor]:
-        """Of each expert, in the dtype and order that the loader of the method makes of them; [] without."""
+        """Returns each expert's scales in the dtype and order that the method's loader produces, or []."""
         if scales is None:
             return []
         if self.method == "GPTQ_INT4":
@@ -137,7 +137,7 @@ class Contestant(kt_kernel_moe.Contestant):
 
     def _load(self, wrapper) -> None:
         weights, scales = self.weights, self.scales
-        wrapper.share_backward_bb = self.method == "AMXFP8_SFT"  # which insists
+        wrapper.share_backward_bb = self.method == "AMXFP8_SFT"  # required there
         if self.method == "MXFP4_SFT":
             experts = weights | {f"{name}_scale": scales[name] for name in PROJECTIONS}
             wrapper.load_mxfp4_weights(experts, self.experts)
@@ -149,7 +149,7 @@ class Contestant(kt_kernel_moe.Contestant):
                 stacked = RAWINT4ExpertWeights(*map(torch.stack, pairs))
                 wrapper.load_rawint4_weights(stacked, self.experts)
         elif self.method in ("AMXINT8_SFT", "INT8_SFT"):
-            # load_weights_from_tensors refuses, though the class quantizes when it is given tensors
+            # load_weights_from_tensors refuses, though the class quantizes tensors that it is given
             wrapper.gate_proj, wrapper.up_proj, wrapper.down_proj = self.gate, self.up, self.down
             wrapper.load_weights(self.experts)
         else:

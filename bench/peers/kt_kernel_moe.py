@@ -1,4 +1,4 @@
-"""kt-kernel: its inference class AMXBF16_MOE, and KTMoEWrapper in SFT mode."""
+"""kt-kernel's inference class AMXBF16_MOE, and KTMoEWrapper in SFT mode."""
 
 from typing import Any
 
@@ -8,14 +8,14 @@ from torch import Tensor
 
 from bench.layer import Inputs, Layer
 
-MAX_TOKENS = 2048  # kt-kernel allocates buffers for so many
+MAX_TOKENS = 2048  # kt-kernel allocates buffers for this many tokens
 PROJECTIONS = ("gate", "up", "down")
 
 
 class Contestant:
-    """forward is the C++ inference class, which has no LoRA; training the SFT wrapper.
+    """Provides forward by the C++ inference class, which has no LoRA, and training by the SFT wrapper.
 
-    A wrapper has an A for gate and one for up, so both get the layer's one and their gradients are added.
+    The wrapper has separate A for gate and up, so both get the layer's A and their gradients are added.
     """
 
     def __init__(self, layer: Layer, rank: int) -> None:
@@ -44,7 +44,7 @@ class Contestant:
         return moe
 
     def _make_moe(self, config):
-        """The inference class, with the weights that it is to load."""
+        """Returns the inference class, with the weights for it to load."""
         for name in PROJECTIONS:
             setattr(config, f"{name}_proj", getattr(self, name).data_ptr())
         return kt_kernel_ext.moe.AMXBF16_MOE(config)
@@ -84,7 +84,7 @@ class Contestant:
         wrapper.load_weights_from_tensors(self.gate, self.up, self.down, self.experts)
 
     def training(self, inputs: Inputs) -> tuple[Tensor, dict[str, Tensor]]:
-        """Output and gradients by the names of ktops.ops.arguments.GRADIENTS."""
+        """Returns the output and the gradients by the names of ktops.ops.arguments.GRADIENTS."""
         if self._wrapper is None:
             self._wrapper = self._make_wrapper()
         output = self._wrapper.forward(inputs.hidden_states, inputs.topk_ids, inputs.topk_weights)

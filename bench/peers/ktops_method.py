@@ -1,4 +1,4 @@
-"""ktops.moe_sft on codes from a file; the row of kernels is that of KTOPS_ISA."""
+"""ktops.moe_sft on codes from a file, with the kernels that KTOPS_ISA selects."""
 
 import torch
 from torch import Tensor
@@ -10,16 +10,16 @@ from ktops.formats import Codes
 
 
 def expert_weight(stored: dict) -> ExpertWeight:
-    """The weight of {"format", "shape", "group_size", "weight", "scale", "zero"}."""
+    """Returns the weight made of {"format", "shape", "group_size", "weight", "scale", "zero"}."""
     codes = Codes(*(stored[name] for name in Codes._fields)).map(Tensor.clone)
     return ExpertWeight(stored["format"], stored["shape"], *codes, group_size=stored["group_size"])
 
 
 class Contestant:
-    """Forward without LoRA, training with LoRA of the rank; the layer's own weights are let go.
+    """Provides forward without LoRA and training with LoRA of the rank; releases the layer's own weights.
 
     Args:
-        method: the name of kt-kernel's method, for the log.
+        method: the name of the kt-kernel method, for the log.
         file: {"gate_up": {...}, "down": {...}} as :func:`expert_weight` reads them.
     """
 

@@ -1,4 +1,4 @@
-"""ktops.moe_sft; the row of kernels is that of KTOPS_ISA."""
+"""ktops.moe_sft with the kernels that KTOPS_ISA selects."""
 
 from torch import Tensor
 
@@ -7,7 +7,7 @@ from bench.layer import Inputs, Layer, Variant
 
 
 class Contestant:
-    """Forward without LoRA, training with LoRA of the rank."""
+    """Provides forward without LoRA and training with LoRA of the rank."""
 
     def __init__(self, layer: Layer, rank: int) -> None:
         self.layer, self.rank = layer, rank

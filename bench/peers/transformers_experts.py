@@ -1,4 +1,4 @@
-"""The experts of transformers, as ``from_pretrained(..., experts_implementation=...)`` runs them."""
+"""The experts of transformers, as run by ``from_pretrained(..., experts_implementation=...)``."""
 
 import torch
 from torch import Tensor
@@ -9,7 +9,7 @@ from bench.layer import Inputs, Layer
 
 
 def experts(layer: Layer, implementation: str) -> Qwen3MoeExperts:
-    """The experts module of transformers on the weights of the layer, not copied."""
+    """Returns the experts module of transformers on the weights of the layer, not copied."""
     config = Qwen3MoeConfig(
         hidden_size=layer.shape.hidden_size,
         moe_intermediate_size=layer.shape.intermediate_size,
@@ -25,7 +25,7 @@ def experts(layer: Layer, implementation: str) -> Qwen3MoeExperts:
 
 
 class Contestant:
-    """Forward only: implementation is "eager" or "grouped_mm"."""
+    """Provides forward only; implementation is "eager" or "grouped_mm"."""
 
     def __init__(self, layer: Layer, rank: int, implementation: str) -> None:
         self.module = experts(layer, implementation)

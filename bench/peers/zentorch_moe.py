@@ -1,4 +1,4 @@
-"""zentorch's fused_moe: repacks the weights that it is given in place, in its first call."""
+"""zentorch's fused_moe, which repacks its weights in place in the first call."""
 
 import torch
 import zentorch  # noqa: F401  (registers the operator)
@@ -8,7 +8,7 @@ from bench.layer import Inputs, Layer
 
 
 class Contestant:
-    """Forward only. The layer's weights are unreadable afterwards."""
+    """Provides forward only. The layer's weights are unreadable afterward."""
 
     def __init__(self, layer: Layer, rank: int) -> None:
         self.w13, self.w2 = layer.gate_up_proj, layer.down_proj

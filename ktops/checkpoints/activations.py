@@ -1,4 +1,4 @@
-"""The names that transformers has for the activations of the op."""
+"""Maps transformers' names of activations to those of the op."""
 
 _ROWS = (
     ("silu", "transformers.activations.SiLUActivation", "silu"),

@@ -35,6 +35,7 @@ class Checkpoint:
         path: the path that was opened.
         config: the contents of config.json, for a file the one in its directory; empty if there is none.
         tensors: all tensors by name.
+        quantization: what the quantization config says about packed weights.
     """
 
     def __init__(
@@ -115,7 +116,7 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     """
     path = Path(path)
     if not path.exists():
-        raise CheckpointError(f"{path}: there is no such file or directory")
+        raise CheckpointError(f"{path}: no such file or directory")
     if path.is_file() and path.suffix == ".gguf":
         return Checkpoint(path, {}, _views(_files(path)))
     folder = path if path.is_dir() else path.parent
@@ -155,7 +156,7 @@ def _files(path: Path) -> list[Path]:
         files = [*others, *(file for file in mine if file not in others)]
     files = files or _unlisted_files(path)
     if not files:
-        raise CheckpointError(f"{path}: there are no safetensors or GGUF files in the directory")
+        raise CheckpointError(f"{path}: the directory has no safetensors or GGUF files")
     return files
 
 

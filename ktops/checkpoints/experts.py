@@ -334,7 +334,10 @@ def _are_mixed(experts: list[list[Matrix]]) -> bool:
 
 
 def stack(experts: list[list[Matrix]]) -> StoredExperts:
-    """Returns the experts of a projection; warns and decodes to bf16 if gate and up differ in format."""
+    """Returns the experts of a projection.
+
+    If gate and up differ in format, warns and decodes both to bf16. If experts differ, returns a Mixed.
+    """
     first = experts[0]
     if _are_mixed(experts):
         return Mixed(experts)

@@ -163,7 +163,7 @@ class Layer:
         Args:
             weight_format, group_size, method: as in :func:`ktops.load_experts`.
             dtype: the dtype to compute in, and the dtype of the biases.
-            step: called with the number of experts of a projection that were read.
+            step: called with the number of newly read experts, counted once per projection.
 
         Raises:
             CheckpointError, ValueError: as in :meth:`experts`.
@@ -230,7 +230,7 @@ class Layer:
             )
         flat = [_without_bias(part) for of_experts in tensors for part in of_experts]
         if not all(flat):
-            raise CheckpointError(f"{self._any(projections[0])}: there is a bias but no weight")
+            raise CheckpointError(f"{self._any(projections[0])}: has a bias but no weight")
         made = self._matrices(flat, projections)
         count = len(tensors[0])
         parts = [made[first : first + count] for first in range(0, len(made), count)]
@@ -245,7 +245,7 @@ class Layer:
         return [deinterleaved(m) for m in made] if self.interleaved and projections == ("gate_up",) else made
 
     def _is_interleaved(self, gate_up: Tensors) -> bool:
-        """True if gate and up are interleaved: by the model or, if it does not say so, as in gpt-oss."""
+        """True if gate and up are interleaved, by the model or else by the tensors, as in gpt-oss."""
         if "_extra_state" in gate_up or self._layouts & {CONCATENATED, INTERLEAVED}:
             return "_extra_state" not in gate_up and INTERLEAVED in self._layouts
         return "blocks" in gate_up or (self._transposed and "bias" in gate_up)

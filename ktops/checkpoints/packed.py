@@ -124,7 +124,7 @@ class Gptq(NamedTuple):
         assert self.g_idx is not None
         groups = self.g_idx.read().long()
         if len(groups) and (groups.min() < 0 or groups.max() >= self.scales.shape[0]):
-            raise CheckpointError(f"{self.g_idx}: must be groups below {self.scales.shape[0]}")
+            raise CheckpointError(f"{self.g_idx}: must hold group indices below {self.scales.shape[0]}")
         return groups
 
     def is_reordered(self) -> bool:

@@ -195,7 +195,8 @@ def _compiled(pattern: str) -> list[re.Pattern]:
 def _part(owners: tuple[str, ...], config: dict) -> _Part:
     """Reads GPTQModel's ``dynamic``, AutoRound's ``extra_config``, compressed-tensors' ``config_groups``.
 
-    The last has targets: module names, patterns after "re:", or class names, for experts Linear.
+    The targets of a config group are module names, patterns prefixed with "re:", or class names; for experts,
+    the class is Linear.
     """
     names: dict[str, dict] = {}
     patterns: list[tuple[re.Pattern, dict]] = []

@@ -139,7 +139,7 @@ class CheckpointWriter:
         return path.with_name(path.name + ".partial")
 
     def _resume(self) -> dict | None:
-        """Returns an interrupted writer's progress; if it does not match, deletes its files, returns None."""
+        """Returns an interrupted writer's progress. If it does not match, deletes the files."""
         try:
             progress = json.loads((self.partial / PROGRESS).read_text())
             files = [*progress["layers"].values(), *progress["tensors"].values()]
@@ -182,7 +182,7 @@ class CheckpointWriter:
             name: name of the experts module, such as "model.layers.3.mlp.experts".
             gate_up_proj, down_proj: [E, 2I, H] and [E, H, I]; an :class:`Experts` is read expert by expert.
             gate_up_proj_bias, down_proj_bias: [E, 2I] and [E, H].
-            step: called with the number of experts of a projection that were written.
+            step: called with the number of newly written experts, counted once per projection.
 
         Returns:
             The number of bytes written.

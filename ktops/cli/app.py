@@ -1,4 +1,4 @@
-"""The commands and their options. Their implementations are imported when a command runs, so help is fast."""
+"""Declares the commands and their options. Implementations are imported on use, to keep --help fast."""
 
 from pathlib import Path
 from typing import Annotated
@@ -9,7 +9,7 @@ import ktops
 
 app = typer.Typer(
     name="ktops",
-    help="Fine-tune Mixture-of-Experts language models on the CPU.",
+    help="Fine-tune and convert Mixture-of-Experts language models on the CPU.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -22,8 +22,8 @@ _LORA = "Adapter"
 _TRAINING = "Training"
 _RUN = "Run"
 
-_GROUP_SIZE = "Number of weights that share a scale; 0 for one scale per row."
-_METHOD = "How scales are chosen."
+_GROUP_SIZE = "Weights per scale; 0 for one scale per row. (default: depends on the format)"
+_METHOD = "How to choose the scales. (default: rtn, round to nearest)"
 
 
 def _version(wanted: bool) -> None:
@@ -45,7 +45,7 @@ def _root(
 def info(
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Show this machine's versions, kernels, threads, NUMA nodes and memory."""
+    """Show installed versions and this machine's CPU, kernels, threads, NUMA nodes and memory."""
     from ktops.cli.info import collect, show
 
     show(collect(), as_json=json)
@@ -54,19 +54,23 @@ def info(
 @app.command()
 def convert(
     source: Annotated[
-        Path, typer.Argument(metavar="SRC", help="Model directory with safetensors, or a GGUF file.")
+        Path, typer.Argument(metavar="SRC", help="Model directory with safetensors files, or a GGUF file.")
     ],
-    destination: Annotated[Path, typer.Argument(metavar="DST", help="Directory to write.")],
+    destination: Annotated[Path, typer.Argument(metavar="DST", help="Directory to create.")],
     weight_format: Annotated[
-        str, typer.Option("--format", metavar="NAME", help="Format of the experts: int4, int8, q4_k ...")
+        str,
+        typer.Option(
+            "--format", metavar="NAME", help="Weight format of the experts, such as int4, int8 or q4_k."
+        ),
     ],
     group_size: Annotated[int | None, typer.Option(help=_GROUP_SIZE)] = None,
     method: Annotated[str | None, typer.Option(metavar="rtn|mse|hqq", help=_METHOD)] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace DST.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace DST if ktops wrote it.")] = False,
 ) -> None:
-    """Convert the experts of a checkpoint to a weight format, for ktops.load_experts.
+    """Convert the experts of a checkpoint to a weight format, for from_pretrained or ktops.load_experts.
 
-    Streams expert by expert. DST appears once it is complete. If interrupted, the same command continues.
+    Holds one expert in memory at a time. DST appears when it is complete. After an interruption, run the same
+    command again to continue.
     """
     from ktops.cli.command import run_convert
 
@@ -80,7 +84,8 @@ def finetune(
         str | None,
         typer.Option(
             metavar="DIR",
-            help="Hugging Face model directory with safetensors and tokenizer. Default: a small model.",
+            help="Hugging Face model directory with safetensors files and a tokenizer. (default: a small "
+            "model that ktops pretrains)",
             rich_help_panel=_MODEL,
         ),
     ] = None,
@@ -88,8 +93,8 @@ def finetune(
         str | None,
         typer.Option(
             metavar="FILE",
-            help="JSON or JSONL file of messages, conversations, prompt and completion, alpaca (instruction, "
-            "input, output) or text.",
+            help="JSON or JSONL file in one of the layouts messages, conversations, prompt and completion, "
+            "alpaca (instruction, input, output) or text. (default: packaged instructions)",
             rich_help_panel=_MODEL,
         ),
     ] = None,
@@ -97,19 +102,25 @@ def finetune(
         str,
         typer.Option(
             metavar="NAMES",
-            help="Keys of records and messages in FILE to leave out, such as id,source. Otherwise, a key "
-            "that the chat template doesn't write is an error.",
+            help="Keys of records and messages in FILE to ignore, such as id,source. Any other key that the "
+            "chat template leaves out is an error.",
             rich_help_panel=_MODEL,
         ),
     ] = "",
     eval_fraction: Annotated[
-        float, typer.Option(help="Fraction of the examples in FILE to hold out.", rich_help_panel=_MODEL)
+        float, typer.Option(help="Fraction of the examples to hold out.", rich_help_panel=_MODEL)
     ] = 0.05,
     max_length: Annotated[
-        int, typer.Option(help="Maximum tokens per sequence; longer ones are cut.", rich_help_panel=_MODEL)
+        int,
+        typer.Option(
+            help="Maximum number of tokens per sequence; longer ones are truncated.", rich_help_panel=_MODEL
+        ),
     ] = 1024,
     lora_rank: Annotated[
-        int, typer.Option(help="Rank of the adapters; for experts, per expert.", rich_help_panel=_LORA)
+        int,
+        typer.Option(
+            help="Rank of the adapters; for experts, the rank of each expert.", rich_help_panel=_LORA
+        ),
     ] = 16,
     lora_alpha: Annotated[
         float | None,
@@ -119,7 +130,7 @@ def finetune(
         str,
         typer.Option(
             metavar="NAMES",
-            help="Where to add adapters: attention, experts or names of linear layers, separated by commas.",
+            help="Where to add adapters: attention, experts, or names of linear layers, separated by commas.",
             rich_help_panel=_LORA,
         ),
     ] = "attention,experts",
@@ -147,13 +158,15 @@ def finetune(
     ] = 1,
     dtype: Annotated[
         str,
-        typer.Option(metavar="bf16|f32", help="Dtype of weights and activations.", rich_help_panel=_TRAINING),
+        typer.Option(
+            metavar="bf16|f32", help="Dtype of base weights and activations.", rich_help_panel=_TRAINING
+        ),
     ] = "bf16",
     experts_implementation: Annotated[
         str,
         typer.Option(
             metavar="NAME",
-            help="ktops, or one of transformers' own for comparison: eager, grouped_mm, batched_mm.",
+            help="ktops or, for comparison, one of transformers' own: eager, grouped_mm, batched_mm.",
             rich_help_panel=_TRAINING,
         ),
     ] = "ktops",
@@ -161,7 +174,8 @@ def finetune(
         str | None,
         typer.Option(
             metavar="NAME",
-            help="Quantize the experts to this format (int4, int8, q4_k ...) and train adapters on them.",
+            help="Quantize the experts to this format, such as int4, int8 or q4_k. The adapters are trained "
+            "on the quantized weights.",
             rich_help_panel=_FORMAT,
         ),
     ] = None,
@@ -182,8 +196,8 @@ def finetune(
         Path | None,
         typer.Option(
             metavar="DIR",
-            help="Directory for the adapter, metrics.json, loss.png and checkpoints. (default: the first "
-            "unused of ktops-finetune, ktops-finetune-2, ...)",
+            help="Directory for the adapter, metrics.json, loss.png and checkpoints. (default: "
+            "ktops-finetune, or the first of ktops-finetune-2, -3, ... that holds no run)",
             rich_help_panel=_RUN,
         ),
     ] = None,
@@ -191,7 +205,7 @@ def finetune(
         bool,
         typer.Option(
             "--resume",
-            help="Continue the run in --output-dir with its original options.",
+            help="Continue the run in --output-dir with its original options; only --max-steps may change.",
             rich_help_panel=_RUN,
         ),
     ] = False,
@@ -202,12 +216,12 @@ def finetune(
 ) -> None:
     """Fine-tune a Mixture-of-Experts model with LoRA on attention and experts.
 
-    Without arguments, pretrains a small model, fine-tunes it on packaged instructions, saves the adapter and
-    checks it in a fresh process. Takes a few minutes and needs no network.
+    Without arguments, pretrains a small model, fine-tunes it on packaged instructions, saves the adapter, and
+    checks it in a fresh process. This takes a few minutes and needs no network.
 
     With --model and --data, fine-tunes your own model on your own data.
 
-    Ctrl-C saves a checkpoint; --resume continues from it.
+    Ctrl-C saves a checkpoint, from which --resume continues.
     """
     from ktops.cli.command import run_finetune
 

@@ -1,4 +1,4 @@
-"""Prepares the commands: checks options and packages, and chooses the directory."""
+"""Checks options and required packages and chooses the directory, then runs a command."""
 
 import json
 import os
@@ -16,8 +16,9 @@ from ktops.cli.packages import require_packages
 
 
 def run_finetune(given: dict[str, Any]) -> None:
-    """Runs fine-tuning with the options given on the command line. The others have their defaults or, with
-    ``resume``, the values from the original run.
+    """Runs `ktops finetune` with the options given on the command line.
+
+    Other options have their defaults or, with ``resume``, the values from the original run.
 
     Raises:
         UserError, Interrupted: see finetune.finetune.

@@ -1,4 +1,4 @@
-"""`ktops convert`: writes a checkpoint with experts in a weight format as a directory that ktops can map."""
+"""`ktops convert`: converts experts to a weight format and writes a directory that ktops can map."""
 
 import json
 from collections.abc import Iterator
@@ -39,7 +39,7 @@ class Options:
 
 @dataclass(frozen=True)
 class Part:
-    """A layer and the name to write it under."""
+    """A layer, the name to write it under, and its gate_up_proj and down_proj in the new format."""
 
     name: str
     layer: Layer
@@ -86,12 +86,12 @@ def _told(options: Options) -> Iterator[None]:
     """Turns errors that stop a conversion into messages."""
     try:
         yield
-    except CheckpointError as error:
+    except (CheckpointError, ImportError) as error:
         raise UserError(str(error)) from None
     except OSError as error:
         raise UserError(f"{error.filename or options.destination}: {error.strerror}") from None
     except KeyboardInterrupt:
-        raise Interrupted("Interrupted. The same command continues.") from None
+        raise Interrupted("Interrupted. Run the same command again to continue.") from None
 
 
 def _require_destination(options: Options) -> None:
@@ -134,7 +134,7 @@ def _written_name(layer: Layer) -> str:
 
 
 def _settings(options: Options, checkpoint: Checkpoint) -> dict:
-    """Returns what the result depends on; if it differs, a partial result is not continued."""
+    """Returns everything the result depends on; if it changes, a partial result is discarded."""
     files = {}
     for path in {view.file.path for view in checkpoint.tensors.values()}:
         status = path.stat()
@@ -179,7 +179,7 @@ def _write(writer: CheckpointWriter, checkpoint: Checkpoint, parts: list[Part], 
 
 
 def _uncomputable(checkpoint: Checkpoint) -> str | None:
-    """Returns why the model in config.json cannot run the result, if transformers knows the model."""
+    """Returns why ktops cannot compute the experts; None if it can, or if transformers lacks the model."""
     return None if checkpoint.names is None else uncomputable_experts(checkpoint.names.modules)
 
 
@@ -232,10 +232,10 @@ def _copy_files(writer: CheckpointWriter, checkpoint: Checkpoint, others: dict) 
 
 def _show(report: dict, options: Options, console: Console) -> None:
     group = f", group {report['group_size']}" if report["group_size"] else ""
-    errors = f"relative error {report['relative_error']:.2g}"
+    errors = f"relative error of the weights {report['relative_error']:.2g}"
     if report["output_error"] is not None:
         worst = max(report["layers"], key=lambda layer: layer["output_error"])
-        errors += f", of the output {report['output_error']:.2g} "
+        errors += f", of the outputs {report['output_error']:.2g} "
         errors += f"(largest: {worst['output_error']:.2g} in {worst['name']})"
     if report["activation_note"]:
         errors += f"; {report['activation_note']}"

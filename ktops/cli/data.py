@@ -26,7 +26,7 @@ def load_examples(path: Path, ignored: Collection[str] = ()) -> list[Example]:
 def _records(path: Path) -> list[tuple[str, object]]:
     """Returns (location, JSON value) of every example."""
     if not path.is_file():
-        raise UserError(f"--data: there is no file {path}")
+        raise UserError(f"--data: no such file: {path}")
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:

@@ -13,7 +13,7 @@ IGNORED = -100
 
 @dataclass
 class Encoded:
-    """Token ids of the examples, and how many examples were shortened or left out."""
+    """Token ids of the examples, and how many examples were truncated or dropped."""
 
     examples: list[dict[str, list[int]]]
     truncated: int = 0
@@ -37,7 +37,7 @@ def prepare_tokenizer(tokenizer) -> None:
 
 
 def encode(examples: list[Example], tokenizer, max_length: int) -> Encoded:
-    """Returns ``{"input_ids", "attention_mask", "labels"}`` of every example, cut to max_length tokens.
+    """Returns ``{"input_ids", "attention_mask", "labels"}`` of every example, truncated to max_length.
 
     Labels are the token ids of answers (including the tokens that end them) and -100 elsewhere. In plain
     text, everything except the prompt is an answer, and the end-of-text token ends it. Examples whose answers
@@ -93,8 +93,8 @@ def _tokens(example: Example, tokenizer) -> Iterator[tuple[list[int], list[int]]
 
 
 def _learn_ends(ids, labels: list[int], offsets, text: str, spans, tokenizer) -> None:
-    """Labels the special token that follows an answer if the answer itself does not end with one. This is the
-    heading of the next turn, which GLM stops with. For the last answer, it adds a label."""
+    """Labels the special token after each answer that does not end with one. GLM, for example, ends an answer
+    with the heading of the next turn. For the last answer, this appends a label."""
     for _, end in spans:
         after = next((i for i, (start, _) in enumerate(offsets) if start >= end), len(offsets))
         written = (i for i in range(after - 1, -1, -1) if text[slice(*offsets[i])].strip())

@@ -6,4 +6,4 @@ class UserError(Exception):
 
 
 class Interrupted(Exception):
-    """Ctrl-C stopped the command after saving; the message says how to continue. Exit status 130."""
+    """Ctrl-C stopped the command; the message says how to continue if anything was saved. Exit status 130."""

@@ -1,6 +1,6 @@
-"""Entry point of the ``ktops`` command: runs it, and turns errors into messages and exit statuses.
+"""Entry point of the ``ktops`` command, which turns errors into messages and exit statuses.
 
-0: success. 1: an error that the user can fix, reported in a message. 2: wrong usage. 130: stopped by Ctrl-C.
+0: success. 1: an error that the user can fix; the message says how. 2: incorrect usage. 130: Ctrl-C.
 """
 
 import sys

@@ -67,7 +67,7 @@ class KtTime(TrainerCallback):
     """Adds up the time inside the operators of the kt namespace during training.
 
     During training, wrappers that read the clock before and after each call replace
-    ``torch.ops.kt.moe_sft_fwd`` and the others. Unlike a profiler this costs nothing, so every step is
+    ``torch.ops.kt.moe_sft_fwd`` and the others. Unlike profiling, this costs almost nothing, so every step is
     measured. The time includes the dispatcher and autograd's bookkeeping, but not the Python code of PEFT and
     transformers around the op.
     """

@@ -14,7 +14,7 @@ def check_directory(directory: str) -> None:
     path = Path(directory)
     if not path.is_dir():
         raise UserError(
-            f"--model: there is no directory {path}. Pass the directory of a downloaded Hugging Face model"
+            f"--model: no such directory: {path}. Pass the directory of a downloaded Hugging Face model"
         )
     if not (path / "config.json").is_file():
         raise UserError(f"--model: {path} has no config.json, so it is not a Hugging Face model directory")
@@ -143,5 +143,5 @@ def quantize_experts(
             method=method or "rtn",
             show_progress=show_progress,
         )
-    except ValueError as error:
+    except (ValueError, ImportError) as error:
         raise UserError(f"--weight-format {weight_format}: {error}") from None

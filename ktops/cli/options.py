@@ -126,7 +126,7 @@ def load(directory: Path) -> Options:
     """
     path = directory / FILE
     if not path.is_file():
-        raise UserError(f"--resume: there is no run in {directory} (no {FILE})")
+        raise UserError(f"--resume: no run in {directory} ({FILE} is missing)")
     known = {field.name for field in fields(Options)}
     return Options(**{k: v for k, v in json.loads(path.read_text(encoding="utf-8")).items() if k in known})
 
@@ -142,7 +142,7 @@ def resumed(recorded: Options, given: dict[str, Any]) -> Options:
         if name != "max_steps" and value != known:
             is_what = "not given" if known in (None, "") else known
             raise UserError(
-                f"--resume: --{name.replace('_', '-')} is {is_what} in the run to resume and can't become "
-                f"{value}. Leave it out, or start another run"
+                f"--resume: --{name.replace('_', '-')} is {is_what} in the run to resume and can't be "
+                f"changed to {value}. Leave it out, or start another run"
             )
     return replace(recorded, max_steps=given.get("max_steps", recorded.max_steps))

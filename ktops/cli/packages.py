@@ -10,6 +10,6 @@ def require_packages(*names: str) -> None:
     missing = [name for name in names if importlib.util.find_spec(name) is None]
     if missing:
         raise UserError(
-            f"this command needs {', '.join(missing)}, which is not installed. Install what it needs with\n"
+            f"this command needs packages that are not installed: {', '.join(missing)}. Install them with\n"
             "  pip install 'ktops[cli]'"
         )

@@ -5,7 +5,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from transformers import TrainerCallback
 
 LINES = 10
-"""Number of lines per training when the output is not a terminal."""
+"""Number of lines per training run when the output is not a terminal."""
 
 
 class ProgressCallback(TrainerCallback):

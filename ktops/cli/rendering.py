@@ -51,7 +51,7 @@ class Answer:
 
 
 class _TemplateError(UserError):
-    """Says what is wrong with a form of a conversation, and how many messages came before the error."""
+    """Describes what is wrong with a form of a conversation, and how many messages preceded the error."""
 
     def __init__(self, message: str, progress: float):
         super().__init__(message)
@@ -249,7 +249,7 @@ TEXT_KEYS = ("content", "tool_calls")
 """Keys of a message whose text must be written completely."""
 
 THINK_TAGS = re.compile(r"(</?think>)")
-"""Where templates separate reasoning from the content."""
+"""Matches the tags with which templates separate reasoning from content."""
 
 
 def _marked(message: dict, numbers: Iterator[int] | None = None, keys: Collection[str] = ()) -> dict:
@@ -288,7 +288,7 @@ def _marked(message: dict, numbers: Iterator[int] | None = None, keys: Collectio
 
 
 def _is_written(marked: object, text: str) -> bool:
-    """True if the text contains every marker of a value, and no object in Python's notation."""
+    """True if the text contains every marker of a value, and no object as a Python literal."""
     if not all(marker in text for marker in re.findall(r"[YZ]mark\d+Z", str(marked))):
         return False
     items = marked if isinstance(marked, list) else []
@@ -297,8 +297,8 @@ def _is_written(marked: object, text: str) -> bool:
 
 
 def _repeats_call(messages: list[dict], i: int, key: str) -> bool:
-    """True if the key of a tool result only repeats what its position implies, that the n-th result answers
-    the n-th call."""
+    """True if the key of a tool result only repeats what its position implies: the n-th result answers the
+    n-th call."""
     if messages[i]["role"] != "tool" or key not in ("tool_call_id", "name"):
         return False
     call = i - 1

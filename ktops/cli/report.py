@@ -40,8 +40,8 @@ class Report:
     def shortened(self, encoded: Encoded, max_length: int) -> None:
         if encoded.truncated or encoded.dropped:
             self.line(
-                f"--max-length {max_length}: {encoded.truncated} examples are longer and were cut; "
-                f"{encoded.dropped} of them were left out because nothing of their answer remained",
+                f"--max-length {max_length}: {encoded.truncated} examples were truncated, and "
+                f"{encoded.dropped} dropped because none of the answer remained",
                 style="yellow",
             )
 
@@ -75,7 +75,7 @@ class Report:
 
     def cost(self, metrics: dict) -> None:
         kt = metrics["kt_time"]
-        share = f"{kt['share']:.0%} of the training time inside kt ops" if kt else "no step was left to train"
+        share = f"{kt['share']:.0%} of the training time inside kt ops" if kt else "no steps left to train"
         peak = format_bytes(metrics["peak_rss_bytes"])
         self.line(f"{metrics['tokens_per_second'] or 0:,.0f} tokens/s, peak memory {peak}, {share}")
 

@@ -25,9 +25,9 @@ OWN = (
 def choose(output_dir: Path | None, resume: bool, overwrite: bool) -> Path:
     """Returns the directory of this run, without changing anything.
 
-    If a directory named by the user already holds a run, --resume or --overwrite must say what to do with it.
-    The default directory is ktops-finetune, then ktops-finetune-2, -3, ...: the first unused one for a new
-    run, the last existing run for --resume or --overwrite.
+    If a directory named by the user already holds a run, --resume or --overwrite must specify what to do with
+    it. The default directory is one of ktops-finetune, ktops-finetune-2, -3, ...: the first unused one for a
+    new run, the last one with a run for --resume or --overwrite.
 
     Raises:
         UserError: the directory holds a run but should not, or holds none but should.
@@ -39,7 +39,7 @@ def choose(output_dir: Path | None, resume: bool, overwrite: bool) -> Path:
     if output_dir.exists() and not output_dir.is_dir():
         raise UserError(f"--output-dir: {output_dir} is not a directory")
     if resume and not holds_run(output_dir):
-        raise UserError(f"--resume: there is no run in {output_dir}")
+        raise UserError(f"--resume: no run in {output_dir}")
     if not resume and not overwrite and holds_run(output_dir):
         raise UserError(
             f"--output-dir: {output_dir} already holds a run. Add --resume to continue it, --overwrite to "

@@ -17,7 +17,7 @@ from ktops.cli.options import Options
 from ktops.cli.progress import ProgressCallback
 
 WARM_UP = 0.05
-"""Fraction of the steps in which the learning rate rises to its peak; then it decays along a cosine."""
+"""Fraction of the steps over which the learning rate rises to its peak. It then follows a cosine decay."""
 
 
 def training_arguments(options: Options, directory: Path, max_steps: int, **kwargs) -> TrainingArguments:
@@ -109,7 +109,7 @@ def make_trainer(
 
 
 def _count_right(prediction) -> dict[str, float]:
-    """Returns the fraction of answer tokens predicted as most likely, and of answers that are all right."""
+    """Returns the fraction of answer tokens predicted correctly, and of answers with no wrong token."""
     guesses, labels = prediction.predictions[:, :-1], prediction.label_ids[:, 1:]
     asked = labels != IGNORED
     right = (guesses == labels) & asked

@@ -1,4 +1,4 @@
-"""The base of both modes of KTMoEWrapper: sizes, the experts' weights, and the operator call."""
+"""ExpertsWrapper: the part of KTMoEWrapper that both modes share."""
 
 import functools
 import os
@@ -39,7 +39,7 @@ def expect_shape(name: str, tensor: Tensor, shape: Sequence[int | str]) -> None:
 
 
 def on_stream(cuda_stream, device: torch.device) -> AbstractContextManager:
-    """Context in which copies from and to the device use a stream: a Stream, its address, or None."""
+    """Makes copies to and from the device use a stream, given as a Stream, its address, or None."""
     if cuda_stream is None or device.type != "cuda":
         return nullcontext()
     if not isinstance(cuda_stream, torch.cuda.Stream):
@@ -162,8 +162,8 @@ class ExpertsWrapper:
             physical_to_logical_map_cpu: as for :meth:`load_weights_from_tensors`.
 
         Raises:
-            ValueError: weight_path is None or cannot be read (CheckpointError), or has no such layer, several
-                (pass prefix), or one with other sizes; or the map is wrong. Weights loaded before remain.
+            ValueError: weight_path is None or cannot be read (CheckpointError); it has no such layer, several
+                (pass prefix), or one with other sizes; or the map is wrong. Previously loaded weights remain.
         """
         if not self.weight_path:
             raise ValueError("KTMoEWrapper: weight_path must name a checkpoint for load_weights, got none")

@@ -14,9 +14,10 @@ from ktops.compat.experts import COMPUTE_DTYPE, ExpertsWrapper, expect_shape, on
 class InferenceWrapper(ExpertsWrapper):
     """The class that ``KTMoEWrapper(mode="inference")`` creates.
 
-    With ``max_deferred_experts_per_token`` = d > 0, the d routes of each token with the smallest weights are
-    computed in the background, and the next layer adds them to its output. The next layer is the wrapper with
-    the next larger layer_idx, created after this one.
+    With ``max_deferred_experts_per_token`` = d > 0, up to d routes of each token, those with the smallest
+    weights, are computed in the background, and the next layer adds them to its output; see
+    :meth:`select_deferred_experts`. The next layer is the wrapper with the next larger layer_idx, created
+    after this one.
     """
 
     mode = "inference"
@@ -38,7 +39,7 @@ class InferenceWrapper(ExpertsWrapper):
         self._latest[self.layer_idx] = self
 
     def _follow(self, layer_idx: int | None) -> None:
-        """Makes this the next layer of ``layer_idx``, unless that already has one or another hidden_size."""
+        """Makes this the next layer of ``layer_idx``, unless that has a next layer or a different size."""
         previous = self._latest.get(layer_idx)
         if previous and previous._next() is None and previous.hidden_size == self.hidden_size:
             self._previous, previous._next = weakref.ref(previous), weakref.ref(self)
@@ -83,17 +84,18 @@ class InferenceWrapper(ExpertsWrapper):
         """Returns the experts' output plus what the previous layer deferred.
 
         Args:
-            hidden_states: [..., H], computed in bfloat16; on any device, as are the next two.
+            hidden_states: [..., H], computed in bfloat16; on any device, like the next two arguments.
             topk_ids: [T, num_experts_per_tok], physical ids; ids outside [0, E), and those in
                 gpu_experts_mask, contribute nothing.
             topk_weights: [T, num_experts_per_tok].
-            cuda_stream: a stream or its address, for the copies from and to a CUDA device.
+            cuda_stream: a stream or its address, for copies to and from a CUDA device.
 
         Returns:
             [T, H] with the dtype and device of hidden_states.
 
         Raises:
-            RuntimeError: no weights are loaded, or the previous layer deferred experts of other tokens.
+            RuntimeError: no weights are loaded, or the previous layer deferred experts for a different
+                number of tokens.
             ValueError: a wrong shape.
         """
         self._pending = self._start(hidden_states, topk_ids, topk_weights, cuda_stream, _now)

@@ -226,22 +226,24 @@ class SFTWrapper(ExpertsWrapper):
         output_device: torch.device | None = None,
         optimizer_grad_scale: float = 1.0,
     ) -> tuple[Tensor, Tensor]:
-        """Computes the gradients of the latest forward that has none yet.
+        """Computes the gradients of the latest saved forward, and discards that forward.
 
-        The adapters' gradients, times optimizer_grad_scale, are written to the tensors of
-        :meth:`init_lora_weights`. They overwrite the previous values, or accumulate if the adapter is an
-        ``nn.Parameter`` whose ``.grad`` is that tensor. Backward sets ``.grad``, so gradients accumulate
-        until the optimizer's ``zero_grad()``.
+        The adapters' gradients are written to the tensors of :meth:`init_lora_weights`. They overwrite the
+        previous values, or accumulate if the adapter's ``.grad`` is that tensor. Backward sets the ``.grad``
+        of adapters that are ``nn.Parameter``, so gradients accumulate until the optimizer's ``zero_grad()``.
 
         Args:
             grad_output: [T, H], the gradient of the output.
+            output_device: the device of the returned gradients; None keeps them in CPU memory.
+            optimizer_grad_scale: a factor for the adapters' gradients.
 
         Returns:
             (grad_input bfloat16 [T, H], grad_weights float32 [T, num_experts_per_tok])
 
         Raises:
             RuntimeError: no forward is left, or the ``.grad`` of an adapter is another tensor.
-            ValueError: a wrong shape, or optimizer_grad_scale is not positive and finite. Keeps the forward.
+            ValueError: a wrong shape, or optimizer_grad_scale is not positive and finite. The saved forward
+                is kept.
         """
         last = self._last_forward(grad_output, optimizer_grad_scale)
         return self._publish(_gradients(last, grad_output), optimizer_grad_scale, output_device)

@@ -14,8 +14,8 @@ from ktops.compat.sft import SFTWrapper
 class KTMoEWrapper:
     """The routed experts of one layer, for code written for KTransformers' ``kt_kernel.KTMoEWrapper``.
 
-    A thin layer over :func:`ktops.moe_sft`. Where ``kt_kernel`` uses C++ objects and shared buffers, the
-    wrapper holds tensors. ``docs/compat.md`` lists the methods and the differences.
+    A thin layer over :func:`ktops.moe_sft` that holds tensors where ``kt_kernel`` has C++ objects and shared
+    buffers. ``docs/compat.md`` lists the methods and the differences.
 
     Args:
         layer_idx: the layer's number, in the names of a checkpoint and for deferred experts.
@@ -24,14 +24,14 @@ class KTMoEWrapper:
         cpuinfer_threads, threadpool_count, numa_nodes: checked but not used, because ktops uses torch's
             threads. Warns if cpuinfer_threads differs from ``torch.get_num_threads()``.
         weight_path: the checkpoint for ``load_weights``, a directory or a GGUF file; may be None.
-        chunked_prefill_size: stored but has no effect, because there are no buffers to size.
-        cpu_save: only issues a warning; ``ktops convert`` stores quantized checkpoints.
-        max_deferred_experts_per_token: for mode "inference", see InferenceWrapper. None means 0.
+        chunked_prefill_size: stored but unused, because there are no buffers to size.
+        cpu_save: True only issues a warning; ``ktops convert`` stores quantized checkpoints.
+        max_deferred_experts_per_token: in mode "inference"; see InferenceWrapper. None means 0.
         method: how the experts are stored, one of ``ktops.compat.INFERENCE_METHODS`` or ``SFT_METHODS``.
         mode: "inference" or "sft".
         num_gpu_experts: in mode "sft", the number of experts, starting from the first, computed elsewhere.
-        lora_rank, lora_alpha: of the adapters; scaling = lora_alpha / lora_rank.
-        max_cache_depth: how many forwards may wait for their backward; older ones are discarded.
+        lora_rank, lora_alpha: in mode "sft", of the adapters; scaling = lora_alpha / lora_rank.
+        max_cache_depth: in mode "sft", how many forwards may await their backward; older ones are discarded.
         group_size: for methods with "KGroup" in their names, and for GPTQ_INT4 when it quantizes.
         zero_point: False makes AMXINT4_1KGroup_SFT omit zero points, like AMXINT4_KGroup_SFT.
         prefix: prefix of the name of the layer's experts in the checkpoint, such as "thinker.model.";

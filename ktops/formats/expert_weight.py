@@ -24,10 +24,11 @@ class ExpertWeight(nn.Module):
         format: name of the format, one of ``ktops.formats.names()``.
         shape: [E, N, K], the shape of the decoded weights.
         weight: the codes, [E, N, ...], as ``docs/formats.md`` specifies for the format.
-        scale, zero: [E, N, G], if the format has them.
+        scale, zero: [E, N, G], if the format has them. fp8_e4m3 with 128 x 128 blocks has a scale
+            [E, ceil(N / 128), G].
         group_size: number of columns that share a scale; 0 for a whole row, or if the format's blocks
             determine it.
-        dtype: what hidden states are cast to: bfloat16, float32 or float64.
+        dtype: the dtype to compute in, to which hidden states are cast: bfloat16, float32 or float64.
 
     Raises:
         ValueError, TypeError: unknown format, or a tensor has the wrong shape or dtype; the message names it.

@@ -47,6 +47,7 @@ class Format(ABC):
             own scales; -1 allows any multiple of 32.
         methods: the supported quantization methods.
         has_scale, has_zero: which tensors the format has in addition to the weight.
+        default_group_size: the group size if none is given.
         written: whether weights can be quantized to it, or only read.
     """
 
@@ -78,7 +79,7 @@ class Format(ABC):
 
     @abstractmethod
     def dequantize(self, codes: Codes, columns: int, group_size: int) -> Tensor:
-        """Returns the float32 weights [..., N, columns], which the kernels must decode to bit for bit."""
+        """Returns the float32 weights [..., N, columns]; the kernels must decode to the same bits."""
 
     def scale_shape(self, rows: int, columns: int, group_size: int) -> tuple[int, ...]:
         """Returns the last two dimensions of the scale, and of the zero point if the format has one."""
@@ -103,7 +104,7 @@ class Format(ABC):
         return FLOAT_SCALES
 
     def check_written(self) -> None:
-        """Raises ValueError if weights cannot be quantized to the format."""
+        """Raises ValueError if the format is read-only, ImportError if quantizing needs a missing package."""
         return
 
     def has_group_size(self, group_size: int) -> bool:
@@ -138,6 +139,7 @@ class Format(ABC):
 
         Raises:
             ValueError: also if the format can only be read, or cannot store such rows.
+        ImportError: as for :meth:`check_written`.
         """
         group_size = self.check_settings(group_size, method)
         self.row_elements(columns)

@@ -76,7 +76,7 @@ class Symmetric(Format):
 
 
 NUM_SCALES, NUM_RANGES, NUM_FITS = 30, 20, 2
-"""How much "mse" tries: NUM_SCALES symmetric scales of either sign, because -8 reaches further than 7;
+"""How much "mse" tries: NUM_SCALES symmetric scales of either sign, because -8 reaches farther than 7;
 NUM_RANGES ranges of uint4 with NUM_FITS least-squares fits each. They are evenly spaced from the largest
 weight down to the fraction ``smallest`` of it."""
 

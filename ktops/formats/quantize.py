@@ -15,8 +15,8 @@ def quantize(
     """Quantizes dense weights to a weight format, expert by expert.
 
     Args:
-        weight: [E, N, K], any floating dtype, on the CPU.
-        format: one of ``ktops.formats.names()``.
+        weight: [E, N, K], any floating-point dtype, on the CPU.
+        format: one of ``ktops.formats.names(written=True)``.
         group_size: number of columns that share a scale; 0 means one scale per row. Default: 128 for int4
             and uint4, 32 for mxfp4 and mxfp8, 128 x 128 blocks for fp8_e4m3, otherwise 0.
         method: "rtn" rounds to nearest with the scale that covers the largest weight; "mse" (int8, int4,
@@ -31,7 +31,8 @@ def quantize(
     Raises:
         ValueError: unknown format, or one that cannot be written, does not support the group size or the
             method, or cannot hold rows of K columns, weights of that size, or NaN and infinity.
-        TypeError: weight is not floating, or not a tensor.
+        TypeError: weight does not have a floating-point dtype.
+        ImportError: the format needs the gguf package, which is not installed.
 
     Example:
         >>> weight = ktops.quantize(torch.randn(8, 64, 128), "int4", group_size=32)
@@ -41,7 +42,7 @@ def quantize(
     if weight.dim() != 3:
         raise ValueError(f"quantize: weight must have shape [E, N, K], got {list(weight.shape)}")
     if not weight.is_floating_point():
-        raise TypeError(f"quantize: weight must be floating, got {weight.dtype}")
+        raise TypeError(f"quantize: weight must have a floating-point dtype, got {weight.dtype}")
     if not len(weight):
         raise ValueError(f"quantize: weight must have at least one expert, got shape {list(weight.shape)}")
     try:
@@ -57,12 +58,12 @@ def quantize(
 
 
 def dequantize(weight: ExpertWeight, dtype: torch.dtype | None = None) -> Tensor:
-    """Returns the dense weights [E, N, K] of an :class:`ExpertWeight`, which its kernels multiply by.
+    """Returns the dense weights [E, N, K] of an :class:`ExpertWeight`, as its kernels decode them.
 
     Args:
-        weight: in any format.
-        dtype: of the result; default: weight.dtype. float32 values match the format's definition bit for
-            bit; other dtypes are rounded from float32.
+        weight: the weights, in any format.
+        dtype: of the result. Default: weight.dtype. float32 values match the format's definition bit for bit;
+            other dtypes are converted from float32.
 
     Example:
         >>> weight = ktops.quantize(torch.randn(8, 64, 128), "int8")

@@ -4,9 +4,11 @@ __all__ = ["disable", "enable"]
 
 
 def enable() -> None:
-    """Registers the experts implementation "ktops" in transformers, and routes PEFT's expert LoRA to the op.
+    """Registers ktops with transformers, and routes PEFT's LoRA on experts to the op.
 
-    Call it once, before creating a model; a second call does nothing. PEFT is optional.
+    Models then accept ``experts_implementation="ktops"``, and ``from_pretrained`` accepts a
+    :class:`ktops.KTConfig`. Call it once, before creating a model; a second call does nothing. PEFT is
+    optional.
 
     Raises:
         ImportError: transformers is not installed, or has no experts interface.

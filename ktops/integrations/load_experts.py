@@ -21,7 +21,10 @@ def load_experts(
     prefix: str | None = None,
     show_progress: bool = True,
 ) -> LoadReport:
-    """Loads a model's experts from a checkpoint. Each experts module becomes a :class:`ktops.nn.KTExperts`.
+    """Loads a model's experts from a checkpoint.
+
+    Each experts module becomes a :class:`ktops.nn.KTExperts`; a ModuleList of experts becomes a
+    :class:`ktops.nn.KTExpertSequence`.
 
     All checks run before the model changes, and the new experts are installed last, so after an error the
     model is unchanged. Weights are memory-mapped where the bytes in the files can be used directly; otherwise
@@ -33,8 +36,8 @@ def load_experts(
             supports them, on any device, without adapters.
         path: a directory or file, as for :func:`ktops.checkpoints.open_checkpoint`. Layers are matched by the
             names that transformers would load; in files without such names, such as GGUF, by number.
-        weight_format: one of ``ktops.formats.names()``; None keeps the format of the checkpoint.
-        group_size, method: as in :func:`ktops.quantize`, for weights that are quantized.
+        weight_format: one of ``ktops.formats.names()``; None keeps the checkpoint's formats.
+        group_size, method: as in :func:`ktops.quantize`; used only for weights that ktops quantizes.
         prefix: consider only experts whose names in the checkpoint start with this, such as "thinker.model.";
             required if several match.
         show_progress: show a bar in a terminal, or a line every ten seconds elsewhere.
@@ -47,9 +50,11 @@ def load_experts(
             unknown scheme, or a file is truncated; the message names the tensor and the file. Also if the
             experts of a layer are missing, or if several match; the message lists them.
         ValueError: the model has no experts, ktops cannot compute them, or the format cannot hold them.
+        ImportError: quantizing to the format needs the gguf package, which is not installed.
 
     Example:
-        >>> model = AutoModelForCausalLM.from_pretrained("Qwen3-30B-A3B-FP8", dequantize=True)
+        >>> fp8 = FineGrainedFP8Config(dequantize=True)
+        >>> model = AutoModelForCausalLM.from_pretrained("Qwen3-30B-A3B-FP8", quantization_config=fp8)
         >>> print(ktops.load_experts(model, "Qwen3-30B-A3B-FP8"))
         experts of 48 layers in fp8_e4m3: 27.0 GiB, of which 0.0 KiB mapped from the files (fp8 blocks)
     """

@@ -15,7 +15,7 @@ from ktops.nn.experts import KTExperts
 
 
 class PendingExperts(nn.Module):
-    """A placeholder for experts that are not loaded yet. It knows what they compute but has no weights.
+    """A placeholder for experts that are not loaded yet: knows what they compute but has no weights.
 
     Attributes:
         num_experts, hidden_size, intermediate_size: as in :class:`ktops.nn.KTExperts`.
@@ -33,7 +33,7 @@ class PendingExperts(nn.Module):
         self.activation = _activation(experts)
         sizes = _sizes(experts)
         if sizes is None:
-            raise ValueError(f"KTConfig: the weights of {type(experts).__name__} do not show their sizes")
+            raise ValueError(f"KTConfig: cannot infer sizes from the weights of {type(experts).__name__}")
         self.num_experts, self.hidden_size, self.intermediate_size = sizes
         self.is_concatenated = getattr(experts, "is_concatenated", None)
         for name, weight in experts.named_parameters(recurse=False):
@@ -162,12 +162,12 @@ def _uneven(module: nn.Module) -> str | None:
 
 
 def _compute_dtype(model: nn.Module) -> torch.dtype:
-    """Returns the dtype of the model's first weight that has one of ktops' dtypes."""
+    """Returns the first dtype of the model's weights that ktops can compute in; bfloat16 if there is none."""
     return next((p.dtype for p in model.parameters() if p.dtype in COMPUTE_DTYPES), torch.bfloat16)
 
 
 def _sizes(module: nn.Module) -> tuple[int, int, int] | None:
-    """Returns num_experts, hidden_size, intermediate_size; None if the weights do not show them."""
+    """Returns num_experts, hidden_size, intermediate_size; None if the weights do not determine them."""
     if isinstance(module, (KTExperts, PendingExperts)):
         return module.num_experts, module.hidden_size, module.intermediate_size
     if isinstance(module, nn.ModuleList):

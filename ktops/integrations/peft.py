@@ -54,8 +54,8 @@ def enable() -> None:
         return
     if Version(peft.__version__) < Version(MIN_VERSION):
         warnings.warn(
-            f"ktops needs peft>={MIN_VERSION} for LoRA on experts, found {peft.__version__}, which keeps its "
-            "own path with dense deltas. Upgrade it: pip install -U peft",
+            f"ktops needs peft>={MIN_VERSION} for LoRA on experts, found {peft.__version__}. PEFT's own "
+            "path, with dense deltas, runs instead. To upgrade: pip install -U peft",
             stacklevel=2,
         )
         return
@@ -83,14 +83,14 @@ def disable() -> None:
 
 
 def expert_target_parameters(model: nn.Module) -> list[str]:
-    """Returns the ``LoraConfig(target_parameters=...)`` that reach every routed expert of a model.
+    """Returns the ``target_parameters`` for ``LoraConfig`` that reach every routed expert of a model.
 
     Args:
         model: a transformers model, with or without PEFT adapters, swapped or not.
 
     Returns:
         Parameter names within a layer, e.g. ``["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]``.
-        Empty when no experts are stored as stacked ``[num_experts, ...]`` parameters.
+        Empty if no experts are stored as stacked ``[num_experts, ...]`` parameters.
 
     Example:
         >>> LoraConfig(r=16, target_modules=["q_proj"], target_parameters=expert_target_parameters(model))
@@ -116,7 +116,7 @@ def _in_format(module: nn.Module, parameter: str) -> bool:
 
 @contextmanager
 def _weights_in_formats_as_parameters(model: nn.Module) -> Iterator[None]:
-    """Context in which experts modules list their ExpertWeights as parameters, which PEFT can target."""
+    """Makes experts modules list their ExpertWeights as parameters, so that PEFT can target them."""
     modules = [module for _, module in _experts(model) if _in_format(module, "down_proj")]
 
     def named_parameters(module: nn.Module, *args, **kwargs):
@@ -161,7 +161,7 @@ def _lora_arguments(wrapper: "ParamWrapper", adapters: list[str]) -> dict[str, T
 
 
 def _takes_factors(wrapper: "ParamWrapper", kwargs: dict) -> bool:
-    """True if this call can skip PEFT's own forward, which builds the dense delta or refuses."""
+    """True if this call can bypass PEFT's own forward, which builds the dense delta or raises."""
     if wrapper.parameter_name not in PREFIXES or "adapter_names" in kwargs:
         return False
     experts = wrapper.get_base_layer()

@@ -1,4 +1,4 @@
-"""Tests on random rows whether an experts module computes what the op computes, before it is swapped."""
+"""Tests on random rows whether the op computes the same as an experts module that it would replace."""
 
 import copy
 
@@ -20,7 +20,7 @@ _LONGEST_SUM = 1 << 14
 
 
 def _tolerance(dtype: torch.dtype) -> float:
-    """Returns the relative error of a row if all roundings go one way; another formula errs by about 1."""
+    """Returns the relative error of a row if all roundings add up; a different formula errs by about 1."""
     return (_ROUNDINGS if dtype == torch.bfloat16 else _LONGEST_SUM) * torch.finfo(dtype).eps / 2
 
 

@@ -24,7 +24,7 @@ from ktops.nn.expert_list import (
     is_plain_linear,
 )
 from ktops.nn.expert_sequence import KTExpertSequence
-from ktops.nn.experts import KTExperts
+from ktops.nn.experts import SAVE, KTExperts, check_name
 from ktops.nn.find import find_experts, has_stacks
 
 
@@ -39,8 +39,8 @@ def swap_experts(model: nn.Module, *, save: str = "activations") -> list[str]:
       :class:`ktops.nn.KTExperts` that holds the same Parameters.
     * A ModuleList of experts (gate_proj, up_proj, down_proj or w1, w3, w2) becomes a
       :class:`ktops.nn.KTExpertList` of the same modules. The Parameters stay the same objects; their storage
-      moves, expert by expert, into one stacked tensor. The MoE block still iterates it, running one op per
-      expert; blocks with DeepSeek's ``moe_infer(x, topk_ids, topk_weight)`` run one op per layer in
+      moves, expert by expert, into stacked tensors. The MoE block still iterates the list and runs one op per
+      expert. Blocks with DeepSeek's ``moe_infer(x, topk_ids, topk_weight)`` run one op per layer in
       evaluation mode.
 
     Routers, MoE blocks, state-dict keys and Parameters stay the same. If a module does not declare its
@@ -50,10 +50,10 @@ def swap_experts(model: nn.Module, *, save: str = "activations") -> list[str]:
 
     Args:
         model: on the CPU, in float32, bfloat16 or float64. May have PEFT adapters.
-        save: what the forward keeps for backward, "activations" or "recompute", see :func:`ktops.moe_sft`.
+        save: what forward saves for backward, "activations" or "recompute"; see :func:`ktops.moe_sft`.
 
     Returns:
-        The names of the modules that were swapped, without those that had been swapped before.
+        The names of the modules that this call swapped.
 
     Raises:
         ValueError: the model has no experts; unknown ``save``.
@@ -62,6 +62,7 @@ def swap_experts(model: nn.Module, *, save: str = "activations") -> list[str]:
         >>> ktops.swap_experts(model)
         ['model.layers.0.mlp.experts', 'model.layers.1.mlp.experts']
     """
+    check_name("swap_experts", "save", save, SAVE)
     found = require_experts(model, "swap_experts")
     swapped, refused = [], defaultdict(list)
     for name, module in found.items():

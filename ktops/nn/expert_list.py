@@ -79,7 +79,7 @@ class KTExpert(nn.Module):
         self.packed = None
 
     def projections(self) -> tuple[nn.Linear, nn.Linear, nn.Linear]:
-        """Returns gate, up and down. An adapter around one of them is returned in its place."""
+        """Returns gate, up and down, or the adapters that wrap them."""
         return tuple(getattr(self, name) for name in self.names)
 
     def runs_op(self) -> bool:
@@ -121,7 +121,7 @@ class KTExpert(nn.Module):
         return found
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        """[..., H] -> [..., H]"""
+        """Runs the expert, [..., H] -> [..., H]."""
         packed = self.packed
         if packed is None or not self.runs_op():
             gate, up, down = self.projections()
@@ -257,13 +257,12 @@ def _pack_after_loading(experts: KTExpertList, _) -> None:
 
 def _warn_of(what: str) -> None:
     warn_once(
-        f"ktops: projections of experts {what}; ktops does not run these experts. Their projections are "
-        "called one by one."
+        f"ktops does not run experts whose projections {what}; the projections are called one by one instead."
     )
 
 
 class _Stacked(torch.autograd.Function):
-    """A stacked tensor [E, R, ...] as a function of the parameters stored in it, R / n rows each."""
+    """Makes a stacked tensor [E, R, ...] a differentiable function of the parameters stored in it."""
 
     @staticmethod
     def forward(ctx, stacked: Tensor, *parts: Tensor) -> Tensor:

@@ -24,9 +24,9 @@ def run_experts(
     down_proj: Tensor | ExpertWeight,
     **options,
 ) -> Tensor:
-    """Runs ``ktops.moe_sft`` in the dtype of the weights and returns the dtype of hidden_states.
+    """Runs ``ktops.moe_sft`` in the dtype of the weights; returns a result in the dtype of hidden_states.
 
-    The casts make autocast work, under which hidden_states may have a lower precision than the weights.
+    The casts support autocast, under which hidden_states may have lower precision than the weights.
     hidden_states may have leading dimensions, [..., H], and so may the routes, [..., K].
     """
     if top_k_weights.dtype not in DTYPES:
@@ -55,15 +55,15 @@ class KTExperts(nn.Module):
     Args:
         num_experts, hidden_size, intermediate_size: E, H, I.
         bias: whether the projections have a bias.
-        activation: the name of act, see :func:`ktops.moe_sft`.
-        save: what the forward keeps for backward, "activations" or "recompute", see :func:`ktops.moe_sft`.
-        compute: "auto", "bf16" or "int8", for weights in a weight format, see :func:`ktops.moe_sft`. In
-            training mode "auto" means "bf16" even if no gradient is needed, as in a checkpointed forward.
-        device, dtype: of the parameters; dtype is float32, bfloat16 or float64.
+        activation: the name of act; see :func:`ktops.moe_sft`.
+        save: what forward saves for backward, "activations" or "recompute"; see :func:`ktops.moe_sft`.
+        compute: "auto", "bf16" or "int8", for weights in a weight format; see :func:`ktops.moe_sft`. In
+            training mode, "auto" means "bf16" even where no gradient is needed, as in a checkpointed forward.
+        device, dtype: of the parameters; dtype must be float32, bfloat16 or float64.
 
     Raises:
-        ValueError: a size is not positive; unknown activation or save.
-        TypeError: dtype is not supported; raised in forward if the module was cast to such a dtype later.
+        ValueError: a size is not positive, or activation, save or compute is unknown.
+        TypeError: dtype is not supported; forward raises it if the module was later cast to such a dtype.
 
     Example:
         >>> experts = ktops.nn.KTExperts(8, hidden_size=64, intermediate_size=32)
@@ -97,9 +97,9 @@ class KTExperts(nn.Module):
         for name, size in sizes.items():
             if size < 1:
                 raise ValueError(f"KTExperts: {name} must be positive, got {size}")
-        _check_name("activation", activation, ACTIVATIONS)
-        _check_name("save", save, SAVE)
-        _check_name("compute", compute, COMPUTE)
+        check_name("KTExperts", "activation", activation, ACTIVATIONS)
+        check_name("KTExperts", "save", save, SAVE)
+        check_name("KTExperts", "compute", compute, COMPUTE)
         _check_dtype("dtype", dtype or torch.get_default_dtype())
         self.num_experts = num_experts
         self.hidden_size = hidden_size
@@ -132,7 +132,8 @@ class KTExperts(nn.Module):
         """Returns a module that holds these Parameters, or weights in a format, without copying them.
 
         Raises:
-            ValueError: the shapes are not [E, 2I, H], [E, H, I], [E, 2I], [E, H]; unknown activation or save.
+            ValueError: the shapes are not [E, 2I, H], [E, H, I], [E, 2I], [E, H], or activation, save or
+                compute is unknown.
             TypeError: a dtype is not supported, or gate_up_proj and down_proj differ in dtype.
 
         Example:
@@ -231,9 +232,10 @@ class KTExperts(nn.Module):
         return text if self.compute == "auto" else f"{text}, compute={self.compute!r}"
 
 
-def _check_name(argument: str, name: str, known) -> None:
+def check_name(caller: str, argument: str, name: str, known) -> None:
+    """Raises ValueError, with the caller and the argument, unless ``name`` is one of ``known``."""
     if name not in known:
-        raise ValueError(f"KTExperts: {argument} must be one of {', '.join(known)}, got {name!r}")
+        raise ValueError(f"{caller}: {argument} must be one of {', '.join(known)}, got {name!r}")
 
 
 def _check_dtype(argument: str, dtype: torch.dtype) -> None:

@@ -1,4 +1,4 @@
-"""The arguments that the Mixture-of-Experts operators share: names, types and shapes, in schema order."""
+"""Arguments shared by the Mixture-of-Experts operators: names, types and shapes, in schema order."""
 
 from operator import itemgetter
 from typing import NamedTuple
@@ -7,10 +7,10 @@ from torch import Tensor
 
 
 class MoeArguments(NamedTuple):
-    """The arguments of kt::moe_fwd; kt::moe_sft_fwd and kt::moe_sft_bwd take them among others.
+    """The arguments of kt::moe_fwd, which kt::moe_sft_fwd and kt::moe_sft_bwd take as well.
 
-    T tokens, K = top_k, E experts, H hidden_size, I intermediate_size, r LoRA rank, G groups in a row.
-    ``docs/ops.md`` says what they mean. The same list for C++ is ``ktops_csrc/ops/moe_arguments.def``.
+    T tokens, K = top_k, E experts, H hidden_size, I intermediate_size, r LoRA rank, G groups per row.
+    ``docs/ops.md`` describes them. The C++ counterpart of this list is ``ktops_csrc/ops/moe_arguments.def``.
 
     Example:
         >>> output, *saved = torch.ops.kt.moe_sft_fwd(*arguments, "activations")
@@ -55,11 +55,11 @@ GRADIENTS = (
     "hidden_states", "topk_weights", "gate_up_proj", "down_proj", "gate_up_bias", "down_bias",
     "gate_up_lora_A", "gate_up_lora_B", "down_lora_A", "down_lora_B",
 )  # fmt: skip
-"""The arguments whose gradients kt::moe_sft_bwd returns: bit i of grad_mask asks for that of GRADIENTS[i]."""
+"""The arguments that kt::moe_sft_bwd can differentiate; bit i of grad_mask requests that of GRADIENTS[i]."""
 
 
 def pick(*names: str) -> itemgetter:
-    """A function from the arguments of kt::moe_sft_fwd, a tuple, to a tuple of those with these names.
+    """Returns a function that selects the named arguments from a tuple of kt::moe_sft_fwd's arguments.
 
     Example:
         >>> pick("topk_ids", "topk_weights")(arguments)

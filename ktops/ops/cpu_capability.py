@@ -1,4 +1,4 @@
-"""kt::cpu_capability: which kernels this machine runs."""
+"""kt::cpu_capability: the kernels that this machine runs."""
 
 import warnings
 from collections.abc import Iterator
@@ -8,9 +8,9 @@ import torch
 
 
 def cpu_capability() -> str:
-    """Name of the row of kernels in use: "scalar", "avx512_bf16", ...
+    """Returns the name of the kernels in use: "scalar", "avx512_bf16", ...
 
-    The first supported row is chosen when ktops is imported; ``KTOPS_ISA`` or :func:`use_isa` choose another.
+    Importing ktops selects the best supported kernels. ``KTOPS_ISA`` or :func:`use_isa` selects others.
 
     Example:
         >>> ktops.cpu_capability()
@@ -20,9 +20,14 @@ def cpu_capability() -> str:
 
 
 def cpu_capabilities() -> dict[str, bool]:
-    """Every row of kernels compiled into ktops, best first, and whether this machine can run it.
+    """Returns all kernels compiled into ktops by name, best first, and whether this machine can run them.
 
-    Best for this CPU: where its bfloat16 dot product is slow, ``avx512`` comes before ``avx512_bf16``.
+    The order depends on the CPU. Where its bfloat16 dot product is slow, ``avx512`` comes before
+    ``avx512_bf16``.
+
+    Example:
+        >>> ktops.cpu_capabilities()["scalar"]
+        True
     """
     rows = (row.split("=") for row in torch.ops.kt.cpu_capabilities().split(","))
     return {name: supported == "1" for name, supported in rows}
@@ -30,11 +35,14 @@ def cpu_capabilities() -> dict[str, bool]:
 
 @contextmanager
 def use_isa(name: str) -> Iterator[None]:
-    """Runs the kernels of row ``name`` inside the ``with`` block, in every thread of the process.
+    """Uses the ``name`` kernels inside the ``with`` block, in every thread of the process.
+
+    Args:
+        name: a key of :func:`cpu_capabilities`.
 
     Raises:
-        RuntimeError: there is no such row, this CPU lacks its instructions, or the operating system does not
-            permit them; the message says which.
+        RuntimeError: if there are no such kernels, or the CPU lacks their instructions, or the operating
+            system does not permit them. The message says which.
 
     Example:
         >>> with ktops.use_isa("scalar"):
@@ -49,8 +57,8 @@ def use_isa(name: str) -> Iterator[None]:
 
 
 def warn_of_refused_rows() -> None:
-    """Warns if a better row than the default one is out of reach only because of the operating system."""
+    """Warns if only the operating system keeps ktops from using better kernels."""
     refused = torch.ops.kt.cpu_refusals()
     if refused:
-        message = f"ktops runs the kernels {cpu_capability()}, not the fastest ones. {refused}"
+        message = f"ktops uses the {cpu_capability()} kernels, which are not the fastest. {refused}"
         warnings.warn(message, RuntimeWarning, stacklevel=2)

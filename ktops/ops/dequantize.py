@@ -1,4 +1,4 @@
-"""kt::dequantize: the weights that codes of a format mean."""
+"""kt::dequantize: decodes weights in a format to float32."""
 
 import torch
 from torch import Tensor

@@ -4,21 +4,21 @@ import torch
 
 
 def memory_stats() -> dict[str, int]:
-    """Bytes and blocks of scratch memory of the operators, of the whole process.
+    """Returns statistics of the scratch memory that the operators use in this process.
 
-    A call takes one block for its intermediate results and leaves it to later calls. Up to 256 MiB of idle
-    blocks are kept permanently, because fresh memory is slow to touch; 2048 tokens of the largest models need
-    less. More is kept as long as one of the last 512 calls needed it, which covers a training step; after at
-    most 1024 calls that did not, the oldest blocks go back to the system. Tensors (results, and what forward
-    saves for backward) are not included.
+    Each call keeps its intermediate results in one block, which later calls reuse. Up to 256 MiB of idle
+    blocks are kept permanently, because touching fresh memory is slow. 2048 tokens of the largest models need
+    less. More is kept as long as one of the last 512 calls needed it, which covers a training step. After at
+    most 1024 calls that did not, the oldest blocks are returned to the system. Tensors (results and what
+    forward saves for backward) are not included.
 
     Returns:
-        bytes_in_use: of the blocks of calls in progress, 0 between calls.
-        bytes_idle: of the blocks kept for later calls.
-        bytes_peak: the most that was in use at once since the last :func:`empty_cache`; in use and idle
-            together never exceed it.
-        blocks: number of blocks, in use or idle.
-        allocations: blocks obtained from the system so far; constant once calls repeat.
+        bytes_in_use: bytes in blocks of running calls, 0 between calls.
+        bytes_idle: bytes in blocks kept for later calls.
+        bytes_peak: the maximum of bytes_in_use since the last :func:`empty_cache`. bytes_in_use + bytes_idle
+            never exceeds it.
+        blocks: the number of blocks, in use or idle.
+        allocations: the number of blocks obtained from the system so far; constant once calls repeat.
 
     Example:
         >>> y = ktops.moe_sft(x, ids, w, gate_up_proj, down_proj)
@@ -30,10 +30,10 @@ def memory_stats() -> dict[str, int]:
 
 
 def empty_cache() -> None:
-    """Gives the idle blocks of :func:`memory_stats` back to the system.
+    """Returns the idle blocks of scratch memory to the system.
 
-    Useful after calls with unusually many tokens. Calls in progress keep theirs; the next call allocates
-    again.
+    Useful after calls with unusually many tokens. Running calls keep their blocks, and the next call
+    allocates a new one.
 
     Example:
         >>> ktops.empty_cache()

@@ -1,4 +1,4 @@
-"""kt::moe_fwd: one MoE layer forward, nothing saved, no gradient."""
+"""kt::moe_fwd: one MoE layer, forward only. Saves nothing and has no gradient."""
 
 import torch
 from torch import Tensor
@@ -8,7 +8,7 @@ from ktops.ops.arguments import MoeArguments
 
 
 def check_devices(op: torch._ops.OpOverload, *args) -> None:
-    """Raises if a meta tensor stands among real ones: the dispatcher would run the fake kernel for them."""
+    """Raises if meta and real tensors are mixed, for which the dispatcher would run the fake kernel."""
     names = (argument.name for argument in op._schema.arguments)
     devices = {name: x.device for name, x in zip(names, args, strict=True) if isinstance(x, Tensor)}
     real = next((device for device in devices.values() if device.type != "meta"), None)
@@ -34,13 +34,13 @@ torch.library.register_autograd("kt::moe_fwd", _backward)
 
 
 def base_flops(shapes: MoeArguments) -> int:
-    """6·T·K·H·I: 2 FLOPs a multiply-add; the tensors of the arguments are their shapes."""
+    """Returns 6·T·K·H·I, 2 FLOPs per multiply-add. ``shapes`` holds shapes in place of tensors."""
     (_, hidden_size), (num_tokens, top_k) = shapes.hidden_states, shapes.topk_ids
     return 6 * num_tokens * top_k * hidden_size * shapes.intermediate_size
 
 
 def lora_flops(shapes: MoeArguments) -> int:
-    """2·T·K·r·(H + 2I) of the adapter on gate_up_proj, 2·T·K·r·(I + H) of the one on down_proj."""
+    """Returns 2·T·K·r·(H + 2I) for the adapter of gate_up_proj plus 2·T·K·r·(I + H) for that of down_proj."""
     (_, hidden_size), (num_tokens, top_k) = shapes.hidden_states, shapes.topk_ids
     flops = 0
     if shapes.gate_up_lora_A is not None:

@@ -81,7 +81,7 @@ def _forward_flops(*args, out_shape=None, **kwargs) -> int:
 
 @register_flop_formula(torch.ops.kt.moe_sft_bwd)
 def _backward_flops(*args, out_shape=None, **kwargs) -> int:
-    """Each gradient of a product, by its input or by its weight, costs as much as the product."""
+    """Counts each gradient of a product, with respect to its input or its weight, as much as the product."""
     _, *shared, save, _, _, _, grad_mask = args
     shapes = MoeArguments(*shared)
     asked = {name for bit, name in enumerate(GRADIENTS) if grad_mask >> bit & 1}
@@ -94,7 +94,7 @@ def _backward_flops(*args, out_shape=None, **kwargs) -> int:
 
 
 def in_format(weight: ExpertWeight) -> tuple[Tensor, Tensor | None, Tensor | None, str, int]:
-    """weight, scale, zero, format and group_size as the operators take them of each projection."""
+    """Returns (weight, scale, zero, format, group_size), the operators' arguments for one projection."""
     return *weight.codes, weight.format, weight.group_size
 
 
@@ -118,46 +118,48 @@ def moe_sft(
     save: str = "activations",
     compute: str = "auto",
 ) -> Tensor:
-    """The routed experts of a Mixture-of-Experts layer, with optional LoRA, on the CPU; differentiable.
+    """Computes the routed experts of a Mixture-of-Experts layer on the CPU, with optional LoRA.
 
-    T tokens, K = top_k, E experts, H hidden_size, I intermediate_size, r LoRA rank. With e = topk_ids[t, j]::
+    Differentiable. T tokens, K = top_k, E experts, H hidden_size, I intermediate_size, r LoRA rank. For token
+    t and slot j, with e = topk_ids[t, j]::
 
         [g | u] = x Wgu[e]^T + bgu[e] + s1 (x A1[e]^T) B1[e]^T
         h       = act(g) * u
         y       = h Wd[e]^T + bd[e] + s2 (h A2[e]^T) B2[e]^T
         out[t] += topk_weights[t, j] * y
 
-    The LoRA form is PEFT's for fused experts (one A for gate and up). The sum runs in float32 (float64 for
-    float64 inputs) and is rounded once. The result does not depend on the number of threads.
+    LoRA follows PEFT's form for fused experts (one A for gate and up). Sums are accumulated in float32
+    (float64 for float64 inputs) and rounded once. The result does not depend on the number of threads.
 
     Args:
         hidden_states: [T, H], float32, bfloat16 or float64.
-        topk_ids: [T, K], int32 or int64. Ids outside [0, E) contribute nothing.
+        topk_ids: [T, K], int32 or int64. Routes with ids outside [0, E) contribute nothing.
         topk_weights: [T, K], any of the three dtypes.
-        gate_up_proj: [E, 2I, H] in the dtype of hidden_states, or a :class:`ktops.ExpertWeight`; the first I
-            rows of an expert are the gate.
-        down_proj: [E, H, I], likewise.
+        gate_up_proj: [E, 2I, H] in the dtype of hidden_states, or a :class:`ktops.ExpertWeight`. The first I
+            rows of each expert are the gate.
+        down_proj: [E, H, I] in the dtype of hidden_states, or a :class:`ktops.ExpertWeight`.
         gate_up_bias, down_bias: [E, 2I] and [E, H].
         gate_up_lora_A, gate_up_lora_B: [E, r, H] and [E, 2I, r]; both or neither.
-        down_lora_A, down_lora_B: [E, r, I] and [E, H, r]; both or neither, of a rank of their own.
+        down_lora_A, down_lora_B: [E, r, I] and [E, H, r]; both or neither. The rank may differ from that of
+            gate_up.
         gate_up_scaling, down_scaling: s1 and s2, usually lora_alpha / r.
-        activation, activation_args: act by its name, one of the table in ``docs/ops.md``, and its parameters.
-        save: what backward needs. "activations" keeps [g | u] of every route; "recompute" computes it again
-            in backward for one more gate_up product and 2·T·K·I fewer saved elements.
-        compute: how products with weights in a format are computed. "bf16" decodes the weights to the dtype
+        activation, activation_args: the name of act, from the table in ``docs/ops.md``, and its parameters.
+        save: what to keep for backward. "activations" keeps [g | u] of every route. "recompute" keeps
+            2·T·K·I fewer elements and repeats the gate_up product in backward.
+        compute: how to compute products with weights in a format. "bf16" decodes the weights to the dtype
             of hidden_states. "int8" (formats with integer codes) also rounds every row of activations to int8
-            with a scale, and multiplies integers. "auto": "int8" where nothing requires a gradient and the
-            kernels are faster with it, else "bf16".
+            with a scale, and multiplies integers. "auto" uses "int8" if no gradient is required and the
+            kernels are faster with it, otherwise "bf16".
 
     Returns:
         [T, H] in the dtype of hidden_states.
 
     Raises:
-        RuntimeError: an argument has the wrong shape, dtype, device or value; the message names it.
+        RuntimeError: if an argument has the wrong shape, dtype, device or value. The message names it.
 
-    Biases and LoRA tensors may have any of the three dtypes; gradients come in the dtype of their tensor.
-    Without any tensor that requires a gradient this is kt::moe_fwd and nothing is saved. torch.func.grad and
-    double backward are not supported.
+    Biases and LoRA tensors may have any of the three dtypes. Each gradient has the dtype of its tensor. If no
+    tensor requires a gradient, this calls kt::moe_fwd and saves nothing. torch.func.grad and double backward
+    are not supported.
 
     Example:
         >>> T, K, E, H, I = 4, 2, 8, 64, 32
@@ -173,7 +175,7 @@ def moe_sft(
     down, down_scale, down_zero, down_format, down_group_size = down_proj, *_DENSE
     if isinstance(down_proj, ExpertWeight):
         down, down_scale, down_zero, down_format, down_group_size = in_format(down_proj)
-    # In the order of MoeArguments, whose constructor would add a tenth to the time of a small call.
+    # In the order of MoeArguments, whose constructor would make a small call a tenth slower.
     arguments = (
         hidden_states, topk_ids, topk_weights, gate_up, down,
         gate_up_scale, gate_up_zero, down_scale, down_zero, gate_up_bias, down_bias,
@@ -192,15 +194,15 @@ def moe_sft(
         return torch.ops.kt.moe_sft_fwd(*arguments, save)[0]
     if torch.compiler.is_compiling():
         return torch.ops.kt.moe_fwd(*arguments)
-    with torch._C._AutoDispatchBelowAutograd():  # no gradient to refuse: that layer takes longer than the op
+    with torch._C._AutoDispatchBelowAutograd():  # no gradient to refuse; autograd takes longer than the op
         return torch.ops.kt.moe_fwd(*arguments)
 
 
 def checkpoint_context_fn():
-    """``context_fn`` for ``torch.utils.checkpoint.checkpoint(..., use_reentrant=False)``.
+    """Returns a ``context_fn`` for ``torch.utils.checkpoint.checkpoint(..., use_reentrant=False)``.
 
-    Keeps the outputs of the experts' forward: the recompute of a checkpointed block runs everything but
-    the experts.
+    It keeps the outputs of the experts' forward, so recomputing a checkpointed block does not run the experts
+    again.
 
     Example:
         >>> checkpoint(block, x, use_reentrant=False, context_fn=ktops.checkpoint_context_fn)

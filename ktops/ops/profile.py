@@ -1,4 +1,4 @@
-"""Where the time of the operators goes, step by step."""
+"""Times the operators step by step."""
 
 from collections import Counter
 from collections.abc import Iterator
@@ -10,18 +10,18 @@ import torch
 
 @dataclass(frozen=True)
 class Step:
-    """One step of an operator, summed over its calls.
+    """The time of one step of an operator, summed over its calls.
 
     Attributes:
         op: "moe_fwd", "moe_sft_fwd" or "moe_sft_bwd".
         name: "arguments" (checks, results), "prepare" (routing, workspace), a phase of the parallel region,
             "launch" (start and end of its threads), "finish".
-        calls, tasks: how often it ran, and the number of tasks it was divided into.
-        busy: seconds in tasks, all threads together.
-        wait: seconds of waiting for the last tasks of other threads, all threads together.
-        wall: seconds on the clock. Every moment of a call belongs to one step.
-        paths: how products with the base weights were computed, {path: number of blocks}; the paths are those
-            of ktops_csrc/gemm/path.h. Empty for other steps.
+        calls, tasks: the number of times it ran, and the number of tasks in total.
+        busy: seconds spent in tasks, summed over threads.
+        wait: seconds spent waiting for the last tasks of other threads, summed over threads.
+        wall: elapsed seconds. Every moment of a call belongs to exactly one step.
+        paths: how products with the base weights were computed, as {path: number of blocks}. The paths are
+            those of ktops_csrc/gemm/path.h. Empty for other steps.
     """
 
     op: str
@@ -35,19 +35,19 @@ class Step:
 
     @property
     def taken(self) -> str:
-        """``paths`` in words: "dots 12, panels 4"."""
+        """``paths`` as text: "dots 12, panels 4"."""
         return ", ".join(f"{path} {blocks}" for path, blocks in self.paths.items())
 
 
 @dataclass
 class Profile:
-    """The steps that ran, in the order of their first appearance; filled at the end of the ``with`` block."""
+    """The steps that ran, in order of first appearance; filled at the end of the ``with`` block."""
 
     steps: list[Step] = field(default_factory=list)
 
     @property
     def busy(self) -> float:
-        """Seconds of work, all threads together."""
+        """Seconds spent in tasks, summed over threads."""
         return sum(step.busy for step in self.steps)
 
     def __str__(self) -> str:
@@ -63,7 +63,7 @@ class Profile:
 
 
 Recorded = dict[tuple[str, str], Counter]
-"""By operator and step: the numbers of a Step, and those of its paths, by name."""
+"""Maps (operator, step) to the numbers of its Step and of its paths, by name."""
 
 NUMBERS = ("calls", "tasks", "busy", "wait", "wall")
 
@@ -90,11 +90,11 @@ def _since(before: Recorded) -> list[Step]:
 
 @contextmanager
 def profile() -> Iterator[Profile]:
-    """Records the time of every step of the operators, of all threads of the process.
+    """Records the time of each step of the operators in the ``with`` block, in all threads of the process.
 
-    A step costs three readings of a clock in each thread while it is on, one comparison while it is off.
-    ``KTOPS_PROFILE=1`` records from the start and prints the table to stderr when Python exits. In
-    torch.profiler the operators appear as kt::moe_sft_fwd and so on, without their steps.
+    Each step costs every thread three clock readings while profiling is on, and one comparison while it is
+    off. ``KTOPS_PROFILE=1`` records from the start and prints the table to stderr when Python exits. In
+    torch.profiler, the operators appear as kt::moe_sft_fwd and so on, without their steps.
 
     Example:
         >>> with ktops.profile() as p:

@@ -1,4 +1,4 @@
-"""The specification: every op as plain PyTorch, step by step, in any floating dtype up to float64."""
+"""The specification of the operators in plain PyTorch, step by step, in any floating dtype up to float64."""
 
 from ktops.reference.moe_sft import moe_fwd, moe_sft_bwd, moe_sft_fwd
 

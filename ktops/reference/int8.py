@@ -1,25 +1,25 @@
-"""What ``compute="int8"`` makes of rows of activations: of hidden_states and of h = act(g) * u.
+"""How ``compute="int8"`` rounds rows of activations (hidden_states and h = act(g) * u) to integers.
 
-Products of the integers are exact; they are scaled and added up in float32.
+Products of the integers are exact. They are scaled and summed in float32.
 """
 
 import torch
 from torch import Tensor
 
 BLOCK = 32
-"""Columns that share a scale."""
+"""Number of columns that share a scale."""
 
 UNIT = 128
-"""Columns whose blocks may share one, where they belong to one group of the weight."""
+"""Number of columns whose blocks may share a scale if they belong to the same group of the weight."""
 
 JOINED_SQUARES = 1.6
-"""How many times the squares of a row's scales may add up to what they would else: the errors' do too."""
+"""Sharing scales may increase the sum of the squares of a row's scales, and of its errors, by this factor."""
 
 MOST_JOINED_SQUARES = 2.4
-"""The same of a unit, if the row stays below JOINED_SQUARES; if not, a unit must."""
+"""The same limit for a unit whose row stays below JOINED_SQUARES; otherwise JOINED_SQUARES applies to it."""
 
 DIGITS = 127 * 128
-"""The largest integer of two digits, 128 high + low."""
+"""The largest integer with two digits, 128 * high + low."""
 
 
 def _rounded(x: Tensor, largest: Tensor, most: int) -> Tensor:
@@ -28,7 +28,10 @@ def _rounded(x: Tensor, largest: Tensor, most: int) -> Tensor:
 
 
 def largest_of_blocks(x: Tensor, joined: bool) -> Tensor:
-    """max |x| that the scale of each block of x [..., K] is made from, K a multiple of UNIT if ``joined``."""
+    """Returns the max |x| that determines the scale of each block of x [..., K].
+
+    K must be a multiple of UNIT if ``joined``.
+    """
     largest = x.unflatten(-1, (-1, BLOCK)).abs().amax(-1)
     if not joined:
         return largest
@@ -42,12 +45,13 @@ def largest_of_blocks(x: Tensor, joined: bool) -> Tensor:
 
 
 def round_blocks(x: Tensor, joined: bool = False) -> Tensor:
-    """x [..., K] in float64, every block as integers of up to 127 times a scale, max |x| / 127.
+    """Rounds every block of x [..., K] to integers up to 127 times the scale max |x| / 127; returns float64.
 
-    The last block of a row may be shorter. One with a number that isn't finite is NaN.
+    The last block of a row may be shorter. A block with a non-finite number becomes NaN.
 
     Args:
-        joined: blocks of a unit may share a scale: for weights whose groups are multiples of UNIT, or rows.
+        joined: whether the blocks of a unit may share a scale, which requires weights whose groups are rows
+            or multiples of UNIT.
 
     Example:
         >>> round_blocks(torch.tensor([1.0, 0.4, 127.0])).tolist()
@@ -60,14 +64,15 @@ def round_blocks(x: Tensor, joined: bool = False) -> Tensor:
 
 
 def round_rows(x: Tensor, most: int = 127) -> Tensor:
-    """The same with one scale a row."""
+    """Rounds x [..., K] with one scale per row, max |x| / ``most``; returns float64."""
     x = x.float()
     return _rounded(x, x.abs().amax(-1, keepdim=True), most)
 
 
 def round_digits(x: Tensor) -> Tensor:
-    """x [..., K] in float64, rows as integers of up to 127 * 128 times a scale: two digits of a byte each.
+    """Rounds every row of x [..., K] to integers up to 127 * 128 times a scale; returns float64.
 
-    The kernels ``amx_bf16`` do so where they multiply many tokens with tiles, which take no scale of blocks.
+    Such an integer has two digits of a byte each. The ``amx_bf16`` kernels use them to multiply many tokens
+    with tiles, which do not support scales per block.
     """
     return round_rows(x, DIGITS)

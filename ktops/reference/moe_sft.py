@@ -1,6 +1,6 @@
 """kt::moe_sft_fwd, kt::moe_sft_bwd and kt::moe_fwd in plain PyTorch.
 
-The arguments are those of the ops, the shared ones as one :class:`ktops.ops.arguments.MoeArguments`.
+The arguments are those of the operators, with the shared ones in a :class:`ktops.ops.arguments.MoeArguments`.
 T tokens, K = top_k, E experts, H hidden_size, I intermediate_size, r LoRA rank.
 For token t and slot j, with e = topk_ids[t, j]:
 
@@ -9,9 +9,9 @@ For token t and slot j, with e = topk_ids[t, j]:
     y       = h Wd[e]^T + bd[e] + s2 (h A2[e]^T) B2[e]^T
     out[t] += topk_weights[t, j] * y
 
-Everything is computed in the dtype of hidden_states: pass float64 for the reference of a test. ``compute``
-changes nothing here: products are those of the weights that a format means. What "int8" makes of the rows of
-hidden_states and h is in :mod:`ktops.reference.int8`.
+Everything is computed in the dtype of hidden_states; pass float64 for the reference of a test. ``compute``
+changes nothing here, because products use the decoded weights. :mod:`ktops.reference.int8` describes how
+"int8" rounds the rows of hidden_states and h.
 """
 
 from functools import partial
@@ -25,9 +25,9 @@ from ktops.ops.arguments import GRADIENTS, MoeArguments
 
 
 def sort_routes(topk_ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
-    """Routes (t*K + j) ordered by expert, then by route; and expert_offsets [E+1] into that order.
+    """Returns the routes (t*K + j) sorted by expert, then by route, and expert_offsets [E+1] into that order.
 
-    Routes whose id lies outside [0, E) are left out.
+    Routes whose id is outside [0, E) are left out.
     """
     ids = topk_ids.reshape(-1).long()
     ids = torch.where((ids >= 0) & (ids < num_experts), ids, num_experts)
@@ -41,7 +41,7 @@ def sort_routes(topk_ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
 def _lora(
     x: Tensor, a: Tensor | None, b: Tensor | None, scaling: float
 ) -> tuple[Tensor | float, Tensor | None]:
-    """(s (x A^T) B^T, x A^T) for one expert"""
+    """Returns (s (x A^T) B^T, x A^T) for one expert."""
     if a is None or b is None:
         return 0.0, None
     xa = x @ a.T
@@ -49,7 +49,7 @@ def _lora(
 
 
 def with_dense_weights(arguments: MoeArguments) -> MoeArguments:
-    """The same with the floats that gate_up_proj [E, 2I, H] and down_proj [E, H, I] mean in their formats."""
+    """Returns the arguments with gate_up_proj [E, 2I, H] and down_proj [E, H, I] decoded to floats."""
     a, hidden_size = arguments, arguments.hidden_states.shape[1]
     gate_up = Codes(a.gate_up_proj, a.gate_up_scale, a.gate_up_zero)
     down = Codes(a.down_proj, a.down_scale, a.down_zero)
@@ -64,7 +64,7 @@ def _dense(codes: Codes, name: str, columns: int, group_size: int) -> Tensor:
 
 
 def _activation(arguments: MoeArguments, g: Tensor) -> tuple[Tensor, Tensor]:
-    """(act(g), act'(g))"""
+    """Returns (act(g), act'(g))."""
     return ACTIVATIONS[arguments.activation](g, *arguments.activation_args)
 
 
@@ -73,10 +73,10 @@ def _at(tensor: Tensor | None, expert: int, dtype: torch.dtype) -> Tensor | None
 
 
 def moe_sft_fwd(arguments: MoeArguments, save: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(output [T, H], saved_gate_up [T*K, 2I], saved_xa [T*K, r1], saved_ha [T*K, r2])
+    """Returns (output [T, H], saved_gate_up [T*K, 2I], saved_xa [T*K, r1], saved_ha [T*K, r2]).
 
-    The saved tensors hold one row per route in the order of :func:`sort_routes`; rows beyond the last route
-    are unspecified (zero here). ``save="recompute"`` returns saved_gate_up as [0, 2I].
+    The saved tensors hold one row per position, in the order of :func:`sort_routes`. Rows beyond the last
+    valid route are unspecified (zero here). ``save="recompute"`` returns saved_gate_up as [0, 2I].
     """
     a = with_dense_weights(arguments)
     hidden_states, dtype = a.hidden_states, a.hidden_states.dtype
@@ -124,7 +124,7 @@ def moe_sft_fwd(arguments: MoeArguments, save: str) -> tuple[Tensor, Tensor, Ten
 
 
 def moe_fwd(arguments: MoeArguments) -> Tensor:
-    """kt::moe_fwd: the output [T, H] of :func:`moe_sft_fwd` only."""
+    """Returns only the output [T, H] of :func:`moe_sft_fwd`."""
     return moe_sft_fwd(arguments, "recompute")[0]
 
 
@@ -137,9 +137,9 @@ def moe_sft_bwd(
     saved_ha: Tensor,
     grad_mask: int,
 ) -> tuple[Tensor | None, ...]:
-    """The gradients of ``ktops.ops.arguments.GRADIENTS``, in that order; None where grad_mask has no bit.
+    """Returns the gradients in the order of ``ktops.ops.arguments.GRADIENTS``; None if not in grad_mask.
 
-    d = grad_output[t], w = topk_weights[t, j]; dh is unweighted until grad_topk_weights is taken from it:
+    With d = grad_output[t] and w = topk_weights[t, j], where dh is unweighted until grad_w has been taken::
 
         dh = d Wd + s2 (d B2) A2            grad_w = <h, dh> + <d, bd>
         [dg | du] = (act'(g) u, act(g)) * (w dh)

@@ -1,1 +1,1 @@
-"""Inputs, reference runs and comparison budgets, shared by test/ and bench/."""
+"""Inputs, reference runs and error budgets, shared by test/ and bench/."""

@@ -1,4 +1,4 @@
-"""Runs of ktops.moe_sft and of its reference on the same inputs, and the comparison of the two."""
+"""Runs ktops.moe_sft and its reference on the same inputs, and compares the results."""
 
 import ctypes
 import hashlib
@@ -19,7 +19,7 @@ from ktops.testing.inputs import densified, floating, op_arguments, require_grad
 
 
 def random_grad_output(inputs: dict, seed: int = 1) -> Tensor:
-    """A gradient N(0, 1) for the output of ktops.moe_sft(**inputs)."""
+    """Returns an N(0, 1) gradient for the output of ktops.moe_sft(**inputs)."""
     hidden_states = inputs["hidden_states"]
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(hidden_states.shape, generator=generator).to(hidden_states.dtype)
@@ -28,9 +28,9 @@ def random_grad_output(inputs: dict, seed: int = 1) -> Tensor:
 def run(
     inputs: dict, grad_output: Tensor, names: tuple[str, ...] | None = None, **options
 ) -> dict[str, Tensor]:
-    """{"output": ..., "hidden_states": its gradient, ...} of ktops.moe_sft for the named tensors (None: all).
+    """Runs ktops.moe_sft; returns {"output": ..., "hidden_states": its gradient, ...}.
 
-    ``options`` are activation, save and compute.
+    Gradients are those of the named tensors (None: all). ``options`` are activation, save and compute.
     """
     names = floating(inputs) if names is None else names
     inputs = require_grad(inputs, *names)
@@ -41,7 +41,7 @@ def run(
 
 @contextmanager
 def threads(count: int) -> Iterator[None]:
-    """Inside, torch works in so many threads."""
+    """Makes torch use that many threads inside the ``with`` block."""
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:
@@ -52,7 +52,7 @@ def threads(count: int) -> Iterator[None]:
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """Inside, torch works in the calling thread only: small operators would wait longer than they work."""
+    """Makes torch use only the calling thread, because small operators would wait longer than they work."""
     with threads(1):
         yield
 
@@ -61,7 +61,7 @@ def one_thread() -> Iterator[None]:
 def run_reference(
     inputs: dict, grad_output: Tensor, names: tuple[str, ...] | None = None, activation: str = "silu"
 ) -> dict[str, Tensor]:
-    """What :func:`run` returns, from ktops.reference in float64."""
+    """Returns what :func:`run` returns, computed by ktops.reference in float64."""
     names = floating(inputs) if names is None else names
     arguments = op_arguments(upcast(densified(inputs)), activation=activation)
     output, gate_up, xa, ha = reference.moe_sft_fwd(arguments, "activations")
@@ -72,7 +72,7 @@ def run_reference(
 
 
 def inner_size(inputs: dict) -> int:
-    """The longest sum in forward or backward: over H, 2I or the routes."""
+    """Returns the length of the longest sum in forward or backward: over H, 2I or the routes."""
     return max(
         inputs["hidden_states"].shape[1], 2 * inputs["down_proj"].shape[-1], inputs["topk_ids"].numel()
     )
@@ -87,7 +87,7 @@ class Movement(NamedTuple):
 
     @classmethod
     def of(cls, squares: Tensor) -> "Movement":
-        """From the mean squares of the elements' movements."""
+        """Computes the movement from the mean squares of the elements' movements."""
         total, fourth = squares.sum().item(), squares.square().sum().item()
         largest = squares.max().item() if squares.numel() else 0.0
         return cls(total**0.5, largest**0.5, total**2 / fourth if fourth else 1.0)
@@ -97,10 +97,10 @@ class Movement(NamedTuple):
 def sensitivity(
     inputs: dict, grad_output: Tensor, expected: dict[str, Tensor], activation: str = "silu"
 ) -> dict[str, Movement]:
-    """How far each result moves when every element of every input is wrong by rounding_level.
+    """Measures how far each result moves when every element of every input is perturbed by rounding_level.
 
-    The results of a backward-stable computation lie about as far from the exact ones; ill-conditioned cases
-    (a sum that cancels) are allowed what they deserve and no more.
+    The results of a backward-stable computation are about as far from the exact ones. Ill-conditioned cases
+    (a sum that cancels) are allowed the error that is due to their condition, and no more.
     """
     level = rounding_level(inputs["hidden_states"].dtype, inner_size(inputs))
     names = tuple(name for name in expected if name != "output")
@@ -121,7 +121,7 @@ def sensitivity(
 
 
 def _digest(*values) -> bytes:
-    """Equal for equal values: tensors by dtype, shape and bytes, mappings with their names."""
+    """Returns a digest of the values: tensors by dtype, shape and bytes, mappings with their names."""
     digest = hashlib.blake2b()
     for value in values:
         if isinstance(value, dict):
@@ -144,7 +144,7 @@ _remembered: OrderedDict[bytes, tuple[dict[str, Tensor], dict[str, Movement]]] =
 def expectation(
     inputs: dict, grad_output: Tensor, names: tuple[str, ...], activation: str = "silu"
 ) -> tuple[dict[str, Tensor], dict[str, Movement]]:
-    """(:func:`run_reference`, :func:`sensitivity`), remembered: every row of kernels asks for the same."""
+    """Returns (:func:`run_reference`, :func:`sensitivity`), cached because all kernels need the same."""
     key = _digest(inputs, grad_output, names, activation)
     if key not in _remembered:
         expected = run_reference(inputs, grad_output, names, activation)
@@ -176,9 +176,9 @@ def _assert_close(what: str, actual: Tensor, expected: Tensor, move: Movement, n
 def assert_matches_reference(
     actual: dict[str, Tensor], inputs: dict, grad_output: Tensor, activation: str = "silu"
 ) -> None:
-    """Asserts that what :func:`run` returned lies within the budget around the float64 reference.
+    """Asserts that the results of :func:`run` are within the budget around the float64 reference.
 
-    Shapes and dtypes are checked too: the gradient of a tensor has its dtype.
+    Also checks shapes and dtypes; each gradient must have the dtype of its tensor.
     """
     names = tuple(name for name in actual if name != "output")
     expected, moves = expectation(inputs, grad_output, names, activation)
@@ -192,7 +192,7 @@ def assert_matches_reference(
 
 
 def check_against_reference(inputs: dict, *, activation: str = "silu", save: str = "activations") -> None:
-    """Runs ktops.moe_sft forward and backward for every floating input and asserts that it matches."""
+    """Asserts that ktops.moe_sft matches the reference, forward and backward for every floating input."""
     grad_output = random_grad_output(inputs)
     actual = run(inputs, grad_output, activation=activation, save=save)
     assert_matches_reference(actual, inputs, grad_output, activation)

@@ -1,4 +1,4 @@
-"""Counts what a call does: operators and allocations, which are the same on every machine."""
+"""Counts the operators and allocations of a call, which are the same on every machine."""
 
 from collections import Counter
 from collections.abc import Iterator
@@ -14,9 +14,10 @@ class Counts:
     """What PyTorch did in a ``with counted()`` block, on its thread and on that of autograd.
 
     Attributes:
-        operators: how often each ran, including those called by others or from C++: {"aten::empty": 1}.
-        allocations: bytes of every tensor that was allocated, in order.
-        peak: the most bytes of these tensors that existed at once.
+        operators: the number of calls of each, including calls by other operators or from C++:
+            {"aten::empty": 1}.
+        allocations: the bytes of every allocated tensor, in order.
+        peak: the largest number of bytes that these tensors occupied at once.
     """
 
     operators: Counter[str] = field(default_factory=Counter)
@@ -26,9 +27,9 @@ class Counts:
 
 @contextmanager
 def counted() -> Iterator[Counts]:
-    """Counts what runs inside; the result is complete when the block ends.
+    """Counts what runs inside the ``with`` block; the result is complete when the block ends.
 
-    Memory that is not PyTorch's, such as NumPy's or a mapped file, does not count.
+    Memory not allocated by PyTorch, such as NumPy's or a mapped file, is not counted.
 
     Example:
         >>> with counted() as counts:

@@ -1,4 +1,4 @@
-"""Inputs for ktops.moe_sft: random, reproducible, and awkward on request."""
+"""Random, reproducible inputs for ktops.moe_sft, with edge cases on request."""
 
 import inspect
 
@@ -19,10 +19,10 @@ _NOT_GIVEN = dict.fromkeys(MoeArguments._fields) | {
 
 
 def route(num_tokens: int, num_experts: int, top_k: int, routing: str, generator: torch.Generator) -> Tensor:
-    """topk_ids [num_tokens, top_k], int64.
+    """Returns topk_ids [num_tokens, top_k], int64.
 
-    ``routing``: "random" and "skewed" (probability ~ 1/(e+1)²) give distinct experts to a token where top_k
-    allows; "one_expert" sends every route to one expert; "empty_experts" uses the odd experts only;
+    ``routing``: "random" and "skewed" (probability ~ 1/(e+1)²) give each token distinct experts if top_k
+    allows; "one_expert" sends every route to one expert; "empty_experts" uses only the odd experts;
     "repeated" draws with replacement and gives the first two slots of every token the same expert.
     """
     shape = (num_tokens, top_k)
@@ -46,7 +46,7 @@ def route(num_tokens: int, num_experts: int, top_k: int, routing: str, generator
 
 
 def spoil_ids(ids: Tensor, num_experts: int, generator: torch.Generator) -> Tensor:
-    """A copy of ids with every third route out of [0, num_experts), the whole second token among them.
+    """Returns a copy of ids with every third id, and those of the second token, outside [0, num_experts).
 
     Some ids are 0 in their low 32 bits, so a truncating conversion would make them valid.
     """
@@ -78,19 +78,20 @@ def moe_inputs(
     seed: int = 0,
     scale: float = 1.0,
 ) -> dict:
-    """Keyword arguments for :func:`ktops.moe_sft`, reproducible from ``seed``.
+    """Returns keyword arguments for :func:`ktops.moe_sft`, reproducible from ``seed``.
 
-    hidden_states are N(0, scale²), weights N(0, 1/fan_in), so gates are about N(0, scale²). The LoRA
-    factors are all non-zero and as large as the base weights' product; the two scalings differ, so that a
-    swap shows.
+    hidden_states are N(0, scale²), weights N(0, 1/fan_in), so gates are about N(0, scale²). The LoRA factors
+    are all nonzero, and their product is as large as that of the base weights. The two scalings differ, so
+    that swapping them is noticed.
 
     Args:
         T, H, I, E, K: num_tokens, hidden_size, intermediate_size, num_experts, top_k, named as in all shapes.
-        dtype: of hidden_states, gate_up_proj and down_proj.
+        dtype: the dtype of hidden_states, gate_up_proj and down_proj.
         lora_rank: r for both adapters or (gate_up's, down's); 0 leaves an adapter out.
-        lora_dtype, weights_dtype: of the LoRA tensors and biases, and of topk_weights; default ``dtype``.
-        bias: with gate_up_bias and down_bias.
-        invalid_ids: every third id lies outside [0, E).
+        lora_dtype, weights_dtype: the dtype of LoRA tensors and biases, and that of topk_weights; default:
+            ``dtype``.
+        bias: whether to include gate_up_bias and down_bias.
+        invalid_ids: whether to put every third id outside [0, E).
         routing: one of ROUTINGS, see :func:`route`.
 
     Example:
@@ -128,7 +129,7 @@ def moe_inputs(
 
 
 def upcast(inputs: dict, dtype: torch.dtype = torch.float64) -> dict:
-    """The same inputs with every floating tensor in ``dtype``, detached copies."""
+    """Returns the inputs with every floating tensor replaced by a detached copy in ``dtype``."""
     return {
         name: value.detach().to(dtype, copy=True)
         if isinstance(value, Tensor) and value.is_floating_point()
@@ -138,7 +139,7 @@ def upcast(inputs: dict, dtype: torch.dtype = torch.float64) -> dict:
 
 
 def densified(inputs: dict) -> dict:
-    """The same inputs with the float32 weights that every ExpertWeight means, by the specification."""
+    """Returns the inputs with every ExpertWeight decoded to float32 by the specification of its format."""
     return {
         name: get_format(value.format).dequantize(value.codes, value.shape[-1], value.group_size)
         if isinstance(value, ExpertWeight)
@@ -148,12 +149,12 @@ def densified(inputs: dict) -> dict:
 
 
 def floating(inputs: dict) -> tuple[str, ...]:
-    """Names of the differentiable tensors among the inputs, in GRADIENTS' order."""
+    """Returns the names of the differentiable tensors among the inputs, in the order of GRADIENTS."""
     return tuple(name for name in GRADIENTS if isinstance(inputs.get(name), Tensor))
 
 
 def require_grad(inputs: dict, *names: str) -> dict:
-    """The same inputs, sharing storage, with ``requires_grad`` on the named tensors (none named: on all)."""
+    """Returns the inputs, sharing storage, with ``requires_grad`` on the named tensors (default: all)."""
     names = names or floating(inputs)
     missing = set(names) - set(floating(inputs))
     if missing:
@@ -165,9 +166,9 @@ def require_grad(inputs: dict, *names: str) -> dict:
 
 
 def op_arguments(inputs: dict, **options) -> MoeArguments:
-    """The operators' arguments for keyword arguments of ktops.moe_sft, with the same defaults.
+    """Converts keyword arguments of ktops.moe_sft to the operators' arguments, with the same defaults.
 
-    ``inputs`` and ``options`` may also name arguments that only the operators have, "num_experts" and so on.
+    ``inputs`` and ``options`` may also contain arguments that only the operators have, such as "num_experts".
 
     Example:
         >>> torch.ops.kt.moe_sft_fwd(*op_arguments(inputs, activation="gelu"), "recompute")

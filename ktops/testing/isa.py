@@ -1,4 +1,4 @@
-"""The rows of kernels that this machine can run, for parametrized tests."""
+"""Lists the kernels that this machine can run, for parametrized tests."""
 
 import os
 
@@ -6,9 +6,9 @@ import ktops
 
 
 def available_isas() -> list[str]:
-    """Names of the rows compiled into ktops that this CPU supports, best first.
+    """Returns the names of the kernels compiled into ktops that this CPU supports, best first.
 
-    With ``KTOPS_ISA_UNCHECKED=1``, for an emulator, the row that ``KTOPS_ISA`` names and no other.
+    With ``KTOPS_ISA_UNCHECKED=1`` (for emulators), returns only the name in ``KTOPS_ISA``.
 
     Example:
         >>> @pytest.mark.parametrize("isa", available_isas())

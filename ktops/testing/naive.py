@@ -1,6 +1,6 @@
-"""One MoE layer one route at a time, for autograd: the formula and nothing else.
+"""One MoE layer, one route at a time, for autograd. Nothing but the formula.
 
-Independent of ktops.reference, which it checks. Hooks turn it into a model of a kernel that rounds: see
+Independent of ktops.reference, which it checks. Hooks turn it into a model of a kernel that rounds; see
 :class:`Arithmetic`.
 """
 
@@ -16,11 +16,11 @@ ACTIVATIONS: dict[str, Callable[..., Tensor]] = {
     "gelu": F.gelu,
     "gelu_tanh": lambda g: F.gelu(g, approximate="tanh"),
 }
-"""Those of ktops.ops.activation, which the tests compare with these and autograd."""
+"""The activations of ktops.ops.activation, which the tests compare with these and autograd."""
 
 
 class _Round(torch.autograd.Function):
-    """Rounds to dtype, and the gradient on its way back as well."""
+    """Rounds to dtype, both the value and its gradient."""
 
     @staticmethod
     def forward(ctx, x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -34,10 +34,10 @@ class _Round(torch.autograd.Function):
 
 @dataclass
 class Arithmetic:
-    """Exact as the inputs' dtype allows; subclasses round."""
+    """Computes as exactly as the inputs' dtype allows; subclasses round."""
 
     def value(self, x: Tensor) -> Tensor:
-        """A factor of a product, or a result."""
+        """Returns a factor of a product or a result, rounded by subclasses."""
         return x
 
     def product(self, weight: Tensor, x: Tensor) -> Tensor:
@@ -46,7 +46,7 @@ class Arithmetic:
 
 @dataclass
 class Rounded(Arithmetic):
-    """One rounding to ``dtype`` of every factor and result, none inside a product."""
+    """Rounds every factor and result once to ``dtype``, and nothing inside a product."""
 
     dtype: torch.dtype = torch.bfloat16
 
@@ -56,7 +56,7 @@ class Rounded(Arithmetic):
 
 @dataclass
 class RoundedAccumulation(Rounded):
-    """Also rounds the running sum of every product each ``step`` terms: what a kernel must not do."""
+    """Also rounds the running sum of every product after each ``step`` terms, as a kernel must not."""
 
     step: int = 2
 
@@ -78,9 +78,9 @@ def _product_with_lora(arithmetic: Arithmetic, x, weight, bias, lora_a, lora_b, 
 def moe_naive(
     inputs: dict, *, activation: str = "silu", arithmetic: Arithmetic | None = None, skip: str = ""
 ) -> Tensor:
-    """output [num_tokens, hidden_size] for the keyword arguments of ktops.moe_sft, differentiable.
+    """Returns output [num_tokens, hidden_size] for the keyword arguments of ktops.moe_sft; differentiable.
 
-    ``skip`` names an input to leave out as if it were None (1.0 for a scaling): a wrong result on purpose.
+    ``skip`` names an input to leave out as if it were None (1.0 for a scaling), to get a wrong result.
     """
     arithmetic = arithmetic or Arithmetic()
     inputs = {name: value for name, value in inputs.items() if name != skip}

@@ -1,4 +1,4 @@
-"""The paths of products (ktops_csrc/gemm/path.h): their names, one of them forced, those that were taken."""
+"""Lists, forces and observes the paths of products (ktops_csrc/gemm/path.h)."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,15 +9,15 @@ import ktops
 
 
 def path_names() -> tuple[str, ...]:
-    """The names of all paths: "dots", "panels", ..."""
+    """Returns the names of all paths: "dots", "panels", ..."""
     return tuple(torch.ops.kt.paths().split(","))
 
 
 @contextmanager
 def use_path(name: str) -> Iterator[None]:
-    """Makes products with the base weights take path ``name`` in the whole process, where it is possible.
+    """Makes products with the base weights take path ``name`` wherever possible, in the whole process.
 
-    Where it isn't, they take the one that they would take without: :func:`paths_taken` tells.
+    Other products take their usual path; :func:`paths_taken` returns which.
 
     Raises:
         RuntimeError: there is no such path.
@@ -35,5 +35,5 @@ def use_path(name: str) -> Iterator[None]:
 
 
 def paths_taken(profile: ktops.Profile, *steps: str) -> set[str]:
-    """Names of the paths that products took in the named steps, or in any of them."""
+    """Returns the names of the paths that products took in the named steps (default: all steps)."""
     return {path for step in profile.steps if not steps or step.name in steps for path in step.paths}

@@ -1,4 +1,4 @@
-"""Uninitialized memory made visible."""
+"""Makes reads of uninitialized memory visible."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,10 +9,10 @@ import torch
 
 @contextmanager
 def poisoned_memory() -> Iterator[None]:
-    """Inside, every tensor from torch.empty (and from aten::empty in an extension) is full of NaN.
+    """Makes torch.empty, and aten::empty in an extension, fill tensors with NaN inside the ``with`` block.
 
     Integers are filled with their largest value. An operator that returns or reads an element that it never
-    wrote then gives NaN, always, where it would otherwise give whatever the allocator had at hand.
+    wrote then always gives NaN, instead of whatever the memory contained.
 
     Example:
         >>> with poisoned_memory():

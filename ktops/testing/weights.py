@@ -10,13 +10,13 @@ HALVES = {
     "q2_k": (80, 82), "q3_k": (108,), "q4_k": (0, 2), "q5_k": (0, 2), "q6_k": (208,), "iq4_nl": (0,),
     "iq4_xs": (0,),
 }  # fmt: skip
-"""Where a block has binary16 numbers, d and dmin: in formats whose other bytes may be anything."""
+"""Offsets of the binary16 numbers d and dmin in a block, for formats whose other bytes are arbitrary."""
 
 GROUPED = ("int8", "int4", "uint4")
 
 
 def variants(columns: int) -> list[tuple[str, int]]:
-    """Every format that can hold rows of so many weights, with group sizes that differ."""
+    """Returns (format, group size) for every format that supports rows of that many weights."""
     found = []
     for name in names():
         known = get_format(name)
@@ -30,9 +30,9 @@ def variants(columns: int) -> list[tuple[str, int]]:
 
 
 def random_weight(dense: Tensor, name: str, group_size: int, seed: int = 0) -> ExpertWeight:
-    """Weights [E, N, K] in a format: the dense ones quantized, or random codes of about their size.
+    """Returns weights [E, N, K] in a format: the dense weights quantized, or random codes of similar size.
 
-    The latter in k-quants and i-quants: their bytes take more values than quantizing gives them.
+    k-quants and i-quants get random codes, because quantizing does not produce all values of their bytes.
     """
     known = get_format(name)
     if not isinstance(known, GgufBlocks) or name not in HALVES:
@@ -53,7 +53,7 @@ def random_weight(dense: Tensor, name: str, group_size: int, seed: int = 0) -> E
 
 
 def in_format(inputs: dict, name: str, group_size: int) -> dict:
-    """The inputs of :func:`ktops.testing.inputs.moe_inputs` with both weights in a format."""
+    """Returns the inputs of :func:`ktops.testing.inputs.moe_inputs` with both weights in a format."""
     weights = {
         key: random_weight(inputs[key], name, group_size, seed)
         for seed, key in enumerate(("gate_up_proj", "down_proj"))

@@ -4,7 +4,7 @@
 
 namespace kt::environment {
 
-// KTOPS_ISA: the ISA whose kernels are used at first; empty for the best one.
+// KTOPS_ISA: the ISA whose kernels are used until dispatch::use() chooses others; empty for the default.
 std::string isa();
 
 // KTOPS_ISA_UNCHECKED=1: do not check that the CPU supports the ISA (for emulators).

@@ -123,7 +123,7 @@ public:
     }
 
 private:
-    // Adds an idle block, in place of older idle ones if all together would be too large.
+    // Adds an idle block, and releases older idle ones if all together would be too large.
     Block* add(size_t bytes) {
         shrink(room(in_use_ + bytes));
         blocks_.reserve(blocks_.size() + 1);

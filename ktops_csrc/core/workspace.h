@@ -14,9 +14,9 @@ namespace kt {
 //   Forward(problem, workspace).run();
 //
 // Blocks are kept for later calls, because fresh memory costs a page fault every few KiB. Idle blocks are returned to
-// the system, oldest first, as soon as all blocks together exceed what concurrent calls have needed
-// * in the last kWindow calls or more, so that one unusual call does not hold its memory for good, and
-// * since the last empty_workspaces(), up to kKept bytes.
+// the system, oldest first, as soon as all blocks together exceed both of these peaks of concurrent calls:
+// * that of the last kWindow calls or more, so that one unusual call does not hold its memory for good;
+// * that since the last empty_workspaces(), counted up to kKept bytes.
 class Workspace {
 public:
     // Only counts: arrays are null.
@@ -39,8 +39,8 @@ public:
     // More calls than a training step makes between two backward passes: models have at most about 100 layers of
     // experts, and preference training runs up to four forward passes before a backward.
     static constexpr size_t kWindow = 512;
-    // More than 2048 tokens need in the largest models (140 MiB with LoRA at hidden_size 7168): calls of usual sizes
-    // never fault again, however rare the largest ones are.
+    // More than 2048 tokens need in the largest models (140 MiB with LoRA at hidden_size 7168), so that calls of usual
+    // sizes do not fault again, however rare the largest ones are.
     static constexpr size_t kKept = size_t{256} << 20;
 
 private:

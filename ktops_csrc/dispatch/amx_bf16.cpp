@@ -13,7 +13,7 @@
 #include "moe/backward-inl.h"
 #include "moe/forward-inl.h"
 
-// Decoding uses no tile.
+// Decoding uses no tiles, so the decoders of avx512_bf16 serve here too.
 namespace kt::avx512_bf16 {
 const FormatTable& format_table(FormatId format);
 }

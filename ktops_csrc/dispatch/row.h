@@ -1,9 +1,9 @@
 #pragma once
 
-// Every dispatch/<isa>.h includes this first, then opens the target region of its ISA, in which the *-inl.h files are
+// Every dispatch/<isa>.h includes this before it opens the target region of its ISA, in which the *-inl.h files are
 // compiled. Inline functions of other headers must not be compiled there: they would contain instructions of that ISA,
-// and the linker may keep that copy for every caller. So all system and ktops headers that *-inl.h files include are
-// included here, outside the region, except for <immintrin.h>, which only some ISAs use. Including them again does
+// and the linker may keep that copy for every caller. So this file includes all system and ktops headers that *-inl.h
+// files include, except for <immintrin.h>, which only some ISAs use. Including them again inside the region does
 // nothing.
 
 #include <chrono>

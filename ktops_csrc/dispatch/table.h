@@ -30,7 +30,7 @@ struct IsaRow {
     }
 };
 
-// On every machine the scalar kernels compute float64.
+// The scalar kernels compute float64 for every ISA.
 void forward_float64(const Problem& problem, const ForwardResults& results);
 void backward_float64(const BackwardProblem& problem);
 

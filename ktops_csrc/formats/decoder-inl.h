@@ -13,9 +13,9 @@
 //   kPairs                    true if a byte holds two columns: then the codes of a unit are those of its even columns
 //                             followed by those of its odd columns, else they are in order
 //   codes(unit, out)          decodes the codes of a unit to vectors
-//   kCodesAByte               codes in each byte if bytes can be decoded one by one, else 0. They belong to as many
-//                             equal parts of the unit, at the same place in each; codes_of(bytes, out) writes a
-//                             vector of each part
+//   kCodesAByte               codes in each byte if bytes can be decoded one by one, else 0. The unit then has
+//                             kCodesAByte equal parts; the codes of a byte are at the same index in each part, and
+//                             codes_of(bytes, out) writes one vector for each part
 //   kCodeGroup                columns that share a scale stored in the unit; 0: scales are in a tensor of their own
 //   code_scales(unit, out)    writes the scales of a unit, followed by s z if kMins; zeros up to 16 numbers
 //   kMins, kZeroCode          true if groups in a unit have zero points of their own; else z is kZeroCode

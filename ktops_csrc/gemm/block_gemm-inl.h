@@ -1,7 +1,7 @@
 #pragma once
 
-// One block of C = A . B in a thread's scratch: at most kMaxRows rows and kMaxColumns columns, or fewer rows, in steps
-// of kRowStep, and up to kWideColumns columns; any k. gemm/path.h chooses how a product with a weight is computed.
+// One block of C = A . B in a thread's scratch memory, for any k. gemm/path.h limits its size and chooses how a product
+// with a weight is computed.
 
 #include "gemm/few_rows-inl.h"
 #include "gemm/panels-inl.h"
@@ -72,7 +72,7 @@ public:
         block_.adds = true;
     }
 
-    // Call after all of C was written by other code.
+    // Call this after other code has written all of C.
     void holds_product() { block_.adds = true; }
 
     // Returns row i of the block, `columns` elements: zeros if nothing was multiplied.
@@ -101,8 +101,8 @@ private:
     Block<T> block_;
 };
 
-// Calls f(start, count) for blocks of about equal size: at most `most` rows, and a multiple of kRowStep but for the
-// last.
+// Calls f(start, count) for blocks of about equal size: at most `most` rows and, except for the last block, a multiple
+// of kRowStep.
 template <class F>
 inline void for_each_row_block(int64_t rows, F f, int64_t most = kMaxRows) {
     const int64_t size = round_up(ceil_div(rows, larger(1, ceil_div(rows, most))), kRowStep);

@@ -13,7 +13,7 @@ namespace kt::KT_ISA {
 template <class T>
 class CodeTiles;  // gemm/code_tiles-inl.h, on an ISA with tiles of bytes
 
-// The first of the rows of W that a thread will probably need after a product, which prefetches them.
+// The first of the rows of W that a thread will probably need after a product. The product prefetches them.
 struct NextRows {
     int64_t expert = -1, row = 0;  // -1: none
 };
@@ -116,7 +116,7 @@ private:
     void make_panels(const Block& block, int64_t row, int64_t n) const {
         uint8_t* panels = scratch_.code_panels();
         const int64_t first = block.k / group_;
-        // with few rows, the micro-kernel has too few steps to prefetch the codes of all the next panels
+        // With few rows, the micro-kernel has too few steps to prefetch all codes of the next panels.
         const int64_t lines = ceil_div(m_, MicroDots::kRows) * block.kn / MicroDots::kCodesALine;
         const int64_t ahead = lines * 64 < n * block_bytes(block) ? kPanelColumns * w_.row_bytes : 0;
         for (int64_t j = 0; j < n; j += kPanelColumns, panels += code_panel_stride(block.kn)) {
@@ -164,7 +164,7 @@ private:
     }
 
     // Spreads prefetches over `calls` calls: `bytes` bytes, from column k on, of each of the n rows from `next` on.
-    // Their scales are prefetched at once.
+    // The constructor prefetches their scales.
     class ReadAhead {
     public:
         ReadAhead(const WeightTensor& w, const NextRows& next, int64_t n, int64_t k, int64_t bytes, int64_t calls)
@@ -188,7 +188,7 @@ private:
     private:
         static constexpr int64_t kLine = 64;
 
-        // Always inline: GCC drops calls of a function that only prefetches, as if it did nothing.
+        // Always inline: GCC drops calls to a function that only prefetches.
         __attribute__((always_inline)) static void prefetch(const GroupValues& values, const NextRows& next,
                                                             int64_t n) {
             if (!values.data) return;
@@ -213,7 +213,7 @@ private:
     const int8_t* a_[kMaxRows];
 };
 
-// C = A . W^T of a block whose rows of A are rows of x, see CodeGemm.
+// Computes C = A . W^T for a block, with rows of x as A; see CodeGemm.
 template <class T>
 inline void multiply_codes(BlockGemm<T>& block, const GemmScratch<T>& scratch, const Weight<T>& weight, int64_t expert,
                            const CodedRows& x, const int32_t* index, int64_t first, int64_t m, const Columns& columns,

@@ -8,7 +8,7 @@
 
 namespace kt::KT_ISA {
 
-// C = A . W^T. Rows of W that aren't contiguous are copied, as many at a time as fit in scratch.
+// C = A . W^T. Rows of W that aren't contiguous are copied first, as many at a time as fit in scratch.
 template <class T, class Weight>
 inline void dots(const Block<T>& block, const Rows<T>& a, int64_t k, const Weight& weight, int64_t expert,
                  const Columns& columns) {

@@ -6,7 +6,7 @@
 //   x W^T   along the rows of W: forward
 //   x W     down the rows of W: the gradients of activations in backward
 //
-// The path is chosen once per block of C (rows of one expert by columns of one task); whether a weight is multiplied in
+// The path is chosen once per block of C (rows of one expert by columns of one task). Whether a weight is multiplied in
 // integers is chosen once per call. LoRA factors, whose products are added to those of W, and weight gradients always
 // use panels.
 
@@ -19,7 +19,7 @@ namespace kt {
 
 // In order of preference: the first path that is possible and wins is chosen.
 enum class Path : uint8_t {
-    // x W^T, W in a format: float32 dot products with each weight as it is decoded; none is stored. Wins up to the
+    // x W^T, W in a format: float32 dot products with each weight as it is decoded, without storing it. Wins up to the
     // number of rows whose sums fit in registers; with more, W would be decoded twice. (Decision 9)
     kDecodedDots,
     // x W^T on a CPU with tiles: rows of W are loaded as tiles, in place or after decoding, and x is packed into
@@ -29,7 +29,7 @@ enum class Path : uint8_t {
     // x W^T: dot products with rows of W in place, or with copies of rows that aren't contiguous. Wins while a panel
     // would be used too rarely to pay for itself. (Decision 6)
     kDots,
-    // x W: rows of W, each times an element of x, added up. Wins when dots do. (Decision 6)
+    // x W: sums of rows of W, each times an element of x. Wins when dots do. (Decision 6)
     kColumnSums,
     // x W^T and x W: blocks of W sized for L2 are packed into panels, which every row of x uses. Wins with many rows;
     // handles any strides, formats and sizes. (Decision 2)
@@ -48,12 +48,13 @@ constexpr const char* kPathNames[] = {"decoded_dots", "row_tiles", "dots",      
 constexpr int kNumPaths = static_cast<int>(Path::kCodePanels) + 1;
 static_assert(sizeof(kPathNames) / sizeof(kPathNames[0]) == kNumPaths);
 
-// A block of C has at most kMaxRows rows and kMaxColumns columns, or fewer rows, in steps of kRowStep, and up to
-// kWideColumns columns. kMaxK: the most elements of the inner dimension in panels at once.
+// A block of C has at most kMaxRows rows and kMaxColumns columns; or fewer rows, in steps of kRowStep, and more
+// columns, up to kWideColumns, with no more elements. kMaxK: the most elements of the inner dimension in panels at
+// once.
 constexpr int64_t kMaxRows = 256, kMaxColumns = 256, kWideColumns = 2048, kMaxK = 2048;
 constexpr int64_t kRowStep = 32;  // a micro-kernel may write this many rows even if it computes fewer
 
-// Sizes of a thread's scratch memory: for panels, sized for L2, and for rows of weights or activations.
+// A thread's scratch memory for panels, sized for L2, and for rows of weights or activations.
 constexpr int64_t kPanelBytes = 512 << 10, kRowBytes = kPanelBytes / 2;
 
 // Up to kDotOnlyRows rows, dots read memory faster than tiles do. Up to kCodeDotRows rows, codes are used too rarely
@@ -64,8 +65,8 @@ constexpr int64_t kDotOnlyRows = 4, kCodeDotRows = 8;
 struct IsaLimits {
     int64_t element_bytes;  // of the dtype
     int64_t direct_rows;    // up to this many rows, kDots and kColumnSums beat kPanels
-    int64_t dots_k;         // longest rows of kDots: copies of those read at once fit in scratch
-    int64_t sums_columns;   // most columns of kColumnSums: copies of the rows read at once fit in scratch
+    int64_t dots_k;         // kDots: the longest rows of W of which kDotRows copies fit in scratch
+    int64_t sums_columns;   // kColumnSums: the most columns of which copies of the rows read at once fit in scratch
     int64_t tile_k;         // columns of a tile of kRowTiles; 0: no tiles
     bool code_tiles;        // has tiles of bytes
     int64_t code_rows;      // integers are faster than floats up to this many rows per expert on average,
@@ -77,7 +78,7 @@ struct Product {
     bool transposed;        // x W^T, else x W
     int64_t rows, columns;  // of C; columns in whole panels, both halves of gate_up
     int64_t k;
-    bool adds;         // to a product already in C: LoRA's is added to that of the base weight
+    bool adds;         // to a product already in C, as LoRA's is added to that of the base weight
     int64_t end;       // x W^T: end of the block's rows of W (of its first range, if it has two)
     bool contiguous;   // rows of W are contiguous and in the dtype of x
     bool has_format;   // W is in a format
@@ -134,7 +135,7 @@ constexpr Path choose_path(const Product& product, const IsaLimits& isa, std::op
     return Path(path);
 }
 
-// The arithmetic of products with weights: kInt8 rounds the activations to integers, kAuto chooses.
+// The arithmetic of products with weights. kInt8 rounds the activations to integers; kAuto chooses the faster.
 enum class Computation { kAuto, kFloat, kInt8 };
 
 // The products of a call with one weight of an integer format.
@@ -146,8 +147,8 @@ struct IntegerProducts {
     int64_t group, unit;  // columns that share a scale; that are decoded together
 };
 
-// Returns the number of digits per activation in these products, 0 for floats. Two for kCodeTiles, which requires
-// groups that are whole rows or whole units.
+// Returns the number of digits per activation in these products, 0 for floats. kCodeTiles takes two and requires groups
+// that are whole rows or whole units.
 constexpr int choose_digits(const IntegerProducts& p, const IsaLimits& isa, std::optional<Path> forced = {}) {
     const bool many = p.routes > isa.code_rows * p.experts;
     const bool faster = p.inference && (!many || p.group >= isa.code_group);

@@ -24,7 +24,7 @@ inline void for_each_range(const Columns& columns, A* c, F f) {
     if (columns.second >= 0) f(columns.second, c + columns.padded());
 }
 
-// Every path uses `panels` and `left` in its own way; the functions name the uses.
+// Each path uses `panels` and `left` in its own way; the member functions name these uses.
 template <class T>
 struct GemmScratch {
     using C = Compute<T>;

@@ -17,7 +17,7 @@
 
 namespace kt::KT_ISA {
 
-// Rows of A of one pass over rows of B: as many as the registers hold sums for.
+// Rows of A that one pass over rows of B multiplies: as many as there are registers for their sums.
 constexpr int kPassRows = Isa::kVectorBytes == 64 ? 6 : 3;
 
 // Multiplies kWidth elements of two rows and adds up the products, in kParts instructions. load: the operand of a part,
@@ -102,8 +102,7 @@ public:
     static void dots(const T* const* a, int64_t m, const T* w, int64_t stride, int64_t n, int64_t k, A* c,
                      int64_t ldc) {
         const int64_t passes = ceil_div(m, kPassRows), pass_rows = ceil_div(m, passes);
-        // Reading rows of the same page side by side is slower, by a quarter for rows of 1.5 KiB if memory is the
-        // limit.
+        // Reading rows of the same page side by side is slower: by a quarter for rows of 1.5 KiB if bound by memory.
         const DotOrder order(n, passes == 1 && stride < kPage && n / kDotRows * stride >= kPage);
         for (int64_t step = 0; step < order.count; ++step) {
             const DotRows rows = order.at(step);
@@ -213,8 +212,8 @@ private:
         for (int i = 0; i < M; ++i) put_sums<A, N>(sums[i], c + i * ldc);
     }
 
-    // Prefetches the rows of W after those in use, line by line in memory order: read a line or two of a page at a
-    // time, memory is about half as fast.
+    // Prefetches the rows of W after those in use, line by line in memory order. Reading only a line or two of a page
+    // at a time would be about half as fast.
     struct RowsAhead {
         const T *next, *end;
         int64_t stride, width;
@@ -278,7 +277,7 @@ private:
 #pragma GCC unroll 8
             for (int j = 0; j < G; ++j) {
                 A* c = g.c + i * g.ldc + j * kColumns;
-                if (g.accumulate) {  // at the end: sums of kRowsAhead terms, added up, err less than one long sum
+                if (g.accumulate) {  // last: adding up sums of kRowsAhead terms loses less than one long sum
                     Vec<A> before[N];
                     Step::load_sums(c, count, before);
 #pragma GCC unroll 8

@@ -18,7 +18,7 @@ inline Vec<float> widen_half(VecU32 pairs, int odd) {
     return bit_cast<Vec<float>>(odd ? pairs & 0xffff0000u : pairs << 16);
 }
 
-// Loads the first n halves; the others are zeros.
+// Loads the first n elements; the others are zeros.
 inline VecU32 load_pairs(const bfloat16* p, int64_t n) {
     if (n >= 2 * kLanes<float>) return load_bits<VecU32>(p);
     VecU32 pairs{};
@@ -34,7 +34,7 @@ struct DotStep<bfloat16> {
     static Vec<float> add(Vec<float> sum, Vec<float> x, Vec<float> y) { return sum + x * y; }
 };
 
-// Columns of even index, then those of odd index, until the sums are stored.
+// Keeps the sums of even and odd columns in separate vectors until they are stored.
 template <>
 struct ColumnStep<bfloat16> {
     using V = Vec<float>;

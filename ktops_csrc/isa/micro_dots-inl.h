@@ -3,8 +3,8 @@
 // The micro-kernel of integer products: rows of signed codes of activations times panels of unsigned codes of weights.
 //
 //   panel       [k / 4][16][4]: one zmm register holds four codes of each of 16 columns
-//   blocks      32 columns of k: their exact sums are scaled by the block's scale of activations and added up in
-//               float32; and by the weights' scales, once for all blocks of a group, or for each group of a block
+//   blocks      32 columns of k. Exact sums over a block are multiplied by its scale of activations and added up in
+//               float32. The weights' scales are applied once per group of blocks, or once per group within a block
 //   units       128 columns. If all blocks of a unit share one scale, in every row of a call, they are summed at once
 //   registers   3 rows x 4 panels: 12 exact sums and 12 of floats, 4 for a step of the panels, 1 for the broadcast of a
 //               row. The sums of a block are scaled between the first products of the next one.
@@ -23,13 +23,13 @@ namespace kt::KT_ISA {
 
 struct CodeArguments {
     int m, panels;
-    // Every row, from the first code of the panels on. Offsets in bytes from there: the scales of blocks (float), the
-    // initial values of the exact sums of parts (a block, or a group of half a block; int32), the sums of groups
-    // (float).
+    // Pointers to every row's first code in the panels' range. Offsets in bytes from there: the scales of blocks
+    // (float); the initial values of the exact sums of parts (int32), a part being a block, or a group of half a block;
+    // the sums of groups (float).
     const int8_t* const* a;
     int64_t a_scales, starts, sums;
-    int64_t joined;  // for every unit, whether its blocks share one scale (int8)
-    bool joins;      // whether any may
+    int64_t joined;  // another offset: for every unit, 1 if its blocks share one scale (int8)
+    bool joins;      // true if any may
     const uint8_t* b;
     int64_t b_stride;
     bool pairs;  // the even columns of every 128 come first, then the odd ones
@@ -44,7 +44,7 @@ struct CodeArguments {
     bool adds;  // to C
     float* c;
     int64_t ldc;
-    const uint8_t* ahead;  // what to prefetch meanwhile, a line per kCodesALine codes of a row
+    const uint8_t* ahead;  // where to prefetch meanwhile, a line per kCodesALine codes of a row
     int64_t ahead_step;
 };
 

@@ -14,7 +14,7 @@
 //   tmm4            A                                 B
 //   tmm5            B: panel 0, 1, 2, 3               A: rows 0-15 .. 48-63
 //
-// A tile of A is 64 bytes of each of 16 rows, at any stride. So rows of a weight W are tiles in place, and A . W^T is
+// A tile of A is 64 bytes of each of 16 rows, at any stride, so rows of a weight W are tiles in place. A . W^T is
 // summed as W . A^T, with A in panels and C transposed. Other products have W in panels and A staged as tiles.
 
 #include <immintrin.h>
@@ -85,8 +85,7 @@ struct MicroGemm<bfloat16> {
         a[0] = out;
     }
 
-    // Copies rows i .. i + m of A from panels, whose columns they are: 16 pairs of k of a panel, transposed, are a
-    // tile.
+    // Copies rows i .. i + m of A, which are columns of panels: 16 pairs of k of a panel, transposed, form a tile.
     static void stage_panels(const bfloat16* panels, int64_t stride, int64_t i, int64_t m, bfloat16* out,
                              const bfloat16** a) {
         a[0] = out;
@@ -113,8 +112,8 @@ struct MicroGemm<bfloat16> {
         const auto put = [&](const float* from, int64_t ld, int64_t i, int64_t j) {
             if (i < m && j < n) put_transposed(from, ld, smaller(16, m - i), smaller(16, n - j), c + i * ldc + j, ldc);
         };
-        // 32 rows of w by two panels, and 64 by a last single panel. Meanwhile prefetches as many rows after them; or,
-        // if they are used once, the same rows further along.
+        // 32 rows of w by two panels, and 64 by a last single panel. Meanwhile prefetches the same number of rows after
+        // them; if they are used only once, first the same rows further along k.
         const int64_t num_panels = ceil_div(m, 16), steps = k / kTileK;
         const bool single = num_panels > 1 && num_panels % 2;
         const int64_t passes = single ? num_panels / 2 : ceil_div(num_panels, 2);
@@ -156,8 +155,8 @@ private:
         int64_t step, stride;
     };
 
-    // Prefetches to L2 during the steps, a line of each of `rows` rows per step: of `near`, and of `far` from step
-    // far_from on.
+    // Prefetches to L2 during the steps, a line of each of `rows` rows per step: of `near` before step far_from, then
+    // of `far`.
     struct ReadAhead {
         const bfloat16 *near = nullptr, *far = nullptr;
         int64_t far_from = 0, rows = 0, stride = 0;

@@ -75,7 +75,7 @@ inline void stage_rows(const T* const* rows, int64_t m, int64_t k, C* out, const
     }
 }
 
-// Points a[] at rows i .. i + m of A in its panels, whose columns they are.
+// Points a[] at rows i .. i + m of A, which are columns of its panels.
 template <class C>
 inline void point_into_panels(const C* panels, int64_t stride, int64_t i, int64_t m, const C** a) {
     for (int64_t j = i; j < i + m; ++j) {
@@ -90,7 +90,7 @@ struct MicroGemm {
     static constexpr int64_t panels(int64_t) { return kPanels; }  // for m rows
     static constexpr bool kStaged = false;                        // reads rows of A anywhere in memory
     static constexpr bool kReadsRows = false;                     // reads B from panels only
-    static constexpr int kUnroll = 4;                             // k-steps that share the loop's own instructions
+    static constexpr int kUnroll = 4;                             // k-steps per iteration
 
     static void gemm(const MicroArguments<C>& g) {
         call_micro_kernel<MicroGemm>(g, std::make_integer_sequence<int, kRows * kPanels>());
@@ -99,7 +99,7 @@ struct MicroGemm {
     template <int M, int P>
     static void kernel(const MicroArguments<C>& g) {
         using A = Acc<C>;
-        constexpr int V = kPanelColumns / kLanes<A>;  // vectors a panel
+        constexpr int V = kPanelColumns / kLanes<A>;  // vectors per panel
         Vec<A> acc[M][P * V];
 #pragma GCC unroll 16
         for (int i = 0; i < M; ++i) {
@@ -140,7 +140,7 @@ struct MicroGemm {
     }
 };
 
-// Only for ISAs with their own, in micro_gemm_<isa>-inl.h: others widen bfloat16.
+// Defined in micro_gemm_<isa>-inl.h for ISAs with bfloat16 products; the others widen bfloat16.
 template <>
 struct MicroGemm<bfloat16>;
 

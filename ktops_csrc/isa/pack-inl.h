@@ -127,7 +127,8 @@ inline void pack_nn_scaled(Rows<S> w, int64_t column, int64_t n, int64_t kn, C* 
     }
 }
 
-// Packs panels of n columns, `stride` elements apart: a few rows at a time into all panels, to read memory row by row.
+// Packs n columns into panels, `stride` elements apart: a few rows at a time into all panels, to read memory row by
+// row.
 template <class T>
 inline void pack_nn(Rows<T> w, int64_t column, int64_t n, int64_t kn, Compute<T>* panels, int64_t stride) {
     using C = Compute<T>;

@@ -56,7 +56,7 @@ inline V load_bits_partial(const P* p, int64_t n) {
     return v;
 }
 
-// The same through memory; and the store.
+// The same for a Vec, through memory; and the store of its first n lanes.
 template <class A>
 inline Vec<A> load_lanes(const A* p, int64_t n) {
     A lanes[kLanes<A>] = {};

@@ -29,11 +29,11 @@ struct IsaDefaults {
     // True if the ISA has tiles of bytes (TileDots), for activations of two digits.
     static constexpr bool kInt8Tiles = false;
 
-    // Integers are faster than floating point for integer formats if experts have at most kInt8Rows rows on average, or
-    // if at least kInt8Group columns share a scale.
+    // For weights in integer formats, integer products are faster than floating point if experts have at most kInt8Rows
+    // rows on average, or if at least kInt8Group columns share a scale.
     static constexpr int64_t kInt8Rows = 0, kInt8Group = int64_t{1} << 62;
 
-    // Sets up a thread for its work in the constructor, and undoes that in the destructor.
+    // The constructor sets up a thread for its work; the destructor restores it.
     struct Region {};
 };
 

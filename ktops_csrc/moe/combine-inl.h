@@ -58,7 +58,7 @@ public:
         }
     }
 
-    // To be called after all of run().
+    // Must be called after run() for all tasks.
     int64_t num_sums() const { return kept_rows_ ? layer_.p.num_tokens : 0; }
     void sum(int64_t token) const {
         const int32_t* positions = routing_.positions + token * layer_.p.top_k;

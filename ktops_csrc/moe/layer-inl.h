@@ -12,11 +12,11 @@
 
 namespace kt::KT_ISA {
 
-// Sets up a thread for its work. A type of its own for every ISA, so that no ISA shares its functions with another.
+// Sets up a thread for its work. Each ISA has its own type, so that the linker cannot merge functions of two ISAs.
 struct Region : Isa::Region {};
 
-// Columns of one task of a product along the rows of a weight; of gate_up, that many of g and of u. More if each task
-// copies the rows of A. kSlabRows: the most rows of such a block of g and u.
+// Columns of one task of a product along the rows of a weight; for gate_up, that many of g and of u. More if each task
+// copies the rows of A. kSlabRows: the most rows of a block of g and u.
 template <class T>
 constexpr int64_t kSlab = BlockGemm<T>::kCopiesRows ? 256 : 64;
 template <class T>
@@ -29,8 +29,8 @@ constexpr int64_t kCodeSlab = larger(kSlab<T>, 128);
 // Columns of I over which <h, dh> is summed first; then these sums are added up.
 constexpr int64_t kDotSlab = 64;
 
-// Columns of one task of a product down the rows of a weight: as many as fit for the expert with the most rows, whole
-// rows of the weight if possible, since memory is slow when read a few lines at a time.
+// Returns the columns of one task of a product down the rows of a weight: as many as fit for the expert with the most
+// rows, up to kWideColumns, since memory is slow when read a few lines at a time.
 inline int64_t wide_slab(const Routing& routing) {
     int64_t columns = kWideColumns;
     while (columns > kMaxColumns && columns * round_up(routing.most_rows, kRowStep) > kMaxRows * kMaxColumns)
@@ -51,7 +51,7 @@ inline bool keeps_rows(const Problem& p, const Routing& routing) {
     return routing.num_routes * p.hidden_size * static_cast<int64_t>(sizeof(float)) <= kKeptBytes;
 }
 
-// Returns at most `width`, and less if the threads would lack tasks. Results do not depend on it.
+// Returns `width`, or less if there would be too few tasks for the threads. Results do not depend on it.
 inline int64_t slab_width(int64_t width, int64_t columns, int64_t tasks_a_slab, int num_threads) {
     while (width > kPanelColumns && ceil_div(columns, width) * tasks_a_slab < 4 * num_threads) width /= 2;
     return width;
@@ -100,7 +100,7 @@ inline int code_digits(const Problem& p, const WeightTensor& weight) {
     return choose_digits(products, kIsaLimits<T>, p.forced_path);
 }
 
-// Takes `rows` rows of coded activations if products with this weight are computed in integers.
+// Allocates `rows` rows of coded activations if products with this weight are computed in integers.
 template <class T>
 inline CodedRows take_coded(Workspace& workspace, const Problem& p, const Weight<T>& weight, int64_t rows) {
     const int digits = code_digits<T>(p, weight.tensor());
@@ -146,7 +146,7 @@ struct Layer {
         }
     }
 
-    // To be called for every token before gate_up_product, if coded_x is used.
+    // Must be called for every token before gate_up_product, if coded_x is used.
     void code_token(int64_t token) const { code_row(static_cast<const T*>(p.hidden_states), H, coded_x, token); }
 
     // Rows of a [T, H] tensor for the positions from `first` on.
@@ -162,8 +162,8 @@ struct ExpertTask {
         : expert(routing.active[task / slabs]), slab(task % slabs) {}
 };
 
-// Returns the rows of W of the task that a thread most likely takes after `task`: the others take those in between. A
-// slab is `width` rows of W.
+// Returns the rows of W for the task that a thread most likely takes after `task`, since the other threads take those
+// in between. A slab is `width` rows of W.
 inline NextRows rows_of_next(const Problem& p, const Routing& routing, int64_t task, int64_t slabs, int64_t width) {
     const int64_t next = task + p.num_threads;
     if (next >= routing.num_active * slabs) return {};

@@ -24,7 +24,7 @@ public:
     explicit Checker(const char* op) : op_(op) {}
 
     [[noreturn]] void fail(const std::string& message) const;
-    // The message is built from texts, numbers and the shapes of tensors, only if the condition fails.
+    // Builds the message, from texts, numbers and the shapes of tensors, only if the condition fails.
     template <class... Parts>
     void require(bool condition, const Parts&... parts) const {
         if (!condition) fail((text(parts) + ...));

@@ -5,7 +5,7 @@
 namespace kt::ops {
 namespace {
 
-// Calls f and puts the op's name into its error.
+// Calls f and prefixes the message of its error with the op's name.
 template <class F>
 decltype(auto) named(const char* op, F f) {
     try {

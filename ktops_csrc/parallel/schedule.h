@@ -13,7 +13,7 @@ namespace kt {
 // Runs body(context) on up to n threads at once, at least once. Supplied by the caller of the kernels.
 using Launch = void (*)(int64_t n, void (*body)(void* context), void* context);
 
-// A list of phases, each a number of independent tasks; a phase starts when the one before it has ended. Threads take
+// A list of phases, each a set of independent tasks. A phase starts when the one before it has ended. Threads take
 // tasks one by one, so a thread that loses its core, or never gets one, delays the others by at most one task.
 class Schedule {
 public:
@@ -55,7 +55,7 @@ private:
         alignas(64) std::atomic<int64_t> busy{0};  // nanoseconds, if the call is profiled
         std::atomic<int64_t> wait{0};
         std::atomic<int64_t> paths[profile::kMaxPaths] = {};
-        int64_t wall = 0;  // of the first worker, which is there from the start
+        int64_t wall = 0;  // as measured by the first worker, which is present from the start
     };
 
     void work() {

@@ -18,7 +18,7 @@ class CodeRows {
     static constexpr int64_t kColumns = Decoder::kCodeColumns, kStep = Decoder::kCodeStep;
     static constexpr bool kInUnit = Decoder::kCodeGroup > 0;
     static constexpr int64_t kGroups = kInUnit ? kColumns / Decoder::kCodeGroup : 1;
-    static constexpr bool kSecond = kZeros || Decoder::kMins;  // a group has a second number
+    static constexpr bool kSecond = kZeros || Decoder::kMins;  // a group also has a zero point or a min
 
 public:
     // Scales of a unit, followed by its mins, padded to a multiple of 16 numbers.
@@ -91,7 +91,7 @@ public:
         }
     }
 
-    // load_groups() for scales that are stored in a tensor of their own.
+    // Loads scales that are stored in a tensor of their own, like load_groups(), times kFactor.
     static void load_scales(const WeightTensor& w, int64_t e, int64_t row, int64_t first, int64_t n, float* out) {
         load_groups(w.scale, e, row, first, n, out);
         if constexpr (Decoder::kFactor != 1) {
@@ -113,7 +113,8 @@ private:
         }
     }
 
-    // Packs one unit of each of 16 rows if each byte can be decoded by itself, while bytes are transposed.
+    // Packs one unit of each of 16 rows, for formats whose bytes can be decoded one by one: transposes bytes, then
+    // decodes them in registers.
     static void unit_panel(const uint8_t* unit, int64_t row_bytes, uint8_t* out) {
         constexpr int64_t kBlocks = kStep / 64, kBlockBytes = 64 * kPanelColumns;
         for (int64_t b = 0; b < kBlocks; ++b, unit += 64, out += kBlockBytes) {

@@ -20,7 +20,8 @@ template <class Decoder, bool kZeros>
 class CodeKernels {
     static constexpr int64_t kColumns = Decoder::kCodeColumns, kStep = Decoder::kCodeStep;
     static constexpr int V = static_cast<int>(kColumns / kCodeBytes);
-    static constexpr int S = Decoder::kPairs ? V / 2 : V;  // vectors v and v + S hold codes of the same columns' pairs
+    // With pairs, vectors v and v + S hold the even and the odd columns of the same pairs.
+    static constexpr int S = Decoder::kPairs ? V / 2 : V;
     static constexpr int R = static_cast<int>(kDotRows);
     static constexpr bool kInUnit = Decoder::kCodeGroup > 0;
     static constexpr int64_t kGroups = kInUnit ? kColumns / Decoder::kCodeGroup : 1;
@@ -109,7 +110,7 @@ private:
                                        static_cast<int>(column_of(v, Is) / CodedRows::kBlock - kFirst)...);
     }
 
-    // Walks the units of kDotRows rows, which are that many streams of memory.
+    // Walks the units of kDotRows rows in parallel, each row a stream of memory.
     template <int M>
     struct Units {
         const uint8_t* unit;
@@ -202,8 +203,8 @@ private:
     struct GroupLanes {
         static constexpr int64_t kBegin = column_of(v, 0) / kGroup, kEnd = column_of(v, kDotLanes - 1) / kGroup + 1;
         static constexpr bool kOne = kEnd - kBegin == 1;
-        // scales in a unit are in a register; others are loaded only as far as needed, since a load of what several
-        // stores have written has to wait
+        // Scales stored in a unit are in a register. Others are loaded only as far as needed, since a load that spans
+        // several recent stores has to wait for them.
         static constexpr bool kFew = !kInUnit && kEnd - kBegin <= 4;
         static constexpr int64_t kFirst = kOne || kFew ? kBegin : kBegin / kDotLanes * kDotLanes;
 
@@ -246,7 +247,7 @@ private:
         }
     }
 
-    // For scales in the units.
+    // For formats with scales in the units.
     template <int M>
     __attribute__((always_inline)) static void add_units(Units<M>& units, const float* const* a_sums,
                                                          VecDotsF (&total)[M][R]) {

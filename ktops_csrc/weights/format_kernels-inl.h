@@ -136,8 +136,8 @@ private:
         }
     }
 
-    // Adds columns [first, end), in one piece, of kDotRows rows, which are that many streams of memory. The last rows
-    // may be the same.
+    // Adds columns [first, end), in one piece, of kDotRows rows, each a stream of memory. If fewer rows are left, the
+    // last one is repeated.
     template <int M>
     static void add_piece(const WeightTensor& w, int64_t e, int64_t row, const DotRows& rows, int64_t first,
                           int64_t end, const float* const* x, int64_t ahead, VecF (&sums)[M][kDotRows]) {

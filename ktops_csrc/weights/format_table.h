@@ -1,6 +1,6 @@
 #pragma once
 
-// The interface of a format to the kernels of a layer, without its type: a table of functions per format and ISA.
+// The interface between formats and the kernels of a layer: a table of functions for each format and ISA.
 
 #include <type_traits>
 
@@ -12,9 +12,9 @@ namespace kt {
 // The numbers of n groups, rounded up to whole vectors.
 constexpr int64_t group_room(int64_t n) { return round_up(n, 16); }
 
-// Rows of activations as codes, padded with zeros to whole units: in order, or the even columns of every unit, then its
-// odd columns. An activation is a code times the scale of its block; or the sum of two digits, each such a product, in
-// two rows of codes that have one scale each for all blocks.
+// Rows of activations as codes, padded with zeros to whole units. The codes are in order or, with `pairs`, the even
+// columns of every unit come before its odd columns. An activation is a code times the scale of its block. With two
+// digits, it is the sum of two such products, in two rows of codes that have one scale each for all blocks.
 struct CodedRows {
     static constexpr int64_t kUnit = 128, kBlock = 32, kSumsMultiple = 16;
     static constexpr int32_t kDigit = 128;  // the high digit's scale over the low one's
@@ -40,7 +40,7 @@ struct CodedRows {
     int8_t* row_joined(int64_t i) const { return codes + i * stride + joined_at; }
     float* row_sums(int64_t i) const { return reinterpret_cast<float*>(codes + i * stride + sums_at); }
 
-    // Takes memory for `rows` rows of activations.
+    // Allocates memory for `rows` rows of activations.
     static CodedRows take(Workspace& workspace, int64_t rows, const WeightTensor& w, int digits, bool pairs,
                           int zero_code) {
         CodedRows out(w, digits);

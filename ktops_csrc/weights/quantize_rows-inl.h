@@ -29,7 +29,7 @@ inline void load_unit(const T* x, int64_t n, VecF* v) {
     }
 }
 
-// The bits of |x|, which as integers are in the order of the numbers, NaN last.
+// The bits of |x|. Compared as integers, they have the order of the numbers, with NaN last.
 inline VecI32 magnitude(VecF x) { return bit_cast<VecI32>(x) & 0x7fffffff; }
 
 // The largest magnitude as a float; NaN if it is infinite or NaN.
@@ -169,8 +169,8 @@ private:
     float sum_ = 0;  // of the group that ends at group_end_
 };
 
-// The blocks of a unit share the largest of their scales if the sum of the squares of the scales, and so of the errors,
-// grows at most by a factor of `most`.
+// The blocks of a unit share the largest of their scales if the sum of the squares of the scales, and with it that of
+// the squared errors, grows by a factor of at most `most`.
 struct JoinedUnit {
     float largest = 0, squares = 0;
 
@@ -184,8 +184,8 @@ struct JoinedUnit {
     bool joins(float most) const { return joined_squares() <= most * squares; }
 };
 
-// `most` for a row whose blocks have these largest |x|: kMostJoinedSquares if with it the sum of all squares grows at
-// most by a factor of kJoinedSquares, else kJoinedSquares.
+// Returns `most` for a row whose blocks have these largest |x|: kMostJoinedSquares if the sum of all squares then grows
+// by a factor of at most kJoinedSquares, else kJoinedSquares.
 constexpr float kJoinedSquares = 1.6f, kMostJoinedSquares = 2.4f;
 inline float most_joined_squares(const float* blocks, int64_t units) {
     float before = 0, after = 0;

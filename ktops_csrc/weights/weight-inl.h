@@ -1,10 +1,10 @@
 #pragma once
 
 // The weights of a projection, [E, rows, columns]: dense in the dtype of the activations, with any strides, or in a
-// format. They offer a product
+// format. Products call
 //   direct(e)                                     rows of an expert in place, row_stride apart; null if not contiguous
 //   copy_rows(e, row, n, column, count, out)      contiguous copies of rows, in T
-//   dots(...)                                     products with up to few_rows() rows, codes read in place
+//   dots(...)                                     dot products with up to few_rows() rows, for a weight in a format
 //   decode_nt(e, row, n, k, kn, ...)              panels of rows [row, row + n), k in [k, k + kn) along a row
 //   decode_nn(e, k, kn, column, n, ...)           panels of columns [column, column + n), k down the rows
 // The last two write ceil(n / 16) panels of Compute<T>, `stride` elements apart, padded with zeros. scratch has room
@@ -21,7 +21,7 @@
 
 namespace kt::KT_ISA {
 
-// In decode-inl.h, or taken from another ISA.
+// Defined in decode-inl.h, or returns the table of another ISA.
 const FormatTable& format_table(FormatId format);
 
 template <class T>
@@ -81,7 +81,7 @@ public:
         table_->dots(tensor_, e, row, n, x, m, c, ldc);
     }
 
-    // For an integer format: takes rows of activations for products with codes.
+    // For an integer format: allocates rows of activations for products with codes.
     CodedRows take_codes(Workspace& workspace, int64_t rows, int digits) const {
         return CodedRows::take(workspace, rows, tensor_, digits, table_->pairs, table_->zero_code);
     }

@@ -1,4 +1,4 @@
-"""What the tile products compute, from the manual's formulas, in numpy."""
+"""The tile products by the manual's formulas, in numpy."""
 
 import numpy
 
@@ -8,27 +8,27 @@ SMALLEST_NORMAL = 2.0**-126
 
 
 def bits(x: numpy.ndarray) -> numpy.ndarray:
-    """The bits of float32 values."""
+    """Returns the bits of float32 values."""
     return numpy.ascontiguousarray(x, dtype=numpy.float32).view(numpy.uint32)
 
 
 def flush(x: numpy.ndarray) -> numpy.ndarray:
-    """float32 with denormals replaced by zeros of their sign."""
+    """Replaces float32 denormals by zeros of the same sign."""
     return numpy.where(numpy.abs(x) < SMALLEST_NORMAL, numpy.copysign(numpy.float32(0), x), x)
 
 
 def widen(x: numpy.ndarray) -> numpy.ndarray:
-    """float32 values of the bits of bfloat16, denormals as zero."""
+    """Returns the float32 values of bfloat16 bits, with denormals as zero."""
     return flush((x.astype(numpy.uint32) << 16).view(numpy.float32))
 
 
 def fused(total: numpy.ndarray, a: numpy.ndarray, b: numpy.ndarray) -> numpy.ndarray:
-    """total + a * b rounded once to float32, to nearest even; denormal operands and results are zero.
+    """Returns total + a * b rounded once to float32, to nearest even; denormal operands and results are zero.
 
     The product of two bfloat16 values, and of a value and one, is exact in float64. The sum is rounded to odd
-    there (S. Boldo, G. Melquiond, Emulation of FMA and correctly rounded sums, IEEE TC 57 (4), 2008), after
-    which rounding to float32 gives what one rounding of the exact sum does. A NaN is the first of a, b,
-    total that is one, made quiet.
+    there (S. Boldo, G. Melquiond, Emulation of FMA and correctly rounded sums, IEEE TC 57 (4), 2008), so that
+    rounding it to float32 equals one rounding of the exact sum. A NaN result is the first NaN of a, b, total,
+    made quiet.
     """
     total, a, b = (flush(x) for x in (total, a, b))
     with numpy.errstate(all="ignore"):
@@ -54,15 +54,15 @@ def fused(total: numpy.ndarray, a: numpy.ndarray, b: numpy.ndarray) -> numpy.nda
 
 
 def plus(x: numpy.ndarray, y: numpy.ndarray) -> numpy.ndarray:
-    """x + y as :func:`fused` rounds it; of two NaNs the first."""
+    """Returns x + y rounded as in :func:`fused`; the first of two NaNs."""
     return fused(y, x, numpy.float32(1))
 
 
 def tdpbf16ps(c: numpy.ndarray, a: numpy.ndarray, b: numpy.ndarray) -> numpy.ndarray:
-    """c [m, n] float32 + a [m, 2k] . b [k, 2n], bits of bfloat16.
+    """Returns c [m, n] float32 + a [m, 2k] . b [k, 2n], bits of bfloat16.
 
-    The manual's order: a sum for even and one for odd elements, each from zero over ascending k, then even +
-    odd, then c + that.
+    Follows the manual's order: separate sums of even and odd elements, each from zero over ascending k, then
+    even + odd, then c + that.
     """
     a, b = widen(a), widen(b)
     even = numpy.zeros_like(c)
@@ -74,7 +74,7 @@ def tdpbf16ps(c: numpy.ndarray, a: numpy.ndarray, b: numpy.ndarray) -> numpy.nda
 
 
 def int8_product(name: str, c: numpy.ndarray, a: numpy.ndarray, b: numpy.ndarray) -> numpy.ndarray:
-    """c [m, n] uint32 + a [m, 4k] . b [k, 4n] modulo 2^32; letters 5 and 6 of the name: u or s bytes."""
+    """Returns c [m, n] uint32 + a [m, 4k] . b [k, 4n] modulo 2^32; letters 5 and 6 of the name are u or s."""
     kinds = {"s": numpy.int8, "u": numpy.uint8}
     left = a.view(kinds[name[4]]).astype(numpy.int64)
     right = b.view(kinds[name[5]]).astype(numpy.int64).reshape(b.shape[0], -1, 4)

@@ -1,4 +1,4 @@
-"""Pieces of assembler that use tiles, run natively or under the emulator by driver.cpp."""
+"""Pieces of assembly that use tiles, run natively or under the emulator by driver.cpp."""
 
 import subprocess
 from dataclasses import dataclass
@@ -11,21 +11,21 @@ from ktops.testing import amx_emulator
 ARENA = 0x60000000
 ARENA_BYTES = 256 << 10
 CONFIG, A, B, C, OUT, MIDDLE = 0x0, 0x1000, 0x2000, 0x3000, 0x4000, 0x20000
-"""Offsets in the arena. Below MIDDLE there is room for a stack."""
+"""Offsets in the arena. The space below MIDDLE can hold a stack."""
 
 
 def cpu_has_amx() -> bool:
-    """Whether CPU and kernel offer tiles of bfloat16 and int8."""
+    """Returns True if CPU and kernel support tiles of bfloat16 and int8."""
     flags = next(line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("flags"))
     return {"amx_tile", "amx_bf16", "amx_int8"} <= set(flags.split())
 
 
 WAYS = ["emulated", "native"] if cpu_has_amx() else ["emulated"]
-"""How a program can run here: where the hardware exists, the same tests hold it to the same reference."""
+"""How a program can run here. If the hardware exists, the same tests compare it with the same reference."""
 
 
 def config(shapes: dict[int, tuple[int, int]], start_row: int = 0, palette: int = 1) -> bytes:
-    """The 64 bytes of LDTILECFG for {tile: (rows, bytes a row)}."""
+    """Returns the 64 bytes of LDTILECFG for {tile: (rows, bytes per row)}."""
     data = bytearray(64)
     data[0], data[1] = palette, start_row
     for tile, (rows, colsb) in shapes.items():
@@ -36,7 +36,7 @@ def config(shapes: dict[int, tuple[int, int]], start_row: int = 0, palette: int 
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a run ended: the exit status (negative for a signal), what it said, and the arena afterwards."""
+    """The end of a run: the exit status (negative for a signal), the output, and the arena afterward."""
 
     status: int
     stderr: str
@@ -50,7 +50,7 @@ class Outcome:
 
 
 class Program:
-    """The driver with the given pieces of assembler (Intel syntax; rdi is the arena), by name."""
+    """The driver with the given pieces of assembly (Intel syntax; rdi is the arena), by name."""
 
     def __init__(self, pieces: dict[str, str], folder: Path) -> None:
         self.names, self.folder = list(pieces), folder

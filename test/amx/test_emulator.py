@@ -1,4 +1,4 @@
-"""The AMX emulator: instructions and addressing forms against formulas, and on hardware that has them."""
+"""Compares the AMX emulator's instructions and addressing forms with formulas and, if available, hardware."""
 
 import re
 import signal
@@ -11,7 +11,7 @@ from program import ARENA, CONFIG, MIDDLE, OUT, WAYS, A, B, C, Program, config
 from ktops.testing import amx_emulator
 
 PRODUCTS = amx_emulator.DOT_PRODUCTS
-SHAPE = (5, 24)  # rows, bytes a row
+SHAPE = (5, 24)  # rows, bytes per row
 
 STANDARD = f"lea rsi, [rdi + {OUT}]; mov rdx, 64"  # [rsi + rdx] is the tile at OUT
 
@@ -69,7 +69,7 @@ def restore_stack(setup: str) -> str:
 
 
 def pieces() -> dict[str, str]:
-    """All the assembler of this file."""
+    """All the assembly in this file."""
     code = {}
     for name, (setup, operand, *_) in TILE_FORMS.items():
         prefix = ".byte 0x3e; " if name == "ds prefix" else ""
@@ -182,7 +182,7 @@ def test_zero_release_and_reload(program, way):
 
 @pytest.mark.parametrize("way", WAYS)
 def test_start_row(program, way):
-    """An instruction goes on where an interrupt left it, and clears the number."""
+    """An interrupted instruction resumes at the start row, and clears it."""
     data = random_bytes(5, 1024)
     memory = {CONFIG: config({2: (8, 32)}, start_row=3), A: data, OUT: b"x" * 1024}
     after = program.run("start row of a load", way, memory).arena
@@ -199,7 +199,7 @@ SHAPES = [(16, 16, 16), (1, 1, 1), (5, 16, 3), (16, 7, 16), (3, 2, 11)]
 
 
 def operands(kind: str, seed: int) -> dict[int, numpy.ndarray]:
-    """Bits for A, B and C: "normal" values, values that underflow, special values, or anything at all."""
+    """Returns bits for A, B and C: "normal" values, values that underflow, special values or any bits."""
     rng = numpy.random.default_rng(seed)
     a, b = (rng.integers(0, 1 << 16, (16, 32), dtype=numpy.uint16) for _ in range(2))
     c = rng.integers(0, 1 << 32, (16, 16), dtype=numpy.uint32)
@@ -228,7 +228,7 @@ def product_inputs(data: dict[int, numpy.ndarray], m: int, n: int, k: int, tiles
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("kind", ["normal", "underflow", "special", "anything"])
 def test_bfloat16_product(program, way, kind):
-    """Bit for bit, NaNs included."""
+    """Results match bit for bit, including NaNs."""
     for seed, (m, n, k) in enumerate(SHAPES * 2):
         tiles = [(0, 1, 2), (7, 3, 5), (4, 6, 0)][seed % 3]
         data = operands(kind, seed)
@@ -264,7 +264,7 @@ def test_the_programs_rounding_mode_is_neither_used_nor_changed(program, way):
 
 
 def test_the_reference_rounds_once():
-    """A sum whose float64 value lies on a tie of float32 that the exact one does not."""
+    """The float64 value of the sum is on a tie of float32; the exact sum is not."""
     one, half_ulp, tiny = (numpy.array([x], dtype=numpy.float32) for x in (1.0, 2.0**-24, 2.0**-80))
     with_tie = numerics.fused(one, half_ulp, numpy.float32(1))
     assert with_tie == 1.0
@@ -295,7 +295,7 @@ def test_a_thread_without_configuration(program, way):
 
 @pytest.mark.parametrize("way", WAYS)
 def test_other_illegal_instructions_are_the_programs_own(program, way):
-    """A handler installed after the emulator's gets what is not the emulator's, and the faults."""
+    """A handler installed after the emulator's receives the faults and the signals of others."""
     first, second, *_ = program.run("own_handler", way).stdout.split(b"\n", 2)
     assert first == b"1 2 1" and second == b"1"
 

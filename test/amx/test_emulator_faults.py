@@ -1,4 +1,4 @@
-"""What faults on the hardware faults under the emulator, with a reason; and permission to use tiles."""
+"""Faults of the hardware are faults of the emulator, with a reason; permission to use tiles."""
 
 import errno
 import re
@@ -8,7 +8,7 @@ import pytest
 from program import CONFIG, WAYS, Program, config
 
 BAD_OPERANDS = {
-    # configuration, assembler, what the emulator says
+    # configuration, assembly, the emulator's message
     "nothing configured": ({}, "tilezero tmm3", r"tilezero tmm3 at .*no tiles are configured"),
     "load without configuration": (
         {}, "tileloadd tmm2, [rdi + rdx]", r"tileloadd tmm2 \[0x60000000\] at .*no tiles",
@@ -35,15 +35,16 @@ BAD_OPERANDS = {
         {0: (16, 64), 1: (16, 32), 2: (16, 64)}, "ldtilecfg [rdi]; tdpbusd tmm0, tmm1, tmm2",
         "tmm1 has 8 columns of 4 bytes and tmm2 16 rows",
     ),
-    "odd bytes, load": ({0: (3, 6)}, "ldtilecfg [rdi]; tileloadd tmm0, [rdi + rdx]", "no multiple of 4"),
-    "odd bytes, store": ({0: (3, 6)}, "ldtilecfg [rdi]; tilestored [rdi + rdx], tmm0", "no multiple of 4"),
+    "odd bytes, load": ({0: (3, 6)}, "ldtilecfg [rdi]; tileloadd tmm0, [rdi + rdx]", "not a multiple of 4"),
+    "odd bytes, store": ({0: (3, 6)}, "ldtilecfg [rdi]; tilestored [rdi + rdx], tmm0", "not a multiple of 4"),
     "odd bytes, product": (
-        {0: (4, 6), 1: (4, 16), 2: (4, 6)}, "ldtilecfg [rdi]; tdpbsud tmm0, tmm1, tmm2", "no multiple of 4",
+        {0: (4, 6), 1: (4, 16), 2: (4, 6)},
+        "ldtilecfg [rdi]; tdpbsud tmm0, tmm1, tmm2", "not a multiple of 4",
     ),
 }  # fmt: skip
 
 SAME_TILES = {
-    # tdpbf16ps, which an assembler refuses: c4 e2 vvvv 5c modrm
+    # tdpbf16ps, which assemblers reject: c4 e2 vvvv 5c modrm
     "tdpbf16ps tmm1, tmm1, tmm2": ".byte 0xc4, 0xe2, 0x6a, 0x5c, 0xc9",
     "tdpbf16ps tmm1, tmm2, tmm1": ".byte 0xc4, 0xe2, 0x72, 0x5c, 0xca",
     "tdpbf16ps tmm1, tmm2, tmm2": ".byte 0xc4, 0xe2, 0x6a, 0x5c, 0xca",
@@ -70,7 +71,7 @@ BAD_ENCODINGS = {
 }
 
 GOOD_ENCODINGS = {
-    # bits that the hardware does not look at
+    # bits that the hardware ignores
     "tilezero, B": ".byte 0xc4, 0xc2, 0x7b, 0x49, 0xc0",
     "tilezero, X": ".byte 0xc4, 0xa2, 0x7b, 0x49, 0xc0",
     "tdpbf16ps, X": ".byte 0xc4, 0xa2, 0x6a, 0x5c, 0xc1",
@@ -79,7 +80,7 @@ GOOD_ENCODINGS = {
 
 
 def changed(offset: int, value: int, shapes=None) -> bytes:
-    """A valid configuration but for one byte."""
+    """Returns a configuration that is valid except for one byte."""
     data = bytearray(config(shapes or {0: (16, 64)}))
     data[offset] = value
     return bytes(data)
@@ -90,8 +91,8 @@ BAD_CONFIGS = {
     "last palette": (changed(0, 255), "palette 255"),
     "reserved": (changed(2, 1), "reserved byte 2"),
     "last reserved": (changed(15, 1), "reserved byte 15"),
-    "rows": (changed(48, 17), "tmm0 has 17 rows; 16 is the most"),
-    "bytes": (changed(16, 65), "tmm0 has rows of 65 bytes; 64 is the most"),
+    "rows": (changed(48, 17), "tmm0 has 17 rows; the maximum is 16"),
+    "bytes": (changed(16, 65), "tmm0 has rows of 65 bytes; the maximum is 64"),
     "bytes in the high half": (changed(17, 1), "tmm0 has rows of 320 bytes"),
     "rows without bytes": (changed(55, 1), "tmm7 has 1 rows of 0 bytes"),
     "bytes without rows": (changed(20, 4), "tmm2 has 0 rows of 4 bytes"),
@@ -168,7 +169,7 @@ def test_start_row_beyond_the_tile(program, way, name, start_row, fits):
     if fits:
         assert outcome.status == 0
     else:
-        assert_fault(outcome, way, signal.SIGILL, f"start_row {start_row} is beyond the rows of tmm0")
+        assert_fault(outcome, way, signal.SIGILL, f"start_row {start_row} is past the last row of tmm0")
 
 
 def test_the_kernel_is_never_asked(program):

@@ -1,7 +1,7 @@
-"""The row amx_bf16 under the emulator: the op tests, its tile instructions, and life without permission.
+"""The amx_bf16 kernels under the emulator: the op tests, tile instructions, and use without permission.
 
-The row computes with AVX-512 vectors besides tiles, and those are not emulated: on a CPU without AVX512_BF16
-it cannot run at all, and what is tested there is that the emulator says so.
+The kernels also use AVX-512 vectors, which are not emulated. On a CPU without AVX512_BF16 they cannot run at
+all, and the tests check that the emulator reports this.
 """
 
 import errno
@@ -28,9 +28,9 @@ OP_TESTS = [
     "test_determinism.py",
     "test_autograd.py",
     "test_moe_sft_memory.py",
-    "test_formats.py::test_a_format_for_each_projection[amx_bf16]",
-    "test_int8_compute.py::test_products_of_integers[amx_bf16-int8-0-30-4160-64-dtype1]",
-    "test_int8_compute.py::test_products_of_integers[amx_bf16-int4-128-20-160-96-dtype0]",
+    "test_formats.py::test_a_format_and_a_group_size_for_each_projection",
+    "test_int8_compute.py::test_products_of_integers[amx_bf16-int8:0-T30-H4160-I64-dtype1]",
+    "test_int8_compute.py::test_products_of_integers[amx_bf16-int4:128-T20-H160-I96-dtype0]",
     "test_int8_compute.py::test_more_tokens_than_panels_have_room_for[amx_bf16-int4-128]",
     "test_accuracy.py::test_no_less_accurate_than_eager[qwen3_30b-amx_bf16]",
 ]
@@ -45,7 +45,7 @@ def python(code: str, env: dict[str, str], cwd: Path) -> subprocess.CompletedPro
 
 
 def run_op_tests(folder: Path) -> tuple[dict[str, int], str]:
-    """({"tests": ..., "skipped": ..., "failures": ..., "errors": ...}, pytest's output)"""
+    """Returns ({"tests": ..., "skipped": ..., "failures": ..., "errors": ...}, pytest's output)."""
     report = folder / "report.xml"
     options = ["-q", "-p", "no:cacheprovider", "--junitxml", str(report), "--rootdir", str(ROOT)]
     command = [
@@ -93,7 +93,7 @@ print(json.dumps(out))
 
 @pytest.fixture(scope="module")
 def steps(tmp_path_factory):
-    """What STEPS prints: the instructions of forward and backward for some numbers of threads."""
+    """The output of STEPS: the instructions of forward and backward for several numbers of threads."""
     folder = tmp_path_factory.mktemp("steps")
     result = python(STEPS, environment(folder), folder)
     assert result.returncode == 0, result.stderr
@@ -104,7 +104,7 @@ if CAN_RUN:
 
     @pytest.mark.timeout(900)
     def test_op_tests(tmp_path):
-        """Whole files, in a process of their own in which no tile instruction runs on the hardware."""
+        """Runs whole files in a separate process, in which no tile instruction runs on the hardware."""
         results, output = run_op_tests(tmp_path)
         assert results["tests"] > 500
         assert (results["skipped"], results["failures"], results["errors"]) == (0, 0, 0), output[-5000:]
@@ -118,7 +118,7 @@ if CAN_RUN:
                 assert step[name]["tdpbf16ps"] > 50 and step[name]["tileloadd"] > 50, step
 
     def test_tiles_are_configured_once_per_thread_and_region(steps):
-        """One region a call of an operator: forward one, backward one."""
+        """Each operator call has one region: one for forward, one for backward."""
         for step in steps:
             for name in ("forward", "backward"):
                 configured = step[name]["ldtilecfg"]
@@ -128,7 +128,7 @@ if CAN_RUN:
 else:
 
     def test_the_row_cannot_run_here():
-        with pytest.raises(RuntimeError, match="AVX-512 with BF16, and this CPU lacks those"):
+        with pytest.raises(RuntimeError, match="AVX-512 with BF16, which this CPU lacks"):
             amx_emulator.row_environment()
 
 
@@ -147,7 +147,7 @@ LACKING = "must be supported by this CPU (amx_bf16=0,"
 
 
 def reason(number: int) -> str:
-    """What a row that cannot run is said to lack: permission on a CPU with AMX, instructions on others."""
+    """Returns what the kernels lack: permission on a CPU with AMX, instructions on others."""
     return REASON[number] if HAS_AMX else LACKING
 
 
@@ -181,7 +181,7 @@ print([str(w.message) for w in caught if "ktops" in str(w.message)])
 def test_the_next_row_is_chosen_with_one_warning(tmp_path):
     best = next(name for name, runs in ktops.cpu_capabilities().items() if runs and name != "amx_bf16")
     result = python(DEFAULT, refused_environment(errno.EPERM), tmp_path)
-    expected = [f"ktops runs the kernels {best}, not the fastest ones. amx_bf16: {REASON[errno.EPERM]}"]
+    expected = [f"ktops uses the {best} kernels, which are not the fastest. amx_bf16: {REASON[errno.EPERM]}"]
     assert result.stdout.splitlines() == [best, str(expected if HAS_AMX else [])], result.stderr
 
 

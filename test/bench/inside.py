@@ -1,4 +1,4 @@
-"""A worker without a process."""
+"""A bench worker without a process."""
 
 from typing import ClassVar
 
@@ -7,7 +7,7 @@ from bench.worker import Host
 
 
 class Inside:
-    """A worker that lives in this process; ``spoil(name, contestant)`` may replace a contestant."""
+    """A worker in this process; ``spoil(name, contestant)`` may replace a contestant."""
 
     made: ClassVar[list["Inside"]] = []
     asked: ClassVar[list[dict]] = []

@@ -1,4 +1,4 @@
-"""Another process that burns a core, and what the bench makes of times."""
+"""A process that keeps a core busy, and the bench's evaluation of times."""
 
 import os
 from pathlib import Path
@@ -10,12 +10,12 @@ from bench.busy_core import Burner, slowdown
 
 
 def state(burner: Burner) -> str:
-    """ "R" or "S" for a process that runs, "T" for a stopped one."""
+    """Returns "R" or "S" for a running process, "T" for a stopped one."""
     return Path(f"/proc/{burner._process.pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
 
 
 def test_the_burning_process_burns_during_the_busy_sample_only(monkeypatch):
-    """On a clock that moves by 1 in a quiet call and by 3 in a busy one."""
+    """Uses a clock that advances by 1 in a quiet call and by 3 in a busy one."""
     states, clock = [], [0.0]
     monkeypatch.setattr(busy_core.time, "perf_counter", lambda: clock[0])
     with Burner() as burner:

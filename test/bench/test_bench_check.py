@@ -1,4 +1,4 @@
-"""python -m bench.check: figures, exit status, file; whether a check holds depends on the machine."""
+"""``python -m bench.check``: figures, exit status, file. Whether a check holds depends on the machine."""
 
 import math
 
@@ -44,7 +44,7 @@ def test_every_check_gives_its_figures():
     rows = []
     for function in check.CHECKS:
         found = [one.row() for one in function()]
-        assert found or function is check.order_of_rows  # which needs both rows
+        assert found or function is check.order_of_rows  # needs both ISAs
         rows += found
     assert all(math.isfinite(row["measured"]) and row["limit"] > 0 for row in rows)
     names = [row["check"] for row in rows]

@@ -1,4 +1,4 @@
-"""``bench.formats``: a small run, its rooflines, and the tables that are made from its results."""
+"""``bench.formats``: a small run, its rooflines, and the tables generated from its results."""
 
 import json
 
@@ -20,7 +20,7 @@ def layer() -> Layer:
 
 
 def test_a_small_run(capsys, monkeypatch):
-    """All columns, with what each contestant is computed in; other rows of kernels have the same lines."""
+    """The table has all columns and the type each contestant computes in; all kernels have the same lines."""
     monkeypatch.setattr(formats, "Calibration", FixedCalibration)
     monkeypatch.setattr(results, "machine_record", lambda calibration: MACHINE)
     monkeypatch.setattr(formats.report, "print_machine", lambda machine: None)

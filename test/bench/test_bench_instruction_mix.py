@@ -1,4 +1,4 @@
-"""python -m bench.instruction_mix: enough dot products for every tile load."""
+"""``python -m bench.instruction_mix``: enough dot products per tile load."""
 
 import json
 import os
@@ -33,7 +33,7 @@ if ktops.cpu_capabilities()["avx512_bf16"]:
 
     @pytest.fixture(scope="module")
     def measured(tmp_path_factory):
-        """{(mode, rows, rank): row} of one run, and what it printed."""
+        """({(mode, rows, rank): row} of one run, its output)"""
         file = tmp_path_factory.mktemp("mix") / "mix.jsonl"
         root = str(Path(__file__).parents[2])
         arguments = ["--shape", SHAPE, "--rows", "32", "48", "64", "--rank", "0", "16", "--threads", "2"]
@@ -45,7 +45,7 @@ if ktops.cpu_capabilities()["avx512_bf16"]:
         return {(r["mode"], r["rows_per_expert"], r["lora_rank"]): r for r in rows}, result.stdout
 
     def test_one_load_serves_a_dot_product(measured):
-        """The large products: experts with 32 rows and more, no adapters."""
+        """Covers the large products: experts with 32 rows and more, no adapters."""
         rows, _ = measured
         for (mode, n, rank), row in rows.items():
             assert row["instructions"]["tdpbf16ps"] > 0
@@ -53,7 +53,7 @@ if ktops.cpu_capabilities()["avx512_bf16"]:
                 assert row["dot_products_per_load"] >= 0.9, (mode, n, row)
 
     def test_all_the_work_is_done_with_tiles(measured):
-        """16 x 16 x 32 multiply-adds a dot product; the sizes of this shape are multiples of a tile."""
+        """A dot product has 16 x 16 x 32 multiply-adds; the sizes of this shape are multiples of a tile."""
         rows, _ = measured
         shape = parse_shape(SHAPE)
         for n in (32, 48, 64):

@@ -1,6 +1,6 @@
-"""python -m bench.memory: what a call takes is what forward saves, the results and one block, by count.
+"""``python -m bench.memory``: a call allocates what forward saves, the results and one block, by count.
 
-Resident memory is looked at by ``python -m bench.check``.
+``python -m bench.check`` checks resident memory.
 """
 
 import torch
@@ -14,15 +14,15 @@ from ktops.testing.counts import counted
 SHAPE = Shape("wide", 64, 2048, 4, 2)
 TOKENS, RANK = 2048, 4
 GATE_UP = 2 * TOKENS * SHAPE.top_k * 2 * SHAPE.intermediate_size
-"""Bytes of [g | u] of every route: 32 MiB."""
+"""Bytes of [g | u] of all routes: 32 MiB."""
 
 PER_THREAD = 2 * memory.MIB + 2 * 256 * TOKENS
 """Panels, blocks and sums that fit in L2, and 256 columns of h for every row of an expert."""
 
 
 def scratch_bound(threads: int) -> int:
-    """[dg | du], the r-wide products, a route's row of H, an accumulator a route and 64 columns of I, and the
-    threads' own.
+    """Returns the bytes of [dg | du], the r-wide products, a row of H per route, an accumulator per route and
+    64 columns of I, and each thread's own.
     """
     routes = TOKENS * SHAPE.top_k
     narrow = routes * (2 * 2 * RANK + 4 * SHAPE.hidden_size + 4 * SHAPE.intermediate_size // 64 + 4)
@@ -30,7 +30,7 @@ def scratch_bound(threads: int) -> int:
 
 
 def measure(save: str, layer: Layer | None = None, tokens: int = TOKENS, rank: int = RANK) -> memory.Usage:
-    """As bench.memory does, but with extra as the bytes that PyTorch and the operators allocated."""
+    """Measures like bench.memory, but extra is the bytes that PyTorch and the operators allocated."""
     ktops.empty_cache()
     layer = layer or Layer(SHAPE, seed=0)
     inputs, _ = layer.inputs(tokens), layer.adapters(rank)
@@ -56,7 +56,7 @@ def test_recompute_needs_no_more_scratch():
 
 
 def test_no_copy_of_the_weights():
-    """48 MiB of weights, 32 tokens: forward and backward add less than a quarter of them."""
+    """With 48 MiB of weights and 32 tokens, forward and backward add less than a quarter of the weights."""
     layer = Layer(Shape("weights", 1024, 512, 16, 2), seed=0)
     weights = layer.gate_up_proj.nbytes + layer.down_proj.nbytes
     assert weights == 48 * memory.MIB

@@ -1,4 +1,4 @@
-"""``python -m bench.methods`` with ktops in the place of kt-kernel, which needs its own environment."""
+"""``python -m bench.methods`` with ktops in place of kt-kernel, which needs its own environment."""
 
 import json
 import sys
@@ -45,14 +45,14 @@ def _small(monkeypatch, tmp_path):
 
 
 def run(*names) -> tuple[int, list[dict]]:
-    """(exit status, saved rows)"""
+    """Returns (exit status, saved rows)."""
     status = methods.main([*ARGUMENTS, "--methods", *names])
     [record] = results.load("methods", results.RESULTS)
     return status, record["rows"]
 
 
 def test_a_small_run(capsys):
-    """Every method that has rows of 32 columns, in turns; the page gets both tables."""
+    """All methods that support rows of 32 columns take turns; the page gets both tables."""
     names = [
         "BF16",
         "AMXINT8",

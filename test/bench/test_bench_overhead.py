@@ -1,4 +1,4 @@
-"""python -m bench.overhead: table and exit status. What a call costs, counted: ``test/ops/test_calls.py``."""
+"""``python -m bench.overhead``: table and exit status. ``test/ops/test_calls.py`` counts what a call does."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""``python -m bench.peers``: who takes part, in which order, and what happens to a wrong result."""
+"""``python -m bench.peers``: which contestants take part, their order, and the handling of wrong results."""
 
 import functools
 import math
@@ -27,7 +27,7 @@ ALWAYS = {
 
 @pytest.fixture(autouse=True)
 def _small(monkeypatch, tmp_path):
-    """No subprocesses, short samples, results in a folder of the test."""
+    """Avoids subprocesses, shortens samples, and saves results in the test's folder."""
     create = Calibration.__init__
     monkeypatch.setattr(Calibration, "__init__", lambda self, threads: create(self, threads, 1 << 20))
     monkeypatch.setattr("bench.machine._CALL_SECONDS", 0.001)
@@ -43,7 +43,7 @@ def _small(monkeypatch, tmp_path):
 
 
 def saved_rows(*arguments) -> tuple[int, list[dict]]:
-    """(exit status, rows)"""
+    """Returns (exit status, rows)."""
     status = peers.main([*ARGUMENTS, "--save", *arguments])
     [record] = results.load("peers", results.RESULTS)
     return status, record["rows"]

@@ -1,4 +1,4 @@
-"""``bench.scaling`` and ``bench.plots``: points, figures, and the page that is made from them."""
+"""``bench.scaling`` and ``bench.plots``: points, figures, and the page generated from them."""
 
 import pytest
 import torch
@@ -32,7 +32,7 @@ def row(tokens: int, seconds: float, **more) -> dict:
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    """A results folder with a file of every bench, of two runs."""
+    """Returns a results folder with a file per bench, of two runs."""
     monkeypatch.setattr(results, "RESULTS", tmp_path / "results")
     key = scaling.row_key
     results.save("run", MACHINE, "scalar", [row(1, 0.002), row(16, 0.004)], lambda r: (r["tokens"],))

@@ -1,4 +1,4 @@
-"""python -m bench.profile: the FLOPs of the steps are those of the whole."""
+"""``python -m bench.profile``: the FLOPs of the steps add up to those of the whole."""
 
 import pytest
 import torch

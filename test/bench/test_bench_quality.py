@@ -1,4 +1,4 @@
-"""``bench.quality``: errors of formats, and the table that is made from them."""
+"""``bench.quality``: errors of formats, and the table generated from them."""
 
 import json
 
@@ -11,7 +11,7 @@ from bench.plots import fill
 
 
 def heavy_tailed(num_experts: int = 4, hidden: int = 128, intermediate: int = 64) -> quality.Layer:
-    """Experts with outliers in some columns, as trained ones have, on tokens with a common direction."""
+    """Returns experts with outliers in some columns, as in trained ones; tokens have a common direction."""
     torch.manual_seed(0)
     student = torch.distributions.StudentT(4.0)
     spread = torch.rand(hidden).mul(2).exp2()
@@ -50,7 +50,7 @@ def test_errors_and_bits_are_those_of_the_formats(rows):
 
 
 def test_layers_of_a_trained_model(tmp_path):
-    """Tokens and routes are those of the model; the experts on them give what the model's do."""
+    """Tokens and routes are those of the model, and so are the outputs of the experts."""
     from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
     from ktops.cli import demo_model
@@ -75,7 +75,7 @@ def test_the_page_of_the_tree_is_made_from_its_results():
 
 
 def test_the_saved_errors_show_that_methods_pay():
-    """On the model that `ktops finetune` trains."""
+    """Uses the model that `ktops finetune` trains."""
     rows = json.loads((results.RESULTS / "quality.json").read_text())["rows"]
     errors = {(r["case"], r["format"], r["group_size"], r["method"]): r["output_error"] for r in rows}
     for case in quality.CASES:

@@ -29,7 +29,7 @@ OLD, SLOWER = "    arguments = (\n", f"    __import__('time').sleep({SLEEP})\n  
 
 @pytest.fixture(scope="module")
 def repository(tmp_path_factory) -> Path:
-    """A git repository with the tags "base" and "slower", whose C++ is built already."""
+    """A git repository with the tags "base" and "slower", whose C++ is already built."""
     root = tmp_path_factory.mktemp("repository")
     package = Path(ktops.__file__).parent
     beyond_the_api = "testing", "reference"  # which other revisions have in another form
@@ -86,7 +86,7 @@ def test_a_revision_passes_against_itself_and_leaves_nothing_behind(repository, 
 
 
 def test_a_slower_revision_fails_twice(capsys, monkeypatch):
-    """A machine may be as slow with either, so the ratios are made up; that B sleeps is certain."""
+    """Only the sleep of B is certain. The ratios are made up, because a machine may be as slow with both."""
     fastest = []
 
     def ratios(a, b):

@@ -1,4 +1,4 @@
-"""The work model against PyTorch's own FLOP counter and against sums written out by hand."""
+"""Compares the work model with PyTorch's own FLOP counter and with sums written out by hand."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ TOKENS = 5
 
 
 def count_flops(hidden_size: int, intermediate_size: int, rank: int, training: bool, full=False) -> int:
-    """FLOPs of one expert in plain PyTorch with frozen base weights, or with full all trained."""
+    """Counts the FLOPs of one expert in plain PyTorch, with frozen base weights or, if full, all trained."""
     x = torch.randn(TOKENS, hidden_size, requires_grad=training)
     sizes = (2 * intermediate_size, hidden_size), (hidden_size, intermediate_size)
     base = [torch.randn(size, requires_grad=full) for size in sizes]

@@ -1,4 +1,4 @@
-"""``bench.rounding``: what it measures, what it refuses, and the table that is made from it."""
+"""``bench.rounding``: what it measures, what it rejects, and the table generated from it."""
 
 import pytest
 

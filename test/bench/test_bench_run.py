@@ -1,4 +1,4 @@
-"""``python -m bench.run`` end to end on a tiny layer, and what it does with a wrong result."""
+"""``python -m bench.run`` end to end on a tiny layer, and its handling of wrong results."""
 
 import json
 import subprocess
@@ -21,7 +21,7 @@ ARGUMENTS = ["--quick", "--shape", "64,32,8,2", "--tokens", "1", "40", "--rounds
 
 @pytest.fixture(autouse=True)
 def _small(monkeypatch):
-    """Short samples and a small buffer: the figures mean nothing here."""
+    """Uses short samples and a small buffer, because the figures mean nothing here."""
     create = Calibration.__init__
     monkeypatch.setattr(Calibration, "__init__", lambda self, threads: create(self, threads, 1 << 20))
     monkeypatch.setattr(machine, "_CALL_SECONDS", 0.001)
@@ -33,7 +33,7 @@ def _small(monkeypatch):
 
 
 def run_bench(tmp_path, *arguments) -> tuple[int, dict, list[dict]]:
-    """(exit status, machine record, rows)"""
+    """Returns (exit status, machine record, rows)."""
     file = tmp_path / "rows.jsonl"
     status = run.main([*ARGUMENTS, "--json", str(file), *arguments])
     limits, *rows = [json.loads(line) for line in file.read_text().splitlines()]
@@ -174,7 +174,7 @@ def test_threads_overlap():
 
 
 def test_measure_peak_releases_the_interpreter_lock():
-    """Nothing else gives another thread a turn: threads are not switched for a long time."""
+    """Nothing else lets another thread run, because the switch interval is long."""
     interval, turn, go = sys.getswitchinterval(), threading.Event(), threading.Event()
     thread = threading.Thread(target=lambda: (go.wait(), turn.set()))
     thread.start()

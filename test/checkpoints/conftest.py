@@ -1,4 +1,4 @@
-"""One thread for tiny checkpoints; the tiny models are those of test/integrations."""
+"""Uses one thread for tiny checkpoints; the tiny models come from test/integrations."""
 
 import sys
 from pathlib import Path
@@ -17,7 +17,7 @@ def tiny_checkpoints_in_one_thread(single_thread):
 
 @pytest.fixture
 def enabled():
-    """With ktops.enable() while a test runs."""
+    """Enables ktops while a test runs."""
     ktops.enable()
     yield
     ktops.disable()

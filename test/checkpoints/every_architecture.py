@@ -1,5 +1,5 @@
-"""Every architecture with experts in the installed transformers, as a model without weights, and its experts
-under their published names."""
+"""Builds every architecture with experts in the installed transformers as a model without weights, and its
+experts under their published names."""
 
 import re
 from collections.abc import Iterator
@@ -16,7 +16,7 @@ SIZES = {
     "moe_num_experts": 4, "moe_intermediate_size": 8, "intermediate_size": 8, "expert_ffn_hidden_size": 8,
     "vision_intermediate_size": 8, "depth": 2, "num_layers": 2, "encoder_layers": 1,
 }  # fmt: skip
-"""Names of the experts' sizes and of the number of layers; everything else keeps its default."""
+"""Config keys of the experts' sizes and of the number of layers; all others keep their defaults."""
 
 MORE = {
     "gemma4_text": {
@@ -26,13 +26,13 @@ MORE = {
     "hunyuan_v1_moe": {"head_dim": 16},
     "dots1": {"n_routed_experts": 4, "n_shared_experts": 1},
 }  # fmt: skip
-"""Model type -> what its config needs besides SIZES."""
+"""Maps each model type to what its config needs in addition to SIZES."""
 
 MAPPINGS = ("FOR_CAUSAL_LM_MAPPING_NAMES", "FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES", "MAPPING_NAMES")
 
 
 def architectures() -> Iterator[tuple[str, type]]:
-    """Model type and class of everything whose module uses the experts interface."""
+    """Returns model type and class of all models whose module uses the experts interface."""
     folder = Path(transformers.__file__).parent / "models"
     for model_type in configuration_auto.CONFIG_MAPPING_NAMES:
         module = configuration_auto.model_type_to_module_name(model_type)
@@ -51,7 +51,7 @@ def architectures() -> Iterator[tuple[str, type]]:
 
 
 def shrink(config) -> None:
-    """Makes experts small and layers few, in a config and its sub-configs."""
+    """Reduces the experts' sizes and the number of layers in a config and its sub-configs."""
     count = vars(config).get("num_hidden_layers")
     for key, value in list(vars(config).items()):
         if isinstance(value, list) and count and len(value) == count > 2 and "layer_types" in key:
@@ -70,7 +70,7 @@ def shrink(config) -> None:
 
 
 def model_without_weights(model_type: str, model_class: type) -> transformers.PreTrainedModel:
-    """A small model on the meta device.
+    """Returns a small model on the meta device.
 
     Raises:
         Exception: the config cannot be made small, or needs a library that is not installed.
@@ -90,7 +90,7 @@ def stacked_experts(model) -> dict[str, torch.nn.Module]:
 
 
 def published(model, modules) -> tuple[dict, dict]:
-    """Random weights of the experts under their names in the model, and as save_pretrained writes them."""
+    """Returns random expert weights under their names in the model, and as save_pretrained writes them."""
     generator = torch.Generator().manual_seed(0)
     weights = {
         f"{name}.{key}": torch.randn(weight.shape, generator=generator).bfloat16()
@@ -102,7 +102,7 @@ def published(model, modules) -> tuple[dict, dict]:
 
 
 def expected(name: str, module, weights: dict) -> tuple:
-    """gate_up_proj [E, 2I, H], down_proj [E, H, I] and their biases or None."""
+    """Returns gate_up_proj [E, 2I, H], down_proj [E, H, I] and their biases or None."""
     keys = ("gate_up_proj", "down_proj", "gate_up_proj_bias", "down_proj_bias")
     gate_up, down, gate_up_bias, down_bias = (weights.get(f"{name}.{key}") for key in keys)
     if getattr(module, "is_transposed", False) or re.match("Llama4", type(module).__name__):

@@ -1,13 +1,13 @@
 """Writes test/checkpoints/published: a layer's experts, quantized by the libraries that people publish with.
 
-Run it by hand, because the libraries need other versions of packages than the tests:
+Run it by hand, because the libraries and the tests need different versions of packages:
 
     pip install auto-round==0.16.1 llmcompressor==0.14.0.1 gptqmodel==7.7.0
     python test/checkpoints/publish.py
 
-Every case is {case}.safetensors, the tensors of the experts as the library saved them; {case}.json, its
+Each case consists of {case}.safetensors, the experts' tensors as saved by the library; {case}.json, its
 quantization_config and the library with its version; and {weights}.npz, expert 1 in float16 by the library's
-own dequantizer. Cases with equal weights share this file; the script asserts that they are equal.
+own dequantizer. Cases with equal weights share the last file; the script asserts that they are equal.
 """
 
 import functools
@@ -68,7 +68,7 @@ def write_model(folder: Path) -> None:
 
 
 def read(folder: Path) -> tuple[dict, dict[str, dict[str, torch.Tensor]]]:
-    """quantization_config, and the tensors of every matrix of the experts."""
+    """Returns the quantization_config and the tensors of every matrix of the experts."""
     (config,) = folder.rglob("config.json")
     matrices = defaultdict(dict)
     for name, tensor in load_file(config.parent / "model.safetensors").items():
@@ -101,7 +101,7 @@ def write(case: str, library: str, config: dict, matrices: dict, weights: str | 
 
 
 def dequantized(config: dict, parts: dict[str, torch.Tensor]) -> torch.Tensor:
-    """By the modules of AutoRound that compute with these tensors."""
+    """Dequantizes with the modules of AutoRound that compute with these tensors."""
     if "weight_packed" in parts:
         return decompressed(config, parts)
     from auto_round.export.export_to_autoround.export import dynamic_import_quant_linear_for_packing
@@ -115,7 +115,7 @@ def dequantized(config: dict, parts: dict[str, torch.Tensor]) -> torch.Tensor:
     bits = parts["qzeros"].shape[1] * 32 // rows
     columns = parts["qweight"].shape[0] * 32 // bits
     kind = dynamic_import_quant_linear_for_packing(packing, bits, group, config["sym"])
-    kind = getattr(kind, "func", kind)  # with g_idx, in order here, it accepts only square matrices
+    kind = getattr(kind, "func", kind)  # it accepts only square matrices with g_idx, which is in order here
     module = kind(bits, group, columns, rows, bias=False, weight_dtype=torch.float16)
     module.load_state_dict(parts, strict=False)
     return module(torch.eye(columns, dtype=torch.float16)).T
@@ -162,7 +162,7 @@ def llm_compressor(source: Path, folder: Path) -> None:
 
 
 def gptqmodel(source: Path, folder: Path) -> None:
-    """Uses its modules, rounding to nearest: quantizing a whole model needs calibration data."""
+    """Uses its modules, rounding to nearest, because quantizing a whole model needs calibration data."""
     from gptqmodel.nn_modules.qlinear.torch import TorchLinear
     from gptqmodel.quantization.config import QuantizeConfig
     from gptqmodel.utils.model import convert_gptq_v2_to_v1_format_module

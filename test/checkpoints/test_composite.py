@@ -1,4 +1,4 @@
-"""Layers of a checkpoint that share a number: the right one is the one that transformers would load."""
+"""If layers of a checkpoint share a number, the right one is the layer that transformers would load."""
 
 import numpy
 import pytest
@@ -24,12 +24,12 @@ pytestmark = pytest.mark.usefixtures("enabled")
 
 @pytest.fixture(params=SAVED)
 def saved(request, tmp_path):
-    """The directory of a checkpoint, and the class to load it with."""
+    """Returns the directory of a checkpoint and the class to load it with."""
     return tmp_path / "saved", save(request.param, tmp_path / "saved")
 
 
 def load(model_class, path, **options):
-    """The model: nothing is missing and, with a loader of ktops, no experts are left over."""
+    """Returns the model. Nothing is missing and, with a ktops loader, no experts are left over."""
     model, info = model_class.from_pretrained(path, output_loading_info=True, **options)
     left = info.pop("unexpected_keys")
     assert not any(info.values()), info
@@ -70,7 +70,7 @@ def test_from_pretrained(saved):
 
 
 def test_convert(saved, tmp_path):
-    """MTP layers are converted too, and from_pretrained skips them as it does in the source."""
+    """MTP layers are converted too, and from_pretrained skips them as in the source."""
     path, model_class = saved
     convert(Options(path, tmp_path / "converted", "int8"), Console(quiet=True))
     reference = load(model_class, path)
@@ -86,7 +86,7 @@ def test_convert(saved, tmp_path):
 
 @pytest.fixture(scope="module")
 def parts():
-    """A thinker and a text model, whose layers the whole checkpoint has under longer names."""
+    """Loads a thinker and a text model, whose layers have longer names in the whole checkpoint."""
     text = qwen3_5().config.text_config
     return {"thinker": omni().thinker, "vision": transformers.Qwen3_5MoeForCausalLM(text)}
 
@@ -95,7 +95,7 @@ def parts():
 @pytest.mark.parametrize("names", ["thinker", "vision"])
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_quantized_experts_of_a_part(tmp_path, parts, scheme, names):
-    """Names of scales, codes and zero points are mapped as those of their weights are."""
+    """Names of scales, codes and zero points are mapped like those of their weights."""
     dense = write_per_expert(tmp_path, SCHEMES[scheme][0], names=names)
     for file in tmp_path.glob("*.safetensors"):
         tensors = load_file(file)
@@ -114,7 +114,7 @@ def test_quantized_experts_of_a_part(tmp_path, parts, scheme, names):
 
 @pytest.mark.parametrize("name", ["qwen3_5", "qwen3_next", "deepseek_v3", "granite"])
 def test_finetune(name, tmp_path):
-    """What `ktops finetune --model DIR` trains on, of a checkpoint and of a converted one."""
+    """`ktops finetune --model DIR` trains on this model, from a checkpoint and from a converted one."""
     save(name, tmp_path / "saved")
     reference = load(transformers.AutoModelForCausalLM, tmp_path / "saved")
     convert(Options(tmp_path / "saved", tmp_path / "converted", "int8"), Console(quiet=True))
@@ -134,7 +134,7 @@ def wrapper(path, layer, layer_idx, prefix=None):
 
 
 def test_wrapper(saved):
-    """The layers of the model that config.json describes, by number; MTP layers by their names."""
+    """Layers of the model in config.json are found by number, MTP layers by name."""
     path, _ = saved
     layers = open_checkpoint(path).layers
     numbers = [layer.index for layer in layers if layer.module is not None]
@@ -159,7 +159,7 @@ def test_wrapper_is_told_which_of_two(tmp_path):
 
 
 def test_prefix_chooses_what_transformers_would_not_load(tmp_path):
-    """An MTP layer's experts, into a model of one layer for example."""
+    """The experts of an MTP layer can be loaded, for example into a model of one layer."""
     path = tmp_path / "saved"
     model_class = save("qwen3_next", path)
     model = load(model_class, path)
@@ -182,7 +182,7 @@ def test_prefix_chooses_what_transformers_would_not_load(tmp_path):
 
 
 def test_two_names_of_one_layer(tmp_path):
-    """With and without the prefix of the base model, which transformers adds where it is missing."""
+    """The layer has names with and without the base model's prefix, which transformers adds if missing."""
     model_class = save("mixtral", tmp_path)
     model = load(model_class, tmp_path)
     file = tmp_path / "model.safetensors"
@@ -209,7 +209,7 @@ def test_two_names_of_one_layer(tmp_path):
 
 
 def test_gguf_is_taken_by_number(tmp_path):
-    """A file without the model's names: the only stack of the model, or an error that lists them."""
+    """A file without the model's names goes to the only stack of the model, or an error lists the stacks."""
     save("omni", tmp_path)
     model = transformers.Qwen3OmniMoeForConditionalGeneration.from_pretrained(tmp_path)
     rng, tensors, dense = numpy.random.default_rng(0), {}, []
@@ -241,7 +241,7 @@ class Wrapped(torch.nn.Module):
 
 
 def test_parts_of_models(tmp_path):
-    """The base model, a part of a composite model, and a model inside another module."""
+    """Covers the base model, a part of a composite model, and a model inside another module."""
     save("omni", tmp_path)
     reference = transformers.Qwen3OmniMoeForConditionalGeneration.from_pretrained(tmp_path)
     whole = transformers.Qwen3OmniMoeForConditionalGeneration.from_pretrained(tmp_path)
@@ -292,7 +292,7 @@ def test_a_missing_layer_is_not_taken_from_mtp(tmp_path):
 
 
 def test_layers_of_mtp_alone_are_not_the_model(tmp_path):
-    """If there are only layers that transformers skips silently, they are not matched by number."""
+    """Layers that transformers skips silently are not matched by number, even if there are no others."""
     model_class = save("qwen3_next", tmp_path)
     model = load(model_class, tmp_path)
     file = tmp_path / "model.safetensors"
@@ -302,7 +302,7 @@ def test_layers_of_mtp_alone_are_not_the_model(tmp_path):
 
 
 def test_key_mapping_of_from_pretrained(tmp_path):
-    """Names that the caller maps are read as mapped."""
+    """Names mapped by the caller are read as mapped."""
     model_class = save("mixtral", tmp_path)
     reference = load(model_class, tmp_path)
     file = tmp_path / "model.safetensors"

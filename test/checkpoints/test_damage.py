@@ -1,4 +1,4 @@
-"""Damaged files: load_experts reads what was written or raises CheckpointError, the model as it was."""
+"""From damaged files, load_experts reads what was written, or raises CheckpointError and keeps the model."""
 
 import json
 import os
@@ -67,7 +67,7 @@ def write_gguf_experts(folder) -> None:
 
 
 def published(case: str):
-    """A case of test_published.py, with its quantization config in a file of its own, to be damaged too."""
+    """Returns a writer for a case of test_published.py, with the quantization config in a separate file."""
 
     def write(folder) -> None:
         shutil.copyfile(PUBLISHED / f"{case}.safetensors", folder / "model.safetensors")
@@ -91,7 +91,7 @@ WRITERS = {
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory):
-    """The folder of every writer, made once."""
+    """The folder of every writer, created once."""
     folders = {}
     for name, write in WRITERS.items():
         folders[name] = tmp_path_factory.mktemp("written")
@@ -100,7 +100,7 @@ def written(tmp_path_factory):
 
 
 def header_length(data: bytes) -> int:
-    """The bytes that say what the file holds."""
+    """Returns the bytes that describe the contents of the file."""
     if data[:4] == b"GGUF":
         return data.find(b"ffn_down_exps.weight") + 60
     return 8 + int.from_bytes(data[:8], "little")
@@ -140,7 +140,7 @@ def expect_named_error_or_success(name: str, path) -> None:
     for weight, shape in ((loaded.gate_up_proj, (E, 2 * I, H)), (loaded.down_proj, (E, H, I))):
         assert tuple(weight.shape) == shape
         assert all(t.view(torch.uint8).sum() >= 0 for t in weight.codes if t is not None)
-    with torch.no_grad():  # whatever the codes are, kernels stay inside of them
+    with torch.no_grad():  # kernels stay inside the codes, whatever their values
         loaded(torch.ones(2, H), torch.tensor([[0], [1]]), torch.ones(2, 1))
 
 

@@ -1,4 +1,4 @@
-"""GGUF files written by the gguf package, compared with its own decoding."""
+"""Compares GGUF files written by the gguf package with its own decoding."""
 
 import gguf
 import numpy
@@ -16,7 +16,7 @@ SHAPES = {"gate": (E, I, H), "up": (E, I, H), "down": (E, H, I)}
 
 
 def blocks(rng, shape, kind) -> numpy.ndarray:
-    """Quantized by the package, or for types that it only reads random bytes with finite scales."""
+    """Quantizes with the package; for types that it only reads, returns random bytes with finite scales."""
     if kind.name in WRITTEN:
         return gguf.quantize(rng.standard_normal(shape).astype(numpy.float32), kind)
     block, size = gguf.GGML_QUANT_SIZES[kind]
@@ -26,7 +26,7 @@ def blocks(rng, shape, kind) -> numpy.ndarray:
 
 
 def write(path, kinds, layers=2, split=None, skip=()):
-    """Experts of ggml types by projection; returns the weights of every layer by gguf's decoding."""
+    """Writes experts in ggml types by projection; returns the weights of every layer as decoded by gguf."""
     rng = numpy.random.default_rng(0)
     fields = {
         "qwen3moe.block_count": layers,

@@ -1,4 +1,4 @@
-"""load_experts: logits are those of the weights that are meant; after an error the model is as it was."""
+"""load_experts: logits are those of the intended weights, and an error leaves the model unchanged."""
 
 import gguf
 import numpy
@@ -37,7 +37,7 @@ def tiny_model(dense=None) -> transformers.Qwen3MoeForCausalLM:
 
 @torch.no_grad()
 def logits(model) -> torch.Tensor:
-    """With products of the decoded weights: int8 ones round the activations."""
+    """Uses products of the decoded weights, because int8 products round the activations."""
     for module in model.modules():
         if isinstance(module, KTExperts):
             module.compute = "bf16"
@@ -45,7 +45,7 @@ def logits(model) -> torch.Tensor:
 
 
 def small(make):
-    """The same tensors with smaller numbers, as weights of a model are."""
+    """Returns the tensors with smaller numbers, like the weights of a model."""
 
     def made(rng, rows, columns):
         tensors, dense = make(rng, rows, columns)
@@ -99,7 +99,7 @@ def test_quantized_on_the_way(tmp_path, scheme):
 
 
 def test_lists_of_experts(tmp_path):
-    """A ModuleList is filled as stacked experts are, and can be indexed as before."""
+    """A ModuleList is filled like stacked experts, and can still be indexed."""
     from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeMLP
 
     write_per_expert(tmp_path, plain(torch.bfloat16), **SIZES)
@@ -138,7 +138,7 @@ def test_own_directory_is_mapped(tmp_path):
 
 @pytest.mark.parametrize(("gate_up", "down"), [("Q8_0", "Q8_0"), ("Q4_0", "Q5_1"), ("F16", "BF16")])
 def test_gguf(tmp_path, gate_up, down):
-    """Blocks that the gguf package has written, against weights that it has decoded."""
+    """Compares blocks written by the gguf package with the weights that it decodes."""
     rng, tensors, dense = numpy.random.default_rng(0), {}, []
     for layer in range(2):
         decoded = {}
@@ -167,7 +167,7 @@ def test_experts_on_meta(tmp_path):
 
 
 def test_layers_of_other_parts_are_told_apart_by_name(tmp_path):
-    """A checkpoint with a predictor of more tokens, whose layers are numbered from zero too."""
+    """Uses a checkpoint with a multi-token predictor, whose layers are also numbered from zero."""
     dense = write_per_expert(tmp_path, plain(torch.float32), **SIZES)
     tensors = load_file(tmp_path / "model-00001-of-00002.safetensors")
     mine = {f"draft.{name[6:]}": tensor + 1 for name, tensor in tensors.items() if name.startswith("model.")}
@@ -194,7 +194,7 @@ def snapshot(model) -> dict:
 
 
 FAULTS = {
-    "no directory": (lambda folder: folder / "nothing", r"nothing: there is no such file or directory"),
+    "no directory": (lambda folder: folder / "nothing", r"nothing: no such file or directory"),
     "missing layer": (
         lambda folder: (
             (folder / "model-00002-of-00002.safetensors").unlink()

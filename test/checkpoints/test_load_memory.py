@@ -1,7 +1,7 @@
-"""Reading takes the memory of the result, and less than that of two experts besides; converting only that.
+"""Reading takes the memory of the result plus less than that of two experts, converting only the latter.
 
-Counted are the bytes that PyTorch, NumPy and Python allocate and the scratch memory of the operators; pages
-of mapped files are not memory that is taken, since the system can drop them.
+The tests count the bytes that PyTorch, NumPy and Python allocate and the scratch memory of the operators.
+Pages of mapped files do not count, since the system can drop them.
 """
 
 import io
@@ -26,7 +26,7 @@ pytestmark = pytest.mark.usefixtures("single_thread")
 
 
 def peak_bytes(function) -> int:
-    """The most bytes that a call had allocated at once."""
+    """Returns the largest number of bytes that a call had allocated at once."""
     ktops.empty_cache()
     with counted() as counts:
         tracemalloc.start()
@@ -44,7 +44,7 @@ def test_bytes_are_seen(allocate):
 
 
 def repeated(make):
-    """One matrix for all: making random ones is what takes the time."""
+    """Uses one matrix for all, because generating random ones takes most of the time."""
     made = {}
 
     def remembered(rng, rows, columns):
@@ -64,7 +64,7 @@ CASES = {
     "awq": (awq, "", 0.5),
     "bf16 to int4": (plain(torch.bfloat16), "int4", 2),
 }
-"""name -> (make, the format asked for, bytes of a weight in the checkpoint)"""
+"""Maps names to (make, requested format, bytes per weight in the checkpoint)."""
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -86,7 +86,7 @@ def test_peak(tmp_path, case):
 
 
 def test_peak_of_convert(tmp_path):
-    """Of four experts two in bf16, besides what Python has for names and the report."""
+    """Allocates at most two of four experts in bf16, plus what Python needs for names and the report."""
     source, size = tmp_path / "source", 1024
     source.mkdir()
     write_per_expert(

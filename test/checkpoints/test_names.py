@@ -1,4 +1,4 @@
-"""Names of experts' tensors as transformers publishes them, and directories with other files."""
+"""Names of expert tensors as transformers publishes them, and directories with other files."""
 
 import json
 import subprocess
@@ -43,7 +43,7 @@ REFUSED = {
 
 
 def expect_read(path, model) -> None:
-    """Reading this model as transformers would publish it gives its weights."""
+    """Reading the model as transformers would publish it gives its weights."""
     modules = stacked_experts(model)
     weights, tensors = published(model, modules)
     save_file(tensors, path)
@@ -60,7 +60,7 @@ def expect_read(path, model) -> None:
 
 
 def test_every_architecture(tmp_path):
-    """Of the installed transformers, as published by its own save_pretrained."""
+    """Covers the installed transformers, as published by its own save_pretrained."""
     done, failed = set(), {}
     for model_type, model_class in architectures():
         try:
@@ -101,7 +101,7 @@ def test_every_architecture(tmp_path):
     ],
 )
 def test_experts_that_ktops_does_not_compute(tmp_path, model_type, model_class, message):
-    """An error that says why, from load_experts and from KTConfig, before anything is changed."""
+    """load_experts and KTConfig raise an error that gives the reason, before anything is changed."""
     model = model_without_weights(model_type, getattr(transformers, model_class))
     with pytest.raises(ValueError, match=f"ktops cannot compute .*: {message}"):
         experts_modules(model)
@@ -148,7 +148,7 @@ def test_safetensors_with_experts_come_before_gguf(tmp_path):
 
 
 def test_model_safetensors_is_the_model(tmp_path):
-    """The only file that transformers would load, whatever lies beside it."""
+    """Reads only the file that transformers would load, whatever else the directory contains."""
     save("mixtral", tmp_path)
     save_file(
         {"model.layers.0.mlp.experts.gate_up_proj": torch.zeros(1)}, tmp_path / "consolidated.safetensors"
@@ -171,7 +171,7 @@ def test_no_experts_at_all(tmp_path):
 
 
 def test_configuration_that_transformers_cannot_read(tmp_path):
-    """The usual names, with a warning; none where transformers doesn't know the model at all."""
+    """Uses the usual names with a warning, and without one if transformers doesn't know the model at all."""
     dense = write_per_expert(tmp_path, plain(torch.float32), config={"model_type": "unheard_of"})
     expect_checkpoint(open_checkpoint(tmp_path), dense)
     config = {"model_type": "qwen3_moe", "num_hidden_layers": "two", "architectures": ["Qwen3MoeForCausalLM"]}
@@ -181,7 +181,7 @@ def test_configuration_that_transformers_cannot_read(tmp_path):
 
 
 def test_without_transformers(tmp_path):
-    """The usual names are read by torch alone."""
+    """Reading the usual names needs only torch."""
     write_per_expert(tmp_path, plain(torch.bfloat16), config={"model_type": "qwen3_moe"})
     code = (
         "import sys; sys.modules['transformers'] = None; from ktops.checkpoints import open_checkpoint; "

@@ -17,7 +17,7 @@ GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 32}
 @pytest.mark.parametrize("scheme", ["fp8 blocks", "int8", "pack-quantized", "gptq", "awq", "mxfp4"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_one_dense_matrix_among_quantized_ones(tmp_path, scheme, dtype):
-    """down of expert 2: the ninth matrix."""
+    """The dense matrix is down of expert 2, the ninth."""
     calls = iter(range(1000))
 
     def make(rng, rows, columns):
@@ -69,7 +69,7 @@ OF_ACTIVATIONS = (
 
 @pytest.mark.parametrize("scheme", ["fp8 per channel", "gptq", "awq", "pack-quantized", "bf16"])
 def test_what_is_said_of_activations_is_passed_over(tmp_path, scheme):
-    """Beside some experts only, too."""
+    """They are also ignored if only some experts have them."""
     calls = iter(range(1000))
 
     def make(rng, rows, columns):
@@ -86,7 +86,7 @@ def test_what_is_said_of_activations_is_passed_over(tmp_path, scheme):
 
 
 def stacked(folder, more, make=None):
-    """Stacked experts and other tensors; their weights."""
+    """Writes stacked experts and other tensors; returns their weights."""
     rng, tensors, dense = numpy.random.default_rng(0), {}, []
     for name, shape in (("gate_up_proj", (2 * I, H)), ("down_proj", (H, I))):
         made = [(make or SCHEMES["fp8 per channel"][0])(rng, *shape) for _ in range(E)]
@@ -146,7 +146,7 @@ def llm_int8(rng, rows, columns):
 
 
 def nf4(rng, rows, columns):
-    """The rest has names of its own: weight.absmax, weight.quant_map and so on."""
+    """The rest has special names: weight.absmax, weight.quant_map and so on."""
     packed = torch.zeros(rows * columns // 2, 1, dtype=torch.uint8)
     return {"weight": packed, "weight.absmax": torch.ones(rows * columns // 64)}
 
@@ -172,7 +172,7 @@ def mx_integers(rng, rows, columns):
 
 
 def with_no_weights(make):
-    """As write_per_expert takes it, where no weights are read."""
+    """Returns what write_per_expert takes, for tests that read no weights."""
     return lambda rng, rows, columns: (make(rng, rows, columns), torch.zeros(rows, columns))
 
 
@@ -209,7 +209,7 @@ def test_integers_with_the_scales_of_mxfp4(tmp_path):
 
 
 def test_scales_multiply_whatever_they_are_called(tmp_path):
-    """weight_scale_inv is the scale too."""
+    """weight_scale_inv is also a name of the scale."""
 
     def make(rng, rows, columns):
         tensors, dense = SCHEMES["fp8 blocks"][0](rng, rows, columns)

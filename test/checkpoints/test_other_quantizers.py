@@ -1,4 +1,4 @@
-"""Checkpoints whose attention another library has quantized too. The ways into ktops are in test_sweep.py."""
+"""Checkpoints whose attention is quantized too, by another library. test_sweep.py covers all loaders."""
 
 import json
 
@@ -24,7 +24,7 @@ BUDGET = 1e-5
 
 
 def load(path, **options):
-    """The model, which has found all of its weights."""
+    """Returns the model, which has found all of its weights."""
     model, info = transformers.AutoModelForCausalLM.from_pretrained(path, output_loading_info=True, **options)
     assert not info["missing_keys"] and not info["mismatched_keys"]
     assert all(isinstance(layer.mlp.experts, KTExperts) for layer in model.model.layers)
@@ -37,7 +37,7 @@ def expected(dense):
 
 
 def converted(source, weight_format="fp32"):
-    """`ktops convert` into a directory beside it; fp32 holds what every scheme means."""
+    """Runs `ktops convert` into a sibling directory; fp32 can hold the weights of every scheme."""
     destination = source.parent / "converted"
     convert(Options(source, destination, weight_format), Console(quiet=True))
     return destination
@@ -53,14 +53,14 @@ WAYS = {
 @pytest.mark.parametrize("attention", [False, True])
 @pytest.mark.parametrize("scheme", published.DECODED)
 def test_logits(tmp_path, scheme, attention, way):
-    """Of keys and values with one and a half blocks of FP8."""
+    """Keys and values have one and a half blocks of FP8."""
     source, dense = published.write(tmp_path, scheme, attention=attention)
     assert relative_error(logits(WAYS[way](source)), expected(dense)) < BUDGET
 
 
 @pytest.mark.parametrize("scheme", ["fp8", "compressed int4", "gptq"])
 def test_without_ktops_it_is_an_error(tmp_path, scheme):
-    """transformers would make the experts anew: also where it is told how to run them."""
+    """transformers would initialize new experts, even if it is told how to run them."""
     source, _ = published.write(tmp_path, scheme, attention=scheme != "gptq")
     destination = converted(source, "int8")
     ktops.disable()
@@ -71,7 +71,7 @@ def test_without_ktops_it_is_an_error(tmp_path, scheme):
 
 @pytest.mark.parametrize("scheme", published.DECODED)
 def test_saved_and_loaded_again(tmp_path, scheme):
-    """The decoded attention is saved as it is computed with, and needs no other quantizer any more."""
+    """The decoded attention is saved in the form used to compute, and no longer needs another quantizer."""
     source, _ = published.write(tmp_path, scheme, attention=True)
     model = load(source, quantization_config=ktops.KTConfig("int8"))
     model.save_pretrained(tmp_path / "saved")
@@ -81,7 +81,7 @@ def test_saved_and_loaded_again(tmp_path, scheme):
 
 
 def test_experts_loaded_beside_another_quantizer(tmp_path):
-    """The model as compressed-tensors loads it, whose attention it keeps packed; then the experts."""
+    """compressed-tensors loads the model and keeps its attention packed; then the experts are loaded."""
     source, dense = published.write(tmp_path, "compressed int4", attention=True)
     model = transformers.AutoModelForCausalLM.from_pretrained(source)
     ktops.load_experts(model, source, show_progress=False)
@@ -105,14 +105,14 @@ def test_arguments_of_from_pretrained(tmp_path):
 
 
 def changed(source, change):
-    """The checkpoint with other tensors, or none of them, in place of some."""
+    """Replaces some tensors of the checkpoint by others, or removes them."""
     tensors = load_file(source / "model.safetensors")
     save_file(change(tensors), source / "model.safetensors", {"format": "pt"})
     return source
 
 
 def forget_quantization(source) -> None:
-    """Takes the quantization_config out of config.json."""
+    """Removes the quantization_config from config.json."""
     said = json.loads((source / "config.json").read_text())
     del said["quantization_config"]
     (source / "config.json").write_text(json.dumps(said))
@@ -135,7 +135,7 @@ MISSING = {
 
 @pytest.mark.parametrize("part", MISSING)
 def test_weights_that_are_missing(tmp_path, part):
-    """transformers makes them at random and says so in a log."""
+    """transformers initializes them at random and logs that."""
     name, message = MISSING[part]
     source, _ = published.write(tmp_path, "compressed fp8", attention=True)
     changed(source, without(name))
@@ -156,7 +156,7 @@ def test_heads_may_be_missing_but_not_to_finetune(tmp_path):
 
 
 def test_scales_that_no_configuration_names(tmp_path):
-    """Codes would be taken for weights."""
+    """Codes would be read as weights."""
     source, _ = published.write(tmp_path, "fp8", attention=True)
     forget_quantization(source)
     message = (
@@ -169,7 +169,7 @@ def test_scales_that_no_configuration_names(tmp_path):
 
 
 def test_experts_that_transformers_does_not_find(tmp_path):
-    """Asked for ktops' implementation, but not for its loader."""
+    """The caller requested ktops' implementation, but not its loader."""
     source, _ = published.write(tmp_path, "compressed int4", attention=False)
     forget_quantization(source)
     with pytest.raises(CheckpointError, match=r"mlp.experts.down_proj, .* would initialize them at random"):
@@ -185,7 +185,7 @@ def test_another_implementation_of_converted_experts(tmp_path):
 
 @pytest.mark.parametrize("scheme", ["fp8", "compressed int4", "gptq"])
 def test_finetune_in_another_format(tmp_path, scheme):
-    """`ktops finetune --weight-format` of a published quantized model: all of it is decoded first."""
+    """`ktops finetune --weight-format` first decodes all of a published quantized model."""
     source, dense = published.write(tmp_path, scheme, attention=scheme != "gptq")
     model = load_model(str(source), torch.float32, "ktops", keep_format=False)
     assert relative_error(logits(model), expected(dense)) < BUDGET
@@ -203,7 +203,7 @@ def test_finetune_of_converted_experts_in_another_format(tmp_path):
 
 
 def test_another_implementation_of_quantized_experts(tmp_path):
-    """transformers decodes FP8, to compare with."""
+    """Loads the model with FP8 decoded by transformers, for comparison."""
     source, dense = published.write(
         tmp_path, "fp8", attention=True, head_dim=64, moe_intermediate_size=128, attn_implementation="eager"
     )
@@ -212,7 +212,7 @@ def test_another_implementation_of_quantized_experts(tmp_path):
 
 
 def test_blocks_that_transformers_decodes_wrongly(tmp_path):
-    """192 rows of keys with two blocks of 128 are two blocks of 96 to it."""
+    """transformers takes 192 rows of keys with two blocks of 128 for two blocks of 96."""
     source, _ = published.write(tmp_path, "fp8", attention=True)
     message = (
         r"--experts-implementation eager: transformers would decode .*self_attn.k_proj.weight in .* wrongly: "

@@ -1,4 +1,4 @@
-"""Experts in files that other libraries wrote, compared with their own dequantizers: see publish.py."""
+"""Compares experts in files written by other libraries with those libraries' dequantizers; see publish.py."""
 
 import json
 import shutil
@@ -52,7 +52,7 @@ def publish(folder: Path, case: str, config: dict | None = None) -> None:
 
 
 def opened(path: Path) -> Layer:
-    """The layer; a warning is an error."""
+    """Reads the layer; a warning is an error."""
     warn_once.cache_clear()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -94,7 +94,7 @@ def test_refused(tmp_path, case):
 
 
 def test_experts_of_several_widths_are_read_in_one_format(tmp_path):
-    """int4, but up of expert 1 in 8 bits and its down in 16."""
+    """The checkpoint is int4, but up of expert 1 has 8 bits and its down 16."""
     publish(tmp_path, "extra_config")
     layer = opened(tmp_path)
     assert layer.scheme == "mixed gptq and mixed gptq and bf16"
@@ -130,7 +130,7 @@ def test_config_json_comes_first(tmp_path):
 @pytest.mark.parametrize("case", ["auto_round_sym", "gptqmodel_w8_v2"])
 @pytest.mark.filterwarnings("ignore:ktops. nothing in")
 def test_zero_points_in_the_middle_need_no_config(tmp_path, case):
-    """Stored minus one in the first case, unchanged in the second."""
+    """Zero points are stored minus one in the first case, unchanged in the second."""
     publish(tmp_path, case, {})
     (layer,) = open_checkpoint(tmp_path).layers
     assert layer.formats == (FORMATS[case], FORMATS[case])

@@ -1,4 +1,4 @@
-"""What the quantization config says about packed weights, and what is read without it."""
+"""Packed weights with and without a quantization config that describes them."""
 
 import numpy
 import pytest
@@ -113,7 +113,7 @@ def test_zero_points_without_a_config(tmp_path):
 
 
 def eight_bits(rng, rows, columns, *, group=32, reorder=False, zero=128):
-    """8-bit GPTQ, zero points stored unchanged."""
+    """8-bit GPTQ with zero points stored unchanged."""
     codes = rng.integers(0, 256, (columns, rows)).astype(numpy.uint8)
     scales = floats(rng, columns // group, rows).half()
     g_idx = numpy.arange(columns, dtype=numpy.int32) // group
@@ -158,7 +158,7 @@ def test_gptq_of_8_bits_in_an_order_of_its_own(tmp_path):
 
 
 def narrow(bits):
-    """GPTQ of fewer bits, in shape only."""
+    """Returns a maker of tensors with the shapes of GPTQ with fewer bits."""
 
     def make(rng, rows, columns):
         groups = columns // 32
@@ -189,7 +189,7 @@ def awq_of_8_bits(rng, rows, columns):
 
 
 def gemv(rng, rows, columns):
-    """Of AutoAWQ, with rows of K / 8 words."""
+    """Returns tensors of AutoAWQ, with rows of K / 8 words."""
     tensors = {
         "qweight": torch.zeros(rows, columns // 8, dtype=torch.int32),
         "qzeros": torch.zeros(rows, 4, dtype=torch.int32),
@@ -240,7 +240,7 @@ def test_shapes_outrank_the_config(tmp_path):
 
 
 def test_zero_points_of_pack_quantized_that_are_not_packed(tmp_path):
-    """int8 [N, G], as compressed-tensors wrote them first."""
+    """Zero points are int8 [N, G], as early compressed-tensors wrote them."""
 
     def make(rng, rows, columns):
         tensors, _ = pack_quantized(rng, rows, columns)

@@ -23,7 +23,7 @@ pytestmark = pytest.mark.usefixtures("enabled")
 
 @pytest.fixture
 def saved(tmp_path):
-    """A dense model, and the directory it is saved in."""
+    """A dense model and the directory in which it is saved."""
     model = tiny_model()
     model.save_pretrained(tmp_path / "dense")
     return model, tmp_path / "dense"
@@ -38,7 +38,7 @@ def experts(model) -> list[KTExperts]:
 
 
 def with_decoded_experts(quantized, model):
-    """A dense model with the experts of a quantized one."""
+    """Returns a dense model with the experts of a quantized one."""
     for layer, loaded in zip(model.model.layers, experts(quantized), strict=True):
         layer.mlp.experts.gate_up_proj.data = decode(loaded.gate_up_proj)
         layer.mlp.experts.down_proj.data = decode(loaded.down_proj)
@@ -88,7 +88,7 @@ def test_saved_and_loaded_again(saved, tmp_path, name):
 
 @pytest.mark.parametrize("said", [{"quant_method": "ktops"}, {"loader": "ktops", "weight_format": "int4"}])
 def test_formats_that_config_json_asks_for(saved, said):
-    """By whoever writes it: as it is in the files, or quantized while it is loaded."""
+    """The files may hold quantized weights, or the weights are quantized during loading."""
     _, path = saved
     written = json.loads((path / "config.json").read_text())
     (path / "config.json").write_text(json.dumps({**written, "quantization_config": said}))
@@ -98,7 +98,7 @@ def test_formats_that_config_json_asks_for(saved, said):
 
 
 def test_another_default_dtype(saved):
-    """No dtype was given, so that none can be wrong."""
+    """No dtype is given, so none can be wrong."""
     _, path = saved
     torch.set_default_dtype(torch.float16)
     try:
@@ -155,8 +155,13 @@ def test_config_errors(options, message):
         ktops.KTConfig(**options)
 
 
+def test_unknown_argument_of_the_config():
+    with pytest.raises(TypeError, match="KTConfig: unknown arguments weightformat"):
+        ktops.KTConfig(weightformat="int4")
+
+
 def write_fp8(model, folder) -> None:
-    """The layout of DeepSeek-V3 and Qwen3 FP8: blocks of 128 x 128, with the configuration that says so."""
+    """Writes the layout of DeepSeek-V3 and Qwen3 FP8: blocks of 128 x 128, and their configuration."""
     model.save_pretrained(folder)
     tensors = load_file(folder / "model.safetensors")
     for name in [name for name in tensors if "proj.weight" in name and name.count(".") > 2]:
@@ -199,5 +204,5 @@ def test_experts_of_unknown_sizes_are_an_error():
     experts = torch.nn.Module()
     experts.has_gate, experts.act_fn = True, torch.nn.SiLU()
     experts.up_proj = torch.nn.Parameter(torch.zeros(4, 8, 16))
-    with pytest.raises(ValueError, match="the weights of Module do not show their sizes"):
+    with pytest.raises(ValueError, match="cannot infer sizes from the weights of Module"):
         PendingExperts(experts)

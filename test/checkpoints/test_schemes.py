@@ -1,4 +1,4 @@
-"""Every scheme is read bit for bit as its formula says."""
+"""Every scheme is read bit for bit as its formula specifies."""
 
 import numpy
 import pytest
@@ -29,7 +29,7 @@ def test_scheme(tmp_path, scheme):
 @pytest.mark.parametrize("scheme", ["pack-quantized", "gptq", "awq"])
 @pytest.mark.parametrize("hidden,intermediate", [(64, 32), (32, 64)])
 def test_rows_of_one_group_in_one_projection(tmp_path, scheme, hidden, intermediate):
-    """One scale a row, beside groups in the other projection."""
+    """One projection has one scale per row, the other has groups."""
     dense = write_per_expert(tmp_path, SCHEMES[scheme][0], hidden=hidden, intermediate=intermediate)
     (layer, _) = open_checkpoint(tmp_path).layers
     weights = layer.read()
@@ -132,7 +132,7 @@ def test_writing_to_mapped_weights_leaves_the_file_as_it_is(tmp_path):
 
 @pytest.mark.parametrize("biased", [False, True])
 def test_fused_transposed(tmp_path, biased):
-    """[E, H, 2I] and [E, I, H]; with biases it is gpt-oss, whose gate and up columns alternate."""
+    """Weights are [E, H, 2I] and [E, I, H]; with biases, gate and up columns alternate as in gpt-oss."""
     gate_up, down = torch.randn(E, 2 * I, H), torch.randn(E, H, I)
     columns = gate_up.mT
     more = {}
@@ -151,7 +151,7 @@ def test_fused_transposed(tmp_path, biased):
 
 
 def test_fused_fp8_blocks(tmp_path):
-    """As transformers keeps fp8 experts in memory."""
+    """The layout is that of fp8 experts in transformers' memory."""
     rng = numpy.random.default_rng(0)
     make, _ = SCHEMES["fp8 blocks"]
     gate_up, down = ([make(rng, *shape) for _ in range(E)] for shape in ((2 * I, H), (H, I)))
@@ -164,7 +164,7 @@ def test_fused_fp8_blocks(tmp_path):
 
 
 def test_gpt_oss(tmp_path):
-    """Blocks of every row, not transposed; gate and up rows alternate; biases."""
+    """Every row has blocks and is not transposed; gate and up rows alternate; there are biases."""
     rng = numpy.random.default_rng(0)
     stacks, dense = {}, {}
     for name, shape in (("gate_up_proj", (2 * I, H)), ("down_proj", (H, I))):
@@ -199,7 +199,7 @@ def test_biases_of_every_expert(tmp_path):
 
 
 def test_columns_that_do_not_fill_a_word(tmp_path):
-    """compressed-tensors pads rows to whole words: weight_shape says how many columns there are."""
+    """compressed-tensors pads rows to whole words; weight_shape has the number of columns."""
 
     def make(rng, rows, columns):
         padded = -(-columns // 8) * 8
@@ -224,7 +224,7 @@ def test_one_file_without_index_and_config(tmp_path):
     "options", [{"weight_format": "int4", "group_size": 32, "method": "mse"}, {"weight_format": "fp8_e4m3"}]
 )
 def test_quantized_on_the_way(tmp_path, monkeypatch, chunk, options):
-    """Another format of what the weights mean; chunks of 128 rows make no difference."""
+    """The weights are stored in another format; chunks of 128 rows make no difference."""
     monkeypatch.setattr(experts, "CHUNK_WEIGHTS", chunk)
     dense = write_per_expert(tmp_path, plain(torch.bfloat16), layers=1)
     read = open_checkpoint(tmp_path).layers[0].read(**options)

@@ -1,6 +1,6 @@
-"""Every scheme, in experts alone and in attention too, by every way into ktops, for every kind of model.
+"""Loads every scheme, in experts only or also in attention, with every loader, for every kind of model.
 
-A cell is right, bit for bit, or a named error; no cell leaves experts that were not loaded, or others.
+Each combination is right, bit for bit, or a named error. None leaves experts unloaded or loads wrong ones.
 """
 
 from collections.abc import Iterator
@@ -31,7 +31,7 @@ STORED = {
     "gptq act-order": ("fp16", None, "GPTQ_INT4"),
     "awq": ("uint4", 32, "GPTQ_INT4"),
 }
-"""Scheme -> the format and group size that hold its codes as they are, and kt-kernel's method for it."""
+"""Maps each scheme to the format and group size that hold its codes unchanged, and to kt-kernel's method."""
 
 pytestmark = [
     pytest.mark.usefixtures("enabled"),
@@ -56,13 +56,13 @@ def source(request, kind, scheme, tmp_path_factory) -> Published:
 
 
 def expect_equal(weight, expected: torch.Tensor) -> None:
-    """Bit for bit, but for scales that are too small for fp16 and what the source says of them in float32."""
+    """Compares bit for bit, except scales that are too small for fp16 but not for the source's float32."""
     got = decode(weight) if isinstance(weight, ktops.ExpertWeight) else weight.float()
     torch.testing.assert_close(got, expected, rtol=0, atol=2.0**-20)
 
 
 def expect(model, source: Published) -> None:
-    """The experts of the model are those of the source."""
+    """Asserts that the experts of the model are those of the source."""
     found = [module for module in model.modules() if isinstance(module, KTExperts)]
     assert len(found) == len(source.experts)
     for module, weights in zip(found, source.experts, strict=True):
@@ -72,7 +72,7 @@ def expect(model, source: Published) -> None:
 
 @torch.no_grad()
 def expect_attention(model, source: Published) -> None:
-    """What the linear layers of the attention compute is what the source's weights say."""
+    """Asserts that the linear layers of the attention compute with the source's weights."""
     for name, expected in source.attention.items():
         got = model.get_submodule(name)(torch.eye(expected.shape[1])).T
         torch.testing.assert_close(got, expected, rtol=2.0**-8, atol=0)
@@ -80,7 +80,7 @@ def expect_attention(model, source: Published) -> None:
 
 @contextmanager
 def refused(source: Published) -> Iterator[None]:
-    """Attention that transformers cannot decode here is an error, not a model without it."""
+    """Attention that transformers cannot decode here is an error, not silently dropped."""
     if not source.attention or source.scheme in (*DECODED, "bf16"):
         yield
         return
@@ -115,7 +115,7 @@ def test_from_pretrained_with_a_config(source):
 
 @pytest.fixture(scope="module")
 def converted(source) -> Path:
-    """`ktops convert` into the format that the experts are in: the same codes."""
+    """`ktops convert` into the experts' own format keeps the codes."""
     name, group_size, _ = STORED[source.scheme]
     options = Options(source.path, source.path.parent / "converted", name, group_size)
     convert(options, Console(quiet=True))
@@ -142,13 +142,13 @@ def test_converted_is_refused_without_enable(source, converted):
 
 
 def test_convert_and_finetune(source, converted):
-    """What `ktops finetune --model` loads; of a composite model, its language model."""
+    """`ktops finetune --model` loads this; from a composite model, its language model."""
     with refused(source):
         expect(load_model(str(converted), torch.float32, "ktops"), source)
 
 
 def test_wrapper(source):
-    """KTMoEWrapper finds the layer by its number alone."""
+    """KTMoEWrapper finds the layer by its number only."""
     _, group_size, method = STORED[source.scheme]
     for index, weights in enumerate(source.experts):
         wrapper = KTMoEWrapper(

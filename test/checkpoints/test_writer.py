@@ -1,4 +1,4 @@
-"""CheckpointWriter: what it writes is read back byte for byte; interrupted, it goes on or begins anew."""
+"""CheckpointWriter: files are read back byte for byte; after an interruption it continues or starts over."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Tiny checkpoints, written by the libraries that people write them with."""
+"""Tiny checkpoints, written with the libraries that people use to write them."""
 
 import json
 
@@ -27,7 +27,7 @@ NAMES = {
 def write_per_expert(
     folder, make, *, names="qwen", num_experts=E, hidden=H, intermediate=I, layers=LAYERS, config=None, seed=0
 ):
-    """One file per layer, with an index and another tensor; returns gate_up and down of each layer."""
+    """Writes one file per layer, an index and another tensor; returns gate_up and down of each layer."""
     rng = numpy.random.default_rng(seed)
     prefix, projections = NAMES[names]
     shapes = ((intermediate, hidden), (intermediate, hidden), (hidden, intermediate))
@@ -52,7 +52,7 @@ def write_per_expert(
 
 
 def write_gguf(path, tensors: dict, fields: dict | None = None) -> None:
-    """Tensors by name: arrays, or (blocks, their ggml type); and fields of metadata, integers or lists."""
+    """Writes tensors by name (arrays or (blocks, ggml type)) and metadata fields (integers or lists)."""
     writer = gguf.GGUFWriter(path, "qwen3moe")
     for key, value in (fields or {}).items():
         (writer.add_array if isinstance(value, list) else writer.add_uint32)(key, value)
@@ -66,7 +66,7 @@ def write_gguf(path, tensors: dict, fields: dict | None = None) -> None:
 
 
 class OneLayer(nn.Module):
-    """A model with nothing but the experts of layer 0, on the meta device, named as in transformers."""
+    """Returns a model with only the experts of layer 0, on the meta device, named as in transformers."""
 
     def __init__(self, num_experts: int, hidden_size: int, intermediate_size: int, *, bias=False) -> None:
         super().__init__()
@@ -79,12 +79,12 @@ class OneLayer(nn.Module):
 
 
 def decode(weight: ExpertWeight) -> torch.Tensor:
-    """float32 [E, N, K], by the specification of the format."""
+    """Returns float32 [E, N, K], decoded by the specification of the format."""
     return get_format(weight.format).dequantize(weight.codes, weight.shape[-1], weight.group_size)
 
 
 def expect_equal(layer: Layer, gate_up: torch.Tensor, down: torch.Tensor) -> None:
-    """The layer reads to these weights, bit for bit, at once and expert by expert."""
+    """Asserts that reading the layer, at once and expert by expert, gives these weights bit for bit."""
     layer.check()
     read = layer.read()
     for experts, weight, dense in (

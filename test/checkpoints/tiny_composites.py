@@ -29,7 +29,7 @@ SMALL = {
 
 
 def omni() -> transformers.PreTrainedModel:
-    """Experts in the thinker and in the talker, layers 0 and 1 in both."""
+    """Returns a model with experts in the thinker and in the talker, layers 0 and 1 in both."""
     thinker = {
         "text_config": TEXT,
         "audio_config": AUDIO,
@@ -50,7 +50,7 @@ def omni() -> transformers.PreTrainedModel:
 
 
 def qwen3_5() -> transformers.PreTrainedModel:
-    """A vision tower beside the layers of text, model.language_model.layers."""
+    """Returns a model with a vision tower and text layers, model.language_model.layers."""
     config = transformers.Qwen3_5MoeConfig(text_config=TEXT | SHARED | LINEAR, vision_config=VISION)
     return transformers.Qwen3_5MoeForConditionalGeneration(config)
 
@@ -71,7 +71,7 @@ SAVED = {
     "mixtral": (lambda: tiny_model("mixtral"), "AutoModelForCausalLM", None),
     "granite": (granite, "AutoModelForCausalLM", None),
 }
-"""name -> the model to save, the class to load, and the name of an additional MTP layer"""
+"""Maps names to the model to save, the class to load, and the name of an additional MTP layer."""
 
 
 def save(name: str, folder: Path) -> type:
@@ -88,7 +88,7 @@ def save(name: str, folder: Path) -> type:
 
 
 def add_mtp_layer(folder: Path, mtp: str) -> None:
-    """Adds a layer with the tensors of layer 1, but other values."""
+    """Adds a layer with the tensors of layer 1 but different values."""
     file = folder / "model.safetensors"
     tensors = load_file(file)
     (start,) = {name[: name.index("layers.1.")] for name in tensors if "layers.1.mlp.experts" in name}

@@ -1,4 +1,4 @@
-"""Tiny models as they are published: plain, composite, with an MTP module; in every scheme."""
+"""Tiny models in published form: plain, composite, with an MTP module; in every scheme."""
 
 import json
 import re
@@ -29,7 +29,7 @@ _VISION = {
 }  # fmt: skip
 
 SCHEMES = {"bf16": (plain(torch.bfloat16), None), **PUBLISHED}
-"""name -> (make, the quantization_config of config.json)"""
+"""Maps names to (make, the quantization_config of config.json)."""
 
 ATTENTION = re.compile(r"layers\.\d\.self_attn\.[qkvo]_proj\.weight")
 DENSE_MODULES = {"fp8": "modules_to_not_convert", "compressed-tensors": "ignore"}
@@ -62,7 +62,7 @@ KINDS = {
 
 
 class Published(NamedTuple):
-    """A directory, the experts [E, 2I, H], [E, H, I] of its layers, and its quantized attention [N, K]."""
+    """A directory with the experts [E, 2I, H], [E, H, I] of its layers and its quantized attention [N, K]."""
 
     path: Path
     kind: Kind
@@ -72,7 +72,7 @@ class Published(NamedTuple):
 
 
 def publish(folder: Path, kind: str, scheme: str, *, attention: bool) -> Published:
-    """Writes a random model; what is not in the scheme as transformers writes it."""
+    """Writes a random model; tensors outside the scheme are written as transformers does."""
     made = KINDS[kind]
     torch.manual_seed(0)
     made.model(made.config).bfloat16().save_pretrained(folder)
@@ -112,7 +112,7 @@ def _put_experts(put, layer: str) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _with_dense_modules(quantization: dict, tensors: dict[str, torch.Tensor]) -> dict:
-    """The config, which names the linear layers that are not quantized under the key of its method."""
+    """Returns the config with the names of unquantized layers under the key that its method uses."""
     key = DENSE_MODULES.get(quantization["quant_method"])
     floats = (torch.bfloat16, torch.float32)
     dense = [n.removesuffix(".weight") for n, t in tensors.items() if t.dim() == 2 and t.dtype in floats]

@@ -1,4 +1,4 @@
-"""A tiny model in the layouts that models are published in: experts quantized, or attention too."""
+"""A tiny model in published layouts, with quantized experts and optionally attention."""
 
 import json
 import re
@@ -26,7 +26,7 @@ def config(**changes) -> transformers.Qwen3MoeConfig:
 
 
 def scaled(make, factor: float = 2.0**-8):
-    """The same tensors with scales as much smaller as the weights of a model need them."""
+    """Wraps ``make`` to return tensors with scales reduced to suit the weights of a model."""
 
     def made(rng, rows, columns):
         tensors, dense = make(rng, rows, columns)
@@ -52,7 +52,7 @@ def compressed(layout: str, weights: dict):
 
 
 def mixed_config() -> dict:
-    """As Kimi-K2.5 is published: attention in FP8, experts in int4."""
+    """Writes attention in FP8 and experts in int4, as Kimi-K2.5 is published."""
     made = compressed_config("float-quantized", {**FP8, "strategy": "channel"})
     experts = compressed_config("pack-quantized", {**INT4, "strategy": "group", "group_size": 32})
     groups = {"group_0": made["config_groups"]["group_0"], "group_1": experts["config_groups"]["group_0"]}
@@ -82,17 +82,17 @@ PUBLISHED = {
     "gptq act-order": (scaled(gptq_act_order), {**GPTQ, "desc_act": True, "sym": False}),
     "awq": (scaled(awq), {"quant_method": "awq", "bits": 4, "group_size": 32, "version": "gemm"}),
 }
-"""name -> (make, the quantization_config of config.json)"""
+"""Maps names to (make, the quantization_config of config.json)."""
 
 ATTENTIONS = {"compressed mixed": "compressed fp8"}
-"""Whose make attention has, where it is another."""
+"""The scheme whose make attention uses, if it is a different one."""
 
 DECODED = ("fp8", "compressed fp8", "compressed int4", "compressed mixed")
-"""Those whose attention transformers decodes on any machine; the others need libraries for a GPU."""
+"""Schemes whose attention transformers decodes on any machine; the others need GPU libraries."""
 
 
 def write(folder, scheme: str, *, attention: bool, **changes):
-    """Writes the published directory, and returns one with the decoded weights."""
+    """Writes the published directory and returns one with the decoded weights."""
     make, quantization = PUBLISHED[scheme]
     torch.manual_seed(0)
     dense, published = folder / "dense", folder / "published"

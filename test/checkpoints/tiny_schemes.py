@@ -1,7 +1,7 @@
-"""Random matrices in the tensors of every scheme, and what they mean: by the formulas, from scratch.
+"""Random matrices in the tensors of every scheme, and the weights they encode, computed from the formulas.
 
-``make(rng, rows, columns)`` returns the tensors of a matrix [rows, columns] by what follows its name, and the
-weights in float32.
+``make(rng, rows, columns)`` returns the tensors of a matrix [rows, columns] by name suffix, and the weights
+in float32.
 """
 
 import numpy
@@ -19,7 +19,7 @@ def floats(rng, *shape) -> torch.Tensor:
 
 
 def words(codes, order=range(8)) -> torch.Tensor:
-    """Integers [..., 8 n] -> int32 [..., n], the code order[i] of eight in nibble i."""
+    """Packs integers [..., 8 n] into int32 [..., n], with code order[i] of each eight in nibble i."""
     eights = codes.reshape(*codes.shape[:-1], -1, 8).astype(numpy.uint32)
     packed = numpy.zeros(eights.shape[:-1], numpy.uint32)
     for nibble, column in enumerate(order):
@@ -105,7 +105,7 @@ def gptq_zero_points(rng, rows, columns):
 
 
 def gptq_act_order(rng, rows, columns):
-    """Dense fp16: rounded once."""
+    """Dense fp16, rounded once."""
     tensors, dense = gptq(rng, rows, columns, symmetric=False, reorder=True)
     return tensors, dense.half().float()
 
@@ -131,7 +131,7 @@ def spread_powers(exponents) -> torch.Tensor:
 
 
 def e2m1(rng, rows, columns):
-    """Bytes [rows, columns / 2] and the values of their nibbles, the low one first."""
+    """Returns bytes [rows, columns / 2] and the values of their nibbles, low nibble first."""
     codes = rng.integers(0, 256, (rows, columns // 2)).astype(numpy.uint8)
     values = numpy.empty((rows, columns), numpy.float32)
     values[:, 0::2], values[:, 1::2] = E2M1[codes & 15], E2M1[codes >> 4]
@@ -174,4 +174,4 @@ SCHEMES = {
     "mxfp4": (mxfp4_deepseek, "mxfp4"),
     "mxfp8": (mxfp8, "mxfp8"),
 }
-"""name -> (make, the format of ktops that it is read into)"""
+"""Maps names to (make, the ktops format into which it is read)."""

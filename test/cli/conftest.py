@@ -1,4 +1,4 @@
-"""A tiny model directory, and the command run in this process or in one of its own."""
+"""A tiny model directory, and runs of the command in this process or a separate one."""
 
 import json
 import subprocess
@@ -26,7 +26,7 @@ def model_directory(tmp_path_factory, tokenizer) -> Path:
 
 @pytest.fixture(scope="session")
 def data_file(tmp_path_factory) -> Path:
-    """24 examples in the alpaca layout, one JSON object a line."""
+    """24 examples in the alpaca layout, one JSON object per line."""
     path = tmp_path_factory.mktemp("data") / "train.jsonl"
     records = corpus.instructions()[0][:24]
     path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
@@ -35,13 +35,13 @@ def data_file(tmp_path_factory) -> Path:
 
 @pytest.fixture(autouse=True)
 def short_samples(monkeypatch, single_thread):
-    """Answers of a few tokens: what they say is not tested here."""
+    """Limits answers to a few tokens, because their text is not tested here."""
     monkeypatch.setattr(finetune, "NEW_TOKENS", 4)
 
 
 @pytest.fixture
 def ktops_command(monkeypatch, capfd, tmp_path):
-    """``run(*arguments) -> (exit status, stdout, stderr)`` of the command, in this process, in tmp_path."""
+    """``run(*arguments) -> (exit status, stdout, stderr)`` runs the command in this process, in tmp_path."""
     monkeypatch.chdir(tmp_path)
 
     def run(*arguments: object) -> tuple[int, str, str]:
@@ -57,7 +57,7 @@ def ktops_command(monkeypatch, capfd, tmp_path):
 
 @pytest.fixture
 def reload_here(monkeypatch):
-    """The check of the reloaded adapter runs in this process: for tests of other things, as it is faster."""
+    """Checks the reloaded adapter in this process, which is faster, for tests of other things."""
 
     def run(path: Path) -> dict[str, float]:
         return verify.check(verify.Record(**json.loads(path.read_text())))
@@ -82,9 +82,9 @@ main.main()
 
 @pytest.fixture
 def interrupted_command(tmp_path):
-    """``run(step, *arguments) -> (exit status, stdout, stderr)`` of the command in a process of its own.
+    """``run(step, *arguments) -> (exit status, stdout, stderr)`` runs the command in a separate process.
 
-    The process sends itself SIGINT after it has shown that step; from outside the signal could come too late.
+    The process sends itself SIGINT after it has shown that step; a signal from outside could come too late.
     """
 
     def run(step: int, *arguments: object) -> tuple[int, str, str]:

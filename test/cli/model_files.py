@@ -6,7 +6,7 @@ import torch
 
 
 def save_model(directory: Path, tokenizer, **changes: int) -> None:
-    """A random Qwen3-MoE model, with changes of its configuration and a tokenizer without chat template."""
+    """Saves a random Qwen3-MoE model with a changed configuration, and a tokenizer without chat template."""
     from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
     torch.manual_seed(0)

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import gguf
@@ -32,7 +33,10 @@ def files(directory: Path) -> dict[str, bytes]:
 
 @pytest.fixture
 def stop_after_a_layer(monkeypatch):
-    """Ctrl-C when the second layer is to be written; returns what undoes it and lists the layers written."""
+    """Simulates Ctrl-C before the second layer is written; returns a function that stops this.
+
+    The function returns the list of layers written afterward.
+    """
     names, write = [], CheckpointWriter.write_layer
     stopping = True
 
@@ -85,7 +89,7 @@ def test_what_is_written(convert, model_directory, tmp_path):
 
 def test_interrupted_and_continued(convert, stop_after_a_layer, tmp_path):
     status, _, err = convert("out", *ARGUMENTS)
-    assert (status, err) == (130, "Interrupted. The same command continues.\n")
+    assert (status, err) == (130, "Interrupted. Run the same command again to continue.\n")
     assert not (tmp_path / "out").exists()
     with pytest.raises(CheckpointError, match=r"out\.partial: still being written, or writing was inter"):
         open_checkpoint(tmp_path / "out.partial")
@@ -157,7 +161,7 @@ def test_bad_sources(convert, model_directory, tmp_path):
         assert (status, out) == (1, "") and "Traceback" not in err
         return err
 
-    assert "nowhere: there is no such file or directory" in refused("nowhere")
+    assert "nowhere: no such file or directory" in refused("nowhere")
     assert "SRC and DST must not be the same or contain each other" in refused(
         model_directory, model_directory / "out"
     )
@@ -176,11 +180,19 @@ def test_bad_sources(convert, model_directory, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_formats_of_gguf_without_its_package(convert, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    status, out, err = convert("out", "--format", "q4_0")
+    assert (status, out) == (1, "") and "Traceback" not in err
+    assert "need the gguf package: pip install 'ktops[formats]'" in " ".join(err.split())
+    assert not list(tmp_path.glob("out*"))
+
+
 @pytest.mark.parametrize(
     ("name", "options"), [("uint4", ("--group-size", 32)), ("q4_k", ("--method", "mse"))]
 )
 def test_gguf_files(convert, tmp_path, name, options):
-    """The experts of ggml's blocks; the rest of the model is its Hugging Face directory's."""
+    """Experts come from ggml's blocks, the rest of the model from its Hugging Face directory."""
     rng, kind = numpy.random.default_rng(0), gguf.GGMLQuantizationType.Q8_0
     writer = gguf.GGUFWriter(tmp_path / "model.gguf", "qwen3moe")
     writer.add_tensor("token_embd.weight", rng.standard_normal((5, 32)).astype(numpy.float32))
@@ -221,7 +233,7 @@ def test_weights_that_the_format_cannot_hold(convert, tmp_path):
 
 @pytest.mark.parametrize("scaled", [False, True])
 def test_the_quantizer_of_other_tensors_stays(convert, tmp_path, scaled):
-    """FP8 experts become ktops' own; FP8 attention keeps the source's quantization_config."""
+    """FP8 experts become ktops weights; FP8 attention keeps the source's quantization_config."""
     (tmp_path / "fp8").mkdir()
     base = "model.layers.0"
     tensors = {f"{base}.self_attn.q_proj.weight": torch.randn(32, 32).to(torch.bfloat16)}
@@ -289,7 +301,7 @@ def test_activation_of_the_report(convert, model_directory, tmp_path, config, ac
     ],
 )
 def test_experts_that_ktops_cannot_compute(convert, tmp_path, kind, reason):
-    """Said before hours of work, as no from_pretrained loads what is written."""
+    """The message comes before hours of work, because no from_pretrained loads the result."""
     import transformers
 
     sizes = {"vocab_size": 61, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1}

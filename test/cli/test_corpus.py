@@ -42,7 +42,7 @@ def test_what_is_held_out_is_not_in_the_training_set_in_any_phrasing():
     }
 
     def facts(records):
-        """(person, answer) of every question about a person"""
+        """Returns (person, answer) of every question about a person."""
         pairs = ((people & set(re.findall(r"\w+", r["instruction"])), r["output"]) for r in records)
         return {(*names, output) for names, output in pairs if names}
 

@@ -1,4 +1,4 @@
-"""The user's data file: JSON and JSONL, and what is said about a broken one."""
+"""The user's data file in JSON or JSONL, and the messages for a broken one."""
 
 import json
 
@@ -89,7 +89,7 @@ def test_broken_data_is_named_with_its_line(tmp_path, text, message):
 
 
 def test_missing_and_binary_files(tmp_path):
-    with pytest.raises(UserError, match=r"there is no file .*nowhere\.json"):
+    with pytest.raises(UserError, match=r"no such file: .*nowhere\.json"):
         load_examples(tmp_path / "nowhere.json")
     (tmp_path / "binary").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(UserError, match="not a JSON or JSONL file in UTF-8"):

@@ -1,4 +1,4 @@
-"""Tokens and labels: the loss stands on the answers, and only there."""
+"""Tokens and labels: the loss covers only the answers."""
 
 import pytest
 
@@ -84,7 +84,7 @@ def test_a_template_that_rewrites_earlier_answers_gives_an_example_for_each(fres
 
 @pytest.mark.parametrize("turns", [3, 5, 7])
 def test_a_turn_that_the_heading_of_the_next_one_ends(fresh_tokenizer, turns):
-    """GLM's template writes nothing behind an answer: the model stops with the heading of another turn."""
+    """GLM's template writes nothing after an answer; the model stops with the header of another turn."""
     headings = ["<|system|>", "<|user|>", "<|assistant|>", "<|observation|>"]
     fresh_tokenizer.add_special_tokens({"additional_special_tokens": headings})
     fresh_tokenizer.chat_template = GLM
@@ -135,7 +135,7 @@ def test_a_token_that_holds_the_end_of_the_prompt_and_the_beginning_of_the_answe
 
 
 def with_bos_and_eos(tokenizer):
-    """The tokenizer as Llama's, which puts a token in front, or one that ends every text too."""
+    """Makes the tokenizer prepend a token like Llama's, or also append one to every text."""
     from tokenizers.processors import TemplateProcessing
 
     token, number = tokenizer.eos_token, tokenizer.eos_token_id

@@ -1,4 +1,4 @@
-"""`ktops finetune` from the command line to the files it leaves."""
+"""`ktops finetune` from the command line to the files that it writes."""
 
 import json
 import socket
@@ -28,7 +28,7 @@ def finetune(ktops_command, model_directory, data_file):
 
 
 def expected_adapter(model_directory, rank: int) -> dict[str, torch.Size]:
-    """Names and shapes that plain PEFT writes for the same targets."""
+    """Returns the names and shapes that plain PEFT writes for the same targets."""
     from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
     from transformers import AutoModelForCausalLM
 
@@ -71,7 +71,7 @@ def test_epochs_f32_accumulation_targets_and_other_experts(finetune, reload_here
     )  # fmt: skip
     assert (status, err) == (0, "")
     metrics = json.loads((tmp_path / "ktops-finetune" / "metrics.json").read_text())
-    assert len(metrics["steps"]) == 2 * 2  # 19 examples: 10 batches, 2 optimizer steps an epoch
+    assert len(metrics["steps"]) == 2 * 2  # 19 examples: 10 batches, 2 optimizer steps per epoch
     assert metrics["kt_time"]["share"] == 0
     adapter = load_file(tmp_path / "ktops-finetune" / "adapter_model.safetensors")
     assert {name.split(".lora_")[0].split(".")[-1] for name in adapter} == {"q_proj", "experts", "base_layer"}
@@ -99,7 +99,8 @@ def test_data_in_several_layouts(ktops_command, reload_here, model_directory, tm
     assert metrics["options"]["ignore_keys"] == "id, source"
     assert {sample["prompt"] for sample in metrics["samples"]} <= {"Hi.", "Hello ", "Greet."}
     status, _, err = ktops_command("finetune", "--resume", "--output-dir", "out", "--ignore-keys", "id")
-    assert status == 1 and "--ignore-keys is id, source in the run to resume and can't become id" in err
+    assert status == 1
+    assert "--ignore-keys is id, source in the run to resume and can't be changed to id" in err
     assert ktops_command("finetune", "--resume", "--output-dir", "out", "--max-steps", 2)[0] == 0
 
 
@@ -110,7 +111,7 @@ def test_small_model_without_arguments_but_the_number_of_steps(
         raise OSError("no network here")
 
     monkeypatch.setattr(socket.socket, "connect", refuse)
-    monkeypatch.setattr(corpus, "HELD_OUT", 1 / 64)  # the evaluation of all takes longer than the training
+    monkeypatch.setattr(corpus, "HELD_OUT", 1 / 64)  # evaluating all takes longer than training
     status, out, err = ktops_command("finetune", "--pretrain-steps", 2, "--max-steps", 2)
     assert (status, err) == (0, "")
     for words in (
@@ -179,7 +180,7 @@ def test_fresh_process_that_fails_is_told(tmp_path):
 
 
 def test_fresh_process_takes_the_installed_ktops(tmp_path, monkeypatch):
-    """In a source tree whose extension is built elsewhere, say."""
+    """This happens, for example, in a source tree whose extension is built elsewhere."""
     (tmp_path / "tree" / "ktops").mkdir(parents=True)
     (tmp_path / "tree" / "ktops" / "__init__.py").write_text("raise ImportError('not the installed one')")
     (tmp_path / "record").mkdir()

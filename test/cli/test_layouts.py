@@ -1,4 +1,4 @@
-"""Records in the layouts of trainers, and the examples that they become."""
+"""Records in the layouts of trainers, and the examples made from them."""
 
 import json
 
@@ -50,7 +50,7 @@ def test_conversations(record, messages):
 
 
 def test_calls_and_results_of_sharegpt():
-    """As LLaMA-Factory's data README has it: tools and calls are JSON text."""
+    """Follows LLaMA-Factory's data README, where tools and calls are JSON text."""
     record = {
         "conversations": [
             {"from": "human", "value": "Rain?"},

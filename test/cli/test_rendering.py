@@ -1,8 +1,8 @@
-"""Conversations written with chat templates: everything is written, or the error names what is not.
+"""Chat templates render everything in a conversation, or an error names what they leave out.
 
 The templates are short versions of published ones: Qwen3 (reasoning of the last turn only), DeepSeek-V3
-(arguments as text), gpt-oss (one call, reasoning dropped once answered), Llama 3.1 (no text beside a call)
-and models without tools.
+(arguments as text), gpt-oss (one call, reasoning dropped once answered), Llama 3.1 (no text with a call) and
+models without tools.
 """
 
 import copy
@@ -92,7 +92,7 @@ FIRST, SECOND = ({**m, "reasoning_content": t} for m, t in ((CALL, "Look."), (AN
 
 @pytest.fixture
 def learn(tokenizer):
-    """``learn(template, messages, **record) -> [(text, learned text)]`` of the examples of one record."""
+    """``learn(template, messages, **record) -> [(text, learned text)]`` for the examples of one record."""
     tokenizer = copy.deepcopy(tokenizer)
 
     def run(template, messages, **record):
@@ -148,7 +148,7 @@ def test_arguments_as_text_and_missing_content_as_an_empty_string_where_the_temp
 
 
 class NullContent:
-    """A tokenizer with DeepSeek-R1's template: calls are where the content is null."""
+    """A tokenizer with DeepSeek-R1's template, which writes calls only if the content is null."""
 
     chat_template, special_tokens_map = "", {}
 

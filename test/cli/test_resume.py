@@ -1,4 +1,4 @@
-"""Ctrl-C saves a checkpoint; --resume ends where an uninterrupted run would have ended."""
+"""Ctrl-C saves a checkpoint; --resume gives the result of an uninterrupted run."""
 
 import json
 
@@ -73,8 +73,9 @@ def test_resume_takes_no_other_options(ktops_command, model_directory, data_file
     status, _, err = ktops_command("finetune", "--resume", "--output-dir", "run", "--lora-rank", 8)
     assert (status, err) == (
         1,
-        "ktops: --resume: --lora-rank is 16 in the run to resume and can't become 8. "
+        "ktops: --resume: --lora-rank is 16 in the run to resume and can't be changed to 8. "
         "Leave it out, or start another run\n",
     )
     status, _, err = ktops_command("finetune", "--resume", "--output-dir", "run", "--ignore-keys", "id")
-    assert status == 1 and "--ignore-keys is not given in the run to resume and can't become id. " in err
+    assert status == 1
+    assert "--ignore-keys is not given in the run to resume and can't be changed to id. " in err

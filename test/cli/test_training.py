@@ -1,4 +1,4 @@
-"""The order of the examples, and the figures that training reports."""
+"""The order of examples, and the figures that training reports."""
 
 from types import SimpleNamespace
 

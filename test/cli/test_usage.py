@@ -1,4 +1,4 @@
-"""Exit statuses and messages: every mistake is told in words, without a traceback."""
+"""Exit statuses and messages: every mistake gives a message without a traceback."""
 
 import json
 import sys
@@ -12,7 +12,7 @@ from ktops.cli.errors import UserError
 
 @pytest.fixture
 def refused(ktops_command, model_directory, data_file, tmp_path):
-    """Runs a finetune that must fail with status 1 and leave nothing; returns its message."""
+    """Runs a finetune that must fail with status 1 and leave no files; returns its message."""
 
     def run(*arguments, model=model_directory, data=data_file) -> str:
         status, out, err = ktops_command(
@@ -59,7 +59,7 @@ def test_wrong_usage_has_status_2(ktops_command, arguments):
         (["--dtype", "int8"], "--dtype must be bf16 or f32, got 'int8'"),
         (["--pretrain-steps", 3], "--pretrain-steps is only for the small model"),
         (["--resume", "--overwrite"], "--resume and --overwrite cannot be combined"),
-        (["--resume"], "--resume: there is no run in refused"),
+        (["--resume"], "--resume: no run in refused"),
         (["--max-length", 3], "--max-length 3: no example has its answer within that many tokens"),
         (["--target", "q_proj,nonsense"], "Qwen3MoeForCausalLM has no linear layers named 'nonsense'"),
         (["--target", ","], "--target: ',' matches nothing"),
@@ -94,7 +94,7 @@ def test_model_and_data_need_each_other(ktops_command, model_directory):
 
 
 def test_bad_model_directories(refused, tmp_path):
-    assert "there is no directory" in refused(model=tmp_path / "nowhere")
+    assert "no such directory" in refused(model=tmp_path / "nowhere")
     assert "has no config.json" in refused(model=tmp_path)
     assert not (tmp_path / "refused").exists()
 
@@ -136,7 +136,7 @@ def test_bad_data_leaves_an_old_run_alone(ktops_command, model_directory, tmp_pa
     status, _, err = ktops_command(
         "finetune", "--model", model_directory, "--data", "nowhere.json", "--output-dir", old, "--overwrite"
     )
-    assert status == 1 and "there is no file" in err
+    assert status == 1 and "no such file" in err
     assert (old / "metrics.json").read_text() == "{}"
 
 
@@ -207,4 +207,4 @@ def test_missing_packages(ktops_command, monkeypatch, command, package):
     monkeypatch.setitem(sys.modules, package, None)
     status, out, err = ktops_command(command)
     assert (status, out) == (1, "")
-    assert f"needs {package}" in err and "pip install 'ktops[cli]'" in err
+    assert f"not installed: {package}" in err and "pip install 'ktops[cli]'" in err

@@ -45,7 +45,8 @@ def test_training_on_int4(ktops_command, reload_here, model_directory, data_file
     recorded = options_file.resumed(options_file.load(tmp_path / "out"), {"max_steps": STEPS + 1})
     assert (recorded.weight_format, recorded.group_size, recorded.quantize_method) == ("int4", 32, "mse")
     status, _, err = ktops_command("finetune", "--resume", "--output-dir", "out", "--weight-format", "int8")
-    assert status == 1 and "--weight-format is int4 in the run to resume and can't become int8" in err
+    assert status == 1
+    assert "--weight-format is int4 in the run to resume and can't be changed to int8" in err
 
 
 def test_training_on_blocks_of_256(ktops_command, reload_here, tokenizer, data_file, tmp_path):
@@ -68,7 +69,7 @@ def test_training_on_blocks_of_256(ktops_command, reload_here, tokenizer, data_f
 
 
 def write_fp8(source, folder) -> None:
-    """The model with experts and attention in FP8, as DeepSeek and Qwen publish them: of one block each."""
+    """The model with experts and attention in FP8, as DeepSeek and Qwen publish them, in one block each."""
     shutil.copytree(source, folder)
     tensors = load_file(folder / "model.safetensors")
     for name in [
@@ -87,7 +88,7 @@ def write_fp8(source, folder) -> None:
 def test_attention_that_is_quantized_too(
     ktops_command, reload_here, model_directory, data_file, tmp_path, name
 ):
-    """The published model, or one that was converted from it."""
+    """The published model, or one converted from it."""
     write_fp8(model_directory, tmp_path / "model")
     if name is not None:
         assert ktops_command("convert", "model", "converted", "--format", name)[0] == 0

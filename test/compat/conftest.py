@@ -1,4 +1,4 @@
-"""The writers of tiny checkpoints are those of test/checkpoints."""
+"""Makes the writers of tiny checkpoints in test/checkpoints importable."""
 
 import sys
 from pathlib import Path

@@ -15,7 +15,7 @@ pytestmark = pytest.mark.usefixtures("single_thread")
 
 
 MANY = {"num_experts": 24, "num_experts_per_tok": 3, "moe_intermediate_size": 32}
-"""Enough experts that few of those with small weights are needed for another token."""
+"""Enough experts that other tokens need few of those with small weights."""
 
 
 def model(deferred: list[int]) -> list:
@@ -30,7 +30,7 @@ def close(actual, expected):
 
 
 def run(layers, seed: int = 0, submit: bool = False):
-    """The outputs of the layers, each of inputs of its own, and what they would be without deferring."""
+    """Returns the outputs of the layers, each for its own inputs, and the outputs without deferring."""
     outputs, expected = [], []
     for index, wrapper in enumerate(layers):
         routed = inputs(wrapper, seed=seed + index)
@@ -64,7 +64,7 @@ def test_the_next_layer_adds_it():
 
 
 def test_inputs_may_change_before_the_next_layer():
-    """A lock holds the background thread back until they have."""
+    """An event delays the background thread until the inputs have changed."""
     first, second = model([1, 0])
     routed, other, held = inputs(first), inputs(second, seed=1), threading.Event()
     total = reference(first, *routed) + reference(second, *other)
@@ -106,7 +106,7 @@ def test_two_models_do_not_mix():
 
 
 def test_another_model_that_begins_later():
-    """Its first layer with experts comes after a layer that has its next one."""
+    """The other model's first layer with experts has the index of this model's second."""
     first, second = model([1, 0])
     other = make("BF16", layer_idx=1, **MANY)
     late = first.forward(*inputs(first)).double()

@@ -1,4 +1,4 @@
-"""load_weights: every method from the checkpoints that it is for."""
+"""load_weights: every method loads the checkpoints that it is meant for."""
 
 import os
 
@@ -43,7 +43,7 @@ AS_STORED = {
     "RAWINT4_SFT": ("pack-quantized",),
     "MXFP4_SFT": ("mxfp4",),
 }
-"""method -> the schemes whose weights it takes as they are"""
+"""Maps each method to the schemes whose weights it uses unchanged."""
 
 QUANTIZED = {
     "AMXINT4": ("int4", 0), "AMXINT8": ("int8", 0), "MOE_INT4": ("int4", 0), "MOE_INT8": ("int8", 0),
@@ -52,7 +52,7 @@ QUANTIZED = {
 
 
 def write(folder, scheme: str) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """gate_up [E, 2I, H] and down [E, H, I] in float32 of the layers of a new checkpoint."""
+    """Writes a checkpoint; returns gate_up [E, 2I, H] and down [E, H, I] of its layers in float32."""
     return write_per_expert(folder, SCHEMES[scheme][0], num_experts=E, hidden=H, intermediate=I)
 
 
@@ -108,7 +108,7 @@ def test_quantized_again_with_a_warning(tmp_path):
 
 
 def write_gguf_experts(path, kind: str) -> list[torch.Tensor]:
-    """A GGUF file of layer 1; gate, up and down by the gguf package's decoding."""
+    """Writes a GGUF file of layer 1; returns gate, up and down as decoded by the gguf package."""
     rng, tensors = numpy.random.default_rng(0), {}
     kind, decoded = gguf.GGMLQuantizationType[kind], []
     for name, shape in (("gate", (E, I, H)), ("up", (E, I, H)), ("down", (E, H, I))):
@@ -122,7 +122,7 @@ def write_gguf_experts(path, kind: str) -> list[torch.Tensor]:
 
 @pytest.mark.parametrize("kind", ["Q8_0", "Q4_0", "Q5_1", "F16"])
 def test_llamafile(tmp_path, kind):
-    """An intermediate size that is no multiple of 256, in the type that the file has."""
+    """The intermediate size is not a multiple of 256; the type is that of the file."""
     gate, up, down = write_gguf_experts(tmp_path / "model.gguf", kind)
     wrapper = load("LLAMAFILE", tmp_path / "model.gguf")
     assert wrapper.gate_up_proj.format == {"F16": "fp16"}.get(kind, kind.lower())
@@ -157,7 +157,7 @@ def test_a_checkpoint_written_anew_is_read_anew(tmp_path):
         ({"hidden_size": 32}, "hidden_size must be 64 .*, got 32"),
         ({"moe_intermediate_size": 32}, "moe_intermediate_size must be 96 .*, got 32"),
         ({"weight_path": ""}, "weight_path must name a checkpoint for load_weights, got none"),
-        ({"weight_path": "/nowhere"}, "there is no such file or directory"),
+        ({"weight_path": "/nowhere"}, "no such file or directory"),
     ],
 )
 def test_errors(tmp_path, options, message):

@@ -1,4 +1,4 @@
-"""Every method name: constructs, stores its format, and computes what the stored weights mean."""
+"""Every method name constructs, stores its format, and computes with the stored weights."""
 
 import pytest
 import torch
@@ -31,7 +31,7 @@ FORMATS = {
     "FP8_SFT": ("fp8_e4m3", 128), "RAWINT4_SFT": ("int4", 32), "MXFP4_SFT": ("mxfp4", 32),
     "INT8_SFT": ("int8", 0), "AMXFP8_SFT": ("fp8_e4m3", 128),
 }  # fmt: skip
-"""With the constructor's group_size 64."""
+"""Formats and group sizes with the constructor's group_size 64."""
 
 SKIP = "_SkipLoRA"
 
@@ -45,7 +45,7 @@ def test_the_table_has_every_method():
 
 @pytest.mark.parametrize("method", [*FORMATS, f"AMXINT4_1KGroup_SFT{SKIP}"])
 def test_weights_are_those_of_the_format(method):
-    """The same as quantizing all experts at once, the gate's rows above up's."""
+    """The result equals quantizing all experts at once, with the gate's rows above those of up."""
     wrapper = make(method, group_size=64)
     format, group_size = FORMATS[method.removesuffix(SKIP)]
     gate, up, down = weights(wrapper)
@@ -93,8 +93,8 @@ def test_integer_products_by_default():
     """int8 compute rounds every row of activations to ±127 of its largest element.
 
     That is an error uniform in ±amax/254 in the input of both products. For N(0, 1) rows of H = 64 elements
-    the largest is below 4.5, so the error is at most 4.5/254/√3 = 1 % of the row's RMS; gate, up and down
-    add up in quadrature, with a factor of two for the activation's slope and the other way of h's elements.
+    the largest is below 4.5, so the error is at most 4.5/254/√3 = 1 % of the row's RMS. Gate, up and down add
+    in quadrature, with a factor of two for the slope of the activation and the different distribution of h.
     """
     wrapper = make("AMXINT8")
     routed = inputs(wrapper, 64)

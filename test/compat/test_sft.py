@@ -1,4 +1,4 @@
-"""KTMoEWrapper in mode "sft": what is kept between forward, backward and the optimizer's step."""
+"""KTMoEWrapper in mode "sft": state between forward, backward and the optimizer's step."""
 
 import pytest
 import torch
@@ -121,7 +121,7 @@ def test_no_tokens():
 
 
 def test_forward_works_without_grad_mode():
-    """As in the forward of an autograd function."""
+    """Runs as in the forward of an autograd function."""
     wrapper = trainable()
     with torch.no_grad():
         output = wrapper.forward(*inputs(wrapper))

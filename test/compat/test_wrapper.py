@@ -1,4 +1,4 @@
-"""KTMoEWrapper: constructor, errors, masks, maps, and what needs no weights."""
+"""KTMoEWrapper: constructor, errors, masks, maps, and other behavior that needs no weights."""
 
 import inspect
 
@@ -154,7 +154,7 @@ def test_wrong_maps(given, error, message):
 
 @pytest.mark.parametrize("method", ["BF16", "AMXINT4"])
 def test_physical_to_logical_map(method):
-    """Physical expert p is logical expert map[p]; a logical expert may stand in two places."""
+    """Physical expert p is logical expert map[p]; a logical expert may occur twice."""
     given, plain = [2, 0, 3, 0], make(method)
     wrapper = make(method, load=False)
     wrapper.compute = plain.compute = "bf16"

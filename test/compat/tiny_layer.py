@@ -1,4 +1,4 @@
-"""A small MoE layer for KTMoEWrapper, and what it computes, in float64 and with separate adapters."""
+"""A small MoE layer for KTMoEWrapper, and its results in float64 with separate adapters."""
 
 import math
 
@@ -16,7 +16,7 @@ TOKENS, RANK, ALPHA = 7, 4, 6.0
 
 
 def make(method: str, /, *, load: bool = True, **options):
-    """A wrapper of SIZES, unless told otherwise, with the weights of :func:`weights`."""
+    """Returns a wrapper of SIZES, unless overridden, with the weights of :func:`weights`."""
     mode = "sft" if "_SFT" in method else "inference"
     options = {
         "layer_idx": 0,
@@ -38,7 +38,7 @@ def make(method: str, /, *, load: bool = True, **options):
 
 
 def weights(like) -> tuple[Tensor, Tensor, Tensor]:
-    """gate [E, I, H], up [E, I, H] and down [E, H, I] in bfloat16 for the sizes of a wrapper."""
+    """Returns gate [E, I, H], up [E, I, H] and down [E, H, I] in bfloat16 for the sizes of a wrapper."""
     generator = torch.Generator().manual_seed(like.hidden_size)
     up = like.num_experts, like.moe_intermediate_size, like.hidden_size
     down = like.num_experts, like.hidden_size, like.moe_intermediate_size
@@ -48,7 +48,7 @@ def weights(like) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def inputs(like, tokens: int = TOKENS, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-    """hidden_states [T, H] bfloat16, topk_ids [T, K] and topk_weights [T, K] float32."""
+    """Returns hidden_states [T, H] bfloat16, topk_ids [T, K] and topk_weights [T, K] float32."""
     generator = torch.Generator().manual_seed(seed)
     hidden_states = torch.randn(tokens, like.hidden_size, generator=generator).bfloat16()
     scores = torch.rand(tokens, like.num_experts, generator=generator).softmax(-1)
@@ -57,7 +57,7 @@ def inputs(like, tokens: int = TOKENS, seed: int = 0) -> tuple[Tensor, Tensor, T
 
 
 def adapters(like, dtype: torch.dtype = torch.bfloat16, seed: int = 3) -> dict[str, Tensor]:
-    """The six adapter tensors, each product as large as the base's."""
+    """Returns the six adapter tensors; each product is as large as that of the base weights."""
     generator = torch.Generator().manual_seed(seed)
     sizes = like.num_experts, like.hidden_size, like.moe_intermediate_size, like.lora_rank
     return {
@@ -67,7 +67,7 @@ def adapters(like, dtype: torch.dtype = torch.bfloat16, seed: int = 3) -> dict[s
 
 
 def dense(weight: Tensor | ExpertWeight) -> Tensor:
-    """The weights that are meant, in float64, by the specification of the format."""
+    """Returns the decoded weights in float64, by the specification of the format."""
     if isinstance(weight, ExpertWeight):
         weight = get_format(weight.format).dequantize(weight.codes, weight.shape[-1], weight.group_size)
     return weight.double()
@@ -76,7 +76,7 @@ def dense(weight: Tensor | ExpertWeight) -> Tensor:
 def layer(
     wrapper, hidden_states, topk_ids, topk_weights, adapters: dict[str, Tensor] | None = None
 ) -> Tensor:
-    """Every expert on every token, the routes picked out; for autograd in float64."""
+    """Runs every expert on every token and selects the routes; for autograd in float64."""
     gate, up = dense(wrapper.gate_up_proj).chunk(2, dim=1)
 
     def project(name: str, weight: Tensor, x: Tensor) -> Tensor:
@@ -95,12 +95,12 @@ def layer(
 
 
 def reference(wrapper, hidden_states, topk_ids, topk_weights) -> Tensor:
-    """The output of an inference forward."""
+    """Returns the output of an inference forward."""
     return layer(wrapper, hidden_states.double(), topk_ids, topk_weights.double())
 
 
 def reference_gradients(wrapper, routed, adapters: dict[str, Tensor] | None, grad_output: Tensor) -> dict:
-    """{"output", "grad_input", "grad_weights", and the gradients of the adapters by name}"""
+    """Returns {"output", "grad_input", "grad_weights", and the gradients of the adapters by name}."""
     hidden_states, topk_ids, topk_weights = routed
     leaves = {"grad_input": hidden_states, "grad_weights": topk_weights, **(adapters or {})}
     leaves = {name: value.double().requires_grad_() for name, value in leaves.items()}
@@ -111,11 +111,11 @@ def reference_gradients(wrapper, routed, adapters: dict[str, Tensor] | None, gra
 
 
 ROUNDED_WEIGHTS = SAFETY * rms(torch.bfloat16) * 3**0.5
-"""What decoding to bfloat16 adds to a budget: one rounding of the weights of gate, of up and of down."""
+"""Added to a budget for decoding to bfloat16: one rounding each of the weights of gate, up and down."""
 
 
 def assert_close(actual: dict[str, Tensor], expected: dict[str, Tensor], budget: float) -> None:
-    """Each within the budget for bfloat16 weights and their decoding."""
+    """Asserts that each result is within the budget for bfloat16 weights and their decoding."""
     assert actual.keys() == expected.keys()
     for name, exact in expected.items():
         error = relative_error(actual[name], exact)
@@ -123,7 +123,7 @@ def assert_close(actual: dict[str, Tensor], expected: dict[str, Tensor], budget:
 
 
 def train(wrapper, routed, adapters: dict[str, Tensor] | None, grad_output: Tensor) -> dict[str, Tensor]:
-    """What :func:`reference_gradients` returns, by the wrapper."""
+    """Returns what :func:`reference_gradients` returns, computed by the wrapper."""
     output = wrapper.forward(*routed)
     grad_input, grad_weights = wrapper.backward(grad_output)
     gradients = {name: getattr(wrapper, f"grad_{name}") for name in adapters or {}}

@@ -80,7 +80,7 @@ def test_state_dict_of_another_format():
 
 
 def test_same_state_dict_shapes_in_another_format():
-    """int4 and mxfp4 store as many bytes: only the extra state tells them apart."""
+    """int4 and mxfp4 store the same number of bytes; only the extra state distinguishes them."""
     weight = ktops.quantize(torch.randn(E, H, H), "int4", group_size=32)
     other = ExpertWeight("uint4", weight.shape, *weight.codes[:2], weight.scale.clone(), group_size=32)
     state = dict(weight.state_dict()) | {"zero": other.zero}
@@ -113,7 +113,7 @@ def test_devices_and_dtypes_leave_the_codes():
     assert experts.gate_up_proj.device.type == "cpu"
     assert experts.bfloat16().gate_up_proj.dtype == torch.bfloat16
     assert experts.double().gate_up_proj.dtype == torch.float64
-    assert experts.half().gate_up_proj.dtype == torch.float64  # nothing computes in float16: it stays
+    assert experts.half().gate_up_proj.dtype == torch.float64  # unchanged, as nothing computes in float16
     assert all(a is b for a, b in zip(experts.gate_up_proj.codes, codes, strict=True))
     assert experts.float().gate_up_proj.scale.dtype == torch.bfloat16
 
@@ -199,7 +199,11 @@ def test_wrong_arguments(changes, error, message):
             ValueError,
             r"weight must have shape \[E, N, K\], got \[64, 64\]",
         ),
-        (lambda w: ktops.quantize(w.int(), "int8"), TypeError, "weight must be floating, got torch.int32"),
+        (
+            lambda w: ktops.quantize(w.int(), "int8"),
+            TypeError,
+            "weight must have a floating-point dtype, got torch.int32",
+        ),
         (lambda w: ktops.quantize(w[:0], "int8"), ValueError, "weight must have at least one expert"),
         (lambda w: ktops.quantize(w.repeat(1, 1, 4), "iq4_xs"), ValueError, "can be read but not written"),
     ],

@@ -1,4 +1,4 @@
-"""Writing ggml's k-quants: what the gguf package reads, and how far from the weights it is."""
+"""Writes ggml's k-quants, reads them with the gguf package, and bounds the distance from the weights."""
 
 import gguf
 import pytest
@@ -14,7 +14,7 @@ NAMES = tuple(LAYOUTS)
 GROUP = {"q2_k": 16, "q3_k": 16, "q4_k": 32, "q5_k": 32, "q6_k": 16}
 CODES = {"q2_k": (0, 3), "q3_k": (-4, 3), "q4_k": (0, 15), "q5_k": (0, 31), "q6_k": (-32, 31)}
 MOST = {"q2_k": 15, "q3_k": 31, "q4_k": 63, "q5_k": 63, "q6_k": 127}
-"""Of the integers that stand for a group's scale."""
+"""Largest integers that encode a group's scale."""
 
 
 @pytest.fixture(autouse=True)
@@ -28,7 +28,7 @@ def normal(*shape: int) -> Tensor:
 
 
 def awkward() -> Tensor:
-    """Rows of two blocks: normal, zeros, constants, of one sign, of groups that differ, sparse."""
+    """Returns rows of two blocks: normal, zero, constant, of one sign, with different groups, sparse."""
     rows = normal(9, 512)
     rows[1] = 0
     rows[2], rows[3] = 0.75, -0.75
@@ -40,14 +40,14 @@ def awkward() -> Tensor:
 
 
 def read(weight: ktops.ExpertWeight) -> Tensor:
-    """The weights, by the gguf package."""
+    """Returns the weights decoded by the gguf package."""
     return torch.from_numpy(
         gguf.quants.dequantize(weight.weight.numpy(), gguf.GGMLQuantizationType[weight.format.upper()])
     )
 
 
 def ideal(groups: Tensor, name: str) -> tuple[Tensor, Tensor]:
-    """Step and offset of groups [..., group] that reach all their weights, in float64."""
+    """Returns the step and offset with which groups [..., group] reach all their weights, in float64."""
     low, high = CODES[name]
     if low < 0:
         step = groups.abs().amax(-1, keepdim=True) / high
@@ -57,11 +57,11 @@ def ideal(groups: Tensor, name: str) -> tuple[Tensor, Tensor]:
 
 
 def largest_error(groups: Tensor, name: str) -> Tensor:
-    """Of weights [..., blocks, groups, group] rounded to nearest.
+    """Bounds the error of weights [..., blocks, groups, group] rounded to nearest.
 
-    Half a step, and what rounding takes from the reach of a group at either end: half a unit of the offset,
-    and so many halves of a unit of the step as the farthest code. A unit is the largest of the block / most,
-    rounded up to a float16, which has 11 bits and ends at 2^-24.
+    The error is half a step, plus what rounding takes from the reach of a group at either end: half a unit of
+    the offset, and half a unit of the step times the farthest code. A unit is the largest of the block /
+    most, rounded up to a float16, which has 11 bits and ends at 2^-24.
     """
     step, offset = ideal(groups, name)
     units = (x.amax(-2, keepdim=True) / MOST[name] for x in (step, offset))
@@ -87,7 +87,7 @@ def test_every_weight_is_near(name, size):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_error_of_normal_weights(name):
-    """That of scales without rounding, but for the weights at the ends of a group: these would be exact."""
+    """The error is that of unrounded scales, except at the ends of a group, which would be exact."""
     rows = normal(1, 64, 1024)
     groups = in_groups(rows, name)
     step, offset = ideal(groups, name)
@@ -98,8 +98,7 @@ def test_error_of_normal_weights(name):
 
 
 def least_error(groups: Tensor, d: Tensor, dmin: Tensor, name: str) -> Tensor:
-    """The sum over groups [n, group] of the least squared error of all integers that a scale, and a minimum,
-    can be."""
+    """Returns the sum over groups [n, group] of the least squared error of all integer scales and minima."""
     low, high = CODES[name]
     most = MOST[name]
     scales = torch.arange(-most if low < 0 else 0, most + 1).view(-1, 1, 1)
@@ -114,7 +113,7 @@ def least_error(groups: Tensor, d: Tensor, dmin: Tensor, name: str) -> Tensor:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_mse(name):
-    """Never worse than rtn, and nearly the best there is for its d and dmin."""
+    """The result is never worse than rtn, and nearly the best possible for its d and dmin."""
     few = normal(1, 300, 512) * (normal(300, 512).sin() > 0.95)
     rows = torch.cat([awkward(), few], dim=1)
     rtn, mse = (ktops.quantize(rows, name, method=method) for method in ("rtn", "mse"))
@@ -139,7 +138,7 @@ def test_weights_beyond_the_scales(name, value):
 @pytest.mark.parametrize("method", ["rtn", "mse"])
 @pytest.mark.parametrize("name", NAMES)
 def test_blocks_do_not_depend_on_their_neighbors(name, method):
-    """Nor on the pieces in which they are made."""
+    """They do not depend on how the weights are split for quantizing either."""
     rows = normal(1, 300, 512)
     whole = ktops.quantize(rows, name, method=method)
     assert torch.equal(ktops.quantize(rows[:, 290:], name, method=method).weight, whole.weight[:, 290:])

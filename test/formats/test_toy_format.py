@@ -1,4 +1,4 @@
-"""A new format: one C++ file, its lines in formats.def, one Python class; and everything else knows it."""
+"""A new format takes one C++ file, its lines in formats.def and one Python class; everything else follows."""
 
 import os
 import shutil
@@ -20,7 +20,7 @@ LINE = "KT_FORMAT(toy, Toy, kUInt8, 1, 1, kFloats, false, 0)\n"
 
 
 class Toy(Format):
-    """A byte q for each weight: (q - 100) * scale."""
+    """Stores a byte q per weight (q - 100) * scale."""
 
     name, dtype, has_scale, group_sizes = "toy", torch.uint8, True, (0, -1)
 
@@ -46,7 +46,7 @@ def toy():
 
 @pytest.fixture(scope="module")
 def program(tmp_path_factory) -> Path:
-    """The scalar kernels of a tree with one more format, compiled."""
+    """The scalar kernels, compiled in a tree with one more format."""
     tree = tmp_path_factory.mktemp("toy")
     shutil.copytree(CSRC, tree / "ktops_csrc")
     formats = tree / "ktops_csrc" / "formats"

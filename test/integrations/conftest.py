@@ -1,4 +1,4 @@
-"""One thread for tiny models; ktops enabled in transformers and PEFT for the time of a test."""
+"""Uses one thread for tiny models; enables ktops in transformers and PEFT during a test."""
 
 import pytest
 
@@ -19,7 +19,7 @@ def enabled():
 
 @pytest.fixture
 def compiling(enabled):
-    """Enabled, and torch.compile without what earlier tests compiled."""
+    """Enables ktops and clears what earlier tests compiled with torch.compile."""
     import torch._dynamo.utils
 
     torch._dynamo.reset()

@@ -1,4 +1,4 @@
-"""One training step of a model, the operators that it ran, and the comparison with the eager model."""
+"""Runs one training step of a model, records its operators, and compares it with the eager model."""
 
 import functools
 from collections import Counter
@@ -16,7 +16,7 @@ from ktops.testing.budgets import SAFETY, gradient_budget, model_budget, relativ
 MIN_COSINE = 0.999
 
 MODEL_BUDGET = model_budget(torch.float32, inner_size=40, num_operations=60)
-"""Relative difference of two float32 runs of a tiny model."""
+"""Allowed relative difference of two float32 runs of a tiny model."""
 
 
 class CountOps(TorchDispatchMode):
@@ -34,7 +34,7 @@ class CountOps(TorchDispatchMode):
 
 @dataclass
 class Run:
-    """What one step gave, and how many kt operators it ran."""
+    """The results of one step, and the kt operators that it ran."""
 
     logits: Tensor
     loss: Tensor
@@ -44,9 +44,9 @@ class Run:
 
 
 def step(model: torch.nn.Module, batch: dict[str, Tensor] | None = None, count: bool = True) -> Run:
-    """Forward and backward; the model's gradients are taken and cleared.
+    """Runs forward and backward; takes the model's gradients and clears them.
 
-    torch.compile does not run under a dispatch mode: count=False for compiled models.
+    torch.compile does not run under a dispatch mode, so pass count=False for compiled models.
     """
     model.zero_grad()
     ops = CountOps()
@@ -60,12 +60,12 @@ def step(model: torch.nn.Module, batch: dict[str, Tensor] | None = None, count: 
 
 
 def experts_modules(model: torch.nn.Module) -> list[str]:
-    """Names of the experts modules of a tiny model."""
+    """Returns the names of the experts modules of a tiny model."""
     return [name for name, _ in model.named_modules() if name.endswith(".experts")]
 
 
 def assert_close(actual: Run, eager: Run, exact: Run) -> None:
-    """``actual`` is as near to float64 as eager is, and what the op may add; gradients point the same way."""
+    """Asserts that ``actual`` is as close to float64 as eager and the op's budget allow, and parallel."""
     dtype = actual.logits.dtype
     added = gradient_budget(dtype, inner_size=40)
     results = {"logits": (actual.logits, eager.logits, exact.logits)}
@@ -85,10 +85,10 @@ def assert_close(actual: Run, eager: Run, exact: Run) -> None:
 
 
 def first_stable_seed(models: Callable[[int], Iterable[torch.nn.Module]]) -> int:
-    """The first seed whose models all send every token to the same experts.
+    """Returns the first seed whose models all route every token to the same experts.
 
-    A token whose experts change from bfloat16 to float64 has another loss and other gradients, with any
-    implementation.
+    A token whose experts differ between bfloat16 and float64 has a different loss and different gradients,
+    with any implementation.
     """
     for seed in range(50):
         routes = [_routes(model) for model in models(seed)]
@@ -99,7 +99,7 @@ def first_stable_seed(models: Callable[[int], Iterable[torch.nn.Module]]) -> int
 
 @functools.cache
 def stable_seed(architecture: str) -> int:
-    """That of the model in bfloat16 with two implementations, and in float64."""
+    """Returns the seed for the model in bfloat16 with two implementations, and in float64."""
 
     def models(seed):
         model = tiny_model(architecture, dtype=torch.bfloat16, seed=seed)
@@ -114,7 +114,7 @@ def stable_seed(architecture: str) -> int:
 
 @torch.no_grad()
 def _routes(model: torch.nn.Module) -> list[Tensor]:
-    """top_k_index of every layer, sorted."""
+    """Returns the sorted top_k_index of every layer."""
     found = []
     modules = dict(model.named_modules())
     handles = [

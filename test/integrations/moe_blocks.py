@@ -1,4 +1,4 @@
-"""MoE blocks as models outside of transformers write them: experts in a ModuleList, iterated by the block."""
+"""MoE blocks as in models outside transformers: experts in a ModuleList, iterated by the block."""
 
 import torch
 from torch import Tensor, nn
@@ -31,7 +31,7 @@ class ClampedMLP(GatedMLP):
 
 
 class LoopBlock(nn.Module):
-    """A linear router; softmax, top-k and the loop over experts in the block's forward."""
+    """A linear router, with softmax, top-k and the loop over experts in the block's forward."""
 
     def __init__(self, expert: type[nn.Module] = GatedMLP, **options) -> None:
         super().__init__()
@@ -63,7 +63,7 @@ class Gate(nn.Module):
 
 
 class InferBlock(nn.Module):
-    """A router module and a shared expert; a loop in training mode, ``moe_infer`` in evaluation mode."""
+    """A router module and a shared expert; a loop in training mode and ``moe_infer`` in evaluation mode."""
 
     def __init__(self) -> None:
         super().__init__()

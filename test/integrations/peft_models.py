@@ -16,7 +16,7 @@ ROUTERS = (".gate.weight", ".router.weight")
 
 
 def randomize(model: torch.nn.Module, seed: int = 1) -> None:
-    """Gives every LoRA factor, B too, a value that depends on the seed and on the order of the factors."""
+    """Sets every LoRA factor, including B, to values that depend on the seed and the order of the factors."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -35,12 +35,13 @@ def adapted(
     lora: dict | None = None,
     **overrides,
 ) -> PeftModel:
-    """A tiny model with random LoRA, r = 4, on o_proj and the experts; equal arguments, equal weights.
+    """Returns a tiny model with random LoRA, r = 4, on o_proj and the experts, determined by the arguments.
 
     Args:
-        dtype: of the base weights; the adapters are float32, or float64 under a float64 compute_dtype.
-        seed: of the base weights.
-        compute_dtype: widens the base weights, after they were rounded to dtype.
+        dtype: the dtype of the base weights. The adapters are float32, or float64 if compute_dtype is
+            float64.
+        seed: the seed of the base weights.
+        compute_dtype: widens the base weights after they were rounded to dtype.
         lora: LoraConfig keys that replace the defaults.
         overrides: keys of the model's configuration.
     """
@@ -55,7 +56,7 @@ def adapted(
         "target_parameters": expert_target_parameters(model),
     }
     with warnings.catch_warnings():
-        # PEFT looks for the names of rank_pattern among modules only, and misreports those of parameters.
+        # PEFT searches modules only for the names in rank_pattern, and misreports those of parameters.
         warnings.filterwarnings("ignore", message="The following (rank|alpha)_pattern keys did not match")
         model = get_peft_model(model, LoraConfig(**{**keys, **(lora or {})}))
     randomize(model)
@@ -66,7 +67,7 @@ def adapted(
 
 
 def loss_and_gradients(model: torch.nn.Module, batch: dict | None = None) -> dict[str, torch.Tensor]:
-    """{"loss": ..., parameter name: its gradient} of one forward and backward, from gradients of None."""
+    """Returns {"loss": ..., parameter name: its gradient} of one forward and backward, with grads reset."""
     model.zero_grad()
     loss = model(**(tiny_batch() if batch is None else batch)).loss
     loss.backward()
@@ -77,7 +78,7 @@ def loss_and_gradients(model: torch.nn.Module, batch: dict | None = None) -> dic
 
 @functools.cache
 def stable_seed(architecture: str) -> int:
-    """The first seed with which bfloat16 sends every token to the experts that float64 sends it to."""
+    """Returns the first seed with which bfloat16 and float64 route every token to the same experts."""
     return first_stable_seed(
         lambda seed: [
             adapted(architecture, implementation, dtype=torch.bfloat16, compute_dtype=wide, seed=seed)
@@ -87,10 +88,10 @@ def stable_seed(architecture: str) -> int:
 
 
 def assert_as_close(actual: dict, plain: dict, exact: dict, dtype: torch.dtype) -> None:
-    """Asserts that actual lies as close to the float64 result as plain PEFT does in the same dtype.
+    """Asserts that actual is as close to the float64 result as plain PEFT in the same dtype.
 
-    A gradient's error is that of the whole model, so plain PEFT's is the yardstick: SAFETY times that, and
-    the budget of the op on top for gradients whose error happens to be small.
+    A gradient's error is that of the whole model, so the limit is SAFETY times the error of plain PEFT, plus
+    the budget of the op for gradients whose error happens to be small.
     """
     assert actual.keys() == plain.keys() == exact.keys()
     for name, reference in exact.items():
@@ -105,7 +106,7 @@ def assert_as_close(actual: dict, plain: dict, exact: dict, dtype: torch.dtype) 
 
 
 class Recorder(TorchDispatchMode):
-    """Counts calls of kt operators and keeps the shapes of all floating-point tensors that operators made."""
+    """Counts calls of kt operators and records the shapes of floating-point tensors that operators create."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -124,7 +125,7 @@ class Recorder(TorchDispatchMode):
         return result
 
     def made_expert_stack(self, model: torch.nn.Module) -> bool:
-        """Whether a tensor was made in the shape of an expert parameter of the model, or its transpose."""
+        """Returns True if a tensor was created with the shape of an expert parameter, or its transpose."""
         stacks = {p.shape for p in model.parameters() if p.dim() == 3 and p.shape[0] == NUM_EXPERTS}
         assert stacks
         return any(shape in self.shapes or (shape[0], shape[2], shape[1]) in self.shapes for shape in stacks)

@@ -1,4 +1,4 @@
-"""PEFT's LoRA on experts through the op, against PEFT's own path on the eager model: values and gradients."""
+"""Compares PEFT's LoRA on experts through the op with PEFT's own path on the eager model."""
 
 import pytest
 import torch
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.usefixtures("enabled")
 
 
 def compare(architecture: str, dtype: torch.dtype = torch.float32, change=None, **keys) -> None:
-    """Loss and gradients of the ktops model against plain PEFT's in the same dtype and in float64."""
+    """Compares loss and gradients of the ktops model with plain PEFT's in the same dtype and in float64."""
     results = []
     for implementation, compute_dtype in (("ktops", None), ("eager", None), ("eager", torch.float64)):
         model = adapted(architecture, implementation, dtype=dtype, compute_dtype=compute_dtype, **keys)
@@ -93,7 +93,7 @@ def test_names_of_transformers_4(architecture):
 
 
 def test_a_parameter_the_op_takes_no_factors_for():
-    """Biases: PEFT's own path on a module that runs the op."""
+    """Biases use PEFT's own path on a module that runs the op."""
     torch.manual_seed(0)
     block = torch.nn.ModuleDict({"experts": ktops.nn.KTExperts(8, 32, 24, bias=True)})
     x, ids, weights = torch.randn(5, 32), torch.randint(8, (5, 2)), torch.rand(5, 2)
@@ -126,8 +126,8 @@ def test_several_active_adapters():
         add_second_adapter(model)
         model.base_model.set_adapter(["default", "second"])
 
-    # Not seed 0: there both adapters together make roundings ten times as large in the gradients, in float32
-    # eager experts too, and one draw of such errors against another says little.
+    # Not seed 0, with which both adapters together amplify roundings in the gradients tenfold, in float32
+    # eager experts too, so that comparing two draws of such errors says little.
     compare("qwen3_moe", change=both, seed=1)
 
 
@@ -245,7 +245,7 @@ def test_swapped_experts():
 
 
 def test_swapping_is_enough():
-    """Without ktops.enable() too, LoRA on swapped experts goes through the op."""
+    """LoRA on swapped experts uses the op even without ktops.enable()."""
     ktops.disable()
     model = adapted("qwen3_moe", "eager")
     ktops.swap_experts(model)

@@ -1,4 +1,4 @@
-"""torch.compile(fullgraph=True) of a decoder with PEFT's LoRA on its experts: one graph, the same numbers."""
+"""torch.compile(fullgraph=True) of a decoder with PEFT's LoRA on its experts: one graph, equal results."""
 
 import pytest
 import torch

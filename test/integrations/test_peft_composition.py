@@ -1,4 +1,4 @@
-"""PEFT models in the loops that trainers write: preference losses, accumulation, copies, checkpointing."""
+"""PEFT models in typical training loops: preference losses, accumulation, copies, checkpointing."""
 
 import copy
 
@@ -28,7 +28,7 @@ def assert_bitwise(actual: dict, expected: dict) -> None:
 
 
 def assert_sum(actual: dict, *terms: dict) -> None:
-    """Equal up to the order of the additions."""
+    """Asserts equality up to the order of additions."""
     for name, value in actual.items():
         error = relative_error(value, sum(term[name].double() for term in terms))
         assert error <= gradient_budget(torch.float32, inner_size=64), f"{name}: {error:.2e}"
@@ -53,7 +53,7 @@ def test_two_forwards_then_two_backwards(order):
 
 
 def test_preference_loss_with_the_base_as_reference():
-    """One loss of two forwards with the adapter, against two without: what DPO does with a PEFT model."""
+    """One loss compares two forwards with the adapter and two without, as DPO does with a PEFT model."""
 
     def loss(model):
         chosen, rejected = (model(**tiny_batch(seed)).loss for seed in (0, 1))
@@ -153,7 +153,7 @@ def test_training_reaches_the_same_adapters_as_plain_peft():
 
 
 def test_add_adapter_of_transformers_works_with_the_peft_that_it_names():
-    """With an older PEFT it raises and names the version it needs; PEFT's own methods have no such check."""
+    """With an older PEFT it raises and names the required version; PEFT's own methods have no such check."""
     model = tiny_model("qwen3_moe", experts_implementation="ktops")
     config = peft.LoraConfig(r=2, target_parameters=expert_target_parameters(model))
     if Version(peft.__version__) < Version(MIN_PEFT_VERSION):

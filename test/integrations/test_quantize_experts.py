@@ -1,4 +1,4 @@
-"""quantize_experts: what becomes of a model's experts, and what it says about it."""
+"""quantize_experts: the resulting experts and the messages."""
 
 import copy
 
@@ -16,7 +16,7 @@ TOKENS = torch.arange(24).reshape(2, 12) % VOCAB_SIZE
 
 
 def dense_copy(model: nn.Module) -> nn.Module:
-    """The model with the same experts, their weights decoded into Parameters."""
+    """Returns the model with the same experts, their weights decoded into Parameters."""
     dense = copy.deepcopy(model)
     for name, experts in model.named_modules():
         if isinstance(experts, KTExperts):
@@ -72,7 +72,7 @@ def test_biases_and_training_mode_stay():
 
 
 def refused(model: nn.Module, *arguments, **options) -> str:
-    """The message; the model is as it was."""
+    """Returns the error message; the model must be unchanged."""
     modules = list(model.modules())
     with pytest.raises(ValueError, match="quantize_experts: ") as error:
         ktops.quantize_experts(model, *arguments, **options)
@@ -111,7 +111,7 @@ def test_weights_beyond_a_scale_of_the_format_change_nothing():
 
 @pytest.mark.parametrize("plain", [torch.bfloat16, torch.float16, torch.float32])
 def test_experts_in_a_plain_format(plain):
-    """They aren't quantized yet: what KTConfig and load_experts read from a dense checkpoint."""
+    """Experts that KTConfig and load_experts read from a dense checkpoint aren't quantized yet."""
     model = tiny_model("qwen3_moe")
     rounded = {
         name: (experts.gate_up_proj.to(plain).float(), experts.down_proj.to(plain).float())
@@ -149,7 +149,7 @@ LISTS = {
 @pytest.mark.parametrize("swapped", [False, True])
 @pytest.mark.parametrize("kind", LISTS)
 def test_lists_of_experts(kind, swapped):
-    """The block goes on iterating its experts, which compute with the decoded weights."""
+    """The block still iterates its experts, which compute with the decoded weights."""
     block, options = LISTS[kind]
     dense = TwoLayers(block, **options)
     model = copy.deepcopy(dense)

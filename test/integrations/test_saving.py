@@ -42,7 +42,7 @@ def quantized(architecture: str = "qwen3_moe", **options):
 
 
 def change(experts: KTExperts) -> None:
-    """Gives every expert the weights of another one."""
+    """Gives every expert the weights of another."""
     weight = experts.down_proj
     codes = weight.codes.map(lambda tensor: tensor.roll(1, dims=0))
     experts.down_proj = ktops.ExpertWeight(
@@ -51,7 +51,7 @@ def change(experts: KTExperts) -> None:
 
 
 def from_files(architecture: str, folder):
-    """A model loaded by transformers, with experts that ktops loaded from the same files."""
+    """Uses a model loaded by transformers, with experts that ktops loaded from the same files."""
     tiny_model(architecture).save_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder)
     ktops.load_experts(model, folder, "int4", group_size=32, show_progress=False)
@@ -61,7 +61,7 @@ def from_files(architecture: str, folder):
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("way", ["quantize_experts", "load_experts"])
 def test_architectures(tmp_path, architecture, way):
-    """In one file and in several."""
+    """Saves in one file and in several."""
     if way == "quantize_experts":
         model, size = quantized(architecture), "5GB"
     else:
@@ -216,7 +216,7 @@ class TransposedModel(ListModel):
 
 
 def test_other_tensors_that_files_have_in_another_layout(tmp_path):
-    """They are written in the layout of the files: transposed, under the same name."""
+    """Weights are written in the layout of the files: transposed, under the same name."""
     transposed = WeightConverter("gate.weight", "gate.weight", [Transpose(0, 1)])
     register_checkpoint_conversion_mapping(TransposedConfig.model_type, [transposed], overwrite=True)
     model = TransposedModel(TransposedConfig()).eval()
@@ -235,7 +235,7 @@ def loaded_from(model, path, kind):
 
 @pytest.mark.parametrize("architecture", ["qwen3_moe", "mixtral"])
 def test_trainer_without_peft(tmp_path, architecture):
-    """Trains everything that is dense, such as router and attention; a run resumes where it stopped."""
+    """Everything dense, such as router and attention, is trained; a run resumes where it stopped."""
     whole = trainer(tmp_path / "whole", quantized(architecture))
     whole.train()
     parts = trainer(tmp_path / "parts", quantized(architecture), save_strategy="steps", save_steps=2)
@@ -250,7 +250,7 @@ def test_trainer_without_peft(tmp_path, architecture):
 
 
 def test_adapters(tmp_path):
-    """Adapters on attention merge; on experts in a format that is an error, and nothing is changed."""
+    """Merging adapters works on attention; on experts in a format it is an error and changes nothing."""
     attention, experts = {"target_modules": ["q_proj"]}, {"target_parameters": ["mlp.experts.down_proj"]}
     model = quantized()
     model.save_pretrained(tmp_path / "base")

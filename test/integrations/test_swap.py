@@ -1,4 +1,4 @@
-"""swap_experts and unswap_experts: what is exchanged, what stays; results and Parameters are the same."""
+"""swap_experts and unswap_experts replace modules; results and Parameters stay the same."""
 
 import copy
 import pickle
@@ -39,7 +39,7 @@ def make(kind: str) -> TwoLayers:
 
 
 def train_step(model: nn.Module, seed: int = 1):
-    """(output, gradients by name, kt operators)"""
+    """Returns (output, gradients by name, kt operators)."""
     x = torch.randn(3, 5, H, generator=torch.Generator().manual_seed(seed))
     x = x.to(next(model.parameters()).dtype)
     model.zero_grad()
@@ -58,7 +58,7 @@ def assert_same_step(actual, expected):
 
 
 def test_stacked_experts_swap_and_unswap():
-    """The Parameters are the same objects throughout, and training goes on in them."""
+    """The Parameters are the same objects throughout, and training continues to update them."""
     model = tiny_model("qwen3_moe")
     parameters, modules = dict(model.named_parameters()), dict(model.named_modules())
     names = experts_modules(model)
@@ -167,7 +167,7 @@ def set_data(model):
 @pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.parametrize("mode", ["train", "eval"])
 def test_module_list_stays_right_when(change, mode):
-    """A changed weight counts: no stale copy of it is computed with."""
+    """A changed weight takes effect; no stale copy is used."""
     model = make("moe_infer")
     ktops.swap_experts(model)
     changed = CHANGES[change](model)
@@ -230,7 +230,7 @@ def test_module_list_with_frozen_experts():
 
 
 def test_adapters_around_projections_are_not_skipped():
-    """Someone wraps a Linear, or hooks it, after the swap: it is called, with a warning."""
+    """A Linear that is wrapped or hooked after the swap is called, with a warning."""
 
     class Adapter(nn.Module):
         def __init__(self, base):
@@ -259,7 +259,7 @@ def test_adapters_around_projections_are_not_skipped():
 def test_half_precision_module_list_calls_its_projections():
     model = make("loop")
     ktops.swap_experts(model)
-    with pytest.warns(UserWarning, match=r"projections of experts are torch\.float16"):
+    with pytest.warns(UserWarning, match=r"experts whose projections are torch\.float16"):
         model.half()
     with CountOps() as ops:
         model.layers[0].experts[0](torch.randn(2, H).half())
@@ -268,7 +268,7 @@ def test_half_precision_module_list_calls_its_projections():
 
 
 def test_save_pretrained_of_swapped_lists(tmp_path):
-    """The slices are written as tensors of their own."""
+    """The slices are written as separate tensors."""
     config = transformers.PreTrainedConfig()
 
     class Model(transformers.PreTrainedModel):
@@ -291,7 +291,7 @@ def test_save_pretrained_of_swapped_lists(tmp_path):
 
 
 class Stacked(nn.Module):
-    """Experts with stacked weights and no declaration of their layout."""
+    """Experts with stacked weights that do not declare their layout."""
 
     def __init__(self, scale_input: bool = False, activation: nn.Module | None = None) -> None:
         super().__init__()
@@ -364,7 +364,7 @@ def test_refused_experts_stay_and_are_named(case):
 
 
 def test_refused_models_of_transformers_warn_once():
-    """Switch: a ModuleDict of experts without a gate."""
+    """Switch has a ModuleDict of experts without a gate."""
     sizes = {"vocab_size": 97, "d_model": 32, "d_ff": 24, "d_kv": 8, "num_layers": 2, "num_heads": 4}
     layers = {"num_experts": 4, "num_sparse_encoder_layers": 1, "num_sparse_decoder_layers": 1}
     config = transformers.SwitchTransformersConfig(**sizes, **layers)
@@ -372,6 +372,12 @@ def test_refused_models_of_transformers_warn_once():
     with pytest.warns(UserWarning, match=r"SwitchTransformersExperts \(.*and 1 more\)") as caught:
         assert ktops.swap_experts(model) == []
     assert len(caught) == 1
+
+
+@pytest.mark.parametrize("experts", [nn.ModuleList(), nn.Linear(3, 3)])
+def test_unknown_save_is_an_error(experts):
+    with pytest.raises(ValueError, match=r"swap_experts: save must be one of .*, got 'all'"):
+        ktops.swap_experts(experts, save="all")
 
 
 def test_model_without_experts_is_an_error():

@@ -1,4 +1,4 @@
-"""The Hugging Face Trainer on tiny models with LoRA on attention and experts, computed by the op."""
+"""Runs the Hugging Face Trainer on tiny models with LoRA on attention and experts, computed by the op."""
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ pytestmark = pytest.mark.usefixtures("enabled")
 
 
 def dataset(rows: int = 16, length: int = 8) -> list[dict]:
-    """Sequences that count up by one or two: something to learn."""
+    """Sequences that count up by one or two, so that there is something to learn."""
     generator = torch.Generator().manual_seed(0)
     starts = torch.randint(3, VOCAB_SIZE - 2 * length, (rows, 1), generator=generator)
     ids = starts + torch.arange(length) * torch.randint(1, 3, (rows, 1), generator=generator)
@@ -49,7 +49,7 @@ def adapters(trainer: Trainer) -> dict[str, torch.Tensor]:
 
 
 class Probe(TrainerCallback):
-    """The calls of kt operators during training."""
+    """Returns the calls of kt operators during training."""
 
     def on_train_begin(self, *args, **kwargs):
         self.recorder = Recorder()
@@ -135,7 +135,7 @@ def test_accumulation_equals_the_large_batch(tmp_path):
         run = trainer(
             tmp_path,
             adapted("qwen3_moe"),
-            optim="sgd",  # a step in proportion to the gradient
+            optim="sgd",  # steps are proportional to the gradient
             learning_rate=1.0,
             max_steps=1,
             per_device_train_batch_size=size,

@@ -1,4 +1,4 @@
-"""Models of transformers with the experts implementation "ktops", or with swapped experts, against eager."""
+"""Compares transformers models with experts implementation "ktops", or with swapped experts, with eager."""
 
 import copy
 import json
@@ -46,7 +46,7 @@ def test_messages_name_the_architectures_tested_here():
 @both_ways
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_training_step_equals_eager(architecture, through):
-    """Logits, loss, auxiliary loss and the gradient of every parameter, in float32."""
+    """Compares logits, loss, auxiliary loss and the gradient of every parameter in float32."""
     keys = {"output_router_logits": True}
     has_aux_loss = hasattr(tiny_config(architecture), "router_aux_loss_coef")
     if has_aux_loss:
@@ -65,7 +65,7 @@ def test_training_step_equals_eager(architecture, through):
 @both_ways
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_bfloat16_equals_eager(architecture, through):
-    """As near to float64 on the same rounded weights as eager bfloat16, and the loss within one budget."""
+    """Results are as close as eager bfloat16 to float64 on the same rounded weights, the loss in budget."""
     seed = stable_seed(architecture)
     eager = step(tiny_model(architecture, dtype=torch.bfloat16, seed=seed))
     exact = step(tiny_model(architecture, dtype=torch.bfloat16, seed=seed).double())
@@ -153,7 +153,7 @@ def test_deepcopy_and_state_dict_round_trip(through):
 @both_ways
 @pytest.mark.parametrize("architecture", ["qwen3_moe", "qwen3_next", "deepseek_v3", "mixtral"])
 def test_greedy_generation_equals_eager(architecture, through):
-    """With the cache, from a batch of two prompts."""
+    """Generates with the cache, from a batch of two prompts."""
     options = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
     ids = tiny_batch(length=5)["input_ids"]
     expected = tiny_model(architecture).eval().generate(ids, **options)
@@ -179,7 +179,7 @@ def test_autocast(through):
 
 
 def test_half_precision_is_refused_by_name():
-    """Swapped experts raise; the interface warns and leaves the experts to transformers."""
+    """Swapped experts raise an error; the interface warns and lets transformers compute the experts."""
     ids = tiny_batch()["input_ids"]
     model = through_swap(tiny_model("qwen3_moe")).half()
     with pytest.raises(TypeError, match=r"gate_up_proj must have one of the dtypes .* got torch\.float16"):
@@ -203,7 +203,7 @@ def test_save_pretrained_of_ktops_model(tmp_path, through):
 @both_ways
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_experts_add_views_and_no_copies_to_the_operator(architecture, through):
-    """Weights of routes in float32 beside bfloat16 included."""
+    """This includes float32 route weights with bfloat16 experts."""
     model = through(tiny_model(architecture).to(torch.bfloat16))
     experts = model.get_submodule(experts_modules(model)[0])
     x = torch.ones(5, experts.down_proj.shape[1], dtype=torch.bfloat16)

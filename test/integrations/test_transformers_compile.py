@@ -36,7 +36,7 @@ def assert_equal_steps(actual, expected):
 
 
 def compiled(model, **options):
-    """The compiled model, and a function that counts the kt operators in its graphs."""
+    """Returns the compiled model, and a function that counts the kt operators in its graphs."""
     backend = AotEagerAndRecordGraphs()
 
     def ops() -> Counter:
@@ -55,7 +55,7 @@ def test_compiled_without_graph_breaks(make, layers):
 
 
 def test_compiled_with_dynamic_shapes():
-    """One graph for every number of tokens."""
+    """One graph serves every number of tokens."""
     model, ops = compiled(ktops_model(num_hidden_layers=1))
     for length in (5, 12, 9):
         batch = tiny_batch(length=length)
@@ -71,7 +71,7 @@ def test_compiled_with_dynamic_shapes():
 @pytest.mark.parametrize("use_reentrant", [True, False])
 @pytest.mark.parametrize("architecture", ["qwen3_moe", "deepseek_v3"])
 def test_gradient_checkpointing(make, use_reentrant, architecture):
-    """The same gradients; the forward of every layer's experts runs twice."""
+    """Gradients are the same; the forward of every layer's experts runs twice."""
     expected = step(make(architecture))
     model = make(architecture)
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": use_reentrant})
@@ -83,7 +83,7 @@ def test_gradient_checkpointing(make, use_reentrant, architecture):
 
 
 def test_selective_checkpointing_keeps_the_experts_forward():
-    """With ktops.checkpoint_context_fn the recompute leaves the experts out."""
+    """With ktops.checkpoint_context_fn, the experts are not recomputed."""
     expected = step(ktops_model())
     model = ktops_model()
     options = {"use_reentrant": False, "context_fn": ktops.checkpoint_context_fn}

@@ -1,4 +1,4 @@
-"""Experts that the op does not compute: one warning that names them, and the result of transformers."""
+"""Experts that the op does not support give one warning that names them, and the result of transformers."""
 
 import subprocess
 import sys
@@ -106,7 +106,7 @@ def test_every_unsupported_layout_has_its_reason(attributes, reason):
 
 @pytest.mark.parametrize("name", [name for name in ACT2CLS if name != "xielu"])
 def test_activations_are_mapped_only_where_equal(name):
-    """An activation has a name of the op if and only if it is that function."""
+    """An activation is mapped to one of the op's if and only if it is the same function."""
     x = torch.linspace(-15, 15, 1001, dtype=torch.float64)
     act_fn = ACT2FN[name].double()
     equal = {
@@ -158,7 +158,7 @@ def test_own_gate_that_clamps_keeps_its_own_implementation():
 
 
 def test_quantized_experts_run_eagerly():
-    """Each quantized layer decorates the class once more: the eager forward is under all of them."""
+    """Each quantized layer decorates the class once more; the eager forward is underneath all of them."""
 
     class Quantized(nn.Module):
         def __init__(self, config):
@@ -180,7 +180,7 @@ def test_quantized_experts_run_eagerly():
 
 
 def test_expert_parallel_ids_are_skipped():
-    """Ids of experts that live in another process: num_experts and above."""
+    """Experts in another process have ids of num_experts and above."""
     experts = make(Qwen3MoeExperts, tiny_config("qwen3_moe"))
     x, (ids, weights) = torch.randn(7, 32), routes(8)
     ids[::2, 0] = 8
@@ -215,7 +215,7 @@ except ImportError as error:
 
 
 def test_without_transformers():
-    """Importing ktops imports only torch; swap_experts works, and enable says what to install."""
+    """Importing ktops imports only torch; swap_experts works, and enable names what to install."""
     run = subprocess.run(
         [sys.executable, "-c", WITHOUT_TRANSFORMERS], check=True, capture_output=True, text=True
     )
@@ -259,7 +259,7 @@ def test_experts_outside_of_the_interface_warn_once(tmp_path):
 
 
 def test_experts_that_take_other_arguments_are_refused(tmp_path):
-    """Llama-4's take the rows of every expert, in order."""
+    """The experts of Llama-4 take the rows of every expert, in order."""
     llama4().save_pretrained(tmp_path)
     message = r"Llama4TextExperts: its forward does not take \(hidden_states, top_k_index, top_k_weights\)"
     with pytest.raises(ValueError, match=message):

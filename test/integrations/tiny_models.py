@@ -1,7 +1,8 @@
 """Tiny random Mixture-of-Experts language models, one per architecture.
 
-The routers are spread out, so that rounding does not move a token to another expert, and the experts' weights
-are as large as their fan-in allows, so that their share of output and gradients is far above rounding.
+The routers' logits are spread out, so that rounding does not move a token to another expert. The experts'
+weights are as large as their fan-in allows, so that their share of output and gradients is far above
+rounding.
 """
 
 import math
@@ -74,11 +75,11 @@ ARCHITECTURES = {
     "glm4_moe": ("Glm4MoeForCausalLM", "Glm4MoeConfig", {**_GROUPED_ROUTER, "head_dim": 8}),
     "olmoe": ("OlmoeForCausalLM", "OlmoeConfig", {"num_experts": NUM_EXPERTS}),
 }
-"""name -> (model class, config class, config keys)"""
+"""Maps names to (model class, config class, config keys)."""
 
 
 def tiny_config(architecture: str, **overrides) -> transformers.PreTrainedConfig:
-    """The configuration of a tiny model, with eager experts unless ``experts_implementation`` is given."""
+    """Returns the configuration of a tiny model; experts are eager without ``experts_implementation``."""
     _, config_class, keys = ARCHITECTURES[architecture]
     known = getattr(transformers, config_class).__dataclass_fields__
     common = {name: value for name, value in _COMMON.items() if name in known}
@@ -89,12 +90,12 @@ def tiny_config(architecture: str, **overrides) -> transformers.PreTrainedConfig
 def tiny_model(
     architecture: str, *, dtype: torch.dtype = torch.float32, seed: int = 0, **overrides
 ) -> transformers.PreTrainedModel:
-    """A tiny random causal language model in training mode.
+    """Returns a tiny random causal language model in training mode.
 
     Args:
         architecture: a key of ``ARCHITECTURES``.
-        dtype: of the parameters; models that differ only in dtype hold the same weights, rounded.
-        seed: two models with the same seed hold the same weights.
+        dtype: the dtype of the parameters; models that differ only in dtype have the same weights, rounded.
+        seed: two models with the same seed have the same weights.
         overrides: configuration keys: ``output_router_logits=True``, ``experts_implementation="ktops"``, ...
     """
     model_class = getattr(transformers, ARCHITECTURES[architecture][0])
@@ -106,7 +107,7 @@ def tiny_model(
 
 
 def tiny_batch(seed: int = 0, batch: int = 2, length: int = 12) -> dict[str, torch.Tensor]:
-    """``input_ids`` and ``labels`` for any tiny model."""
+    """Returns ``input_ids`` and ``labels`` for any tiny model."""
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(3, VOCAB_SIZE, (batch, length), generator=generator)
     return {"input_ids": ids, "labels": ids.clone()}

@@ -1,4 +1,4 @@
-"""Makes the helpers beside the tests importable, wherever pytest is started."""
+"""Makes the helpers in this folder importable, wherever pytest is started."""
 
 import sys
 from pathlib import Path

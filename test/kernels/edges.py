@@ -1,7 +1,7 @@
-"""The edges of the kernels that kernels.def lists.
+"""The edge cases of the kernels in kernels.def.
 
-An edge is a usual shape of which one thing is special. ``most`` and ``unit`` are the kernel's own: the most
-rows or columns at once, the multiple of k or of columns in which it works.
+An edge is a usual shape that is special in one respect. ``most`` and ``unit`` belong to the kernel: the most
+rows or columns that it computes at once, and the multiple of k or of columns in which it works.
 """
 
 FLOATS = ("float32", "bfloat16", "float64")
@@ -61,4 +61,4 @@ EDGES = {
     "code_panel": (("bytes",), (*COLUMNS, *K, "ahead=64")),
     "code_scales": (("bytes",), (*COLUMNS, *K, "k=1000", *GROUPS, *STRIDE)),
 }  # fmt: skip
-"""{suite: (dtypes, edges)}"""
+"""Maps each suite to (dtypes, edges)."""

@@ -1,4 +1,4 @@
-"""The rows of kernels in the sources: what each includes, and programs that are compiled for one."""
+"""The ISAs in the sources: what the kernels of each include, and programs compiled for one."""
 
 import os
 import re
@@ -14,12 +14,12 @@ FLAGS = ("-std=c++17", "-Wall", "-Wextra", "-Werror", "-Wno-psabi", f"-I{CSRC}")
 
 
 def includes(name: str) -> list[str]:
-    """What a file of ktops_csrc includes of ktops_csrc."""
+    """Returns the files of ktops_csrc that a file of ktops_csrc includes."""
     return re.findall(r'#include "([^"]+)"', (CSRC / name).read_text())
 
 
 def reached(name: str) -> set[str]:
-    """The same, and what these include in turn."""
+    """Returns the files that a file includes, directly or indirectly."""
     found, left = set(), [name]
     while left:
         for other in includes(left.pop()):
@@ -30,7 +30,7 @@ def reached(name: str) -> set[str]:
 
 
 def compile_cpp(*arguments: str | Path, text: str | None = None) -> str:
-    """Runs CXX (g++) with the flags of all rows; returns what it prints."""
+    """Runs CXX (g++) with the flags of all ISAs; returns its output."""
     command = [os.environ.get("CXX", "g++"), *FLAGS, *map(str, arguments)]
     result = subprocess.run(command, input=text, capture_output=True, text=True)
     assert result.returncode == 0, f"{' '.join(command)}\n{result.stderr[:5000]}"

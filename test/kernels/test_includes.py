@@ -1,4 +1,4 @@
-"""Files that are compiled for each row of kernels: in any order, and no others in the target region."""
+"""Files compiled for each ISA can be included in any order, and no other files are in the target region."""
 
 import re
 
@@ -11,7 +11,7 @@ REACHED = {row: reached(f"dispatch/{row}.cpp") for row in ROWS}
 
 @pytest.fixture(scope="module")
 def precompiled(tmp_path_factory):
-    """What describes the simplest row, in the form that takes the compiler the least time."""
+    """Describes the simplest ISA, in the form that compiles fastest."""
     folder = tmp_path_factory.mktemp("precompiled")
     (folder / "scalar.h").write_text('#include "dispatch/scalar.h"\n')
     compile_cpp("-x", "c++-header", folder / "scalar.h", "-o", folder / "scalar.h.gch")
@@ -20,16 +20,16 @@ def precompiled(tmp_path_factory):
 
 @pytest.mark.parametrize("name", FILES)
 def test_includes_what_it_uses(precompiled, name):
-    """It compiles first, after what describes the row: the simplest row that has the file."""
+    """It compiles as the first file after the description of the ISA, the simplest one that has the file."""
     row = next((row for row in ROWS if name in REACHED[row]), None)
-    assert row, "no row of kernels includes it"
+    assert row, "no kernels include it"
     header = precompiled / "scalar.h" if row == "scalar" else f"dispatch/{row}.h"
     compile_cpp("-fsyntax-only", "-x", "c++", "-", text=f'#include "{header}"\n#include "{name}"\n')
 
 
 @pytest.mark.parametrize("row", [row for row in ROWS if row != "scalar"])
 def test_no_other_header_is_compiled_for_a_row(row):
-    """Its inline functions would hold the row's instructions wherever the linker keeps that copy of them."""
+    """Its inline functions would contain instructions of the ISA wherever the linker keeps that copy."""
     text = compile_cpp("-E", CSRC / "dispatch" / f"{row}.cpp")
     before, region = (
         set(re.findall(r'^# \d+ "([^"]+)" 1', part, re.MULTILINE))

@@ -1,7 +1,7 @@
-"""Every kernel of kernels.def over its edges, on every row of kernels.
+"""Runs every kernel of kernels.def on its edge cases, for every ISA.
 
-Sums are compared with those in long double, within the bound of their rounding errors, everything else bit by
-bit. Inputs end where memory ends, and nothing is written but results.
+Sums are compared with those in long double, within the bound of their rounding errors; everything else bit
+for bit. Inputs end where memory ends, and kernels must write nothing but results.
 """
 
 import functools
@@ -26,7 +26,7 @@ def has_tiles(row: str) -> bool:
 
 
 def dtypes(row: str, suite: str) -> list[str]:
-    """Those that a row has a kernel for: float64 is the simplest row's, what widens is of float32."""
+    """Returns the dtypes that an ISA has kernels for: float64 only in the simplest, widening to float32."""
     widens = "kBFloat16Dot = true" not in (CSRC / "dispatch" / f"{row}.h").read_text()
     absent = {"float64"} if row != "scalar" else set()
     if suite == "micro_gemm" and widens:
@@ -61,8 +61,8 @@ def programs(tmp_path_factory):
 
 @functools.cache
 def results(row: str, folder: Path) -> dict[str, str]:
-    """{case: what its suite says}: a row is compiled and run once."""
-    # unoptimized: compiling takes a third of the time, and the source is the same
+    """Compiles and runs the kernels of an ISA once; returns {case: output of its suite}."""
+    # unoptimized, as compiling the same source takes a third of the time
     sources = ["-x", "c++", "-", CSRC / "core" / "workspace.cpp"]
     try:
         compile_cpp("-O0", f"-I{HERE}", *sources, "-o", folder / row, text=source(row))
@@ -84,11 +84,11 @@ def test_edges(programs, row, case):
 
 
 REGISTERS = r"(simd|narrow|vec|chunk|dot4|math|panel|peak)\w*-inl\.h"
-"""Files of arithmetic in registers, which kernels consist of."""
+"""Files with arithmetic in registers, of which kernels consist."""
 
 
 def functions(source: str) -> set[str]:
-    """Functions that return nothing: free ones, and public static ones of classes as Class::function."""
+    """Returns the void functions: free ones, and public static ones of classes as Class::function."""
     found, name, public = set(), "", True
     for line in source.splitlines():
         if match := re.match(r"(struct|class) (\w+).*\{$", line):
@@ -105,7 +105,7 @@ def functions(source: str) -> set[str]:
 
 
 def calls(source: str, function: str) -> bool:
-    """Members are called through any alias of their class."""
+    """Returns True if a function is called; members may be called through any alias of their class."""
     owner, _, member = function.rpartition("::")
     return bool(
         re.search(rf"\b{owner}\b", source) and re.search(rf"{'::' if owner else ''}\b{member}\(", source)
@@ -113,7 +113,7 @@ def calls(source: str, function: str) -> bool:
 
 
 def in_tables() -> set[str]:
-    """The functions of formats of which weights/decode-inl.h takes the address."""
+    """Returns the functions of formats whose address weights/decode-inl.h takes."""
     source = (CSRC / "weights" / "decode-inl.h").read_text()
     aliases = dict(re.findall(r"using (\w+) = (\w+)<", source))
     taken = re.findall(r"&(\w+)(?:<[^;]*?>)?::(?:template )?(\w+)", source)
@@ -121,7 +121,7 @@ def in_tables() -> set[str]:
 
 
 def test_every_kernel_is_listed():
-    """What other folders call of the files of isa/ that are not about registers, and what formats have."""
+    """Covers what other folders call in files of isa/ that are not about registers, and format functions."""
     isa = {path.name: functions(path.read_text()) for path in CSRC.glob("isa/*-inl.h")}
     others = "\n".join(path.read_text() for path in CSRC.glob("*/*-inl.h") if path.parent.name != "isa")
     kernels = set().union(*(found for name, found in isa.items() if not re.fullmatch(REGISTERS, name)))

@@ -1,4 +1,4 @@
-"""KTExperts: a module like any other."""
+"""KTExperts behaves like any other module."""
 
 import copy
 import pickle
@@ -29,7 +29,7 @@ def inputs(*leading: int, dtype: torch.dtype = torch.float32):
 
 
 def reference(experts: KTExperts, x, ids, weights):
-    """Every expert on every token, the routes picked out: in plain PyTorch."""
+    """Runs every expert on every token and selects the routes, in plain PyTorch."""
     up = torch.einsum("...h,eih->...ei", x, experts.gate_up_proj)
     if experts.gate_up_proj_bias is not None:
         up = up + experts.gate_up_proj_bias
@@ -44,7 +44,7 @@ def reference(experts: KTExperts, x, ids, weights):
 
 
 def assert_same(actual, expected):
-    """Two results in float32, each within its budget of the exact one."""
+    """Asserts that two float32 results are each within a budget of the exact one."""
     assert relative_error(actual, expected) < 2 * gradient_budget(torch.float32, inner_size=H)
 
 

@@ -1,4 +1,4 @@
-"""Every op test runs with poisoned allocations; those that take ``isa`` run on every row this machine has."""
+"""Op tests run with poisoned allocations; those that take ``isa`` run with all kernels that work here."""
 
 import hypothesis
 import pytest

@@ -1,4 +1,4 @@
-"""Weights from codes by the formulas of docs/formats.md, in numpy: written apart from ktops.formats."""
+"""Decodes weights by the formulas of docs/formats.md in numpy, independently of ktops.formats."""
 
 import numpy as np
 import torch
@@ -34,7 +34,7 @@ def _nibbles(packed: np.ndarray, columns: int) -> np.ndarray:
 
 
 def _of_columns(values: np.ndarray, rows: int, columns: int, group_size: int) -> np.ndarray:
-    """Values of groups, [E, rows or blocks of rows, groups], for every row and column."""
+    """Expands values of groups, [E, rows or blocks of rows, groups], to every row and column."""
     row, column = np.arange(rows), np.arange(columns)
     if values.shape[1] != rows:
         row = row // group_size
@@ -42,7 +42,7 @@ def _of_columns(values: np.ndarray, rows: int, columns: int, group_size: int) ->
 
 
 def decode(weight: ExpertWeight) -> torch.Tensor:
-    """The float32 weights of any format but those of GGUF."""
+    """Returns the float32 weights in any format except those of GGUF."""
     _, rows, columns = weight.shape
     codes, name = _numpy(weight.weight), weight.format
     if name in ("bf16", "fp16", "fp32"):

@@ -1,4 +1,4 @@
-"""Activations with a few channels much larger than the others, as models have them, rounded to int8."""
+"""Activations with a few channels much larger than the others, as in real models, rounded to int8."""
 
 from functools import cache
 
@@ -14,19 +14,19 @@ MASSIVE = [
     ("int8", 0), ("int4", 0), ("int4", 128), ("uint4", 64), ("uint4", 128), ("mxfp4", 32), ("q8_0", 0),
     ("q4_k", 0), ("q5_k", 0), ("q6_k", 0), ("iq4_xs", 0),
 ]  # fmt: skip
-"""Every kind of groups: rows, several blocks of 32 or one, beside the weight or in it, halves of one."""
+"""All kinds of groups: rows, one or several blocks of 32, scales next to the weight or in it, half blocks."""
 
 ROUNDED_BLOCKS = 1.3
-"""Times the error that blocks of 32 have at best, in float64: that of ggml's Q8_0."""
+"""Allowed error relative to the least error of blocks of 32, that of ggml's Q8_0 in float64."""
 
 
 @cache
 def massive_channels(
     name: str, group_size: int, num_tokens: int, hidden: int = 1024, intermediate: int = 256
 ) -> tuple[dict, list]:
-    """One expert, and of every factor: hidden_states, the exact output, what blocks of 32 make of it.
+    """Returns one expert and, for every factor, hidden_states, the exact output and that with blocks of 32.
 
-    As models have them: a few channels of hidden_states are much larger than the others, in every token.
+    A few channels of hidden_states are much larger than the others in every token, as in real models.
     """
     inputs = in_format(moe_inputs(T=num_tokens, H=hidden, I=intermediate, E=1, K=1), name, group_size)
     dense = densified(inputs)

@@ -1,4 +1,4 @@
-"""The op against the eager experts of transformers, both in bfloat16, both measured from float64."""
+"""Compares the errors of the op and of transformers' eager experts, both in bfloat16, relative to float64."""
 
 import pytest
 import torch
@@ -14,11 +14,11 @@ SHAPES = {
     "dsv2_lite": {"T": 48, "H": 2048, "I": 1408, "E": 4, "K": 3},
     "mixtral_small": {"T": 24, "H": 2048, "I": 7168, "E": 2, "K": 2},
 }
-"""Real sizes, few tokens and experts."""
+"""Real sizes with few tokens and experts."""
 
 
 def eager_experts(inputs: dict, grad_output: torch.Tensor) -> dict[str, torch.Tensor]:
-    """What ktops.testing.compare.run returns, from transformers' eager loop over experts."""
+    """Returns what ktops.testing.compare.run returns, from transformers' eager loop over experts."""
     num_experts, hidden_size, intermediate_size = inputs["down_proj"].shape
     config = Qwen3MoeConfig(
         hidden_size=hidden_size,
@@ -56,7 +56,7 @@ def test_no_less_accurate_than_eager(isa, case, capsys):
         for name, value in exact.items()
     }
     with capsys.disabled():
-        print(f"\n{shape} on {isa}: relative error to float64, ktops / transformers eager")
+        print(f"\n{shape} on {isa}: error relative to float64, ktops / transformers eager")
         for name, (error, eager_error) in errors.items():
             what = "output" if name == "output" else f"gradient of {name}"
             print(f"  {what:26} {error:.3e} / {eager_error:.3e}")

@@ -1,4 +1,4 @@
-"""The list of arguments in Python is that of the registered schemas."""
+"""The list of arguments in Python matches the registered schemas."""
 
 import typing
 
@@ -45,7 +45,7 @@ def test_results_of_training():
 
 
 def test_tensors_come_before_attributes():
-    """Backward puts them together in this order."""
+    """Backward assembles them in this order."""
     assert (*TENSORS, *ATTRIBUTES) == FORWARD
     assert {SHARED[name] for name in TENSORS} == {Tensor, Tensor | None}
     assert set(GRADIENTS) <= set(TENSORS)
@@ -56,7 +56,7 @@ def test_pick():
 
 
 class Calls(TorchDispatchMode):
-    """The arguments of every call of an MoE operator."""
+    """Records the arguments of every call of an MoE operator."""
 
     def __init__(self):
         super().__init__()

@@ -1,4 +1,4 @@
-"""The comparison budgets can fail: a model of the kernels passes, wrong and careless models do not."""
+"""The error budgets can fail: a model of the kernels passes, wrong and careless models do not."""
 
 import math
 
@@ -20,7 +20,7 @@ from ktops.testing.poison import poisoned_memory
 
 @one_thread()
 def modeled(inputs: dict, grad_output: torch.Tensor, arithmetic, skip: str = "") -> dict:
-    """What a kernel with this arithmetic returns; ``skip`` names an input that it forgets."""
+    """Returns what a kernel with this arithmetic returns; ``skip`` names an input that it ignores."""
     names = floating(inputs)
     leaves = require_grad(upcast(inputs))
     output = moe_naive(leaves, arithmetic=arithmetic, skip=skip)
@@ -35,7 +35,7 @@ def modeled(inputs: dict, grad_output: torch.Tensor, arithmetic, skip: str = "")
 
 @pytest.fixture(scope="module")
 def case():
-    """bfloat16 with float32 LoRA, as PEFT keeps it."""
+    """bfloat16 inputs with float32 LoRA, as in PEFT."""
     inputs = moe_inputs(
         T=24, H=256, I=64, E=4, K=2, dtype=torch.bfloat16, lora_rank=4, bias=True, lora_dtype=torch.float32
     )

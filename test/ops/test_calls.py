@@ -1,6 +1,6 @@
-"""Counts what a call costs besides the work: operators, tensors, Python functions, starts of threads.
+"""Counts the overhead of a call: operators, tensors, Python functions, thread launches.
 
-How long that takes depends on the machine; see ``python -m bench.check``.
+How long it takes depends on the machine; see ``python -m bench.check``.
 """
 
 import sys
@@ -91,7 +91,7 @@ def test_training_allocates_what_it_returns_and_what_it_saves(isa, save):
 
 
 def test_factors_as_peft_stores_them_are_not_copied(isa):
-    """The expert innermost in B; transposed A."""
+    """Returns LoRA tensors with the expert innermost in B, and A transposed."""
     inputs = inputs_of("LoRA")
     for prefix in ("gate_up", "down"):
         a, b = (inputs[f"{prefix}_lora_{factor}"] for factor in "AB")
@@ -103,7 +103,7 @@ def test_factors_as_peft_stores_them_are_not_copied(isa):
 
 
 def functions_called(function) -> list[str]:
-    """Names of the functions of ktops that a call runs in Python, generators left out."""
+    """Returns the names of the Python functions of ktops that a call runs, except generators."""
     package, names = str(Path(ktops.__file__).parent), []
 
     def record(frame, event, _):

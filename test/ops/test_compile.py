@@ -30,7 +30,7 @@ def case(num_tokens: int = 4, **options) -> dict:
 
 
 def layer(inputs: dict) -> torch.Tensor:
-    """The operator between two others, as in a model."""
+    """Runs the operator between two others, as in a model."""
     x = inputs["hidden_states"]
     return x + 2 * ktops.moe_sft(**inputs | {"hidden_states": x.sin()})
 
@@ -64,7 +64,7 @@ def test_compiled_with_inductor():
 
 
 def test_no_recompilation_for_other_numbers_of_tokens():
-    """After the first call; that one may compile twice, when Dynamo restarts to specialize the scalings."""
+    """Checks calls after the first, which may compile twice if Dynamo restarts to specialize the scalings."""
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(layer, backend=counter, fullgraph=True, dynamic=True)
     frames = []
@@ -92,7 +92,7 @@ def test_no_graph_break():
 
 
 def describe(graph: torch.fx.GraphModule) -> str:
-    """The operators of a graph, those of kt with one line for each argument."""
+    """Returns the operators of a graph, those of kt with one line per argument."""
 
     def text(value) -> str:
         if isinstance(value, torch.fx.Node):
@@ -210,7 +210,7 @@ def test_export_with_any_number_of_tokens(training, strict):
 
 
 class CountForwards(TorchDispatchMode):
-    """Counts the forwards of the experts that are run, not those answered from a checkpoint."""
+    """Counts the experts' forwards that run, not those restored from a checkpoint."""
 
     def __init__(self):
         super().__init__()
@@ -247,7 +247,7 @@ def flops(function) -> dict:
 
 
 def test_flops():
-    """T=4, K=2, H=8, I=6: 8 routes, 2 FLOPs a multiply-add."""
+    """T=4, K=2, H=8, I=6 make 8 routes; a multiply-add has 2 FLOPs."""
     base = 8 * 2 * (8 * 12 + 6 * 8)
     lora = 8 * 2 * (2 * (8 + 12) + 1 * (6 + 8))
     inputs = case(bias=False)
@@ -274,7 +274,7 @@ def test_meta_tensors_give_shapes():
 
 
 def test_eager_results_of_the_layer():
-    """The layer of this file, from the operator alone."""
+    """Computes the layer of this file with only the operator."""
     inputs = case()
     inner = inputs | {"hidden_states": inputs["hidden_states"].sin()}
     grad_output = random_grad_output(inputs)

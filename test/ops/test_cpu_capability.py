@@ -1,4 +1,4 @@
-"""The order of the rows of kernels; ``python -m bench.check``: whether the best on this CPU is first."""
+"""The order of the kernels; ``python -m bench.check`` checks that the best on this CPU come first."""
 
 import re
 from pathlib import Path
@@ -10,7 +10,7 @@ ROWS = ktops.cpu_capabilities()
 
 
 def test_the_best_row_comes_first():
-    """As they are listed, but for the two that a CPU may have in either order."""
+    """The order is that of the list, except for two that may come in either order."""
     listed = re.findall(r"^KT_ROW\((\w+)\)$", LIST.read_text(), re.MULTILINE)
     either = {"avx512_bf16", "avx512"}
     assert [row for row in ROWS if row not in either] == [row for row in listed if row not in either]

@@ -1,4 +1,4 @@
-"""Results are a function of the inputs alone: not of the number of threads, nor of who else is calling."""
+"""Results depend only on the inputs, not on the number of threads or on concurrent calls."""
 
 from concurrent.futures import ThreadPoolExecutor
 
@@ -22,7 +22,7 @@ def threads():
 
 
 def cases(dtype: torch.dtype):
-    """Each with work for at least seven threads: small problems run on fewer."""
+    """Each has work for at least seven threads, because small problems run on fewer."""
     yield moe_inputs(T=70, H=96, I=80, E=6, K=3, dtype=dtype, lora_rank=(5, 18), bias=True, routing="skewed")
     yield moe_inputs(T=1, H=640, I=256, E=8, K=4, dtype=dtype, lora_rank=4)
     yield moe_inputs(T=24, H=96, I=150, E=8, K=4, dtype=dtype, lora_rank=4)
@@ -69,8 +69,8 @@ def test_repeated_calls(isa, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_token_does_not_depend_on_its_company(isa, dtype):
-    """The row of a token is the same alone and among others but for the order of a sum: for few rows of an
-    expert there may be another kernel than for many.
+    """A token's row is the same alone and among others except for the order of a sum, because few and many
+    rows of an expert may use different kernels.
     """
     inputs = moe_inputs(T=40, H=96, I=80, E=4, K=2, dtype=dtype, lora_rank=4, bias=True)
     together = ktops.moe_sft(**inputs)
@@ -96,7 +96,7 @@ def test_concurrent_calls_from_python_threads(isa):
 
 
 def test_calls_inside_an_intra_op_region(isa, threads):
-    """autograd runs backward in its own threads, each with its own pool."""
+    """Autograd runs backward in its own threads, each with its own pool."""
     torch.set_num_threads(3)
     inputs = moe_inputs(T=60, H=80, I=48, E=4, K=2, dtype=torch.bfloat16, lora_rank=3)
     grad_output = random_grad_output(inputs)

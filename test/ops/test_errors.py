@@ -1,4 +1,4 @@
-"""Invalid arguments: the error names the operator, the argument, what it must be and what it is."""
+"""For invalid arguments, the error names the operator, the argument, what it must be and what it is."""
 
 import math
 import os
@@ -24,7 +24,7 @@ def valid() -> dict:
 
 
 def call(op: str, **changes):
-    """Calls the operator with valid arguments, some replaced; for backward the saved ones stay valid."""
+    """Calls the operator with valid arguments, some replaced; for backward, saved tensors stay valid."""
     save = changes.pop("save", "activations")
     own = {name: changes.pop(name) for name in ("grad_output", *SAVED, "grad_mask") if name in changes}
     arguments = op_arguments(valid() | changes)
@@ -39,7 +39,7 @@ def call(op: str, **changes):
 
 
 def raises(op: str, argument: str, must: str, got: object):
-    """Expects ``kt::<op>: <argument> must <must>, got <got>``; ``must`` is a pattern, ``got`` literal."""
+    """Expects ``kt::<op>: <argument> must <must>, got <got>``; ``must`` is a pattern, ``got`` is literal."""
     return pytest.raises(RuntimeError, match=rf"kt::{op}: {argument} must {must}, got {re.escape(str(got))}")
 
 
@@ -306,7 +306,7 @@ def test_use_isa_restores_after_an_error():
 
 @pytest.mark.parametrize("isa,expected", [("scalar", r"^scalar\n"), ("sse9", r"KTOPS_ISA.*got 'sse9'")])
 def test_isa_from_the_environment(isa, expected, tmp_path):
-    """Read at the first use; an unknown one is an error that names the variable."""
+    """The variable is read at the first use; an unknown value is an error that names the variable."""
     code = "import ktops; print(ktops.cpu_capability())"
     env = os.environ | {"KTOPS_ISA": isa}
     result = subprocess.run(

@@ -1,4 +1,4 @@
-"""Weight formats: decoding bit for bit, output and gradients against float64, on every row of kernels."""
+"""Weight formats: decoding bit for bit, output and gradients compared with float64, for all kernels."""
 
 import pytest
 import torch
@@ -111,7 +111,7 @@ PAIRS = [
     (("uint4", 32), ("int8", 0)),
     (("fp8_e4m3", 128), ("mxfp4", 32)),
 ]
-"""Formats and group sizes of gate_up_proj and down_proj; None: dense."""
+"""Formats and group sizes of gate_up_proj and down_proj; None means dense."""
 
 
 def in_formats(inputs: dict, gate_up: tuple[str, int] | None, down: tuple[str, int] | None) -> dict:
@@ -138,14 +138,14 @@ def test_the_reference_decodes_each_projection(gate_up, down):
 
 
 def test_long_rows(isa):
-    """More columns than the scales that are read at once, or the rows that are decoded at once."""
+    """Rows have more columns than scales are read, or rows are decoded, at once."""
     inputs = moe_inputs(T=33, H=4384, I=64, E=2, K=1, dtype=torch.bfloat16)
     check_against_reference(in_format(inputs, "int4", 32))
 
 
 @pytest.mark.parametrize("name,group_size", [("int4", 32), ("q4_0", 0), ("fp8_e4m3", 0)])
 def test_codes_anywhere_in_memory(isa, name, group_size):
-    """Some of the experts of a tensor, at an odd address, with rows apart: a file that is mapped."""
+    """Weights are some experts of a tensor, at an odd address with gaps between rows, as in a mapped file."""
     weight = random_weight(torch.randn(4, 6, 64), name, group_size)
     codes = weight.weight.view(torch.uint8)
     memory = torch.full((4, 7, codes.shape[2] + 5), 0xFF, dtype=torch.uint8).flatten()

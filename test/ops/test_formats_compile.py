@@ -75,7 +75,7 @@ def test_opcheck(name, group_size):
     if name == "fp8_e4m3":
         utils = utils[
             1:
-        ]  # PyTorch's test of the schema compares tensors by arithmetic that float8 does not have
+        ]  # PyTorch's schema test compares tensors with arithmetic that float8 does not support
     inputs = in_format(moe_inputs(T=5, H=64, I=32, E=3, K=2, lora_rank=2), name, group_size)
     gate_up = inputs["gate_up_proj"]
     decoding = (*gate_up.codes, name, group_size, gate_up.shape[-1])
@@ -134,7 +134,7 @@ def test_no_gradient_of_codes():
     ],
 )
 def test_errors(prefix, intermediate_size, changes, message):
-    """In a projection of 3 experts, 64 rows and 64 columns."""
+    """The projection has 3 experts, 64 rows and 64 columns."""
     inputs = in_format(moe_inputs(T=5, H=64, I=intermediate_size, E=3, K=2), "int4", 32)
     changes = {f"{prefix}_{name}": value for name, value in changes.items()}
     message = message.replace("PREFIX", prefix)

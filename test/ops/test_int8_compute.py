@@ -1,4 +1,4 @@
-"""compute="int8": blocks of activations rounded to int8, products with the codes of weights in integers."""
+"""compute="int8": blocks of activations are rounded to int8 and multiplied with integer codes of weights."""
 
 import gguf
 import pytest
@@ -34,7 +34,7 @@ CASES = [
 ]
 Q8_0 = gguf.GGMLQuantizationType.Q8_0
 FAST = ("amx_bf16", "avx512_bf16")
-"""The rows that multiply integers faster than floats: where "auto" means "int8"."""
+"""The kernels that multiply integers faster than floats, for which "auto" means "int8"."""
 
 
 def round_joined(x: torch.Tensor) -> torch.Tensor:
@@ -42,7 +42,7 @@ def round_joined(x: torch.Tensor) -> torch.Tensor:
 
 
 def rounding(isa: str, inputs: dict, name: str):
-    """What rounds the rows that are multiplied with a weight: to blocks, or with tiles to two digits."""
+    """Returns the rounding of rows multiplied by a weight: to blocks, or with tiles to two digits."""
     weight = inputs[name]
     columns, group = weight.shape[-1], weight.group_size
     if weight.format not in GROUPED:
@@ -54,9 +54,9 @@ def rounding(isa: str, inputs: dict, name: str):
 
 
 def undecided(h: torch.Tensor, joined: bool, budget: float) -> torch.Tensor:
-    """What to add to elements so near the middle of two integers that the other one is right as well; else 0.
+    """Returns what to add to elements so close to the midpoint of two integers that either is right, else 0.
 
-    ``budget`` is the relative error of the row; an element may have several times the average one.
+    ``budget`` is the relative error of the row; an element's error may be several times the average.
     """
     padded = torch.nn.functional.pad(h.float(), (0, -len(h) % UNIT))
     scale = largest_of_blocks(padded, joined).unsqueeze(-1).double() / 127
@@ -69,7 +69,7 @@ def undecided(h: torch.Tensor, joined: bool, budget: float) -> torch.Tensor:
 
 
 def expected(isa: str, inputs: dict, output: torch.Tensor) -> torch.Tensor:
-    """The output with rounded activations in float64, undecided ones as they are in the given output."""
+    """Returns the output with rounded activations in float64, with undecided ones chosen as in ``output``."""
     x, dense = inputs["hidden_states"], densified(inputs)
     gate_up, down = dense["gate_up_proj"].double(), dense["down_proj"].double()
     reference = torch.zeros(x.shape, dtype=torch.float64)
@@ -94,7 +94,7 @@ def expected(isa: str, inputs: dict, output: torch.Tensor) -> torch.Tensor:
 
 
 def integer_budget(dtype: torch.dtype, rounded, inner_size: int) -> float:
-    """That of a forward; and with digits a step in every element of h, whose largest is 4 times its RMS."""
+    """Returns the budget of a forward; digits add a step per element of h, whose largest is 4 times RMS."""
     step = 4 / DIGITS if rounded is round_digits else 0
     return forward_budget(dtype, inner_size) + step
 
@@ -127,7 +127,7 @@ def test_a_format_and_a_group_size_for_each_projection(isa, num_tokens):
 
 
 def test_blocks_are_those_of_ggml():
-    """But for the scale, which Q8_0 rounds to binary16."""
+    """Blocks equal Q8_0 except for the scale, which Q8_0 rounds to binary16."""
     x = moe_inputs(T=16, H=256, I=32, E=1, K=1)["hidden_states"]
     x[:, 5] *= 100
     theirs = gguf.dequantize(gguf.quantize(x.numpy(), Q8_0), Q8_0)
@@ -137,7 +137,7 @@ def test_blocks_are_those_of_ggml():
 
 @pytest.mark.parametrize("name,group_size", [("int8", 0), ("int4", 128)])
 def test_more_tokens_than_panels_have_room_for(isa, name, group_size):
-    """With tiles: two digits of more than 128 rows, and more than 1024 columns."""
+    """With tiles, more than 128 rows have two digits, and there are more than 1024 columns."""
     with use_path("code_tiles"):
         assert_as_good_as_blocks(*massive_channels(name, group_size, 150, 1152, 64))
 
@@ -152,7 +152,7 @@ def test_lora_and_biases_are_added(isa):
 
 
 def test_auto(isa):
-    """Integers where nothing requires a gradient and the row is faster with them."""
+    """It uses integers if nothing requires a gradient and the kernels are faster with them."""
     inputs = in_format(moe_inputs(T=9, H=64, I=32, E=4, K=2, dtype=torch.bfloat16), "int8", 0)
     compute = "int8" if isa in FAST else "bf16"
     assert torch.equal(ktops.moe_sft(**inputs), ktops.moe_sft(**inputs, compute=compute))
@@ -162,7 +162,7 @@ def test_auto(isa):
 
 @pytest.mark.parametrize("save", ["activations", "recompute"])
 def test_gradients_are_those_of_the_weights(isa, save):
-    """Rounding counts as the identity: what backward computes is the same as with compute="bf16", nearly."""
+    """Backward treats rounding as the identity, so it computes nearly the same as with compute="bf16"."""
     inputs = in_format(moe_inputs(T=20, H=64, I=32, E=4, K=2, lora_rank=2), "int8", 0)
     grad_output = random_grad_output(inputs)
     integers, floats = (run(inputs, grad_output, compute=compute, save=save) for compute in ("int8", "bf16"))
@@ -203,7 +203,7 @@ def test_same_result_for_any_number_of_threads(isa):
 
 @pytest.mark.parametrize("name", ["fp8_e4m3", "q5_0", "bf16"])
 def test_formats_without_integers(name):
-    """In both projections, or in one beside another format."""
+    """The format is used in both projections, or in one together with another format."""
     inputs = moe_inputs(T=4, H=256, I=256, E=2, K=2)
     integers = in_format(inputs, "int8", 0)
     floats = in_format(inputs, name, 0)

@@ -1,4 +1,4 @@
-"""ktops.memory_stats and ktops.empty_cache: scratch memory is reused, bounded, and given back."""
+"""ktops.memory_stats and ktops.empty_cache: scratch memory is reused, bounded, and returned."""
 
 import os
 import subprocess
@@ -87,10 +87,10 @@ def test_large_blocks_go_back_to_the_system():
 
 
 WINDOW = 512
-"""Calls after which an unneeded block may go back: kWindow in workspace.h."""
+"""The number of calls after which an unneeded block may be returned: kWindow in workspace.h."""
 
 KEPT = 256 << 20
-"""Bytes of idle blocks that are kept permanently: kKept in workspace.h."""
+"""The bytes of idle blocks that are kept permanently: kKept in workspace.h."""
 
 
 def tiny_calls(count: int) -> None:
@@ -120,7 +120,7 @@ def test_a_block_that_no_call_needs_any_more_goes_back():
 
 
 def test_a_block_that_is_needed_once_in_a_while_stays():
-    """Like the block of a backward pass between the forward passes of many layers."""
+    """This resembles the block of a backward pass between the forward passes of many layers."""
     large = large_call()
     allocations = ktops.memory_stats()["allocations"]
     for _ in range(4):
@@ -138,7 +138,7 @@ def test_a_usual_size_stays_however_seldom():
 
 
 def test_sizes_of_many_kinds_stay_within_the_bound():
-    """Idle blocks of all sizes together, after an unusual call."""
+    """The limit applies to idle blocks of all sizes together, after an unusual call."""
     large_call()
     tiny_calls(2 * WINDOW)
     for num_tokens in range(40_000, 80_000, 5_000):
@@ -148,7 +148,7 @@ def test_sizes_of_many_kinds_stay_within_the_bound():
 
 
 def test_threads_share_the_blocks():
-    """More blocks than threads are never needed, and later rounds find them again."""
+    """There are never more blocks than threads, and later rounds reuse them."""
     num_threads, errors = 4, []
 
     def work(barrier: threading.Barrier) -> None:

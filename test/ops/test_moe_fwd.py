@@ -1,4 +1,4 @@
-"""kt::moe_fwd: the forward of kt::moe_sft_fwd and nothing else."""
+"""kt::moe_fwd equals the forward of kt::moe_sft_fwd."""
 
 import pytest
 import torch
@@ -43,7 +43,7 @@ def test_against_the_reference(isa, num_tokens, dtype, lora_rank):
 
 
 def calls(function) -> list[str]:
-    """Names of the kt operators that function() calls."""
+    """Returns the names of the kt operators that function() calls."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         function()
     return [event.name for event in profile.events() if event.name.startswith("kt::")]
@@ -61,7 +61,7 @@ def test_chosen_when_nothing_needs_a_gradient():
 
 
 def test_modes_see_the_operator_without_gradients():
-    """The function skips PyTorch's autograd when there is nothing to differentiate, but nothing below it."""
+    """If there is nothing to differentiate, the function skips PyTorch's autograd, but nothing below it."""
     inputs = moe_inputs(T=3, H=8, I=4, E=4, K=2)
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         ktops.moe_sft(**inputs)

@@ -1,4 +1,4 @@
-"""kt::moe_sft_fwd and kt::moe_sft_bwd: output and every gradient against the float64 reference."""
+"""kt::moe_sft_fwd and kt::moe_sft_bwd: compares output and gradients with the float64 reference."""
 
 import math
 from itertools import product
@@ -103,7 +103,7 @@ def test_ranks(isa, rank, dtype):
     [(70, 264, 150), (150, 136, 200), (1050, 20, 17), (2, 2100, 24), (2, 24, 2100)],
 )
 def test_several_tiles(isa, num_tokens, hidden_size, intermediate_size, dtype):
-    """More than one tile along each dimension, none of them full."""
+    """There is more than one tile along each dimension, and the last is not full."""
     check_against_reference(
         moe_inputs(
             T=num_tokens,
@@ -121,7 +121,7 @@ def test_several_tiles(isa, num_tokens, hidden_size, intermediate_size, dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("hidden_size", [2016, 2047, 2048, 2049])
 def test_longest_blocks_of_k(isa, hidden_size, dtype):
-    """Panels of few columns hold up to 2048 steps of k at once: such rows fill their scratch."""
+    """Panels of few columns hold up to 2048 steps of k at once; these rows fill their scratch."""
     with use_path("panels"):
         check_against_reference(moe_inputs(T=5, H=hidden_size, I=32, E=1, K=1, dtype=dtype, lora_rank=4))
 
@@ -132,7 +132,7 @@ def test_longest_blocks_of_k(isa, hidden_size, dtype):
     "hidden_size,intermediate_size", [(64, 5), (64, 40), (96, 150), (150, 96), (2048, 20)]
 )
 def test_rows_of_weights_as_they_lie(isa, hidden_size, intermediate_size, num_tokens, path, dtype):
-    """Whole tiles along k, and a last tile of rows that is not full, or too few rows for one."""
+    """Tiles along k are full; the last tile of rows is not, or there are too few rows for a tile."""
     with use_path(path):
         check_against_reference(
             moe_inputs(
@@ -157,7 +157,7 @@ def test_wide_slabs(isa, num_tokens, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_the_widest_slabs_of_rows_that_are_not_contiguous(isa, dtype):
-    """Rows of the weight are copied for sums of columns: as many as are read at once have to fit."""
+    """Rows of the weight are copied for sums of columns; all rows read at once must fit."""
     inputs = moe_inputs(T=4, H=8, I=2064, E=4, K=4, dtype=dtype)
     for name in ("gate_up_proj", "down_proj"):
         inputs[name] = inputs[name].mT.contiguous().mT
@@ -200,7 +200,7 @@ def test_routings(isa, routing, invalid_ids, ids_dtype, dtype):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("hidden_size,intermediate_size", [(0, 6), (8, 0)])
 def test_empty_dimensions(isa, hidden_size, intermediate_size, dtype):
-    """Nothing to add up: zeros, or the bias."""
+    """Without anything to sum, results are zeros or the bias."""
     inputs = {
         "hidden_states": torch.ones(5, hidden_size, dtype=dtype),
         "topk_ids": torch.zeros(5, 2, dtype=torch.int64),
@@ -268,7 +268,7 @@ def test_each_gradient_alone_is_the_one_from_all(isa, dtype, save):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("save", ["activations", "recompute"])
 def test_saved_tensors(isa, save, dtype):
-    """Rows of the routes in order of expert, then of position, in the dtype of hidden_states."""
+    """They hold one row per position, routes sorted by expert and then by number, in hidden_states' dtype."""
     inputs = moe_inputs(T=9, H=24, I=20, E=4, K=2, dtype=dtype, lora_rank=(3, 5), bias=True, routing="skewed")
     output, gate_up, xa, ha = torch.ops.kt.moe_sft_fwd(*op_arguments(inputs), save)
     assert output.shape == (9, 24)

@@ -1,4 +1,4 @@
-"""It does not matter where the arguments lie, how they are strided, or what was in memory before."""
+"""Results do not depend on the addresses and strides of the arguments or on earlier contents of memory."""
 
 import math
 import os
@@ -20,7 +20,7 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float64]
 
 
 def innermost_first(t: Tensor) -> Tensor:
-    """The same values with the first dimension innermost, as PEFT stores the experts of lora_B."""
+    """Returns the same values with the first dimension innermost, as PEFT stores the experts of lora_B."""
     return t.permute(*range(1, t.ndim), 0).contiguous().permute(-1, *range(t.ndim - 1))
 
 
@@ -35,7 +35,7 @@ def every_other(t: Tensor) -> Tensor:
 
 
 def padded_rows(t: Tensor) -> Tensor:
-    """Contiguous rows in a wider storage, starting at an odd element."""
+    """Returns a copy with contiguous rows in a wider storage, starting at an odd element."""
     wide = torch.full((*t.shape[:-1], t.shape[-1] + 3), -77, dtype=t.dtype)
     wide[..., 1:-2] = t
     return wide[..., 1:-2]
@@ -111,7 +111,7 @@ def test_gradient_of_a_sum_has_no_strides(isa):
 
 
 def map_read_only(path, tensor: Tensor, offset: int) -> Tensor:
-    """The tensor in a read-only file map, offset bytes from a page boundary."""
+    """Returns the tensor in a read-only mapped file, offset bytes from a page boundary."""
     data = tensor.contiguous().view(torch.uint8).numpy().tobytes()
     path.write_bytes(b"\xff" * offset + data)
     mapped = np.memmap(path, mode="r", offset=offset, shape=(len(data),))
@@ -162,7 +162,7 @@ def test_arguments_are_not_written(case):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_nothing_is_left_from_earlier_calls(isa, dtype):
-    """A larger layer full of NaN, then the same layer again: workspaces that are kept must not leak."""
+    """A larger layer full of NaN runs before the same layer again; kept workspaces must not leak values."""
     inputs = moe_inputs(T=9, H=24, I=20, E=4, K=2, dtype=dtype, lora_rank=3, bias=True, invalid_ids=True)
     grad_output = random_grad_output(inputs)
     expected = {save: run(inputs, grad_output, save=save) for save in ("activations", "recompute")}

@@ -1,4 +1,4 @@
-"""The paths of products (ktops_csrc/gemm/path.h): each is forced, and then taken and right."""
+"""The paths of products (ktops_csrc/gemm/path.h): each is taken when forced, and gives the right result."""
 
 import os
 import subprocess
@@ -23,13 +23,13 @@ FLOATS = {
     "column_sums": BACKWARD,
     "panels": FORWARD + BACKWARD,
 }
-"""The steps that have products which can take a path."""
+"""The steps with products that can take each path."""
 INTEGERS = ("code_dots", "code_tiles", "code_panels")
 WEIGHTS = ("dense", "strided", "int4")
 
 
 def inputs_of(weights: str, dtype: torch.dtype) -> dict:
-    """Of experts with more than 200 rows, with one, and many between."""
+    """Returns inputs with experts that have more than 200 rows, one, and many numbers in between."""
     inputs = moe_inputs(T=300, H=96, I=64, E=24, K=2, dtype=dtype, lora_rank=(2, 3), routing="skewed")
     if weights == "int4":
         return in_format(inputs, "int4", 32)
@@ -76,7 +76,7 @@ def test_every_path_is_tested():
 
 @pytest.mark.parametrize("path", path_names())
 def test_a_path_that_is_not_possible_changes_nothing(isa, path):
-    """Rows that aren't whole tiles, sums of rows in forward only, codes where there are none."""
+    """Covers rows that aren't whole tiles, sums of rows only in forward, and codes of dense weights."""
     inputs = moe_inputs(T=9, H=40, I=24, E=2, K=2, dtype=torch.bfloat16, lora_rank=2)
     grad_output = random_grad_output(inputs)
     expected = run(inputs, grad_output)
@@ -90,9 +90,9 @@ def test_a_path_that_is_not_possible_changes_nothing(isa, path):
 
 
 DIRECT_ROWS = {"amx_bf16": 12, "avx512_bf16": 32, "avx512": 32, "avx2": 12, "scalar": 32}
-"""The most that dots and column_sums take of bfloat16; of float32 it is 32 on every row of kernels."""
+"""The most rows that dots and column_sums take in bfloat16; in float32 the limit is 32 for all kernels."""
 FEW_ROWS = {"amx_bf16": 4, "avx512_bf16": 4, "avx512": 4, "avx2": 2, "scalar": 1}
-"""The most that decoded_dots take."""
+"""The most rows that decoded_dots takes."""
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -1,4 +1,4 @@
-"""ktops.profile: which steps ran, how often; ``test/test_schedule.py``: times, on a clock of its own."""
+"""ktops.profile: which steps ran and how often; ``test/test_schedule.py`` tests times with a fake clock."""
 
 import os
 import subprocess
@@ -63,7 +63,7 @@ def test_table(inputs):
 
 
 def test_paths(isa, inputs):
-    """One for each block of C, in the steps that have products with the base weights."""
+    """Steps with products with the base weights count one path per block of C."""
     run(inputs, random_grad_output(inputs))
     with ktops.profile() as profile:
         run(inputs, random_grad_output(inputs))

@@ -1,4 +1,4 @@
-"""ktops.reference, the specification, against autograd through one route at a time."""
+"""Compares ktops.reference, the specification, with autograd through one route at a time."""
 
 import pytest
 import torch

@@ -1,10 +1,10 @@
-"""kt::sum_words, which reads memory for bench.machine: every word once."""
+"""kt::sum_words, which reads memory for bench.machine, reads every word once."""
 
 import pytest
 import torch
 
 BLOCK = 8 * 512
-"""Words that are read side by side: eight pages."""
+"""The number of words read in parallel streams: eight pages."""
 
 
 @pytest.mark.parametrize("count", [0, 1, 511, BLOCK - 1, BLOCK, BLOCK + 1, 3 * BLOCK + 77])

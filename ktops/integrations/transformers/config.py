@@ -10,22 +10,23 @@ NAME = "ktops"
 
 
 class KTConfig(QuantizationConfigMixin):
-    """How ``from_pretrained`` loads the experts of a model; the other weights load as they do without it.
+    """Specifies how ``from_pretrained`` loads a model's experts; other weights load as they would without it.
 
-    If another library has quantized the other tensors too, its quantizer reads those and ktops reads the
+    If another library has quantized the other tensors too, its quantizer loads those and ktops loads the
     experts. If that quantizer can decode (FP8, compressed-tensors), the other weights become dense, in the
-    model's dtype, because hidden states are on the CPU.
+    model's dtype, because they are used on the CPU.
 
     Args:
-        weight_format: one of ``ktops.formats.names()``; None keeps the format of the checkpoint.
-        group_size, method: as in :func:`ktops.quantize`, for weights that are quantized.
-        experts_path: another checkpoint, a directory or a GGUF file, to load the experts from; default: the
+        weight_format: one of ``ktops.formats.names()``; None keeps the checkpoint's formats.
+        group_size, method: as in :func:`ktops.quantize`; used only for weights that ktops quantizes.
+        experts_path: another checkpoint to load the experts from, a directory or a GGUF file. Default: the
             checkpoint being loaded.
-        prefix: as in :func:`ktops.load_experts`, if several experts of the checkpoint match.
-        other: the quantization_config of all tensors except the experts; default: the one in config.json.
+        prefix: as in :func:`ktops.load_experts`.
+        other: the quantization_config of all tensors except the experts. Default: the one in config.json.
 
     Raises:
         ValueError: unknown format or method, or the format does not support the group size.
+        TypeError: unknown argument.
 
     Example:
         >>> ktops.enable()
@@ -41,8 +42,11 @@ class KTConfig(QuantizationConfigMixin):
         experts_path: str | None = None,
         prefix: str | None = None,
         other: dict | QuantizationConfigMixin | None = None,
-        **_,
+        **given,
     ) -> None:
+        unknown = given.keys() - {"loader", "quant_method"}  # which config.json may have as well
+        if unknown:
+            raise TypeError(f"KTConfig: unknown arguments {', '.join(sorted(unknown))}")
         self.quant_method = NAME
         self.weight_format, self.group_size, self.method = weight_format, group_size, method
         self.experts_path, self.prefix, self.other = experts_path, prefix, other

@@ -1,4 +1,4 @@
-"""Checks that transformers found all of a model's weights, because it initializes missing ones at random."""
+"""Checks that transformers found all of a model's weights, because it randomly initializes missing ones."""
 
 from collections.abc import Iterable
 from typing import TYPE_CHECKING

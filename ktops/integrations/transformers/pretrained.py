@@ -1,8 +1,8 @@
-"""Warnings and errors where transformers silently does not do what ``experts_implementation="ktops"`` asks.
+"""Warns or raises where transformers would silently ignore ``experts_implementation="ktops"``.
 
 transformers accepts the name for any model, but only experts modules in its experts interface look it up;
-others, such as Llama-4's, ignore it. ktops warns about those. transformers also initializes weights that it
-does not find in the files at random. ktops raises an error if they belong to experts.
+others, such as Llama-4's, ignore it. ktops warns about those. transformers also randomly initializes weights
+that it does not find in the files. ktops raises an error if they belong to experts.
 """
 
 import re

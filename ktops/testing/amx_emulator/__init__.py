@@ -1,9 +1,9 @@
-"""Programs that use AMX tiles, on any x86-64 CPU: a preloadable library that executes the tile instructions.
+"""Runs programs that use AMX tiles on any x86-64 CPU: a preloaded library executes the tile instructions.
 
-The library (``emulator.cpp`` beside this file says how it works) is built with g++ on first use, into a
-temporary folder. It executes LDTILECFG, STTILECFG, TILERELEASE, TILEZERO, TILELOADD, TILELOADDT1, TILESTORED,
-TDPBF16PS, TDPBSSD, TDPBSUD, TDPBUSD and TDPBUUD bit for bit as the hardware does, counts them, and says on
-stderr what is wrong where the hardware would fault.
+The library is built with g++ on first use, in a temporary folder; ``emulator.cpp`` explains how it works. It
+executes LDTILECFG, STTILECFG, TILERELEASE, TILEZERO, TILELOADD, TILELOADDT1, TILESTORED, TDPBF16PS, TDPBSSD,
+TDPBSUD, TDPBUSD and TDPBUUD bit for bit as the hardware does, and counts them. Where the hardware would
+fault, it prints the reason to stderr.
 
 Example:
     >>> with tempfile.TemporaryDirectory() as folder:
@@ -29,21 +29,21 @@ INSTRUCTIONS = (
     "ldtilecfg", "sttilecfg", "tilerelease", "tilezero", "tileloadd", "tileloaddt1", "tilestored",
     "tdpbf16ps", "tdpbssd", "tdpbsud", "tdpbusd", "tdpbuud",
 )  # fmt: skip
-"""What the emulator executes and counts."""
+"""The instructions that the emulator executes and counts."""
 
 DOT_PRODUCTS = ("tdpbf16ps", "tdpbssd", "tdpbsud", "tdpbusd", "tdpbuud")
 LOADS = ("tileloadd", "tileloaddt1")
 
 
 def compile_cpp(sources: list[Path], output: Path, *flags: str) -> Path:
-    """Builds one program or library with CXX (g++) for this machine's CPU.
+    """Builds a program or library with CXX (g++) for this machine's CPU.
 
     Raises:
-        RuntimeError: the compiler is missing or fails; with what it said.
+        RuntimeError: the compiler is missing or fails; the message includes its output.
     """
     compiler = shutil.which(os.environ.get("CXX", "g++"))
     if compiler is None:
-        raise RuntimeError(f"the AMX emulator needs {os.environ.get('CXX', 'g++')!r} to be built, not found")
+        raise RuntimeError(f"building the AMX emulator needs {os.environ.get('CXX', 'g++')!r}, not found")
     command = [compiler, "-std=c++17", "-O3", "-march=native", "-ffp-contract=off", "-Wall", "-Wextra"]
     command += [*flags, *map(str, sources), "-o", str(output)]
     result = subprocess.run(command, capture_output=True, text=True)
@@ -54,7 +54,7 @@ def compile_cpp(sources: list[Path], output: Path, *flags: str) -> Path:
 
 @functools.cache
 def library() -> Path:
-    """The emulator as a shared library, built at the first call; gone when this process ends."""
+    """Returns the emulator's shared library, built on the first call and deleted when this process ends."""
     folder = tempfile.mkdtemp(prefix="ktops-amx-emulator-")
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     source = Path(__file__).parent / "emulator.cpp"
@@ -63,12 +63,12 @@ def library() -> Path:
 
 
 def environment(*, counts: str | os.PathLike | None = None, refuse: int | None = None) -> dict[str, str]:
-    """The environment of this process for one that runs under the emulator.
+    """Returns this process's environment with what a process under the emulator needs.
 
     Args:
-        counts: an existing folder; every process writes its counts there when it exits
+        counts: an existing folder to which every process writes its counts when it exits
             (:func:`read_counts`).
-        refuse: the errno with which the request for permission to use tiles fails; None grants it.
+        refuse: the errno with which requests for permission to use tiles fail; None grants permission.
     """
     env = os.environ | {"LD_PRELOAD": " ".join([*os.environ.get("LD_PRELOAD", "").split(), str(library())])}
     for name in ("KTOPS_AMX_EMULATOR_COUNTS", "KTOPS_AMX_EMULATOR_REFUSE"):
@@ -83,18 +83,18 @@ def environment(*, counts: str | os.PathLike | None = None, refuse: int | None =
 def row_environment(
     *, counts: str | os.PathLike | None = None, path: Sequence[str | os.PathLike] = ()
 ) -> dict[str, str]:
-    """The environment in which a process computes with the row ``amx_bf16`` of ktops under the emulator.
+    """Returns the environment for a process that uses the ``amx_bf16`` kernels of ktops under the emulator.
 
-    ``path`` goes in front of PYTHONPATH. PyTorch's own matrix products are kept from using tiles
+    ``path`` is prepended to PYTHONPATH. PyTorch's own matrix products are kept from using tiles
     (ONEDNN_MAX_CPU_ISA), so that all tile instructions are those of ktops.
 
     Raises:
-        RuntimeError: this CPU lacks AVX512_BF16. The row uses those vectors too, and they are not emulated.
+        RuntimeError: this CPU lacks AVX512_BF16, which the kernels also use and which is not emulated.
     """
     if not ktops.cpu_capabilities()["avx512_bf16"]:
         raise RuntimeError(
-            "the row amx_bf16 cannot run here: besides tiles, which the emulator executes, it uses AVX-512 "
-            "with BF16, and this CPU lacks those"
+            "the amx_bf16 kernels cannot run here: they also use AVX-512 with BF16, which this CPU lacks and "
+            "the emulator does not execute"
         )
     env = environment(counts=counts)
     if path:
@@ -107,7 +107,7 @@ def row_environment(
 
 
 def read_counts(folder: str | os.PathLike) -> Counter:
-    """Instructions executed by all processes that have written to ``folder``, by name."""
+    """Returns the instructions executed by all processes that have written to ``folder``, by name."""
     total: Counter = Counter()
     for file in Path(folder).glob("*.json"):
         total.update(json.loads(file.read_text()))
@@ -115,7 +115,7 @@ def read_counts(folder: str | os.PathLike) -> Counter:
 
 
 def counts() -> Counter:
-    """Instructions executed by this process so far, by name.
+    """Returns the instructions executed by this process so far, by name.
 
     Raises:
         RuntimeError: this process does not run under the emulator.

@@ -1,6 +1,6 @@
 #pragma once
 
-// From bytes to a tile instruction. All of them are three-byte VEX, map 0F38, L = 0, W = 0:
+// Decodes tile instructions. All of them are encoded as three-byte VEX, map 0F38, L = 0, W = 0:
 //
 //   [2e|36|3e|26|64|65|67]*  c4  RXB.00010  W.vvvv.L.pp  opcode  ModRM  [SIB]  [disp8|disp32]
 //
@@ -34,7 +34,7 @@ inline constexpr const char* kNames[kNumOps] = {"ldtilecfg", "sttilecfg",   "til
                                                 "tileloadd", "tileloaddt1", "tilestored",  "tdpbf16ps",
                                                 "tdpbssd",   "tdpbsud",     "tdpbusd",     "tdpbuud"};
 
-// What an address is made of: general registers by their number in ModRM, rax = 0 ... r15 = 15.
+// The registers in an address: general registers by their number in ModRM, rax = 0 ... r15 = 15.
 struct Registers {
     uint64_t general[16];
     uint64_t (*segment_base)(uint8_t prefix);  // of fs (64) or gs (65)
@@ -52,14 +52,14 @@ struct Instruction {
     uint64_t row(int i) const { return ((address + static_cast<uint64_t>(i) * stride) & mask) + segment; }
 };
 
-// LDTILECFG, STTILECFG and TILERELEASE with L set are no instructions of any CPU. Setting it in a program's code makes
-// them trap where AMX exists (emulator.cpp); with `marked` they mean what they were.
+// LDTILECFG, STTILECFG and TILERELEASE with L set are invalid on every CPU. Setting L in a program's code makes them
+// trap on CPUs with AMX (emulator.cpp). With `marked`, they are decoded as if L were clear.
 class Decoder {
 public:
     Decoder(const uint8_t* code, const Registers& registers, bool marked)
         : start_(code), code_(code), registers_(registers), marked_(marked) {}
 
-    // False if the bytes are no tile instruction, or one with operands that no CPU accepts. Reads no byte beyond it.
+    // False if the bytes are not a tile instruction with valid operands. Reads no byte past the instruction.
     bool decode(Instruction& out) {
         out = {};
         out.mask = ~uint64_t{0};

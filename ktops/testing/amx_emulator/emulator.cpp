@@ -1,16 +1,16 @@
 // Executes AMX tile instructions where the CPU cannot or may not: preload it (ktops.testing.amx_emulator builds it).
 //
-//   KTOPS_AMX_EMULATOR_COUNTS=FILE   at exit, how often each instruction ran, as JSON; %p in FILE is the process id
-//   KTOPS_AMX_EMULATOR_REFUSE=ERRNO  the request for permission to use tiles fails with this error
+//   KTOPS_AMX_EMULATOR_COUNTS=FILE   write the count of each instruction as JSON at exit; %p in FILE is the process id
+//   KTOPS_AMX_EMULATOR_REFUSE=ERRNO  make requests for permission to use tiles fail with this error
 //
-// A tile instruction raises SIGILL on a CPU without AMX. On one with AMX it does so in a process that has no permission
-// to use tile data, and the emulator sees to it that the process never gets it: a request through libc's syscall() is
-// answered here. LDTILECFG, STTILECFG and TILERELEASE need no permission and do not trap there; so in the object that
-// asks for permission they are marked by a bit that makes them illegal. Elsewhere, in code generated at run time for
-// example, they run on the CPU: the configuration is then taken from the saved registers at the next instruction that
-// traps, and counted there, a TILERELEASE not at all.
-// Linux gives a new thread its parent's configuration; here it has none, since no program should rely on that.
-// A process that asks the kernel by a syscall instruction of its own gets real tiles, and nothing is emulated or
+// A tile instruction raises SIGILL on a CPU without AMX. On a CPU with AMX, it does so in a process that has no
+// permission to use tile data. The emulator answers requests through libc's syscall() itself, so the process never gets
+// permission. LDTILECFG, STTILECFG and TILERELEASE need no permission and do not trap on such a CPU. In the object that
+// requests permission, they are therefore marked by a bit that makes them illegal. Elsewhere, e.g. in code generated at
+// run time, they run on the CPU. The configuration is then read from the saved registers at the next instruction that
+// traps, and counted there; a TILERELEASE is not counted.
+// Linux gives a new thread its parent's configuration. Here it has none, since no program should rely on that.
+// A process that makes the request with its own syscall instruction gets real tiles, and nothing is emulated or
 // counted.
 
 #include <cpuid.h>
@@ -36,12 +36,12 @@ namespace {
 constexpr int kGetSupported = 0x1021, kGetPermission = 0x1022, kRequestPermission = 0x1023;  // arch_prctl
 constexpr int kTileConfig = 17, kTileData = 18;                                              // state components
 
-// After an instruction the one that follows is tried without another trap; so many at most.
+// The largest number of consecutive instructions executed in one trap.
 constexpr int kBatch = 64;
 
 std::atomic<uint64_t> counts[kNumOps];
 std::atomic<bool> refused{false};
-uint32_t config_offset = 0;  // of the tile configuration in saved registers; 0 if the CPU has none
+uint32_t config_offset = 0;  // offset of the tile configuration in saved registers; 0 if the CPU has none
 thread_local TileFile tiles __attribute__((tls_model("initial-exec")));
 
 long libc_syscall(long number, long a, long b, long c = 0, long d = 0, long e = 0, long f = 0) {
@@ -84,7 +84,7 @@ void mark(uint8_t* instruction) {
 }
 
 // Marks LDTILECFG, STTILECFG and TILERELEASE in the executable segments of the object that contains `address`. They are
-// found by their bytes: the chance that others look the same is about 2^-30 a byte.
+// found by their bytes, which occur elsewhere with a probability of about 2^-30 per byte.
 int mark_object(dl_phdr_info* object, size_t, void* address) {
     const uintptr_t target = reinterpret_cast<uintptr_t>(address);
     const auto segment = [&](int i) {
@@ -127,7 +127,7 @@ Registers registers_of(const ucontext_t& context) {
     return r;
 }
 
-// A configuration that the CPU loaded itself becomes the emulator's, and the CPU's is cleared.
+// Moves a configuration that the CPU loaded itself to the emulator.
 void take_native_config(ucontext_t& context) {
     auto* saved = reinterpret_cast<uint8_t*>(context.uc_mcontext.fpregs);
     if (!config_offset || !saved) return;
@@ -198,7 +198,7 @@ void on_illegal_instruction(int, siginfo_t* info, void* raw_context) {
                 rip += i.length;
                 continue;
             }
-            if (executed) break;  // it traps by itself, in a context of its own
+            if (executed) break;  // it traps by itself, with its own context
             report(i, at, fault);
             raise_fault(fault, info, raw_context);
             errno = saved_errno;

@@ -1,8 +1,8 @@
 #pragma once
 
-// The program's own SIGILL handler, kept while the emulator's is installed. sigaction() and signal() are defined here
-// in the place of libc's, so a handler that the program installs later (Python's faulthandler) does not displace the
-// emulator's: it gets the signals that are none of the emulator's business.
+// Keeps the program's own SIGILL handler while the emulator's is installed. sigaction() and signal() replace libc's, so
+// that a handler that the program installs later (Python's faulthandler) does not displace the emulator's. It receives
+// the signals that do not concern the emulator.
 
 #include <dlfcn.h>
 #include <pthread.h>
@@ -33,8 +33,8 @@ inline void install(void (*handler)(int, siginfo_t*, void*)) {
     installed = true;
 }
 
-// Does with a signal what would have happened without the emulator. A fault with the default action is raised again by
-// the instruction itself, when the handler returns to it.
+// Handles a signal as it would be handled without the emulator. A fault with the default action is raised again by the
+// instruction itself when the handler returns to it.
 inline void pass_on(const struct sigaction& action, int number, siginfo_t* info, void* context) {
     const bool fault = info->si_code > 0;
     const bool ignored = !(action.sa_flags & SA_SIGINFO) && action.sa_handler == SIG_IGN;

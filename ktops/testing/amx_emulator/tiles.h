@@ -1,7 +1,7 @@
 #pragma once
 
-// The tile registers of one thread and what the instructions do to them: palette 1, eight tiles of at most 16 rows of
-// 64 bytes. Source: Intel 64 and IA-32 Architectures Software Developer's Manual, volume 2, operation sections.
+// The tile registers of one thread and the operations on them: palette 1, eight tiles of at most 16 rows of 64 bytes.
+// Source: Intel 64 and IA-32 Architectures Software Developer's Manual, volume 2, operation sections.
 
 #include <immintrin.h>
 
@@ -53,7 +53,7 @@ constexpr int kLanes = 8;
 
 typedef float Vector __attribute__((vector_size(kLanes * 4)));
 
-// In assembler, because the order of the operands decides which NaN a result is.
+// In assembly, because the order of the operands determines which NaN results.
 inline void fma(Vector& sum, Vector a, Vector b) { __asm__("vfmadd231ps %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b)); }
 inline void add(Vector& sum, Vector a) { __asm__("vaddps %1, %0, %0" : "+v"(sum) : "v"(a)); }
 
@@ -73,7 +73,7 @@ inline void add(Vector& sum, const Vector& a) {
 
 class TileFile {
 public:
-    // The instruction, or false and why it faults; then nothing has changed.
+    // Executes the instruction. If it faults, returns false and the reason, and changes nothing.
     bool execute(const Instruction& i, Fault& fault) {
         switch (i.op) {
             case LDTILECFG:
@@ -112,16 +112,16 @@ public:
             release();
             return true;
         }
-        if (c.palette != 1) return fault.set(Fault::kProtection, "palette %d; there are 0 and 1", c.palette);
+        if (c.palette != 1) return fault.set(Fault::kProtection, "palette %d is neither 0 nor 1", c.palette);
         for (int j = 0; j < 14; ++j) {
             if (c.reserved[j]) return fault.set(Fault::kProtection, "reserved byte %d is not zero", 2 + j);
         }
         for (int t = 0; t < 16; ++t) {
             const int rows = c.rows[t], colsb = c.colsb[t];
             if (t >= kTiles && (rows || colsb)) return fault.set(Fault::kProtection, "tmm%d does not exist", t);
-            if (rows > kRows) return fault.set(Fault::kProtection, "tmm%d has %d rows; 16 is the most", t, rows);
+            if (rows > kRows) return fault.set(Fault::kProtection, "tmm%d has %d rows; the maximum is 16", t, rows);
             if (colsb > kRowBytes) {
-                return fault.set(Fault::kProtection, "tmm%d has rows of %d bytes; 64 is the most", t, colsb);
+                return fault.set(Fault::kProtection, "tmm%d has rows of %d bytes; the maximum is 64", t, colsb);
             }
             if (!rows != !colsb) {
                 return fault.set(Fault::kProtection, "tmm%d has %d rows of %d bytes; one is zero", t, rows, colsb);
@@ -150,9 +150,9 @@ private:
 
     bool movable(int t, Fault& fault) const {
         if (!valid(t, fault)) return false;
-        if (colsb(t) % 4) return fault.set(Fault::kUndefined, "rows of tmm%d are no multiple of 4 bytes", t);
+        if (colsb(t) % 4) return fault.set(Fault::kUndefined, "rows of tmm%d are not a multiple of 4 bytes", t);
         if (start_row() >= rows(t)) {
-            return fault.set(Fault::kUndefined, "start_row %d is beyond the rows of tmm%d", start_row(), t);
+            return fault.set(Fault::kUndefined, "start_row %d is past the last row of tmm%d", start_row(), t);
         }
         return true;
     }
@@ -163,7 +163,7 @@ private:
         if (c == a || c == b || a == b) return fault.set(Fault::kUndefined, "the three tiles must differ");
         if (!valid(c, fault) || !valid(a, fault) || !valid(b, fault)) return false;
         if (colsb(c) % 4 || colsb(a) % 4 || colsb(b) % 4) {
-            return fault.set(Fault::kUndefined, "rows of a tile are no multiple of 4 bytes");
+            return fault.set(Fault::kUndefined, "rows of a tile are not a multiple of 4 bytes");
         }
         if (rows(c) != rows(a)) return fault.set(Fault::kUndefined, "tmm%d and tmm%d differ in rows", c, a);
         if (colsb(c) != colsb(b)) return fault.set(Fault::kUndefined, "tmm%d and tmm%d differ in columns", c, b);
@@ -174,7 +174,7 @@ private:
         return true;
     }
 
-    // Nothing reads a tile beyond its shape, and a change of shape clears it: what lies there is never seen.
+    // No instruction reads a tile beyond its shape, and changing the shape clears it, so data there is never seen.
     void load(const Instruction& i) {
         Tile& tile = tile_[i.dest];
         const size_t bytes = static_cast<size_t>(colsb(i.dest));
@@ -191,8 +191,8 @@ private:
         }
     }
 
-    // Even and odd elements of k have a sum each, from zero, by fused multiply-adds in the order of k; then even + odd
-    // is added to C. Denormals are zero everywhere, the rounding is to nearest even, whatever the program's MXCSR says.
+    // Even and odd elements of k have separate sums, from zero, by fused multiply-adds in the order of k; then even +
+    // odd is added to C. Denormals are zero and rounding is to nearest even, regardless of the program's MXCSR.
     void bfloat16_product(const Instruction& i) {
         constexpr unsigned kMasked = 0x1f80, kFlushToZero = 0x8000, kDenormalsAreZero = 0x40;
         const unsigned mxcsr = _mm_getcsr();

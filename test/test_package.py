@@ -56,6 +56,10 @@ def test_import_without_the_optional_packages():
     assert python(code) == "(3, 8)"
 
 
+def test_dir_has_what_is_imported_late():
+    assert set(ktops.__all__) <= set(dir(ktops))
+
+
 @pytest.mark.parametrize("name", ktops.__all__)
 def test_public_names(name):
     assert getattr(ktops, name) is not None

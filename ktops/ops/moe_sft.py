@@ -147,9 +147,9 @@ def moe_sft(
         save: what to keep for backward. "activations" keeps [g | u] of every route. "recompute" keeps
             2·T·K·I fewer elements and repeats the gate_up product in backward.
         compute: how to compute products with weights in a format. "bf16" decodes the weights to the dtype
-            of hidden_states. "int8" (formats with integer codes) also rounds every row of activations to int8
-            with a scale, and multiplies integers. "auto" uses "int8" if no gradient is required and the
-            kernels are faster with it, otherwise "bf16".
+            of hidden_states. "int8" (formats with integer codes) also rounds activations to int8, in blocks
+            of 32 columns with a scale each, and multiplies integers. "auto" uses "int8" if no gradient is
+            required and the kernels are faster with it, otherwise "bf16".
 
     Returns:
         [T, H] in the dtype of hidden_states.

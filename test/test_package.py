@@ -71,7 +71,7 @@ def test_unknown_name():
 
 
 def test_source_distribution_can_be_built(tmp_path):
-    """It has every file of the package and of the C++ sources, including headers."""
+    """SOURCES.txt lists every file of the package and of the C++ sources, including headers."""
     command = [sys.executable, "setup.py", "--quiet", "egg_info", "--egg-base", str(tmp_path)]
     subprocess.run(command, cwd=ROOT, check=True)
     listed = set((tmp_path / "ktops.egg-info" / "SOURCES.txt").read_text().splitlines())

@@ -1,4 +1,4 @@
-"""README.md and docs/ are correct: examples run, commands are those of CI, tables match the tree."""
+"""README.md and docs/ are correct: examples run, commands match CI, and tables match the tree."""
 
 import json
 import re

@@ -25,7 +25,7 @@ def program(tmp_path_factory) -> Path:
 
 @pytest.mark.parametrize(("threads", "held"), [(1, 0), (2, 1), (3, 1), (3, 2), (7, 6)])
 def test_threads_that_are_held_up_keep_one_task_each(program, threads, held):
-    """They wait in every phase until all other tasks are done; with fixed shares they would wait forever."""
+    """Delayed threads wait in every phase until all other tasks are done; fixed shares would deadlock."""
     result = subprocess.run([program, str(threads), str(held)], capture_output=True, text=True)
     assert result.returncode == 0, f"status {result.returncode}, see schedule.cpp"
     phases = [list(map(int, line.split())) for line in result.stdout.splitlines()]

@@ -6,7 +6,7 @@ from programs import compiled
 
 
 def test_an_array_that_was_not_counted_is_an_error(tmp_path):
-    """This holds even if the block, which consists of whole pages, has room for it."""
+    """It is an error even if the block, which consists of whole pages, has room for the array."""
     program = compiled("workspace", tmp_path, "core/workspace.cpp")
     result = subprocess.run([program], capture_output=True, text=True)
     assert result.returncode == 0, f"status {result.returncode}, see workspace.cpp"

@@ -264,7 +264,7 @@ def test_the_programs_rounding_mode_is_neither_used_nor_changed(program, way):
 
 
 def test_the_reference_rounds_once():
-    """The float64 value of the sum is on a tie of float32; the exact sum is not."""
+    """Rounded to float64, the sum is halfway between two float32 values; the exact sum is not."""
     one, half_ulp, tiny = (numpy.array([x], dtype=numpy.float32) for x in (1.0, 2.0**-24, 2.0**-80))
     with_tie = numerics.fused(one, half_ulp, numpy.float32(1))
     assert with_tie == 1.0

@@ -1,4 +1,4 @@
-"""Faults of the hardware are faults of the emulator, with a reason; permission to use tiles."""
+"""The emulator faults where the hardware does and gives a reason; permission to use tiles."""
 
 import errno
 import re

@@ -86,7 +86,7 @@ def test_a_revision_passes_against_itself_and_leaves_nothing_behind(repository, 
 
 
 def test_a_slower_revision_fails_twice(capsys, monkeypatch):
-    """Only the sleep of B is certain. The ratios are made up, because a machine may be as slow with both."""
+    """Only B's sleep is certain. The ratios are made up, because a busy machine may be as slow with A."""
     fastest = []
 
     def ratios(a, b):

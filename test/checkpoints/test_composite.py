@@ -114,7 +114,7 @@ def test_quantized_experts_of_a_part(tmp_path, parts, scheme, names):
 
 @pytest.mark.parametrize("name", ["qwen3_5", "qwen3_next", "deepseek_v3", "granite"])
 def test_finetune(name, tmp_path):
-    """`ktops finetune --model DIR` trains on this model, from a checkpoint and from a converted one."""
+    """Loads the model as `ktops finetune --model DIR` does, from a checkpoint and from a converted one."""
     save(name, tmp_path / "saved")
     reference = load(transformers.AutoModelForCausalLM, tmp_path / "saved")
     convert(Options(tmp_path / "saved", tmp_path / "converted", "int8"), Console(quiet=True))

@@ -140,7 +140,7 @@ def expect_named_error_or_success(name: str, path) -> None:
     for weight, shape in ((loaded.gate_up_proj, (E, 2 * I, H)), (loaded.down_proj, (E, H, I))):
         assert tuple(weight.shape) == shape
         assert all(t.view(torch.uint8).sum() >= 0 for t in weight.codes if t is not None)
-    with torch.no_grad():  # kernels stay inside the codes, whatever their values
+    with torch.no_grad():  # kernels do not read past the codes, whatever their values
         loaded(torch.ones(2, H), torch.tensor([[0], [1]]), torch.ones(2, 1))
 
 

@@ -146,7 +146,7 @@ def llm_int8(rng, rows, columns):
 
 
 def nf4(rng, rows, columns):
-    """The rest has special names: weight.absmax, weight.quant_map and so on."""
+    """The other tensors have special names, such as weight.absmax and weight.quant_map."""
     packed = torch.zeros(rows * columns // 2, 1, dtype=torch.uint8)
     return {"weight": packed, "weight.absmax": torch.ones(rows * columns // 64)}
 

@@ -212,7 +212,7 @@ def test_another_implementation_of_quantized_experts(tmp_path):
 
 
 def test_blocks_that_transformers_decodes_wrongly(tmp_path):
-    """transformers takes 192 rows of keys with two blocks of 128 for two blocks of 96."""
+    """transformers reads 192 rows of keys with two blocks of 128 as two blocks of 96."""
     source, _ = published.write(tmp_path, "fp8", attention=True)
     message = (
         r"--experts-implementation eager: transformers would decode .*self_attn.k_proj.weight in .* wrongly: "

@@ -111,7 +111,7 @@ def test_small_model_without_arguments_but_the_number_of_steps(
         raise OSError("no network here")
 
     monkeypatch.setattr(socket.socket, "connect", refuse)
-    monkeypatch.setattr(corpus, "HELD_OUT", 1 / 64)  # evaluating all takes longer than training
+    monkeypatch.setattr(corpus, "HELD_OUT", 1 / 64)  # evaluating on all of them takes longer than training
     status, out, err = ktops_command("finetune", "--pretrain-steps", 2, "--max-steps", 2)
     assert (status, err) == (0, "")
     for words in (

@@ -87,7 +87,7 @@ def test_every_weight_is_near(name, size):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_error_of_normal_weights(name):
-    """The error is that of unrounded scales, except at the ends of a group, which would be exact."""
+    """The error is that of unrounded scales, except that those would represent a group's ends exactly."""
     rows = normal(1, 64, 1024)
     groups = in_groups(rows, name)
     step, offset = ideal(groups, name)
@@ -138,7 +138,7 @@ def test_weights_beyond_the_scales(name, value):
 @pytest.mark.parametrize("method", ["rtn", "mse"])
 @pytest.mark.parametrize("name", NAMES)
 def test_blocks_do_not_depend_on_their_neighbors(name, method):
-    """They do not depend on how the weights are split for quantizing either."""
+    """Blocks do not depend on how the weights are split for quantization either."""
     rows = normal(1, 300, 512)
     whole = ktops.quantize(rows, name, method=method)
     assert torch.equal(ktops.quantize(rows[:, 290:], name, method=method).weight, whole.weight[:, 290:])

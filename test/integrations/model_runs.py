@@ -65,7 +65,7 @@ def experts_modules(model: torch.nn.Module) -> list[str]:
 
 
 def assert_close(actual: Run, eager: Run, exact: Run) -> None:
-    """Asserts that ``actual`` is as close to float64 as eager and the op's budget allow, and parallel."""
+    """Asserts that ``actual`` is as close to float64 as eager and the op's budget allow, in direction too."""
     dtype = actual.logits.dtype
     added = gradient_budget(dtype, inner_size=40)
     results = {"logits": (actual.logits, eager.logits, exact.logits)}

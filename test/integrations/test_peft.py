@@ -126,8 +126,8 @@ def test_several_active_adapters():
         add_second_adapter(model)
         model.base_model.set_adapter(["default", "second"])
 
-    # Not seed 0, with which both adapters together amplify roundings in the gradients tenfold, in float32
-    # eager experts too, so that comparing two draws of such errors says little.
+    # With seed 0, the two adapters together amplify rounding errors in the gradients tenfold, even in float32
+    # eager experts, so comparing two sets of such errors says little.
     compare("qwen3_moe", change=both, seed=1)
 
 

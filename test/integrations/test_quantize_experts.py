@@ -111,7 +111,7 @@ def test_weights_beyond_a_scale_of_the_format_change_nothing():
 
 @pytest.mark.parametrize("plain", [torch.bfloat16, torch.float16, torch.float32])
 def test_experts_in_a_plain_format(plain):
-    """Experts that KTConfig and load_experts read from a dense checkpoint aren't quantized yet."""
+    """Experts that KTConfig and load_experts read from a dense checkpoint are not quantized yet."""
     model = tiny_model("qwen3_moe")
     rounded = {
         name: (experts.gate_up_proj.to(plain).float(), experts.down_proj.to(plain).float())

@@ -235,7 +235,7 @@ def loaded_from(model, path, kind):
 
 @pytest.mark.parametrize("architecture", ["qwen3_moe", "mixtral"])
 def test_trainer_without_peft(tmp_path, architecture):
-    """Everything dense, such as router and attention, is trained; a run resumes where it stopped."""
+    """All dense parts, such as router and attention, are trained, and a run resumes where it stopped."""
     whole = trainer(tmp_path / "whole", quantized(architecture))
     whole.train()
     parts = trainer(tmp_path / "parts", quantized(architecture), save_strategy="steps", save_steps=2)

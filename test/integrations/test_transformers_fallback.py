@@ -241,7 +241,7 @@ def llama4(**keys) -> transformers.PreTrainedModel:
 
 
 def test_experts_outside_of_the_interface_warn_once(tmp_path):
-    """They never look up an implementation."""
+    """These experts never look up an implementation."""
     ways = (
         lambda: llama4(experts_implementation="ktops"),
         lambda: llama4().set_experts_implementation("ktops"),

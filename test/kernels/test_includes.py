@@ -20,7 +20,7 @@ def precompiled(tmp_path_factory):
 
 @pytest.mark.parametrize("name", FILES)
 def test_includes_what_it_uses(precompiled, name):
-    """It compiles as the first file after the description of the ISA, the simplest one that has the file."""
+    """The file compiles when included first, right after the description of the simplest ISA that uses it."""
     row = next((row for row in ROWS if name in REACHED[row]), None)
     assert row, "no kernels include it"
     header = precompiled / "scalar.h" if row == "scalar" else f"dispatch/{row}.h"
@@ -29,7 +29,7 @@ def test_includes_what_it_uses(precompiled, name):
 
 @pytest.mark.parametrize("row", [row for row in ROWS if row != "scalar"])
 def test_no_other_header_is_compiled_for_a_row(row):
-    """Its inline functions would contain instructions of the ISA wherever the linker keeps that copy."""
+    """The linker may keep an inline function's copy with the ISA's instructions, for all callers."""
     text = compile_cpp("-E", CSRC / "dispatch" / f"{row}.cpp")
     before, region = (
         set(re.findall(r'^# \d+ "([^"]+)" 1', part, re.MULTILINE))

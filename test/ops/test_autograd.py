@@ -144,7 +144,7 @@ def test_a_changed_input_is_noticed(isa):
 
 
 class NoGradient(torch.autograd.Function):
-    """The identity, with an undefined gradient."""
+    """An identity function whose gradient is undefined."""
 
     @staticmethod
     def forward(ctx, x):

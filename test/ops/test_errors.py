@@ -158,7 +158,7 @@ def test_group_size_of_dense_weights(op, prefix):
 
 
 def test_the_largest_group_size():
-    """Sums with it overflow."""
+    """Sums that include this group size would overflow."""
     codes, scale = torch.zeros(1, 4, 128, dtype=torch.int8), torch.ones(1, 4, 1)
     with raises("dequantize", "scale", ".*groups=1]", [1, 4, 0]):
         torch.ops.kt.dequantize(codes, scale[:, :, :0], None, "int8", 2**63 - 32, 128)

@@ -138,7 +138,7 @@ def test_the_reference_decodes_each_projection(gate_up, down):
 
 
 def test_long_rows(isa):
-    """Rows have more columns than scales are read, or rows are decoded, at once."""
+    """Rows have more columns than one pass of reading scales or decoding handles."""
     inputs = moe_inputs(T=33, H=4384, I=64, E=2, K=1, dtype=torch.bfloat16)
     check_against_reference(in_format(inputs, "int4", 32))
 

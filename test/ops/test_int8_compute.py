@@ -152,7 +152,7 @@ def test_lora_and_biases_are_added(isa):
 
 
 def test_auto(isa):
-    """It uses integers if nothing requires a gradient and the kernels are faster with them."""
+    """compute="auto" uses integers if nothing requires a gradient and the kernels are faster with them."""
     inputs = in_format(moe_inputs(T=9, H=64, I=32, E=4, K=2, dtype=torch.bfloat16), "int8", 0)
     compute = "int8" if isa in FAST else "bf16"
     assert torch.equal(ktops.moe_sft(**inputs), ktops.moe_sft(**inputs, compute=compute))

@@ -151,7 +151,7 @@ def test_rows_of_weights_as_they_lie(isa, hidden_size, intermediate_size, num_to
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("num_tokens", [16, 70])
 def test_wide_slabs(isa, num_tokens, dtype):
-    """With enough experts for all threads, products down the rows of a weight take whole rows at once."""
+    """With enough experts for all threads, products that sum over a weight's rows read whole rows at once."""
     check_against_reference(moe_inputs(T=num_tokens, H=264, I=400, E=8, K=4, dtype=dtype, lora_rank=(18, 35)))
 
 

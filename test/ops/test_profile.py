@@ -63,7 +63,7 @@ def test_table(inputs):
 
 
 def test_paths(isa, inputs):
-    """Steps with products with the base weights count one path per block of C."""
+    """Steps that multiply by the base weights count one path per block of C."""
     run(inputs, random_grad_output(inputs))
     with ktops.profile() as profile:
         run(inputs, random_grad_output(inputs))

@@ -69,7 +69,7 @@ class Burner:
 
 
 def median_seconds(call: Callable[[], object], calls: int) -> float:
-    """Returns the median time of that many calls."""
+    """Returns the median time of ``calls`` calls."""
     times = []
     for _ in range(calls):
         start = time.perf_counter()
@@ -79,7 +79,7 @@ def median_seconds(call: Callable[[], object], calls: int) -> float:
 
 
 def slowdown(call: Callable[[], object], burner: Burner, calls: int) -> tuple[float, float]:
-    """Returns (seconds quiet, seconds busy) of one round; quiet is the mean of before and after."""
+    """Returns (quiet seconds, busy seconds) of one round; quiet is the mean of before and after."""
     before = median_seconds(call, calls)
     burner.resume()
     try:

@@ -66,7 +66,7 @@ class Check:
 
 
 def call_overhead() -> Iterator[Check]:
-    """Compares a tiny call with the same layer built from PyTorch's operators, in alternation."""
+    """Compares a tiny call with the same layer built from PyTorch's operators, alternating the two."""
     function, arguments = overhead.tiny_call()
     ratios = []
     with one_thread(), torch.no_grad():
@@ -107,7 +107,7 @@ def peak_of_a_step() -> Iterator[Check]:
 
 
 def order_of_rows() -> Iterator[Check]:
-    """Checks that of avx512 and avx512_bf16, the one with the higher peak comes first."""
+    """Checks that whichever of avx512 and avx512_bf16 has the higher peak comes first."""
     rows = [row for row, available in ktops.cpu_capabilities().items() if available and "avx512" in row]
     if len(rows) == 2:
         first, second = (

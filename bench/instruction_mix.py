@@ -38,7 +38,7 @@ def balanced_inputs(layer: Layer, rows: int) -> Inputs:
     """Returns inputs that give every expert ``rows`` rows.
 
     Raises:
-        ValueError: rows times experts is not a multiple of top_k.
+        ValueError: rows times num_experts is not a multiple of top_k.
     """
     experts, top_k = layer.shape.num_experts, layer.shape.top_k
     if rows * experts % top_k:

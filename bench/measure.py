@@ -135,7 +135,7 @@ def _warm_up(config: Configuration) -> float:
 
 
 def mean_limits(a: Limits, b: Limits) -> Limits:
-    """Separates two measurements."""
+    """Returns the mean of two measurements."""
     return Limits((a.peak + b.peak) / 2, (a.bandwidth + b.bandwidth) / 2)
 
 

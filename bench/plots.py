@@ -28,13 +28,13 @@ def _pyplot():
 
 
 def _save(figure, file: Path) -> None:
-    """No date, so that the same figure gives the same file."""
+    """Saves and closes the figure. SVG files get no date, so that the same figure gives the same file."""
     figure.savefig(file, dpi=120, metadata={"Date": None} if file.suffix == ".svg" else None)
     _pyplot().close(figure)
 
 
 def title(result: dict) -> str:
-    """Returns what a result was measured on, in one line."""
+    """Returns the processor, threads and kernels of a result, in one line."""
     machine = result["machine"]
     return f"{machine['cpu']}, {machine['threads']} threads, {result['isa']} kernels"
 

@@ -34,7 +34,7 @@ def step_work(shape: Shape, tokens: int, distinct_experts: int, rank: int) -> di
     routes = tokens * shape.top_k
 
     def work(*elements: int, gradients: bool = False) -> Work:
-        """Returns the work of multiplying each route by that many weights of its expert, read once."""
+        """Returns the work of multiplying each route by ``elements`` weights (or gradients), moved once."""
         n = sum(elements)
         return Work(2 * routes * n, 2 * distinct_experts * n if not gradients else 2 * shape.num_experts * n)
 
@@ -77,7 +77,7 @@ def profile_calls(mode: str, layer: Layer, tokens: int, rank: int, calls: int) -
 
 
 def print_steps(steps: list, work: dict[tuple[str, str], Work], limits: Limits) -> None:
-    """Returns one line per step, and their sum."""
+    """Prints one line per step, and their sum."""
     busy = sum(step.busy for step in steps)
     head = (
         f"{'operator':12} {'step':18} {'tasks':>7} {'busy ms':>10} {'share':>6} "

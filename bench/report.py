@@ -42,7 +42,7 @@ def _cells(row: dict) -> tuple[str, ...]:
 
 
 def print_machine(machine: dict) -> None:
-    """Returns CPU, versions, and the limits that the rows are compared with."""
+    """Prints CPU, versions, and the limits that the rows are compared with."""
     cache = machine["last_level_cache_bytes"] >> 20
     print(f"{machine['cpu']}, {cache} MiB last-level cache, {machine['threads']} threads")
     print(f"ktops {machine['ktops']}, torch {machine['torch']}")

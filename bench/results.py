@@ -63,7 +63,7 @@ def machine_record(calibration: Calibration) -> dict:
 
 
 def result_file(bench: str, machine: dict, isa: str) -> Path:
-    """bench/results/<bench>-<cpu>-<threads>-<isa>.json"""
+    """Returns bench/results/<bench>-<cpu>-<threads>threads-<isa>.json."""
     cpu = re.sub(r"\((r|tm)\)|\bcpu\b|@.*", "", machine["cpu"].lower())
     cpu = re.sub(r"[^a-z0-9]+", "-", cpu).strip("-")
     return RESULTS / f"{bench}-{cpu}-{machine['threads']}threads-{isa}.json"

@@ -141,7 +141,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 
 
 def has_tiles() -> bool:
-    """Returns the kernels of the CPU, or of the emulator that this process runs under."""
+    """Returns whether the ``amx_bf16`` kernels can run, on this CPU or under the emulator."""
     try:
         amx_emulator.counts()
     except RuntimeError:

@@ -49,7 +49,7 @@ class Host:
         return {}
 
     def run(self, contestant: str, mode: str, seconds: float, max_calls: int) -> dict:
-        """Calls the contestant with one input after another for that long, at least once.
+        """Calls the contestant with one input after another until ``seconds`` or max_calls is reached.
 
         Replies {"seconds": of each call, "cpu_seconds": of this process, "last": index of the last input}.
         """

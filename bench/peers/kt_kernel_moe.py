@@ -13,7 +13,7 @@ PROJECTIONS = ("gate", "up", "down")
 
 
 class Contestant:
-    """Provides forward by the C++ inference class, which has no LoRA, and training by the SFT wrapper.
+    """Provides forward with the C++ inference class, which has no LoRA, and training with the SFT wrapper.
 
     The wrapper has separate A for gate and up, so both get the layer's A and their gradients are added.
     """

@@ -8,7 +8,7 @@ from ktops.ops.arguments import MoeArguments
 
 
 def check_devices(op: torch._ops.OpOverload, *args) -> None:
-    """Raises if meta and real tensors are mixed, for which the dispatcher would run the fake kernel."""
+    """Raises if meta and real tensors are mixed; the dispatcher would run the fake kernel."""
     names = (argument.name for argument in op._schema.arguments)
     devices = {name: x.device for name, x in zip(names, args, strict=True) if isinstance(x, Tensor)}
     real = next((device for device in devices.values() if device.type != "meta"), None)

@@ -41,7 +41,7 @@ def run(
 
 @contextmanager
 def threads(count: int) -> Iterator[None]:
-    """Makes torch use that many threads inside the ``with`` block."""
+    """Makes torch use ``count`` threads inside the ``with`` block."""
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:

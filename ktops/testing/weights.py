@@ -16,7 +16,7 @@ GROUPED = ("int8", "int4", "uint4")
 
 
 def variants(columns: int) -> list[tuple[str, int]]:
-    """Returns (format, group size) for every format that supports rows of that many weights."""
+    """Returns (format, group size) for every format that supports rows of ``columns`` weights."""
     found = []
     for name in names():
         known = get_format(name)

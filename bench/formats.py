@@ -1,4 +1,4 @@
-"""Compares layers with weights in formats with bfloat16 weights and with the limits of this machine.
+"""Compares weight formats with bfloat16 weights and with the limits of this machine.
 
     python -m bench.formats --isa avx512_bf16 --save
     python -m bench.formats --formats int4:128 int4:128@int8 q4_k --tokens 1 16 --mode forward

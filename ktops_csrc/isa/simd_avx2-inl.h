@@ -5,17 +5,12 @@
 #include <immintrin.h>
 
 #include <cstdint>
-#include <cstring>
 
 #include "core/bfloat16.h"
 #include "isa/simd-inl.h"
+#include "isa/simd_portable-inl.h"
 
 namespace kt::KT_ISA {
-
-inline VecU8 load_partial(const uint8_t* p, int64_t n) { return load_bits_partial<VecU8>(p, n); }
-inline VecU16 load_partial(const uint16_t* p, int64_t n) { return load_bits_partial<VecU16>(p, n); }
-inline VecF load_partial(const float* p, int64_t n) { return load_lanes(p, n); }
-inline void store_partial(float* p, VecF v, int64_t n) { store_lanes(p, v, n); }
 
 // 8 x 8 dwords: pairs of rows, pairs of pairs, then halves. out rows are 16 dwords apart.
 inline void transpose_8x8(const char* rows, int64_t stride, uint32_t* out) {
@@ -48,8 +43,6 @@ inline void transpose_16x16(const char* rows, int64_t stride, uint32_t* out) {
     }
 }
 
-inline VecU32 widen(VecU16 x) { return __builtin_convertvector(x, VecU32); }
-
 inline VecI32 widen_unsigned(const uint8_t* p) {
     return (VecI32)_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
 }
@@ -62,12 +55,6 @@ inline float float16(const void* p) {
     return _mm_cvtss_f32(_mm_cvtph_ps(_mm_cvtsi32_si128(bits)));
 }
 inline VecF from_float16(VecU16 x) { return (VecF)_mm256_cvtph_ps((__m128i)x); }
-
-inline void unpack(Bytes32 x, VecF* v) {
-    uint8_t bytes[kChunk];
-    std::memcpy(bytes, &x, sizeof(bytes));
-    for (int i = 0; i < kChunkVectors; ++i) v[i] = to_floats(widen_signed(bytes + i * kLanes<float>));
-}
 
 inline void unpack_fp8(const uint8_t* p, VecF* v) {
     for (int i = 0; i < kChunkVectors; i += 2) {
@@ -93,13 +80,6 @@ inline VecCodes lookup_codes(const uint8_t* table, VecCodes index) {
     return (VecCodes)_mm256_shuffle_epi8(_mm256_broadcastsi128_si256(row), (__m256i)index);
 }
 
-inline VecDotsF repeat_four(const float* p) { return VecDotsF{p[0], p[1], p[2], p[3], p[0], p[1], p[2], p[3]}; }
-
-inline VecCodes shifted_twice(const uint8_t* p, int low, int) {
-    typedef uint16_t Words __attribute__((vector_size(kCodeBytes)));
-    return (VecCodes)(load_bits<Words>(p) >> low);
-}
-inline VecCodes load_parts(const uint8_t* p, int64_t) { return load_bits<VecCodes>(p); }
 inline VecCodes nibble_parts(const uint8_t* p, int64_t) {
     typedef uint16_t Words __attribute__((vector_size(kCodeBytes)));
     Words shifts;

@@ -8,21 +8,15 @@
 #include "core/bfloat16.h"
 #include "core/float16.h"
 #include "isa/simd-inl.h"
+#include "isa/simd_portable-inl.h"
 
 namespace kt::KT_ISA {
-
-inline VecU8 load_partial(const uint8_t* p, int64_t n) { return load_bits_partial<VecU8>(p, n); }
-inline VecU16 load_partial(const uint16_t* p, int64_t n) { return load_bits_partial<VecU16>(p, n); }
-inline VecF load_partial(const float* p, int64_t n) { return load_lanes(p, n); }
-inline void store_partial(float* p, VecF v, int64_t n) { store_lanes(p, v, n); }
 
 inline void transpose_16x16(const char* rows, int64_t stride, uint32_t* out) {
     for (int n = 0; n < 16; ++n) {
         for (int k = 0; k < 16; ++k) std::memcpy(out + 16 * k + n, rows + n * stride + 4 * k, 4);
     }
 }
-
-inline VecU32 widen(VecU16 x) { return __builtin_convertvector(x, VecU32); }
 
 inline VecI32 widen_unsigned(const uint8_t* p) { return VecI32{p[0], p[1], p[2], p[3]}; }
 inline VecI32 widen_signed(const uint8_t* p) {
@@ -35,12 +29,6 @@ inline VecF from_float16(VecU16 x) {
     VecF out;
     for (int i = 0; i < kLanes<float>; ++i) out[i] = float16_to_float(x[i]);
     return out;
-}
-
-inline void unpack(Bytes32 x, VecF* v) {
-    uint8_t bytes[kChunk];
-    std::memcpy(bytes, &x, sizeof(bytes));
-    for (int i = 0; i < kChunkVectors; ++i) v[i] = to_floats(widen_signed(bytes + i * kLanes<float>));
 }
 
 inline void unpack_fp8(const uint8_t* p, VecF* v) {
@@ -63,13 +51,6 @@ inline VecCodes lookup_codes(const uint8_t* table, VecCodes index) {
     return out;
 }
 
-inline VecDotsF repeat_four(const float* p) { return VecDotsF{p[0], p[1], p[2], p[3], p[0], p[1], p[2], p[3]}; }
-
-inline VecCodes shifted_twice(const uint8_t* p, int low, int) {
-    typedef uint16_t Words __attribute__((vector_size(kCodeBytes)));
-    return (VecCodes)(load_bits<Words>(p) >> low);
-}
-inline VecCodes load_parts(const uint8_t* p, int64_t) { return load_bits<VecCodes>(p); }
 inline VecCodes nibble_parts(const uint8_t* p, int64_t) {
     typedef uint16_t Words __attribute__((vector_size(kCodeBytes)));
     Words shifts;

@@ -11,8 +11,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> moe_sft_fwd(KT_MOE_ARGUMENTS(KT_PARAM
     const Problem& p = arguments.problem;
     const int64_t R = arguments.num_routes();
 
-    Tensor output = arguments.empty({p.num_tokens, p.hidden_size});
-    Tensor saved_gate_up = arguments.empty({keep ? R : 0, 2 * p.intermediate_size});
+    Tensor output = arguments.empty_output();
+    Tensor saved_gate_up = arguments.empty({keep ? R : 0, arguments.gate_up_columns()});
     Tensor saved_xa = arguments.empty({R, p.gate_up_rank});
     Tensor saved_ha = arguments.empty({R, p.down_rank});
     profile::mark("arguments");
@@ -47,10 +47,11 @@ Gradients moe_sft_bwd(Tensor grad_output, KT_MOE_ARGUMENTS(KT_PARAMETER), std::s
     const Problem& p = arguments.problem;
     const int64_t R = arguments.num_routes();
 
-    check.shape("grad_output", grad_output, {{"num_tokens", p.num_tokens}, {"hidden_size", p.hidden_size}});
+    const Size T{"num_tokens", p.num_tokens}, K{"top_k", p.top_k}, H{"hidden_size", p.hidden_size};
+    p.reduce ? check.shape("grad_output", grad_output, {T, H}) : check.shape("grad_output", grad_output, {T, K, H});
     const Size routes{"num_tokens*top_k", R};
     check.shape("saved_gate_up", saved_gate_up,
-                {keep ? routes : Size{"0", 0}, {"2*intermediate_size", 2 * p.intermediate_size}});
+                {keep ? routes : Size{"0", 0}, {"columns", arguments.gate_up_columns()}});
     check.shape("saved_xa", saved_xa, {routes, {"rank", p.gate_up_rank}});
     check.shape("saved_ha", saved_ha, {routes, {"rank", p.down_rank}});
     check.same_dtype("grad_output", grad_output, "hidden_states", arguments.dtype);

@@ -26,9 +26,13 @@ inline VecI32 widen_signed(const uint8_t* p) {
 
 inline float float16_at(const void* p) { return to_float(read(static_cast<const float16*>(p))); }
 inline VecF from_float16(VecU16 x) {
-    VecF out;
-    for (int i = 0; i < kLanes<float>; ++i) out[i] = to_float(float16{x[i]});
-    return out;
+    constexpr int32_t kBias = (127 - 15) << 23;
+    const VecU32 bits = widen(x);
+    const VecI32 magnitude = (VecI32)(bits & 0x7fff);
+    const VecI32 special = (magnitude >= 0x7c00) & kBias, quiet = (magnitude > 0x7c00) & 0x400000;
+    const VecI32 normal = ((magnitude << 13) + kBias + special) | quiet;
+    const VecF subnormal = to_floats(magnitude) * 5.9604644775390625e-8f;
+    return (VecF)((VecU32)(magnitude < 0x400 ? (VecI32)subnormal : normal) | (bits & 0x8000) << 16);
 }
 inline VecU16 to_float16(VecF x) {
     VecU16 out;

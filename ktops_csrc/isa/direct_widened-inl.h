@@ -26,7 +26,9 @@ template <>
 struct DotStep<bfloat16> {
     static constexpr int64_t kWidth = 2 * kLanes<float>;
     static constexpr int kParts = 2;
-    static Vec<float> load(const bfloat16* p, int64_t n, int part) { return widen_half<bfloat16>(load_pairs(p, n), part); }
+    static Vec<float> load(const bfloat16* p, int64_t n, int part) {
+        return widen_half<bfloat16>(load_pairs(p, n), part);
+    }
     static Vec<float> add(Vec<float> sum, Vec<float> x, Vec<float> y) { return sum + x * y; }
 };
 

@@ -78,7 +78,8 @@ void Checker::shape(const char* name, const Tensor& tensor, std::initializer_lis
 }
 
 DType Checker::floating(const char* name, const Tensor& tensor) const {
-    return kFloating[one_of(name, tensor, {kFloating[0].type, kFloating[1].type, kFloating[2].type, kFloating[3].type})].dtype;
+    return kFloating[one_of(name, tensor, {kFloating[0].type, kFloating[1].type, kFloating[2].type, kFloating[3].type})]
+        .dtype;
 }
 
 void Checker::same_dtype(const char* name, const Tensor& tensor, const char* other_name, DType dtype) const {

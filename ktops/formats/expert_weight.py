@@ -28,7 +28,8 @@ class ExpertWeight(nn.Module):
             [E, ceil(N / 128), G].
         group_size: number of columns that share a scale; 0 for a whole row, or if the format's blocks
             determine it.
-        dtype: the dtype to compute in, to which hidden states are cast: bfloat16, float16, float32 or float64.
+        dtype: the dtype to compute in, to which hidden states are cast: bfloat16, float16, float32 or
+            float64.
 
     Raises:
         ValueError, TypeError: unknown format, or a tensor has the wrong shape or dtype; the message names it.

@@ -12,8 +12,9 @@ _SCALES = (0.1, 1.0, 10.0, 100.0)
 """Rows of very different magnitude; the large ones reveal a clamped activation."""
 
 _ROUNDINGS = 12
-"""Roundings in a bfloat16 or float16 result: the products and biases of gate, up and down (6), the activation, act(g) u,
-the routing weight, the sum of two experts (2), and the op's own rounding. Sums of products run in float32."""
+"""Roundings in a result of 16 bits: the products and biases of gate, up and down (6), the activation,
+act(g) u, the routing weight, the sum of two experts (2), and the op's own rounding. Sums of products run in
+float32."""
 
 _LONGEST_SUM = 1 << 14
 """In wider dtypes the sums are rounded, once per term of the longest fan-in."""

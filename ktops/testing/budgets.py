@@ -34,9 +34,9 @@ def rms(dtype: torch.dtype) -> float:
 
 
 def smallest_error(dtype: torch.dtype) -> float:
-    """Returns the RMS error of rounding a number that is subnormal in dtype: uniform in ±half a subnormal step.
+    """Returns the RMS error of rounding a number that is subnormal in dtype: uniform in ± half a step.
 
-    Only float16 (2^-24 / √12) has so few exponent bits that it matters.
+    Only float16, with steps of 2^-24, has so few exponent bits that it matters.
     """
     info = torch.finfo(dtype)
     return info.smallest_normal * info.eps / math.sqrt(12)

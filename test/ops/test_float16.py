@@ -35,7 +35,8 @@ def biases_through_the_op(bias: Tensor, dtype: torch.dtype) -> tuple[Tensor, Ten
 
 def test_every_number_is_widened_exactly(isa):
     numbers = PATTERNS.view(torch.float16)
-    for result in biases_through_the_op(numbers, torch.float32):
+    weight = ktops.ExpertWeight("fp16", (1, 1, len(numbers)), numbers[None, None])  # decoded in vectors
+    for result in (weight.dequantize(torch.float32)[0, 0], *biases_through_the_op(numbers, torch.float32)):
         torch.testing.assert_close(result, numbers.float(), rtol=0, atol=0, equal_nan=True)
 
 

@@ -27,7 +27,13 @@ EXPERTS = re.compile(
 )
 """What the modeling file of a model with experts contains."""
 
-MAPPINGS = ("CAUSAL_LM", "IMAGE_TEXT_TO_TEXT", "SEQ_TO_SEQ_CAUSAL_LM", "MULTIMODAL_LM", "TOKEN_CLASSIFICATION")
+MAPPINGS = (
+    "CAUSAL_LM",
+    "IMAGE_TEXT_TO_TEXT",
+    "SEQ_TO_SEQ_CAUSAL_LM",
+    "MULTIMODAL_LM",
+    "TOKEN_CLASSIFICATION",
+)
 """Auto classes that compute a loss, the preferred first."""
 
 SIZES = {
@@ -77,7 +83,12 @@ SIZES = {
 }  # fmt: skip
 """Values of configuration keys, where a model has them."""
 
-MROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2], "partial_rotary_factor": 1.0}
+MROPE = {
+    "rope_type": "default",
+    "rope_theta": 10000.0,
+    "mrope_section": [1, 1, 2],
+    "partial_rotary_factor": 1.0,
+}
 
 MORE: dict[str, dict] = {
     "bamba": {"mamba_d_head": 8},
@@ -91,7 +102,7 @@ MORE: dict[str, dict] = {
     "gemma4_text": {"enable_moe_block": True},
     "glm4v_moe_text": {"rope_parameters": MROPE},
     "glm5_next_text": {"qk_rope_head_dim": 0},
-    
+
     "hy_v4_vl_text": {"rope_parameters": MROPE},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
     "muse_spark_audio": {"hidden_sizes": [8, 8], "depths": [1, 1], "patch_sizes": [4, 4]},

@@ -8,7 +8,7 @@ import pytest
 import torch
 from every_model import LIMIT, folders, tiny_batch, tiny_model
 from model_runs import MODEL_BUDGET, CountOps, Run, assert_close
-from model_support import NOT_SUPPORTED, SWAPPED, support_table
+from model_support import LIMITED, NOT_SUPPORTED, SWAPPED, support_table
 
 import ktops
 from ktops.testing.budgets import SAFETY, forward_budget, relative_error
@@ -17,7 +17,6 @@ pytestmark = pytest.mark.usefixtures("enabled")
 
 FOLDERS = folders()
 SUPPORTED = [folder for folder in FOLDERS if folder not in NOT_SUPPORTED]
-LIMITS = {"swiglu_limit", "swiglu_limits", "mlp_gate_softcap", "mlp_up_softcap"}
 
 
 def through_ktops(folder: str, model: torch.nn.Module) -> torch.nn.Module:
@@ -49,7 +48,7 @@ def test_training_step_equals_eager(folder):
     with warnings.catch_warnings():
         warnings.filterwarnings("error", "ktops")
         actual = step(through_ktops(folder, tiny_model(folder)), folder)
-    assert actual.ops["moe_sft_fwd"] == actual.ops["moe_sft_bwd"] > 0
+    assert actual.ops["moe_sft_fwd"] >= actual.ops["moe_sft_bwd"] > 0
     assert not eager.ops
     assert_close(actual, eager, exact)
 
@@ -64,24 +63,28 @@ def test_loss_in_bfloat16_equals_eager(folder):
     assert relative_error(actual.loss, exact.loss) <= allowed
 
 
-@pytest.mark.parametrize("folder", FOLDERS)
-def test_limits_act(folder):
-    """The comparisons above reach the clamps and caps of the experts."""
-    if folder == "vitpose_backbone":
-        assert folder in NOT_SUPPORTED  # it has no logits
-        return
-    model = tiny_model(folder)
-    limited = LIMITS & vars(model.config.get_text_config()).keys()
-    with torch.no_grad():
-        logits = model(**tiny_batch(folder)).logits
-        for module in model.modules():
-            if "Shared" not in type(module).__name__:
-                for name in ("limit", "swiglu_limit", "softcap"):
-                    if isinstance(getattr(module, name, None), float):
-                        assert getattr(module, name) in (LIMIT, float("inf"))
-                        setattr(module, name, 1e4)
-        change = relative_error(model(**tiny_batch(folder)).logits, logits)
-    assert (change > 100 * MODEL_BUDGET) == bool(limited)
+@torch.no_grad()
+def test_limits_act():
+    """The experts of these models, and of no others, clamp or cap their projections, and do in the tests."""
+    limited = set()
+    for folder in set(FOLDERS) - {"vitpose_backbone"}:
+        model, batch = tiny_model(folder).eval(), tiny_batch(folder)
+        logits = model(**batch).logits
+        found = [_unlimit(name, module) for name, module in model.named_modules()]
+        if any(found):
+            limited.add(folder)
+            assert relative_error(model(**batch).logits, logits) > 100 * MODEL_BUDGET, folder
+    assert limited == LIMITED
+
+
+def _unlimit(name: str, module: torch.nn.Module) -> bool:
+    """Removes the limits of an experts module; returns whether it had any."""
+    caps = ("softcap",) if name.endswith(("experts.act_fn.gate_softcap", "experts.act_fn.up_softcap")) else ()
+    limits = ("limit", "swiglu_limit") if re.search(r"(?<!shared_)experts$", name) else ()
+    found = [key for key in (*caps, *limits) if getattr(module, key, None) == LIMIT]
+    for key in found:
+        setattr(module, key, 1e4)
+    return bool(found)
 
 
 @pytest.mark.parametrize("folder", NOT_SUPPORTED)

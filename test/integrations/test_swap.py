@@ -13,7 +13,7 @@ from torch import nn
 
 import ktops
 from ktops._warn import warn_once
-from ktops.nn import KTExpertList, KTExperts
+from ktops.nn import KTExpertList, KTExperts, expert_list
 from ktops.testing.budgets import forward_budget, relative_error
 
 
@@ -256,11 +256,15 @@ def test_adapters_around_projections_are_not_skipped():
     assert_same_step(train_step(model), train_step(plain))
 
 
-def test_float8_module_list_calls_its_projections():
+def test_module_list_in_another_dtype_calls_its_projections(monkeypatch):
+    monkeypatch.setattr(expert_list, "DTYPES", (torch.float32,))
     model = make("loop")
     ktops.swap_experts(model)
-    with pytest.warns(UserWarning, match=r"experts whose projections are torch\.float8_e5m2"):
-        model.to(torch.float8_e5m2)
+    with pytest.warns(UserWarning, match=r"experts whose projections are torch\.float16"):
+        model.half()
+    with CountOps() as ops:
+        model.layers[0].experts[0](torch.randn(2, H).half())
+    assert not ops.counts
     assert isinstance(model.layers[0].experts, KTExpertList)
 
 

@@ -8,8 +8,8 @@ using namespace kt;
 
 constexpr int64_t kNever = int64_t{1} << 62;
 constexpr int64_t kBytes = 2;
-constexpr IsaLimits kVectors{kBytes, 32, kPanelBytes / kBytes / 4, kPanelBytes / kBytes / 64, 0, false, 0, kNever};
-constexpr IsaLimits kTiles{kBytes, 12, kPanelBytes / kBytes / 4, kPanelBytes / kBytes / 64, 32, true, 8, 1024};
+constexpr IsaLimits kVectors{kBytes, 32, 24, kPanelBytes / kBytes / 4, kPanelBytes / kBytes / 64, 0, false, 0, kNever};
+constexpr IsaLimits kTiles{kBytes, 12, 12, kPanelBytes / kBytes / 4, kPanelBytes / kBytes / 64, 32, true, 8, 1024};
 
 constexpr Product forward(int64_t rows, int64_t k = 64) {
     Product p{};
@@ -54,9 +54,9 @@ static_assert(chosen(forward(32, 65537), kVectors, Path::kPanels));
 static_assert(chosen(strided(forward(32)), kVectors, Path::kDots));
 static_assert(chosen(second(forward(1)), kVectors, Path::kPanels));
 
-static_assert(chosen(backward(32), kVectors, Path::kColumnSums));
-static_assert(chosen(backward(33), kVectors, Path::kPanels));
-static_assert(chosen(second(backward(32)), kVectors, Path::kColumnSums));
+static_assert(chosen(backward(24), kVectors, Path::kColumnSums));
+static_assert(chosen(backward(25), kVectors, Path::kPanels));
+static_assert(chosen(second(backward(24)), kVectors, Path::kColumnSums));
 static_assert(chosen(backward(13), kTiles, Path::kPanels));
 static_assert(chosen(strided(backward(1), 4096), kVectors, Path::kColumnSums));
 static_assert(chosen(strided(backward(1), 4112), kVectors, Path::kPanels));
@@ -106,7 +106,7 @@ constexpr int digits(int64_t routes, int64_t group, const IsaLimits& isa, Comput
                      bool inference = true, std::optional<Path> forced = {}) {
     return choose_digits({compute, inference, routes, 1, 4096, group, 128}, isa, forced);
 }
-constexpr IsaLimits kIntegers{kBytes, 32, 0, 0, 0, false, int64_t{1} << 31, kNever};
+constexpr IsaLimits kIntegers{kBytes, 32, 32, 0, 0, 0, false, int64_t{1} << 31, kNever};
 
 static_assert(digits(1, 128, kVectors) == 0 && digits(1, 128, kVectors, Computation::kInt8) == 1);
 static_assert(digits(2048, 32, kIntegers) == 1 && digits(1, 32, kIntegers, Computation::kFloat) == 0);

@@ -12,7 +12,7 @@ from ktops.compat import lora
 from ktops.compat.experts import COMPUTE_DTYPE, ExpertsWrapper, expect_shape, worker
 from ktops.compat.methods import Method
 
-LORA_DTYPES = (torch.bfloat16, torch.float32, torch.float64)
+LORA_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
 class Forward(NamedTuple):
@@ -91,7 +91,8 @@ class SFTWrapper(ExpertsWrapper):
         With E experts, H hidden_size, I moe_intermediate_size, r lora_rank:
 
         Args:
-            gate_lora_a, up_lora_a: [E, r, H]; all six are on the CPU, in bfloat16, float32 or float64.
+            gate_lora_a, up_lora_a: [E, r, H]; all six are on the CPU, in bfloat16, float16, float32
+                or float64.
             gate_lora_b, up_lora_b: [E, I, r].
             down_lora_a, down_lora_b: [E, r, I] and [E, H, r].
             grad_*: same shapes; None creates a new tensor, available as the attribute.

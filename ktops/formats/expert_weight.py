@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from ktops.formats.format import Codes
 from ktops.formats.registry import get_format
 
-COMPUTE_DTYPES = (torch.bfloat16, torch.float32, torch.float64)
+COMPUTE_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
 class ExpertWeight(nn.Module):
@@ -28,7 +28,8 @@ class ExpertWeight(nn.Module):
             [E, ceil(N / 128), G].
         group_size: number of columns that share a scale; 0 for a whole row, or if the format's blocks
             determine it.
-        dtype: the dtype to compute in, to which hidden states are cast: bfloat16, float32 or float64.
+        dtype: the dtype to compute in, to which hidden states are cast: bfloat16, float16, float32 or
+            float64.
 
     Raises:
         ValueError, TypeError: unknown format, or a tensor has the wrong shape or dtype; the message names it.

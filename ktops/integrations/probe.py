@@ -12,8 +12,9 @@ _SCALES = (0.1, 1.0, 10.0, 100.0)
 """Rows of very different magnitude; the large ones reveal a clamped activation."""
 
 _ROUNDINGS = 12
-"""Roundings in a bfloat16 result: the products and biases of gate, up and down (6), the activation, act(g) u,
-the routing weight, the sum of two experts (2), and the op's own rounding. Sums of products run in float32."""
+"""Roundings in a result of 16 bits: the products and biases of gate, up and down (6), the activation,
+act(g) u, the routing weight, the sum of two experts (2), and the op's own rounding. Sums of products run in
+float32."""
 
 _LONGEST_SUM = 1 << 14
 """In wider dtypes the sums are rounded, once per term of the longest fan-in."""
@@ -21,7 +22,7 @@ _LONGEST_SUM = 1 << 14
 
 def _tolerance(dtype: torch.dtype) -> float:
     """Returns the relative error of a row if all roundings add up; a different formula errs by about 1."""
-    return (_ROUNDINGS if dtype == torch.bfloat16 else _LONGEST_SUM) * torch.finfo(dtype).eps / 2
+    return (_ROUNDINGS if dtype.itemsize == 2 else _LONGEST_SUM) * torch.finfo(dtype).eps / 2
 
 
 def disagreement_of_experts(module: nn.Module, experts: KTExperts) -> str | None:
@@ -72,6 +73,9 @@ def _disagreement(module: nn.Module, replacement: nn.Module, rows: Tensor, *rout
         return "it does not return a single tensor with the shape of its input"
     expected, actual = expected.double(), replacement(rows, *routes).double()
     errors = (actual - expected).norm(dim=-1) / expected.norm(dim=-1)
-    if not bool((errors < _tolerance(rows.dtype)).all()):  # NaN too: rows of zeros prove nothing
+    if rows.dtype == torch.float16:  # large rows may overflow
+        errors = errors[expected.isfinite().all(-1)]
+    # NaN too: rows of zeros prove nothing
+    if not len(errors) or not bool((errors < _tolerance(rows.dtype)).all()):
         return f"it computes something else, with relative errors {errors.tolist()} on random rows"
     return None

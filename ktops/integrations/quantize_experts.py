@@ -108,8 +108,8 @@ def quantize_experts(
     adapters afterward as usual; LoRA then trains on top of the quantized weights.
 
     Args:
-        model: on the CPU, with experts in bfloat16, float32 or float64, or in the formats bf16, fp16 or
-            fp32, and without adapters on them.
+        model: on the CPU, with experts in bfloat16, float16, float32 or float64, or in the formats bf16, fp16
+            or fp32, and without adapters on them.
         weight_format, group_size, method: see :func:`ktops.quantize`.
         show_progress: show a bar in a terminal, or a line every ten seconds elsewhere.
 

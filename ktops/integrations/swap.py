@@ -49,7 +49,7 @@ def swap_experts(model: nn.Module, *, save: str = "activations") -> list[str]:
     stacked parameters also runs through the op, as after :func:`ktops.enable`.
 
     Args:
-        model: on the CPU, in float32, bfloat16 or float64. May have PEFT adapters.
+        model: on the CPU, in float32, bfloat16, float16 or float64. May have PEFT adapters.
         save: what forward saves for backward, "activations" or "recompute"; see :func:`ktops.moe_sft`.
 
     Returns:

@@ -9,7 +9,7 @@ from ktops.formats import ExpertWeight
 from ktops.ops import moe_sft
 from ktops.ops.activation import ACTIVATIONS
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float64)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 """Supported dtypes of the experts' weights."""
 
 SAVE = ("activations", "recompute")
@@ -59,7 +59,7 @@ class KTExperts(nn.Module):
         save: what forward saves for backward, "activations" or "recompute"; see :func:`ktops.moe_sft`.
         compute: "auto", "bf16" or "int8", for weights in a weight format; see :func:`ktops.moe_sft`. In
             training mode, "auto" means "bf16" even where no gradient is needed, as in a checkpointed forward.
-        device, dtype: of the parameters; dtype must be float32, bfloat16 or float64.
+        device, dtype: of the parameters; dtype must be float32, bfloat16, float16 or float64.
 
     Raises:
         ValueError: a size is not positive, or activation, save or compute is unknown.

@@ -132,9 +132,9 @@ def moe_sft(
     (float64 for float64 inputs) and rounded once. The result does not depend on the number of threads.
 
     Args:
-        hidden_states: [T, H], float32, bfloat16 or float64.
+        hidden_states: [T, H], float32, bfloat16, float16 or float64.
         topk_ids: [T, K], int32 or int64. Routes with ids outside [0, E) contribute nothing.
-        topk_weights: [T, K], any of the three dtypes.
+        topk_weights: [T, K], any of the four dtypes.
         gate_up_proj: [E, 2I, H] in the dtype of hidden_states, or a :class:`ktops.ExpertWeight`. The first I
             rows of each expert are the gate.
         down_proj: [E, H, I] in the dtype of hidden_states, or a :class:`ktops.ExpertWeight`.
@@ -157,7 +157,7 @@ def moe_sft(
     Raises:
         RuntimeError: if an argument has the wrong shape, dtype, device or value. The message names it.
 
-    Biases and LoRA tensors may have any of the three dtypes. Each gradient has the dtype of its tensor. If no
+    Biases and LoRA tensors may have any of the four dtypes. Each gradient has the dtype of its tensor. If no
     tensor requires a gradient, this calls kt::moe_fwd and saves nothing. torch.func.grad and double backward
     are not supported.
 

@@ -33,13 +33,23 @@ def rms(dtype: torch.dtype) -> float:
     return torch.finfo(dtype).eps / 2 / math.sqrt(6)
 
 
+def smallest_error(dtype: torch.dtype) -> float:
+    """Returns the RMS error of rounding a number that is subnormal in dtype: uniform in ± half a step.
+
+    Only float16, with steps of 2^-24, has so few exponent bits that it matters.
+    """
+    info = torch.finfo(dtype)
+    return info.smallest_normal * info.eps / math.sqrt(12)
+
+
 def rounding_level(dtype: torch.dtype, inner_size: int) -> float:
     """Returns the relative error of every factor of a product that models the roundings of a computation.
 
-    In bfloat16, every factor is rounded once; sums run in float32 and add nothing. In float32 and float64, a
-    sum of ``inner_size`` terms is rounded that many times, at partial sums of 1/√2 of the result RMS.
+    In bfloat16 and float16, every factor is rounded once; sums run in float32 and add nothing. In float32 and
+    float64, a sum of ``inner_size`` terms is rounded that many times, at partial sums of 1/√2 of the result
+    RMS.
     """
-    if dtype == torch.bfloat16:
+    if dtype in (torch.bfloat16, torch.float16):
         return rms(dtype)
     return rms(dtype) * math.sqrt(FLOAT_STEPS + inner_size / 2)
 

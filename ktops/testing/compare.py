@@ -14,7 +14,7 @@ from torch import Tensor
 import ktops
 from ktops import ExpertWeight, reference
 from ktops.ops.arguments import GRADIENTS
-from ktops.testing.budgets import relative_error, rms, rounding_level, safety
+from ktops.testing.budgets import relative_error, rms, rounding_level, safety, smallest_error
 from ktops.testing.inputs import densified, floating, op_arguments, require_grad, upcast
 
 
@@ -157,16 +157,17 @@ def expectation(
 
 def _assert_close(what: str, actual: Tensor, expected: Tensor, move: Movement, num_errors: int):
     allowed = safety(min(num_errors, move.num_elements))
-    rounding = rms(actual.dtype)
+    rounding, smallest = rms(actual.dtype), smallest_error(actual.dtype)
     difference = (actual.double() - expected).abs()
-    error, usual = difference.norm().item(), math.hypot(move.norm, rounding * expected.norm().item())
+    error = difference.norm().item()
+    usual = math.hypot(move.norm, rounding * expected.norm().item(), smallest * actual.numel() ** 0.5)
     assert error <= allowed * usual, (
         f"{what}: relative error {relative_error(actual, expected):.3e}, which is "
         f"{error / usual if usual else math.inf:.2f} times the expected one; {allowed:.2f} times is allowed"
     )
     if actual.numel():
         position = int(difference.argmax())
-        bound = 2 * allowed * (move.largest + rounding * expected.abs().max().item())
+        bound = 2 * allowed * (move.largest + rounding * expected.abs().max().item() + smallest)
         assert difference.max().item() <= bound, (
             f"{what}: element {position} is {actual.flatten()[position]} instead of "
             f"{expected.flatten()[position]}, a difference of {bound:.3e} is allowed"

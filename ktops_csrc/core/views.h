@@ -4,10 +4,11 @@
 #include <cstring>
 
 #include "core/bfloat16.h"
+#include "core/float16.h"
 
 namespace kt {
 
-enum class DType { kFloat32, kBFloat16, kFloat64 };
+enum class DType { kFloat32, kBFloat16, kFloat16, kFloat64 };
 
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 constexpr int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
@@ -29,6 +30,8 @@ struct StridedTensor {
                 return read(static_cast<const float*>(data) + offset);
             case DType::kBFloat16:
                 return to_float(read(static_cast<const bfloat16*>(data) + offset));
+            case DType::kFloat16:
+                return to_float(read(static_cast<const float16*>(data) + offset));
             case DType::kFloat64:
                 break;
         }
@@ -46,7 +49,7 @@ struct Result {
 
     // Zeroes part i of n equal parts.
     void clear(int64_t i, int64_t n) const {
-        const int64_t element = dtype == DType::kBFloat16 ? 2 : dtype == DType::kFloat32 ? 4 : 8;
+        const int64_t element = dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2;
         const int64_t bytes = size[0] * size[1] * size[2] / n * element;
         std::memset(static_cast<char*>(data) + i * bytes, 0, static_cast<size_t>(bytes));
     }
@@ -59,6 +62,9 @@ struct Result {
                 return;
             case DType::kBFloat16:
                 static_cast<bfloat16*>(data)[offset] = from_float<bfloat16>(value);
+                return;
+            case DType::kFloat16:
+                static_cast<float16*>(data)[offset] = from_float<float16>(value);
                 return;
             case DType::kFloat64:
                 break;

@@ -29,6 +29,7 @@ const IsaRow amx_bf16_row = {
     "amx_bf16",
     cpu::has_amx_bf16,
     {amx_bf16::Forward<bfloat16>::run, amx_bf16::Backward<bfloat16>::run, amx_bf16::peak_bfloat16_tiles},
+    {amx_bf16::Forward<float16>::run, amx_bf16::Backward<float16>::run, amx_bf16::peak_float32},
     {amx_bf16::Forward<float>::run, amx_bf16::Backward<float>::run, amx_bf16::peak_float32},
     {forward_float64, backward_float64, amx_bf16::peak_float32},
     amx_bf16::peak_int8_tiles,

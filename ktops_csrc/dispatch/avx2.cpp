@@ -19,6 +19,7 @@ const IsaRow avx2_row = {
     "avx2",
     cpu::has_avx2,
     {avx2::Forward<bfloat16>::run, avx2::Backward<bfloat16>::run, avx2::peak_float32},
+    {avx2::Forward<float16>::run, avx2::Backward<float16>::run, avx2::peak_float32},
     {avx2::Forward<float>::run, avx2::Backward<float>::run, avx2::peak_float32},
     {forward_float64, backward_float64, avx2::peak_float32},
     avx2::peak_int8,

@@ -19,6 +19,7 @@ const IsaRow avx512_row = {
     "avx512",
     cpu::has_avx512,
     {avx512::Forward<bfloat16>::run, avx512::Backward<bfloat16>::run, avx512::peak_float32},
+    {avx512::Forward<float16>::run, avx512::Backward<float16>::run, avx512::peak_float32},
     {avx512::Forward<float>::run, avx512::Backward<float>::run, avx512::peak_float32},
     {forward_float64, backward_float64, avx512::peak_float32},
     avx512::peak_int8,

@@ -21,6 +21,7 @@ const IsaRow avx512_bf16_row = {
     "avx512_bf16",
     cpu::has_avx512_bf16,
     {avx512_bf16::Forward<bfloat16>::run, avx512_bf16::Backward<bfloat16>::run, avx512_bf16::peak_bfloat16_dot},
+    {avx512_bf16::Forward<float16>::run, avx512_bf16::Backward<float16>::run, avx512_bf16::peak_float32},
     {avx512_bf16::Forward<float>::run, avx512_bf16::Backward<float>::run, avx512_bf16::peak_float32},
     {forward_float64, backward_float64, avx512_bf16::peak_float32},
     avx512_bf16::peak_int8,

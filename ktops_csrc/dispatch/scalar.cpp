@@ -22,6 +22,7 @@ const IsaRow scalar_row = {
     "scalar",
     cpu::has_scalar,
     {scalar::Forward<bfloat16>::run, scalar::Backward<bfloat16>::run, scalar::peak_float32},
+    {scalar::Forward<float16>::run, scalar::Backward<float16>::run, scalar::peak_float32},
     {scalar::Forward<float>::run, scalar::Backward<float>::run, scalar::peak_float32},
     {forward_float64, backward_float64, scalar::peak_float32},
     scalar::peak_int8,

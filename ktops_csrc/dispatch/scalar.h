@@ -8,6 +8,8 @@
 
 namespace kt::KT_ISA {
 
-struct Isa : IsaDefaults {};
+struct Isa : IsaDefaults {
+    static constexpr int64_t kFloat16DotRows = 2, kFloat16SumRows = 3;  // SSE2 widens float16 slowly
+};
 
 }  // namespace kt::KT_ISA

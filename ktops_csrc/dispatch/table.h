@@ -18,7 +18,7 @@ struct MoeKernels {
 struct IsaRow {
     const char* name;
     bool (*supported)();
-    MoeKernels bfloat16, float32, float64;
+    MoeKernels bfloat16, float16, float32, float64;
     double (*peak_int8)(int64_t iterations);
     // Decodes rows [row, row + n) of expert e of a weight in a format, `columns` floats each.
     void (*decode_rows)(const WeightTensor&, int64_t e, int64_t row, int64_t n, float* out);
@@ -26,7 +26,17 @@ struct IsaRow {
     std::string (*refused)() = nullptr;
 
     const MoeKernels& kernels(DType dtype) const {
-        return dtype == DType::kBFloat16 ? bfloat16 : dtype == DType::kFloat32 ? float32 : float64;
+        switch (dtype) {
+            case DType::kBFloat16:
+                return bfloat16;
+            case DType::kFloat16:
+                return float16;
+            case DType::kFloat32:
+                return float32;
+            case DType::kFloat64:
+                break;
+        }
+        return float64;
     }
 };
 

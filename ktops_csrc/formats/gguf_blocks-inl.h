@@ -67,7 +67,7 @@ protected:
 
 struct Q8_0 : BlockCodes<34> {
     static void decode(const uint8_t* block, NoState, int64_t, VecF* v) {
-        const float d = float16(block);
+        const float d = float16_at(block);
         for (int i = 0; i < kChunkVectors; ++i) v[i] = to_floats(widen_signed(block + 2 + i * kLanes<float>)) * d;
     }
 
@@ -79,7 +79,7 @@ struct Q8_0 : BlockCodes<34> {
 
 struct Q4_0 : BlockCodes<18> {
     static void decode(const uint8_t* block, NoState, int64_t, VecF* v) {
-        const float d = float16(block);
+        const float d = float16_at(block);
         for_each_nibble(block + 2, [&](VecI32 q, int i) { v[i] = to_floats(q - 8) * d; });
     }
 
@@ -92,7 +92,7 @@ struct Q4_0 : BlockCodes<18> {
 struct Q4_1 : ChunkDecoder {
     static constexpr int64_t kBytes = 20;
     static void decode(const uint8_t* block, NoState, int64_t, VecF* v) {
-        const float d = float16(block), m = float16(block + 2);
+        const float d = float16_at(block), m = float16_at(block + 2);
         for_each_nibble(block + 4, [&](VecI32 q, int i) { v[i] = to_floats(q) * d + m; });
     }
 };
@@ -100,7 +100,7 @@ struct Q4_1 : ChunkDecoder {
 struct Q5_0 : ChunkDecoder {
     static constexpr int64_t kBytes = 22;
     static void decode(const uint8_t* block, NoState, int64_t, VecF* v) {
-        const float d = float16(block);
+        const float d = float16_at(block);
         for_each_nibble(block + 6, [&](VecI32 q, int i) {
             v[i] = to_floats((q | fifth_bits(block + 2, i * kLanes<float>)) - 16) * d;
         });
@@ -110,7 +110,7 @@ struct Q5_0 : ChunkDecoder {
 struct Q5_1 : ChunkDecoder {
     static constexpr int64_t kBytes = 24;
     static void decode(const uint8_t* block, NoState, int64_t, VecF* v) {
-        const float d = float16(block), m = float16(block + 2);
+        const float d = float16_at(block), m = float16_at(block + 2);
         for_each_nibble(block + 8, [&](VecI32 q, int i) {
             v[i] = to_floats(q | fifth_bits(block + 4, i * kLanes<float>)) * d + m;
         });
@@ -125,7 +125,7 @@ constexpr uint8_t kNonLinearCodes[16] = {1, 24, 45, 63, 79, 93, 106, 118, 129, 1
 
 struct IQ4_NL : BlockCodes<18> {
     static void decode(const uint8_t* block, NoState, int64_t, VecF* v) {
-        const float d = float16(block);
+        const float d = float16_at(block);
         for_each_nibble(block + 2, [&](VecI32 q, int i) { v[i] = lookup(kNonLinear, q) * d; });
     }
 

@@ -53,8 +53,8 @@ struct Q2_K : SuperBlockDecoder<16, 16> {
     static State prepare(const uint8_t* block) {
         State s;
         Bytes16 both = load_bits<Bytes16>(block), low = both & 15, high = both >> 4;
-        scale_bytes(reinterpret_cast<const uint8_t*>(&low), 16, float16(block + 80), s.scale);
-        scale_bytes(reinterpret_cast<const uint8_t*>(&high), 16, float16(block + 82), s.min);
+        scale_bytes(reinterpret_cast<const uint8_t*>(&low), 16, float16_at(block + 80), s.scale);
+        scale_bytes(reinterpret_cast<const uint8_t*>(&high), 16, float16_at(block + 82), s.min);
         return s;
     }
     static void decode(const uint8_t* block, const State& s, int64_t p, VecF* v) {
@@ -76,7 +76,7 @@ struct Q3_K : SuperBlockDecoder<16, 0> {
             scales[i] = low | (in[2] >> 2 * i & 0x03030303) << 4;
         }
         State s;
-        const float d = float16(block + 108);
+        const float d = float16_at(block + 108);
         scale_bytes(reinterpret_cast<const uint8_t*>(scales), 16, 1, s.scale);
         for (float& scale : s.scale) scale = (scale - 32) * d;
         return s;
@@ -118,7 +118,7 @@ struct ScaleAndMinDecoder : SuperBlockDecoder<8, 8> {
         constexpr int L = kLanes<float>;
         uint8_t bytes[16];
         std::memcpy(bytes, &both, sizeof(bytes));
-        const VecF d = VecF{} + float16(block), dmin = VecF{} + float16(block + 2);
+        const VecF d = VecF{} + float16_at(block), dmin = VecF{} + float16_at(block + 2);
         for (int i = 0; i < 16; i += L) {
             const VecF factor = (VecF)(lane_indices() + i < 8 ? (VecI32)d : (VecI32)dmin);
             store(out + i, to_floats(widen_unsigned(bytes + i)) * factor);
@@ -188,7 +188,7 @@ struct Q6_K : SuperBlockDecoder<16, 0> {
         }
     }
     static void code_scales(const uint8_t* block, float* out) {
-        const float d = float16(block + 208);
+        const float d = float16_at(block + 208);
         for (int i = 0; i < 16; i += kLanes<float>) store(out + i, to_floats(widen_signed(block + 192 + i)) * d);
     }
     static void decode(const uint8_t* block, const State& s, int64_t p, VecF* v) {
@@ -220,7 +220,7 @@ struct IQ4_XS : SuperBlockDecoder<8, 0> {
         }
     }
     static void code_scales(const uint8_t* block, float* out) {
-        const VecF d = VecF{} + float16(block);
+        const VecF d = VecF{} + float16_at(block);
         const VecU32 low = VecU32{} + read(reinterpret_cast<const uint32_t*>(block + 4)),
                      high = VecU32{} + read(reinterpret_cast<const uint16_t*>(block + 2));
         for (int i = 0; i < 16; i += kLanes<float>) {

@@ -56,6 +56,7 @@ inline void put_row(const Result& result, int64_t e, int64_t i, int64_t j, int64
     if constexpr (sizeof(A) == sizeof(float)) {
         if (result.dtype == DType::kFloat32) return write(static_cast<float*>(result.data) + offset);
         if (result.dtype == DType::kBFloat16) return write(static_cast<bfloat16*>(result.data) + offset);
+        if (result.dtype == DType::kFloat16) return write(static_cast<float16*>(result.data) + offset);
     } else {
         if (result.dtype == DType::kFloat64) return write(static_cast<double*>(result.data) + offset);
     }

@@ -18,7 +18,12 @@ constexpr IsaLimits isa_limits() {
     constexpr auto kBytes = static_cast<int64_t>(sizeof(T));
     IsaLimits limits{};
     limits.element_bytes = kBytes;
-    limits.direct_rows = std::is_same_v<T, bfloat16> ? Isa::kBFloat16DirectRows : 32;
+    limits.dots_rows = limits.sums_rows = 32;
+    if constexpr (std::is_same_v<T, bfloat16>) limits.dots_rows = limits.sums_rows = Isa::kBFloat16DirectRows;
+    if constexpr (std::is_same_v<T, float16>) {
+        limits.dots_rows = Isa::kFloat16DotRows;
+        limits.sums_rows = Isa::kFloat16SumRows;
+    }
     limits.dots_k = kPanelBytes / kBytes / kDotRows;
     limits.sums_columns = kPanelBytes / kBytes / Direct<T>::kRowsAhead;
     limits.tile_k = MicroGemm<C>::kReadsRows ? kKMultiple<C> : 0;

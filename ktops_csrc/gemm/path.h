@@ -64,7 +64,8 @@ constexpr int64_t kDotOnlyRows = 4, kCodeDotRows = 8;
 // What the kernels of an ISA support for activations of a dtype, and the sizes where one path overtakes another.
 struct IsaLimits {
     int64_t element_bytes;  // of the dtype
-    int64_t direct_rows;    // up to this many rows, kDots and kColumnSums beat kPanels
+    int64_t dots_rows;      // up to this many rows, kDots beats kPanels
+    int64_t sums_rows;      // up to this many, kColumnSums does
     int64_t dots_k;         // kDots: the longest rows of W of which kDotRows copies fit in scratch
     int64_t sums_columns;   // kColumnSums: the most columns of which copies of the rows read at once fit in scratch
     int64_t tile_k;         // columns of a tile of kRowTiles; 0: no tiles
@@ -118,8 +119,9 @@ constexpr bool wins(Path path, const Product& p, const IsaLimits& isa) {
         case Path::kRowTiles:
             return p.rows > kDotOnlyRows;
         case Path::kDots:
+            return p.rows <= isa.dots_rows;
         case Path::kColumnSums:
-            return p.rows <= isa.direct_rows;
+            return p.rows <= isa.sums_rows;
         case Path::kCodeDots:
             return p.rows <= kCodeDotRows;
         default:

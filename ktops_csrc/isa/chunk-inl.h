@@ -47,11 +47,12 @@ inline void store_chunk(const VecF* v, float* out) {
     }
 }
 
-template <bool kSplit>
-inline void store_chunk(const VecF* v, double* out) {
+// The same as float16 or float64, through memory.
+template <bool kSplit, class T>
+inline void store_chunk(const VecF* v, T* out) {
     float values[kChunk];
     store_chunk<kSplit>(v, values);
-    for (int64_t i = 0; i < kChunk; ++i) out[i] = values[i];
+    for (int64_t i = 0; i < kChunk; ++i) out[i] = from_float<T>(values[i]);
 }
 
 // In narrow_generic-inl.h, or in narrow_avx512_bf16-inl.h for ISAs with an instruction for it.

@@ -40,7 +40,7 @@ struct ColumnStep {
     // loads `rows` rows of n columns; the others are zeros
     static void load(const T* w, int64_t, int64_t, int64_t n, V* out) { out[0] = load_n(w, n); }
     // the elements of a row of A for these rows, in every lane
-    static V spread(const T* a, int64_t) { return broadcast(read(a)); }
+    static V spread(const T* a, int64_t) { return broadcast(load_scalar(a)); }
     static V add(V sum, V x, V y) { return sum + x * y; }
     static void load_sums(const Acc<T>* c, int64_t, V* sums) { sums[0] = KT_ISA::load(c); }
     static void store_sums(Acc<T>* c, int64_t, const V* sums) { store(c, sums[0]); }

@@ -14,10 +14,6 @@
 
 namespace kt::KT_ISA {
 
-inline Vec<float> widen_half(VecU32 pairs, int odd) {
-    return bit_cast<Vec<float>>(odd ? pairs & 0xffff0000u : pairs << 16);
-}
-
 // Loads the first n elements; the others are zeros.
 inline VecU32 load_pairs(const bfloat16* p, int64_t n) {
     if (n >= 2 * kLanes<float>) return load_bits<VecU32>(p);
@@ -30,7 +26,9 @@ template <>
 struct DotStep<bfloat16> {
     static constexpr int64_t kWidth = 2 * kLanes<float>;
     static constexpr int kParts = 2;
-    static Vec<float> load(const bfloat16* p, int64_t n, int part) { return widen_half(load_pairs(p, n), part); }
+    static Vec<float> load(const bfloat16* p, int64_t n, int part) {
+        return widen_half<bfloat16>(load_pairs(p, n), part);
+    }
     static Vec<float> add(Vec<float> sum, Vec<float> x, Vec<float> y) { return sum + x * y; }
 };
 
@@ -44,8 +42,8 @@ struct ColumnStep<bfloat16> {
 
     static void load(const bfloat16* w, int64_t, int64_t, int64_t n, V* out) {
         const VecU32 pairs = load_pairs(w, n);
-        out[0] = widen_half(pairs, 0);
-        out[1] = widen_half(pairs, 1);
+        out[0] = widen_half<bfloat16>(pairs, 0);
+        out[1] = widen_half<bfloat16>(pairs, 1);
     }
     static V spread(const bfloat16* a, int64_t) { return broadcast(to_float(read(a))); }
     static V add(V sum, V x, V y) { return sum + x * y; }

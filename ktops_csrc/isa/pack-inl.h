@@ -14,7 +14,7 @@
 
 namespace kt::KT_ISA {
 
-// Packs 64 bytes of each of 16 rows: 16 k-steps of float32 or of pairs of bfloat16, or 32 of widened bfloat16.
+// Packs 64 bytes of each of 16 rows: 16 k-steps of float32 or of pairs of bfloat16, or 32 of widened numbers.
 template <class T, class C>
 inline void transpose_block(const T* w, int64_t stride, C* out) {
     const auto* rows = reinterpret_cast<const char*>(w);
@@ -27,8 +27,8 @@ inline void transpose_block(const T* w, int64_t stride, C* out) {
         for (int k = 0; k < 16; ++k, out += 2 * kPanelColumns) {
             for (int j = 0; j < kPanelColumns; j += kLanes<float>) {
                 const VecU32 pair = load_bits<VecU32>(pairs + k * kPanelColumns + j);
-                store(out + j, bit_cast<Vec<float>>(pair << 16));
-                store(out + kPanelColumns + j, bit_cast<Vec<float>>(pair & 0xffff0000u));
+                store(out + j, widen_half<T>(pair, 0));
+                store(out + kPanelColumns + j, widen_half<T>(pair, 1));
             }
         }
     }

@@ -9,15 +9,19 @@
 #include <type_traits>
 
 #include "core/bfloat16.h"
+#include "core/float16.h"
 #include "core/views.h"
 
 namespace kt::KT_ISA {
 
 constexpr int64_t kPanelColumns = 16;
 
-// The type in which T is multiplied: bfloat16 is widened to float32 on an ISA without a dot product for it.
+// The type in which T is multiplied: float16, and bfloat16 on an ISA without a dot product for it, are widened to
+// float32. (bfloat16 would lose three of the eleven bits of float16.)
 template <class T>
-using Compute = std::conditional_t<std::is_same_v<T, bfloat16> && !Isa::kBFloat16Dot, float, T>;
+constexpr bool kWidened = std::is_same_v<T, float16> || (std::is_same_v<T, bfloat16> && !Isa::kBFloat16Dot);
+template <class T>
+using Compute = std::conditional_t<kWidened<T>, float, T>;
 
 template <class C>
 constexpr int64_t kPack = std::is_same_v<C, bfloat16> ? 2 : 1;

@@ -89,8 +89,11 @@ VecI32 widen_unsigned(const uint8_t* p);
 VecI32 widen_signed(const uint8_t* p);
 
 // Convert IEEE binary16 to float32, exactly: the number at p, or every lane.
-float float16(const void* p);
+float float16_at(const void* p);
 VecF from_float16(VecU16 x);
+
+// Rounds to IEEE binary16, to nearest even; a NaN stays a (quiet) NaN.
+VecU16 to_float16(VecF x);
 
 // Converts signed bytes to a chunk.
 void unpack(Bytes32 x, VecF* v);

@@ -50,11 +50,12 @@ inline VecI32 widen_signed(const uint8_t* p) {
     return (VecI32)_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
 }
 
-inline float float16(const void* p) {
+inline float float16_at(const void* p) {
     const auto bits = read(static_cast<const uint16_t*>(p));
     return _mm_cvtss_f32(_mm_cvtph_ps(_mm_cvtsi32_si128(bits)));
 }
 inline VecF from_float16(VecU16 x) { return (VecF)_mm256_cvtph_ps((__m128i)x); }
+inline VecU16 to_float16(VecF x) { return (VecU16)_mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT); }
 
 inline void unpack_fp8(const uint8_t* p, VecF* v) {
     for (int i = 0; i < kChunkVectors; i += 2) {

@@ -75,11 +75,12 @@ inline VecI32 widen_signed(const uint8_t* p) {
     return (VecI32)_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
 }
 
-inline float float16(const void* p) {
+inline float float16_at(const void* p) {
     const auto bits = read(static_cast<const uint16_t*>(p));
     return _mm_cvtss_f32(_mm_cvtph_ps(_mm_cvtsi32_si128(bits)));
 }
 inline VecF from_float16(VecU16 x) { return (VecF)_mm512_cvtph_ps((__m256i)x); }
+inline VecU16 to_float16(VecF x) { return (VecU16)_mm512_cvtps_ph((__m512)x, _MM_FROUND_TO_NEAREST_INT); }
 
 inline void unpack(Bytes32 x, VecF* v) {
     v[0] = to_floats((VecI32)_mm512_cvtepi8_epi32(_mm256_castsi256_si128((__m256i)x)));

@@ -24,10 +24,19 @@ inline VecI32 widen_signed(const uint8_t* p) {
     return VecI32{s[0], s[1], s[2], s[3]};
 }
 
-inline float float16(const void* p) { return float16_to_float(read(static_cast<const uint16_t*>(p))); }
+inline float float16_at(const void* p) { return to_float(read(static_cast<const float16*>(p))); }
 inline VecF from_float16(VecU16 x) {
-    VecF out;
-    for (int i = 0; i < kLanes<float>; ++i) out[i] = float16_to_float(x[i]);
+    constexpr int32_t kBias = (127 - 15) << 23;
+    const VecU32 bits = widen(x);
+    const VecI32 magnitude = (VecI32)(bits & 0x7fff);
+    const VecI32 special = (magnitude >= 0x7c00) & kBias, quiet = (magnitude > 0x7c00) & 0x400000;
+    const VecI32 normal = ((magnitude << 13) + kBias + special) | quiet;
+    const VecF subnormal = to_floats(magnitude) * 5.9604644775390625e-8f;
+    return (VecF)((VecU32)(magnitude < 0x400 ? (VecI32)subnormal : normal) | (bits & 0x8000) << 16);
+}
+inline VecU16 to_float16(VecF x) {
+    VecU16 out;
+    for (int i = 0; i < kLanes<float>; ++i) out[i] = from_float<float16>(x[i]).bits;
     return out;
 }
 
@@ -35,7 +44,7 @@ inline void unpack_fp8(const uint8_t* p, VecF* v) {
     float values[kChunk];
     for (int i = 0; i < kChunk; ++i) {
         const uint16_t nan = (p[i] & 0x7f) == 0x7f ? 0x7e00 : 0;
-        values[i] = float16_to_float(static_cast<uint16_t>((p[i] & 0x80) << 8 | (p[i] & 0x7f) << 7 | nan));
+        values[i] = to_float(float16{static_cast<uint16_t>((p[i] & 0x80) << 8 | (p[i] & 0x7f) << 7 | nan)});
     }
     for (int i = 0; i < kChunkVectors; ++i) v[i] = load_bits<VecF>(values + i * kLanes<float>);
 }

@@ -23,6 +23,9 @@ struct IsaDefaults {
     // Up to this many rows of bfloat16, a weight is multiplied in place: a panel would not pay for itself.
     static constexpr int64_t kBFloat16DirectRows = 32;
 
+    // The same for float16: in x W^T, and in x W.
+    static constexpr int64_t kFloat16DotRows = 32, kFloat16SumRows = 32;
+
     // MicroDots, products of bytes: rows of activations by panels of codes.
     static constexpr int kCodeGemmRows = 2, kCodeGemmPanels = 1;
 

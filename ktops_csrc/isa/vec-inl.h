@@ -4,9 +4,11 @@
 
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 #include <utility>
 
 #include "core/bfloat16.h"
+#include "core/float16.h"
 #include "isa/simd-inl.h"
 
 namespace kt::KT_ISA {
@@ -28,6 +30,25 @@ inline Vec<float> load(const float* p) { return load_bits<Vec<float>>(p); }
 inline Vec<double> load(const double* p) { return load_bits<Vec<double>>(p); }
 inline Vec<float> from_bfloat16(VecU16 x) { return bit_cast<Vec<float>>(widen(x) << 16); }
 inline Vec<float> load(const bfloat16* p) { return from_bfloat16(load_bits<VecU16>(p)); }
+inline Vec<float> load(const float16* p) { return from_float16(load_bits<VecU16>(p)); }
+
+// The number at p.
+template <class T>
+inline Acc<T> load_scalar(const T* p) {
+    return to_float(read(p));
+}
+inline float load_scalar(const float16* p) { return float16_at(p); }
+
+// Pairs of T in 32 bits each: those of even or of odd index.
+template <class T>
+inline Vec<float> widen_half(VecU32 pairs, int odd) {
+    if constexpr (std::is_same_v<T, float16>) {
+        return from_float16(__builtin_convertvector(odd ? pairs >> 16 : pairs & 0xffff, VecU16));
+    } else {
+        static_assert(std::is_same_v<T, bfloat16>);
+        return bit_cast<Vec<float>>(odd ? pairs & 0xffff0000u : pairs << 16);
+    }
+}
 
 // Rounds to bfloat16, to nearest even: the upper halves of float32, in the lower halves of 32 bits.
 inline VecU32 round_to_bfloat16(Vec<float> v) {
@@ -48,10 +69,18 @@ inline void store(bfloat16* p, Vec<float> v) {
     std::memcpy(p, &out, sizeof(out));
 }
 
+inline void store(float16* p, Vec<float> v) {
+    const VecU16 out = to_float16(v);
+    std::memcpy(p, &out, sizeof(out));
+}
+
 // Only the first n lanes; the others read as zero.
 inline Vec<double> load_partial(const double* p, int64_t n) { return load_lanes(p, n); }
 inline Vec<float> load_partial(const bfloat16* p, int64_t n) {
     return from_bfloat16(load_partial(reinterpret_cast<const uint16_t*>(p), n));
+}
+inline Vec<float> load_partial(const float16* p, int64_t n) {
+    return from_float16(load_partial(reinterpret_cast<const uint16_t*>(p), n));
 }
 template <class T>
 inline void store_partial(T* p, Vec<Acc<T>> v, int64_t n) {

@@ -14,6 +14,7 @@ constexpr struct {
 } kFloating[] = {
     {ScalarType::Float, DType::kFloat32, "float32"},
     {ScalarType::BFloat16, DType::kBFloat16, "bfloat16"},
+    {ScalarType::Half, DType::kFloat16, "float16"},
     {ScalarType::Double, DType::kFloat64, "float64"},
 };
 
@@ -23,8 +24,6 @@ std::string dtype_name(ScalarType type) {
         if (known.type == type) return known.name;
     }
     switch (type) {
-        case ScalarType::Half:
-            return "float16";
         case ScalarType::Byte:
             return "uint8";
         case ScalarType::Char:
@@ -79,7 +78,8 @@ void Checker::shape(const char* name, const Tensor& tensor, std::initializer_lis
 }
 
 DType Checker::floating(const char* name, const Tensor& tensor) const {
-    return kFloating[one_of(name, tensor, {kFloating[0].type, kFloating[1].type, kFloating[2].type})].dtype;
+    return kFloating[one_of(name, tensor, {kFloating[0].type, kFloating[1].type, kFloating[2].type, kFloating[3].type})]
+        .dtype;
 }
 
 void Checker::same_dtype(const char* name, const Tensor& tensor, const char* other_name, DType dtype) const {

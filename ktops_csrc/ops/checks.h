@@ -32,7 +32,7 @@ public:
 
     // Requires a tensor on the CPU with this shape.
     void shape(const char* name, const Tensor& tensor, std::initializer_list<Size> expected) const;
-    // Require a tensor of one of the three floating dtypes, of exactly `dtype`, of an integer dtype for ids, of int64.
+    // Require a tensor of one of the floating dtypes, of exactly `dtype`, of an integer dtype for ids, of int64.
     DType floating(const char* name, const Tensor& tensor) const;
     void same_dtype(const char* name, const Tensor& tensor, const char* other_name, DType dtype) const;
     bool is_int64_ids(const char* name, const Tensor& tensor) const;

@@ -48,6 +48,9 @@ private:
             case DType::kBFloat16:
                 return copy(static_cast<const bfloat16*>(tensor.data) + offset, n, j_stride, kn, k_stride, panels,
                             stride);
+            case DType::kFloat16:
+                return copy(static_cast<const float16*>(tensor.data) + offset, n, j_stride, kn, k_stride, panels,
+                            stride);
             case DType::kFloat64:
                 return copy(static_cast<const double*>(tensor.data) + offset, n, j_stride, kn, k_stride, panels,
                             stride);
@@ -86,7 +89,7 @@ private:
             for (int64_t k = 0; k < round_up(kn, kKMultiple<C>); ++k) {
                 const bool inside = j < n && k < kn;
                 to[k / P * P * kPanelColumns + k % P] =
-                    inside ? from_float<C>(static_cast<Acc<T>>(to_float(read(from + k * k_stride))) * factor) : C{};
+                    inside ? from_float<C>(static_cast<Acc<T>>(load_scalar(from + k * k_stride)) * factor) : C{};
             }
         }
     }

@@ -60,7 +60,12 @@ public:
                 for (int64_t j = 0; j < count; j += kPart) {
                     const int64_t some = smaller(kPart, count - j);
                     table_->rows_float(tensor_, e, row + i, 1, column + j, some, part, kPart);
-                    for (int64_t k = 0; k < some; ++k) out[i * stride + j + k] = part[k];
+                    T* to = out + i * stride + j;
+                    if constexpr (std::is_same_v<T, float16>) {
+                        for_each_vector<float>(some, [&](int64_t k, int64_t m) { store_n(to + k, load(part + k), m); });
+                    } else {
+                        for (int64_t k = 0; k < some; ++k) to[k] = part[k];
+                    }
                 }
             }
         }

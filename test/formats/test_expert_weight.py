@@ -113,7 +113,9 @@ def test_devices_and_dtypes_leave_the_codes():
     assert experts.gate_up_proj.device.type == "cpu"
     assert experts.bfloat16().gate_up_proj.dtype == torch.bfloat16
     assert experts.double().gate_up_proj.dtype == torch.float64
-    assert experts.half().gate_up_proj.dtype == torch.float64  # unchanged, as nothing computes in float16
+    assert experts.half().gate_up_proj.dtype == torch.float16
+    experts.to(torch.float8_e5m2)
+    assert experts.gate_up_proj.dtype == torch.float16  # unchanged, as nothing computes in float8
     assert all(a is b for a, b in zip(experts.gate_up_proj.codes, codes, strict=True))
     assert experts.float().gate_up_proj.scale.dtype == torch.bfloat16
 
@@ -159,7 +161,7 @@ def test_nbytes_are_those_of_the_format():
             ValueError,
             r"group_size must be one of 0, any multiple of 32 for format 'int4', got 20",
         ),
-        ({"dtype": torch.float16}, TypeError, r"dtype must be one of .*, got torch.float16"),
+        ({"dtype": torch.float8_e5m2}, TypeError, r"dtype must be one of .*, got torch.float8_e5m2"),
     ],
 )
 def test_wrong_arguments(changes, error, message):

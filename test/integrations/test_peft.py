@@ -323,12 +323,19 @@ def test_variants_take_the_path_of_peft():
     assert relative_error(actual, logits(adapted("qwen3_moe", "eager"))) < 2 * forward_budget(torch.float32)
 
 
-def test_weights_the_op_does_not_read_take_the_path_of_peft():
-    model = adapted("qwen3_moe", dtype=torch.float16)
-    with Recorder() as recorder, pytest.warns(UserWarning, match="Qwen3MoeExperts: .*float16"):
+def test_float16_base_with_float32_adapters():
+    compare("qwen3_moe", torch.float16, seed=stable_seed("qwen3_moe"))
+
+
+def test_weights_the_op_does_not_read_take_the_path_of_peft(monkeypatch):
+    from ktops.integrations.transformers import architectures
+
+    monkeypatch.setattr(architectures, "DTYPES", (torch.float64,))
+    model = adapted("qwen3_moe")
+    with Recorder() as recorder, pytest.warns(UserWarning, match="Qwen3MoeExperts: .*float32"):
         actual = logits(model)
     assert not recorder.calls
-    assert torch.equal(actual, logits(adapted("qwen3_moe", "grouped_mm", dtype=torch.float16)))
+    assert torch.equal(actual, logits(adapted("qwen3_moe", "grouped_mm")))
 
 
 @pytest.mark.parametrize(

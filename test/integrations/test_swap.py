@@ -13,7 +13,7 @@ from torch import nn
 
 import ktops
 from ktops._warn import warn_once
-from ktops.nn import KTExpertList, KTExperts
+from ktops.nn import KTExpertList, KTExperts, expert_list
 from ktops.testing.budgets import forward_budget, relative_error
 
 
@@ -256,7 +256,8 @@ def test_adapters_around_projections_are_not_skipped():
     assert_same_step(train_step(model), train_step(plain))
 
 
-def test_half_precision_module_list_calls_its_projections():
+def test_module_list_in_another_dtype_calls_its_projections(monkeypatch):
+    monkeypatch.setattr(expert_list, "DTYPES", (torch.float32,))
     model = make("loop")
     ktops.swap_experts(model)
     with pytest.warns(UserWarning, match=r"experts whose projections are torch\.float16"):
@@ -265,6 +266,19 @@ def test_half_precision_module_list_calls_its_projections():
         model.layers[0].experts[0](torch.randn(2, H).half())
     assert not ops.counts
     assert isinstance(model.layers[0].experts, KTExpertList)
+
+
+def test_float16_module_list():
+    """Cast before the swap or after it, its experts run in float16."""
+    exact, x = make("loop").half().double().layers[0], torch.randn(5, H).half()
+    for cast_first in (True, False):
+        model = make("loop").half() if cast_first else make("loop")
+        assert ktops.swap_experts(model)
+        layer = model.half().layers[0]
+        with CountOps() as ops:
+            output = layer.experts[0](x)
+        assert ops.counts and output.dtype == torch.float16
+        assert relative_error(output, exact.experts[0](x.double())) < forward_budget(torch.float16)
 
 
 def test_save_pretrained_of_swapped_lists(tmp_path):
@@ -342,7 +356,7 @@ REFUSED = {
     "offloaded": (replaced_forward, "its forward was replaced"),
     "clamped": (lambda: LoopBlock(ClampedMLP).experts, "it computes something else"),
     "uneven": (uneven, "differ in shape, dtype, bias or activation"),
-    "half": (lambda: LoopBlock().half().experts, "stored in torch.float16"),
+    "float8": (lambda: LoopBlock().to(torch.float8_e5m2).experts, "stored in torch.float8_e5m2"),
     "no gate": (lambda: nn.ModuleList([nn.Linear(H, H)]), "have no gate_proj/up_proj/down_proj or w1/w3/w2"),
     "empty": (lambda: nn.ModuleList(), "not all modules of one class"),
     "remote experts": (lambda: nn.ModuleList([GatedMLP(), None]), "not all modules of one class"),

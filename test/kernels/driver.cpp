@@ -19,8 +19,10 @@ using Suite = std::string (*)(const Shape&);
 template <template <class> class S>
 Suite suite_of(const std::string& dtype) {
     using kt::bfloat16;
+    using kt::float16;
     if (dtype == "float32") return S<float>::run;
     if (dtype == "bfloat16") return S<bfloat16>::run;
+    if (dtype == "float16") return S<float16>::run;
     if constexpr (kt::KT_ISA::Isa::kVectorBytes == 16) {  // only scalar kernels compute in float64
         if (dtype == "float64") return S<double>::run;
     }

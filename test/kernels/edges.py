@@ -5,6 +5,7 @@ rows or columns that it computes at once, and the multiple of k or of columns in
 """
 
 FLOATS = ("float32", "bfloat16", "float64")
+WIDENED = (*FLOATS, "float16")
 ROWS_OF_A = ("m=1", "m=most-1", "m=most")
 K = ("k=1", "k=3", "k=unit-1", "k=unit", "k=unit+1")
 COLUMNS = ("columns=1", "columns=15", "columns=16")
@@ -16,22 +17,22 @@ GROUPS = ("group=32", "group=64", "group=96", "group=128", "group=4096")
 
 EDGES = {
     "transpose_16x16": (("bytes",), STRIDE),
-    "transpose_block": (("float32", "bfloat16"), STRIDE),
-    "pack_nt": (FLOATS, (*COLUMNS, *K, *STRIDE)),
-    "pack_nt_scaled": (FLOATS, (*COLUMNS, *K, *STRIDE)),
-    "pack_nn": (FLOATS, (*MORE_COLUMNS, *K, *STRIDE, "column=3")),
-    "pack_nn_scaled": (FLOATS, (*COLUMNS, *K, *STRIDE)),
+    "transpose_block": (("float32", "bfloat16", "float16"), STRIDE),
+    "pack_nt": (WIDENED, (*COLUMNS, *K, *STRIDE)),
+    "pack_nt_scaled": (WIDENED, (*COLUMNS, *K, *STRIDE)),
+    "pack_nn": (WIDENED, (*MORE_COLUMNS, *K, *STRIDE, "column=3")),
+    "pack_nn_scaled": (WIDENED, (*COLUMNS, *K, *STRIDE)),
     "pack_columns": (FLOATS, (*COLUMNS, *K, *STRIDE)),
     "pack_rows": (FLOATS, (*COLUMNS, "k=unit", *STRIDE)),
-    "stage_rows": (FLOATS, (*ROWS_OF_A, *K, *STRIDE)),
+    "stage_rows": (WIDENED, (*ROWS_OF_A, *K, *STRIDE)),
     "point_into_panels": (FLOATS, (*ROWS_OF_A, "first=13")),
     "micro_gemm": (FLOATS, (*ROWS_OF_A, "m=half", "m=half+1", *K, *STRIDE, *ADDS, "a=panels")),
     "direct_dots": (
-        FLOATS,
+        WIDENED,
         (*ROWS_OF_A, "m=most+1", "m=32", *K, "k=600", *ROWS_OF_W, *STRIDE),
     ),
     "direct_columns": (
-        FLOATS,
+        WIDENED,
         (*ROWS_OF_A, "m=most+1", "m=32", *K, *COLUMNS, "columns=17", "columns=unit-1", "columns=unit",
          "columns=unit+1", *STRIDE, *ADDS),
     ),

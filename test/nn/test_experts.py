@@ -9,6 +9,7 @@ from torch._dynamo.testing import CompileCounter
 
 import ktops
 from ktops.nn import KTExperts
+from ktops.nn.experts import DTYPES
 from ktops.ops.activation import ACTIVATIONS
 from ktops.testing.budgets import forward_budget, gradient_budget, relative_error
 from ktops.testing.counts import counted
@@ -102,7 +103,7 @@ def test_state_dict_round_trip():
     assert torch.equal(other(*arguments), experts(*arguments))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("input_dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_runs_in_the_dtype_of_the_weights(dtype, input_dtype):
     experts = make().to(dtype)
@@ -164,7 +165,7 @@ def test_repr():
             {"activation": "relu"},
         ),
         (ValueError, "save must be one of activations, recompute, got 'all'", {"save": "all"}),
-        (TypeError, "dtype must have one of the dtypes .*, got torch.float16", {"dtype": torch.float16}),
+        (TypeError, "dtype must have one of the dtypes .*, got torch.int32", {"dtype": torch.int32}),
     ],
 )
 def test_constructor_errors(error, message, options):
@@ -180,7 +181,7 @@ def test_constructor_errors(error, message, options):
         (ValueError, r"down_proj must have shape \[E, H, I\], got \[16, 8\]", {"down_proj": (H, I)}),
         (ValueError, r"down_proj_bias must have shape \[4, 16\], got", {"down_proj_bias": (E, I)}),
         (TypeError, "down_proj must have the dtype of gate_up_proj", {"down_proj": torch.float64}),
-        (TypeError, "gate_up_proj must have one of the dtypes", {"gate_up_proj": torch.float16}),
+        (TypeError, "gate_up_proj must have one of the dtypes", {"gate_up_proj": torch.float8_e5m2}),
     ],
 )
 def test_from_parameters_errors(error, message, change):
@@ -194,8 +195,27 @@ def test_from_parameters_errors(error, message, change):
 
 
 def test_cast_to_an_unsupported_dtype():
-    with pytest.raises(TypeError, match=r"gate_up_proj must have one of the dtypes .* got torch\.float16"):
-        make().half()(*inputs())
+    with pytest.raises(TypeError, match=r"gate_up_proj must have one of the dtypes .* torch\.float8_e5m2"):
+        make().to(torch.float8_e5m2)(*inputs())
+
+
+def test_autocast_to_float16_with_a_scaled_loss():
+    """Without the GradScaler, the gradient of this loss would be 0 in float16."""
+    x, ids, weights = inputs()
+    experts, exact, router = make(), make().double(), torch.nn.Linear(H, H, bias=False)
+    torch.nn.init.eye_(router.weight)
+    optimizer = torch.optim.SGD(experts.parameters())
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**30)
+    with torch.autocast("cpu", torch.float16):
+        hidden = router(x)
+        output = experts(hidden, ids, weights)
+        assert hidden.dtype == output.dtype == torch.float16
+    scaler.scale(output.float().sum() * 1e-9).backward()
+    scaler.unscale_(optimizer)
+    exact(x.detach().double(), ids, weights).sum().backward()
+    for ours, theirs in zip(experts.parameters(), exact.parameters(), strict=True):
+        assert ours.grad.dtype == torch.float32
+        assert relative_error(ours.grad, theirs.grad * 1e-9) < gradient_budget(torch.float16, inner_size=H)
 
 
 def test_is_exported():

@@ -174,10 +174,11 @@ def test_a_chain_of_two_layers(isa):
     torch.testing.assert_close(gradient, expected)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("with_grad", [False, True])
 @pytest.mark.parametrize("save", ["activations", "recompute"])
-def test_opcheck_forward(save, with_grad):
-    inputs = tiny(torch.bfloat16)
+def test_opcheck_forward(save, with_grad, dtype):
+    inputs = tiny(dtype)
     inputs = require_grad(inputs) if with_grad else inputs
     torch.library.opcheck(torch.ops.kt.moe_sft_fwd.default, (*op_arguments(inputs), save))
 

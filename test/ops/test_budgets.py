@@ -11,6 +11,7 @@ from ktops.testing.budgets import (
     max_row_error,
     relative_error,
     rms,
+    smallest_error,
 )
 from ktops.testing.compare import assert_matches_reference, one_thread, random_grad_output, run_reference
 from ktops.testing.inputs import floating, moe_inputs, require_grad, upcast
@@ -119,10 +120,16 @@ def test_budgets_without_a_case(case, good, careless):
     assert relative_error(careless["output"], expected["output"]) > forward_budget(torch.bfloat16)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_rms_of_one_rounding(dtype):
     x = torch.randn(1 << 16, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     assert relative_error(x.to(dtype), x) == pytest.approx(rms(dtype), rel=0.1)
+
+
+def test_smallest_error():
+    x = torch.rand(1 << 16, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) * 2**-14
+    error = (x.to(torch.float16).double() - x).square().mean().sqrt().item()
+    assert error == pytest.approx(smallest_error(torch.float16), rel=0.1)
 
 
 def test_error_measures():

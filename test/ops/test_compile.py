@@ -47,7 +47,7 @@ def assert_bitwise(actual, expected) -> None:
         assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_compiled_equals_eager(isa, dtype):
     inputs = case(dtype=dtype)
     compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)

@@ -10,7 +10,7 @@ from ktops.testing.budgets import forward_budget, relative_error
 from ktops.testing.compare import random_grad_output, run
 from ktops.testing.inputs import moe_inputs, op_arguments
 
-DTYPES = [torch.float32, torch.bfloat16, torch.float64]
+DTYPES = [torch.float32, torch.bfloat16, torch.float64, torch.float16]
 
 
 @pytest.fixture

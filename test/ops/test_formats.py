@@ -97,7 +97,7 @@ def test_streams_of_rows_and_what_they_leave_over(isa):
     check_against_reference(in_format(inputs, "fp8_e4m3", 128))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16])
 @pytest.mark.parametrize("name", ["int4", "fp8_e4m3", "q4_k"])
 def test_other_activations(isa, name, dtype):
     inputs = moe_inputs(T=40, H=256, I=256, E=3, K=2, dtype=dtype, lora_rank=2)

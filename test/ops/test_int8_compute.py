@@ -114,15 +114,16 @@ def test_products_of_integers(isa, name, group_size, num_tokens, hidden_size, in
     assert relative_error(output, expected(isa, inputs, output)) <= budget
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("num_tokens", [3, 40])
-def test_a_format_and_a_group_size_for_each_projection(isa, num_tokens):
-    inputs = moe_inputs(T=num_tokens, H=256, I=256, E=4, K=2)
+def test_a_format_and_a_group_size_for_each_projection(isa, num_tokens, dtype):
+    inputs = moe_inputs(T=num_tokens, H=256, I=256, E=4, K=2, dtype=dtype)
     inputs |= {
         "gate_up_proj": in_format(inputs, "uint4", 32)["gate_up_proj"],
         "down_proj": in_format(inputs, "int4", 128)["down_proj"],
     }
     output = ktops.moe_sft(**inputs, compute="int8")
-    budget = integer_budget(torch.float32, rounding(isa, inputs, "down_proj"), 256)
+    budget = integer_budget(dtype, rounding(isa, inputs, "down_proj"), 256)
     assert relative_error(output, expected(isa, inputs, output)) <= budget
 
 

@@ -11,7 +11,7 @@ from ktops.ops.activation import ACTIVATIONS
 from ktops.testing.budgets import forward_budget, relative_error
 from ktops.testing.inputs import moe_inputs, op_arguments, upcast
 
-DTYPES = [torch.float32, torch.bfloat16, torch.float64]
+DTYPES = [torch.float32, torch.bfloat16, torch.float64, torch.float16]
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)

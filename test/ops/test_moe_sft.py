@@ -18,7 +18,7 @@ from ktops.testing.inputs import ROUTINGS, moe_inputs, op_arguments, upcast
 from ktops.testing.isa import available_isas
 from ktops.testing.paths import use_path
 
-DTYPES = [torch.float32, torch.bfloat16, torch.float64]
+DTYPES = [torch.float32, torch.bfloat16, torch.float64, torch.float16]
 SIZES = (1, 3, 8, 16, 17, 64)
 ALL_GRADIENTS = (1 << len(GRADIENTS)) - 1
 
@@ -35,9 +35,15 @@ def test_subsets_of_lora_and_bias(isa, lora_rank, gate_up_bias, down_bias, dtype
     check_against_reference(inputs)
 
 
-@pytest.mark.parametrize("weights_dtype", DTYPES)
-@pytest.mark.parametrize("lora_dtype", DTYPES)
-@pytest.mark.parametrize("dtype", DTYPES)
+MIXED = [
+    *product(DTYPES[:3], repeat=3),
+    *((torch.float16, lora, weights) for lora, weights in zip(DTYPES, DTYPES[2:] + DTYPES[:2], strict=True)),
+    *((dtype, torch.float16, torch.float16) for dtype in DTYPES[:3]),
+]
+"""Dtypes of hidden states, of LoRA and biases, and of routing weights; not every combination with float16."""
+
+
+@pytest.mark.parametrize("dtype,lora_dtype,weights_dtype", MIXED)
 def test_mixed_dtypes(isa, dtype, lora_dtype, weights_dtype):
     check_against_reference(
         moe_inputs(
@@ -80,7 +86,7 @@ def test_numbers_of_tokens(isa, num_tokens, dtype):
     )
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("hidden_size", SIZES)
 def test_odd_sizes(isa, hidden_size, dtype):
     for intermediate_size in SIZES:
@@ -148,7 +154,7 @@ def test_rows_of_weights_as_they_lie(isa, hidden_size, intermediate_size, num_to
         )
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("num_tokens", [16, 70])
 def test_wide_slabs(isa, num_tokens, dtype):
     """With enough experts for all threads, products that sum over a weight's rows read whole rows at once."""

@@ -16,7 +16,7 @@ from ktops.ops.arguments import GRADIENTS
 from ktops.testing.compare import random_grad_output, run
 from ktops.testing.inputs import moe_inputs, require_grad
 
-DTYPES = [torch.float32, torch.bfloat16, torch.float64]
+DTYPES = [torch.float32, torch.bfloat16, torch.float64, torch.float16]
 
 
 def innermost_first(t: Tensor) -> Tensor:

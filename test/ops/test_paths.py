@@ -26,6 +26,7 @@ FLOATS = {
 """The steps with products that can take each path."""
 INTEGERS = ("code_dots", "code_tiles", "code_panels")
 WEIGHTS = ("dense", "strided", "int4")
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
 def inputs_of(weights: str, dtype: torch.dtype) -> dict:
@@ -39,7 +40,7 @@ def inputs_of(weights: str, dtype: torch.dtype) -> dict:
     return inputs
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("weights", WEIGHTS)
 @pytest.mark.parametrize("path", FLOATS)
 def test_products_of_floats(isa, path, weights, dtype):
@@ -89,15 +90,20 @@ def test_a_path_that_is_not_possible_changes_nothing(isa, path):
         assert possible or torch.equal(forced[name], value), name
 
 
-DIRECT_ROWS = {"amx_bf16": 12, "avx512_bf16": 32, "avx512": 32, "avx2": 12, "scalar": 32}
-"""The most rows that dots and column_sums take in bfloat16; in float32 the limit is 32 for all kernels."""
+DIRECT_ROWS = {
+    ("amx_bf16", torch.bfloat16): (12, 12),
+    ("avx2", torch.bfloat16): (12, 12),
+    ("avx2", torch.float16): (32, 8),
+    ("scalar", torch.float16): (2, 3),
+}
+"""The most rows that dots and column_sums take, unless it is 32 for both."""
 FEW_ROWS = {"amx_bf16": 4, "avx512_bf16": 4, "avx512": 4, "avx2": 2, "scalar": 1}
 """The most rows that decoded_dots takes."""
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_the_rows_of_an_expert_choose(isa, dtype):
-    direct = DIRECT_ROWS[isa] if dtype == torch.bfloat16 else 32
+    dots_rows, sums_rows = DIRECT_ROWS.get((isa, dtype), (32, 32))
     tiles = isa == "amx_bf16" and dtype == torch.bfloat16
 
     def taken(num_rows: int, *steps: str, name: str = "dense", hidden_size: int = 64) -> str:
@@ -110,13 +116,14 @@ def test_the_rows_of_an_expert_choose(isa, dtype):
         (path,) = paths_taken(profile, *steps)
         return path
 
-    for rows in (1, FEW_ROWS[isa], FEW_ROWS[isa] + 1, 4, 5, direct, direct + 1):
-        few = rows <= direct
-        many = "row_tiles" if tiles and rows > 4 else "dots" if few else "panels"
+    few = FEW_ROWS[isa]
+    for rows in sorted({1, few, few + 1, 4, 5, dots_rows, dots_rows + 1, sums_rows, sums_rows + 1}):
+        some = "dots" if rows <= dots_rows else "panels"
+        many = "row_tiles" if tiles and rows > 4 else some
         assert taken(rows, *FORWARD) == many
-        assert taken(rows, *FORWARD, name="int4") == ("decoded_dots" if rows <= FEW_ROWS[isa] else many)
-        assert taken(rows, "gate_up", hidden_size=40) == ("dots" if few else "panels")
-        assert taken(rows, *BACKWARD) == ("column_sums" if few else "panels")
+        assert taken(rows, *FORWARD, name="int4") == ("decoded_dots" if rows <= few else many)
+        assert taken(rows, "gate_up", hidden_size=40) == some
+        assert taken(rows, *BACKWARD) == ("column_sums" if rows <= sums_rows else "panels")
     codes = "code_tiles" if isa == "amx_bf16" else "code_panels"
     for rows, path in ((8, "code_dots"), (9, codes)):
         assert taken(rows, *FORWARD, name="int8") == path

@@ -75,7 +75,7 @@ struct IsaLimits {
 
 // The product computed for a block of C.
 struct Product {
-    bool transposed;        // x W^T, else x W
+    bool along_rows;        // x V^T, else x V
     int64_t rows, columns;  // of C; columns in whole panels, both halves of gate_up
     int64_t k;
     bool adds;         // to a product already in C, as LoRA's is added to that of the base weight
@@ -89,17 +89,17 @@ struct Product {
 constexpr bool is_possible(Path path, const Product& p, const IsaLimits& isa) {
     switch (path) {
         case Path::kDecodedDots:  // rows of x in float32, padded to whole chunks of 32 columns, must fit in scratch
-            return !p.digits && p.transposed && !p.adds && p.rows <= p.few_rows &&
+            return !p.digits && p.along_rows && !p.adds && p.rows <= p.few_rows &&
                    p.rows * round_up(p.k, 32) * 4 <= kRowBytes;
         case Path::kRowTiles: {
-            if (p.digits || !p.transposed || p.adds || !isa.tile_k || p.k % isa.tile_k || p.end < 16) return false;
+            if (p.digits || !p.along_rows || p.adds || !isa.tile_k || p.k % isa.tile_k || p.end < 16) return false;
             const bool decodes = p.has_format && kRowStep * (p.k * isa.element_bytes + 64) <= kRowBytes;
             return kRowStep * p.k * isa.element_bytes <= kPanelBytes && (p.contiguous || decodes);
         }
         case Path::kDots:
-            return !p.digits && p.transposed && !p.adds && p.k <= isa.dots_k;
+            return !p.digits && p.along_rows && !p.adds && p.k <= isa.dots_k;
         case Path::kColumnSums:
-            return !p.digits && !p.transposed && (p.contiguous || p.columns <= isa.sums_columns);
+            return !p.digits && !p.along_rows && (p.contiguous || p.columns <= isa.sums_columns);
         case Path::kPanels:
             return !p.digits;
         case Path::kCodeDots:  // one row of C per digit

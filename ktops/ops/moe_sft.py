@@ -164,9 +164,10 @@ def moe_sft(
     Raises:
         RuntimeError: if an argument has the wrong shape, dtype, device or value. The message names it.
 
-    Biases and LoRA tensors may have any of the three dtypes. Each gradient has the dtype of its tensor. If no
-    tensor requires a gradient, this calls kt::moe_fwd and saves nothing. torch.func.grad and double backward
-    are not supported.
+    Tensors may have any strides. Weights stored as [E, in, out] are given as views, ``weight.mT``; their
+    gradients have the same layout. Biases and LoRA tensors may have any of the three dtypes. Each gradient
+    has the dtype of its tensor. If no tensor requires a gradient, this calls kt::moe_fwd and saves nothing.
+    torch.func.grad and double backward are not supported.
 
     Example:
         >>> T, K, E, H, I = 4, 2, 8, 64, 32

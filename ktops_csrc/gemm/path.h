@@ -6,6 +6,9 @@
 //   x W^T   along the rows of W: forward
 //   x W     down the rows of W: the gradients of activations in backward
 //
+// W is the matrix in memory, whose rows are contiguous. If a weight is transposed, W is its transpose: forward computes
+// x W, and backward x W^T.
+//
 // The path is chosen once per block of C (rows of one expert by columns of one task). Whether a weight is multiplied in
 // integers is chosen once per call. LoRA factors, whose products are added to those of W, and weight gradients always
 // use panels.
@@ -75,7 +78,7 @@ struct IsaLimits {
 
 // The product computed for a block of C.
 struct Product {
-    bool along_rows;        // x V^T, else x V
+    bool along_rows;        // x W^T, else x W
     int64_t rows, columns;  // of C; columns in whole panels, both halves of gate_up
     int64_t k;
     bool adds;         // to a product already in C, as LoRA's is added to that of the base weight

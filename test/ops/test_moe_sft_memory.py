@@ -60,7 +60,7 @@ def assert_same(actual: dict, expected: dict) -> None:
 
 
 def changed(inputs: dict, grad_output: Tensor, layout, *names: str) -> dict[str, Tensor]:
-    """Runs with named arguments in a layout, except that test_transposed_weights.py covers transposed weights."""
+    """Runs with the named arguments in a layout; test_transposed_weights.py covers transposed weights."""
     tensors = inputs | {"grad_output": grad_output}
     tensors |= {
         name: layout(tensors[name]) for name in names if layout is not transposed or name not in WEIGHTS

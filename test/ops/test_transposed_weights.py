@@ -1,4 +1,4 @@
-"""Weights stored as [E, in, out], which the operators get as transposed views: results, gradients and their layout."""
+"""Weights stored as [E, in, out], given as transposed views: results, gradients and their layout."""
 
 import pytest
 import torch

@@ -15,6 +15,7 @@ _tensors = pick(*TENSORS)
 _attributes = pick(*ATTRIBUTES)
 _differentiable = pick(*GRADIENTS)
 _DENSE = (None, None, "dense", 0)
+_WEIGHTS = ("gate_up_proj", "down_proj")
 _NO_GRADIENTS = dict.fromkeys(FORWARD)
 
 
@@ -42,9 +43,15 @@ def _backward_fake(*args) -> tuple[Tensor | None, ...]:
     check_devices(torch.ops.kt.moe_sft_bwd.default, *args)
     _, *shared, _, _, _, _, grad_mask = args
     return tuple(
-        torch.empty_like(tensor, memory_format=torch.contiguous_format) if grad_mask >> bit & 1 else None
-        for bit, tensor in enumerate(_differentiable(shared))
+        _gradient_like(name, tensor) if grad_mask >> bit & 1 else None
+        for bit, (name, tensor) in enumerate(zip(GRADIENTS, _differentiable(shared), strict=True))
     )
+
+
+def _gradient_like(name: str, tensor: Tensor) -> Tensor:
+    if name in _WEIGHTS and tensor.stride(1) == 1 and tensor.stride(2) != 1:
+        return torch.empty_like(tensor.mT, memory_format=torch.contiguous_format).mT
+    return torch.empty_like(tensor, memory_format=torch.contiguous_format)
 
 
 def _setup_context(ctx, inputs, output) -> None:
@@ -157,9 +164,10 @@ def moe_sft(
     Raises:
         RuntimeError: if an argument has the wrong shape, dtype, device or value. The message names it.
 
-    Biases and LoRA tensors may have any of the four dtypes. Each gradient has the dtype of its tensor. If no
-    tensor requires a gradient, this calls kt::moe_fwd and saves nothing. torch.func.grad and double backward
-    are not supported.
+    Tensors may have any strides. Weights stored as [E, in, out] are given as views, ``weight.mT``; their
+    gradients have the same layout. Biases and LoRA tensors may have any of the four dtypes. Each gradient
+    has the dtype of its tensor. If no tensor requires a gradient, this calls kt::moe_fwd and saves nothing.
+    torch.func.grad and double backward are not supported.
 
     Example:
         >>> T, K, E, H, I = 4, 2, 8, 64, 32

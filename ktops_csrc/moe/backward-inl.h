@@ -67,7 +67,8 @@ private:
     void run() {
         const int64_t active = routing_.num_active, E = p_.num_experts;
         const int64_t wide = larger(kDotSlab, slab_width(wide_slab(routing_), I_, active, p_.num_threads));
-        const int64_t wide_slabs = ceil_div(I_, wide), recompute_slabs = ceil_div(I_, kSlab<T>);
+        const int64_t again = slab_width(forward_slab(layer_.gate_up, 2, routing_), I_, active, p_.num_threads);
+        const int64_t wide_slabs = ceil_div(I_, wide), recompute_slabs = ceil_div(I_, again);
         const GradProduct<T> product{layer_, grad_gate_up_, dgub_};
         const CombineX combine(layer_, threads_, product, kept_rows_, static_cast<T*>(b_.grad_hidden_states.data),
                                wide_slab(routing_));
@@ -76,7 +77,7 @@ private:
         const auto code_x = [&](int64_t token, int) { layer_.code_token(token); };
         const auto recompute_slab = [&](int64_t task, int thread) {
             const ExpertTask at(routing_, task, recompute_slabs);
-            recompute(threads_[thread], at.expert, at.slab * kSlab<T>);
+            recompute(threads_[thread], at.expert, at.slab * again, smaller(again, I_ - at.slab * again));
         };
         const auto project_d = [&](int64_t task, int thread) {
             const int64_t e = routing_.active[task], first = routing_.offsets[e];
@@ -150,8 +151,7 @@ private:
 
     Rows<T> grad_gate_up(int64_t position) const { return {grad_gate_up_ + position * W_, W_}; }
 
-    void recompute(const Thread<T>& thread, int64_t expert, int64_t column) {
-        const int64_t n = smaller(kSlab<T>, I_ - column);
+    void recompute(const Thread<T>& thread, int64_t expert, int64_t column, int64_t n) {
         const T* xa = static_cast<const T*>(b_.saved_xa);
         gate_up_product(thread, layer_, expert, column, n, xa, NextRows{},
                         [&](int64_t position, const A* row, int64_t apart) {
@@ -202,7 +202,7 @@ private:
         }
         if (b_.grad_down_proj) {
             const Operand<T> d{layer_.like_output(b_.grad_output, begin), 0, H_, weights};
-            outer_product(thread.gemm, rows, d, h, PutRows<A>{b_.grad_down_proj, expert, column, n});
+            outer_product(thread.gemm, rows, d, h, PutWeight<A>{b_.grad_down_proj, expert, column, n});
         }
     }
 
@@ -243,7 +243,7 @@ private:
         }
         if (b_.grad_gate_up_proj) {
             const Operand<T> grad{grad_gate_up(begin), 0, W_};
-            outer_product(thread.gemm, rows, grad, x, PutRows<A>{b_.grad_gate_up_proj, expert, column, n});
+            outer_product(thread.gemm, rows, grad, x, PutWeight<A>{b_.grad_gate_up_proj, expert, column, n});
         }
         if (b_.grad_down_lora_B) {
             const Operand<T> ha{{static_cast<const T*>(b_.saved_ha) + begin * r2, r2}, 0, r2, weights};

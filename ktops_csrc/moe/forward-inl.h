@@ -73,11 +73,13 @@ private:
     void run() {
         const int64_t active = routing_.num_active;
         const int64_t i_slab =
-                          slab_width(layer_.coded_x.codes ? kCodeSlab<T> : kSlab<T>, layer_.I, active, p_.num_threads),
+                          slab_width(layer_.coded_x.codes ? kCodeSlab<T> : forward_slab(layer_.gate_up, 2, routing_),
+                                     layer_.I, active, p_.num_threads),
                       i_slabs = ceil_div(layer_.I, i_slab);
         const DownProduct<T> product{layer_, h_, ha_, coded_h_};
         const CombineDown combine(layer_, threads_, product, kept_rows_, static_cast<T*>(results_.output),
-                                  coded_h_.codes ? kCodeSlab<T> : kSlab<T>, p_.reduce);
+                                  coded_h_.codes ? kCodeSlab<T> : forward_slab(layer_.down, 1, routing_),
+                                  p_.reduce);
 
         const auto code_x = [&](int64_t token, int) { layer_.code_token(token); };
         const auto code_h = [&](int64_t position, int) { code_row(h_, layer_.I, coded_h_, position); };

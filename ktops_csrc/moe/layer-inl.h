@@ -39,6 +39,13 @@ inline int64_t wide_slab(const Routing& routing) {
     return columns;
 }
 
+// Returns the columns of one task of x W^T, with `ranges` ranges of that many columns: if W is transposed, this is a
+// product down the rows of the matrix in memory.
+template <class T>
+inline int64_t forward_slab(const Weight<T>& weight, int64_t ranges, const Routing& routing) {
+    return weight.transposed ? larger(kSlab<T>, wide_slab(routing) / ranges) : kSlab<T>;
+}
+
 // Tokens and columns of the sums that one task of Combine holds: 2 MiB of float32.
 constexpr int64_t kTokenBlock = 2048;
 constexpr int64_t kSumSlab = 256;

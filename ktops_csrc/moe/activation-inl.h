@@ -88,6 +88,13 @@ inline Act<A> clamp(Vec<A> x, A limit) {
     return {value < low ? low : value, x > high ? zero : x < low ? zero : one};
 }
 
+// cap tanh(x / cap)
+template <class A>
+inline Act<A> softcap(Vec<A> x, A cap) {
+    const Vec<A> t = tanh(x / cap);
+    return {cap * t, A{1} - t * t};
+}
+
 class SwigluClamped {
 public:
     explicit SwigluClamped(const double* args) : limit_(args[0]), alpha_(args[1]), offset_(args[2]) {}
@@ -124,6 +131,25 @@ public:
 
 private:
     double limit_;
+};
+
+class SwigluSoftcapped {
+public:
+    explicit SwigluSoftcapped(const double* args) : gate_softcap_(args[0]), up_softcap_(args[1]) {}
+
+    // h = g' s u', g' = c tanh(g / c), c = gate_softcap, u' likewise with up_softcap, s = 1 / (1 + e^-g)
+    template <class A>
+    Gate<A> gate(Vec<A> g, Vec<A> u) const {
+        const Act<A> low_g = softcap<A>(g, static_cast<A>(gate_softcap_));
+        const Act<A> low_u = softcap<A>(u, static_cast<A>(up_softcap_));
+        const Act<A> s = Sigmoid::act<A>(g);
+        const Vec<A> value = low_g.value * s.value;
+        return {value * low_u.value, low_u.value * (low_g.derivative * s.value + low_g.value * s.derivative),
+                value * low_u.derivative};
+    }
+
+private:
+    double gate_softcap_, up_softcap_;
 };
 
 // h = act(g) u

@@ -51,7 +51,13 @@ public:
 
 private:
     Backward(const BackwardProblem& b, const Routing& routing, Workspace& workspace)
-        : b_(b), layer_(b.forward, routing, workspace), p_(b.forward), routing_(routing), I_(layer_.I), H_(layer_.H), W_(layer_.halves.width()) {
+        : b_(b),
+          layer_(b.forward, routing, workspace),
+          p_(b.forward),
+          routing_(routing),
+          I_(layer_.I),
+          H_(layer_.H),
+          W_(layer_.halves.width()) {
         const int64_t R = routing_.num_routes;
         gate_up_ = static_cast<const T*>(b.saved_gate_up);
         grad_gate_up_ = workspace.take<T>(R * W_);

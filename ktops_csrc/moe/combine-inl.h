@@ -56,7 +56,7 @@ public:
         const int64_t column = task % slabs_ * width_, n = smaller(width_, layer_.H - column);
         if (by_expert_) {
             put_rows(threads_[thread], routing_.active[task / slabs_], column, n,
-                      rows_of_next(layer_.p, routing_, task, slabs_, width_));
+                     rows_of_next(layer_.p, routing_, task, slabs_, width_));
         } else {
             sum_block(threads_[thread], task / slabs_ * kTokenBlock, column, n);
         }

@@ -78,8 +78,7 @@ private:
                       i_slabs = ceil_div(layer_.I, i_slab);
         const DownProduct<T> product{layer_, h_, ha_, coded_h_};
         const CombineDown combine(layer_, threads_, product, kept_rows_, static_cast<T*>(results_.output),
-                                  coded_h_.codes ? kCodeSlab<T> : forward_slab(layer_.down, 1, routing_),
-                                  p_.reduce);
+                                  coded_h_.codes ? kCodeSlab<T> : forward_slab(layer_.down, 1, routing_), p_.reduce);
 
         const auto code_x = [&](int64_t token, int) { layer_.code_token(token); };
         const auto code_h = [&](int64_t position, int) { code_row(h_, layer_.I, coded_h_, position); };
@@ -118,20 +117,20 @@ private:
     // h = gate(g, u), and [g | u] for backward
     void activate(const Thread<T>& thread, int64_t expert, int64_t column, int64_t n, const NextRows& after) {
         const GateUp& halves = layer_.halves;
-        gate_up_product(
-            thread, layer_, expert, column, n, xa_, after, [&](int64_t position, const Acc<T>* row, int64_t apart) {
-                T* h = h_ + position * layer_.I + column;
-                T* saved = static_cast<T*>(results_.saved_gate_up);
-                if (saved) saved += position * halves.width() + halves.at(column);
-                with_activation(p_, [&](auto activation) {
-                    for_each_vector<Acc<T>>(n, [&](int64_t j, int64_t count) {
-                        Vec<Acc<T>> g, u;
-                        halves.load(row, apart, j, count, g, u);
-                        store_n(h + j, activation.template gate<Acc<T>>(g, u).h, count);
-                        if (saved) halves.store(saved, layer_.I, j, count, g, u);
-                    });
-                });
-            });
+        gate_up_product(thread, layer_, expert, column, n, xa_, after,
+                        [&](int64_t position, const Acc<T>* row, int64_t apart) {
+                            T* h = h_ + position * layer_.I + column;
+                            T* saved = static_cast<T*>(results_.saved_gate_up);
+                            if (saved) saved += position * halves.width() + halves.at(column);
+                            with_activation(p_, [&](auto activation) {
+                                for_each_vector<Acc<T>>(n, [&](int64_t j, int64_t count) {
+                                    Vec<Acc<T>> g, u;
+                                    halves.load(row, apart, j, count, g, u);
+                                    store_n(h + j, activation.template gate<Acc<T>>(g, u).h, count);
+                                    if (saved) halves.store(saved, layer_.I, j, count, g, u);
+                                });
+                            });
+                        });
     }
 
     void clear_routes(int64_t token) const {

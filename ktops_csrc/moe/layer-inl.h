@@ -220,9 +220,8 @@ inline void gate_up_product(const Thread<T>& thread, const Layer<T>& layer, int6
                             const T* xa, const NextRows& after, Epilogue epilogue) {
     const Problem& p = layer.p;
     const Columns columns = layer.halves.columns(column, n);
-    for_each_range(columns, thread.bias, [&](int64_t first, Acc<T>* bias) {
-        load_bias(p.gate_up_bias, expert, first, columns.count, bias);
-    });
+    for_each_range(columns, thread.bias,
+                   [&](int64_t first, Acc<T>* bias) { load_bias(p.gate_up_bias, expert, first, columns.count, bias); });
     const int64_t begin = layer.routing.offsets[expert];
     const auto block_of_rows = [&](int64_t row, int64_t count) {
         const int64_t first = begin + row;

@@ -161,8 +161,8 @@ def test_repr():
         (ValueError, "hidden_size must be positive, got -1", {"hidden_size": -1}),
         (
             ValueError,
-            f"activation must be one of {', '.join(ACTIVATIONS)}, got 'relu'",
-            {"activation": "relu"},
+            f"activation must be one of {', '.join(ACTIVATIONS)}, got 'elu'",
+            {"activation": "elu"},
         ),
         (ValueError, "save must be one of activations, recompute, got 'all'", {"save": "all"}),
         (TypeError, "dtype must have one of the dtypes .*, got torch.int32", {"dtype": torch.int32}),

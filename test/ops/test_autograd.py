@@ -21,16 +21,17 @@ def assert_bitwise(actual, expected) -> None:
         assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize("save", ["activations", "recompute"])
 @pytest.mark.parametrize("activation", ACTIVATION_CASES, ids=str)
-def test_gradcheck(isa, activation, save):
+def test_gradcheck(isa, activation):
+    save = "recompute" if activation.gating == "interleaved" else "activations"
     inputs = require_grad(tiny(gating=activation.gating, scale=2.0)) | activation.options
     names = floating(inputs)
 
     def function(*tensors):
         return ktops.moe_sft(**inputs | dict(zip(names, tensors, strict=True)), save=save)
 
-    assert torch.autograd.gradcheck(function, [inputs[name] for name in names])
+    fast = activation.activation != "silu"
+    assert torch.autograd.gradcheck(function, [inputs[name] for name in names], fast_mode=fast)
 
 
 @pytest.mark.parametrize("routing", ["repeated", "one_expert", "empty_experts"])

@@ -29,7 +29,7 @@ def assert_reference_is_naive(inputs: dict) -> None:
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("lora_rank", [0, 3, (2, 0), (0, 2), (1, 4)])
 def test_terms(lora_rank, bias, activation, reduce):
-    sizes = {"T": 7, "H": 6, "I": 5, "E": 4, "K": 2, "dtype": torch.float64, "scale": 2.0}
+    sizes = {"T": 7, "H": 6, "I": 5, "E": 4, "K": 2, "dtype": torch.float64}
     inputs = moe_inputs(**sizes, lora_rank=lora_rank, bias=bias, gating=activation.gating)
     assert_reference_is_naive(inputs | activation.options | {"reduce": reduce})
 

@@ -11,7 +11,9 @@ from ktops.integrations import peft
 from ktops.integrations.probe import disagreement_of_expert, disagreement_of_experts
 from ktops.integrations.transformers.architectures import (
     TESTED,
+    Unsupported,
     activation_name,
+    describe,
     unsupported_layout,
     unsupported_tensors,
 )
@@ -26,10 +28,6 @@ from ktops.nn.expert_list import (
 from ktops.nn.expert_sequence import KTExpertSequence
 from ktops.nn.experts import SAVE, KTExperts, check_name
 from ktops.nn.find import find_experts, has_stacks
-
-
-class Unsupported(Exception):
-    """Raised with the reason why an experts module is left unchanged."""
 
 
 def swap_experts(model: nn.Module, *, save: str = "activations") -> list[str]:
@@ -148,23 +146,28 @@ def stacked_experts(module: nn.Module, save: str) -> KTExperts:
     require_plain(module)
     if not has_stacks(module):
         raise Unsupported(
-            "its weights are neither gate_up_proj and down_proj nor a ModuleList of gated experts"
+            "its weights are neither stacked, gate_up_proj (or up_proj) and down_proj, nor a ModuleList of "
+            "gated experts"
         )
-    gate_up_proj, down_proj = module.get_parameter("gate_up_proj"), module.get_parameter("down_proj")
-    reason = unsupported_layout(module) or unsupported_tensors(gate_up_proj, down_proj)
+    reason = unsupported_layout(module)
     if reason is not None:
         raise Unsupported(reason)
-    biases = ("gate_up_proj_bias", "down_proj_bias")
-    others = set(dict(module.named_parameters())) - {"gate_up_proj", "down_proj", *biases}
+    layout = describe(module)
+    first = layout.function.first_name
+    reason = unsupported_tensors(*layout.weights(module), layout.function.gating)
+    if reason is not None:
+        raise Unsupported(reason)
+    names = (first, "down_proj", f"{first}_bias", "down_proj_bias")
+    norm = module.post_expert_norm if layout.post_expert_norm else None
+    own = {f"post_expert_norm.{name}" for name, _ in norm.named_parameters()} if norm is not None else set()
+    others = set(dict(module.named_parameters())) - {*names} - own
     if others:
         raise Unsupported(f"it has other parameters: {', '.join(sorted(others))}")
-    activation = activation_name(module.act_fn)
-    assert activation is not None
     experts = KTExperts.from_parameters(
-        gate_up_proj,
-        down_proj,
-        *(module._parameters.get(name) for name in biases),
-        activation=activation,
+        *(module._parameters.get(name) for name in names),
+        **layout.function._asdict(),
+        transposed=layout.transposed,
+        post_expert_norm=norm,
         save=save,
     )
     if not hasattr(module, "has_gate"):

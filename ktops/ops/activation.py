@@ -110,6 +110,27 @@ GATINGS = ("concatenated", "interleaved", "none")
 """How the rows of gate_up_proj hold the gate and up projections; see :func:`ktops.moe_sft`."""
 
 
+class ExpertFunction(NamedTuple):
+    """What an expert computes between its products, in the terms of :func:`ktops.moe_sft`.
+
+    Example:
+        >>> ktops.moe_sft(x, ids, w, gate_up_proj, down_proj, **ExpertFunction("gelu")._asdict())
+    """
+
+    activation: str = "silu"
+    activation_args: tuple[float, ...] = ()
+    gating: str = "concatenated"
+
+    @property
+    def first_name(self) -> str:
+        """The name of the first weight in modules of transformers."""
+        return "up_proj" if self.gating == "none" else "gate_up_proj"
+
+    def rows(self, intermediate_size: int) -> int:
+        """Returns the number of rows of an expert's first weight."""
+        return intermediate_size * (1 if self.gating == "none" else 2)
+
+
 def activation_arguments(activation: str, args: Sequence[float] | Mapping[str, float]) -> list[float]:
     """Returns the operators' activation_args for numbers given in order or by name.
 

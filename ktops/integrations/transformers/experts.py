@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from ktops._warn import warn_once
 from ktops.integrations.transformers.architectures import (
-    activation_name,
+    describe,
     unsupported_layout,
     unsupported_tensors,
 )
@@ -44,22 +44,32 @@ def experts_forward(
     reason = unsupported_layout(experts)
     if reason is not None:
         return _own_forward(experts, reason, lora, hidden_states, top_k_index, top_k_weights)
-    gate_up_proj, down_proj = cast(Tensor, experts.gate_up_proj), cast(Tensor, experts.down_proj)
-    reason = unsupported_tensors(gate_up_proj, down_proj)
+    layout = describe(experts)
+    gate_up_proj, down_proj = layout.weights(experts)
+    reason = unsupported_tensors(gate_up_proj, down_proj, layout.function.gating)
     if reason is not None:
         return _own_forward(experts, reason, lora, hidden_states, top_k_index, top_k_weights)
-    has_bias = getattr(experts, "has_bias", False)
+    gate_up_bias, down_bias = layout.biases(experts)
     return run_experts(
         hidden_states,
         top_k_index,
         top_k_weights,
         gate_up_proj,
         down_proj,
-        gate_up_bias=experts.gate_up_proj_bias if has_bias else None,
-        down_bias=experts.down_proj_bias if has_bias else None,
-        activation=activation_name(experts.act_fn),
+        gate_up_bias=gate_up_bias,
+        down_bias=down_bias,
+        **layout.function._asdict(),
+        post_expert_norm=experts.post_expert_norm if layout.post_expert_norm else None,
         **lora,
     )
+
+
+def runs_on_weights(experts: nn.Module) -> bool:
+    """True if :func:`runs_ktops`, and the op can read the weights that the module holds now."""
+    if not runs_ktops(experts):
+        return False
+    layout = experts.layout if isinstance(experts, KTExperts) else describe(experts)
+    return unsupported_tensors(*layout.weights(experts), layout.function.gating) is None
 
 
 def _own_forward(experts: nn.Module, reason: str, lora: dict, *args: Tensor) -> Tensor:

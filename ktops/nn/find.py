@@ -28,4 +28,4 @@ def has_stacks(module: nn.Module) -> bool:
         for name in ("gate_up_proj", "up_proj", "down_proj")
         if (parameter := module._parameters.get(name)) is not None and parameter.dim() == 3
     }
-    return "down_proj" in stacks and len(stacks) == 2
+    return "down_proj" in stacks and len(stacks) == 2 and "gate_proj" not in module._parameters

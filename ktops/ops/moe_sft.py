@@ -200,6 +200,8 @@ def moe_sft(
     down, down_scale, down_zero, down_format, down_group_size = down_proj, *_DENSE
     if isinstance(down_proj, ExpertWeight):
         down, down_scale, down_zero, down_format, down_group_size = in_format(down_proj)
+    if not isinstance(activation_args, (tuple, list)):
+        activation_args = activation_arguments(activation, activation_args)
     # In the order of MoeArguments, whose constructor would make a small call a tenth slower.
     arguments = (
         hidden_states, topk_ids, topk_weights, gate_up, down,
@@ -207,8 +209,7 @@ def moe_sft(
         gate_up_lora_A, gate_up_lora_B, down_lora_A, down_lora_B,
         gate_up_proj.shape[0], down_proj.shape[-1],
         gate_up_format, gate_up_group_size, down_format, down_group_size, compute,
-        gate_up_scaling, down_scaling, activation, activation_arguments(activation, activation_args),
-        gating, reduce,
+        gate_up_scaling, down_scaling, activation, [*activation_args], gating, reduce,
     )  # fmt: skip
     if torch.is_grad_enabled() and any(
         isinstance(tensor, Tensor) and tensor.requires_grad

@@ -109,7 +109,10 @@ def load_layers(
             gate_up, down = (experts.read(dtype, step) for experts in both)
             found = (layer.bias(key, dtype) for key in BIASES)
             biases = (bias if bias is None else nn.Parameter(bias, requires_grad=False) for bias in found)
-            made[name] = KTExperts.from_parameters(gate_up, down, *biases, **_options(module))
+            computed = dict(_options(module))
+            if computed.get("gating") == "interleaved":
+                computed["gating"] = "concatenated"  # as the layers of a checkpoint are read
+            made[name] = KTExperts.from_parameters(gate_up, down, *biases, **computed)
             made[name].train(module.training)
     for name, module in modules.items():
         exchange_stacked(model, module, made[name])

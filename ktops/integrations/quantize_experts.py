@@ -199,7 +199,7 @@ def _with_parameters(experts: KTExperts) -> KTExperts:
     return dense.train(experts.training)
 
 
-def _dequantized(weight: nn.Parameter | ExpertWeight) -> Tensor:
+def _dequantized(weight: Tensor | ExpertWeight) -> Tensor:
     if not isinstance(weight, ExpertWeight):
         return weight
     return weight.weight if weight.weight.dtype == weight.dtype else weight.dequantize()

@@ -13,8 +13,7 @@ from ktops.integrations.transformers.architectures import (
     TESTED,
     Unsupported,
     activation_name,
-    describe,
-    unsupported_layout,
+    operands,
     unsupported_tensors,
 )
 from ktops.nn.expert_list import (
@@ -149,22 +148,19 @@ def stacked_experts(module: nn.Module, save: str) -> KTExperts:
             "its weights are neither stacked, gate_up_proj (or up_proj) and down_proj, nor a ModuleList of "
             "gated experts"
         )
-    reason = unsupported_layout(module)
-    if reason is not None:
-        raise Unsupported(reason)
-    layout = describe(module)
-    first = layout.function.first_name
-    reason = unsupported_tensors(*layout.weights(module), layout.function.gating)
-    if reason is not None:
-        raise Unsupported(reason)
-    names = (first, "down_proj", f"{first}_bias", "down_proj_bias")
-    norm = module.post_expert_norm if layout.post_expert_norm else None
-    own = {f"post_expert_norm.{name}" for name, _ in norm.named_parameters()} if norm is not None else set()
-    others = set(dict(module.named_parameters())) - {*names} - own
+    layout, *_ = operands(module)
+    first, norm = layout.function.first_name, layout.norm(module)
+    known = {first, "down_proj", f"{first}_bias", "down_proj_bias"}
+    known |= (
+        {f"post_expert_norm.{name}" for name, _ in norm.named_parameters()} if norm is not None else set()
+    )
+    others = set(dict(module.named_parameters())) - known
     if others:
         raise Unsupported(f"it has other parameters: {', '.join(sorted(others))}")
     experts = KTExperts.from_parameters(
-        *(module._parameters.get(name) for name in names),
+        module.get_parameter(first),
+        module.get_parameter("down_proj"),
+        *layout.biases(module),
         **layout.function._asdict(),
         transposed=layout.transposed,
         post_expert_norm=norm,

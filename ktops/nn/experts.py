@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -63,12 +63,16 @@ class Layout(NamedTuple):
     transposed: bool = False
     post_expert_norm: bool = False
 
-    def weights(self, experts: nn.Module) -> tuple[Tensor | ExpertWeight, Tensor | ExpertWeight]:
+    def weights(self, experts: Any) -> tuple[Tensor | ExpertWeight, Tensor | ExpertWeight]:
         """Returns the weights as [E, out, in], views if they are stored transposed."""
         first, down = getattr(experts, self.function.first_name), experts.down_proj
         return (first.mT, down.mT) if self.transposed else (first, down)
 
-    def biases(self, experts: nn.Module) -> tuple[Tensor | None, Tensor | None]:
+    def norm(self, experts: Any) -> nn.Module | None:
+        """Returns the module that follows every expert, None without one."""
+        return experts.post_expert_norm if self.post_expert_norm else None
+
+    def biases(self, experts: Any) -> tuple[nn.Parameter | None, nn.Parameter | None]:
         """Returns the biases of both projections; None without biases."""
         first = self.function.first_name
         return getattr(experts, f"{first}_bias", None), getattr(experts, "down_proj_bias", None)
@@ -216,11 +220,11 @@ class KTExperts(nn.Module):
             f"{first}_bias": (gate_up_proj_bias, [num_experts, rows]),
             "down_proj_bias": (down_proj_bias, [num_experts, hidden_size]),
         }
-        for name, (tensor, expected) in given.items():
+        for name, (tensor, sizes) in given.items():
             if tensor is None:
                 continue
-            if list(tensor.shape) != expected:
-                raise ValueError(f"KTExperts: {name} must have shape {expected}, got {list(tensor.shape)}")
+            if list(tensor.shape) != sizes:
+                raise ValueError(f"KTExperts: {name} must have shape {sizes}, got {list(tensor.shape)}")
             _check_dtype(name, tensor.dtype)
         if gate_up_proj.dtype != down_proj.dtype:
             raise TypeError(

@@ -148,7 +148,7 @@ def activation_arguments(activation: str, args: Sequence[float] | Mapping[str, f
     for name in args:
         if name not in parameters:
             raise RuntimeError(f"ktops.moe_sft: activation_args {expected}, got {name!r}")
-    values = parameters | args
+    values = {**parameters, **args}
     for name, value in values.items():
         if name not in args and math.isnan(value):
             raise RuntimeError(f"ktops.moe_sft: activation_args {expected}, got no {name}")

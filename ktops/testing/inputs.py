@@ -117,7 +117,7 @@ def moe_inputs(
 
     rows = I if gating == "none" else 2 * I
     ids = route(T, E, K, routing, gen).to(ids_dtype)
-    inputs = {
+    inputs: dict = {
         "hidden_states": normal(T, H, std=scale, to=dtype),
         "topk_ids": spoil_ids(ids, E, gen) if invalid_ids else ids,
         "topk_weights": torch.randn(T, K, generator=gen).softmax(-1).to(weights_dtype),
@@ -178,7 +178,7 @@ def op_arguments(inputs: dict, **options) -> MoeArguments:
     Example:
         >>> torch.ops.kt.moe_sft_fwd(*op_arguments(inputs, activation="gelu"), "recompute")
     """
-    given = {
+    given: dict = {
         "num_experts": inputs["gate_up_proj"].shape[0],
         "intermediate_size": inputs["down_proj"].shape[-1],
     }
@@ -187,7 +187,7 @@ def op_arguments(inputs: dict, **options) -> MoeArguments:
         weight = inputs[f"{prefix}_proj"]
         if isinstance(weight, ExpertWeight):
             names = (f"{prefix}_{name}" for name in ("proj", "scale", "zero", "format", "group_size"))
-            inputs = inputs | dict(zip(names, in_format(weight), strict=True))
+            inputs = {**inputs, **dict(zip(names, in_format(weight), strict=True))}
     arguments = MoeArguments(**_NOT_GIVEN | given | inputs | options)
     args = activation_arguments(arguments.activation, arguments.activation_args)
     return arguments._replace(activation_args=args)

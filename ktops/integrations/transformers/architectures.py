@@ -7,13 +7,15 @@ architectures need no entry here. One with a gate of its own has an entry in ``G
 import inspect
 import math
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ktops.checkpoints.activations import BY_CLASS
-from ktops.nn.experts import DTYPES, Layout
+from ktops.formats import ExpertWeight
+from ktops.nn.experts import DTYPES, KTExperts, Layout
 from ktops.ops.activation import ExpertFunction
 
 TESTED = (
@@ -31,52 +33,50 @@ Activation = tuple[str, tuple[float, ...]]
 """activation and activation_args of ktops.moe_sft."""
 
 
-def _act(experts: nn.Module) -> Activation:
+def _act(experts: Any) -> Activation:
     """act_fn(gate) * up"""
-    name = activation_name(experts.act_fn)
+    act_fn = getattr(experts, "act_fn", None)
+    name = activation_name(act_fn)
     if name is None:
-        kind = getattr(experts.act_fn, "__name__", type(experts.act_fn).__name__)
+        kind = getattr(act_fn, "__name__", type(act_fn).__name__)
         raise Unsupported(f"ktops has no activation {kind}")
     return name, ()
 
 
-def _limited(name: str, experts: nn.Module, limit: float | None, *more: float) -> Activation:
+def _limited(name: str, experts: Any, limit: float | None, *more: float) -> Activation:
     if hasattr(experts, "act_fn") and activation_name(experts.act_fn) != "silu":
         raise Unsupported(f"it limits an activation other than silu, {type(experts.act_fn).__name__}")
-    no_limit = limit is None or limit == math.inf
-    if no_limit and more not in ((), (1.0, 0.0)):
-        raise Unsupported("its gate is neither limited nor silu")
-    return ("silu", ()) if no_limit else (name, (limit, *more))
+    return ("silu", ()) if limit is None or limit == math.inf else (name, (limit, *more))
 
 
-def _clamped(experts: nn.Module) -> Activation:
+def _clamped(experts: Any) -> Activation:
     """silu(min(gate, limit)) * clamp(up, -limit, limit)"""
     limit = experts.swiglu_limit if hasattr(experts, "swiglu_limit") else experts.limit
     return _limited("swiglu_clamped", experts, limit, 1.0, 0.0)
 
 
-def _gpt_oss(experts: nn.Module) -> Activation:
+def _gpt_oss(experts: Any) -> Activation:
     """min(gate, limit) σ(alpha min(gate, limit)) * (clamp(up, -limit, limit) + 1)"""
     return "swiglu_clamped", (experts.limit, experts.alpha, 1.0)
 
 
-def _minimax(experts: nn.Module) -> Activation:
+def _minimax(experts: Any) -> Activation:
     """The gate of gpt-oss."""
     return "swiglu_clamped", (experts.swiglu_limit, experts.swiglu_alpha, 1.0)
 
 
-def _step(experts: nn.Module) -> Activation:
+def _step(experts: Any) -> Activation:
     """min(silu(gate), limit) * clamp(up, -limit, limit)"""
     return _limited("swiglu_step", experts, experts.limit)
 
 
-def _softcapped(experts: nn.Module) -> Activation:
+def _softcapped(experts: Any) -> Activation:
     """softcap(gate) σ(gate) * softcap(up)"""
     caps = experts.act_fn.gate_softcap.softcap, experts.act_fn.up_softcap.softcap
     return "swiglu_softcapped", caps
 
 
-def _fp8(experts: nn.Module) -> Activation:
+def _fp8(experts: Any) -> Activation:
     """transformers' FP8Experts stands in for any architecture, and takes its gate from the configuration."""
     if experts.gate_softcap is not None:
         return "swiglu_softcapped", (experts.gate_softcap, experts.up_softcap)
@@ -85,7 +85,7 @@ def _fp8(experts: nn.Module) -> Activation:
     return _clamped(experts) if experts.limit is not None else _act(experts)
 
 
-GATES: dict[str, Callable[[nn.Module], Activation]] = {
+GATES: dict[str, Callable[[Any], Activation]] = {
     "integrations.moe._default_apply_gate": _act,
     "integrations.finegrained_fp8.FP8Experts": _fp8,
     "beam.modeling_beam.BeamExperts": _act,
@@ -100,7 +100,7 @@ GATES: dict[str, Callable[[nn.Module], Activation]] = {
     "openai_privacy_filter.modeling_openai_privacy_filter.OpenAIPrivacyFilterExperts": _gpt_oss,
     "step3p7.modeling_step3p7.Step3p7Experts": _step,
 }
-"""Where an ``_apply_gate`` is defined -> the activation that it computes. The docstrings are its formula."""
+"""Where an ``_apply_gate`` is defined -> the activation that it computes, whose docstring is its formula."""
 
 
 def activation_name(act_fn) -> str | None:
@@ -138,14 +138,40 @@ def describe(experts: nn.Module) -> Layout:
 
 
 def _gate(experts: nn.Module) -> Activation:
-    gate = getattr(experts, "_apply_gate", None)
-    if gate is None:
+    if not hasattr(experts, "_apply_gate"):
         return _act(experts)
-    place = f"{gate.__module__}.{gate.__qualname__}".removesuffix("._apply_gate")
-    known = GATES.get(place.removeprefix("transformers.").removeprefix("models."))
+    known = GATES.get(_place_of_gate(type(experts)))
     if known is None:
         raise Unsupported("ktops does not know its _apply_gate")
     return known(experts)
+
+
+@torch.compiler.assume_constant_result
+def _place_of_gate(experts_class: Any) -> str:
+    """Returns where the class's ``_apply_gate`` is defined, as a key of GATES."""
+    gate = experts_class._apply_gate
+    place = f"{gate.__module__}.{gate.__qualname__}".removesuffix("._apply_gate")
+    return place.removeprefix("transformers.").removeprefix("models.")
+
+
+def operands(experts: nn.Module) -> tuple[Layout, Tensor | ExpertWeight, Tensor | ExpertWeight]:
+    """Returns what an experts module computes, and its weights as [E, 2I, H] and [E, H, I].
+
+    Raises:
+        Unsupported: the op cannot compute it, or not with these weights.
+    """
+    if isinstance(experts, KTExperts):
+        layout = experts.layout
+    else:
+        reason = unsupported_layout(experts)
+        if reason is not None:
+            raise Unsupported(reason)
+        layout = describe(experts)
+    gate_up_proj, down_proj = layout.weights(experts)
+    reason = unsupported_tensors(gate_up_proj, down_proj, layout.function.gating)
+    if reason is not None:
+        raise Unsupported(reason)
+    return layout, gate_up_proj, down_proj
 
 
 def unsupported_layout(experts: nn.Module) -> str | None:
@@ -183,7 +209,9 @@ def _takes_routes(experts: nn.Module) -> bool:
     return True
 
 
-def unsupported_tensors(gate_up_proj: Tensor, down_proj: Tensor, gating: str = "concatenated") -> str | None:
+def unsupported_tensors(
+    gate_up_proj: Tensor | ExpertWeight, down_proj: Tensor | ExpertWeight, gating: str = "concatenated"
+) -> str | None:
     """Returns why the op cannot read these weights, [E, 2I, H] and [E, H, I]; None if it can."""
     function = ExpertFunction(gating=gating)
     first = function.first_name

@@ -7,9 +7,9 @@ from torch import Tensor, nn
 
 from ktops._warn import warn_once
 from ktops.integrations.transformers.architectures import (
-    describe,
+    Unsupported,
+    operands,
     unsupported_layout,
-    unsupported_tensors,
 )
 from ktops.nn.experts import KTExperts, run_experts
 
@@ -41,14 +41,10 @@ def experts_forward(
     Raises:
         NotImplementedError: LoRA arguments for a module that the op does not support.
     """
-    reason = unsupported_layout(experts)
-    if reason is not None:
-        return _own_forward(experts, reason, lora, hidden_states, top_k_index, top_k_weights)
-    layout = describe(experts)
-    gate_up_proj, down_proj = layout.weights(experts)
-    reason = unsupported_tensors(gate_up_proj, down_proj, layout.function.gating)
-    if reason is not None:
-        return _own_forward(experts, reason, lora, hidden_states, top_k_index, top_k_weights)
+    try:
+        layout, gate_up_proj, down_proj = operands(experts)
+    except Unsupported as reason:
+        return _own_forward(experts, str(reason), lora, hidden_states, top_k_index, top_k_weights)
     gate_up_bias, down_bias = layout.biases(experts)
     return run_experts(
         hidden_states,
@@ -59,7 +55,7 @@ def experts_forward(
         gate_up_bias=gate_up_bias,
         down_bias=down_bias,
         **layout.function._asdict(),
-        post_expert_norm=experts.post_expert_norm if layout.post_expert_norm else None,
+        post_expert_norm=layout.norm(experts),
         **lora,
     )
 
@@ -68,8 +64,11 @@ def runs_on_weights(experts: nn.Module) -> bool:
     """True if :func:`runs_ktops`, and the op can read the weights that the module holds now."""
     if not runs_ktops(experts):
         return False
-    layout = experts.layout if isinstance(experts, KTExperts) else describe(experts)
-    return unsupported_tensors(*layout.weights(experts), layout.function.gating) is None
+    try:
+        operands(experts)
+    except Unsupported:
+        return False
+    return True
 
 
 def _own_forward(experts: nn.Module, reason: str, lora: dict, *args: Tensor) -> Tensor:

@@ -185,8 +185,16 @@ def tiny_config(model_type: str, **overrides) -> PreTrainedConfig:
     return config_class(**tiny_keys(config_class, **overrides))
 
 
-def tiny_model(folder: str, **overrides) -> transformers.PreTrainedModel:
-    """Returns a tiny random float32 model in training mode, with eager experts.
+def tiny_model(
+    folder: str,
+    dtype: torch.dtype = torch.float32,
+    rounded_to: torch.dtype | None = None,
+    **overrides,
+) -> transformers.PreTrainedModel:
+    """Returns a tiny random model in training mode, with eager experts.
+
+    It has the same values in any dtype, rounded; with ``rounded_to``, those of that dtype. Parameters that
+    the model keeps in float32 stay in float32.
 
     The routers' logits are spread out, so that rounding does not move a token to another expert. The
     projections of the experts are large enough for their clamps to act.
@@ -200,8 +208,14 @@ def tiny_model(folder: str, **overrides) -> transformers.PreTrainedModel:
     model_type, model_class = classes[0]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = model_class(tiny_config(model_type, experts_implementation="eager", **overrides))
+        config = tiny_config(model_type, experts_implementation="eager", **overrides)
+        model = model_class(config)
         _spread(model)
+    if dtype != torch.float32:
+        rounded = model_class._from_config(config, dtype=rounded_to or dtype)
+        rounded.load_state_dict(model.state_dict())
+        model = model_class._from_config(config, dtype=dtype)
+        model.load_state_dict(rounded.state_dict())
     return model.train()
 
 

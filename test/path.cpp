@@ -13,13 +13,13 @@ constexpr IsaLimits kTiles{kBytes, 12, 12, kPanelBytes / kBytes / 4, kPanelBytes
 
 constexpr Product forward(int64_t rows, int64_t k = 64) {
     Product p{};
-    p.transposed = p.contiguous = true;
+    p.along_rows = p.contiguous = true;
     p.rows = rows, p.k = k, p.columns = p.end = 128;
     return p;
 }
 constexpr Product backward(int64_t rows) {
     Product p = forward(rows);
-    p.transposed = false;
+    p.along_rows = false;
     return p;
 }
 constexpr Product in_format(Product p) {

@@ -139,4 +139,4 @@ def _compare_expert(
 
 def _activated(gate_up: Tensor, activation: str) -> Tensor:
     gate, up = gate_up.chunk(2, dim=1)
-    return ACTIVATIONS[activation](gate)[0] * up
+    return ACTIVATIONS[activation].function(gate)[0] * up

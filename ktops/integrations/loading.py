@@ -9,8 +9,8 @@ from ktops._display import format_bytes, progress
 from ktops.checkpoints.errors import CheckpointError
 from ktops.checkpoints.layer import BIASES, Layer
 from ktops.formats.expert_weight import COMPUTE_DTYPES
-from ktops.integrations.swap import Unsupported, exchange_stacked, listed_experts, require_experts
-from ktops.integrations.transformers.architectures import activation_name, unsupported_computation
+from ktops.integrations.swap import exchange_stacked, listed_experts, require_experts
+from ktops.integrations.transformers.architectures import Unsupported, describe
 from ktops.nn.experts import KTExperts
 
 
@@ -19,8 +19,7 @@ class PendingExperts(nn.Module):
 
     Attributes:
         num_experts, hidden_size, intermediate_size: as in :class:`ktops.nn.KTExperts`.
-        activation: the name of the activation.
-        is_concatenated: whether all gate rows precede the up rows in the weights; None if unknown.
+        options: what the experts compute, as keyword arguments of KTExperts.from_parameters.
         is_list: whether it replaces a ModuleList, which the MoE block iterates.
         biased: which of gate_up_proj and down_proj have a bias.
 
@@ -30,12 +29,11 @@ class PendingExperts(nn.Module):
 
     def __init__(self, experts: nn.Module) -> None:
         super().__init__()
-        self.activation = _activation(experts)
+        self.options = _options(experts)
         sizes = _sizes(experts)
         if sizes is None:
             raise ValueError(f"KTConfig: cannot infer sizes from the weights of {type(experts).__name__}")
         self.num_experts, self.hidden_size, self.intermediate_size = sizes
-        self.is_concatenated = getattr(experts, "is_concatenated", None)
         for name, weight in experts.named_parameters(recurse=False):
             setattr(self, name, torch.empty_like(weight, device="meta", requires_grad=False))
         self.is_list = isinstance(experts, nn.ModuleList)
@@ -111,7 +109,10 @@ def load_layers(
             gate_up, down = (experts.read(dtype, step) for experts in both)
             found = (layer.bias(key, dtype) for key in BIASES)
             biases = (bias if bias is None else nn.Parameter(bias, requires_grad=False) for bias in found)
-            made[name] = KTExperts.from_parameters(gate_up, down, *biases, activation=_activation(module))
+            computed = dict(_options(module))
+            if computed.get("gating") == "interleaved":
+                computed["gating"] = "concatenated"  # as the layers of a checkpoint are read
+            made[name] = KTExperts.from_parameters(gate_up, down, *biases, **computed)
             made[name].train(module.training)
     for name, module in modules.items():
         exchange_stacked(model, module, made[name])
@@ -131,26 +132,34 @@ def experts_modules(model: nn.Module) -> dict[str, nn.Module]:
     for name, module in modules.items():
         if "base_layer" in name.split("."):
             raise ValueError(f"load_experts: load the experts before adding adapters: {name} has one")
-        _activation(module, name)
+        _options(module, name)
     return modules
 
 
-def _activation(module: nn.Module, name: str = "experts") -> str:
+def _options(module: nn.Module, name: str = "experts") -> dict:
+    """Returns what experts compute, as keyword arguments of KTExperts.from_parameters.
+
+    Raises:
+        ValueError: ktops cannot compute it.
+    """
     if isinstance(module, (KTExperts, PendingExperts)):
-        return module.activation
+        return module.options
     if isinstance(module, nn.ModuleList):
         try:
-            return listed_experts(module, any_device=True)[0].activation
+            return {"activation": listed_experts(module, any_device=True)[0].activation}
         except Unsupported as reason:
             raise ValueError(
                 f"load_experts: ktops cannot compute {name}, a list of {len(module)} modules: {reason}"
             ) from None
-    problem = unsupported_computation(module) or _uneven(module)
+    problem = _uneven(module)
+    try:
+        layout = describe(module)
+    except Unsupported as reason:
+        problem = str(reason)
     if problem is not None:
         raise ValueError(f"load_experts: ktops cannot compute {name}, a {type(module).__name__}: {problem}")
-    activation = activation_name(module.act_fn)
-    assert activation is not None
-    return activation
+    norm = module.post_expert_norm if layout.post_expert_norm else None
+    return {**layout.function._asdict(), "post_expert_norm": norm}
 
 
 def _uneven(module: nn.Module) -> str | None:
@@ -223,6 +232,6 @@ def _report(plan: list, made: dict[str, KTExperts]) -> LoadReport:
         pair = both[0].format, both[1].format
         formats[pair] = formats.get(pair, 0) + 1
         schemes[layer.scheme] = schemes.get(layer.scheme, 0) + 1
-        nbytes += experts.gate_up_proj.nbytes + experts.down_proj.nbytes
+        nbytes += sum(weight.nbytes for weight in experts.layout.weights(experts))
         mapped += sum(experts.mapped for experts in both)
     return LoadReport(tuple(made), formats, schemes, nbytes, mapped)

@@ -21,13 +21,12 @@ from torch import Tensor, nn
 from ktops._warn import warn_once
 from ktops.formats import ExpertWeight
 from ktops.integrations.replacements import Replacements
-from ktops.integrations.transformers.architectures import unsupported_tensors
-from ktops.integrations.transformers.experts import runs_ktops
+from ktops.integrations.transformers.experts import runs_on_weights
 
 if TYPE_CHECKING:
     from peft.tuners.lora.layer import ParamWrapper
 
-PREFIXES = {"gate_up_proj": "gate_up", "down_proj": "down"}
+PREFIXES = {"gate_up_proj": "gate_up", "up_proj": "gate_up", "down_proj": "down"}
 """Adapted parameter -> prefix of its keyword arguments: ``gate_up_lora_A``, ``gate_up_scaling``, ..."""
 
 MIN_VERSION = "0.21"
@@ -41,7 +40,7 @@ _replaced = Replacements()
 def enable() -> None:
     """Routes PEFT's LoRA on expert parameters into the op, for models whose experts run through ktops.
 
-    Other models, and parameters other than ``gate_up_proj`` and ``down_proj``, keep PEFT's own forward.
+    Other models and other parameters keep PEFT's own forward.
     Applies to existing and future models. Called by ``ktops.enable()``.
 
     Raises:
@@ -164,8 +163,7 @@ def _takes_factors(wrapper: "ParamWrapper", kwargs: dict) -> bool:
     """True if this call can bypass PEFT's own forward, which builds the dense delta or raises."""
     if wrapper.parameter_name not in PREFIXES or "adapter_names" in kwargs:
         return False
-    experts = wrapper.get_base_layer()
-    return runs_ktops(experts) and unsupported_tensors(experts.gate_up_proj, experts.down_proj) is None
+    return runs_on_weights(wrapper.get_base_layer())
 
 
 def _forward(wrapper: "ParamWrapper", x: Tensor, *args, **kwargs) -> Tensor:

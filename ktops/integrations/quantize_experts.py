@@ -177,7 +177,7 @@ def _dense_experts(name: str, module: nn.Module) -> _Dense:
         require_plain(module)
     else:
         module = stacked_experts(module, "activations")
-    weights = module.gate_up_proj, module.down_proj
+    weights = module.layout.weights(module)
     in_format = [weight for weight in weights if isinstance(weight, ExpertWeight)]
     quantized = [weight for weight in in_format if weight.format not in PLAIN.values()]
     if quantized:
@@ -189,20 +189,17 @@ def _dense_experts(name: str, module: nn.Module) -> _Dense:
 
 def _with_parameters(experts: KTExperts) -> KTExperts:
     """Converts experts in a plain format to experts with Parameters, in the dtype they compute in."""
-    gate_up, down = map(_dequantized, (experts.gate_up_proj, experts.down_proj))
+    gate_up, down = map(_dequantized, experts.layout.weights(experts))
     dense = KTExperts.from_parameters(
         nn.Parameter(gate_up, requires_grad=False),
         nn.Parameter(down, requires_grad=False),
-        experts.gate_up_proj_bias,
-        experts.down_proj_bias,
-        activation=experts.activation,
-        save=experts.save,
-        compute=experts.compute,
+        *experts.layout.biases(experts),
+        **experts.options,
     )
     return dense.train(experts.training)
 
 
-def _dequantized(weight: nn.Parameter | ExpertWeight) -> Tensor:
+def _dequantized(weight: Tensor | ExpertWeight) -> Tensor:
     if not isinstance(weight, ExpertWeight):
         return weight
     return weight.weight if weight.weight.dtype == weight.dtype else weight.dequantize()
@@ -226,18 +223,17 @@ def _require_quantizable(experts: _Dense, weight_format: str, group_size: int | 
 def _quantize_layer(
     name: str, dense: KTExperts, weight_format: str, group_size: int | None, method: str
 ) -> tuple[KTExperts, QuantizedLayer]:
-    gate_up, gate_up_error = _quantize(dense.gate_up_proj, weight_format, group_size, method)
-    down, down_error = _quantize(dense.down_proj, weight_format, group_size, method)
+    weights = dense.layout.weights(dense)
+    (gate_up, gate_up_error), (down, down_error) = (
+        _quantize(weight, weight_format, group_size, method) for weight in weights
+    )
     experts = KTExperts.from_parameters(
         gate_up,
         down,
-        dense.gate_up_proj_bias,
-        dense.down_proj_bias,
-        activation=dense.activation,
-        save=dense.save,
-        compute=dense.compute,
+        *dense.layout.biases(dense),
+        **dense.options,
     )
-    before = dense.gate_up_proj.nbytes + dense.down_proj.nbytes
+    before = sum(weight.nbytes for weight in weights)
     layer = QuantizedLayer(name, gate_up_error, down_error, before, gate_up.nbytes + down.nbytes)
     return experts.train(dense.training), layer
 

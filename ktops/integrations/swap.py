@@ -11,8 +11,9 @@ from ktops.integrations import peft
 from ktops.integrations.probe import disagreement_of_expert, disagreement_of_experts
 from ktops.integrations.transformers.architectures import (
     TESTED,
+    Unsupported,
     activation_name,
-    unsupported_layout,
+    operands,
     unsupported_tensors,
 )
 from ktops.nn.expert_list import (
@@ -26,10 +27,6 @@ from ktops.nn.expert_list import (
 from ktops.nn.expert_sequence import KTExpertSequence
 from ktops.nn.experts import SAVE, KTExperts, check_name
 from ktops.nn.find import find_experts, has_stacks
-
-
-class Unsupported(Exception):
-    """Raised with the reason why an experts module is left unchanged."""
 
 
 def swap_experts(model: nn.Module, *, save: str = "activations") -> list[str]:
@@ -148,23 +145,25 @@ def stacked_experts(module: nn.Module, save: str) -> KTExperts:
     require_plain(module)
     if not has_stacks(module):
         raise Unsupported(
-            "its weights are neither gate_up_proj and down_proj nor a ModuleList of gated experts"
+            "its weights are neither stacked, gate_up_proj (or up_proj) and down_proj, nor a ModuleList of "
+            "gated experts"
         )
-    gate_up_proj, down_proj = module.get_parameter("gate_up_proj"), module.get_parameter("down_proj")
-    reason = unsupported_layout(module) or unsupported_tensors(gate_up_proj, down_proj)
-    if reason is not None:
-        raise Unsupported(reason)
-    biases = ("gate_up_proj_bias", "down_proj_bias")
-    others = set(dict(module.named_parameters())) - {"gate_up_proj", "down_proj", *biases}
+    layout, *_ = operands(module)
+    first, norm = layout.function.first_name, layout.norm(module)
+    known = {first, "down_proj", f"{first}_bias", "down_proj_bias"}
+    known |= (
+        {f"post_expert_norm.{name}" for name, _ in norm.named_parameters()} if norm is not None else set()
+    )
+    others = set(dict(module.named_parameters())) - known
     if others:
         raise Unsupported(f"it has other parameters: {', '.join(sorted(others))}")
-    activation = activation_name(module.act_fn)
-    assert activation is not None
     experts = KTExperts.from_parameters(
-        gate_up_proj,
-        down_proj,
-        *(module._parameters.get(name) for name in biases),
-        activation=activation,
+        module.get_parameter(first),
+        module.get_parameter("down_proj"),
+        *layout.biases(module),
+        **layout.function._asdict(),
+        transposed=layout.transposed,
+        post_expert_norm=norm,
         save=save,
     )
     if not hasattr(module, "has_gate"):

@@ -1,13 +1,15 @@
 """KTExperts: the routed experts of a Mixture-of-Experts layer as a module built on kt::moe_sft."""
 
 import math
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from ktops.formats import ExpertWeight
 from ktops.ops import moe_sft
-from ktops.ops.activation import ACTIVATIONS
+from ktops.ops.activation import ACTIVATIONS, GATINGS, ExpertFunction, activation_arguments
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 """Supported dtypes of the experts' weights."""
@@ -22,24 +24,58 @@ def run_experts(
     top_k_weights: Tensor,
     gate_up_proj: Tensor | ExpertWeight,
     down_proj: Tensor | ExpertWeight,
+    *,
+    post_expert_norm: nn.Module | None = None,
     **options,
 ) -> Tensor:
     """Runs ``ktops.moe_sft`` in the dtype of the weights; returns a result in the dtype of hidden_states.
 
     The casts support autocast, under which hidden_states may have lower precision than the weights.
     hidden_states may have leading dimensions, [..., H], and so may the routes, [..., K].
+
+    Args:
+        post_expert_norm: applied to the output [T, K, H] of every route, before its routing weight.
+        options: those of ``ktops.moe_sft``.
     """
     if top_k_weights.dtype not in DTYPES:
         top_k_weights = top_k_weights.to(gate_up_proj.dtype)
-    output = moe_sft(
-        hidden_states.reshape(-1, hidden_states.shape[-1]).to(gate_up_proj.dtype),
-        top_k_index.reshape(-1, top_k_index.shape[-1]),
-        top_k_weights.reshape(-1, top_k_weights.shape[-1]),
-        gate_up_proj,
-        down_proj,
-        **options,
-    )
+    rows = hidden_states.reshape(-1, hidden_states.shape[-1]).to(gate_up_proj.dtype)
+    ids = top_k_index.reshape(-1, top_k_index.shape[-1])
+    weights = top_k_weights.reshape(-1, top_k_weights.shape[-1])
+    if post_expert_norm is None:
+        output = moe_sft(rows, ids, weights, gate_up_proj, down_proj, **options)
+    else:
+        routes = moe_sft(rows, ids, None, gate_up_proj, down_proj, reduce=False, **options)
+        output = (weights[..., None] * post_expert_norm(routes)).sum(1)
     return output.to(hidden_states.dtype).reshape(hidden_states.shape)
+
+
+class Layout(NamedTuple):
+    """What an experts module, of ktops or of transformers, computes and how it stores its weights.
+
+    Attributes:
+        function: the activation and the order of gate and up.
+        transposed: whether the weights are stored as [E, in, out].
+        post_expert_norm: whether a module of this name follows every expert.
+    """
+
+    function: ExpertFunction
+    transposed: bool = False
+    post_expert_norm: bool = False
+
+    def weights(self, experts: Any) -> tuple[Tensor | ExpertWeight, Tensor | ExpertWeight]:
+        """Returns the weights as [E, out, in], views if they are stored transposed."""
+        first, down = getattr(experts, self.function.first_name), experts.down_proj
+        return (first.mT, down.mT) if self.transposed else (first, down)
+
+    def norm(self, experts: Any) -> nn.Module | None:
+        """Returns the module that follows every expert, None without one."""
+        return experts.post_expert_norm if self.post_expert_norm else None
+
+    def biases(self, experts: Any) -> tuple[nn.Parameter | None, nn.Parameter | None]:
+        """Returns the biases of both projections; None without biases."""
+        first = self.function.first_name
+        return getattr(experts, f"{first}_bias", None), getattr(experts, "down_proj_bias", None)
 
 
 class KTExperts(nn.Module):
@@ -48,21 +84,26 @@ class KTExperts(nn.Module):
     Parameters and state-dict keys match the experts modules in transformers. With E = num_experts,
     H = hidden_size, I = intermediate_size:
 
-    * ``gate_up_proj`` [E, 2I, H]: the first I rows of each expert are the gate;
+    * ``gate_up_proj`` [E, 2I, H], its rows in the order of ``gating``;
     * ``down_proj`` [E, H, I];
     * ``gate_up_proj_bias`` [E, 2I] and ``down_proj_bias`` [E, H] with ``bias=True``.
+
+    With ``gating="none"``, the first are ``up_proj`` [E, I, H] and ``up_proj_bias`` [E, I]. With
+    ``transposed=True``, Parameters are [E, H, 2I] and [E, I, H]; weights in a format are not transposed.
 
     Args:
         num_experts, hidden_size, intermediate_size: E, H, I.
         bias: whether the projections have a bias.
-        activation: the name of act; see :func:`ktops.moe_sft`.
+        activation, activation_args, gating: see :func:`ktops.moe_sft`.
+        transposed: whether Parameters are stored as [E, in, out].
+        post_expert_norm: a module applied to every expert's output, before the routing weight (Muse Spark).
         save: what forward saves for backward, "activations" or "recompute"; see :func:`ktops.moe_sft`.
         compute: "auto", "bf16" or "int8", for weights in a weight format; see :func:`ktops.moe_sft`. In
             training mode, "auto" means "bf16" even where no gradient is needed, as in a checkpointed forward.
         device, dtype: of the parameters; dtype must be float32, bfloat16, float16 or float64.
 
     Raises:
-        ValueError: a size is not positive, or activation, save or compute is unknown.
+        ValueError: a size is not positive, or activation, gating, save or compute is unknown.
         TypeError: dtype is not supported; forward raises it if the module was later cast to such a dtype.
 
     Example:
@@ -72,8 +113,8 @@ class KTExperts(nn.Module):
         torch.Size([5, 64])
     """
 
-    gate_up_proj: nn.Parameter | ExpertWeight
     down_proj: nn.Parameter | ExpertWeight
+    down_proj_bias: nn.Parameter | None
 
     def __init__(
         self,
@@ -83,6 +124,10 @@ class KTExperts(nn.Module):
         *,
         bias: bool = False,
         activation: str = "silu",
+        activation_args: Sequence[float] | Mapping[str, float] = (),
+        gating: str = "concatenated",
+        transposed: bool = False,
+        post_expert_norm: nn.Module | None = None,
         save: str = "activations",
         compute: str = "auto",
         device: torch.device | str | None = None,
@@ -98,23 +143,31 @@ class KTExperts(nn.Module):
             if size < 1:
                 raise ValueError(f"KTExperts: {name} must be positive, got {size}")
         check_name("KTExperts", "activation", activation, ACTIVATIONS)
+        check_name("KTExperts", "gating", gating, GATINGS)
         check_name("KTExperts", "save", save, SAVE)
         check_name("KTExperts", "compute", compute, COMPUTE)
         _check_dtype("dtype", dtype or torch.get_default_dtype())
         self.num_experts = num_experts
         self.hidden_size = hidden_size
         self.intermediate_size = intermediate_size
-        self.activation = activation
+        args = tuple(activation_arguments(activation, activation_args))
+        self.function = ExpertFunction(activation, args, gating)
         self.save = save
         self.compute = compute
+        self.is_transposed = transposed
+        self.post_expert_norm = post_expert_norm
 
         def parameter(*shape: int) -> nn.Parameter:
             return nn.Parameter(torch.empty(num_experts, *shape, device=device, dtype=dtype))
 
-        self.gate_up_proj = parameter(2 * intermediate_size, hidden_size)
-        self.down_proj = parameter(hidden_size, intermediate_size)
-        self.gate_up_proj_bias = parameter(2 * intermediate_size) if bias else None
-        self.down_proj_bias = parameter(hidden_size) if bias else None
+        def weight(rows: int, columns: int) -> nn.Parameter:
+            return parameter(columns, rows) if transposed else parameter(rows, columns)
+
+        first, rows = self.function.first_name, self.function.rows(intermediate_size)
+        self.register_parameter(first, weight(rows, hidden_size))
+        self.register_parameter("down_proj", weight(hidden_size, intermediate_size))
+        self.register_parameter(f"{first}_bias", parameter(rows) if bias else None)
+        self.register_parameter("down_proj_bias", parameter(hidden_size) if bias else None)
         self.reset_parameters()
 
     @classmethod
@@ -125,55 +178,90 @@ class KTExperts(nn.Module):
         gate_up_proj_bias: nn.Parameter | None = None,
         down_proj_bias: nn.Parameter | None = None,
         *,
-        activation: str = "silu",
-        save: str = "activations",
-        compute: str = "auto",
+        gating: str = "concatenated",
+        transposed: bool = False,
+        **options,
     ) -> "KTExperts":
         """Returns a module that holds these Parameters, or weights in a format, without copying them.
 
+        Args:
+            gate_up_proj, down_proj, gate_up_proj_bias, down_proj_bias: with the shapes of the class.
+            gating, transposed, options: as in the constructor. Weights in a format are never transposed.
+
         Raises:
-            ValueError: the shapes are not [E, 2I, H], [E, H, I], [E, 2I], [E, H], or activation, save or
-                compute is unknown.
+            ValueError: the shapes are not those of the class, or activation, gating, save or compute is
+                unknown.
             TypeError: a dtype is not supported, or gate_up_proj and down_proj differ in dtype.
 
         Example:
             >>> experts = ktops.nn.KTExperts.from_parameters(mlp.experts.gate_up_proj, mlp.experts.down_proj)
         """
+        check_name("KTExperts", "gating", gating, GATINGS)
+        in_format = [isinstance(weight, ExpertWeight) for weight in (gate_up_proj, down_proj)]
+        if transposed and any(in_format):
+            if not all(in_format):
+                raise ValueError("KTExperts: transposed must be False if one of the weights is in a format")
+            transposed = False
+
+        def shape(rows: int, columns: int) -> list[int]:
+            return [num_experts, columns, rows] if transposed else [num_experts, rows, columns]
+
         if down_proj.dim() != 3:
-            raise ValueError(f"KTExperts: down_proj must have shape [E, H, I], got {list(down_proj.shape)}")
+            expected = "[E, I, H]" if transposed else "[E, H, I]"
+            raise ValueError(f"KTExperts: down_proj must have shape {expected}, got {list(down_proj.shape)}")
         num_experts, hidden_size, intermediate_size = down_proj.shape
+        if transposed:
+            hidden_size, intermediate_size = intermediate_size, hidden_size
+        function = ExpertFunction(gating=gating)
+        first, rows = function.first_name, function.rows(intermediate_size)
         given = {
-            "gate_up_proj": (gate_up_proj, [num_experts, 2 * intermediate_size, hidden_size]),
-            "down_proj": (down_proj, [num_experts, hidden_size, intermediate_size]),
-            "gate_up_proj_bias": (gate_up_proj_bias, [num_experts, 2 * intermediate_size]),
+            first: (gate_up_proj, shape(rows, hidden_size)),
+            "down_proj": (down_proj, shape(hidden_size, intermediate_size)),
+            f"{first}_bias": (gate_up_proj_bias, [num_experts, rows]),
             "down_proj_bias": (down_proj_bias, [num_experts, hidden_size]),
         }
-        for name, (tensor, shape) in given.items():
+        for name, (tensor, sizes) in given.items():
             if tensor is None:
                 continue
-            if list(tensor.shape) != shape:
-                raise ValueError(f"KTExperts: {name} must have shape {shape}, got {list(tensor.shape)}")
+            if list(tensor.shape) != sizes:
+                raise ValueError(f"KTExperts: {name} must have shape {sizes}, got {list(tensor.shape)}")
             _check_dtype(name, tensor.dtype)
         if gate_up_proj.dtype != down_proj.dtype:
             raise TypeError(
-                f"KTExperts: down_proj must have the dtype of gate_up_proj={gate_up_proj.dtype}, "
+                f"KTExperts: down_proj must have the dtype of {first}={gate_up_proj.dtype}, "
                 f"got {down_proj.dtype}"
             )
         experts = cls(
             num_experts,
             hidden_size,
             intermediate_size,
-            activation=activation,
-            save=save,
-            compute=compute,
+            gating=gating,
+            transposed=transposed,
             device="meta",
             dtype=down_proj.dtype,
+            **options,
         )
         for name, (tensor, _) in given.items():
             if isinstance(tensor, ExpertWeight):
                 del experts._parameters[name]
             setattr(experts, name, tensor)
         return experts
+
+    @property
+    def options(self) -> dict:
+        """The keyword arguments of :meth:`from_parameters` for experts that compute the same."""
+        return {
+            **self.function._asdict(),
+            "transposed": self.is_transposed,
+            "post_expert_norm": self.post_expert_norm,
+            "save": self.save,
+            "compute": self.compute,
+        }
+
+    @property
+    def layout(self) -> Layout:
+        """What the experts compute, and how Parameters are stored."""
+        return Layout(self.function, self.is_transposed, self.post_expert_norm is not None)
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -182,18 +270,15 @@ class KTExperts(nn.Module):
         Raises:
             TypeError: the weights are in a format. They are left unchanged.
         """
-        for name in ("gate_up_proj", "down_proj"):
+        names = self.function.first_name, "down_proj"
+        for name in names:
             if isinstance(getattr(self, name), ExpertWeight):
                 raise TypeError(f"KTExperts: {name} must be a Parameter to be reset, got an ExpertWeight")
-        for parameter, fan_in in (
-            (self.gate_up_proj, self.hidden_size),
-            (self.gate_up_proj_bias, self.hidden_size),
-            (self.down_proj, self.intermediate_size),
-            (self.down_proj_bias, self.intermediate_size),
-        ):
-            if isinstance(parameter, Tensor):
-                bound = 1 / math.sqrt(fan_in)
-                nn.init.uniform_(parameter, -bound, bound)
+        for name, fan_in in zip(names, (self.hidden_size, self.intermediate_size), strict=True):
+            for parameter in (getattr(self, name), getattr(self, f"{name}_bias")):
+                if parameter is not None:
+                    bound = 1 / math.sqrt(fan_in)
+                    nn.init.uniform_(parameter, -bound, bound)
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor, **lora) -> Tensor:
         """Runs the experts.
@@ -207,16 +292,19 @@ class KTExperts(nn.Module):
         Returns:
             A tensor with the shape and dtype of hidden_states.
         """
-        _check_dtype("gate_up_proj", self.gate_up_proj.dtype)
+        gate_up_proj, down_proj = self.layout.weights(self)
+        gate_up_bias, down_bias = self.layout.biases(self)
+        _check_dtype(self.function.first_name, gate_up_proj.dtype)
         return run_experts(
             hidden_states,
             top_k_index,
             top_k_weights,
-            self.gate_up_proj,
-            self.down_proj,
-            gate_up_bias=self.gate_up_proj_bias,
-            down_bias=self.down_proj_bias,
-            activation=self.activation,
+            gate_up_proj,
+            down_proj,
+            gate_up_bias=gate_up_bias,
+            down_bias=down_bias,
+            **self.function._asdict(),
+            post_expert_norm=self.post_expert_norm,
             save=self.save,
             compute="bf16" if self.training and self.compute == "auto" else self.compute,
             **lora,
@@ -225,11 +313,18 @@ class KTExperts(nn.Module):
     def extra_repr(self) -> str:
         text = (
             f"num_experts={self.num_experts}, hidden_size={self.hidden_size}, "
-            f"intermediate_size={self.intermediate_size}, bias={self.gate_up_proj_bias is not None}, "
-            f"activation={self.activation!r}"
+            f"intermediate_size={self.intermediate_size}, bias={self.down_proj_bias is not None}, "
+            f"activation={self.function.activation!r}"
         )
-        text = text if self.save == "activations" else f"{text}, save={self.save!r}"
-        return text if self.compute == "auto" else f"{text}, compute={self.compute!r}"
+        defaults = {
+            "activation_args": (self.function.activation_args, ()),
+            "gating": (self.function.gating, "concatenated"),
+            "transposed": (self.is_transposed, False),
+            "save": (self.save, "activations"),
+            "compute": (self.compute, "auto"),
+        }
+        others = [f"{name}={value!r}" for name, (value, default) in defaults.items() if value != default]
+        return ", ".join([text, *others])
 
 
 def check_name(caller: str, argument: str, name: str, known) -> None:

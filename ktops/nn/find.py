@@ -23,5 +23,9 @@ def find_experts(model: nn.Module) -> dict[str, nn.Module]:
 
 def has_stacks(module: nn.Module) -> bool:
     """True if the module holds the weights of all experts in stacked parameters."""
-    stacks = [module._parameters.get(name) for name in ("gate_up_proj", "down_proj")]
-    return all(stack is not None and stack.dim() == 3 for stack in stacks)
+    stacks = {
+        name
+        for name in ("gate_up_proj", "up_proj", "down_proj")
+        if (parameter := module._parameters.get(name)) is not None and parameter.dim() == 3
+    }
+    return "down_proj" in stacks and len(stacks) == 2 and "gate_proj" not in module._parameters

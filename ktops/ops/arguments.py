@@ -19,7 +19,7 @@ class MoeArguments(NamedTuple):
     hidden_states: Tensor  # [T, H]
     topk_ids: Tensor  # [T, K]
     topk_weights: Tensor  # [T, K]
-    gate_up_proj: Tensor  # [E, 2I, H], or the codes of a format
+    gate_up_proj: Tensor  # [E, 2I, H], or the codes of a format; without a gate, I in place of 2I
     down_proj: Tensor  # [E, H, I], or the codes of a format
     gate_up_scale: Tensor | None  # [E, 2I, G]
     gate_up_zero: Tensor | None  # [E, 2I, G]
@@ -42,6 +42,13 @@ class MoeArguments(NamedTuple):
     down_scaling: float
     activation: str
     activation_args: list[float]
+    gating: str
+    reduce: bool
+
+    @property
+    def gate_up_rows(self) -> int:
+        """2I, or I without a gate: the rows of gate_up_proj, and the columns of its product."""
+        return self.intermediate_size * (1 if self.gating == "none" else 2)
 
 
 FORWARD = (*MoeArguments._fields, "save")

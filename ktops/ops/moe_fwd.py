@@ -20,8 +20,7 @@ def check_devices(op: torch._ops.OpOverload, *args) -> None:
 @torch.library.register_fake("kt::moe_fwd")
 def _fake(*args) -> Tensor:
     check_devices(torch.ops.kt.moe_fwd.default, *args)
-    arguments = MoeArguments(*args)
-    return torch.empty_like(arguments.hidden_states, memory_format=torch.contiguous_format)
+    return empty_output(MoeArguments(*args))
 
 
 def _backward(ctx, grad):
@@ -33,19 +32,34 @@ def _backward(ctx, grad):
 torch.library.register_autograd("kt::moe_fwd", _backward)
 
 
-def base_flops(shapes: MoeArguments) -> int:
-    """Returns 6·T·K·H·I, 2 FLOPs per multiply-add. ``shapes`` holds shapes in place of tensors."""
+def empty_output(arguments: MoeArguments) -> Tensor:
+    """Returns an uninitialized output: [T, H], or [T, K, H] without reduce."""
+    hidden_states = arguments.hidden_states
+    shape = hidden_states.shape if arguments.reduce else (*arguments.topk_ids.shape, hidden_states.shape[1])
+    return hidden_states.new_empty(shape)
+
+
+def base_flops(shapes: MoeArguments) -> tuple[int, int]:
+    """Returns the FLOPs of the products with gate_up_proj, 4·T·K·H·I, and with down_proj, 2·T·K·H·I.
+
+    A multiply-add is 2 FLOPs. Without a gate, gate_up_proj is as small as down_proj. ``shapes`` holds shapes
+    in place of tensors.
+    """
     (_, hidden_size), (num_tokens, top_k) = shapes.hidden_states, shapes.topk_ids
-    return 6 * num_tokens * top_k * hidden_size * shapes.intermediate_size
+    a_column = 2 * num_tokens * top_k * hidden_size
+    return a_column * shapes.gate_up_rows, a_column * shapes.intermediate_size
 
 
 def lora_flops(shapes: MoeArguments) -> int:
-    """Returns 2·T·K·r·(H + 2I) for the adapter of gate_up_proj plus 2·T·K·r·(I + H) for that of down_proj."""
+    """Returns 2·T·K·r·(H + 2I) for the adapter of gate_up_proj plus 2·T·K·r·(I + H) for that of down_proj.
+
+    Without a gate, I takes the place of 2I.
+    """
     (_, hidden_size), (num_tokens, top_k) = shapes.hidden_states, shapes.topk_ids
     flops = 0
     if shapes.gate_up_lora_A is not None:
         _, rank, _ = shapes.gate_up_lora_A
-        flops += 2 * rank * (hidden_size + 2 * shapes.intermediate_size)
+        flops += 2 * rank * (hidden_size + shapes.gate_up_rows)
     if shapes.down_lora_A is not None:
         _, rank, _ = shapes.down_lora_A
         flops += 2 * rank * (shapes.intermediate_size + hidden_size)
@@ -55,4 +69,4 @@ def lora_flops(shapes: MoeArguments) -> int:
 @register_flop_formula(torch.ops.kt.moe_fwd)
 def _flops(*args, out_shape=None, **kwargs) -> int:
     shapes = MoeArguments(*args)
-    return base_flops(shapes) + lora_flops(shapes)
+    return sum(base_flops(shapes)) + lora_flops(shapes)

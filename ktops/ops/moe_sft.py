@@ -1,6 +1,6 @@
 """kt::moe_sft_fwd and kt::moe_sft_bwd: one MoE layer, differentiable."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -8,13 +8,15 @@ from torch.utils.checkpoint import create_selective_checkpoint_contexts
 from torch.utils.flop_counter import register_flop_formula
 
 from ktops.formats.expert_weight import ExpertWeight
+from ktops.ops.activation import activation_arguments
 from ktops.ops.arguments import ATTRIBUTES, FORWARD, GRADIENTS, TENSORS, MoeArguments, pick
-from ktops.ops.moe_fwd import base_flops, check_devices, lora_flops
+from ktops.ops.moe_fwd import base_flops, check_devices, empty_output, lora_flops
 
 _tensors = pick(*TENSORS)
 _attributes = pick(*ATTRIBUTES)
 _differentiable = pick(*GRADIENTS)
 _DENSE = (None, None, "dense", 0)
+_WEIGHTS = ("gate_up_proj", "down_proj")
 _NO_GRADIENTS = dict.fromkeys(FORWARD)
 
 
@@ -30,8 +32,8 @@ def _forward_fake(*args) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         return 0 if lora_a is None else lora_a.shape[1]
 
     return (
-        torch.empty_like(hidden_states, memory_format=torch.contiguous_format),
-        hidden_states.new_empty(0 if save == "recompute" else num_routes, 2 * arguments.intermediate_size),
+        empty_output(arguments),
+        hidden_states.new_empty(0 if save == "recompute" else num_routes, arguments.gate_up_rows),
         hidden_states.new_empty(num_routes, rank(arguments.gate_up_lora_A)),
         hidden_states.new_empty(num_routes, rank(arguments.down_lora_A)),
     )
@@ -42,9 +44,15 @@ def _backward_fake(*args) -> tuple[Tensor | None, ...]:
     check_devices(torch.ops.kt.moe_sft_bwd.default, *args)
     _, *shared, _, _, _, _, grad_mask = args
     return tuple(
-        torch.empty_like(tensor, memory_format=torch.contiguous_format) if grad_mask >> bit & 1 else None
-        for bit, tensor in enumerate(_differentiable(shared))
+        _gradient_like(name, tensor) if grad_mask >> bit & 1 else None
+        for bit, (name, tensor) in enumerate(zip(GRADIENTS, _differentiable(shared), strict=True))
     )
+
+
+def _gradient_like(name: str, tensor: Tensor) -> Tensor:
+    if name in _WEIGHTS and tensor.stride(1) == 1 and tensor.stride(2) != 1:
+        return torch.empty_like(tensor.mT, memory_format=torch.contiguous_format).mT
+    return torch.empty_like(tensor, memory_format=torch.contiguous_format)
 
 
 def _setup_context(ctx, inputs, output) -> None:
@@ -76,7 +84,7 @@ torch.library.register_autograd("kt::moe_sft_bwd", _double_backward)
 def _forward_flops(*args, out_shape=None, **kwargs) -> int:
     *shared, _ = args
     shapes = MoeArguments(*shared)
-    return base_flops(shapes) + lora_flops(shapes)
+    return sum(base_flops(shapes)) + lora_flops(shapes)
 
 
 @register_flop_formula(torch.ops.kt.moe_sft_bwd)
@@ -85,12 +93,12 @@ def _backward_flops(*args, out_shape=None, **kwargs) -> int:
     _, *shared, save, _, _, _, grad_mask = args
     shapes = MoeArguments(*shared)
     asked = {name for bit, name in enumerate(GRADIENTS) if grad_mask >> bit & 1}
-    base, lora = base_flops(shapes), lora_flops(shapes)
-    flops = base + lora
+    (gate_up, down), lora = base_flops(shapes), lora_flops(shapes)
+    flops = gate_up + down + lora
     flops += lora if asked & {"gate_up_lora_A", "gate_up_lora_B", "down_lora_A", "down_lora_B"} else 0
-    flops += base * 2 // 3 if "gate_up_proj" in asked else 0
-    flops += base // 3 if "down_proj" in asked else 0
-    return flops + (base * 2 // 3 if save == "recompute" else 0)
+    flops += gate_up if "gate_up_proj" in asked else 0
+    flops += down if "down_proj" in asked else 0
+    return flops + (gate_up if save == "recompute" else 0)
 
 
 def in_format(weight: ExpertWeight) -> tuple[Tensor, Tensor | None, Tensor | None, str, int]:
@@ -98,10 +106,16 @@ def in_format(weight: ExpertWeight) -> tuple[Tensor, Tensor | None, Tensor | Non
     return *weight.codes, weight.format, weight.group_size
 
 
+def _no_weights(hidden_states: Tensor, topk_ids: Tensor, reduce: bool) -> Tensor:
+    if reduce:
+        raise RuntimeError("ktops.moe_sft: topk_weights must be a tensor with reduce=True, got None")
+    return hidden_states.new_ones(()).expand(topk_ids.shape)
+
+
 def moe_sft(
     hidden_states: Tensor,
     topk_ids: Tensor,
-    topk_weights: Tensor,
+    topk_weights: Tensor | None,
     gate_up_proj: Tensor | ExpertWeight,
     down_proj: Tensor | ExpertWeight,
     *,
@@ -114,7 +128,9 @@ def moe_sft(
     gate_up_scaling: float = 1.0,
     down_scaling: float = 1.0,
     activation: str = "silu",
-    activation_args: Sequence[float] = (),
+    activation_args: Sequence[float] | Mapping[str, float] = (),
+    gating: str = "concatenated",
+    reduce: bool = True,
     save: str = "activations",
     compute: str = "auto",
 ) -> Tensor:
@@ -124,7 +140,7 @@ def moe_sft(
     t and slot j, with e = topk_ids[t, j]::
 
         [g | u] = x Wgu[e]^T + bgu[e] + s1 (x A1[e]^T) B1[e]^T
-        h       = act(g) * u
+        h       = act(g) * u, or another function of g and u
         y       = h Wd[e]^T + bd[e] + s2 (h A2[e]^T) B2[e]^T
         out[t] += topk_weights[t, j] * y
 
@@ -134,16 +150,22 @@ def moe_sft(
     Args:
         hidden_states: [T, H], float32, bfloat16, float16 or float64.
         topk_ids: [T, K], int32 or int64. Routes with ids outside [0, E) contribute nothing.
-        topk_weights: [T, K], any of the four dtypes.
-        gate_up_proj: [E, 2I, H] in the dtype of hidden_states, or a :class:`ktops.ExpertWeight`. The first I
-            rows of each expert are the gate.
+        topk_weights: [T, K], any of the four dtypes. Not used, and may be None, with ``reduce=False``.
+        gate_up_proj: [E, 2I, H] in the dtype of hidden_states, or a :class:`ktops.ExpertWeight`.
         down_proj: [E, H, I] in the dtype of hidden_states, or a :class:`ktops.ExpertWeight`.
         gate_up_bias, down_bias: [E, 2I] and [E, H].
         gate_up_lora_A, gate_up_lora_B: [E, r, H] and [E, 2I, r]; both or neither.
         down_lora_A, down_lora_B: [E, r, I] and [E, H, r]; both or neither. The rank may differ from that of
             gate_up.
         gate_up_scaling, down_scaling: s1 and s2, usually lora_alpha / r.
-        activation, activation_args: the name of act, from the table in ``docs/ops.md``, and its parameters.
+        activation, activation_args: a name from the table of activations in ``docs/ops.md``, and its
+            parameters: all of them in order, or by name, ``{"limit": 7.0, "alpha": 1.702, "offset": 1.0}``.
+        gating: the rows of gate_up_proj of each expert. "concatenated": the I rows of the gate, then those of
+            up. "interleaved": a row of the gate and one of up in turn, as in gpt-oss. "none": there is no
+            gate, gate_up_proj is [E, I, H], and h = act(x W^T). Everything else that has 2I rows or columns
+            follows: gate_up_bias, gate_up_lora_B, their gradients.
+        reduce: whether to add up the routes of a token. If not, the result has each route's own y, without
+            its routing weight: zeros if its id is outside [0, E).
         save: what to keep for backward. "activations" keeps [g | u] of every route. "recompute" keeps
             2·T·K·I fewer elements and repeats the gate_up product in backward.
         compute: how to compute products with weights in a format. "bf16" decodes the weights to the dtype
@@ -152,14 +174,15 @@ def moe_sft(
             required and the kernels are faster with it, otherwise "bf16".
 
     Returns:
-        [T, H] in the dtype of hidden_states.
+        [T, H], or [T, K, H] with ``reduce=False``, in the dtype of hidden_states.
 
     Raises:
         RuntimeError: if an argument has the wrong shape, dtype, device or value. The message names it.
 
-    Biases and LoRA tensors may have any of the four dtypes. Each gradient has the dtype of its tensor. If no
-    tensor requires a gradient, this calls kt::moe_fwd and saves nothing. torch.func.grad and double backward
-    are not supported.
+    Tensors may have any strides. Weights stored as [E, in, out] are given as views, ``weight.mT``; their
+    gradients have the same layout. Biases and LoRA tensors may have any of the four dtypes. Each gradient
+    has the dtype of its tensor. If no tensor requires a gradient, this calls kt::moe_fwd and saves nothing.
+    torch.func.grad and double backward are not supported.
 
     Example:
         >>> T, K, E, H, I = 4, 2, 8, 64, 32
@@ -169,12 +192,16 @@ def moe_sft(
         >>> y = ktops.moe_sft(x, ids, w, torch.randn(E, 2 * I, H), torch.randn(E, H, I))
         >>> y.sum().backward()
     """
+    if topk_weights is None:
+        topk_weights = _no_weights(hidden_states, topk_ids, reduce)
     gate_up, gate_up_scale, gate_up_zero, gate_up_format, gate_up_group_size = gate_up_proj, *_DENSE
     if isinstance(gate_up_proj, ExpertWeight):
         gate_up, gate_up_scale, gate_up_zero, gate_up_format, gate_up_group_size = in_format(gate_up_proj)
     down, down_scale, down_zero, down_format, down_group_size = down_proj, *_DENSE
     if isinstance(down_proj, ExpertWeight):
         down, down_scale, down_zero, down_format, down_group_size = in_format(down_proj)
+    if not isinstance(activation_args, (tuple, list)):
+        activation_args = activation_arguments(activation, activation_args)
     # In the order of MoeArguments, whose constructor would make a small call a tenth slower.
     arguments = (
         hidden_states, topk_ids, topk_weights, gate_up, down,
@@ -182,7 +209,7 @@ def moe_sft(
         gate_up_lora_A, gate_up_lora_B, down_lora_A, down_lora_B,
         gate_up_proj.shape[0], down_proj.shape[-1],
         gate_up_format, gate_up_group_size, down_format, down_group_size, compute,
-        gate_up_scaling, down_scaling, activation, [*activation_args],
+        gate_up_scaling, down_scaling, activation, [*activation_args], gating, reduce,
     )  # fmt: skip
     if torch.is_grad_enabled() and any(
         isinstance(tensor, Tensor) and tensor.requires_grad

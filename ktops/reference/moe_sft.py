@@ -5,22 +5,23 @@ T tokens, K = top_k, E experts, H hidden_size, I intermediate_size, r LoRA rank.
 For token t and slot j, with e = topk_ids[t, j]:
 
     [g | u] = x Wgu[e]^T + bgu[e] + s1 (x A1[e]^T) B1[e]^T
-    h       = act(g) * u
+    h       = act(g) * u, or another function of g and u
     y       = h Wd[e]^T + bd[e] + s2 (h A2[e]^T) B2[e]^T
     out[t] += topk_weights[t, j] * y
 
 Everything is computed in the dtype of hidden_states; pass float64 for the reference of a test. ``compute``
 changes nothing here, because products use the decoded weights. :mod:`ktops.reference.int8` describes how
-"int8" rounds the rows of hidden_states and h.
+"int8" rounds the rows of hidden_states and h. The columns of [g | u] are in the order of gate_up_proj's rows.
+Without a gate they are I, not 2I, h = act(g).
 """
 
-from functools import partial
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from ktops.formats import Codes, get_format
-from ktops.ops.activation import ACTIVATIONS
+from ktops.ops.activation import gate
 from ktops.ops.arguments import GRADIENTS, MoeArguments
 
 
@@ -63,9 +64,8 @@ def _dense(codes: Codes, name: str, columns: int, group_size: int) -> Tensor:
     return codes.weight if name == "dense" else get_format(name).dequantize(codes, columns, group_size)
 
 
-def _activation(arguments: MoeArguments, g: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns (act(g), act'(g))."""
-    return ACTIVATIONS[arguments.activation](g, *arguments.activation_args)
+def _gate(arguments: MoeArguments, gate_up: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+    return gate(arguments.activation, arguments.activation_args, arguments.gating, gate_up)
 
 
 def _at(tensor: Tensor | None, expert: int, dtype: torch.dtype) -> Tensor | None:
@@ -73,7 +73,7 @@ def _at(tensor: Tensor | None, expert: int, dtype: torch.dtype) -> Tensor | None
 
 
 def moe_sft_fwd(arguments: MoeArguments, save: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Returns (output [T, H], saved_gate_up [T*K, 2I], saved_xa [T*K, r1], saved_ha [T*K, r2]).
+    """Returns (output [T, H] or [T, K, H], saved_gate_up [T*K, 2I], saved_xa [T*K, r1], saved_ha [T*K, r2]).
 
     The saved tensors hold one row per position, in the order of :func:`sort_routes`. Rows beyond the last
     valid route are unspecified (zero here). ``save="recompute"`` returns saved_gate_up as [0, 2I].
@@ -81,13 +81,12 @@ def moe_sft_fwd(arguments: MoeArguments, save: str) -> tuple[Tensor, Tensor, Ten
     a = with_dense_weights(arguments)
     hidden_states, dtype = a.hidden_states, a.hidden_states.dtype
     (num_tokens, hidden_size), top_k = hidden_states.shape, a.topk_ids.shape[1]
-    act = partial(_activation, a)
     routes, offsets = sort_routes(a.topk_ids, a.num_experts)
     rank1 = 0 if a.gate_up_lora_A is None else a.gate_up_lora_A.shape[1]
     rank2 = 0 if a.down_lora_A is None else a.down_lora_A.shape[1]
 
-    output = hidden_states.new_zeros(num_tokens, hidden_size)
-    saved_gate_up = hidden_states.new_zeros(num_tokens * top_k, 2 * a.intermediate_size)
+    output = hidden_states.new_zeros(num_tokens if a.reduce else num_tokens * top_k, hidden_size)
+    saved_gate_up = hidden_states.new_zeros(num_tokens * top_k, a.gate_up_rows)
     saved_xa = hidden_states.new_zeros(num_tokens * top_k, rank1)
     saved_ha = hidden_states.new_zeros(num_tokens * top_k, rank2)
     for e in range(a.num_experts):
@@ -103,15 +102,17 @@ def moe_sft_fwd(arguments: MoeArguments, save: str) -> tuple[Tensor, Tensor, Ten
         gate_up = x @ a.gate_up_proj[e].to(dtype).T + low_rank
         if a.gate_up_bias is not None:
             gate_up = gate_up + a.gate_up_bias[e].to(dtype)
-        g, u = gate_up.tensor_split(2, dim=1)
-        h = act(g)[0] * u
+        h, _ = _gate(a, gate_up)
 
         A2, B2 = _at(a.down_lora_A, e, dtype), _at(a.down_lora_B, e, dtype)
         low_rank, ha = _lora(h, A2, B2, a.down_scaling)
         y = h @ a.down_proj[e].to(dtype).T + low_rank
         if a.down_bias is not None:
             y = y + a.down_bias[e].to(dtype)
-        output.index_add_(0, tokens, w[:, None] * y)
+        if a.reduce:
+            output.index_add_(0, tokens, w[:, None] * y)
+        else:
+            output[routes[span]] = y
 
         saved_gate_up[span] = gate_up
         if xa is not None:
@@ -119,12 +120,14 @@ def moe_sft_fwd(arguments: MoeArguments, save: str) -> tuple[Tensor, Tensor, Ten
         if ha is not None:
             saved_ha[span] = ha
     if save == "recompute":
-        saved_gate_up = hidden_states.new_zeros(0, 2 * a.intermediate_size)
+        saved_gate_up = hidden_states.new_zeros(0, a.gate_up_rows)
+    if not a.reduce:
+        output = output.unflatten(0, (num_tokens, top_k))
     return output, saved_gate_up, saved_xa, saved_ha
 
 
 def moe_fwd(arguments: MoeArguments) -> Tensor:
-    """Returns only the output [T, H] of :func:`moe_sft_fwd`."""
+    """Returns only the output of :func:`moe_sft_fwd`."""
     return moe_sft_fwd(arguments, "recompute")[0]
 
 
@@ -139,17 +142,17 @@ def moe_sft_bwd(
 ) -> tuple[Tensor | None, ...]:
     """Returns the gradients in the order of ``ktops.ops.arguments.GRADIENTS``; None if not in grad_mask.
 
-    With d = grad_output[t] and w = topk_weights[t, j], where dh is unweighted until grad_w has been taken::
+    With d = grad_output[t] and w = topk_weights[t, j], or d = grad_output[t, j] and w = 1 without reduce,
+    where dh is unweighted until grad_w has been taken::
 
         dh = d Wd + s2 (d B2) A2            grad_w = <h, dh> + <d, bd>
-        [dg | du] = (act'(g) u, act(g)) * (w dh)
+        [dg | du] = (∂h/∂g, ∂h/∂u) * (w dh)
         dx[t] += [dg|du] Wgu + s1 ([dg|du] B1) A1
         dB1 = s1 [dg|du]^T xa     dA1 = s1 ([dg|du] B1)^T x     dWgu = [dg|du]^T x     dbgu = sum [dg|du]
         dB2 = s2 (w d)^T ha       dA2 = s2 (w d B2)^T h         dWd = (w d)^T h        dbd = sum w d
     """
     a = with_dense_weights(arguments)
     dtype, top_k = a.hidden_states.dtype, a.topk_ids.shape[1]
-    act = partial(_activation, a)
     routes, offsets = sort_routes(a.topk_ids, a.num_experts)
 
     def zeros(name: str) -> Tensor | None:
@@ -170,6 +173,8 @@ def moe_sft_bwd(
         tokens = routes[span] // top_k
         w = a.topk_weights.reshape(-1)[routes[span]].to(dtype)[:, None]
         x, d = a.hidden_states[tokens], grad_output[tokens].to(dtype)
+        if not a.reduce:
+            w, d = torch.ones_like(w), grad_output.flatten(0, 1)[routes[span]].to(dtype)
         A1, B1 = _at(a.gate_up_lora_A, e, dtype), _at(a.gate_up_lora_B, e, dtype)
         A2, B2 = _at(a.down_lora_A, e, dtype), _at(a.down_lora_B, e, dtype)
         bgu, bd = _at(a.gate_up_bias, e, dtype), _at(a.down_bias, e, dtype)
@@ -178,18 +183,15 @@ def moe_sft_bwd(
             gate_up = x @ a.gate_up_proj[e].to(dtype).T + low_rank + (0 if bgu is None else bgu)
         else:
             gate_up = saved_gate_up[span]
-        g, u = gate_up.tensor_split(2, dim=1)
-        act_g, d_act = act(g)
-        h = act_g * u
+        h, gate_backward = _gate(a, gate_up)
 
         dh = d @ a.down_proj[e].to(dtype)
         if A2 is not None and B2 is not None:
             dh = dh + a.down_scaling * (d @ B2) @ A2
-        if dw is not None:
+        if dw is not None and a.reduce:
             grad_w = (h * dh).sum(1) + (0 if bd is None else d @ bd)
             dw.view(-1)[routes[span]] = grad_w.to(dw.dtype)
-        dh = w * dh
-        dgu = torch.cat([dh * u * d_act, dh * act_g], dim=1)
+        dgu = gate_backward(w * dh)
 
         if dx is not None:
             dx_e = dgu @ a.gate_up_proj[e].to(dtype)

@@ -21,8 +21,10 @@ from ktops.testing.inputs import densified, floating, op_arguments, require_grad
 def random_grad_output(inputs: dict, seed: int = 1) -> Tensor:
     """Returns an N(0, 1) gradient for the output of ktops.moe_sft(**inputs)."""
     hidden_states = inputs["hidden_states"]
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(hidden_states.shape, generator=generator).to(hidden_states.dtype)
+    shape = hidden_states.shape
+    if not inputs.get("reduce", True):
+        shape = (*inputs["topk_ids"].shape, shape[1])
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(hidden_states.dtype)
 
 
 def run(
@@ -30,7 +32,7 @@ def run(
 ) -> dict[str, Tensor]:
     """Runs ktops.moe_sft; returns {"output": ..., "hidden_states": its gradient, ...}.
 
-    Gradients are those of the named tensors (None: all). ``options`` are activation, save and compute.
+    Gradients are those of the named tensors (None: all). ``options`` are save and compute.
     """
     names = floating(inputs) if names is None else names
     inputs = require_grad(inputs, *names)
@@ -59,11 +61,11 @@ def one_thread() -> Iterator[None]:
 
 @one_thread()
 def run_reference(
-    inputs: dict, grad_output: Tensor, names: tuple[str, ...] | None = None, activation: str = "silu"
+    inputs: dict, grad_output: Tensor, names: tuple[str, ...] | None = None
 ) -> dict[str, Tensor]:
     """Returns what :func:`run` returns, computed by ktops.reference in float64."""
     names = floating(inputs) if names is None else names
-    arguments = op_arguments(upcast(densified(inputs)), activation=activation)
+    arguments = op_arguments(upcast(densified(inputs)))
     output, gate_up, xa, ha = reference.moe_sft_fwd(arguments, "activations")
     mask = sum(1 << GRADIENTS.index(name) for name in names)
     gradients = reference.moe_sft_bwd(grad_output.double(), arguments, "activations", gate_up, xa, ha, mask)
@@ -94,9 +96,7 @@ class Movement(NamedTuple):
 
 
 @one_thread()
-def sensitivity(
-    inputs: dict, grad_output: Tensor, expected: dict[str, Tensor], activation: str = "silu"
-) -> dict[str, Movement]:
+def sensitivity(inputs: dict, grad_output: Tensor, expected: dict[str, Tensor]) -> dict[str, Movement]:
     """Measures how far each result moves when every element of every input is perturbed by rounding_level.
 
     The results of a backward-stable computation are about as far from the exact ones. Ill-conditioned cases
@@ -112,7 +112,7 @@ def sensitivity(
         return x.detach().double() * (1 + level * noise)
 
     def results(moved: dict[str, Tensor], moved_grad_output: Tensor) -> dict[str, Tensor]:
-        return run_reference(inputs | moved, moved_grad_output, names, activation)
+        return run_reference(inputs | moved, moved_grad_output, names)
 
     inputs = densified(inputs)
     moved = {name: perturbed(inputs[name]) for name in floating(inputs)}
@@ -142,13 +142,13 @@ _remembered: OrderedDict[bytes, tuple[dict[str, Tensor], dict[str, Movement]]] =
 
 
 def expectation(
-    inputs: dict, grad_output: Tensor, names: tuple[str, ...], activation: str = "silu"
+    inputs: dict, grad_output: Tensor, names: tuple[str, ...]
 ) -> tuple[dict[str, Tensor], dict[str, Movement]]:
     """Returns (:func:`run_reference`, :func:`sensitivity`), cached because all kernels need the same."""
-    key = _digest(inputs, grad_output, names, activation)
+    key = _digest(inputs, grad_output, names)
     if key not in _remembered:
-        expected = run_reference(inputs, grad_output, names, activation)
-        _remembered[key] = expected, sensitivity(inputs, grad_output, expected, activation)
+        expected = run_reference(inputs, grad_output, names)
+        _remembered[key] = expected, sensitivity(inputs, grad_output, expected)
         if len(_remembered) > _MOST_REMEMBERED:
             _remembered.popitem(last=False)
     _remembered.move_to_end(key)
@@ -174,15 +174,13 @@ def _assert_close(what: str, actual: Tensor, expected: Tensor, move: Movement, n
         )
 
 
-def assert_matches_reference(
-    actual: dict[str, Tensor], inputs: dict, grad_output: Tensor, activation: str = "silu"
-) -> None:
+def assert_matches_reference(actual: dict[str, Tensor], inputs: dict, grad_output: Tensor) -> None:
     """Asserts that the results of :func:`run` are within the budget around the float64 reference.
 
     Also checks shapes and dtypes; each gradient must have the dtype of its tensor.
     """
     names = tuple(name for name in actual if name != "output")
-    expected, moves = expectation(inputs, grad_output, names, activation)
+    expected, moves = expectation(inputs, grad_output, names)
     num_errors = inputs["topk_ids"].numel() * min(inputs["down_proj"].shape[1:])
     for name, exact in expected.items():
         what = "output" if name == "output" else f"gradient of {name}"
@@ -192,8 +190,8 @@ def assert_matches_reference(
         _assert_close(what, actual[name], exact, moves[name], num_errors)
 
 
-def check_against_reference(inputs: dict, *, activation: str = "silu", save: str = "activations") -> None:
+def check_against_reference(inputs: dict, *, save: str = "activations") -> None:
     """Asserts that ktops.moe_sft matches the reference, forward and backward for every floating input."""
     grad_output = random_grad_output(inputs)
-    actual = run(inputs, grad_output, activation=activation, save=save)
-    assert_matches_reference(actual, inputs, grad_output, activation)
+    actual = run(inputs, grad_output, save=save)
+    assert_matches_reference(actual, inputs, grad_output)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ktops.formats import ExpertWeight, get_format
+from ktops.ops.activation import activation_arguments
 from ktops.ops.arguments import GRADIENTS, MoeArguments
 from ktops.ops.moe_sft import in_format, moe_sft
 
@@ -77,6 +78,7 @@ def moe_inputs(
     routing: str = "random",
     seed: int = 0,
     scale: float = 1.0,
+    gating: str = "concatenated",
 ) -> dict:
     """Returns keyword arguments for :func:`ktops.moe_sft`, reproducible from ``seed``.
 
@@ -93,6 +95,7 @@ def moe_inputs(
         bias: whether to include gate_up_bias and down_bias.
         invalid_ids: whether to put every third id outside [0, E).
         routing: one of ROUTINGS, see :func:`route`.
+        gating: as in :func:`ktops.moe_sft`; included in the result unless "concatenated".
 
     Example:
         >>> y = ktops.moe_sft(**moe_inputs(T=4, H=64, I=32, E=8, K=2, lora_rank=4))
@@ -112,19 +115,21 @@ def moe_inputs(
             f"{prefix}_lora_B": normal(E, fan_out, rank, std=rank**-0.5, to=lora_dtype),
         }
 
+    rows = I if gating == "none" else 2 * I
     ids = route(T, E, K, routing, gen).to(ids_dtype)
-    inputs = {
+    inputs: dict = {
         "hidden_states": normal(T, H, std=scale, to=dtype),
         "topk_ids": spoil_ids(ids, E, gen) if invalid_ids else ids,
         "topk_weights": torch.randn(T, K, generator=gen).softmax(-1).to(weights_dtype),
-        "gate_up_proj": normal(E, 2 * I, H, std=H**-0.5, to=dtype),
+        "gate_up_proj": normal(E, rows, H, std=H**-0.5, to=dtype),
         "down_proj": normal(E, H, I, std=I**-0.5, to=dtype),
     }
     if bias:
-        inputs["gate_up_bias"] = normal(E, 2 * I, std=0.5, to=lora_dtype)
+        inputs["gate_up_bias"] = normal(E, rows, std=0.5, to=lora_dtype)
         inputs["down_bias"] = normal(E, H, std=0.5, to=lora_dtype)
-    inputs |= lora("gate_up", ranks[0], H, 2 * I)
+    inputs |= lora("gate_up", ranks[0], H, rows)
     inputs |= lora("down", ranks[1], I, H)
+    inputs |= {} if gating == "concatenated" else {"gating": gating}
     return inputs | {"gate_up_scaling": 0.75, "down_scaling": 1.25}
 
 
@@ -173,15 +178,16 @@ def op_arguments(inputs: dict, **options) -> MoeArguments:
     Example:
         >>> torch.ops.kt.moe_sft_fwd(*op_arguments(inputs, activation="gelu"), "recompute")
     """
-    given = {
+    given: dict = {
         "num_experts": inputs["gate_up_proj"].shape[0],
         "intermediate_size": inputs["down_proj"].shape[-1],
-        "activation_args": [],
     }
     for prefix in ("gate_up", "down"):
         given |= {f"{prefix}_format": "dense", f"{prefix}_group_size": 0}
         weight = inputs[f"{prefix}_proj"]
         if isinstance(weight, ExpertWeight):
             names = (f"{prefix}_{name}" for name in ("proj", "scale", "zero", "format", "group_size"))
-            inputs = inputs | dict(zip(names, in_format(weight), strict=True))
-    return MoeArguments(**_NOT_GIVEN | given | inputs | options)
+            inputs = {**inputs, **dict(zip(names, in_format(weight), strict=True))}
+    arguments = MoeArguments(**_NOT_GIVEN | given | inputs | options)
+    args = activation_arguments(arguments.activation, arguments.activation_args)
+    return arguments._replace(activation_args=args)

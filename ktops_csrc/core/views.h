@@ -23,6 +23,10 @@ struct StridedTensor {
 
     explicit operator bool() const { return data != nullptr; }
 
+    // True if columns of a matrix are contiguous and rows are not.
+    bool is_transposed() const { return stride[1] == 1 && stride[2] != 1; }
+    StridedTensor transposed() const { return {data, dtype, {stride[0], stride[2], stride[1]}}; }
+
     double at(int64_t i, int64_t j, int64_t k = 0) const {
         const int64_t offset = i * stride[0] + j * stride[1] + k * stride[2];
         switch (dtype) {
@@ -44,6 +48,7 @@ struct Result {
     void* data = nullptr;
     DType dtype = DType::kFloat32;
     int64_t size[3] = {1, 1, 1};
+    bool is_transposed = false;  // holds the transpose of each matrix
 
     explicit operator bool() const { return data != nullptr; }
 

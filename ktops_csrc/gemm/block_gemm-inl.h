@@ -23,47 +23,13 @@ public:
     // C += A . W^T over the given rows of W.
     template <class Weight>
     void multiply_nt(const Rows<T>& a, int64_t k, const Weight& weight, int64_t expert, const Columns& columns) {
-        Path path = Path::kPanels;
-        if constexpr (Weight::kDirect) {
-            Product product = product_with(weight, expert, k);
-            product.transposed = true;
-            product.end = columns.first + columns.count;
-            path = take_path<T>(product, block_.scratch.forced);
-            if (path == Path::kDots) dots(block_, a, k, weight, expert, columns);
-            if constexpr (std::is_same_v<Acc<T>, float>) {
-                if (path == Path::kDecodedDots) decoded_dots(block_, a, k, weight, expert, columns);
-            }
-            if constexpr (MicroGemm<C>::kReadsRows) {
-                if (path == Path::kRowTiles) row_tiles(block_, a, k, weight, expert, columns);
-            }
-        }
-        if (path == Path::kPanels) {
-            T* decoded = block_.scratch.decoded_rows();
-            PanelGemm<T>(block_).multiply(a, k, [&](int64_t k0, int64_t kn, C* panels, int64_t stride) {
-                weight.decode_nt(expert, columns.first, columns.count, k0, kn, panels, stride, decoded);
-                if (columns.second < 0) return;
-                C* second = panels + columns.padded() / kPanelColumns * stride;
-                weight.decode_nt(expert, columns.second, columns.count, k0, kn, second, stride, decoded);
-            });
-        }
-        block_.adds = block_.adds || k > 0;
+        weight.transposed ? down_rows(a, k, weight, expert, columns) : along_rows(a, k, weight, expert, columns);
     }
 
     // C += A . W over the given columns of W.
     template <class Weight>
     void multiply_nn(const Rows<T>& a, int64_t k, const Weight& weight, int64_t expert, const Columns& columns) {
-        Path path = Path::kPanels;
-        if constexpr (Weight::kDirect) {
-            path = take_path<T>(product_with(weight, expert, k), block_.scratch.forced);
-            if (path == Path::kColumnSums) column_sums(block_, a, k, weight, expert, columns);
-        }
-        if (path == Path::kPanels) {
-            T* decoded = block_.scratch.decoded_rows();
-            PanelGemm<T>(block_).multiply(a, k, [&](int64_t k0, int64_t kn, C* panels, int64_t stride) {
-                weight.decode_nn(expert, k0, kn, columns.first, columns.count, panels, stride, decoded);
-            });
-        }
-        block_.adds = block_.adds || k > 0;
+        weight.transposed ? along_rows(a, k, weight, expert, columns) : down_rows(a, k, weight, expert, columns);
     }
 
     // C += A . B with both operands in panels over the same k: row i of A is column i of its panels.
@@ -85,6 +51,55 @@ public:
     }
 
 private:
+    // C += A . V^T over the given rows of V, the matrix in memory: W or W^T.
+    template <class Weight>
+    void along_rows(const Rows<T>& a, int64_t k, const Weight& weight, int64_t expert, const Columns& columns) {
+        Path path = Path::kPanels;
+        if constexpr (Weight::kDirect) {
+            Product product = product_with(weight, expert, k);
+            product.along_rows = true;
+            product.end = columns.first + columns.count;
+            path = take_path<T>(product, block_.scratch.forced);
+            if (path == Path::kDots) dots(block_, a, k, weight, expert, columns);
+            if constexpr (std::is_same_v<Acc<T>, float>) {
+                if (path == Path::kDecodedDots) decoded_dots(block_, a, k, weight, expert, columns);
+            }
+            if constexpr (MicroGemm<C>::kReadsRows) {
+                if (path == Path::kRowTiles) row_tiles(block_, a, k, weight, expert, columns);
+            }
+        }
+        if (path == Path::kPanels) {
+            T* decoded = block_.scratch.decoded_rows();
+            PanelGemm<T>(block_).multiply(a, k, [&](int64_t k0, int64_t kn, C* panels, int64_t stride) {
+                for_each_range(columns, int64_t{0}, [&](int64_t first, int64_t column) {
+                    C* range = panels + column / kPanelColumns * stride;
+                    weight.decode_nt(expert, first, columns.count, k0, kn, range, stride, decoded);
+                });
+            });
+        }
+        block_.adds = block_.adds || k > 0;
+    }
+
+    // C += A . V over the given columns of V.
+    template <class Weight>
+    void down_rows(const Rows<T>& a, int64_t k, const Weight& weight, int64_t expert, const Columns& columns) {
+        Path path = Path::kPanels;
+        if constexpr (Weight::kDirect) {
+            path = take_path<T>(product_with(weight, expert, k), block_.scratch.forced);
+            if (path == Path::kColumnSums) column_sums(block_, a, k, weight, expert, columns);
+        }
+        if (path == Path::kPanels) {
+            T* decoded = block_.scratch.decoded_rows();
+            PanelGemm<T>(block_).multiply(a, k, [&](int64_t k0, int64_t kn, C* panels, int64_t stride) {
+                for_each_range(columns, int64_t{0}, [&](int64_t first, int64_t column) {
+                    C* range = panels + column / kPanelColumns * stride;
+                    weight.decode_nn(expert, k0, kn, first, columns.count, range, stride, decoded);
+                });
+            });
+        }
+        block_.adds = block_.adds || k > 0;
+    }
+
     template <class Weight>
     Product product_with(const Weight& weight, int64_t expert, int64_t k) const {
         Product product{};

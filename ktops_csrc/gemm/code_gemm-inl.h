@@ -220,7 +220,7 @@ inline void multiply_codes(BlockGemm<T>& block, const GemmScratch<T>& scratch, c
                            const NextRows& after) {
     if constexpr (std::is_same_v<Acc<T>, float>) {
         Product product{};
-        product.transposed = true;
+        product.along_rows = true;
         product.rows = m;
         product.columns = columns.total();
         product.digits = x.digits;

@@ -61,9 +61,12 @@ inline void column_sums(const Block<T>& block, const Rows<T>& a, int64_t k, cons
         const T* rows[kMaxRows];
         for (int64_t i = 0; i < block.rows; ++i) rows[i] = a.row(i) + k0;
         const int64_t kn = smaller(most, k - k0);
-        if (!w) weight.copy_rows(expert, k0, kn, columns.first, columns.count, copy);
-        Direct<T>::columns(rows, block.rows, w ? w + columns.first : copy, w ? weight.row_stride : columns.count,
-                           columns.count, kn, block.row(0), block.columns, block.adds || k0 > 0);
+        for_each_range(columns, block.row(0), [&](int64_t first, Acc<T>* c) {
+            if (!w) weight.copy_rows(expert, k0, kn, first, columns.count, copy);
+            Direct<T>::columns(rows, block.rows, w ? w + k0 * weight.row_stride + first : copy,
+                               w ? weight.row_stride : columns.count, columns.count, kn, c, block.columns,
+                               block.adds || k0 > 0);
+        });
     }
 }
 

@@ -83,8 +83,8 @@ struct PutColumns {
     A scale = 1;
 
     void operator()(int64_t i, int64_t m, const A* c, int64_t ldc) const {
-        for (int64_t i0 = 0; i0 < m; i0 += 16) {
-            for (int64_t j0 = 0; j0 < n; j0 += 16) {
+        for (int64_t j0 = 0; j0 < n; j0 += 16) {
+            for (int64_t i0 = 0; i0 < m; i0 += 16) {
                 const int64_t rows = smaller(16, m - i0), columns = smaller(16, n - j0);
                 alignas(64) A block[16 * 16], transposed[16 * 16];
                 for (int64_t k = 0; k < rows; ++k) {
@@ -98,6 +98,18 @@ struct PutColumns {
                 PutRows<A>{result, expert, i + i0, rows, scale}(column + j0, columns, transposed, 16);
             }
         }
+    }
+};
+
+// Writes them to the gradient of a weight, which may be transposed like the weight.
+template <class A>
+struct PutWeight {
+    const Result& result;
+    int64_t expert, column, n;
+
+    void operator()(int64_t i, int64_t m, const A* c, int64_t ldc) const {
+        if (result.is_transposed) return PutColumns<A>{result, expert, column, n}(i, m, c, ldc);
+        PutRows<A>{result, expert, column, n}(i, m, c, ldc);
     }
 };
 

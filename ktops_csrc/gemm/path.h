@@ -6,6 +6,9 @@
 //   x W^T   along the rows of W: forward
 //   x W     down the rows of W: the gradients of activations in backward
 //
+// W is the matrix in memory, whose rows are contiguous. If a weight is transposed, W is its transpose: forward computes
+// x W, and backward x W^T.
+//
 // The path is chosen once per block of C (rows of one expert by columns of one task). Whether a weight is multiplied in
 // integers is chosen once per call. LoRA factors, whose products are added to those of W, and weight gradients always
 // use panels.
@@ -76,7 +79,7 @@ struct IsaLimits {
 
 // The product computed for a block of C.
 struct Product {
-    bool transposed;        // x W^T, else x W
+    bool along_rows;        // x W^T, else x W
     int64_t rows, columns;  // of C; columns in whole panels, both halves of gate_up
     int64_t k;
     bool adds;         // to a product already in C, as LoRA's is added to that of the base weight
@@ -90,17 +93,17 @@ struct Product {
 constexpr bool is_possible(Path path, const Product& p, const IsaLimits& isa) {
     switch (path) {
         case Path::kDecodedDots:  // rows of x in float32, padded to whole chunks of 32 columns, must fit in scratch
-            return !p.digits && p.transposed && !p.adds && p.rows <= p.few_rows &&
+            return !p.digits && p.along_rows && !p.adds && p.rows <= p.few_rows &&
                    p.rows * round_up(p.k, 32) * 4 <= kRowBytes;
         case Path::kRowTiles: {
-            if (p.digits || !p.transposed || p.adds || !isa.tile_k || p.k % isa.tile_k || p.end < 16) return false;
+            if (p.digits || !p.along_rows || p.adds || !isa.tile_k || p.k % isa.tile_k || p.end < 16) return false;
             const bool decodes = p.has_format && kRowStep * (p.k * isa.element_bytes + 64) <= kRowBytes;
             return kRowStep * p.k * isa.element_bytes <= kPanelBytes && (p.contiguous || decodes);
         }
         case Path::kDots:
-            return !p.digits && p.transposed && !p.adds && p.k <= isa.dots_k;
+            return !p.digits && p.along_rows && !p.adds && p.k <= isa.dots_k;
         case Path::kColumnSums:
-            return !p.digits && !p.transposed && (p.contiguous || p.columns <= isa.sums_columns);
+            return !p.digits && !p.along_rows && (p.contiguous || p.columns <= isa.sums_columns);
         case Path::kPanels:
             return !p.digits;
         case Path::kCodeDots:  // one row of C per digit

@@ -17,9 +17,9 @@ struct Columns {
     int64_t total() const { return (second < 0 ? 1 : 2) * padded(); }
 };
 
-// Calls f(first row of W, its column of C) for each range.
-template <class A, class F>
-inline void for_each_range(const Columns& columns, A* c, F f) {
+// Calls f(first column of B, its column of C) for each range, where c is the first column of C.
+template <class Column, class F>
+inline void for_each_range(const Columns& columns, Column c, F f) {
     f(columns.first, c);
     if (columns.second >= 0) f(columns.second, c + columns.padded());
 }

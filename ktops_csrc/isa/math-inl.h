@@ -51,4 +51,20 @@ inline Vec<double> erf(Vec<double> x, Vec<double>) {
     return x;
 }
 
+// tanh to two units in the last place (Cephes): x + x^3 P(x^2) / Q(x^2) for |x| < 0.625, else 1 - 2 / (e^2|x| + 1).
+inline Vec<float> tanh(Vec<float> x) {
+    const Vec<float> zero{}, limit = broadcast(0.625f), a = x < zero ? -x : x, z = x * x;
+    Vec<float> p = z * -5.70498872745e-3f + 2.06390887954e-2f;
+    p = p * z - 5.37397155531e-2f;
+    p = p * z + 1.33314422036e-1f;
+    p = p * z - 3.33332819422e-1f;
+    const Vec<float> large = 1.0f - 2.0f / (exp(2.0f * a) + 1.0f);
+    return a < limit ? x + x * z * p : x < zero ? -large : large;
+}
+
+inline Vec<double> tanh(Vec<double> x) {
+    for (int i = 0; i < kLanes<double>; ++i) x[i] = std::tanh(x[i]);
+    return x;
+}
+
 }  // namespace kt::KT_ISA

@@ -1,12 +1,12 @@
 #pragma once
 
 // The backward half of kt::moe_sft. The phases, with d = grad_output[token], w the routing weight and R the number of
-// positions:
+// positions (without reduce, d = grad_output[token, slot] and w = 1):
 //
 //   clear_idle         zeros in the gradients of experts without tokens
 //   code_x, recompute  [g|u] as in forward, if not saved                [R, 2I]
 //   project_d          db2 = s2 d B2                                    [R, r2]
-//   activate           dh = d Wd + db2 A2;  grad_w = <h, dh>;  dg = w dh u act'(g);  du = w dh act(g)
+//   activate           dh = d Wd + db2 A2;  grad_w = <h, dh>;  dg, du = w dh times the derivatives of h
 //                      grad_A2 = (w db2)^T h;  grad_Wd = (w d)^T h;  grad_bgu = the sum of [dg|du]
 //                                                                       a slab of I at a time, h recomputed
 //   project_grad       dgub = s1 [dg|du] B1                             [R, r1]
@@ -27,7 +27,7 @@ struct GradProduct {
 
     void multiply(const Thread<T>&, BlockGemm<T>& block, int64_t expert, int64_t position, int64_t,
                   const Columns& columns, const NextRows&) const {
-        const int64_t rank = layer.p.gate_up_rank, k = 2 * layer.I;
+        const int64_t rank = layer.p.gate_up_rank, k = layer.halves.width();
         block.multiply_nn({grad_gate_up + position * k, k}, k, layer.gate_up, expert, columns);
         if (rank) block.multiply_nn({dgub + position * rank, rank}, rank, layer.A1, expert, columns);
     }
@@ -51,10 +51,16 @@ public:
 
 private:
     Backward(const BackwardProblem& b, const Routing& routing, Workspace& workspace)
-        : b_(b), layer_(b.forward, routing, workspace), p_(b.forward), routing_(routing), I_(layer_.I), H_(layer_.H) {
+        : b_(b),
+          layer_(b.forward, routing, workspace),
+          p_(b.forward),
+          routing_(routing),
+          I_(layer_.I),
+          H_(layer_.H),
+          W_(layer_.halves.width()) {
         const int64_t R = routing_.num_routes;
         gate_up_ = static_cast<const T*>(b.saved_gate_up);
-        grad_gate_up_ = workspace.take<T>(R * 2 * I_);
+        grad_gate_up_ = workspace.take<T>(R * W_);
         if (!gate_up_) gate_up_ = recomputed_ = grad_gate_up_;  // activate() overwrites [g | u] with [dg | du]
         dgub_ = workspace.take<T>(R * p_.gate_up_rank);
         db2_ = workspace.take<T>(R * p_.down_rank);
@@ -67,20 +73,21 @@ private:
     void run() {
         const int64_t active = routing_.num_active, E = p_.num_experts;
         const int64_t wide = larger(kDotSlab, slab_width(wide_slab(routing_), I_, active, p_.num_threads));
-        const int64_t wide_slabs = ceil_div(I_, wide), recompute_slabs = ceil_div(I_, kSlab<T>);
+        const int64_t again = slab_width(forward_slab(layer_.gate_up, 2, routing_), I_, active, p_.num_threads);
+        const int64_t wide_slabs = ceil_div(I_, wide), recompute_slabs = ceil_div(I_, again);
         const GradProduct<T> product{layer_, grad_gate_up_, dgub_};
         const CombineX combine(layer_, threads_, product, kept_rows_, static_cast<T*>(b_.grad_hidden_states.data),
                                wide_slab(routing_));
-        const int64_t slabs_h = ceil_div(H_, kMaxColumns), slabs_i = ceil_div(2 * I_, kMaxColumns);
+        const int64_t slabs_h = ceil_div(H_, kMaxColumns), slabs_i = ceil_div(W_, kMaxColumns);
 
         const auto code_x = [&](int64_t token, int) { layer_.code_token(token); };
         const auto recompute_slab = [&](int64_t task, int thread) {
             const ExpertTask at(routing_, task, recompute_slabs);
-            recompute(threads_[thread], at.expert, at.slab * kSlab<T>);
+            recompute(threads_[thread], at.expert, at.slab * again, smaller(again, I_ - at.slab * again));
         };
         const auto project_d = [&](int64_t task, int thread) {
             const int64_t e = routing_.active[task], first = routing_.offsets[e];
-            low_rank_product<false>(threads_[thread].gemm, layer_, e, layer_.by_token(b_.grad_output, first), H_,
+            low_rank_product<false>(threads_[thread].gemm, layer_, e, layer_.like_output(b_.grad_output, first), H_,
                                     layer_.B2, p_.down_rank, db2_ + first * p_.down_rank);
         };
         const auto activate_slab = [&](int64_t task, int thread) {
@@ -89,7 +96,7 @@ private:
         };
         const auto project_grad = [&](int64_t task, int thread) {
             const int64_t e = routing_.active[task], first = routing_.offsets[e];
-            low_rank_product<false>(threads_[thread].gemm, layer_, e, grad_gate_up(first), 2 * I_, layer_.B1,
+            low_rank_product<false>(threads_[thread].gemm, layer_, e, grad_gate_up(first), W_, layer_.B1,
                                     p_.gate_up_rank, dgub_ + first * p_.gate_up_rank);
         };
         const auto combine_x = [&](int64_t task, int thread) { combine.run(task, thread); };
@@ -128,7 +135,7 @@ private:
             for (int64_t t = 0; t < p_.num_tokens; ++t) {
                 for (int64_t j = 0; j < p_.top_k; ++j) b_.grad_topk_weights.put(0, t, j, 0);
             }
-            schedule.add("grad_topk_weights", ceil_div(routing_.num_routes, kMaxRows), routing_weights);
+            if (p_.reduce) schedule.add("grad_topk_weights", ceil_div(routing_.num_routes, kMaxRows), routing_weights);
         }
         schedule.run<Region>(p_.num_threads, p_.launch);
     }
@@ -148,17 +155,18 @@ private:
         }
     }
 
-    Rows<T> grad_gate_up(int64_t position) const { return {grad_gate_up_ + position * 2 * I_, 2 * I_}; }
+    Rows<T> grad_gate_up(int64_t position) const { return {grad_gate_up_ + position * W_, W_}; }
 
-    void recompute(const Thread<T>& thread, int64_t expert, int64_t column) {
-        const int64_t n = smaller(kSlab<T>, I_ - column);
+    void recompute(const Thread<T>& thread, int64_t expert, int64_t column, int64_t n) {
         const T* xa = static_cast<const T*>(b_.saved_xa);
         gate_up_product(thread, layer_, expert, column, n, xa, NextRows{},
-                        [&](int64_t position, const A* g, const A* u) {
-                            T* to = recomputed_ + position * 2 * I_ + column;
+                        [&](int64_t position, const A* row, int64_t apart) {
+                            const GateUp& halves = layer_.halves;
+                            T* to = recomputed_ + position * W_ + halves.at(column);
                             for_each_vector<A>(n, [&](int64_t j, int64_t count) {
-                                store_n(to + j, load(g + j), count);
-                                store_n(to + I_ + j, load(u + j), count);
+                                Vec<A> g, u;
+                                halves.load(row, apart, j, count, g, u);
+                                halves.store(to, I_, j, count, g, u);
                             });
                         });
     }
@@ -167,13 +175,13 @@ private:
     void activate(const Thread<T>& thread, int64_t expert, int64_t column, int64_t n) {
         const int64_t begin = routing_.offsets[expert], rows = routing_.rows(expert), rank = p_.down_rank;
         const Columns columns{column, n};
-        A sum_g[kWideColumns], sum_u[kWideColumns];
-        for (int64_t j = 0; j < columns.padded(); ++j) sum_g[j] = sum_u[j] = 0;
+        A sums[2 * kWideColumns];  // of [dg | du]
+        for (int64_t j = 0; j < 2 * columns.padded(); ++j) sums[j] = 0;
         const int64_t stride = wide_slab(routing_);
         for_each_row_block(rows, [&](int64_t row, int64_t count) {
             const int64_t first = begin + row;
             BlockGemm<T> block(thread.gemm, count, columns.padded());
-            block.multiply_nn(layer_.by_token(b_.grad_output, first), H_, layer_.down, expert, columns);
+            block.multiply_nn(layer_.like_output(b_.grad_output, first), H_, layer_.down, expert, columns);
             if (rank) block.multiply_nn({db2_ + first * rank, rank}, rank, layer_.A2, expert, columns);
             with_activation(p_, [&](auto activation) {
                 for (int64_t i = 0; i < count; ++i) {
@@ -181,14 +189,16 @@ private:
                     for (int64_t j = 0; j < n; j += kDotSlab) {
                         grad_w_[(column + j) / kDotSlab * routing_.num_routes + first + i] =
                             activation_gradient(activation, first + i, column + j, smaller(kDotSlab, n - j),
-                                                block.row(i) + j, h + j, sum_g + j, sum_u + j);
+                                                block.row(i) + j, h + j, sums + layer_.halves.at(j), columns.padded());
                     }
                 }
             });
         });
         if (b_.grad_gate_up_bias) {
-            put_row(b_.grad_gate_up_bias, 0, expert, column, n, sum_g, A{1});
-            put_row(b_.grad_gate_up_bias, 0, expert, I_ + column, n, sum_u, A{1});
+            const Columns both = layer_.halves.columns(column, n);
+            for_each_range(both, sums, [&](int64_t first, const A* sum) {
+                put_row(b_.grad_gate_up_bias, 0, expert, first, both.count, sum, A{1});
+            });
         }
         const Operand<T> h{{thread.activations, stride}, 0, n};
         const A* weights = layer_.route_weights + begin;
@@ -197,30 +207,31 @@ private:
             outer_product(thread.gemm, rows, db2, h, PutRows<A>{b_.grad_down_lora_A, expert, column, n});
         }
         if (b_.grad_down_proj) {
-            const Operand<T> d{layer_.by_token(b_.grad_output, begin), 0, H_, weights};
-            outer_product(thread.gemm, rows, d, h, PutRows<A>{b_.grad_down_proj, expert, column, n});
+            const Operand<T> d{layer_.like_output(b_.grad_output, begin), 0, H_, weights};
+            outer_product(thread.gemm, rows, d, h, PutWeight<A>{b_.grad_down_proj, expert, column, n});
         }
     }
 
     // One row of a slab: computes [dg | du] from dh, and h for the weight gradients. Returns its part of <h, dh>.
     template <class Activation>
     A activation_gradient(Activation activation, int64_t position, int64_t column, int64_t n, const A* dh, T* h,
-                          A* sum_g, A* sum_u) {
-        const T* g = gate_up_ + position * 2 * I_ + column;
-        T* dg = grad_gate_up_ + position * 2 * I_ + column;
+                          A* sums, int64_t apart) {
+        const GateUp& halves = layer_.halves;
+        const int64_t offset = position * W_ + halves.at(column);
+        const T* gate_up = gate_up_ + offset;
+        T* grad = grad_gate_up_ + offset;
         const A w = layer_.route_weights[position];
         Vec<A> dot{};
         for_each_vector<A>(n, [&](int64_t j, int64_t count) {
-            const Vec<A> uj = load_n(g + I_ + j, count), dhj = load_n(dh + j, count);
-            const Gate<A> gate = activation.template gate<A>(load_n(g + j, count));
-            const Vec<A> hj = gate.value * uj, wdh = w * dhj;
-            dot += hj * dhj;
-            const Vec<A> dgj = wdh * uj * gate.derivative, duj = wdh * gate.value;
-            store_n(h + j, hj, count);
-            store_n(dg + j, dgj, count);
-            store_n(dg + I_ + j, duj, count);
-            store(sum_g + j, load(sum_g + j) + dgj);
-            store(sum_u + j, load(sum_u + j) + duj);
+            Vec<A> g, u, sum_g, sum_u;
+            halves.load(gate_up, I_, j, count, g, u);
+            const Gate<A> gate = activation.template gate<A>(g, u);
+            const Vec<A> dhj = load_n(dh + j, count), wdh = w * dhj, dg = wdh * gate.dg, du = wdh * gate.du;
+            dot += gate.h * dhj;
+            store_n(h + j, gate.h, count);
+            halves.store(grad, I_, j, count, dg, du);
+            halves.load(sums, apart, j, count, sum_g, sum_u);
+            halves.store(sums, apart, j, count, sum_g + dg, sum_u + du);
         });
         return sum_lanes<A>(dot);
     }
@@ -230,15 +241,15 @@ private:
         const int64_t begin = routing_.offsets[expert], rows = routing_.rows(expert);
         const int64_t n = smaller(kMaxColumns, H_ - column), r1 = p_.gate_up_rank, r2 = p_.down_rank;
         const Operand<T> x{layer_.by_token(p_.hidden_states, begin), column, n};
-        const Operand<T> d{layer_.by_token(b_.grad_output, begin), column, n};
+        const Operand<T> d{layer_.like_output(b_.grad_output, begin), column, n};
         const A* weights = layer_.route_weights + begin;
         if (b_.grad_gate_up_lora_A) {
             const Operand<T> dgub{{dgub_ + begin * r1, r1}, 0, r1};
             outer_product(thread.gemm, rows, dgub, x, PutRows<A>{b_.grad_gate_up_lora_A, expert, column, n});
         }
         if (b_.grad_gate_up_proj) {
-            const Operand<T> grad{grad_gate_up(begin), 0, 2 * I_};
-            outer_product(thread.gemm, rows, grad, x, PutRows<A>{b_.grad_gate_up_proj, expert, column, n});
+            const Operand<T> grad{grad_gate_up(begin), 0, W_};
+            outer_product(thread.gemm, rows, grad, x, PutWeight<A>{b_.grad_gate_up_proj, expert, column, n});
         }
         if (b_.grad_down_lora_B) {
             const Operand<T> ha{{static_cast<const T*>(b_.saved_ha) + begin * r2, r2}, 0, r2, weights};
@@ -258,7 +269,7 @@ private:
     }
 
     void weight_gradients_i(const Thread<T>& thread, int64_t expert, int64_t column) {
-        const int64_t begin = routing_.offsets[expert], n = smaller(kMaxColumns, 2 * I_ - column), r1 = p_.gate_up_rank;
+        const int64_t begin = routing_.offsets[expert], n = smaller(kMaxColumns, W_ - column), r1 = p_.gate_up_rank;
         const Operand<T> xa{{static_cast<const T*>(b_.saved_xa) + begin * r1, r1}, 0, r1};
         const Operand<T> grad{grad_gate_up(begin), column, n};
         outer_product(thread.gemm, routing_.rows(expert), xa, grad,
@@ -288,7 +299,7 @@ private:
     const Layer<T> layer_;
     const Problem& p_;
     const Routing& routing_;
-    int64_t I_, H_, dot_slabs_;
+    int64_t I_, H_, W_, dot_slabs_;  // W: columns of [g | u]
     const T* gate_up_;
     T* recomputed_ = nullptr;
     T *grad_gate_up_, *dgub_, *db2_;

@@ -1,6 +1,7 @@
 #pragma once
 
-// out[t] = sum of a product's rows at the positions of token t, experts in ascending order.
+// out[t] = sum of a product's rows at the positions of token t, experts in ascending order. Or, without reduce,
+// out[route] = the row at its position.
 
 #include "moe/layer-inl.h"
 
@@ -29,37 +30,40 @@ class Combine {
     using A = Acc<T>;
 
 public:
-    // kept_rows: kept_elements() of scratch. slab: the most columns of a task if rows are kept.
-    Combine(const Layer<T>& layer, const Thread<T>* threads, const Product& product, A* kept_rows, T* out, int64_t slab)
+    // kept_rows: kept_elements() of scratch. slab: the most columns of a task of one expert.
+    Combine(const Layer<T>& layer, const Thread<T>* threads, const Product& product, A* kept_rows, T* out, int64_t slab,
+            bool reduce = true)
         : layer_(layer),
           routing_(layer.routing),
           threads_(threads),
           product_(product),
-          kept_rows_(keeps_rows(layer.p, layer.routing) ? kept_rows : nullptr),
+          reduce_(reduce),
+          by_expert_(!reduce || keeps_rows(layer.p, layer.routing)),
+          kept_rows_(kept_rows),
           out_(out),
           blocks_(ceil_div(layer.p.num_tokens, kTokenBlock)) {
-        const int64_t tasks_a_slab = kept_rows_ ? routing_.num_active : blocks_;
-        width_ = slab_width(kept_rows_ ? slab : kSumSlab, layer.H, tasks_a_slab, layer.p.num_threads);
+        const int64_t tasks_a_slab = by_expert_ ? routing_.num_active : blocks_;
+        width_ = slab_width(by_expert_ ? slab : kSumSlab, layer.H, tasks_a_slab, layer.p.num_threads);
         slabs_ = ceil_div(layer.H, width_);
     }
 
-    static int64_t kept_elements(const Problem& p, const Routing& routing) {
-        return keeps_rows(p, routing) ? routing.num_routes * p.hidden_size : 0;
+    static int64_t kept_elements(const Problem& p, const Routing& routing, bool reduce = true) {
+        return reduce && keeps_rows(p, routing) ? routing.num_routes * p.hidden_size : 0;
     }
 
-    int64_t num_tasks() const { return slabs_ * (kept_rows_ ? routing_.num_active : blocks_); }
+    int64_t num_tasks() const { return slabs_ * (by_expert_ ? routing_.num_active : blocks_); }
     void run(int64_t task, int thread) const {
         const int64_t column = task % slabs_ * width_, n = smaller(width_, layer_.H - column);
-        if (kept_rows_) {
-            keep_rows(threads_[thread], routing_.active[task / slabs_], column, n,
-                      rows_of_next(layer_.p, routing_, task, slabs_, width_));
+        if (by_expert_) {
+            put_rows(threads_[thread], routing_.active[task / slabs_], column, n,
+                     rows_of_next(layer_.p, routing_, task, slabs_, width_));
         } else {
             sum_block(threads_[thread], task / slabs_ * kTokenBlock, column, n);
         }
     }
 
     // Must be called after run() for all tasks.
-    int64_t num_sums() const { return kept_rows_ ? layer_.p.num_tokens : 0; }
+    int64_t num_sums() const { return reduce_ && by_expert_ ? layer_.p.num_tokens : 0; }
     void sum(int64_t token) const {
         const int32_t* positions = routing_.positions + token * layer_.p.top_k;
         for_each_vector<A>(layer_.H, [&](int64_t j, int64_t n) {
@@ -85,13 +89,19 @@ private:
         });
     }
 
-    void keep_rows(const Thread<T>& thread, int64_t expert, int64_t column, int64_t n, const NextRows& after) const {
+    void put_rows(const Thread<T>& thread, int64_t expert, int64_t column, int64_t n, const NextRows& after) const {
+        const auto put = [&](int64_t position, const A* c, auto* row) {
+            for_each_vector<A>(n, [&](int64_t j, int64_t count) {
+                store_n(row + column + j, product_.value(thread, position, load(c + j), j), count);
+            });
+        };
         rows(thread, expert, routing_.offsets[expert], routing_.offsets[expert + 1], column, n, after,
              [&](int64_t position, const A* c) {
-                 A* to = kept_rows_ + position * layer_.H + column;
-                 for_each_vector<A>(n, [&](int64_t j, int64_t count) {
-                     store_n(to + j, product_.value(thread, position, load(c + j), j), count);
-                 });
+                 if (reduce_) {
+                     put(position, c, kept_rows_ + position * layer_.H);
+                 } else {
+                     put(position, c, out_ + routing_.route[position] * layer_.H);
+                 }
              });
     }
 
@@ -132,6 +142,7 @@ private:
     const Routing& routing_;
     const Thread<T>* threads_;
     const Product& product_;
+    bool reduce_, by_expert_;
     A* kept_rows_;
     T* out_;
     int64_t blocks_, width_, slabs_;

@@ -4,11 +4,15 @@
 //
 //   project_x      xa = x A1^T                                      [R, r1]
 //   code_x         x as codes, if gate_up takes codes               [T, H]
-//   gate_up        [g|u] = x Wgu^T + s1 xa B1^T + bgu;  h = act(g) u                   [R, I]; saves [g|u] if requested
+//   gate_up        [g|u] = x Wgu^T + s1 xa B1^T + bgu;  h = gate(g, u)                 [R, I]; saves [g|u] if requested
 //   project_h      ha = h A2^T                                      [R, r2]
 //   code_h         h as codes, if down takes codes                  [R, I]
 //   down           w (h Wd^T + s2 ha B2^T + bd), kept as one row per position or summed by token
 //   sum            output = the sum of a token's rows, if down kept them               [T, H]
+//
+// Without reduce, down writes each position's own row, with w = 1, and "clear" the rows of routes without an expert.
+
+#include <cstring>
 
 #include "moe/combine-inl.h"
 
@@ -61,7 +65,7 @@ private:
         h_ = workspace.take<T>(R * layer_.I);
         xa_ = results.saved_xa ? static_cast<T*>(results.saved_xa) : workspace.take<T>(R * p_.gate_up_rank);
         ha_ = results.saved_ha ? static_cast<T*>(results.saved_ha) : workspace.take<T>(R * p_.down_rank);
-        kept_rows_ = workspace.take<Acc<T>>(CombineDown::kept_elements(p_, routing_));
+        kept_rows_ = workspace.take<Acc<T>>(CombineDown::kept_elements(p_, routing_, p_.reduce));
         coded_h_ = take_coded(workspace, p_, layer_.down, R);
         threads_ = Thread<T>::take(workspace, p_, routing_);
     }
@@ -69,11 +73,12 @@ private:
     void run() {
         const int64_t active = routing_.num_active;
         const int64_t i_slab =
-                          slab_width(layer_.coded_x.codes ? kCodeSlab<T> : kSlab<T>, layer_.I, active, p_.num_threads),
+                          slab_width(layer_.coded_x.codes ? kCodeSlab<T> : forward_slab(layer_.gate_up, 2, routing_),
+                                     layer_.I, active, p_.num_threads),
                       i_slabs = ceil_div(layer_.I, i_slab);
         const DownProduct<T> product{layer_, h_, ha_, coded_h_};
         const CombineDown combine(layer_, threads_, product, kept_rows_, static_cast<T*>(results_.output),
-                                  coded_h_.codes ? kCodeSlab<T> : kSlab<T>);
+                                  coded_h_.codes ? kCodeSlab<T> : forward_slab(layer_.down, 1, routing_), p_.reduce);
 
         const auto code_x = [&](int64_t token, int) { layer_.code_token(token); };
         const auto code_h = [&](int64_t position, int) { code_row(h_, layer_.I, coded_h_, position); };
@@ -86,7 +91,7 @@ private:
             const ExpertTask at(routing_, task, i_slabs);
             const int64_t column = at.slab * i_slab;
             activate(threads_[thread], at.expert, column, smaller(i_slab, layer_.I - column),
-                     rows_of_next(p_, routing_, task, i_slabs, i_slab));
+                     rows_of_next(p_, routing_, task, i_slabs, layer_.halves.at(i_slab)));
         };
         const auto project_h = [&](int64_t task, int thread) {
             const int64_t e = routing_.active[task], first = routing_.offsets[e];
@@ -95,6 +100,7 @@ private:
         };
         const auto down = [&](int64_t task, int thread) { combine.run(task, thread); };
         const auto sum = [&](int64_t token, int) { combine.sum(token); };
+        const auto clear = [&](int64_t token, int) { clear_routes(token); };
 
         Schedule schedule;
         if (p_.gate_up_rank) schedule.add("project_x", active, project_x);
@@ -104,26 +110,36 @@ private:
         if (coded_h_.codes) schedule.add("code_h", routing_.num_routes, code_h);
         schedule.add("down", combine.num_tasks(), down);
         schedule.add("sum", combine.num_sums(), sum);
+        if (!p_.reduce && routing_.num_routes < p_.num_tokens * p_.top_k) schedule.add("clear", p_.num_tokens, clear);
         schedule.run<Region>(p_.num_threads, p_.launch);
     }
 
-    // h = act(g) u, and [g | u] for backward
+    // h = gate(g, u), and [g | u] for backward
     void activate(const Thread<T>& thread, int64_t expert, int64_t column, int64_t n, const NextRows& after) {
-        with_activation(p_, [&](auto activation) {
-            gate_up_product(thread, layer_, expert, column, n, xa_, after,
-                            [&](int64_t position, const Acc<T>* g, const Acc<T>* u) {
-                                T* h = h_ + position * layer_.I + column;
-                                T* saved = static_cast<T*>(results_.saved_gate_up);
-                                if (saved) saved += position * 2 * layer_.I + column;
+        const GateUp& halves = layer_.halves;
+        gate_up_product(thread, layer_, expert, column, n, xa_, after,
+                        [&](int64_t position, const Acc<T>* row, int64_t apart) {
+                            T* h = h_ + position * layer_.I + column;
+                            T* saved = static_cast<T*>(results_.saved_gate_up);
+                            if (saved) saved += position * halves.width() + halves.at(column);
+                            with_activation(p_, [&](auto activation) {
                                 for_each_vector<Acc<T>>(n, [&](int64_t j, int64_t count) {
-                                    const Vec<Acc<T>> gj = load(g + j), uj = load(u + j);
-                                    store_n(h + j, activation.template gate<Acc<T>>(gj).value * uj, count);
-                                    if (!saved) return;
-                                    store_n(saved + j, gj, count);
-                                    store_n(saved + layer_.I + j, uj, count);
+                                    Vec<Acc<T>> g, u;
+                                    halves.load(row, apart, j, count, g, u);
+                                    store_n(h + j, activation.template gate<Acc<T>>(g, u).h, count);
+                                    if (saved) halves.store(saved, layer_.I, j, count, g, u);
                                 });
                             });
-        });
+                        });
+    }
+
+    void clear_routes(int64_t token) const {
+        for (int64_t slot = 0; slot < p_.top_k; ++slot) {
+            const int64_t id = p_.id(token, slot);
+            if (id >= 0 && id < p_.num_experts) continue;
+            T* row = static_cast<T*>(results_.output) + (token * p_.top_k + slot) * layer_.H;
+            std::memset(static_cast<void*>(row), 0, static_cast<size_t>(layer_.H) * sizeof(T));
+        }
     }
 
     const Layer<T> layer_;

@@ -7,6 +7,7 @@
 #include "gemm/code_gemm-inl.h"
 #include "gemm/outer_product-inl.h"
 #include "moe/activation-inl.h"
+#include "moe/gate_up-inl.h"
 #include "moe/routing.h"
 #include "weights/weight-inl.h"
 
@@ -36,6 +37,13 @@ inline int64_t wide_slab(const Routing& routing) {
     while (columns > kMaxColumns && columns * round_up(routing.most_rows, kRowStep) > kMaxRows * kMaxColumns)
         columns /= 2;
     return columns;
+}
+
+// Returns the columns of one task of x W^T, with `ranges` ranges of that many columns: if W is transposed, this is a
+// product down the rows of the matrix in memory.
+template <class T>
+inline int64_t forward_slab(const Weight<T>& weight, int64_t ranges, const Routing& routing) {
+    return weight.transposed ? larger(kSlab<T>, wide_slab(routing) / ranges) : kSlab<T>;
 }
 
 // Tokens and columns of the sums that one task of Combine holds: 2 MiB of float32.
@@ -123,6 +131,7 @@ struct Layer {
     const Acc<T>* route_weights;  // [num_routes], by position
     Weight<T> gate_up, down;
     StridedWeight<T> A1, B1, A2, B2;  // the scalings are folded into B
+    GateUp halves;
     int64_t I, H;
     CodedRows coded_x;  // [T, H], if gate_up takes codes
 
@@ -135,6 +144,7 @@ struct Layer {
           B1{problem.gate_up_lora_B, problem.gate_up_scaling},
           A2{problem.down_lora_A, 1},
           B2{problem.down_lora_B, problem.down_scaling},
+          halves(problem),
           I(problem.intermediate_size),
           H(problem.hidden_size) {
         auto* weights = workspace.take<Acc<T>>(routing.num_routes);
@@ -142,7 +152,7 @@ struct Layer {
         route_weights = weights;
         if (!weights) return;
         for (int64_t i = 0; i < routing.num_routes; ++i) {
-            weights[i] = static_cast<Acc<T>>(p.topk_weights.at(routing.token[i], routing.route[i] % p.top_k));
+            weights[i] = p.reduce ? weight_of(routing.token[i], routing.route[i] % p.top_k) : 1;
         }
     }
 
@@ -153,6 +163,14 @@ struct Layer {
     Rows<T> by_token(const void* tensor, int64_t first) const {
         return {static_cast<const T*>(tensor), H, routing.token + first};
     }
+
+    // Rows of a tensor like the output: [T, H] or, without reduce, [T, K, H].
+    Rows<T> like_output(const void* tensor, int64_t first) const {
+        return {static_cast<const T*>(tensor), H, (p.reduce ? routing.token : routing.route) + first};
+    }
+
+private:
+    Acc<T> weight_of(int64_t token, int64_t slot) const { return static_cast<Acc<T>>(p.topk_weights.at(token, slot)); }
 };
 
 // Task number `task` of (active expert, slab) pairs, `slabs` per expert.
@@ -195,17 +213,15 @@ inline void low_rank_product(const GemmScratch<T>& scratch, const Layer<T>& laye
     }
 }
 
-// [g | u] = x Wgu^T + s1 xa B1^T + bgu for columns [column, column + n) of g and of u. Calls epilogue(position, g, u)
-// with pointers to n accumulators of each. after: rows of the thread's next task.
+// [g | u] = x Wgu^T + s1 xa B1^T + bgu for columns [column, column + n) of h. Calls epilogue(position, row, apart) with
+// a row of accumulators for layer.halves.load(). after: rows of the thread's next task.
 template <class T, class Epilogue>
 inline void gate_up_product(const Thread<T>& thread, const Layer<T>& layer, int64_t expert, int64_t column, int64_t n,
                             const T* xa, const NextRows& after, Epilogue epilogue) {
     const Problem& p = layer.p;
-    const Columns columns{column, n, layer.I + column};
-    Acc<T>* bias_g = thread.bias;
-    Acc<T>* bias_u = thread.bias + columns.padded();
-    load_bias(p.gate_up_bias, expert, column, n, bias_g);
-    load_bias(p.gate_up_bias, expert, layer.I + column, n, bias_u);
+    const Columns columns = layer.halves.columns(column, n);
+    for_each_range(columns, thread.bias,
+                   [&](int64_t first, Acc<T>* bias) { load_bias(p.gate_up_bias, expert, first, columns.count, bias); });
     const int64_t begin = layer.routing.offsets[expert];
     const auto block_of_rows = [&](int64_t row, int64_t count) {
         const int64_t first = begin + row;
@@ -220,12 +236,14 @@ inline void gate_up_product(const Thread<T>& thread, const Layer<T>& layer, int6
             block.multiply_nt({xa + first * p.gate_up_rank, p.gate_up_rank}, p.gate_up_rank, layer.B1, expert, columns);
         }
         for (int64_t i = 0; i < count; ++i) {
-            Acc<T>* g = block.row(i);
-            Acc<T>* u = g + columns.padded();
+            Acc<T>* row = block.row(i);
             if (p.gate_up_bias) {
-                for (int64_t j = 0; j < n; ++j) g[j] += bias_g[j], u[j] += bias_u[j];
+                for_each_range(columns, row, [&](int64_t, Acc<T>* c) {
+                    const Acc<T>* bias = thread.bias + (c - row);
+                    for (int64_t j = 0; j < columns.count; ++j) c[j] += bias[j];
+                });
             }
-            epilogue(first + i, g, u);
+            epilogue(first + i, row, columns.padded());
         }
     };
     for_each_row_block(layer.routing.rows(expert), block_of_rows, kSlabRows<T>);

@@ -11,14 +11,15 @@
 namespace kt {
 
 enum class Activation {
-#define KT_ACTIVATION(name, Type, num_args) k##Type,
+#define KT_ACTIVATION(name, Type, ...) k##Type,
 #include "moe/activations.def"
 #undef KT_ACTIVATION
 };
+enum class ActivationKind { kOfGate, kOfBoth };
 constexpr int kMaxActivationArgs = 4;
-#define KT_ACTIVATION(name, Type, num_args) static_assert(num_args <= kMaxActivationArgs);
-#include "moe/activations.def"
-#undef KT_ACTIVATION
+
+// The rows of gate_up_proj: all of the gate, then all of up; a row of each in turn; or no gate, [E, I, H].
+enum class Gating { kConcatenated, kInterleaved, kNone };
 
 struct Problem {
     int64_t num_tokens, top_k, num_experts, hidden_size, intermediate_size;
@@ -29,13 +30,15 @@ struct Problem {
     bool ids_are_int64;
     int64_t ids_stride[2];
     StridedTensor topk_weights;                    // [T, K]
-    WeightTensor gate_up_proj, down_proj;          // [E, 2I, H], [E, H, I]
+    WeightTensor gate_up_proj, down_proj;          // [E, 2I, H], [E, H, I]; without a gate, I in place of 2I
     StridedTensor gate_up_bias, down_bias;         // [E, 2I], [E, H]
     StridedTensor gate_up_lora_A, gate_up_lora_B;  // [E, r1, H], [E, 2I, r1]
     StridedTensor down_lora_A, down_lora_B;        // [E, r2, I], [E, H, r2]
     double gate_up_scaling, down_scaling;
     Activation activation;
     double activation_args[kMaxActivationArgs];
+    Gating gating = Gating::kConcatenated;
+    bool reduce = true;  // output[t] = the weighted sum of a token's routes; else every route's own row
     Computation compute = Computation::kAuto;
     bool inference = false;           // no gradient will be requested
     std::optional<Path> forced_path;  // requested by a test
@@ -52,15 +55,15 @@ struct Problem {
 
 // Contiguous, in the dtype of hidden_states. The saved tensors have one row per position and may be null.
 struct ForwardResults {
-    void* output;         // [T, H]
-    void* saved_gate_up;  // [T*K, 2I]
+    void* output;         // [T, H], or [T, K, H] without reduce
+    void* saved_gate_up;  // [T*K, 2I], columns in the order of gate_up_proj's rows
     void* saved_xa;       // [T*K, r1]
     void* saved_ha;       // [T*K, r2]
 };
 
 struct BackwardProblem {
     Problem forward;
-    const void* grad_output;    // [T, H]
+    const void* grad_output;    // [T, H], or [T, K, H] without reduce
     const void* saved_gate_up;  // null: recompute it
     const void* saved_xa;
     const void* saved_ha;

@@ -8,12 +8,18 @@
 namespace kt::ops {
 namespace {
 
+constexpr bool kPositive = true;
+struct Parameter {
+    const char* name = nullptr;
+    bool positive = false;
+};
 constexpr struct {
     const char* name;
     Activation activation;
-    size_t num_args;
+    ActivationKind kind;
+    Parameter parameters[kMaxActivationArgs];
 } kActivations[] = {
-#define KT_ACTIVATION(name, Type, num_args) {#name, Activation::k##Type, num_args},
+#define KT_ACTIVATION(name, Type, kind, ...) {#name, Activation::k##Type, ActivationKind::kind, {__VA_ARGS__}},
 #include "moe/activations.def"
 #undef KT_ACTIVATION
 };
@@ -23,14 +29,31 @@ void parse_activation(const Checker& check, const std::string& name, const std::
     for (const auto& known : kActivations) {
         names += (names.empty() ? "" : ", ") + std::string(known.name);
         if (name != known.name) continue;
-        check.require(args.size() == known.num_args, "activation_args must have ", static_cast<int64_t>(known.num_args),
-                      " values for activation '", name, "', got ", static_cast<int64_t>(args.size()));
-        for (const double value : args) check.finite("activation_args", value);
+        size_t count = 0;
+        std::string expected;
+        while (count < kMaxActivationArgs && known.parameters[count].name)
+            expected += (count ? ", " : "") + std::string(known.parameters[count].name), ++count;
+        check.require(args.size() == count, "activation_args must be [", expected, "] for activation '", name,
+                      "', got ", static_cast<int64_t>(args.size()), " values");
+        for (size_t i = 0; i < count; ++i) {
+            check.finite("activation_args", args[i]);
+            check.require(!known.parameters[i].positive || args[i] > 0, "activation_args must have a positive ",
+                          known.parameters[i].name, " for activation '", name, "', got ", std::to_string(args[i]));
+        }
+        check.require(known.kind == ActivationKind::kOfGate || p.gating != Gating::kNone,
+                      "activation must be a function of the gate for gating 'none', got '", name, "'");
         p.activation = known.activation;
         std::copy(args.begin(), args.end(), p.activation_args);
         return;
     }
     check.fail("activation must be one of " + names + ", got '" + name + "'");
+}
+
+Gating parse_gating(const Checker& check, const std::string& name) {
+    if (name == "concatenated") return Gating::kConcatenated;
+    if (name == "interleaved") return Gating::kInterleaved;
+    if (name == "none") return Gating::kNone;
+    check.fail("gating must be one of concatenated, interleaved, none, got '" + name + "'");
 }
 
 Computation parse_compute(const Checker& check, const std::string& name) {
@@ -130,10 +153,13 @@ MoeArguments::MoeArguments(const char* op, KT_MOE_ARGUMENTS(KT_PARAMETER))
     check.require(intermediate_size >= 0, "intermediate_size must not be negative, got ", intermediate_size);
     p.num_experts = num_experts;
     p.intermediate_size = intermediate_size;
+    p.gating = parse_gating(check, gating);
+    p.reduce = reduce;
     const Size experts{"num_experts", num_experts}, I{"intermediate_size", intermediate_size},
         two_I{"2*intermediate_size", 2 * intermediate_size}, H{"hidden_size", p.hidden_size};
+    const Size& rows = p.gating == Gating::kNone ? I : two_I;
     const WeightNames gate_up{"gate_up_proj",       "gate_up_scale", "gate_up_zero", "gate_up_format",
-                              "gate_up_group_size", experts,         two_I,          H};
+                              "gate_up_group_size", experts,         rows,           H};
     const WeightNames down{"down_proj", "down_scale", "down_zero", "down_format", "down_group_size", experts, H, I};
     p.gate_up_proj = projection(check, gate_up, gate_up_proj, gate_up_scale, gate_up_zero, gate_up_format,
                                 gate_up_group_size, dtype);
@@ -144,10 +170,10 @@ MoeArguments::MoeArguments(const char* op, KT_MOE_ARGUMENTS(KT_PARAMETER))
     }
     check.require(p.compute != Computation::kInt8 || dtype != DType::kFloat64,
                   "compute must be auto or bf16 for hidden_states in float64, got 'int8'");
-    if (gate_up_bias) check.shape("gate_up_bias", *gate_up_bias, {experts, two_I});
+    if (gate_up_bias) check.shape("gate_up_bias", *gate_up_bias, {experts, rows});
     if (down_bias) check.shape("down_bias", *down_bias, {experts, H});
     p.gate_up_rank =
-        lora_rank(check, "gate_up_lora_A", gate_up_lora_A, H, "gate_up_lora_B", gate_up_lora_B, two_I, experts);
+        lora_rank(check, "gate_up_lora_A", gate_up_lora_A, H, "gate_up_lora_B", gate_up_lora_B, rows, experts);
     p.down_rank = lora_rank(check, "down_lora_A", down_lora_A, I, "down_lora_B", down_lora_B, H, experts);
     check.finite("gate_up_scaling", gate_up_scaling);
     check.finite("down_scaling", down_scaling);
@@ -178,6 +204,15 @@ void MoeArguments::point_to_tensors(const Checker& check, DType weights_dtype) {
     p.gate_up_lora_B = view("gate_up_lora_B", gate_up_lora_B);
     p.down_lora_A = view("down_lora_A", down_lora_A);
     p.down_lora_B = view("down_lora_B", down_lora_B);
+}
+
+int64_t MoeArguments::gate_up_columns() const {
+    return (problem.gating == Gating::kNone ? 1 : 2) * problem.intermediate_size;
+}
+
+Tensor MoeArguments::empty_output() const {
+    const Problem& p = problem;
+    return p.reduce ? empty({p.num_tokens, p.hidden_size}) : empty({p.num_tokens, p.top_k, p.hidden_size});
 }
 
 Tensor MoeArguments::empty(std::initializer_list<int64_t> size) const {

@@ -19,7 +19,11 @@ struct MoeArguments {
 
     int64_t num_routes() const { return problem.num_tokens * problem.top_k; }
 
-    // A new tensor like hidden_states.
+    // Columns of [g | u].
+    int64_t gate_up_columns() const;
+
+    // New tensors of the dtype of hidden_states.
+    Tensor empty_output() const;
     Tensor empty(std::initializer_list<int64_t> size) const;
 
 private:

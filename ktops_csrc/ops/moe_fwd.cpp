@@ -7,7 +7,7 @@ Tensor moe_fwd(KT_MOE_ARGUMENTS(KT_PARAMETER)) {
     const profile::Call call("moe_fwd");
     MoeArguments arguments("kt::moe_fwd", KT_MOE_ARGUMENTS(KT_NAME));
     arguments.problem.inference = true;
-    Tensor output = arguments.empty({arguments.problem.num_tokens, arguments.problem.hidden_size});
+    Tensor output = arguments.empty_output();
     profile::mark("arguments");
     dispatch::current()
         .kernels(arguments.dtype)

@@ -11,8 +11,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> moe_sft_fwd(KT_MOE_ARGUMENTS(KT_PARAM
     const Problem& p = arguments.problem;
     const int64_t R = arguments.num_routes();
 
-    Tensor output = arguments.empty({p.num_tokens, p.hidden_size});
-    Tensor saved_gate_up = arguments.empty({keep ? R : 0, 2 * p.intermediate_size});
+    Tensor output = arguments.empty_output();
+    Tensor saved_gate_up = arguments.empty({keep ? R : 0, arguments.gate_up_columns()});
     Tensor saved_xa = arguments.empty({R, p.gate_up_rank});
     Tensor saved_ha = arguments.empty({R, p.down_rank});
     profile::mark("arguments");
@@ -25,13 +25,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> moe_sft_fwd(KT_MOE_ARGUMENTS(KT_PARAM
 
 namespace {
 
-// Allocates a contiguous tensor like `like` and returns the kernels' view, [1, rows, columns] or [E, rows, columns].
-Result make_result(const Checker& check, const char* name, const Tensor& like, OptionalTensor& out) {
-    out = torch::stable::empty(like.sizes(), like.scalar_type());
+// Allocates a tensor like `like` and returns the kernels' view, [1, rows, columns] or [E, rows, columns]. The tensor is
+// contiguous, or its transpose is.
+Result make_result(const Checker& check, const char* name, const Tensor& like, bool transposed, OptionalTensor& out) {
+    const Tensor stored = transposed ? torch::stable::transpose(like, 1, 2) : like;
+    const Tensor data = torch::stable::empty(stored.sizes(), like.scalar_type());
+    out = transposed ? torch::stable::transpose(data, 1, 2) : data;
     Result result;
-    result.data = out->mutable_data_ptr();
+    result.data = data.mutable_data_ptr();
     result.dtype = check.floating(name, like);
-    for (int64_t i = 0, skip = 3 - like.dim(); i < like.dim(); ++i) result.size[skip + i] = like.size(i);
+    for (int64_t i = 0, skip = 3 - like.dim(); i < like.dim(); ++i) result.size[skip + i] = data.size(i);
+    result.is_transposed = transposed;
     return result;
 }
 
@@ -47,10 +51,11 @@ Gradients moe_sft_bwd(Tensor grad_output, KT_MOE_ARGUMENTS(KT_PARAMETER), std::s
     const Problem& p = arguments.problem;
     const int64_t R = arguments.num_routes();
 
-    check.shape("grad_output", grad_output, {{"num_tokens", p.num_tokens}, {"hidden_size", p.hidden_size}});
+    const Size T{"num_tokens", p.num_tokens}, K{"top_k", p.top_k}, H{"hidden_size", p.hidden_size};
+    p.reduce ? check.shape("grad_output", grad_output, {T, H}) : check.shape("grad_output", grad_output, {T, K, H});
     const Size routes{"num_tokens*top_k", R};
     check.shape("saved_gate_up", saved_gate_up,
-                {keep ? routes : Size{"0", 0}, {"2*intermediate_size", 2 * p.intermediate_size}});
+                {keep ? routes : Size{"0", 0}, {"columns", arguments.gate_up_columns()}});
     check.shape("saved_xa", saved_xa, {routes, {"rank", p.gate_up_rank}});
     check.shape("saved_ha", saved_ha, {routes, {"rank", p.down_rank}});
     check.same_dtype("grad_output", grad_output, "hidden_states", arguments.dtype);
@@ -95,7 +100,9 @@ Gradients moe_sft_bwd(Tensor grad_output, KT_MOE_ARGUMENTS(KT_PARAMETER), std::s
                       "whose gate_up_format is not dense, got ", grad_mask);
         check.require(i != 3 || p.down_proj.is_dense(), "grad_mask must not ask for the gradient of down_proj, ",
                       "whose down_format is not dense, got ", grad_mask);
-        wanted[i].result = make_result(check, wanted[i].name, *wanted[i].like, out[i]);
+        const bool transposed =
+            (i == 2 && p.gate_up_proj.dense.is_transposed()) || (i == 3 && p.down_proj.dense.is_transposed());
+        wanted[i].result = make_result(check, wanted[i].name, *wanted[i].like, transposed, out[i]);
     }
     profile::mark("arguments");
     dispatch::current().kernels(arguments.dtype).backward(b);

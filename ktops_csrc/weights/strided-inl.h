@@ -14,7 +14,7 @@ namespace kt::KT_ISA {
 template <class T>
 struct StridedWeight {
     using C = Compute<T>;
-    static constexpr bool kDirect = false;
+    static constexpr bool kDirect = false, transposed = false;
 
     StridedTensor tensor;
     double scale = 1;

@@ -1,7 +1,8 @@
 #pragma once
 
 // The weights of a projection, [E, rows, columns]: dense in the dtype of the activations, with any strides, or in a
-// format. Products call
+// format. If the columns of a dense W are contiguous, this is W^T: `transposed` is true, and `rows` and `columns` here
+// are those of W^T. Products call
 //   direct(e)                                     rows of an expert in place, row_stride apart; null if not contiguous
 //   copy_rows(e, row, n, column, count, out)      contiguous copies of rows, in T
 //   dots(...)                                     dot products with up to few_rows() rows, for a weight in a format
@@ -32,17 +33,21 @@ public:
     static constexpr bool kDirect = true;
     static constexpr int64_t kScratch = (128 << 10) / static_cast<int64_t>(sizeof(T));
 
+    bool transposed;
     int64_t row_stride;
 
     explicit Weight(const WeightTensor& tensor)
-        : row_stride(tensor.dense.stride[1]), tensor_(tensor), strided_{tensor.dense} {
+        : transposed(tensor.is_dense() && tensor.dense.is_transposed()),
+          tensor_(tensor),
+          strided_{transposed ? tensor.dense.transposed() : tensor.dense} {
+        row_stride = strided_.tensor.stride[1];
         if (!tensor.is_dense()) table_ = &format_table(tensor.format);
     }
 
     bool has_format() const { return table_ != nullptr; }
 
     const T* direct(int64_t e) const {
-        const StridedTensor& dense = tensor_.dense;
+        const StridedTensor& dense = strided_.tensor;
         if (table_ || dense.stride[2] != 1) return nullptr;
         return static_cast<const T*>(dense.data) + e * dense.stride[0];
     }

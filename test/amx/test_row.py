@@ -28,6 +28,8 @@ OP_TESTS = [
     "test_determinism.py",
     "test_autograd.py",
     "test_moe_sft_memory.py",
+    "test_transposed_weights.py",
+    "test_gating.py",
     "test_formats.py::test_a_format_and_a_group_size_for_each_projection",
     "test_int8_compute.py::test_products_of_integers[amx_bf16-int8:0-T30-H4160-I64-dtype1]",
     "test_int8_compute.py::test_products_of_integers[amx_bf16-int4:128-T20-H160-I96-dtype0]",

@@ -21,7 +21,9 @@ def dense_copy(model: nn.Module) -> nn.Module:
     for name, experts in model.named_modules():
         if isinstance(experts, KTExperts):
             weights = (ktops.dequantize(getattr(experts, kind)) for kind in ("gate_up_proj", "down_proj"))
-            made = KTExperts.from_parameters(*map(nn.Parameter, weights), activation=experts.activation)
+            made = KTExperts.from_parameters(
+                *map(nn.Parameter, weights), activation=experts.function.activation
+            )
             dense.set_submodule(name, made)
     return dense
 
@@ -67,7 +69,7 @@ def test_biases_and_training_mode_stay():
     ktops.quantize_experts(model, "int8")
     made = model["experts"]
     assert made is not experts and not made.training
-    assert (made.activation, made.compute) == ("gelu", "bf16")
+    assert (made.function.activation, made.compute) == ("gelu", "bf16")
     assert (made.gate_up_proj_bias, made.down_proj_bias) == biases
 
 

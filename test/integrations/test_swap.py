@@ -351,7 +351,7 @@ def uneven():
 
 REFUSED = {
     "scales its input": (lambda: Stacked(scale_input=True), "it computes something else"),
-    "no such activation": (lambda: Stacked(activation=nn.ReLU()), "ktops has no activation ReLU"),
+    "no such activation": (lambda: Stacked(activation=nn.Tanh()), "ktops has no activation Tanh"),
     "hooked": (hooked, "it has hooks"),
     "offloaded": (replaced_forward, "its forward was replaced"),
     "clamped": (lambda: LoopBlock(ClampedMLP).experts, "it computes something else"),
@@ -360,7 +360,7 @@ REFUSED = {
     "no gate": (lambda: nn.ModuleList([nn.Linear(H, H)]), "have no gate_proj/up_proj/down_proj or w1/w3/w2"),
     "empty": (lambda: nn.ModuleList(), "not all modules of one class"),
     "remote experts": (lambda: nn.ModuleList([GatedMLP(), None]), "not all modules of one class"),
-    "unknown": (lambda: nn.Linear(H, H), "its weights are neither gate_up_proj and down_proj nor"),
+    "unknown": (lambda: nn.Linear(H, H), "its weights are neither stacked, gate_up_proj"),
 }
 
 

@@ -1,5 +1,6 @@
 """Experts that the op does not support give one warning that names them, and the result of transformers."""
 
+import math
 import subprocess
 import sys
 import warnings
@@ -14,24 +15,36 @@ from transformers.activations import ACT2CLS, ACT2FN
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, use_experts_implementation
 from transformers.models.beam.modeling_beam import BeamExperts
 from transformers.models.deepseek_v4.modeling_deepseek_v4 import DeepseekV4Experts
+from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
 import ktops
 from ktops._warn import warn_once
 from ktops.checkpoints.activations import BY_HIDDEN_ACT
 from ktops.integrations.transformers import activation_name, unsupported_layout
-from ktops.ops.activation import ACTIVATIONS
+from ktops.integrations.transformers.architectures import describe
+from ktops.ops.activation import ACTIVATIONS, ExpertFunction
 from ktops.testing.budgets import forward_budget, relative_error
 
 pytestmark = pytest.mark.usefixtures("enabled")
 
 
-def gpt_oss(**keys) -> transformers.PreTrainedModel:
+class OwnGate(GptOssExperts):
+    """Has a gate that ktops does not know."""
+
+    def _apply_gate(self, gate_up: torch.Tensor) -> torch.Tensor:
+        return super()._apply_gate(gate_up).tanh()
+
+
+def with_own_gate(**keys) -> transformers.PreTrainedModel:
     sizes = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 24, "num_hidden_layers": 2}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "pad_token_id": None}
     experts = {"num_local_experts": 4, "num_experts_per_tok": 2, "layer_types": ["full_attention"] * 2}
     torch.manual_seed(0)
-    return transformers.GptOssForCausalLM(transformers.GptOssConfig(**sizes, **heads, **experts, **keys))
+    model = transformers.GptOssForCausalLM(transformers.GptOssConfig(**sizes, **heads, **experts, **keys))
+    for layer in model.model.layers:
+        layer.mlp.experts.__class__ = OwnGate
+    return model
 
 
 def loss(model) -> torch.Tensor:
@@ -39,33 +52,32 @@ def loss(model) -> torch.Tensor:
 
 
 def test_unsupported_model_warns_once_and_gives_its_own_result():
-    model = gpt_oss(experts_implementation="ktops")
+    model = with_own_gate(experts_implementation="ktops")
     with pytest.warns(UserWarning) as caught, CountOps() as ops:
         first = loss(model)
         second = loss(model)
     messages = [str(w.message) for w in caught if "ktops" in str(w.message)]
     assert len(messages) == 1
-    assert "modeling_gpt_oss.GptOssExperts" in messages[0]
-    assert "[num_experts, in_features, out_features]" in messages[0]
+    assert "test_transformers_fallback.OwnGate: ktops does not know its _apply_gate" in messages[0]
     assert not ops.counts
-    expected = loss(gpt_oss(experts_implementation="grouped_mm"))
+    expected = loss(with_own_gate(experts_implementation="grouped_mm"))
     assert torch.equal(first, expected) and torch.equal(second, expected)
 
 
 def test_unsupported_model_warns_while_compiling():
-    model = gpt_oss(experts_implementation="ktops").model.layers[0].mlp
+    model = with_own_gate(experts_implementation="ktops").model.layers[0].mlp
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     x = torch.randn(2, 3, 32)
-    with torch.no_grad(), pytest.warns(UserWarning, match="GptOssExperts"):
+    with torch.no_grad(), pytest.warns(UserWarning, match="OwnGate"):
         actual = compiled(x)[0]
     torch._dynamo.reset()
     assert relative_error(actual, model(x)[0]) < MODEL_BUDGET
 
 
 def test_lora_factors_for_unsupported_experts_are_not_ignored():
-    experts = gpt_oss(experts_implementation="ktops").model.layers[0].mlp.experts
+    experts = with_own_gate(experts_implementation="ktops").model.layers[0].mlp.experts
     lora = {"down_lora_A": torch.zeros(4, 1, 24), "down_lora_B": torch.zeros(4, 32, 1)}
-    with pytest.raises(NotImplementedError, match=r"LoRA on .*GptOssExperts"):
+    with pytest.raises(NotImplementedError, match=r"LoRA on .*OwnGate"):
         ALL_EXPERTS_FUNCTIONS["ktops"](experts, None, None, None, **lora)
 
 
@@ -87,11 +99,7 @@ def make(experts_class, config, **attributes):
 @pytest.mark.parametrize(
     ("attributes", "reason"),
     [
-        ({"has_gate": False}, "no gate projection"),
-        ({"is_transposed": True}, r"\[num_experts, in_features, out_features\]"),
-        ({"is_concatenated": False}, "interleaved"),
-        ({"has_post_expert_norm": True}, "normalizes"),
-        ({"act_fn": ACT2FN["relu"]}, "no activation ReLU"),
+        ({"act_fn": ACT2FN["leaky_relu"]}, "no activation LeakyReLU"),
         ({"act_fn": ACT2FN["quick_gelu"]}, "no activation QuickGELU"),
         ({"act_fn": torch.tanh}, "no activation tanh"),
     ],
@@ -110,7 +118,9 @@ def test_activations_are_mapped_only_where_equal(name):
     x = torch.linspace(-15, 15, 1001, dtype=torch.float64)
     act_fn = ACT2FN[name].double()
     equal = {
-        known for known, f in ACTIVATIONS.items() if torch.allclose(f(x)[0], act_fn(x), rtol=0, atol=1e-9)
+        name
+        for name, known in ACTIVATIONS.items()
+        if known.of_gate and torch.allclose(known.function(x)[0], act_fn(x), rtol=0, atol=1e-9)
     }
     mapped = activation_name(act_fn)
     assert equal == ({mapped} if mapped else set())
@@ -123,7 +133,7 @@ def test_functions_and_torch_modules_as_activation():
     for act_fn, name in known:
         x = torch.randn(50, dtype=torch.float64)
         assert activation_name(act_fn) == name
-        assert torch.allclose(act_fn(x), ACTIVATIONS[name](x)[0])
+        assert torch.allclose(act_fn(x), ACTIVATIONS[name].function(x)[0])
     assert activation_name(None) is None
     assert activation_name(nn.GELU()) == "gelu"
 
@@ -143,18 +153,17 @@ def test_own_gate_that_is_the_same_function_runs_in_the_op():
     assert relative_error(actual, expected) < forward_budget(torch.float32)  # its gate runs in float32
 
 
-def test_own_gate_that_clamps_keeps_its_own_implementation():
+def test_limits():
+    """A limit of None or infinity is none at all; one of another activation than silu is not known."""
     config = tiny_config("mixtral", swiglu_limit=0.5)
     config.moe_intermediate_size = config.intermediate_size
     experts = make(DeepseekV4Experts, config)
-    x, route = torch.randn(7, 32), routes(8)
-    config._experts_implementation = "eager"
-    expected = experts(x, *route)
-    config._experts_implementation = "ktops"
-    with pytest.warns(UserWarning, match="DeepseekV4Experts: its own _apply_gate"), CountOps() as ops:
-        actual = experts(x, *route)
-    assert not ops.counts
-    assert relative_error(actual, expected) < MODEL_BUDGET
+    assert describe(experts).function == ExpertFunction("swiglu_clamped", (0.5, 1.0, 0.0))
+    for limit in (None, math.inf):
+        experts.limit = limit
+        assert describe(experts).function == ExpertFunction("silu")
+    experts.act_fn = ACT2FN["gelu"]
+    assert unsupported_layout(experts) == "it limits an activation other than silu, GELUActivation"
 
 
 def test_quantized_experts_run_eagerly():

@@ -35,7 +35,7 @@ def reference(experts: KTExperts, x, ids, weights):
     if experts.gate_up_proj_bias is not None:
         up = up + experts.gate_up_proj_bias
     gate, up = up.chunk(2, dim=-1)
-    activation = getattr(torch.nn.functional, experts.activation)
+    activation = getattr(torch.nn.functional, experts.function.activation)
     hidden = activation(gate) * up
     down = torch.einsum("...ei,ehi->...eh", hidden, experts.down_proj)
     if experts.down_proj_bias is not None:
@@ -75,7 +75,7 @@ def test_parameters_are_shared_not_copied():
     for name, parameter in source.named_parameters():
         assert getattr(experts, name) is parameter
     assert (experts.num_experts, experts.hidden_size, experts.intermediate_size) == (E, H, I)
-    assert (experts.activation, experts.save) == ("gelu", "recompute")
+    assert (experts.function.activation, experts.save) == ("gelu", "recompute")
 
 
 def test_state_dict_keys():
@@ -161,8 +161,8 @@ def test_repr():
         (ValueError, "hidden_size must be positive, got -1", {"hidden_size": -1}),
         (
             ValueError,
-            f"activation must be one of {', '.join(ACTIVATIONS)}, got 'relu'",
-            {"activation": "relu"},
+            f"activation must be one of {', '.join(ACTIVATIONS)}, got 'elu'",
+            {"activation": "elu"},
         ),
         (ValueError, "save must be one of activations, recompute, got 'all'", {"save": "all"}),
         (TypeError, "dtype must have one of the dtypes .*, got torch.int32", {"dtype": torch.int32}),

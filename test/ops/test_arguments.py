@@ -23,6 +23,7 @@ TYPES = {
     "Optional[Tensor]": Tensor | None,
     "int": int,
     "float": float,
+    "bool": bool,
     "str": str,
     "List[float]": list[float],
 }
@@ -75,7 +76,8 @@ def test_the_function_passes_each_in_its_place(training):
     inputs["down_proj"] = ktops.quantize(inputs["down_proj"], "int4", group_size=0)
     if training:
         inputs = require_grad(inputs, "down_lora_B")
-    options = {"activation": "gelu", "compute": "bf16"}
+    options = {"activation": "swiglu_clamped", "activation_args": [7.0, 1.5, 1.0], "compute": "bf16"}
+    options |= {"gating": "interleaved", "reduce": False}
     with Calls() as calls:
         ktops.moe_sft(**inputs, **options)
     (given,) = calls.arguments

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 import ktops
-from ktops.ops.activation import ACTIVATIONS
 from ktops.ops.arguments import GRADIENTS
+from ktops.testing.activations import ACTIVATION_CASES
 from ktops.testing.compare import random_grad_output, run, run_reference
 from ktops.testing.inputs import floating, moe_inputs, op_arguments, require_grad
 
@@ -21,18 +21,17 @@ def assert_bitwise(actual, expected) -> None:
         assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize("save", ["activations", "recompute"])
-@pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_gradcheck(isa, activation, save):
-    inputs = require_grad(tiny())
+@pytest.mark.parametrize("activation", ACTIVATION_CASES, ids=str)
+def test_gradcheck(isa, activation):
+    save = "recompute" if activation.gating == "interleaved" else "activations"
+    inputs = require_grad(tiny(gating=activation.gating, scale=2.0)) | activation.options
     names = floating(inputs)
 
     def function(*tensors):
-        return ktops.moe_sft(
-            **inputs | dict(zip(names, tensors, strict=True)), activation=activation, save=save
-        )
+        return ktops.moe_sft(**inputs | dict(zip(names, tensors, strict=True)), save=save)
 
-    assert torch.autograd.gradcheck(function, [inputs[name] for name in names])
+    fast = activation.activation != "silu"
+    assert torch.autograd.gradcheck(function, [inputs[name] for name in names], fast_mode=fast)
 
 
 @pytest.mark.parametrize("routing", ["repeated", "one_expert", "empty_experts"])

@@ -125,7 +125,7 @@ def test_non_finite_scaling(op, argument, value):
 
 
 @pytest.mark.parametrize("op", OPS)
-@pytest.mark.parametrize("value", ["relu", "", "SiLU"])
+@pytest.mark.parametrize("value", ["elu", "", "SiLU"])
 def test_unknown_activation(op, value):
     with raises(op, "activation", f"be one of {', '.join(ACTIVATIONS)}", f"'{value}'"):
         call(op, activation=value)
@@ -168,8 +168,71 @@ def test_the_largest_group_size():
 
 @pytest.mark.parametrize("op", OPS)
 def test_arguments_of_an_activation_that_takes_none(op):
-    with raises(op, "activation_args", "have 0 values for activation 'silu'", 1):
+    with raises(op, "activation_args", r"be \[\] for activation 'silu'", 1):
         call(op, activation_args=[7.0])
+
+
+CLAMPED = "have a positive limit for activation 'swiglu_clamped'"
+
+
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize(
+    ("args", "expected", "actual"),
+    [
+        ([], r"be \[limit, alpha, offset\] for activation 'swiglu_clamped'", "0 values"),
+        ([7.0, 1.0, 0.0, 0.0], r"be \[limit, alpha, offset\] for activation 'swiglu_clamped'", "4 values"),
+        ([0.0, 1.0, 0.0], CLAMPED, 0.0),
+        ([-7.0, 1.0, 0.0], CLAMPED, -7.0),
+        ([math.nan, 1.0, 0.0], "be finite", math.nan),
+        ([7.0, math.inf, 0.0], "be finite", math.inf),
+    ],
+)
+def test_wrong_arguments_of_an_activation(op, args, expected, actual):
+    with raises(op, "activation_args", expected, actual):
+        call(op, activation="swiglu_clamped", activation_args=args)
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        ({"limits": 7.0}, "must have limit, alpha, offset for activation 'swiglu_clamped', got 'limits'"),
+        ({"alpha": 7.0}, "must have limit, alpha, offset for activation 'swiglu_clamped', got no limit"),
+    ],
+)
+def test_wrong_names_of_arguments_of_an_activation(args, message):
+    with pytest.raises(RuntimeError, match=f"ktops.moe_sft: activation_args {message}"):
+        ktops.moe_sft(**valid(), activation="swiglu_clamped", activation_args=args)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_unknown_gating(op):
+    with raises(op, "gating", "be one of concatenated, interleaved, none", "'swapped'"):
+        call(op, gating="swapped")
+
+
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("activation", [name for name, known in ACTIVATIONS.items() if not known.of_gate])
+def test_activation_of_both_halves_without_a_gate(op, activation):
+    inputs = moe_inputs(T=T, H=H, I=I, E=E, K=K, lora_rank=(R1, R2), bias=True, gating="none")
+    args = [1.0] * len(ACTIVATIONS[activation].parameters)
+    with raises(op, "activation", "be a function of the gate for gating 'none'", f"'{activation}'"):
+        call(op, **inputs, activation=activation, activation_args=args)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_gate_that_contradicts_the_shape(op):
+    with raises(
+        op,
+        "gate_up_proj",
+        r"have shape \[num_experts=\d, intermediate_size=\d+, .*",
+        [E, 2 * I, H],
+    ):
+        call(op, gating="none")
+
+
+def test_no_routing_weights():
+    with pytest.raises(RuntimeError, match="topk_weights must be a tensor with reduce=True, got None"):
+        ktops.moe_sft(**valid() | {"topk_weights": None})
 
 
 @pytest.mark.parametrize("op", OPS)
@@ -272,8 +335,8 @@ def test_gradient_of_an_absent_tensor(name):
 
 def test_public_function_passes_the_errors_on():
     for inputs, op in ((valid(), "moe_fwd"), (require_grad(valid()), "moe_sft_fwd")):
-        with raises(op, "activation", ".*", "'relu'"):
-            ktops.moe_sft(**inputs, activation="relu")
+        with raises(op, "activation", ".*", "'elu'"):
+            ktops.moe_sft(**inputs, activation="elu")
         with raises(op, "topk_ids", "have shape .*", [T - 1, K]):
             ktops.moe_sft(**inputs | {"topk_ids": inputs["topk_ids"][1:]})
     with pytest.raises(TypeError, match="gate_up_lora_C"):

@@ -7,21 +7,21 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import ktops
 from ktops import reference
-from ktops.ops.activation import ACTIVATIONS
+from ktops.testing.activations import ACTIVATION_CASES
 from ktops.testing.budgets import forward_budget, relative_error
 from ktops.testing.inputs import moe_inputs, op_arguments, upcast
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float64, torch.float16]
 
 
-@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("reduce", [True, False])
+@pytest.mark.parametrize("activation", ACTIVATION_CASES, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("num_tokens", [0, 1, 2, 33])
-def test_equals_training_bitwise(isa, num_tokens, dtype, activation):
-    inputs = moe_inputs(
-        T=num_tokens, H=40, I=24, E=5, K=3, dtype=dtype, lora_rank=4, bias=True, invalid_ids=True
-    )
-    arguments = op_arguments(inputs, activation=activation)
+def test_equals_training_bitwise(isa, num_tokens, dtype, activation, reduce):
+    sizes = {"T": num_tokens, "H": 40, "I": 24, "E": 5, "K": 3, "lora_rank": 4, "bias": True}
+    inputs = moe_inputs(**sizes, dtype=dtype, invalid_ids=True, gating=activation.gating)
+    arguments = op_arguments(inputs, **activation.options, reduce=reduce)
     inference = torch.ops.kt.moe_fwd(*arguments)
     for save in ("activations", "recompute"):
         output, *_ = torch.ops.kt.moe_sft_fwd(*arguments, save)

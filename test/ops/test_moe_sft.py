@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 import ktops
 from ktops import reference
-from ktops.ops.activation import ACTIVATIONS
 from ktops.ops.arguments import GRADIENTS
+from ktops.testing.activations import ACTIVATION_CASES, SMOOTH, away_from_kinks
 from ktops.testing.budgets import forward_budget, relative_error
 from ktops.testing.compare import check_against_reference, one_thread, random_grad_output, run
 from ktops.testing.inputs import ROUTINGS, moe_inputs, op_arguments, upcast
@@ -62,19 +62,20 @@ def test_mixed_dtypes(isa, dtype, lora_dtype, weights_dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("save", ["activations", "recompute"])
-@pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_activations(isa, activation, save, dtype):
-    inputs = moe_inputs(T=17, H=24, I=20, E=4, K=2, dtype=dtype, lora_rank=4, bias=True, invalid_ids=True)
-    check_against_reference(inputs, activation=activation, save=save)
+@pytest.mark.parametrize("activation", ACTIVATION_CASES, ids=str)
+def test_activations(isa, activation, dtype):
+    sizes = {"T": 17, "H": 24, "I": 20, "E": 4, "K": 2, "lora_rank": 4, "bias": True, "invalid_ids": True}
+    inputs = away_from_kinks(moe_inputs(**sizes, dtype=dtype, gating=activation.gating)) | activation.options
+    check_against_reference(inputs, save="recompute" if activation.gating == "interleaved" else "activations")
 
 
 @pytest.mark.parametrize("scale", [1e-3, 30.0, 300.0])
-@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("activation", ACTIVATION_CASES, ids=str)
 def test_saturated_gates(isa, activation, scale):
-    inputs = moe_inputs(T=17, H=24, I=20, E=4, K=2, lora_rank=4, bias=True, scale=scale)
-    check_against_reference(inputs, activation=activation)
-    outputs = run(inputs, random_grad_output(inputs), activation=activation)
+    sizes = {"T": 17, "H": 24, "I": 20, "E": 4, "K": 2, "lora_rank": 4, "bias": True}
+    inputs = moe_inputs(**sizes, scale=scale, gating=activation.gating) | activation.options
+    check_against_reference(inputs)
+    outputs = run(inputs, random_grad_output(inputs))
     assert all(value.isfinite().all() for value in outputs.values())
 
 
@@ -295,7 +296,8 @@ def cases(draw):
     num_experts = draw(st.integers(1, 9))
     dtypes = st.sampled_from(DTYPES)
     ranks = st.integers(0, 20)
-    return moe_inputs(
+    activation = draw(st.sampled_from(SMOOTH))
+    inputs = moe_inputs(
         T=draw(st.integers(0, 40)),
         H=draw(st.integers(1, 70)),
         I=draw(st.integers(1, 70)),
@@ -310,16 +312,18 @@ def cases(draw):
         invalid_ids=draw(st.booleans()),
         routing=draw(st.sampled_from(ROUTINGS)),
         seed=draw(st.integers(0, 1 << 16)),
+        gating=activation.gating,
     )
+    return inputs | activation.options | {"reduce": draw(st.booleans())}
 
 
 @pytest.mark.parametrize("isa", available_isas())
 @settings(max_examples=60)
-@given(inputs=cases(), activation=st.sampled_from(list(ACTIVATIONS)), recompute=st.booleans())
-def test_any_case(isa, inputs, activation, recompute):
+@given(inputs=cases(), recompute=st.booleans())
+def test_any_case(isa, inputs, recompute):
     with ktops.use_isa(isa):
         save = "recompute" if recompute else "activations"
-        check_against_reference(inputs, activation=activation, save=save)
+        check_against_reference(inputs, save=save)
 
 
 @pytest.mark.parametrize("isa", available_isas())

@@ -16,17 +16,18 @@ from ktops.testing.weights import GROUPED, in_format
 
 ROOT = Path(__file__).parents[2]
 FORWARD, BACKWARD = ("gate_up", "down"), ("activate", "combine_x")
-FLOATS = {
-    "decoded_dots": FORWARD,
-    "row_tiles": FORWARD,
-    "dots": FORWARD,
-    "column_sums": BACKWARD,
-    "panels": FORWARD + BACKWARD,
-}
-"""The steps with products that can take each path."""
+ALONG_ROWS, DOWN_ROWS = {"decoded_dots", "row_tiles", "dots"}, {"column_sums"}
+FLOATS = (*sorted(ALONG_ROWS | DOWN_ROWS), "panels")
 INTEGERS = ("code_dots", "code_tiles", "code_panels")
-WEIGHTS = ("dense", "strided", "int4")
+WEIGHTS = ("dense", "transposed", "strided", "int4")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def steps(path: str, weights: str) -> tuple[str, ...]:
+    """Returns the steps with products that can take a path of floats."""
+    if path == "panels":
+        return FORWARD + BACKWARD
+    return FORWARD if (path in ALONG_ROWS) != (weights == "transposed") else BACKWARD
 
 
 def inputs_of(weights: str, dtype: torch.dtype) -> dict:
@@ -34,9 +35,11 @@ def inputs_of(weights: str, dtype: torch.dtype) -> dict:
     inputs = moe_inputs(T=300, H=96, I=64, E=24, K=2, dtype=dtype, lora_rank=(2, 3), routing="skewed")
     if weights == "int4":
         return in_format(inputs, "int4", 32)
-    if weights == "strided":
-        for name in ("gate_up_proj", "down_proj"):
+    for name in ("gate_up_proj", "down_proj"):
+        if weights == "transposed":
             inputs[name] = inputs[name].mT.contiguous().mT
+        elif weights == "strided":
+            inputs[name] = inputs[name].repeat_interleave(2, dim=2)[..., ::2]
     return inputs
 
 
@@ -47,7 +50,7 @@ def test_products_of_floats(isa, path, weights, dtype):
     with use_path(path), ktops.profile() as profile:
         check_against_reference(inputs_of(weights, dtype))
     tiles = isa == "amx_bf16" and dtype == torch.bfloat16 and weights != "strided"
-    for step in FLOATS[path]:
+    for step in steps(path, weights):
         taken = paths_taken(profile, step)
         if path == "decoded_dots" and weights == "int4":
             assert path in taken and len(taken) > 1, "few rows take it, others can't"

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from ktops import reference
-from ktops.ops.activation import ACTIVATIONS
+from ktops.testing.activations import ACTIVATION_CASES
 from ktops.testing.budgets import relative_error, rounding_level
 from ktops.testing.compare import assert_matches_reference, one_thread, random_grad_output, run_reference
 from ktops.testing.inputs import ROUTINGS, floating, moe_inputs, op_arguments, require_grad
@@ -12,25 +12,26 @@ from ktops.testing.naive import moe_naive
 
 
 @one_thread()
-def assert_reference_is_naive(inputs: dict, activation: str = "silu") -> None:
+def assert_reference_is_naive(inputs: dict) -> None:
     grad_output = random_grad_output(inputs)
     names = floating(inputs)
     leaves = require_grad(inputs)
-    output = moe_naive(leaves, activation=activation)
+    output = moe_naive(leaves)
     gradients = torch.autograd.grad(
         output, [leaves[name] for name in names], grad_output, materialize_grads=True
     )
     naive = {"output": output.detach()} | dict(zip(names, gradients, strict=True))
-    assert_matches_reference(naive, inputs, grad_output, activation)
+    assert_matches_reference(naive, inputs, grad_output)
 
 
-@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("reduce", [True, False])
+@pytest.mark.parametrize("activation", ACTIVATION_CASES, ids=str)
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("lora_rank", [0, 3, (2, 0), (0, 2), (1, 4)])
-def test_terms(lora_rank, bias, activation):
-    assert_reference_is_naive(
-        moe_inputs(T=7, H=6, I=5, E=4, K=2, dtype=torch.float64, lora_rank=lora_rank, bias=bias), activation
-    )
+def test_terms(lora_rank, bias, activation, reduce):
+    sizes = {"T": 7, "H": 6, "I": 5, "E": 4, "K": 2, "dtype": torch.float64}
+    inputs = moe_inputs(**sizes, lora_rank=lora_rank, bias=bias, gating=activation.gating)
+    assert_reference_is_naive(inputs | activation.options | {"reduce": reduce})
 
 
 @pytest.mark.parametrize("invalid_ids", [False, True])

@@ -1,18 +1,22 @@
-"""Decides which experts modules of transformers the op can compute.
+"""Describes what experts modules of transformers compute, in the terms of the op.
 
 An experts module declares its layout in attributes (``has_gate``, ``is_transposed``, ...), so most
-architectures need no entry here. One that looks special but computes the same has an entry in ``GATES``.
+architectures need no entry here. One with a gate of its own has an entry in ``GATES``.
 """
 
 import inspect
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ktops.checkpoints.activations import BY_CLASS
-from ktops.nn.experts import DTYPES
+from ktops.formats import ExpertWeight
+from ktops.nn.experts import DTYPES, KTExperts, Layout
+from ktops.ops.activation import ExpertFunction
 
 TESTED = (
     "Qwen2-MoE", "Qwen3-MoE", "Qwen3.5-MoE", "Qwen3-Next", "Mixtral", "DeepSeek-V2", "DeepSeek-V3",
@@ -20,14 +24,83 @@ TESTED = (
 )  # fmt: skip
 """Architectures that the tests compare with their eager implementation."""
 
-GATES = {
-    "modeling_beam.BeamExperts._apply_gate": "act_fn",  # act_fn(gate) * up in float32, like the op
-    "finegrained_fp8.FP8Experts._apply_gate": "act_fn",  # act_fn(gate) * up where no limit is set
-}
-"""``_apply_gate`` of special architectures -> attribute that holds the activation of ``act(gate) * up``."""
 
-LIMITS = ("gate_softcap", "swiglu_alpha", "limit")
-"""Attributes that, unless None, make an ``_apply_gate`` in ``GATES`` a different function."""
+class Unsupported(Exception):
+    """Raised with the reason why the op does not run an experts module."""
+
+
+Activation = tuple[str, tuple[float, ...]]
+"""activation and activation_args of ktops.moe_sft."""
+
+
+def _act(experts: Any) -> Activation:
+    """act_fn(gate) * up"""
+    act_fn = getattr(experts, "act_fn", None)
+    name = activation_name(act_fn)
+    if name is None:
+        kind = getattr(act_fn, "__name__", type(act_fn).__name__)
+        raise Unsupported(f"ktops has no activation {kind}")
+    return name, ()
+
+
+def _limited(name: str, experts: Any, limit: float | None, *more: float) -> Activation:
+    if hasattr(experts, "act_fn") and activation_name(experts.act_fn) != "silu":
+        raise Unsupported(f"it limits an activation other than silu, {type(experts.act_fn).__name__}")
+    return ("silu", ()) if limit is None or limit == math.inf else (name, (limit, *more))
+
+
+def _clamped(experts: Any) -> Activation:
+    """silu(min(gate, limit)) * clamp(up, -limit, limit)"""
+    limit = experts.swiglu_limit if hasattr(experts, "swiglu_limit") else experts.limit
+    return _limited("swiglu_clamped", experts, limit, 1.0, 0.0)
+
+
+def _gpt_oss(experts: Any) -> Activation:
+    """min(gate, limit) σ(alpha min(gate, limit)) * (clamp(up, -limit, limit) + 1)"""
+    return "swiglu_clamped", (experts.limit, experts.alpha, 1.0)
+
+
+def _minimax(experts: Any) -> Activation:
+    """The gate of gpt-oss."""
+    return "swiglu_clamped", (experts.swiglu_limit, experts.swiglu_alpha, 1.0)
+
+
+def _step(experts: Any) -> Activation:
+    """min(silu(gate), limit) * clamp(up, -limit, limit)"""
+    return _limited("swiglu_step", experts, experts.limit)
+
+
+def _softcapped(experts: Any) -> Activation:
+    """softcap(gate) σ(gate) * softcap(up)"""
+    caps = experts.act_fn.gate_softcap.softcap, experts.act_fn.up_softcap.softcap
+    return "swiglu_softcapped", caps
+
+
+def _fp8(experts: Any) -> Activation:
+    """transformers' FP8Experts stands in for any architecture, and takes its gate from the configuration."""
+    if experts.gate_softcap is not None:
+        return "swiglu_softcapped", (experts.gate_softcap, experts.up_softcap)
+    if experts.swiglu_alpha is not None:
+        return _minimax(experts)
+    return _clamped(experts) if experts.limit is not None else _act(experts)
+
+
+GATES: dict[str, Callable[[Any], Activation]] = {
+    "integrations.moe._default_apply_gate": _act,
+    "integrations.finegrained_fp8.FP8Experts": _fp8,
+    "beam.modeling_beam.BeamExperts": _act,
+    "deepseek_v4.modeling_deepseek_v4.DeepseekV4Experts": _clamped,
+    "glm5_next.modeling_glm5_next.Glm5NextTextExperts": _clamped,
+    "gpt_oss.modeling_gpt_oss.GptOssExperts": _gpt_oss,
+    "hy_v4.modeling_hy_v4.HYV4Experts": _clamped,
+    "hy_v4_vl.modeling_hy_v4_vl.HYV4VLExperts": _clamped,
+    "inkling2.modeling_inkling2.Inkling2Experts": _softcapped,
+    "inkling2_loop.modeling_inkling2_loop.Inkling2LoopExperts": _softcapped,
+    "minimax_m3_vl.modeling_minimax_m3_vl.MiniMaxM3VLExperts": _minimax,
+    "openai_privacy_filter.modeling_openai_privacy_filter.OpenAIPrivacyFilterExperts": _gpt_oss,
+    "step3p7.modeling_step3p7.Step3p7Experts": _step,
+}
+"""Where an ``_apply_gate`` is defined -> the activation that it computes, whose docstring is its formula."""
 
 
 def activation_name(act_fn) -> str | None:
@@ -46,36 +119,75 @@ def activation_name(act_fn) -> str | None:
     return BY_CLASS.get(f"{type(act_fn).__module__}.{type(act_fn).__qualname__}")
 
 
+def describe(experts: nn.Module) -> Layout:
+    """Returns what an experts module computes, whatever the dtype and the device of its weights.
+
+    Raises:
+        Unsupported: the op cannot compute it.
+    """
+    if not hasattr(experts, "has_gate") and not _takes_routes(experts):
+        raise Unsupported("its forward does not take (hidden_states, top_k_index, top_k_weights)")
+    has_gate = getattr(experts, "has_gate", True)
+    activation, args = _gate(experts) if has_gate else _act(experts)
+    gating = "concatenated" if getattr(experts, "is_concatenated", True) else "interleaved"
+    return Layout(
+        ExpertFunction(activation, args, gating if has_gate else "none"),
+        getattr(experts, "is_transposed", False),
+        getattr(experts, "has_post_expert_norm", False),
+    )
+
+
+def _gate(experts: nn.Module) -> Activation:
+    if not hasattr(experts, "_apply_gate"):
+        return _act(experts)
+    known = GATES.get(_place_of_gate(type(experts)))
+    if known is None:
+        raise Unsupported("ktops does not know its _apply_gate")
+    return known(experts)
+
+
+@torch.compiler.assume_constant_result
+def _place_of_gate(experts_class: Any) -> str:
+    """Returns where the class's ``_apply_gate`` is defined, as a key of GATES."""
+    gate = experts_class._apply_gate
+    place = f"{gate.__module__}.{gate.__qualname__}".removesuffix("._apply_gate")
+    return place.removeprefix("transformers.").removeprefix("models.")
+
+
+def operands(experts: nn.Module) -> tuple[Layout, Tensor | ExpertWeight, Tensor | ExpertWeight]:
+    """Returns what an experts module computes, and its weights as [E, 2I, H] and [E, H, I].
+
+    Raises:
+        Unsupported: the op cannot compute it, or not with these weights.
+    """
+    if isinstance(experts, KTExperts):
+        layout = experts.layout
+    else:
+        reason = unsupported_layout(experts)
+        if reason is not None:
+            raise Unsupported(reason)
+        layout = describe(experts)
+    gate_up_proj, down_proj = layout.weights(experts)
+    reason = unsupported_tensors(gate_up_proj, down_proj, layout.function.gating)
+    if reason is not None:
+        raise Unsupported(reason)
+    return layout, gate_up_proj, down_proj
+
+
 def unsupported_layout(experts: nn.Module) -> str | None:
     """Returns why the op cannot run an experts module of transformers, None if it can. Reads no weights."""
     weight = experts._parameters.get("down_proj")
     if weight is not None and weight.element_size() == 1:
         return f"its weights are quantized, {weight.dtype}"
-    if getattr(experts, "is_transposed", False):
-        return "its weights are stored as [num_experts, in_features, out_features]"
-    if not getattr(experts, "is_concatenated", True):
-        return "its gate and up rows are interleaved"
     return unsupported_computation(experts)
 
 
 def unsupported_computation(experts: nn.Module) -> str | None:
-    """Returns why the op cannot compute an experts module, whatever its weight layout; None if it can."""
-    if not hasattr(experts, "has_gate") and not _takes_routes(experts):
-        return "its forward does not take (hidden_states, top_k_index, top_k_weights)"
-    if not getattr(experts, "has_gate", True):
-        return "its experts have no gate projection"
-    if getattr(experts, "has_post_expert_norm", False):
-        return "it normalizes the output of every expert"
-    gate = getattr(experts, "_apply_gate", None)
-    if gate is not None and gate.__module__ != "transformers.integrations.moe":
-        attribute = GATES.get(f"{gate.__module__.rpartition('.')[2]}.{gate.__qualname__}")
-        if attribute is None or any(getattr(experts, limit, None) is not None for limit in LIMITS):
-            return "its own _apply_gate is not act(gate) * up with an activation that ktops has"
-    else:
-        attribute = "act_fn"
-    act_fn = getattr(experts, attribute, None)
-    if activation_name(act_fn) is None:
-        return f"ktops has no activation {getattr(act_fn, '__name__', type(act_fn).__name__)}"
+    """Returns why the op cannot compute an experts module, whatever its weights; None if it can."""
+    try:
+        describe(experts)
+    except Unsupported as reason:
+        return str(reason)
     return None
 
 
@@ -97,19 +209,25 @@ def _takes_routes(experts: nn.Module) -> bool:
     return True
 
 
-def unsupported_tensors(gate_up_proj: Tensor, down_proj: Tensor) -> str | None:
-    """Returns why the op cannot read these weights, None if it can."""
+def unsupported_tensors(
+    gate_up_proj: Tensor | ExpertWeight, down_proj: Tensor | ExpertWeight, gating: str = "concatenated"
+) -> str | None:
+    """Returns why the op cannot read these weights, [E, 2I, H] and [E, H, I]; None if it can."""
+    function = ExpertFunction(gating=gating)
+    first = function.first_name
     if gate_up_proj.dtype not in DTYPES:
         return f"its weights are stored in {gate_up_proj.dtype}"
     if gate_up_proj.dtype != down_proj.dtype:
-        return f"gate_up_proj is {gate_up_proj.dtype} and down_proj {down_proj.dtype}"
+        return f"{first} is {gate_up_proj.dtype} and down_proj {down_proj.dtype}"
     if gate_up_proj.dim() != 3 or down_proj.dim() != 3:
-        return "its weights are not [num_experts, out_features, in_features]"
+        return "its weights are not stacked, [num_experts, ...]"
     num_experts, hidden_size, intermediate_size = down_proj.shape
-    if gate_up_proj.shape != torch.Size([num_experts, 2 * intermediate_size, hidden_size]):
+    rows = function.rows(intermediate_size)
+    if gate_up_proj.shape != torch.Size([num_experts, rows, hidden_size]):
+        expected = "[E, I, H]" if gating == "none" else "[E, 2I, H]"
         return (
-            f"gate_up_proj {list(gate_up_proj.shape)} and down_proj {list(down_proj.shape)} are not "
-            "[E, 2I, H] and [E, H, I]"
+            f"{first} {list(gate_up_proj.shape)} and down_proj {list(down_proj.shape)} are not "
+            f"{expected} and [E, H, I]"
         )
     if gate_up_proj.device.type != "cpu":
         return f"its weights are on {gate_up_proj.device.type}"

@@ -7,9 +7,9 @@ from torch import Tensor, nn
 
 from ktops._warn import warn_once
 from ktops.integrations.transformers.architectures import (
-    activation_name,
+    Unsupported,
+    operands,
     unsupported_layout,
-    unsupported_tensors,
 )
 from ktops.nn.experts import KTExperts, run_experts
 
@@ -41,25 +41,34 @@ def experts_forward(
     Raises:
         NotImplementedError: LoRA arguments for a module that the op does not support.
     """
-    reason = unsupported_layout(experts)
-    if reason is not None:
-        return _own_forward(experts, reason, lora, hidden_states, top_k_index, top_k_weights)
-    gate_up_proj, down_proj = cast(Tensor, experts.gate_up_proj), cast(Tensor, experts.down_proj)
-    reason = unsupported_tensors(gate_up_proj, down_proj)
-    if reason is not None:
-        return _own_forward(experts, reason, lora, hidden_states, top_k_index, top_k_weights)
-    has_bias = getattr(experts, "has_bias", False)
+    try:
+        layout, gate_up_proj, down_proj = operands(experts)
+    except Unsupported as reason:
+        return _own_forward(experts, str(reason), lora, hidden_states, top_k_index, top_k_weights)
+    gate_up_bias, down_bias = layout.biases(experts)
     return run_experts(
         hidden_states,
         top_k_index,
         top_k_weights,
         gate_up_proj,
         down_proj,
-        gate_up_bias=experts.gate_up_proj_bias if has_bias else None,
-        down_bias=experts.down_proj_bias if has_bias else None,
-        activation=activation_name(experts.act_fn),
+        gate_up_bias=gate_up_bias,
+        down_bias=down_bias,
+        **layout.function._asdict(),
+        post_expert_norm=layout.norm(experts),
         **lora,
     )
+
+
+def runs_on_weights(experts: nn.Module) -> bool:
+    """True if :func:`runs_ktops`, and the op can read the weights that the module holds now."""
+    if not runs_ktops(experts):
+        return False
+    try:
+        operands(experts)
+    except Unsupported:
+        return False
+    return True
 
 
 def _own_forward(experts: nn.Module, reason: str, lora: dict, *args: Tensor) -> Tensor:

@@ -133,7 +133,8 @@ def _weights_in_formats_as_parameters(model: nn.Module) -> Iterator[None]:
 
 def _experts(model: nn.Module):
     for name, module in model.named_modules():
-        if _is_stack(module, "down_proj"):
+        is_shared = "shared" in name.replace(".base_layer", "").rpartition(".")[2]
+        if _is_stack(module, "down_proj") and not is_shared:
             yield name, module
 
 

@@ -26,6 +26,10 @@ LIMITED = {
 """Folders whose experts clamp or cap their projections."""
 
 
+WITHOUT_STACKS: set[str] = set()
+"""Folders whose experts are linear modules, so that LoRA on them is not on parameters."""
+
+
 def support_table(folders: list[str]) -> str:
     """Returns a Markdown table of how ktops runs the models in these folders of transformers."""
     rows = ["| model | supported by |", "|---|---|"]

@@ -3,15 +3,19 @@
 import re
 import statistics
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
+import peft
 import pytest
 import torch
 from every_model import LIMIT, folders, tiny_batch, tiny_model
 from model_runs import MODEL_BUDGET, CountOps, Run, assert_close
-from model_support import LIMITED, NOT_SUPPORTED, SWAPPED, support_table
+from model_support import LIMITED, NOT_SUPPORTED, SWAPPED, WITHOUT_STACKS, support_table
+from peft_models import randomize
 
 import ktops
+from ktops.integrations.peft import expert_target_parameters
 from ktops.testing.budgets import forward_budget, relative_error, safety
 
 pytestmark = pytest.mark.usefixtures("enabled")
@@ -24,7 +28,7 @@ def through_ktops(folder: str, model: torch.nn.Module) -> torch.nn.Module:
     if folder in SWAPPED:
         assert ktops.swap_experts(model)
     else:
-        model.set_experts_implementation("ktops")
+        getattr(model, "base_model", model).set_experts_implementation("ktops")
     return model
 
 
@@ -41,15 +45,21 @@ def step(model: torch.nn.Module, folder: str) -> Run:
     return Run(output.logits.detach(), loss.detach(), aux_loss, gradients, ops.counts)
 
 
+def other_runs(folder: str, make_model: Callable[[str], torch.nn.Module]) -> list[Run]:
+    """Runs the other implementations of transformers, if the model has them."""
+    runs = []
+    for implementation in () if folder in SWAPPED else ("grouped_mm", "batched_mm"):
+        model = make_model(folder)
+        getattr(model, "base_model", model).set_experts_implementation(implementation)
+        runs.append(step(model, folder))
+    return runs
+
+
 @pytest.mark.parametrize("folder", SUPPORTED)
 def test_training_step_equals_eager(folder):
     """Compares logits, loss, auxiliary loss and the gradient of every parameter in float32."""
     eager = step(tiny_model(folder), folder)
-    others = []
-    for implementation in () if folder in SWAPPED else ("grouped_mm", "batched_mm"):
-        model = tiny_model(folder)
-        model.set_experts_implementation(implementation)
-        others.append(step(model, folder))
+    others = other_runs(folder, tiny_model)
     exact = step(tiny_model(folder, torch.float64), folder)
     with warnings.catch_warnings():
         warnings.filterwarnings("error", "ktops")
@@ -78,6 +88,29 @@ def test_bfloat16_equals_eager(folder):
 def _median_error(logits: torch.Tensor, exact: torch.Tensor) -> float:
     rows = zip(logits.flatten(0, -2), exact.flatten(0, -2), strict=True)
     return statistics.median(relative_error(*row) for row in rows)
+
+
+def with_adapters(folder: str, dtype: torch.dtype = torch.float32) -> peft.PeftModel:
+    """Returns the model with random LoRA on its experts, and nothing else to train."""
+    model = tiny_model(folder, dtype)
+    targets = expert_target_parameters(model)
+    assert targets
+    model = peft.get_peft_model(model, peft.LoraConfig(r=2, target_parameters=targets))
+    randomize(model, seed=2)
+    return model
+
+
+@pytest.mark.parametrize("folder", [f for f in SUPPORTED if f not in WITHOUT_STACKS])
+def test_lora_on_the_experts_equals_plain_peft(folder, monkeypatch):
+    """Compares logits, loss and the gradients of the factors in float32; PEFT makes no dense delta."""
+    eager = step(with_adapters(folder), folder)
+    exact = step(with_adapters(folder, torch.float64), folder)
+    model = through_ktops(folder, with_adapters(folder))
+    with monkeypatch.context() as patch:
+        patch.delattr(peft.tuners.lora.layer.ParamWrapper, "_activate_lora")
+        actual = step(model, folder)
+    assert actual.ops["moe_sft_bwd"] > 0 and actual.gradients
+    assert_close(actual, eager, exact, *other_runs(folder, with_adapters))
 
 
 @torch.no_grad()

@@ -41,7 +41,10 @@ NAMES = (*(name for name in LAYOUTS if name != "plain"), "float16")
 _TURN_SECONDS = 0.1
 
 
-def timed(layer: Layer, mode: str, tokens: int, layout: str) -> Callable[[], float]:
+Clock = Callable[[], float]
+
+
+def timed(layer: Layer, mode: str, tokens: int, layout: str, clock: Clock) -> Callable[[], float]:
     """Returns a function that makes a call with fresh inputs and returns its seconds.
 
     Raises:
@@ -52,9 +55,9 @@ def timed(layer: Layer, mode: str, tokens: int, layout: str) -> Callable[[], flo
 
     def call() -> float:
         inputs = layer.inputs(tokens, layout=variant.experts)
-        start = time.perf_counter()
+        start = clock()
         op.call(layer, variant, inputs)
-        return time.perf_counter() - start
+        return clock() - start
 
     inputs = layer.inputs(tokens, layout=variant.experts)
     op.check(layer, variant, inputs, op.call(layer, variant, inputs))
@@ -96,16 +99,17 @@ def figures(pairs: list[tuple[float, float]]) -> dict:
     }
 
 
-def measure(layers: dict[str, Layer], mode: str, tokens: int, layouts: list[str], rounds: int) -> list[dict]:
+def measure(layers: dict[str, Layer], mode: str, tokens: int, args: argparse.Namespace) -> list[dict]:
     """Returns a row per layout; one whose result is wrong has no figures."""
-    shape = layers["bfloat16"].shape.name
-    plain = timed(layers["bfloat16"], mode, tokens, "plain")
+    shape, clock = args.shape.name, time.process_time if args.cpu_time else time.perf_counter
+    plain = timed(layers["bfloat16"], mode, tokens, "plain", clock)
     rows = []
-    for name in layouts:
+    for name in args.layout:
         dtype, layout = ("float16", "plain") if name == "float16" else ("bfloat16", name)
         row = {"layout": name, "shape": shape, "mode": mode, "tokens": tokens}
         try:
-            row |= figures(compare(plain, timed(layers[dtype], mode, tokens, layout), rounds))
+            other = timed(layers[dtype], mode, tokens, layout, clock)
+            row |= figures(compare(plain, other, args.rounds))
         except WrongResult as wrong:
             row |= {"status": "wrong", "message": str(wrong)}
         say(f"{mode} T={tokens} {name}: {row.get('message') or report.speed(row)}")
@@ -128,6 +132,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.isa(several=True)
     parser.threads()
     parser.rounds(9)
+    add("--cpu-time", action="store_true",
+        help="count CPU seconds, with --threads 1 on a machine that others use")  # fmt: skip
     add("--save", action="store_true", help="write the rows to bench/results")
     parser.seed()
     return parser.parse_args(argv)
@@ -144,7 +150,7 @@ def main(argv: list[str] | None = None) -> int:
         with ktops.use_isa(isa):
             for mode in args.mode:
                 for tokens in args.tokens:
-                    found = measure(layers, mode, tokens, args.layout, args.rounds)
+                    found = measure(layers, mode, tokens, args)
                     rows += [{**row, "isa": isa} for row in found]
     report.print_layouts(rows)
     if args.save:

@@ -29,14 +29,11 @@ def layer() -> Layer:
 
 
 @pytest.fixture(autouse=True)
-def _short(monkeypatch, tmp_path):
+def _short(monkeypatch, tmp_path, single_thread):
     monkeypatch.setattr(layouts, "_TURN_SECONDS", 0.0)
     monkeypatch.setattr(results, "RESULTS", tmp_path)
     monkeypatch.setattr(results, "machine_record", lambda calibration: MACHINE)
     monkeypatch.setattr(layouts, "Calibration", lambda threads: None)
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
@@ -108,11 +105,18 @@ def test_a_turn_is_the_median_of_calls_until_its_time_is_over(monkeypatch):
     assert list(seconds) == [9.0]
 
 
+def test_only_the_call_is_timed(layer):
+    ticks = iter([10.0, 12.5])
+    call = layouts.timed(layer, "training", 20, "no_gate", lambda: next(ticks))
+    assert call() == 2.5
+    assert list(ticks) == []
+
+
 def test_figures_are_those_of_rounds():
-    pairs = [(1.0, 2.0), (3.0, 3.0), (8.0, 4.0), (2.0, 8.0), (6.0, 2.0)]
+    pairs = [(1.0, 2.0), (3.0, 2.0), (8.0, 4.0), (2.0, 8.0), (6.0, 2.0)]
     row = layouts.figures(pairs)
-    assert (row["seconds"], row["plain_seconds"]) == (3.0, 3.0)
-    assert (row["speed_low"], row["speed"], row["speed_high"]) == (0.5, 1.0, 2.0)
+    assert (row["seconds"], row["plain_seconds"]) == (2.0, 3.0)
+    assert (row["speed_low"], row["speed"], row["speed_high"]) == (0.5, 1.5, 2.0)
 
 
 def test_every_layout_is_a_row_of_the_table(capsys, tmp_path):
@@ -126,6 +130,19 @@ def test_every_layout_is_a_row_of_the_table(capsys, tmp_path):
     block = section("layouts", tmp_path)
     assert f"| 64,32,8,2 | gpt_oss | full | {layouts.report.speed(rows[22])} |" in block
     assert f"{ktops.cpu_capability()}: speed relative to the plain layout" in capsys.readouterr().out
+
+
+def test_float16_is_the_plain_layout_in_that_dtype(monkeypatch):
+    made = []
+
+    def timed(layer, mode, tokens, layout, clock):
+        made.append((layer.dtype, layout))
+        return lambda: 1.0
+
+    monkeypatch.setattr(layouts, "timed", timed)
+    assert layouts.main([*ARGUMENTS, "--mode", "full", "--layout", "float16", "clamped"]) == 0
+    plain, half = (torch.bfloat16, "plain"), (torch.float16, "plain")
+    assert made == 2 * [plain, half, (torch.bfloat16, "clamped")]
 
 
 def test_a_wrong_layout_has_no_figure(capsys, monkeypatch):
@@ -147,7 +164,7 @@ def test_run_measures_layouts_and_dtypes(monkeypatch, tmp_path):
     monkeypatch.setattr(run.report, "print_machine", lambda machine: None)
     names = ["plain", "gpt_oss", "no_gate"]
     arguments = ["--shape", "64,32,8,2", "--tokens", "20", "--mode", "training", "--layout", *names]
-    assert run.main([*arguments, "--dtype", "float16", "--save"]) == 0
+    assert run.main([*arguments, "--dtype", "float16", "--threads", "1", "--save"]) == 0
     [file] = tmp_path.iterdir()
     rows = json.loads(file.read_text())["rows"]
     assert sorted(row["layout"] for row in rows) == sorted(names)

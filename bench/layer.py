@@ -1,5 +1,6 @@
 """The weights of one measured layer and the inputs of its calls."""
 
+import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -7,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.shapes import Shape
+from bench.shapes import LAYOUTS, PLAIN, Layout, Shape
 
 _POOL = 1_000_003  # prime, so that no two rows of a weight start at the same place in the pool
 
@@ -19,13 +20,18 @@ ROUTINGS = ("random", "skewed")
 class Variant:
     """How a layer is called: the LoRA rank of both adapters (0: none), what forward saves, what is trained.
 
-    full also requests the gradients of gate_up_proj and down_proj.
+    full also requests the gradients of gate_up_proj, down_proj and the biases. layout is a name in LAYOUTS.
     """
 
     rank: int = 0
     save: str = "activations"
     full: bool = False
     routing: str = "random"
+    layout: str = "plain"
+
+    @property
+    def experts(self) -> Layout:
+        return LAYOUTS[self.layout]
 
 
 def random_(tensor: Tensor, scale: float, generator: torch.Generator) -> Tensor:
@@ -40,7 +46,7 @@ def random_(tensor: Tensor, scale: float, generator: torch.Generator) -> Tensor:
 
 @dataclass(frozen=True)
 class Inputs:
-    """The arguments that differ from call to call; grad_output [T, H] is for training."""
+    """The arguments that differ from call to call; grad_output, like the output, is for training."""
 
     hidden_states: Tensor
     topk_ids: Tensor
@@ -54,8 +60,9 @@ class Inputs:
 
 
 class Layer:
-    """Weights of one shape in bfloat16, with LoRA adapters created on demand, and a source of fresh inputs.
+    """Weights of one shape, with LoRA adapters created on demand, and a source of fresh inputs.
 
+    All layouts share one memory, so that what is in the caches does not depend on the layout.
     With few routes, experts are dealt like a deck of cards, so that an expert's weights have left the caches
     before it is used again. With more routes than experts, every token draws its own.
 
@@ -73,7 +80,8 @@ class Layer:
     def _start(self, shape: Shape, seed: int, dtype: torch.dtype) -> None:
         self.shape, self.dtype = shape, dtype
         self.generator = torch.Generator().manual_seed(seed)
-        self._adapters: dict[int, dict[str, Tensor]] = {}
+        self._adapters: dict[tuple[int, int], dict[str, Tensor]] = {}
+        self._biases: tuple[Tensor, ...] = ()
         self._deck = torch.randperm(shape.num_experts, generator=self.generator)
         self._dealt = 0
 
@@ -98,27 +106,48 @@ class Layer:
         layer.down_proj = take(state["weights"]["down_proj"])
         if state["rank"]:
             adapters = {name: take(tensor).requires_grad_() for name, tensor in state["adapters"].items()}
-            layer._adapters[state["rank"]] = adapters
+            layer._adapters[state["rank"], PLAIN.gate_up_rows(layer.shape)] = adapters
         return layer
 
     def _random(self, size: tuple[int, ...], scale: float) -> Tensor:
         return random_(torch.empty(size, dtype=self.dtype), scale, self.generator)
 
-    def adapters(self, rank: int) -> dict[str, Any]:
+    def weights(self, layout: Layout) -> dict[str, Any]:
+        """Returns the weights and biases of ktops.moe_sft in a layout, as views of the same memory."""
+        h, i, e = self.shape.hidden_size, self.shape.intermediate_size, self.shape.num_experts
+        rows = layout.gate_up_rows(self.shape)
+
+        def view(weight: Tensor, *size: int) -> Tensor:
+            memory = weight.view(-1)[: math.prod(size)]
+            return memory.view(size[0], size[2], size[1]).mT if layout.transposed else memory.view(size)
+
+        weights = {
+            "gate_up_proj": view(self.gate_up_proj, e, rows, h),
+            "down_proj": view(self.down_proj, e, h, i),
+        }
+        if layout.bias:
+            if not self._biases:
+                self._biases = (self._random((e, 2 * i), 0.5), self._random((e, h), 0.5))
+            gate_up_bias, down_bias = self._biases
+            weights |= {"gate_up_bias": gate_up_bias[:, :rows], "down_bias": down_bias}
+        return weights
+
+    def adapters(self, rank: int, layout: Layout = PLAIN) -> dict[str, Any]:
         """Returns the LoRA arguments of ktops.moe_sft for a rank, all requiring gradients; {} for rank 0."""
         if rank == 0:
             return {}
-        if rank not in self._adapters:
+        rows = layout.gate_up_rows(self.shape)
+        if (rank, rows) not in self._adapters:
             h, i, e = self.shape.hidden_size, self.shape.intermediate_size, self.shape.num_experts
-            self._adapters[rank] = {
+            self._adapters[rank, rows] = {
                 "gate_up_lora_A": self._random((e, rank, h), h**-0.5).requires_grad_(),
-                "gate_up_lora_B": self._random((e, 2 * i, rank), rank**-0.5).requires_grad_(),
+                "gate_up_lora_B": self._random((e, rows, rank), rank**-0.5).requires_grad_(),
                 "down_lora_A": self._random((e, rank, i), i**-0.5).requires_grad_(),
                 "down_lora_B": self._random((e, h, rank), rank**-0.5).requires_grad_(),
             }
-        return self._adapters[rank]
+        return self._adapters[rank, rows]
 
-    def inputs(self, tokens: int, routing: str = "random") -> Inputs:
+    def inputs(self, tokens: int, routing: str = "random", layout: Layout = PLAIN) -> Inputs:
         """Returns inputs that no call has used before; routing is one of ROUTINGS."""
         h = self.shape.hidden_size
         logits = torch.randn(tokens, self.shape.top_k, generator=self.generator)
@@ -126,7 +155,7 @@ class Layer:
             self._random((tokens, h), 1.0),
             self._topk_ids(tokens, routing),
             logits.softmax(1).to(self.dtype),
-            self._random((tokens, h), 1.0),
+            self._random(layout.output_size(self.shape, tokens), 1.0),
         )
 
     def _topk_ids(self, tokens: int, routing: str) -> Tensor:

@@ -172,8 +172,8 @@ class Calibration:
         return rate
 
     def limits(self, isa: str, dtype: str) -> Limits:
-        """Measures peak and bandwidth of all threads."""
-        return Limits(self.peak(isa, dtype), self.bandwidth())
+        """Measures peak and bandwidth of all threads. Products of float16 are computed in float32."""
+        return Limits(self.peak(isa, "float32" if dtype == "float16" else dtype), self.bandwidth())
 
     def _find_iterations(self, isa: str, dtype: str) -> int:
         iterations = 1024

@@ -64,6 +64,10 @@ class Configuration:
     def name(self) -> str:
         return f"{self.shape.name} T={self.tokens} {self.op.MODE} r={self.variant.rank} {self.isa}"
 
+    def inputs(self) -> Inputs:
+        """Returns inputs that no call has used before."""
+        return self.layer.inputs(self.tokens, self.variant.routing, self.variant.experts)
+
     @property
     def dtype(self) -> str:
         return str(self.layer.dtype).removeprefix("torch.")
@@ -79,6 +83,7 @@ class Configuration:
             "save": self.variant.save,
             "full": self.variant.full,
             "routing": self.variant.routing,
+            "layout": self.variant.layout,
             "isa": self.isa,
             "dtype": self.dtype,
             "status": "wrong" if self.wrong else "ok" if self.seconds else "busy",
@@ -114,7 +119,7 @@ def _time_calls(config: Configuration, seconds: float) -> tuple[list[tuple[float
     calls: list[tuple[float, Work]] = []
     total = 0.0
     while not calls or total < seconds:
-        inputs = config.layer.inputs(config.tokens, config.variant.routing)
+        inputs = config.inputs()
         start = time.perf_counter()
         result = config.op.call(config.layer, config.variant, inputs)
         elapsed = time.perf_counter() - start
@@ -128,7 +133,7 @@ def _time_calls(config: Configuration, seconds: float) -> tuple[list[tuple[float
 
 def _warm_up(config: Configuration) -> float:
     """Returns the seconds of a first call."""
-    inputs = config.layer.inputs(config.tokens, config.variant.routing)
+    inputs = config.inputs()
     start = time.perf_counter()
     config.op.call(config.layer, config.variant, inputs)
     return time.perf_counter() - start

@@ -11,15 +11,15 @@ MODE = "forward"
 
 
 def call(layer: Layer, variant: Variant, inputs: Inputs) -> Tensor:
-    """Runs the timed call; returns output [T, H]."""
+    """Runs the timed call; returns the output."""
     with torch.no_grad():
         return ktops.moe_sft(
             inputs.hidden_states,
             inputs.topk_ids,
             inputs.topk_weights,
-            layer.gate_up_proj,
-            layer.down_proj,
-            **layer.adapters(variant.rank),
+            **layer.weights(variant.experts),
+            **layer.adapters(variant.rank, variant.experts),
+            **variant.experts.options,
         )
 
 

@@ -12,12 +12,13 @@ MODE = "training"
 
 def call(layer: Layer, variant: Variant, inputs: Inputs) -> tuple[Tensor, dict[str, Tensor]]:
     """Runs the timed call; returns the output and, by name, the gradients of inputs and trained tensors."""
+    adapters = layer.adapters(variant.rank, variant.experts)
     leaves = {
         "hidden_states": inputs.hidden_states.detach().requires_grad_(),
         "topk_weights": inputs.topk_weights.detach().requires_grad_(),
-        **layer.adapters(variant.rank),
+        **adapters,
     }
-    weights = {"gate_up_proj": layer.gate_up_proj, "down_proj": layer.down_proj}
+    weights = layer.weights(variant.experts)
     if variant.full:
         weights = {name: weight.detach().requires_grad_() for name, weight in weights.items()}
         leaves |= weights
@@ -25,8 +26,9 @@ def call(layer: Layer, variant: Variant, inputs: Inputs) -> tuple[Tensor, dict[s
         leaves["hidden_states"],
         inputs.topk_ids,
         leaves["topk_weights"],
-        *weights.values(),
-        **layer.adapters(variant.rank),
+        **weights,
+        **adapters,
+        **variant.experts.options,
         save=variant.save,
     )
     grads = torch.autograd.grad(output, list(leaves.values()), inputs.grad_output)

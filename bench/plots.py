@@ -152,6 +152,7 @@ SECTIONS = {
     "peers": (write_peers, report.contest_tables),
     "scaling": (write_scaling, lambda rows: [report.scaling_table(rows)]),
     "busy_core": (None, lambda rows: [report.busy_core_table(rows)]),
+    "layouts": (None, lambda rows: [report.layouts_table(rows)]),
     "check": (None, lambda rows: [report.check_table(rows)]),
 }
 """Maps each bench to its figure and its tables."""

@@ -13,8 +13,9 @@ _COLUMNS = (
 
 def mode(row: dict) -> str:
     """Returns the mode of a row with all non-default settings: "training full recompute float32 skewed"."""
-    words = [row["mode"], "full" * row["full"], row["save"], row["dtype"], row["routing"]]
-    return " ".join(word for word in words if word and word not in ("activations", "bfloat16", "random"))
+    words = [row["mode"], "full" * row["full"], row["save"], row["dtype"], row["routing"], row["layout"]]
+    usual = ("", "activations", "bfloat16", "random", "plain")
+    return " ".join(word for word in words if word not in usual)
 
 
 def _undisturbed(row: dict) -> str:
@@ -170,6 +171,29 @@ def busy_core_table(rows: list[dict]) -> tuple[tuple[str, ...], list[tuple[str, 
 def print_busy_core(rows: list[dict]) -> None:
     """Prints one line per case."""
     print_columns(*busy_core_table(rows))
+
+
+def speed(row: dict) -> str:
+    """Returns the speed of a layout relative to the plain one, and the middle half of its rounds."""
+    return f"{row['speed']:.2f} ({row['speed_low']:.2f}..{row['speed_high']:.2f})"
+
+
+def layouts_table(rows: list[dict]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """Returns (columns, lines), a column per T: the speed relative to the plain layout."""
+    tokens = sorted({row["tokens"] for row in rows})
+    lines: dict[tuple, dict[int, str]] = {}
+    for row in rows:
+        cell = speed(row) if row["status"] == "ok" else "WRONG"
+        lines.setdefault((row["shape"], row["layout"], row["mode"]), {})[row["tokens"]] = cell
+    columns = ("shape", "layout", "mode", *(f"T={t}" for t in tokens))
+    return columns, [(*name, *(cells.get(t, "-") for t in tokens)) for name, cells in lines.items()]
+
+
+def print_layouts(rows: list[dict]) -> None:
+    """Prints one table per ISA."""
+    for isa in dict.fromkeys(row["isa"] for row in rows):
+        print(f"{isa}: speed relative to the plain layout (middle half)")
+        print_columns(*layouts_table([row for row in rows if row["isa"] == isa]))
 
 
 def check_table(rows: list[dict]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:

@@ -26,10 +26,10 @@ from bench.arguments import OPS, Parser, lora_rank
 from bench.layer import ROUTINGS, Layer, Variant
 from bench.machine import Calibration, OtherLoad, last_level_cache_bytes
 from bench.measure import Configuration, Plan, measure
-from bench.shapes import QUICK_TOKENS, TOKENS
+from bench.shapes import LAYOUTS, QUICK_TOKENS, TOKENS
 
 DEFAULT_RANKS = {"forward": [0], "training": [16]}
-DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 SLOW_SECONDS = 5.0
 ROUNDS, QUICK_ROUNDS = 7, 3
 
@@ -46,6 +46,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--dtype", choices=list(DTYPES), default="bfloat16", help="default: %(default)s")
     add("--routing", choices=ROUTINGS, default="random",
         help="skewed: expert 0 gets half of the tokens (default: %(default)s)")  # fmt: skip
+    add("--layout", choices=list(LAYOUTS), nargs="+", default=["plain"], help="default: plain")
     add("--full", action="store_true", help="also train the weights (their gradients take as much memory)")
     add("--recompute", action="store_true", help='train with save="recompute"')
     parser.threads()
@@ -63,24 +64,25 @@ def _configurations(args: argparse.Namespace) -> list[Configuration]:
     layers = [Layer(shape, args.seed, DTYPES[args.dtype]) for shape in args.shape]
     save = "recompute" if args.recompute else "activations"
 
-    def variant(mode: str, rank: int) -> Variant:
+    def variant(mode: str, rank: int, layout: str) -> Variant:
         if mode == "forward":
-            return Variant(rank, routing=args.routing)
-        return Variant(rank, save, args.full, args.routing)
+            return Variant(rank, routing=args.routing, layout=layout)
+        return Variant(rank, save, args.full, args.routing, layout)
 
     return [
-        Configuration(OPS[mode], isa, layer, num_tokens, variant(mode, rank))
+        Configuration(OPS[mode], isa, layer, num_tokens, variant(mode, rank, layout))
         for layer in layers
         for num_tokens in tokens
         for mode in args.mode
         for rank in (args.rank if args.rank is not None else DEFAULT_RANKS[mode])
+        for layout in args.layout
         for isa in args.isa
     ]
 
 
 def row_key(row: dict) -> tuple:
     """Returns what distinguishes the rows of one result file."""
-    names = ("shape", "dtype", "mode", "routing", "save", "full", "lora_rank", "tokens")
+    names = ("shape", "dtype", "mode", "routing", "save", "full", "layout", "lora_rank", "tokens")
     return tuple(row[name] for name in names)
 
 

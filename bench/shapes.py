@@ -1,6 +1,7 @@
-"""The layers that are measured."""
+"""The layers that are measured: their sizes, and what their experts compute."""
 
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -15,9 +16,52 @@ class Shape:
 
     @property
     def expert_elements(self) -> int:
-        """The elements of gate_up_proj and down_proj of one expert, 3·H·I."""
+        """The elements of gate_up_proj and down_proj of one expert with a gate, 3·H·I."""
         return 3 * self.hidden_size * self.intermediate_size
 
+
+@dataclass(frozen=True)
+class Layout:
+    """How the weights of experts lie, and what is computed with them.
+
+    transposed: the weights are views ``W.mT`` of [E, in, out]. bias: both biases are given. The other fields
+    are arguments of ktops.moe_sft.
+    """
+
+    transposed: bool = False
+    bias: bool = False
+    gating: str = "concatenated"
+    activation: str = "silu"
+    activation_args: tuple[float, ...] = ()
+    reduce: bool = True
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The keyword arguments of ktops.moe_sft that are not tensors, without its defaults."""
+        names = ("gating", "activation", "activation_args", "reduce")
+        return {name: getattr(self, name) for name in names if getattr(self, name) != getattr(PLAIN, name)}
+
+    def gate_up_rows(self, shape: Shape) -> int:
+        """The rows of gate_up_proj of one expert, 2I, or I without a gate."""
+        return shape.intermediate_size * (1 if self.gating == "none" else 2)
+
+    def output_size(self, shape: Shape, tokens: int) -> tuple[int, ...]:
+        """The sizes of the output, [T, H], or [T, K, H] without reduce."""
+        routes = () if self.reduce else (shape.top_k,)
+        return tokens, *routes, shape.hidden_size
+
+
+PLAIN = Layout()
+LAYOUTS = {
+    "plain": PLAIN,
+    "transposed": Layout(transposed=True),
+    "interleaved": Layout(gating="interleaved"),
+    "clamped": Layout(activation="swiglu_clamped", activation_args=(10.0, 1.0, 0.0)),
+    "gpt_oss": Layout(True, True, "interleaved", "swiglu_clamped", (7.0, 1.702, 1.0)),
+    "no_gate": Layout(gating="none", activation="relu2"),
+    "routes": Layout(reduce=False),
+}
+"""The values of --layout. clamped: as in DeepSeek-V4; no_gate: as in Nemotron-H; routes: not added up."""
 
 SHAPES = {
     shape.name: shape

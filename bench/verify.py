@@ -27,11 +27,8 @@ def _require(name: str, error: float, budget: float) -> float:
     return error
 
 
-_WEIGHTS = ("gate_up_proj", "down_proj")
-
-
 def _arguments(
-    layer: Layer, rank: int, inputs: Inputs, rows: Tensor, expert: int | None = None
+    layer: Layer, variant: Variant, inputs: Inputs, rows: Tensor, expert: int | None = None
 ) -> MoeArguments:
     """Returns the reference's arguments for some tokens in float32; with an expert, for that expert alone."""
     take = slice(None) if expert is None else slice(expert, expert + 1)
@@ -41,9 +38,11 @@ def _arguments(
         "topk_ids": ids if expert is None else torch.where(ids == expert, 0, -1),
         "topk_weights": inputs.topk_weights[rows].float(),
     }
-    weights = {name: getattr(layer, name)[take] for name in _WEIGHTS}
-    adapters = {name: tensor.detach()[take].float() for name, tensor in layer.adapters(rank).items()}
-    return op_arguments(tokens | weights | adapters)
+    layout = variant.experts
+    weights = {name: tensor[take] for name, tensor in layer.weights(layout).items()}
+    adapters = layer.adapters(variant.rank, layout)
+    adapters = {name: tensor.detach()[take].float() for name, tensor in adapters.items()}
+    return op_arguments(tokens | weights | adapters, **layout.options)
 
 
 def _rows(tokens: int) -> Tensor:
@@ -52,12 +51,12 @@ def _rows(tokens: int) -> Tensor:
 
 
 def _gradients(
-    layer: Layer, rank: int, inputs: Inputs, rows: Tensor, names: set[str], expert: int | None = None
+    layer: Layer, variant: Variant, inputs: Inputs, rows: Tensor, names: set[str], expert: int | None = None
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Returns (reference output of rows, {name: reference gradient}) for grad_output of those rows."""
-    arguments = _arguments(layer, rank, inputs, rows, expert)
-    if names & set(_WEIGHTS):
-        arguments = arguments._replace(**{name: getattr(arguments, name).float() for name in _WEIGHTS})
+    arguments = _arguments(layer, variant, inputs, rows, expert)
+    trained = names & set(layer.weights(variant.experts))
+    arguments = arguments._replace(**{name: getattr(arguments, name).float() for name in trained})
     output, gate_up, xa, ha = reference.moe_sft_fwd(arguments, "activations")
     mask = sum(1 << bit for bit, name in enumerate(GRADIENTS) if name in names)
     grad_output = inputs.grad_output[rows].float()
@@ -75,7 +74,7 @@ def check_forward(
     """
     budget = factor * forward_budget(layer.dtype)
     rows = _rows(output.shape[0])
-    expected = reference.moe_fwd(_arguments(layer, variant.rank, inputs, rows))
+    expected = reference.moe_fwd(_arguments(layer, variant, inputs, rows))
     if not output.isfinite().all():
         raise WrongResult("output is not finite")
     return max(
@@ -103,7 +102,6 @@ def check_training(
     Raises:
         WrongResult: one exceeds its budget, is not finite, or is not zero for an expert without tokens.
     """
-    rank = variant.rank
     worst = check_forward(layer, variant, inputs, output, factor)
     budget = factor * gradient_budget(layer.dtype)
     for name, grad in grads.items():
@@ -111,17 +109,19 @@ def check_training(
             raise WrongResult(f"grad of {name} is not finite")
 
     rows = _rows(output.shape[0])
-    expected_output, expected = _gradients(layer, rank, inputs, rows, {"hidden_states", "topk_weights"})
-    error = _topk_weights_error(
-        inputs, rows, grads["topk_weights"][rows], expected["topk_weights"], expected_output
-    )
-    few = safety(rows.numel() * layer.shape.top_k) / SAFETY
+    expected_output, expected = _gradients(layer, variant, inputs, rows, {"hidden_states", "topk_weights"})
+    actual, few = grads["topk_weights"][rows], safety(rows.numel() * layer.shape.top_k) / SAFETY
+    if variant.experts.reduce:
+        error = _topk_weights_error(inputs, rows, actual, expected["topk_weights"], expected_output)
+    else:
+        error = relative_error(actual, expected["topk_weights"])
     worst = max(worst, _require("grad of topk_weights", error, budget * few))
     for i, row in enumerate(rows.tolist()):
         error = relative_error(grads["hidden_states"][row], expected["hidden_states"][i])
         worst = max(worst, _require(f"grad of hidden_states[{row}]", error, budget))
-    names = set(layer.adapters(rank)) | (set(_WEIGHTS) if variant.full else set())
-    return max(worst, _check_experts(layer, rank, inputs, grads, names, budget)) if names else worst
+    names = set(layer.adapters(variant.rank, variant.experts))
+    names |= set(layer.weights(variant.experts)) if variant.full else set()
+    return max(worst, _check_experts(layer, variant, inputs, grads, names, budget)) if names else worst
 
 
 def _topk_weights_error(
@@ -140,14 +140,14 @@ def _topk_weights_error(
 
 
 def _check_experts(
-    layer: Layer, rank: int, inputs: Inputs, grads: dict[str, Tensor], names: set[str], budget: float
+    layer: Layer, variant: Variant, inputs: Inputs, grads: dict[str, Tensor], names: set[str], budget: float
 ) -> float:
     """Checks the gradients of the expert with the median number of tokens, and of one without any."""
     counts = inputs.topk_ids.flatten().bincount(minlength=layer.shape.num_experts)
     routed = counts.nonzero().flatten()
     expert = int(routed[counts[routed].argsort()[len(routed) // 2]])
     rows = (inputs.topk_ids == expert).any(dim=1).nonzero().flatten()
-    _, expected = _gradients(layer, rank, inputs, rows, names, expert)
+    _, expected = _gradients(layer, variant, inputs, rows, names, expert)
     idle = (counts == 0).nonzero().flatten()[:1]
     for name in names:
         if grads[name][idle].count_nonzero():

@@ -101,16 +101,22 @@ struct PutColumns {
     }
 };
 
-// Writes them to the gradient of a weight, which may be transposed like the weight.
-template <class A>
-struct PutWeight {
-    const Result& result;
-    int64_t expert, column, n;
-
-    void operator()(int64_t i, int64_t m, const A* c, int64_t ldc) const {
-        if (result.is_transposed) return PutColumns<A>{result, expert, column, n}(i, m, c, ldc);
-        PutRows<A>{result, expert, column, n}(i, m, c, ldc);
+// Columns [column, column + right.count) of an expert's weight gradient, S^T L; its rows are the columns of S. If it is
+// transposed like the weight, it is computed as L^T S, so that it is written along the rows in memory.
+template <class T>
+inline void weight_gradient(const GemmScratch<T>& scratch, int64_t rows, const Operand<T>& left,
+                            const Operand<T>& right, const Result& result, int64_t expert, int64_t column) {
+    using Put = PutRows<Acc<T>>;
+    if (!result.is_transposed) {
+        return outer_product(scratch, rows, left, right, Put{result, expert, column, right.count});
     }
-};
+    for (int64_t j = 0; j < left.count; j += kMaxColumns) {
+        const int64_t n = smaller(kMaxColumns, left.count - j);
+        const Operand<T> some{left.rows, left.first + j, n, left.scale};
+        outer_product(scratch, rows, right, some, [&](int64_t i, int64_t m, const Acc<T>* c, int64_t ldc) {
+            Put{result, expert, j, n}(column + i, m, c, ldc);
+        });
+    }
+}
 
 }  // namespace kt::KT_ISA

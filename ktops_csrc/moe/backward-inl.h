@@ -208,7 +208,7 @@ private:
         }
         if (b_.grad_down_proj) {
             const Operand<T> d{layer_.like_output(b_.grad_output, begin), 0, H_, weights};
-            outer_product(thread.gemm, rows, d, h, PutWeight<A>{b_.grad_down_proj, expert, column, n});
+            weight_gradient(thread.gemm, rows, d, h, b_.grad_down_proj, expert, column);
         }
     }
 
@@ -249,7 +249,7 @@ private:
         }
         if (b_.grad_gate_up_proj) {
             const Operand<T> grad{grad_gate_up(begin), 0, W_};
-            outer_product(thread.gemm, rows, grad, x, PutWeight<A>{b_.grad_gate_up_proj, expert, column, n});
+            weight_gradient(thread.gemm, rows, grad, x, b_.grad_gate_up_proj, expert, column);
         }
         if (b_.grad_down_lora_B) {
             const Operand<T> ha{{static_cast<const T*>(b_.saved_ha) + begin * r2, r2}, 0, r2, weights};

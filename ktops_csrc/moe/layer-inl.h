@@ -39,11 +39,14 @@ inline int64_t wide_slab(const Routing& routing) {
     return columns;
 }
 
-// Returns the columns of one task of x W^T, with `ranges` ranges of that many columns: if W is transposed, this is a
-// product down the rows of the matrix in memory.
+// Returns the columns of one task of x W^T, with `ranges` ranges of that many columns. If W is transposed, this is a
+// product down the rows of the matrix in memory. Then a task is wide only if no expert has enough rows for panels:
+// those of fewer columns are longer, and C is read and written less often.
 template <class T>
 inline int64_t forward_slab(const Weight<T>& weight, int64_t ranges, const Routing& routing) {
-    return weight.transposed ? larger(kSlab<T>, wide_slab(routing) / ranges) : kSlab<T>;
+    if (!weight.transposed) return kSlab<T>;
+    const int64_t columns = routing.most_rows > kIsaLimits<T>.sums_rows ? kMaxColumns : wide_slab(routing);
+    return larger(kSlab<T>, columns / ranges);
 }
 
 // Tokens and columns of the sums that one task of Combine holds: 2 MiB of float32.

@@ -25,7 +25,7 @@ def row(tokens: int, seconds: float, **more) -> dict:
         "shape": "s", "mode": "forward", "tokens": tokens, "lora_rank": 0, "isa": "scalar", "status": "ok",
         "seconds": seconds, "limit_seconds": 0.001, "fraction": 0.001 / seconds, "save": "activations",
         "full": False, "routing": "random", "dtype": "bfloat16", "contestant": "ktops", "sweep": "tokens",
-        "value": tokens,
+        "value": tokens, "layout": "plain",
     }  # fmt: skip
     return base | more
 

@@ -39,7 +39,10 @@ MAPPINGS = (
 SIZES = {
     **dict.fromkeys((
         "hidden_size", "d_model", "n_embd", "out_hidden_size", "projection_hidden_size",
-        "decoder_ffn_dim", "moe_hidden_size", "shared_intermediate_size",
+        "decoder_ffn_dim", "moe_hidden_size", "shared_intermediate_size", "text_hidden_size",
+        "vision_hidden_size", "projector_hidden_size", "projection_intermediate_size",
+        "projection_hidden_dim", "projector_input_dim", "projector_output_dim", "vision_output_dim",
+        "adapter_in_dim", "adapter_input_size", "adapter_out_dim",
     ), 32),
     **dict.fromkeys((
         "intermediate_size", "intermediate_size_mlp", "ffn_hidden_size", "d_ff",
@@ -67,7 +70,7 @@ SIZES = {
         "mamba_d_state", "ssm_state_size", "sliding_window",
     ), 8),
     **dict.fromkeys((
-        "kv_lora_rank", "q_lora_rank", "o_lora_rank",
+        "kv_lora_rank", "q_lora_rank", "o_lora_rank", "position_embedding_size",
     ), 16),
     **dict.fromkeys((
         "num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts",
@@ -92,9 +95,18 @@ SIZES = {
     **dict.fromkeys((
         "vocab_size_per_layer_input", "unpadded_vocab_size", "vocab_size", "ngram_vocab_size_base",
     ), VOCAB_SIZE),
+    **dict.fromkeys((
+        "downsample_hidden_size", "hidden_size_per_layer_input", "pos_emb_height", "pos_emb_width",
+    ), 8),
+    **dict.fromkeys((
+        "image_size", "global_head_dim", "num_position_embeddings", "max_image_size", "max_img_size",
+    ), 16),
+    "patch_size": 4,
     "mlp_layer_types": ["sparse", "sparse"],
     "mlp_only_layers": [],
     "max_position_embeddings": 128,
+    "output_router_logits": True,
+    "router_aux_loss_coef": 0.1,
     "initializer_range": 0.2,
     "use_cache": False,
     "pad_token_id": 0,
@@ -110,27 +122,45 @@ MROPE = {
     "partial_rotary_factor": 1.0,
 }
 
+SAM = {
+    "image_size": 32,
+    "output_channels": 8,
+    "downsample_channels": [8, 32],
+    "window_size": 4,
+    "mlp_dim": 40,
+}
+
 MORE: dict[str, dict] = {
+    "aria": {"projector_patch_to_query_dict": {16: 4}},
     "bamba": {"mamba_d_head": 8},
+    "deepseek_ocr2_sam_vision_model": SAM,
     "deepseek_v4": {"mlp_layer_types": ["moe", "moe"]},
     "granitemoehybrid": {"mamba_d_head": 8},
     "step3p5": {"swiglu_limits": [LIMIT, None]},
+    "nemotron_h_omni": {"image_token_id": FIRST_SPECIAL_TOKEN},
     "nemotron_h": {"layers_block_type": ["moe", "attention"]},
     "dbrx": {"attn_config": {"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 10000.0}},
     "doge": {"is_moe": True, "num_experts": 16},
     "ernie4_5_vl_moe_text": {"moe_intermediate_size": [24, 24], "rope_parameters": MROPE},
     "gemma4_text": {"enable_moe_block": True},
+    "gemma4_vision": {"pooling_kernel_size": 2},
     "glm4v_moe_text": {"rope_parameters": MROPE},
     "glm5_next_text": {"qk_rope_head_dim": 0},
 
     "hy_v4_vl_text": {"rope_parameters": MROPE},
+    "inkling_vision": {"num_hidden_layers": 4},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
+    "llama4_vision_model": {"intermediate_size": 128},
+    "muse_spark": {"out_hidden_size": 128},
     "muse_spark_audio": {"hidden_sizes": [8, 8], "depths": [1, 1], "patch_sizes": [4, 4]},
-    "nllb_moe": {"encoder_sparse_step": 2, "decoder_sparse_step": 2, "moe_token_dropout": 0.0,
+    "nllb-moe": {"encoder_sparse_step": 2, "decoder_sparse_step": 2, "moe_token_dropout": 0.0,
         "dropout": 0.0, "attention_dropout": 0.0, "encoder_layerdrop": 0.0, "decoder_layerdrop": 0.0},
     "openai_privacy_filter": {"num_labels": VOCAB_SIZE},
+    "radio": {"video_temporal_patch_size": 2},
+    "step3p5_vision": {"image_size": 32},
     "switch_transformers": {"dropout_rate": 0.0, "decoder_start_token_id": 0,
         "num_sparse_encoder_layers": 1, "num_sparse_decoder_layers": 1},
+    "unlimited_ocr_sam_vision_model": SAM,
     "zaya": {"num_experts_per_tok": 1},
 }  # fmt: skip
 """Maps each model type to what its configuration needs in addition to SIZES, or instead."""
@@ -174,7 +204,7 @@ def tiny_keys(config_class: type[PreTrainedConfig], **overrides) -> dict:
         part = getattr(default, name, None)
         if part_class is AutoConfig:
             part_class = type(part)
-        if part is not None:
+        if part is not None or name == "vision_config":
             keys[name] = tiny_keys(part_class)
             keys[name]["model_type"] = part_class.model_type
     return {**keys, **MORE.get(config_class.model_type, {}), **overrides}
@@ -205,17 +235,32 @@ def tiny_model(
     classes = model_classes(folder)
     if not classes:
         raise ValueError(f"no tiny configuration is known for the models in {folder}")
-    model_type, model_class = classes[0]
+    return random_model(*classes[0], dtype, rounded_to, **overrides)
+
+
+def weighs_router_loss(folder: str) -> bool:
+    """Returns whether the configuration of the folder's model weighs an auxiliary loss of the routers."""
+    return hasattr(tiny_config(model_classes(folder)[0][0]).get_text_config(), "router_aux_loss_coef")
+
+
+def random_model(
+    model_type: str,
+    model_class: type[transformers.PreTrainedModel],
+    dtype: torch.dtype = torch.float32,
+    rounded_to: torch.dtype | None = None,
+    **overrides,
+) -> transformers.PreTrainedModel:
+    """Returns a model as described in ``tiny_model``."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         config = tiny_config(model_type, experts_implementation="eager", **overrides)
         model = model_class(config)
         _spread(model)
     if dtype != torch.float32:
-        rounded = model_class._from_config(config, dtype=rounded_to or dtype)
-        rounded.load_state_dict(model.state_dict())
-        model = model_class._from_config(config, dtype=dtype)
-        model.load_state_dict(rounded.state_dict())
+        for copy_dtype in dict.fromkeys((rounded_to or dtype, dtype)):
+            state = model.state_dict()
+            model = model_class._from_config(config, dtype=copy_dtype)
+            model.load_state_dict(state)
     return model.train()
 
 

@@ -25,6 +25,9 @@ LIMITED = {
 }  # fmt: skip
 """Folders whose experts clamp or cap their projections."""
 
+WITHOUT_ROUTER_LOSS = {"llama4", "nllb_moe", "openai_privacy_filter", "switch_transformers"}
+"""Folders whose models return no auxiliary loss of the routers, though their configurations weigh it."""
+
 
 WITHOUT_STACKS: set[str] = set()
 """Folders whose experts are linear modules, so that LoRA on them is not on parameters."""

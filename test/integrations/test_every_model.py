@@ -9,9 +9,16 @@ from pathlib import Path
 import peft
 import pytest
 import torch
-from every_model import LIMIT, folders, tiny_batch, tiny_model
+from every_model import LIMIT, folders, tiny_batch, tiny_model, weighs_router_loss
 from model_runs import MODEL_BUDGET, CountOps, Run, assert_close
-from model_support import LIMITED, NOT_SUPPORTED, SWAPPED, WITHOUT_STACKS, support_table
+from model_support import (
+    LIMITED,
+    NOT_SUPPORTED,
+    SWAPPED,
+    WITHOUT_ROUTER_LOSS,
+    WITHOUT_STACKS,
+    support_table,
+)
 from peft_models import randomize
 
 import ktops
@@ -32,10 +39,10 @@ def through_ktops(folder: str, model: torch.nn.Module) -> torch.nn.Module:
     return model
 
 
-def step(model: torch.nn.Module, folder: str) -> Run:
+def step(model: torch.nn.Module, folder: str, batch: dict[str, torch.Tensor] | None = None) -> Run:
     """Runs forward and backward; parameters that the batch does not reach have no gradient."""
     with CountOps() as ops:
-        output = model(**tiny_batch(folder))
+        output = model(**(tiny_batch(folder) if batch is None else batch))
         loss = getattr(output, "loss", None)
         if loss is None:
             loss = output.logits.square().mean()
@@ -66,6 +73,8 @@ def test_training_step_equals_eager(folder):
         actual = step(through_ktops(folder, tiny_model(folder)), folder)
     assert actual.ops["moe_sft_fwd"] >= actual.ops["moe_sft_bwd"] > 0
     assert not eager.ops
+    if weighs_router_loss(folder) and folder not in WITHOUT_ROUTER_LOSS:
+        assert eager.aux_loss is not None
     assert_close(actual, eager, exact, *others)
 
 

@@ -16,6 +16,7 @@ from ktops.checkpoints.matrix import Field, Matrix
 from ktops.checkpoints.view import View
 from ktops.formats import Codes, ExpertWeight, get_format
 from ktops.formats.format import stacked
+from ktops.ops.activation import INTERLEAVED
 
 CHUNK_WEIGHTS = 1 << 18
 """Number of weights held as floats at a time during quantization, rounded to blocks of 128 rows."""
@@ -26,6 +27,7 @@ class Experts(ABC):
 
     Attributes:
         format, group_size, shape: as in :class:`ktops.ExpertWeight`.
+        gating: of gate_up_proj or up_proj, its order of rows; None if unknown, and for down_proj.
         mapped: number of bytes that :meth:`read` maps instead of reading.
         mixture: the error message if the files hold the experts in several formats, otherwise None.
     """
@@ -33,6 +35,7 @@ class Experts(ABC):
     format: str
     group_size: int
     shape: tuple[int, int, int]
+    gating: str | None = None
     mixture: str | None = None
 
     @property
@@ -234,7 +237,7 @@ class Requantized(Experts):
     ) -> None:
         self.known = get_format(format)
         self.source, self.method = source, method
-        self.format, self.shape = format, source.shape
+        self.format, self.shape, self.gating = format, source.shape, source.gating
         self.group_size = self.known.check_quantizable(self.shape[-1], group_size, method)
 
     def expert(self, index: int) -> Codes:
@@ -313,6 +316,37 @@ class Mixed(StoredExperts):
     def nbytes(self) -> int:
         """Size in memory as float32, in bytes."""
         return 4 * torch.Size(self.shape).numel()
+
+
+class Reordered(StoredExperts):
+    """Experts whose gate and up rows are read in the other order.
+
+    Args:
+        source: the experts, whose scales have one entry per row.
+        gating: the order to read, "concatenated" or "interleaved".
+    """
+
+    def __init__(self, source: StoredExperts, gating: str) -> None:
+        self.source, self.gating, self._in_order = source, gating, partial(in_order, gating=gating)
+        self.format, self.group_size, self.shape = source.format, source.group_size, source.shape
+        self.scheme, self.mixture = source.scheme, source.mixture
+
+    @property
+    def nbytes(self) -> int:
+        return self.source.nbytes
+
+    def expert(self, index: int) -> Codes:
+        return self.source.expert(index).map(self._in_order)
+
+    def name(self, index: int) -> str:
+        return self.source.name(index)
+
+
+def in_order(rows: Tensor, gating: str) -> Tensor:
+    """Reorders the rows of gate and up from one order, "concatenated" or "interleaved", to the other."""
+    if gating == INTERLEAVED:
+        return torch.stack(rows.chunk(2), dim=1).flatten(0, 1)
+    return torch.cat([rows[0::2], rows[1::2]])
 
 
 def _odd_one(experts: list[list[Matrix]]) -> tuple[int, Matrix, Matrix]:

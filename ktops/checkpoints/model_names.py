@@ -11,11 +11,9 @@ from torch import nn
 
 from ktops._warn import warn_once
 from ktops.checkpoints.names import (
-    CONCATENATED,
     EVERY_EXPERT,
     FUSED,
     GGUF,
-    INTERLEAVED,
     NUMBER,
     PROJECTIONS,
     Key,
@@ -24,6 +22,7 @@ from ktops.checkpoints.names import (
 )
 from ktops.nn.expert_sequence import KTExpertSequence
 from ktops.nn.find import find_experts
+from ktops.ops.activation import CONCATENATED, INTERLEAVED, UNGATED
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -144,11 +143,10 @@ class ModelNames:
 
     def _key(self, name, module, expert, projection, tensor, layout=None) -> Key:
         numbers = NUMBER.findall(module)
-        concatenated = getattr(self.modules[module], "is_concatenated", None)
-        if layout is None and concatenated is not None:
-            layout = CONCATENATED if concatenated else INTERLEAVED
+        gating = _gating(self.modules[module])
         layer = int(numbers[-1]) if numbers else -1
-        return Key(_experts(name), layer, expert, projection, tensor, self.names[module], layout)
+        names = self.names[module], gating, layout or gating
+        return Key(_experts(name), layer, expert, projection, tensor, *names)
 
 
 def config_names(config: dict) -> ModelNames | None:
@@ -219,6 +217,16 @@ def _owner(model: nn.Module, name: str) -> str:
     """Returns the name that the experts had before ktops wrapped them."""
     parent, _, _ = name.rpartition(".")
     return parent if isinstance(model.get_submodule(parent), KTExpertSequence) else name
+
+
+def _gating(experts: nn.Module) -> str:
+    """Returns the gating of experts of transformers, or of ktops in place of them."""
+    options = getattr(experts, "options", None)
+    if options is not None:
+        return options.get("gating", CONCATENATED)
+    if not getattr(experts, "has_gate", True):
+        return UNGATED
+    return CONCATENATED if getattr(experts, "is_concatenated", True) else INTERLEAVED
 
 
 def _dense_names(name: str) -> Iterator[tuple[str, str | None]]:

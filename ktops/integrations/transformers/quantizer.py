@@ -34,6 +34,9 @@ WATCHED = "_adjust_missing_and_unexpected_keys"
 KEYS_OF_EXPERTS = re.compile(r"(^|\.)experts\.(\d+\.|gate_up_proj|gate_proj|up_proj|down_proj)")
 """Keys in the files that transformers must neither load nor report."""
 
+TARGET_OF_EXPERTS = re.compile(r"(?<!\w)experts\\?\.(gate_up_proj|up_proj|down_proj)")
+"""Matches targets of conversions that create stacked expert weights."""
+
 
 class KTQuantizer(HfQuantizer):
     """The hooks that transformers calls when it loads and saves weights.
@@ -187,7 +190,7 @@ def without_experts(conversions: Iterable) -> list:
 
 def _is_of_experts(conversion) -> bool:
     targets = getattr(conversion, "target_patterns", ())
-    return any("experts.gate_up_proj" in target or "experts.down_proj" in target for target in targets)
+    return any(TARGET_OF_EXPERTS.search(target) for target in targets)
 
 
 def attach(model: nn.Module) -> None:

@@ -10,12 +10,13 @@ from torch import Tensor
 
 from ktops._display import Step, no_step
 from ktops.checkpoints.errors import CheckpointError
-from ktops.checkpoints.experts import Experts, Reordered, Requantized, StoredExperts, in_order, stack
+from ktops.checkpoints.experts import Experts, Requantized, StoredExperts
 from ktops.checkpoints.matrix import Matrix, expect, expect_dim
 from ktops.checkpoints.names import EVERY_EXPERT, Key, summary
 from ktops.checkpoints.packed import Tensors
 from ktops.checkpoints.quantization_config import QuantizationConfig
 from ktops.checkpoints.schemes import is_of_activations, matrices, own_layout, transposed
+from ktops.checkpoints.stacking import Reordered, in_order, stack
 from ktops.checkpoints.view import View
 from ktops.formats import ExpertWeight, get_format
 from ktops.formats.plain import PLAIN

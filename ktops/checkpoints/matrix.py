@@ -77,6 +77,10 @@ class Matrix:
     scheme: str
     name: str
 
+    def __str__(self) -> str:
+        kinds = ", ".join(f"{field.dtype} {list(field.shape)}" for field in self.fields if field)
+        return f"{self.format} [{self.rows}, {self.columns}] of {kinds}"
+
     @property
     def layout(self) -> tuple:
         """The properties that all experts of a projection must share."""

@@ -2,6 +2,7 @@
 
 import json
 
+import peft
 import pytest
 import torch
 import transformers
@@ -13,6 +14,7 @@ from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 import ktops
 from ktops.checkpoints import open_checkpoint
 from ktops.cli.convert import Options, convert
+from ktops.integrations.peft import expert_target_parameters
 from ktops.nn import KTExperts
 from ktops.testing.budgets import model_budget, relative_error
 
@@ -185,7 +187,7 @@ def test_saved_and_loaded_again(source):
 
 def test_quantize_experts(source):
     """Quantizing a model in memory, and while loading, gives the same codes; bf16 is quantized in place."""
-    name, path = source
+    _, path = source
     model = eager(path)
     dense = [layer.mlp.experts.gate_up_proj.detach().mT.clone() for layer in model.model.layers]
     ktops.quantize_experts(model, "int8", show_progress=False)
@@ -195,3 +197,27 @@ def test_quantize_experts(source):
         assert torch.equal(first.gate_up_proj.weight, expected.weight)
         assert torch.equal(second.gate_up_proj.weight, expected.weight)
     assert torch.equal(run(model)[0], run(other)[0])
+
+
+def test_lora_is_saved_for_plain_peft(source, tmp_path):
+    """Fine-tunes adapters on the experts as they are stored; plain PEFT computes the same with them."""
+    _, path = source
+    model = loaded(path)
+    targets = expert_target_parameters(model)
+    assert targets == ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+    settings = peft.LoraConfig(r=4, target_parameters=targets, init_lora_weights=False)
+    torch.manual_seed(0)
+    tuned = peft.get_peft_model(model, settings).train()
+    optimizer = torch.optim.SGD([p for p in tuned.parameters() if p.requires_grad], lr=0.1)
+    ids = torch.arange(3, 25).reshape(2, 11)
+    tuned(input_ids=ids, labels=ids).loss.backward()
+    optimizer.step()
+    tuned.save_pretrained(tmp_path / "adapter")
+    logits, tokens = run(tuned.eval())
+    ktops.disable()
+    plain = peft.PeftModel.from_pretrained(eager(path), tmp_path / "adapter").eval()
+    expected, expected_tokens = run(plain)
+    assert relative_error(logits, expected) < BUDGET
+    assert torch.equal(tokens, expected_tokens)
+    with plain.disable_adapter():
+        assert relative_error(run(plain)[0], expected) > 100 * BUDGET

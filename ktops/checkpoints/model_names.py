@@ -122,7 +122,8 @@ class ModelNames:
         """Returns the key of a tensor that is loaded through operations."""
         converter = self._by_pattern[pattern]
         module, _, target = renamed.rpartition(".")
-        if module not in self.modules or FUSED.fullmatch(target) is None:
+        fused = FUSED.fullmatch(target)
+        if module not in self.modules or fused is None:
             return None
         operations = list(converter.operations)
         kinds = [type(operation).__name__ for operation in operations]
@@ -132,14 +133,14 @@ class ModelNames:
             if OF_EXPERT.search(name) is None:
                 return None
             expert, kinds, operations = 0, kinds[1:], operations[1:]
-        projection, layout = PROJECTIONS[target], None
+        projection, tensor, layout = PROJECTIONS[fused[1]], fused[2] or "weight", None
         if projection == "gate_up" and len(sources) == 2 and kinds == ["Concatenate"]:
             projection = ("gate", "up")[sources.index(pattern)]
         elif kinds == ["Interleave"] and len(sources) == 1 and not operations[0].inverse:
             layout = INTERLEAVED
         elif kinds not in ([], ["Transpose"]) or len(sources) > 1 or len(converter.target_patterns) > 1:
             layout = ", ".join(kinds)
-        return self._key(name, module, expert, projection, "weight", layout)
+        return self._key(name, module, expert, projection, tensor, layout)
 
     def _key(self, name, module, expert, projection, tensor, layout=None) -> Key:
         numbers = NUMBER.findall(module)

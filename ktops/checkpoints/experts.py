@@ -26,14 +26,14 @@ class Experts(ABC):
         format, group_size, shape: as in :class:`ktops.ExpertWeight`.
         gating: of gate_up_proj or up_proj, its order of rows; None if unknown, and for down_proj.
         mapped: number of bytes that :meth:`read` maps instead of reading.
-        mixture: the error message if the files hold the experts in several formats, otherwise None.
+        refusal: the error message if their format in the files cannot be kept, otherwise None.
     """
 
     format: str
     group_size: int
     shape: tuple[int, int, int]
     gating: str | None = None
-    mixture: str | None = None
+    refusal: str | None = None
 
     @property
     def mapped(self) -> int:
@@ -117,6 +117,7 @@ class FileExperts(StoredExperts):
         self.scheme = " and ".join(dict.fromkeys(part.scheme for part in first))
         self.shape = len(experts), sum(part.rows for part in first), first[0].columns
         self.format, self.group_size = first[0].format, first[0].group_size
+        self.refusal = next((part.refusal for part in first if part.refusal), None)
         if 0 in self.shape:
             raise CheckpointError(f"{first[0].name}: must not be empty, got shape {list(self.shape)}")
         codes = Codes._make(fields and self._stand_in(fields) for fields in self._fields(0))

@@ -156,8 +156,8 @@ class Layer:
         stored = self.gate_up_proj, self.down_proj
         if weight_format is None:
             for experts in stored:
-                if experts.mixture is not None:
-                    raise CheckpointError(experts.mixture)
+                if experts.refusal is not None:
+                    raise CheckpointError(experts.refusal)
             return stored
         gate_up, down = (_in_format(experts, weight_format, group_size, method) for experts in stored)
         return gate_up, down

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import torch
 
+from ktops.checkpoints import nvfp4
 from ktops.checkpoints.errors import CheckpointError, UnknownScheme
 from ktops.checkpoints.matrix import Field, Fields, Matrix, expect, expect_dim
 from ktops.checkpoints.packed import Packing, Tensors, awq, gptq, pack_quantized
@@ -35,8 +36,6 @@ LOOKED_UP = ("bias", "g_idx", "weight_g_idx", "weight_shape")
 GPTQ = ("qweight", "qzeros", "scales")
 
 OTHERS = {
-    "weight_global_scale": "NVFP4",
-    "weight_scale_2": "NVFP4 of ModelOpt",
     "pre_quant_scale": "weights for scaled activations (AWQ of ModelOpt, SmoothQuant)",
     "smooth_scale": "weights for scaled activations",
     "SCB": "LLM.int8 of bitsandbytes",
@@ -165,6 +164,9 @@ def _matrix(tensors: Tensors, packing: Packing, use: _RowUse) -> Matrix:
     if "blocks" in tensors:
         _expect_no_others(tensors, "blocks", "scales")
         return _gpt_oss(tensors)
+    if nvfp4.MODELOPT in tensors:
+        _expect_no_others(tensors, "weight", "weight_scale", nvfp4.MODELOPT)
+        return nvfp4.matrix(tensors)
     if "weight_packed" in tensors:
         return _compressed(tensors, packing)
     if "weight" not in tensors:
@@ -287,10 +289,13 @@ def _gpt_oss(tensors: Tensors) -> Matrix:
 
 
 def _compressed(tensors: Tensors, packing: Packing) -> Matrix:
-    """Returns weights from compressed-tensors' pack-quantized or mxfp4-pack-quantized."""
+    """Returns weights from compressed-tensors' pack-quantized, mxfp4- or nvfp4-pack-quantized."""
     weight, scale = tensors["weight_packed"], tensors.get("weight_scale")
     if scale is None:
         raise CheckpointError(f"{weight}: weight_scale is missing")
+    if nvfp4.COMPRESSED in tensors:
+        _expect_no_others(tensors, "weight_packed", "weight_scale", nvfp4.COMPRESSED)
+        return nvfp4.matrix(tensors)
     if weight.dtype == torch.uint8 and scale.dtype == torch.uint8:
         _expect_no_others(tensors, "weight_packed", "weight_scale")
         expect_dim(weight, 2)

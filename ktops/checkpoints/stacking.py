@@ -24,7 +24,7 @@ class Mixed(StoredExperts):
     def __init__(self, experts: list[list[Matrix]]) -> None:
         self.parts = [[FileExperts([[part]]) for part in parts] for parts in experts]
         index, odd, common = _odd_one(experts)
-        self.mixture = (
+        self.refusal = (
             f"{odd.name}: expert {index} differs from the others: expected {common}, got "
             f"{odd}. Pass weight_format to quantize them all to one format"
         )
@@ -65,7 +65,7 @@ class Reordered(StoredExperts):
     def __init__(self, source: StoredExperts, gating: str) -> None:
         self.source, self.gating, self._in_order = source, gating, partial(in_order, gating=gating)
         self.format, self.group_size, self.shape = source.format, source.group_size, source.shape
-        self.scheme, self.mixture = source.scheme, source.mixture
+        self.scheme, self.refusal = source.scheme, source.refusal
 
     @property
     def nbytes(self) -> int:

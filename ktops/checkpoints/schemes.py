@@ -12,6 +12,7 @@ import torch
 from ktops.checkpoints import nvfp4
 from ktops.checkpoints.errors import CheckpointError, UnknownScheme
 from ktops.checkpoints.matrix import Field, Fields, Matrix, expect, expect_dim
+from ktops.checkpoints.microscaling import ggml_mxfp4, gpt_oss, microscaling
 from ktops.checkpoints.packed import Packing, Tensors, awq, gptq, pack_quantized
 from ktops.checkpoints.quantization_config import QuantizationConfig
 from ktops.checkpoints.view import View
@@ -163,7 +164,7 @@ def _matrix(tensors: Tensors, packing: Packing, use: _RowUse) -> Matrix:
         return _own(tensors, use)
     if "blocks" in tensors:
         _expect_no_others(tensors, "blocks", "scales")
-        return _gpt_oss(tensors)
+        return gpt_oss(tensors)
     if nvfp4.MODELOPT in tensors:
         _expect_no_others(tensors, "weight", "weight_scale", nvfp4.MODELOPT)
         return nvfp4.matrix(tensors)
@@ -197,10 +198,10 @@ def _scaled(weight: View, scale: View, packing: Packing, use: _RowUse) -> Matrix
     rows, columns = weight.shape
     groups = (rows, -(-columns // 32))
     if weight.dtype == torch.float8_e4m3fn and scale.dtype == torch.uint8 and scale.shape == groups:
-        return _microscaling("mxfp8", weight, scale)
+        return microscaling("mxfp8", weight, scale)
     if weight.dtype in (torch.int8, torch.uint8) and scale.dtype == torch.uint8:
         _expect_floats(weight, packing)
-        return _microscaling("mxfp4", weight, scale)
+        return microscaling("mxfp4", weight, scale)
     if weight.dtype == torch.float8_e4m3fn:
         return _fp8(weight, scale, use)
     if weight.dtype == torch.int8:
@@ -266,28 +267,6 @@ def _of_every_row(scale: Field, rows: int) -> Field:
     return scale.then(lambda t: t.repeat_interleave(BLOCK, dim=0)[:rows], (rows, *scale.shape[1:]))
 
 
-def _microscaling(name: str, weight: View, scale: View) -> Matrix:
-    rows, elements = weight.shape
-    columns = elements * (2 if name == "mxfp4" else 1)
-    if columns % 32:
-        raise CheckpointError(f"{weight}: {name} needs rows of a multiple of 32 weights, got {columns}")
-    expect(scale, (rows, columns // 32), torch.uint8)
-    if name == "mxfp4":
-        weight = weight.viewed(torch.uint8, *weight.shape)
-    return Matrix(name, 32, rows, columns, Fields(Field.of(weight), Field.of(scale)), name, str(weight))
-
-
-def _gpt_oss(tensors: Tensors) -> Matrix:
-    """Returns mxfp4 weights from blocks [N, K / 32, 16] and scales [N, K / 32]."""
-    blocks, scales = tensors["blocks"], tensors.get("scales")
-    if scales is None:
-        raise CheckpointError(f"{blocks}: its scales are missing")
-    expect_dim(blocks, 3)
-    rows, groups, _ = blocks.shape
-    expect(blocks, (rows, groups, 16), torch.uint8)
-    return _microscaling("mxfp4", blocks.viewed(torch.uint8, rows, groups * 16), scales)
-
-
 def _compressed(tensors: Tensors, packing: Packing) -> Matrix:
     """Returns weights from compressed-tensors' pack-quantized, mxfp4- or nvfp4-pack-quantized."""
     weight, scale = tensors["weight_packed"], tensors.get("weight_scale")
@@ -300,12 +279,14 @@ def _compressed(tensors: Tensors, packing: Packing) -> Matrix:
         _expect_no_others(tensors, "weight_packed", "weight_scale")
         expect_dim(weight, 2)
         _expect_floats(weight, packing)
-        return _microscaling("mxfp4", weight, scale)
+        return microscaling("mxfp4", weight, scale)
     _expect_no_others(tensors, "weight_packed", "weight_scale", "weight_zero_point")
     return pack_quantized(tensors, packing)
 
 
 def _gguf(weight: View) -> Matrix:
+    if weight.blocks == "mxfp4":
+        return ggml_mxfp4(weight)
     if weight.blocks not in BLOCKS:
         raise UnknownScheme(
             f"{weight}: unknown scheme: ktops has no format for {weight.blocks}, shape "

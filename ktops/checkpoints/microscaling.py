@@ -3,8 +3,8 @@
 DeepSeek, MiniMax   as in ktops' formats: codes [N, K / 2], even columns in the low nibbles, or [N, K]; scales
                     [N, K / 32]
 gpt-oss             the same codes as blocks [N, K / 32, 16]
-ggml                blocks of 17 bytes: a scale; then 16 bytes of codes, the first 16 of the 32 columns in the low
-                    nibbles
+ggml                blocks of 17 bytes: a scale; then 16 bytes of codes, the first 16 of the 32 columns in the
+                    low nibbles
 """
 
 import torch

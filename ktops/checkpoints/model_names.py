@@ -4,7 +4,7 @@ import copy
 import re
 import sys
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -73,6 +73,7 @@ class ModelNames:
             keys |= {f"{name}.0.{matrix}.weight" for matrix in MATRICES}
         self._keys = dict.fromkeys(keys, True)
         self._resolved: dict[str, Key | None] = {}
+        self._following: dict[str | None, tuple[str, Any]] = {}
 
     def key(self, name: str) -> Key | None:
         """Parses the name of an expert's tensor, in this model or not; None for any other tensor."""
@@ -85,7 +86,17 @@ class ModelNames:
         key = self._resolved[first]
         if key is None:
             return parse(name)
-        return key if expert is None or key.expert == EVERY_EXPERT else key._replace(expert=int(expert[1]))
+        return key if expert is None or key.expert == EVERY_EXPERT else self._of_expert(key, int(expert[1]))
+
+    def _of_expert(self, key: Key, expert: int) -> Key:
+        """Returns the key of another expert, given that of the first.
+
+        Ernie-VL numbers the experts of vision after those of text.
+        """
+        following, count = self._following.get(key.module, ("", 0))
+        if not following or expert < count:
+            return key._replace(expert=expert)
+        return key._replace(experts=following, module=following, expert=expert - count)
 
     def ignored(self, name: str) -> bool:
         """True if transformers silently skips a tensor of this name, as it does with MTP layers."""
@@ -128,16 +139,25 @@ class ModelNames:
         operations = list(converter.operations)
         kinds = [type(operation).__name__ for operation in operations]
         sources = converter.source_patterns
-        expert = EVERY_EXPERT
+        expert, suffix = EVERY_EXPERT, ""
         if kinds[:1] == ["MergeModulelist"]:
             if OF_EXPERT.search(name) is None:
                 return None
             expert, kinds, operations = 0, kinds[1:], operations[1:]
-        projection, tensor, layout = PROJECTIONS[fused[1]], fused[2] or "weight", None
+        stored = re.search(r"_weight_?(\w*)$", name)
+        if kinds[:1] == ["Inkling2LoopDequantizeExperts"] and stored is not None:
+            kinds, operations, sources, suffix = kinds[1:], operations[1:], [pattern], stored[1]
+        projection, tensor, layout = PROJECTIONS[fused[1]], fused[2] or suffix or "weight", None
         if projection == "gate_up" and len(sources) == 2 and kinds == ["Concatenate"]:
             projection = ("gate", "up")[sources.index(pattern)]
         elif kinds == ["Interleave"] and len(sources) == 1 and not operations[0].inverse:
             layout = INTERLEAVED
+        elif kinds == ["ErnieFuseAndSplitTextVisionExperts"] and OF_EXPERT.search(name):
+            text, vision = converter.target_patterns
+            following = self.names[renamed.replace(text, vision).rpartition(".")[0]]
+            self._following[self.names[module]] = following, self.modules[module].num_experts
+            projection = ("gate", "up")[sources.index(pattern)] if len(sources) == 2 else projection
+            return self._key(name, module, 0, projection, tensor)._replace(experts=self.names[module])
         elif kinds not in ([], ["Transpose"]) or len(sources) > 1 or len(converter.target_patterns) > 1:
             layout = ", ".join(kinds)
         return self._key(name, module, expert, projection, tensor, layout)

@@ -76,7 +76,14 @@ class KTQuantizer(HfQuantizer):
         if checkpoint_files:
             self._require_other(Path(checkpoint_files[0]).parent)
         self._path = Path(checkpoint_files[0]).parent if path is None else Path(path)
-        for module in experts_modules(model).values():
+        modules = experts_modules(model)
+        for name, source in model.all_tied_weights_keys.items():
+            if name.rpartition(".")[0] in modules:
+                raise ValueError(
+                    f"KTConfig: {name} of {type(model).__name__} shares its weights with {source}; ktops "
+                    "cannot load shared experts. Load the model without a KTConfig"
+                )
+        for module in modules.values():
             exchange(model, module, PendingExperts(module))
         self.other.preprocess_model(model, dtype=dtype, checkpoint_files=checkpoint_files, **kwargs)
         self._watch(model)

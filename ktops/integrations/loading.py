@@ -114,10 +114,7 @@ def load_layers(
             gate_up, down = (experts.read(dtype, step) for experts in both)
             found = (layer.bias(key, dtype) for key in PROJECTIONS)
             biases = (bias if bias is None else nn.Parameter(bias, requires_grad=False) for bias in found)
-            computed = dict(_options(module))
-            if computed.get("gating") == "interleaved":
-                computed["gating"] = "concatenated"  # as the layers of a checkpoint are read
-            made[name] = KTExperts.from_parameters(gate_up, down, *biases, **computed)
+            made[name] = KTExperts.from_parameters(gate_up, down, *biases, **_options(module))
             made[name].train(module.training)
     for name, module in modules.items():
         exchange_stacked(model, module, made[name])

@@ -102,7 +102,7 @@ def test_unknown_conversion(tmp_path):
         (
             "switch_transformers",
             "SwitchTransformersForConditionalGeneration",
-            "it has no act_fn",
+            "ktops has no activation",
         ),
     ],
 )

@@ -18,6 +18,8 @@ from ktops.testing.budgets import relative_error
 pytestmark = pytest.mark.usefixtures("enabled")
 
 MXFP4 = gguf.GGMLQuantizationType.MXFP4
+SIZE = {"gate": 0.1, "up": 0.5, "down": 0.1}
+"""The projections' standard deviations; blocks of gate and of up have different scales."""
 
 
 @pytest.fixture
@@ -52,7 +54,8 @@ def write(folder: str, path, weight_format: str = "fp32") -> torch.nn.Module:
             if part == "gate" and not module.has_gate:
                 continue
             prefix = f"blk.{name.split('.')[2]}.ffn_{part}_exps"
-            blocks = gguf.quantize(0.1 * rng.standard_normal((num_experts, *shape), numpy.float32), MXFP4)
+            weights = SIZE[part] * rng.standard_normal((num_experts, *shape), numpy.float32)
+            blocks = gguf.quantize(weights, MXFP4)
             tensors[f"{prefix}.weight"] = blocks, MXFP4
             decoded[part] = torch.from_numpy(gguf.dequantize(blocks, MXFP4))
             if module.has_bias:

@@ -7,7 +7,9 @@ import numpy
 import pytest
 import torch
 from compressed_tensors.compressors import BaseCompressor
+from compressed_tensors.compressors.nvfp4.helpers import unpack_fp4_from_uint8
 from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+from compressed_tensors.quantization.lifecycle.forward import dequantize
 from model_runs import MODEL_BUDGET
 from safetensors.torch import load_file, save_file
 from tiny_checkpoints import decode, write_per_expert
@@ -33,7 +35,7 @@ def modelopt(rng, rows, columns):
 
 
 def compressed_tensors(rng, rows, columns):
-    """Uses the library's own compressor; it decodes to bfloat16, so ours are compared after rounding."""
+    """Uses the library's own compressor, and what it decodes before it rounds to bfloat16."""
     arguments = QuantizationArgs(num_bits=4, type="float", strategy="tensor_group", group_size=16)
     scheme = QuantizationScheme(targets=["Linear"], weights=arguments)
     compressor = BaseCompressor.get_value_from_registry("nvfp4-pack-quantized")
@@ -43,7 +45,10 @@ def compressed_tensors(rng, rows, columns):
     scale = (whole * largest / 6).to(torch.float8_e4m3fn)
     state = {"weight": weight, "weight_scale": scale.float(), "weight_global_scale": whole}
     state = compressor.compress(state, scheme)
-    return state, compressor.decompress(state, scheme)["weight"].float()
+    codes = unpack_fp4_from_uint8(state["weight_packed"], rows, columns, torch.float32)
+    dense = dequantize(codes, state["weight_scale"].float(), args=arguments, global_scale=whole)
+    assert torch.equal(dense.bfloat16(), compressor.decompress(state, scheme)["weight"])
+    return state, dense
 
 
 MAKERS = {"modelopt": modelopt, "compressed-tensors": compressed_tensors}
@@ -57,8 +62,7 @@ def test_weights(tmp_path, library, weight_format):
     assert layer.scheme == "nvfp4"
     exact = [decode(weight) for weight in layer.read("fp32")[:2]]
     for ours, theirs in zip(exact, dense, strict=True):
-        rounded = ours if library == "modelopt" else ours.bfloat16().float()
-        assert torch.equal(rounded, theirs)
+        assert ours.dtype == torch.float32 and torch.equal(ours, theirs)
     for weight, floats_ in zip(layer.read(weight_format)[:2], exact, strict=True):
         expected = ktops.quantize(floats_, weight_format)
         assert torch.equal(weight.weight, expected.weight)

@@ -139,10 +139,10 @@ def gate_first(rows: torch.Tensor) -> torch.Tensor:
 @pytest.mark.filterwarnings("ignore:ktops. nothing in")
 def test_alternating_rows_from_two_tensors(tmp_path, scheme):
     """A checkpoint with gate and up in tensors of their own fills a model in which their rows alternate."""
-    dense = write_per_expert(tmp_path, SCHEMES[scheme][0], layers=1)
+    dense = write_per_expert(tmp_path, SCHEMES[scheme][0], layers=1, intermediate=128)
     layer = open_checkpoint(tmp_path).layers[0].ordered("interleaved")
     gate_up, down = dense[0]
-    alternating = gate_up.unflatten(1, (2, I)).transpose(1, 2).flatten(1, 2)
+    alternating = gate_up.unflatten(1, (2, 128)).transpose(1, 2).flatten(1, 2)
     expect_equal(layer, alternating, down)
     assert layer.gate_up_proj.nbytes == layer.read().gate_up_proj.nbytes
     writer = CheckpointWriter(tmp_path / "written")

@@ -11,12 +11,14 @@ from compressed_tensors.compressors.nvfp4.helpers import unpack_fp4_from_uint8
 from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 from compressed_tensors.quantization.lifecycle.forward import dequantize
 from model_runs import MODEL_BUDGET
+from rich.console import Console
 from safetensors.torch import load_file, save_file
 from tiny_checkpoints import decode, write_per_expert
 from tiny_schemes import e2m1, floats
 
 import ktops
 from ktops.checkpoints import CheckpointError, open_checkpoint
+from ktops.cli.convert import Options, convert
 from ktops.nn import KTExperts
 from ktops.testing.budgets import relative_error
 
@@ -99,15 +101,17 @@ def test_errors(tmp_path, fault):
 
 
 @pytest.mark.usefixtures("enabled")
+@pytest.mark.parametrize("way", ["KTConfig", "convert"])
 @pytest.mark.parametrize("weight_format", ["bf16", "int8"])
 @torch.no_grad()
-def test_nemotron_h(tmp_path, monkeypatch, weight_format):
+def test_nemotron_h(tmp_path, monkeypatch, weight_format, way):
     """As NVIDIA publishes it: experts without a gate, in NVFP4; attention in bfloat16."""
     for key in ("hidden_size", "moe_intermediate_size"):
         monkeypatch.setitem(every_model.SIZES, key, 64)
     model = every_model.tiny_model("nemotron_h").eval()
-    model.save_pretrained(tmp_path)
-    rng, tensors = numpy.random.default_rng(0), load_file(tmp_path / "model.safetensors")
+    path = tmp_path / "source"
+    model.save_pretrained(path)
+    rng, tensors = numpy.random.default_rng(0), load_file(path / "model.safetensors")
     for name in [name for name in tensors if ".experts." in name]:
         parts, dense = modelopt(rng, *tensors.pop(name).shape)
         base, expert, projection, _ = name.rsplit(".", 3)
@@ -115,16 +119,17 @@ def test_nemotron_h(tmp_path, monkeypatch, weight_format):
         module = model.get_submodule(base.replace("backbone.", "model."))
         exact = getattr(module, projection)[int(expert)]
         exact.copy_(decode(ktops.quantize(dense[None], weight_format))[0])
-    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
-    config = json.loads((tmp_path / "config.json").read_text())
+    save_file(tensors, path / "model.safetensors", {"format": "pt"})
+    config = json.loads((path / "config.json").read_text())
     config["quantization_config"] = {"quant_method": "modelopt", "quant_algo": "NVFP4"}
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    loaded, info = type(model).from_pretrained(
-        tmp_path,
-        quantization_config=ktops.KTConfig(weight_format),
-        dtype=torch.float32,
-        output_loading_info=True,
-    )
+    (path / "config.json").write_text(json.dumps(config))
+    options = {"quantization_config": ktops.KTConfig(weight_format)}
+    if way == "convert":
+        convert(Options(path, tmp_path / "out", weight_format), Console(quiet=True))
+        path, options = tmp_path / "out", {}
+        report = json.loads((path / "ktops-report.json").read_text())
+        assert (report["activation"], report["layers"][0]["scheme"]) == ("relu2", "nvfp4")
+    loaded, info = type(model).from_pretrained(path, dtype=torch.float32, output_loading_info=True, **options)
     assert not any(info.values())
     for module in loaded.modules():
         if isinstance(module, KTExperts):

@@ -46,7 +46,7 @@ class Layer:
         module: the experts module that transformers would load them into, or None.
         tensors: all tensors of the experts.
         gating: the order in which gate and up are read, as in :func:`ktops.moe_sft`: the model's or, without
-            a model, the file's. :meth:`ordered` changes it.
+            a model, the file's. :meth:`ordered` returns the layer with another order.
     """
 
     def __init__(self, name: str, index: int, keyed: dict[Key, View], config: QuantizationConfig) -> None:
@@ -109,8 +109,7 @@ class Layer:
     @cached_property
     def gate_up_proj(self) -> StoredExperts:
         """gate_up_proj [E, 2I, H], its rows in the order of :attr:`gating`, or up_proj [E, I, H]."""
-        names = self._first_projections()
-        stored = self._experts(*names)
+        stored = self._experts(*self._first_projections())
         stored = Reordered(stored, self.gating) if self._reorders else stored
         stored.gating = self.gating
         return stored

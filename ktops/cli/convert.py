@@ -72,10 +72,9 @@ def convert(options: Options, console: Console) -> dict:
             console.print(f"  continuing: {done} of {len(parts)} layers are written and verified")
         elif interrupted:
             console.print(f"  {partial} is damaged, or the options or the source changed: starting over")
-        try:
-            _functions(checkpoint)
-        except Unsupported as reason:
-            console.print(f"  {reason}. from_pretrained will refuse {options.destination}", soft_wrap=True)
+        _, problem = _described(checkpoint)
+        if problem is not None:
+            console.print(f"  {problem}. from_pretrained will refuse {options.destination}", soft_wrap=True)
         report = _write(writer, checkpoint, parts, options)
         writer.finish()
     _show(report, options, console)
@@ -154,7 +153,8 @@ def _write(writer: CheckpointWriter, checkpoint: Checkpoint, parts: list[Part], 
     file = writer.partial / REPORT
     measured = json.loads(file.read_text())["layers"] if file.exists() else []
     layers = {layer["name"]: layer for layer in measured}
-    activation = _activation(checkpoint)
+    functions, problem = _described(checkpoint)
+    activation = _activation(functions, problem, checkpoint.config)
     others = {} if _is_gguf(checkpoint) else checkpoint.other_tensors()
     left = [part for part in parts if not writer.has(part.name)]
     total = 2 * sum(part.layer.num_experts for part in left) + len(others)
@@ -166,7 +166,7 @@ def _write(writer: CheckpointWriter, checkpoint: Checkpoint, parts: list[Part], 
                 layers.pop(part.name, None)
             if part.name not in layers:
                 (written,) = open_checkpoint(writer.layer_file(part.name)).layers
-                function = _compared(checkpoint, part.layer, activation)
+                function = _function(part.layer, functions, activation.name)
                 layers[part.name] = asdict(compare(part.name, part.layer, written, function))
                 sizes = {experts.group_size for part in parts for experts in part.experts}
                 size = sizes.pop() if len(sizes) == 1 else None
@@ -178,36 +178,34 @@ def _write(writer: CheckpointWriter, checkpoint: Checkpoint, parts: list[Part], 
     return json.loads(file.read_text())
 
 
-def _functions(checkpoint: Checkpoint) -> dict[str | None, ExpertFunction]:
-    """Returns what the experts compute, by module; under None, for the layers that transformers skips.
+def _described(checkpoint: Checkpoint) -> tuple[dict[str, ExpertFunction], str | None]:
+    """Returns what the experts compute, by module, and why ktops cannot compute them, or None.
 
-    Empty if transformers lacks the model.
-
-    Raises:
-        Unsupported: ktops cannot compute the experts.
+    There are no functions if transformers lacks the model, or if ktops cannot compute one of them.
     """
-    functions: dict[str | None, ExpertFunction] = {}
-    if checkpoint.names is not None:
-        functions.update(functions_of(checkpoint.names.modules))
-        functions[None] = next(iter(functions.values()))
-    return functions
-
-
-def _activation(checkpoint: Checkpoint) -> Activation:
-    """Returns the activation to report, and whether outputs are compared."""
     try:
-        functions = _functions(checkpoint)
+        return functions_of({} if checkpoint.names is None else checkpoint.names.modules), None
     except Unsupported as reason:
-        return Activation(None, f"outputs are not compared: {reason}")
-    return Activation(functions[None].activation) if functions else find_activation(checkpoint.config)
+        return {}, str(reason)
 
 
-def _compared(checkpoint: Checkpoint, layer: Layer, activation: Activation) -> ExpertFunction | None:
-    """Returns what to compare the outputs of a layer with; None: nothing."""
-    if activation.name is None:
+def _activation(functions: dict[str, ExpertFunction], problem: str | None, config: dict) -> Activation:
+    """Returns the activation for the report, and whether outputs are compared."""
+    if problem is not None:
+        return Activation(None, f"outputs are not compared: {problem}")
+    known = next(iter(functions.values()), None)
+    return find_activation(config) if known is None else Activation(known.activation)
+
+
+def _function(layer: Layer, functions: dict[str, ExpertFunction], name: str | None) -> ExpertFunction | None:
+    """Returns what to compare the outputs of a layer with; None without the name of an activation.
+
+    A layer that transformers skips computes what the others do.
+    """
+    if name is None:
         return None
-    function = _functions(checkpoint).get(layer.module, ExpertFunction(activation.name))
-    return function._replace(gating=layer.gating)
+    other = next(iter(functions.values()), ExpertFunction(name))
+    return functions.get(layer.module or "", other)._replace(gating=layer.gating)
 
 
 def _is_gguf(checkpoint: Checkpoint) -> bool:

@@ -179,11 +179,6 @@ def unsupported_layout(experts: nn.Module) -> str | None:
     weight = experts._parameters.get("down_proj")
     if weight is not None and weight.element_size() == 1:
         return f"its weights are quantized, {weight.dtype}"
-    return unsupported_computation(experts)
-
-
-def unsupported_computation(experts: nn.Module) -> str | None:
-    """Returns why the op cannot compute an experts module, whatever its weights; None if it can."""
     try:
         describe(experts)
     except Unsupported as reason:

@@ -90,6 +90,9 @@ def test_gate_and_up_of_different_types_are_decoded(tmp_path):
     assert read.gate_up_proj.format == "bf16" and read.down_proj.format == "q8_0"
     assert torch.equal(read.gate_up_proj.weight, dense[0][0].bfloat16())
     assert layer.nbytes == read.gate_up_proj.nbytes + read.down_proj.nbytes
+    alternating = layer.ordered("interleaved").read().gate_up_proj.weight
+    assert torch.equal(alternating[:, 0::2], read.gate_up_proj.weight[:, :I])
+    assert torch.equal(alternating[:, 1::2], read.gate_up_proj.weight[:, I:])
 
 
 def test_split_files(tmp_path):

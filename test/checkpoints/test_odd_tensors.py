@@ -41,6 +41,21 @@ def test_one_dense_matrix_among_quantized_ones(tmp_path, scheme, dtype):
     assert torch.equal(decode(layer.read("fp32").down_proj), down)
 
 
+def test_rows_of_mixed_formats_in_another_order(tmp_path):
+    calls = iter(range(1000))
+
+    def make(rng, rows, columns):
+        return (plain(torch.float32) if next(calls) == 4 else SCHEMES["fp8 blocks"][0])(rng, rows, columns)
+
+    ((gate_up, down),) = write_per_expert(tmp_path, make, layers=1)
+    layer = open_checkpoint(tmp_path).layers[0].ordered("interleaved")
+    with pytest.raises(CheckpointError, match=rf"{EXPERTS}\.1\.up_proj\.weight in .* Pass weight_format"):
+        layer.read()
+    read = layer.read("fp32")
+    assert torch.equal(read.gate_up_proj.weight, gate_up.unflatten(1, (2, I)).transpose(1, 2).flatten(1, 2))
+    assert torch.equal(read.down_proj.weight, down)
+
+
 def test_a_part_of_the_tensors_is_no_other_scheme(tmp_path):
     calls = iter(range(1000))
 

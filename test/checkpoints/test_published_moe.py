@@ -47,7 +47,7 @@ class Published(NamedTuple):
 
     Attributes:
         format: the format in which ktops reads the experts.
-        experts, others: the schemes of the experts and of most of attention; None: as transformers saves it.
+        experts, others: the schemes of the experts, and of attention and shared experts; None: not quantized.
         quantization: the quantization_config.
         rename: makes the published name from the one that transformers saves.
         whole: whether it is the model with vision that is published.
@@ -76,9 +76,9 @@ MODELS = {
 }
 
 EXPERTS = re.compile(
-    r"experts\.\d+\.\w+\.weight|\.moe\.\w+_proj\.weight|experts\.(w13_weight|w2_weight|\w+_proj)"
+    r"(?<!shared_)experts\.(\d+\.\w+\.weight|w13_weight|w2_weight|\w+_proj)|\.moe\.\w+_proj\.weight"
 )
-ATTENTION = re.compile(r"attn\.(wq_a|wo_b)\.weight|self_attn\.(q|o)_proj\.weight")
+OTHERS = re.compile(r"(attn\.(wq_a|wo_b)|self_attn\.(q|o)_proj|shared_experts\.(w\d|\w+_proj))\.weight")
 
 
 def quantized(rng, make: Callable, weight: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -115,7 +115,7 @@ def write(path, folder: str) -> type:
     rng, tensors, plain = numpy.random.default_rng(0), {}, []
     saved = load_file(path / "decoded" / "model.safetensors")
     for name, weight in saved.items():
-        make = case.experts if EXPERTS.search(name) else case.others if ATTENTION.search(name) else None
+        make = case.experts if EXPERTS.search(name) else case.others if OTHERS.search(name) else None
         renamed = case.rename(name)
         if make is None:
             tensors[renamed] = weight

@@ -15,10 +15,12 @@ from ktops.checkpoints import Checkpoint, CheckpointError, CheckpointWriter, Lay
 from ktops.checkpoints.checkpoint import MANIFEST
 from ktops.checkpoints.config import converted_config
 from ktops.checkpoints.experts import Experts
-from ktops.checkpoints.layer import BIASES
+from ktops.checkpoints.layer import PROJECTIONS
 from ktops.checkpoints.quality import Activation, compare, find_activation
 from ktops.cli.errors import Interrupted, UserError
-from ktops.integrations.transformers.architectures import uncomputable_experts
+from ktops.integrations.loading import functions_of
+from ktops.integrations.transformers.architectures import Unsupported
+from ktops.ops.activation import ExpertFunction
 
 REPORT = "ktops-report.json"
 WEIGHTS = {".safetensors", ".gguf", ".bin", ".pt", ".pth", ".onnx", ".h5", ".msgpack"}
@@ -70,11 +72,9 @@ def convert(options: Options, console: Console) -> dict:
             console.print(f"  continuing: {done} of {len(parts)} layers are written and verified")
         elif interrupted:
             console.print(f"  {partial} is damaged, or the options or the source changed: starting over")
-        uncomputable = _uncomputable(checkpoint)
-        if uncomputable:
-            console.print(
-                f"  {uncomputable}. from_pretrained will refuse {options.destination}", soft_wrap=True
-            )
+        _, problem = _described(checkpoint)
+        if problem is not None:
+            console.print(f"  {problem}. from_pretrained will refuse {options.destination}", soft_wrap=True)
         report = _write(writer, checkpoint, parts, options)
         writer.finish()
     _show(report, options, console)
@@ -153,21 +153,21 @@ def _write(writer: CheckpointWriter, checkpoint: Checkpoint, parts: list[Part], 
     file = writer.partial / REPORT
     measured = json.loads(file.read_text())["layers"] if file.exists() else []
     layers = {layer["name"]: layer for layer in measured}
-    activation = find_activation(checkpoint.config)
-    if activation.name is not None and _uncomputable(checkpoint):
-        activation = Activation(None, f"outputs are not compared: {_uncomputable(checkpoint)}")
+    functions, problem = _described(checkpoint)
+    activation = _activation(functions, problem, checkpoint.config)
     others = {} if _is_gguf(checkpoint) else checkpoint.other_tensors()
     left = [part for part in parts if not writer.has(part.name)]
     total = 2 * sum(part.layer.num_experts for part in left) + len(others)
     with progress("converting", total) as step:
         for part in parts:
             if not writer.has(part.name):
-                biases = (part.layer.bias(name, torch.float32) for name in BIASES)
+                biases = (part.layer.bias(name, torch.float32) for name in PROJECTIONS)
                 writer.write_layer(part.name, *part.experts, *biases, step=step)
                 layers.pop(part.name, None)
             if part.name not in layers:
                 (written,) = open_checkpoint(writer.layer_file(part.name)).layers
-                layers[part.name] = asdict(compare(part.name, part.layer, written, activation.name))
+                function = _function(part.layer, functions, activation.name)
+                layers[part.name] = asdict(compare(part.name, part.layer, written, function))
                 sizes = {experts.group_size for part in parts for experts in part.experts}
                 size = sizes.pop() if len(sizes) == 1 else None
                 report = _report(options, size, activation, list(layers.values()))
@@ -178,9 +178,34 @@ def _write(writer: CheckpointWriter, checkpoint: Checkpoint, parts: list[Part], 
     return json.loads(file.read_text())
 
 
-def _uncomputable(checkpoint: Checkpoint) -> str | None:
-    """Returns why ktops cannot compute the experts; None if it can, or if transformers lacks the model."""
-    return None if checkpoint.names is None else uncomputable_experts(checkpoint.names.modules)
+def _described(checkpoint: Checkpoint) -> tuple[dict[str, ExpertFunction], str | None]:
+    """Returns what the experts compute, by module, and why ktops cannot compute them, or None.
+
+    There are no functions if transformers lacks the model, or if ktops cannot compute one of them.
+    """
+    try:
+        return functions_of({} if checkpoint.names is None else checkpoint.names.modules), None
+    except Unsupported as reason:
+        return {}, str(reason)
+
+
+def _activation(functions: dict[str, ExpertFunction], problem: str | None, config: dict) -> Activation:
+    """Returns the activation for the report, and whether outputs are compared."""
+    if problem is not None:
+        return Activation(None, f"outputs are not compared: {problem}")
+    known = next(iter(functions.values()), None)
+    return find_activation(config) if known is None else Activation(known.activation)
+
+
+def _function(layer: Layer, functions: dict[str, ExpertFunction], name: str | None) -> ExpertFunction | None:
+    """Returns what to compare the outputs of a layer with; None without the name of an activation.
+
+    A layer that transformers skips computes what the others do.
+    """
+    if name is None:
+        return None
+    other = next(iter(functions.values()), ExpertFunction(name))
+    return functions.get(layer.module or "", other)._replace(gating=layer.gating)
 
 
 def _is_gguf(checkpoint: Checkpoint) -> bool:

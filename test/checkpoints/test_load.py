@@ -6,7 +6,7 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
-from tiny_checkpoints import decode, write_gguf, write_per_expert
+from tiny_checkpoints import OneLayer, decode, expect_equal, write_gguf, write_per_expert
 from tiny_schemes import SCHEMES, plain
 
 import ktops
@@ -187,6 +187,38 @@ def test_biases_that_the_file_lacks(tmp_path):
         CheckpointError, match=r"gate_up_proj of model.layers.0.mlp.experts has a bias in the mo"
     ):
         ktops.load_experts(model, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("gating", "missing", "message"),
+    [
+        ("none", (), r"experts.0.gate_proj.weight in .*: the experts of the model have no gate projection"),
+        ("concatenated", ("gate_proj",), r"mlp.experts: the gate projection of the experts is missing"),
+        ("none", ("gate_proj", "up_proj"), r"mlp.experts: the up projection of the experts is missing"),
+    ],
+)
+def test_gate_that_only_the_model_or_the_file_has(tmp_path, gating, missing, message):
+    write_per_expert(tmp_path, plain(torch.bfloat16), **SIZES, layers=1)
+    path = tmp_path / "model-00001-of-00001.safetensors"
+    kept = {n: t for n, t in load_file(path).items() if not any(f".{name}." in n for name in missing)}
+    save_file(kept, path)
+    with pytest.raises(CheckpointError, match=message):
+        ktops.load_experts(OneLayer(E, H, I, gating=gating), tmp_path)
+
+
+def test_experts_without_gate(tmp_path):
+    """The file alone tells that there is no gate."""
+    dense = write_per_expert(tmp_path, plain(torch.bfloat16), **SIZES, layers=1)
+    path = tmp_path / "model-00001-of-00001.safetensors"
+    save_file({n: t for n, t in load_file(path).items() if ".gate_proj." not in n}, path)
+    (layer,) = open_checkpoint(tmp_path).layers
+    assert (layer.gating, layer.num_experts, layer.hidden_size, layer.intermediate_size) == ("none", E, H, I)
+    expect_equal(layer, dense[0][0][:, I:], dense[0][1])
+    model = OneLayer(E, H, I, gating="none", activation="relu2")
+    ktops.load_experts(model, tmp_path)
+    experts = model.model.layers[0].mlp.experts
+    assert experts.function == ("relu2", (), "none")
+    assert torch.equal(decode(experts.up_proj), dense[0][0][:, I:])
 
 
 def snapshot(model) -> dict:

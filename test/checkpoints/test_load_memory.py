@@ -58,20 +58,21 @@ def repeated(make):
 
 
 CASES = {
-    "bf16": (plain(torch.bfloat16), "", 2),
-    "fp8": (fp8_channel, "", 1),
-    "gptq": (gptq, "", 0.5),
-    "awq": (awq, "", 0.5),
-    "bf16 to int4": (plain(torch.bfloat16), "int4", 2),
+    "bf16": (plain(torch.bfloat16), "", 2, "concatenated"),
+    "bf16 interleaved": (plain(torch.bfloat16), "", 2, "interleaved"),
+    "fp8": (fp8_channel, "", 1, "concatenated"),
+    "gptq": (gptq, "", 0.5, "concatenated"),
+    "awq": (awq, "", 0.5, "concatenated"),
+    "bf16 to int4": (plain(torch.bfloat16), "int4", 2, "concatenated"),
 }
-"""Maps names to (make, requested format, bytes per weight in the checkpoint)."""
+"""Maps names to (make, requested format, bytes per weight in the checkpoint, order of gate and up)."""
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_peak(tmp_path, case):
-    make, weight_format, bytes_per_weight = CASES[case]
+    make, weight_format, bytes_per_weight, gating = CASES[case]
     write_per_expert(tmp_path, repeated(make), **SIZES)
-    (layer,) = open_checkpoint(tmp_path).layers
+    layer = open_checkpoint(tmp_path).layers[0].ordered(gating)
     options = {"weight_format": weight_format, "group_size": 32} if weight_format else {}
     layer.experts(**options)
     sizes = []

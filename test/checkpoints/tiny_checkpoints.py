@@ -68,13 +68,13 @@ def write_gguf(path, tensors: dict, fields: dict | None = None) -> None:
 class OneLayer(nn.Module):
     """Returns a model with only the experts of layer 0, on the meta device, named as in transformers."""
 
-    def __init__(self, num_experts: int, hidden_size: int, intermediate_size: int, *, bias=False) -> None:
+    def __init__(self, num_experts: int, hidden_size: int, intermediate_size: int, **options) -> None:
         super().__init__()
         self.model = nn.Module()
         self.model.layers = nn.ModuleList([nn.Module()])
         self.model.layers[0].mlp = nn.Module()
         self.model.layers[0].mlp.experts = KTExperts(
-            num_experts, hidden_size, intermediate_size, bias=bias, device="meta"
+            num_experts, hidden_size, intermediate_size, device="meta", **options
         )
 
 

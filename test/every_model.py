@@ -126,7 +126,7 @@ MORE: dict[str, dict] = {
     "hy_v4_vl_text": {"rope_parameters": MROPE},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
     "muse_spark_audio": {"hidden_sizes": [8, 8], "depths": [1, 1], "patch_sizes": [4, 4]},
-    "nllb_moe": {"encoder_sparse_step": 2, "decoder_sparse_step": 2, "moe_token_dropout": 0.0,
+    "nllb-moe": {"encoder_sparse_step": 2, "decoder_sparse_step": 2, "moe_token_dropout": 0.0,
         "dropout": 0.0, "attention_dropout": 0.0, "encoder_layerdrop": 0.0, "decoder_layerdrop": 0.0},
     "openai_privacy_filter": {"num_labels": VOCAB_SIZE},
     "switch_transformers": {"dropout_rate": 0.0, "decoder_start_token_id": 0,

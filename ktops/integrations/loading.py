@@ -112,7 +112,8 @@ def load_layers(
             computed = dict(_options(module))
             if computed.get("gating") == "interleaved":
                 computed["gating"] = "concatenated"  # as the layers of a checkpoint are read
-            made[name] = KTExperts.from_parameters(gate_up, down, *biases, **computed)
+            kind = type(module) if isinstance(module, KTExperts) else KTExperts
+            made[name] = kind.from_parameters(gate_up, down, *biases, **computed)
             made[name].train(module.training)
     for name, module in modules.items():
         exchange_stacked(model, module, made[name])
@@ -146,7 +147,7 @@ def _options(module: nn.Module, name: str = "experts") -> dict:
         return module.options
     if isinstance(module, nn.ModuleList):
         try:
-            return {"activation": listed_experts(module, any_device=True)[0].activation}
+            return listed_experts(module, any_device=True)[0].function._asdict()
         except Unsupported as reason:
             raise ValueError(
                 f"load_experts: ktops cannot compute {name}, a list of {len(module)} modules: {reason}"
@@ -192,9 +193,9 @@ def _sizes(module: nn.Module) -> tuple[int, int, int] | None:
 
 
 def _projections(experts: nn.ModuleList) -> tuple[nn.Linear, nn.Linear]:
-    """Returns the gate and down projections of the first expert of a list."""
-    gate, _, down = listed_experts(experts, any_device=True)[0].projections()
-    return gate, down
+    """Returns the first and the down projection of the first expert of a list."""
+    projections = listed_experts(experts, any_device=True)[0].projections()
+    return projections[0], projections[-1]
 
 
 def _check_fit(layer: Layer, name: str, module: nn.Module) -> None:

@@ -2,7 +2,6 @@
 
 import ctypes
 from abc import ABC, abstractmethod
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from functools import partial
 
@@ -10,7 +9,6 @@ import torch
 from torch import Tensor
 
 from ktops._display import Step, no_step
-from ktops._warn import warn_once
 from ktops.checkpoints.errors import CheckpointError
 from ktops.checkpoints.matrix import Field, Matrix
 from ktops.checkpoints.view import View
@@ -26,14 +24,16 @@ class Experts(ABC):
 
     Attributes:
         format, group_size, shape: as in :class:`ktops.ExpertWeight`.
+        gating: of gate_up_proj or up_proj, its order of rows; None if unknown, and for down_proj.
         mapped: number of bytes that :meth:`read` maps instead of reading.
-        mixture: the error message if the files hold the experts in several formats, otherwise None.
+        refusal: the error message if their format in the files cannot be kept, otherwise None.
     """
 
     format: str
     group_size: int
     shape: tuple[int, int, int]
-    mixture: str | None = None
+    gating: str | None = None
+    refusal: str | None = None
 
     @property
     def mapped(self) -> int:
@@ -107,8 +107,7 @@ class FileExperts(StoredExperts):
             for part, expected in zip(parts, first, strict=True):
                 if part.layout != expected.layout:
                     raise CheckpointError(
-                        f"{part.name}: expert {index} differs from expert 0: expected {_words(expected)}, "
-                        f"got {_words(part)}"
+                        f"{part.name}: expert {index} differs from expert 0: expected {expected}, got {part}"
                     )
         if any(part.columns != first[0].columns for part in first):
             raise CheckpointError(
@@ -118,6 +117,7 @@ class FileExperts(StoredExperts):
         self.scheme = " and ".join(dict.fromkeys(part.scheme for part in first))
         self.shape = len(experts), sum(part.rows for part in first), first[0].columns
         self.format, self.group_size = first[0].format, first[0].group_size
+        self.refusal = next((part.refusal for part in first if part.refusal), None)
         if 0 in self.shape:
             raise CheckpointError(f"{first[0].name}: must not be empty, got shape {list(self.shape)}")
         codes = Codes._make(fields and self._stand_in(fields) for fields in self._fields(0))
@@ -212,11 +212,6 @@ def contiguous(views: list[View | None]) -> View | None:
     return View(first.name, first.file, first.offset, first.dtype, (count,))
 
 
-def _words(matrix: Matrix) -> str:
-    kinds = ", ".join(f"{field.dtype} {list(field.shape)}" for field in matrix.fields if field)
-    return f"{matrix.format} [{matrix.rows}, {matrix.columns}] of {kinds}"
-
-
 class Requantized(Experts):
     """Experts converted to another format, through float32.
 
@@ -234,7 +229,7 @@ class Requantized(Experts):
     ) -> None:
         self.known = get_format(format)
         self.source, self.method = source, method
-        self.format, self.shape = format, source.shape
+        self.format, self.shape, self.gating = format, source.shape, source.gating
         self.group_size = self.known.check_quantizable(self.shape[-1], group_size, method)
 
     def expert(self, index: int) -> Codes:
@@ -273,99 +268,3 @@ def _rows(tensor: Tensor, begin: int, end: int, rows: int) -> Tensor:
     if tensor.shape[0] == rows:
         return tensor[begin:end]
     return tensor[begin // 128 : -(-end // 128)]
-
-
-class Mixed(StoredExperts):
-    """Experts that the files hold in several formats, decoded to float32 for quantizing to one format.
-
-    Args:
-        experts: for each expert, the matrices that are stacked by rows.
-    """
-
-    def __init__(self, experts: list[list[Matrix]]) -> None:
-        self.parts = [[FileExperts([[part]]) for part in parts] for parts in experts]
-        index, odd, common = _odd_one(experts)
-        self.mixture = (
-            f"{odd.name}: expert {index} differs from the others: expected {_words(common)}, got "
-            f"{_words(odd)}. Pass weight_format to quantize them all to one format"
-        )
-        first = self.parts[0]
-        if any(part.shape[-1] != first[0].shape[-1] for part in first):
-            raise CheckpointError(f"{first[0].name(0)}: gate and up must have the same number of columns")
-        self.shape = len(experts), sum(part.shape[1] for part in first), first[0].shape[-1]
-        self.format, self.group_size = "fp32", 0
-        self.scheme = "mixed " + " and ".join(
-            dict.fromkeys(part.scheme for parts in experts for part in parts)
-        )
-
-    def expert(self, index: int) -> Codes:
-        out, row = torch.empty(self.shape[1:]), 0
-        for part in self.parts[index]:
-            for floats in float_rows(part, 0):
-                out[row : row + len(floats)] = floats
-                row += len(floats)
-        return Codes(out)
-
-    def name(self, index: int) -> str:
-        return f"expert {index} of {' and '.join(part.experts[0][0].name for part in self.parts[index])}"
-
-    @property
-    def nbytes(self) -> int:
-        """Size in memory as float32, in bytes."""
-        return 4 * torch.Size(self.shape).numel()
-
-
-def _odd_one(experts: list[list[Matrix]]) -> tuple[int, Matrix, Matrix]:
-    """Returns the first expert with a matrix of unusual layout, that matrix, and one of the usual layout."""
-    for parts in zip(*experts, strict=True):
-        (layout, _), *others = Counter(part.layout for part in parts).most_common()
-        if others:
-            index = next(index for index, part in enumerate(parts) if part.layout != layout)
-            return index, parts[index], next(part for part in parts if part.layout == layout)
-    raise AssertionError("all experts are alike")
-
-
-def _are_mixed(experts: list[list[Matrix]]) -> bool:
-    """True if the experts have one shape but different layouts."""
-    return any(
-        len({part.layout for part in parts}) > 1 and len({(part.rows, part.columns) for part in parts}) == 1
-        for parts in zip(*experts, strict=True)
-    )
-
-
-def stack(experts: list[list[Matrix]]) -> StoredExperts:
-    """Returns the experts of a projection.
-
-    If gate and up differ in format, warns and decodes both to bf16. If experts differ, returns a Mixed.
-    """
-    first = experts[0]
-    if _are_mixed(experts):
-        return Mixed(experts)
-    if all((part.format, part.group_size) == (first[0].format, first[0].group_size) for part in first):
-        return FileExperts(experts)
-    warn_once(
-        f"ktops: {first[0].name} is {first[0].format} and {first[1].name} {first[1].format}. Both need one "
-        "format, so they are decoded to bf16, 16 bits per weight. Pass weight_format to choose another."
-    )
-    halves = [FileExperts([[parts[half]] for parts in experts]) for half in range(2)]
-    return Stacked(halves)
-
-
-class Stacked(StoredExperts):
-    """Gate and up stacked by rows in bf16, because the files hold them in two formats."""
-
-    def __init__(self, halves: list[FileExperts]) -> None:
-        self.parts = [Requantized(half, "bf16") for half in halves]
-        first, second = self.parts
-        if first.shape[::2] != second.shape[::2]:
-            raise CheckpointError(f"gate of shape {first.shape} and up of shape {second.shape} do not match")
-        self.format, self.group_size = first.format, first.group_size
-        self.shape = first.shape[0], first.shape[1] + second.shape[1], first.shape[2]
-        self.scheme = " and ".join(half.scheme for half in halves)
-
-    @property
-    def nbytes(self) -> int:
-        return 2 * torch.Size(self.shape).numel()
-
-    def expert(self, index: int) -> Codes:
-        return Codes(torch.cat([part.expert(index).weight for part in self.parts]))

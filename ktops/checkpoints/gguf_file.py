@@ -20,13 +20,16 @@ DTYPES = {0: torch.float32, 1: torch.float16, 30: torch.bfloat16, 24: torch.int8
           26: torch.int32, 27: torch.int64, 28: torch.float64}  # fmt: skip
 TYPES = {
     2: "q4_0", 3: "q4_1", 6: "q5_0", 7: "q5_1", 8: "q8_0", 10: "q2_k", 11: "q3_k", 12: "q4_k", 13: "q5_k",
-    14: "q6_k", 20: "iq4_nl", 23: "iq4_xs",
+    14: "q6_k", 20: "iq4_nl", 23: "iq4_xs", 39: "mxfp4",
 }  # fmt: skip
 """ggml types that ktops has a format for."""
 
+SIZES = {**BLOCKS, "mxfp4": (32, 17)}
+"""Format -> (weights, bytes) per block in files. In memory, the scales of mxfp4 are apart from the codes."""
+
 OTHER_TYPES = {
     9: "Q8_1", 15: "Q8_K", 16: "IQ2_XXS", 17: "IQ2_XS", 18: "IQ3_XXS", 19: "IQ1_S", 21: "IQ3_S", 22: "IQ2_S",
-    29: "IQ1_M", 34: "TQ1_0", 35: "TQ2_0", 39: "MXFP4", 40: "NVFP4", 41: "Q1_0",
+    29: "IQ1_M", 34: "TQ1_0", 35: "TQ2_0", 40: "NVFP4", 41: "Q1_0",
 }  # fmt: skip
 """Other ggml types, for error messages."""
 
@@ -137,7 +140,7 @@ def _entry(cursor: _Cursor) -> tuple[str, tuple[int, ...], int, int]:
 def _view(file: TensorFile, name: str, shape: tuple[int, ...], kind: int, offset: int) -> View:
     blocks = TYPES.get(kind)
     if blocks is not None:
-        weights, size = BLOCKS[blocks]
+        weights, size = SIZES[blocks]
         if not shape or shape[-1] % weights:
             raise CheckpointError(
                 f"{name} in {file.path}: {blocks} needs rows of a multiple of {weights} weights, got shape "

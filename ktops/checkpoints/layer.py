@@ -1,5 +1,6 @@
 """The experts of one layer of a checkpoint."""
 
+import copy
 from collections import defaultdict
 from functools import cached_property
 from typing import NamedTuple
@@ -9,23 +10,22 @@ from torch import Tensor
 
 from ktops._display import Step, no_step
 from ktops.checkpoints.errors import CheckpointError
-from ktops.checkpoints.experts import Experts, Requantized, StoredExperts, stack
+from ktops.checkpoints.experts import Experts, Requantized, StoredExperts
 from ktops.checkpoints.matrix import Matrix, expect, expect_dim
-from ktops.checkpoints.names import CONCATENATED, EVERY_EXPERT, INTERLEAVED, Key, summary
+from ktops.checkpoints.names import EVERY_EXPERT, Key, summary
 from ktops.checkpoints.packed import Tensors
 from ktops.checkpoints.quantization_config import QuantizationConfig
-from ktops.checkpoints.schemes import (
-    deinterleaved,
-    is_of_activations,
-    matrices,
-    own_layout,
-    transposed,
-)
+from ktops.checkpoints.schemes import is_of_activations, matrices, own_layout, transposed
+from ktops.checkpoints.stacking import Reordered, in_order, stack
 from ktops.checkpoints.view import View
 from ktops.formats import ExpertWeight, get_format
 from ktops.formats.plain import PLAIN
+from ktops.ops.activation import CONCATENATED, GATINGS, INTERLEAVED, UNGATED, ExpertFunction
 
-BIASES = {"gate_up_proj": "gate_up_proj_bias", "down_proj": "down_proj_bias"}
+PROJECTIONS = ("gate_up_proj", "down_proj")
+"""The weights of the experts; without a gate, gate_up_proj is only up_proj."""
+
+GATED = ("gate_up", "gate")
 
 
 class LayerWeights(NamedTuple):
@@ -45,23 +45,25 @@ class Layer:
         index: the layer's number.
         module: the experts module that transformers would load them into, or None.
         tensors: all tensors of the experts.
-        interleaved: whether gate and up rows alternate in the file, as in gpt-oss.
+        gating: the order in which gate and up are read, as in :func:`ktops.moe_sft`: the model's or, without
+            a model, the file's. :meth:`ordered` changes it.
     """
 
     def __init__(self, name: str, index: int, keyed: dict[Key, View], config: QuantizationConfig) -> None:
         self.name, self.index = name, index
         self.tensors = list(keyed.values())
-        self.module = next(iter(keyed)).module
+        key = next(iter(keyed))
+        self.module = key.module
         self._config = config
         self._projections: dict[str, dict[int, Tensors]] = defaultdict(lambda: defaultdict(dict))
         for key, view in keyed.items():
             if is_of_activations(key.tensor):
                 continue
             self._projections[key.projection][key.expert][key.tensor] = view
-        gate_up = self._projections.get("gate_up", {}).get(EVERY_EXPERT, {})
         self._transposed = self._is_transposed()
         self._layouts = {key.layout for key in keyed}
-        self.interleaved = self._is_interleaved(gate_up)
+        self._stored_gating = self._find_gating(key.gating)
+        self.gating = key.gating or self._stored_gating or CONCATENATED
 
     def __repr__(self) -> str:
         return f"Layer({self.name!r}, {self.scheme}, {self.num_experts} experts)"
@@ -97,12 +99,21 @@ class Layer:
         """Size in memory in bytes, mapped or not, in the formats of the checkpoint."""
         return self.gate_up_proj.nbytes + self.down_proj.nbytes
 
+    def ordered(self, gating: str) -> "Layer":
+        """Returns this layer with another :attr:`gating`."""
+        made = copy.copy(self)
+        made.__dict__.pop("gate_up_proj", None)
+        made.gating = gating
+        return made
+
     @cached_property
     def gate_up_proj(self) -> StoredExperts:
-        """gate_up_proj [E, 2I, H], with the gate rows first."""
-        if "gate_up" in self._projections:
-            return self._experts("gate_up")
-        return self._experts("gate", "up")
+        """gate_up_proj [E, 2I, H], its rows in the order of :attr:`gating`, or up_proj [E, I, H]."""
+        names = self._first_projections()
+        stored = self._experts(*names)
+        stored = Reordered(stored, self.gating) if self._reorders else stored
+        stored.gating = self.gating
+        return stored
 
     @cached_property
     def down_proj(self) -> StoredExperts:
@@ -117,19 +128,21 @@ class Layer:
                 message names it and the file.
         """
         num_experts, rows, hidden_size = self.gate_up_proj.shape
-        expected = num_experts, hidden_size, rows // 2
-        if rows % 2 or tuple(self.down_proj.shape) != expected:
+        per_column = ExpertFunction(gating=self.gating).rows(1)
+        expected = num_experts, hidden_size, rows // per_column
+        if rows % per_column or tuple(self.down_proj.shape) != expected:
+            first = "up" if self.gating == UNGATED else "gate and up"
             raise CheckpointError(
-                f"{self._any('down')}: must have shape {list(expected)} to match gate and up of shape "
+                f"{self._any('down')}: must have shape {list(expected)} to match {first} of shape "
                 f"{list(self.gate_up_proj.shape)}, got {list(self.down_proj.shape)}"
             )
-        for name in BIASES:
+        for name in PROJECTIONS:
             self._bias_views(name)
 
     def experts(
         self, weight_format: str | None = None, *, group_size: int | None = None, method: str = "rtn"
     ) -> tuple[Experts, Experts]:
-        """Returns gate_up_proj and down_proj, which quantize while reading if weight_format is given.
+        """Returns the weights of :attr:`gating`, which quantize while reading if weight_format is given.
 
         Args:
             weight_format: None keeps the formats of the checkpoint.
@@ -143,8 +156,8 @@ class Layer:
         stored = self.gate_up_proj, self.down_proj
         if weight_format is None:
             for experts in stored:
-                if experts.mixture is not None:
-                    raise CheckpointError(experts.mixture)
+                if experts.refusal is not None:
+                    raise CheckpointError(experts.refusal)
             return stored
         gate_up, down = (_in_format(experts, weight_format, group_size, method) for experts in stored)
         return gate_up, down
@@ -169,7 +182,7 @@ class Layer:
             CheckpointError, ValueError: as in :meth:`experts`.
         """
         gate_up, down = self.experts(weight_format, group_size=group_size, method=method)
-        biases = (self.bias(name, dtype) for name in BIASES)
+        biases = (self.bias(name, dtype) for name in PROJECTIONS)
         return LayerWeights(gate_up.read(dtype, step), down.read(dtype, step), *biases)
 
     def has_bias(self, name: str) -> bool:
@@ -181,16 +194,14 @@ class Layer:
         parts = self._bias_views(name)
         if parts is None:
             return None
-        bias = torch.stack([torch.cat([view.read() for view in views]) for views in parts]).to(dtype)
-        if name == "gate_up_proj" and self.interleaved:
-            bias = torch.cat([bias[:, 0::2], bias[:, 1::2]], dim=1)
-        return bias
+        biases = [torch.cat([view.read() for view in views]).to(dtype) for views in parts]
+        if name == "gate_up_proj" and self._reorders:
+            biases = [in_order(bias, self.gating) for bias in biases]
+        return torch.stack(biases)
 
     def _bias_views(self, name: str) -> list[list[View]] | None:
         """Returns the biases of each expert's matrices, checked; None if there are none."""
-        parts = ["down"] if name == "down_proj" else ["gate", "up"]
-        if name == "gate_up_proj" and "gate_up" in self._projections:
-            parts = ["gate_up"]
+        parts = ("down",) if name == "down_proj" else self._first_projections()
         rows = getattr(self, name).shape[1] // len(parts)
         found = [
             [tensors.get("bias") for tensors in experts]
@@ -205,12 +216,30 @@ class Layer:
             expect(view, (rows,), *PLAIN)
         return found
 
+    def _first_projections(self) -> tuple[str, ...]:
+        """Returns the projections that hold the rows of gate_up_proj.
+
+        Raises:
+            CheckpointError: there is a gate, but the experts of the model have none.
+        """
+        if self.gating == UNGATED:
+            gate = next((name for name in GATED if name in self._projections), None)
+            if gate is not None:
+                raise CheckpointError(f"{self._any(gate)}: the experts of the model have no gate projection")
+            return ("up",)
+        return ("gate_up",) if "gate_up" in self._projections else ("gate", "up")
+
+    @property
+    def _reorders(self) -> bool:
+        """True if gate and up rows are read in another order than that of the file."""
+        return self._stored_gating not in (None, self.gating)
+
     def _any(self, projection: str) -> View:
         tensors = next(iter(self._projections[projection].values()))
         return tensors.get("weight") or next(iter(tensors.values()))
 
     def _experts(self, *projections: str) -> StoredExperts:
-        for layout in self._layouts - {CONCATENATED, INTERLEAVED, None}:
+        for layout in self._layouts - {*GATINGS, None}:
             raise CheckpointError(
                 f"{self.tensors[0]}: unknown scheme: transformers loads {self.module} with the operation "
                 f"{layout}, which ktops does not support"
@@ -241,14 +270,26 @@ class Layer:
         if self._transposed and projections != ("gate", "up"):
             made = [transposed(part) for part in tensors]
         else:
-            made = matrices(tensors, self._config, stacked=len(projections) > 1)
-        return [deinterleaved(m) for m in made] if self.interleaved and projections == ("gate_up",) else made
+            moved = self._reorders and projections != ("down",)
+            made = matrices(tensors, self._config, stacked=len(projections) > 1, moved=moved)
+        return made
 
-    def _is_interleaved(self, gate_up: Tensors) -> bool:
-        """True if gate and up are interleaved, by the model or else by the tensors, as in gpt-oss."""
-        if "_extra_state" in gate_up or self._layouts & {CONCATENATED, INTERLEAVED}:
-            return "_extra_state" not in gate_up and INTERLEAVED in self._layouts
-        return "blocks" in gate_up or (self._transposed and "bias" in gate_up)
+    def _find_gating(self, of_model: str | None) -> str | None:
+        """Returns the order of gate and up in the file; None if it is the model's, whatever that is."""
+        if not any(name in self._projections for name in GATED):
+            return UNGATED
+        gate_up = self._projections.get("gate_up", {}).get(EVERY_EXPERT)
+        if gate_up is None:
+            return CONCATENATED
+        state = gate_up.get("_extra_state")
+        if state is not None:
+            metadata = state.file.metadata
+            return metadata.get("gating", CONCATENATED) if "ktops" in metadata else of_model
+        for known in (INTERLEAVED, CONCATENATED):
+            if known in self._layouts:
+                return known
+        alternating = "blocks" in gate_up or (self._transposed and "bias" in gate_up)
+        return INTERLEAVED if alternating else CONCATENATED
 
     def _is_transposed(self) -> bool:
         """True if fused weights are [E, H, 2I] and [E, I, H], by their shapes."""

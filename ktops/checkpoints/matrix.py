@@ -67,6 +67,7 @@ class Matrix:
     Attributes:
         scheme: name of the checkpoint's storage scheme.
         name: name of its weight and of the file, for messages.
+        refusal: the error message if ktops has no format for it and ``format`` only holds its values.
     """
 
     format: str
@@ -76,6 +77,11 @@ class Matrix:
     fields: Fields
     scheme: str
     name: str
+    refusal: str | None = None
+
+    def __str__(self) -> str:
+        kinds = ", ".join(f"{field.dtype} {list(field.shape)}" for field in self.fields if field)
+        return f"{self.format} [{self.rows}, {self.columns}] of {kinds}"
 
     @property
     def layout(self) -> tuple:

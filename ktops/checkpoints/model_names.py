@@ -4,18 +4,16 @@ import copy
 import re
 import sys
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from ktops._warn import warn_once
 from ktops.checkpoints.names import (
-    CONCATENATED,
     EVERY_EXPERT,
     FUSED,
     GGUF,
-    INTERLEAVED,
     NUMBER,
     PROJECTIONS,
     Key,
@@ -24,6 +22,7 @@ from ktops.checkpoints.names import (
 )
 from ktops.nn.expert_sequence import KTExpertSequence
 from ktops.nn.find import find_experts
+from ktops.ops.activation import CONCATENATED, INTERLEAVED, UNGATED
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -74,6 +73,7 @@ class ModelNames:
             keys |= {f"{name}.0.{matrix}.weight" for matrix in MATRICES}
         self._keys = dict.fromkeys(keys, True)
         self._resolved: dict[str, Key | None] = {}
+        self._following: dict[str | None, tuple[str, Any]] = {}
 
     def key(self, name: str) -> Key | None:
         """Parses the name of an expert's tensor, in this model or not; None for any other tensor."""
@@ -86,7 +86,17 @@ class ModelNames:
         key = self._resolved[first]
         if key is None:
             return parse(name)
-        return key if expert is None or key.expert == EVERY_EXPERT else key._replace(expert=int(expert[1]))
+        return key if expert is None or key.expert == EVERY_EXPERT else self._of_expert(key, int(expert[1]))
+
+    def _of_expert(self, key: Key, expert: int) -> Key:
+        """Returns the key of another expert, given that of the first.
+
+        Ernie-VL numbers the experts of vision after those of text.
+        """
+        following, count = self._following.get(key.module, ("", 0))
+        if not following or expert < count:
+            return key._replace(expert=expert)
+        return key._replace(experts=following, module=following, expert=expert - count)
 
     def ignored(self, name: str) -> bool:
         """True if transformers silently skips a tensor of this name, as it does with MTP layers."""
@@ -123,32 +133,41 @@ class ModelNames:
         """Returns the key of a tensor that is loaded through operations."""
         converter = self._by_pattern[pattern]
         module, _, target = renamed.rpartition(".")
-        if module not in self.modules or FUSED.fullmatch(target) is None:
+        fused = FUSED.fullmatch(target)
+        if module not in self.modules or fused is None:
             return None
         operations = list(converter.operations)
         kinds = [type(operation).__name__ for operation in operations]
         sources = converter.source_patterns
-        expert = EVERY_EXPERT
+        expert, suffix = EVERY_EXPERT, ""
         if kinds[:1] == ["MergeModulelist"]:
             if OF_EXPERT.search(name) is None:
                 return None
             expert, kinds, operations = 0, kinds[1:], operations[1:]
-        projection, layout = PROJECTIONS[target], None
+        stored = re.search(r"_weight_?(\w*)$", name)
+        if kinds[:1] == ["Inkling2LoopDequantizeExperts"] and stored is not None:
+            kinds, operations, sources, suffix = kinds[1:], operations[1:], [pattern], stored[1]
+        projection, tensor, layout = PROJECTIONS[fused[1]], fused[2] or suffix or "weight", None
         if projection == "gate_up" and len(sources) == 2 and kinds == ["Concatenate"]:
             projection = ("gate", "up")[sources.index(pattern)]
         elif kinds == ["Interleave"] and len(sources) == 1 and not operations[0].inverse:
             layout = INTERLEAVED
+        elif kinds == ["ErnieFuseAndSplitTextVisionExperts"] and OF_EXPERT.search(name):
+            text, vision = converter.target_patterns
+            following = self.names[renamed.replace(text, vision).rpartition(".")[0]]
+            self._following[self.names[module]] = following, self.modules[module].num_experts
+            projection = ("gate", "up")[sources.index(pattern)] if len(sources) == 2 else projection
+            return self._key(name, module, 0, projection, tensor)._replace(experts=self.names[module])
         elif kinds not in ([], ["Transpose"]) or len(sources) > 1 or len(converter.target_patterns) > 1:
             layout = ", ".join(kinds)
-        return self._key(name, module, expert, projection, "weight", layout)
+        return self._key(name, module, expert, projection, tensor, layout)
 
     def _key(self, name, module, expert, projection, tensor, layout=None) -> Key:
         numbers = NUMBER.findall(module)
-        concatenated = getattr(self.modules[module], "is_concatenated", None)
-        if layout is None and concatenated is not None:
-            layout = CONCATENATED if concatenated else INTERLEAVED
+        gating = _gating(self.modules[module])
         layer = int(numbers[-1]) if numbers else -1
-        return Key(_experts(name), layer, expert, projection, tensor, self.names[module], layout)
+        names = self.names[module], gating, layout or gating
+        return Key(_experts(name), layer, expert, projection, tensor, *names)
 
 
 def config_names(config: dict) -> ModelNames | None:
@@ -219,6 +238,16 @@ def _owner(model: nn.Module, name: str) -> str:
     """Returns the name that the experts had before ktops wrapped them."""
     parent, _, _ = name.rpartition(".")
     return parent if isinstance(model.get_submodule(parent), KTExpertSequence) else name
+
+
+def _gating(experts: nn.Module) -> str:
+    """Returns the gating of experts of transformers, or of ktops in place of them."""
+    options = getattr(experts, "options", None)
+    if options is not None:
+        return options.get("gating", CONCATENATED)
+    if not getattr(experts, "has_gate", True):
+        return UNGATED
+    return CONCATENATED if getattr(experts, "is_concatenated", True) else INTERLEAVED
 
 
 def _dense_names(name: str) -> Iterator[tuple[str, str | None]]:

@@ -24,9 +24,6 @@ PROJECTIONS = {
 
 EVERY_EXPERT = -1
 
-CONCATENATED, INTERLEAVED = "concatenated", "interleaved"
-"""How gate and up share one tensor: all rows of gate first, or alternating rows."""
-
 _LISTED = 12
 
 
@@ -40,8 +37,9 @@ class Key(NamedTuple):
         projection: "gate", "up", "down" or "gate_up".
         tensor: "weight", "bias", "weight_scale", ...
         module: the experts module of the model that transformers loads it into; None if there is none.
-        layout: CONCATENATED, INTERLEAVED, or None if only the tensors can tell; otherwise the name of a
-            transformers operation that ktops does not support.
+        gating: how the model holds gate and up, as in :func:`ktops.moe_sft`; None without a model.
+        layout: how the file does, or None if only the tensors can tell; otherwise the name of a transformers
+            operation that ktops does not support.
     """
 
     experts: str
@@ -50,6 +48,7 @@ class Key(NamedTuple):
     projection: str
     tensor: str
     module: str | None = None
+    gating: str | None = None
     layout: str | None = None
 
 

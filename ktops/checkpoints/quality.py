@@ -9,9 +9,9 @@ from torch import Tensor
 from ktops.checkpoints.activations import BY_HIDDEN_ACT
 from ktops.checkpoints.errors import CheckpointError
 from ktops.checkpoints.experts import float_rows, give_back_freed_memory
-from ktops.checkpoints.layer import Layer
+from ktops.checkpoints.layer import PROJECTIONS, Layer
 from ktops.formats.error import RelativeError
-from ktops.ops.activation import ACTIVATIONS
+from ktops.ops.activation import ExpertFunction, gate
 
 MOST_EXPERTS = 16
 """Maximum number of experts of a layer to compare, evenly spaced."""
@@ -30,7 +30,9 @@ class Activation(NamedTuple):
 
 
 def find_activation(config: dict) -> Activation:
-    """Returns the activation in a config.json, preferring the text model's if there are several.
+    """Returns the activation in the config.json of a model that transformers does not know.
+
+    It prefers the text model's if there are several.
 
     Example:
         >>> find_activation({"hidden_act": "gelu_pytorch_tanh"})
@@ -76,23 +78,25 @@ class LayerQuality:
 
 
 @torch.no_grad()
-def compare(name: str, source: Layer, converted: Layer, activation: str | None) -> LayerQuality:
+def compare(name: str, source: Layer, converted: Layer, function: ExpertFunction | None) -> LayerQuality:
     """Compares two layers expert by expert, in float32.
 
     Args:
         name: name of the layer in the converted checkpoint.
-        source, converted: the layers.
-        activation: of the experts, as in :func:`ktops.moe_sft`; None skips comparing outputs.
+        source, converted: the layers, with gate and up in the order of function.
+        function: what the experts compute; None skips comparing outputs.
 
     Raises:
         CheckpointError: weights of the source are not finite.
     """
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randn(TOKENS, source.hidden_size, generator=generator)
-    errors = {"gate_up": RelativeError(), "down": RelativeError(), "output": RelativeError()}
+    errors = {name: RelativeError() for name in (*PROJECTIONS, "output")}
+    biases = {name: source.bias(name, torch.float32) for name in PROJECTIONS}
     count = min(source.num_experts, MOST_EXPERTS)
     for index in (number * source.num_experts // count for number in range(count)):
-        outputs = _compare_expert(source, converted, index, tokens, activation, errors)
+        of_expert = {name: bias[index] if bias is not None else 0 for name, bias in biases.items()}
+        outputs = _compare_expert(source, converted, index, tokens, of_expert, function, errors)
         if outputs is not None:
             errors["output"].add(*outputs)
         give_back_freed_memory()
@@ -102,41 +106,42 @@ def compare(name: str, source: Layer, converted: Layer, activation: str | None) 
         source.scheme,
         source.num_experts,
         count,
-        errors["gate_up"].value,
-        errors["down"].value,
-        None if activation is None else errors["output"].value,
+        errors["gate_up_proj"].value,
+        errors["down_proj"].value,
+        None if function is None else errors["output"].value,
         bytes=converted.nbytes,
         bytes_bf16=2 * sum(torch.Size(experts.shape).numel() for experts in both),
     )
 
 
 def _compare_expert(
-    source: Layer, converted: Layer, index: int, tokens: Tensor, activation: str | None, errors: dict
+    source: Layer,
+    converted: Layer,
+    index: int,
+    tokens: Tensor,
+    biases: dict,
+    function: ExpertFunction | None,
+    errors: dict,
 ) -> tuple[Tensor, Tensor] | None:
-    """Adds the errors of one expert's weights. If there is an activation, returns the expert's outputs,
+    """Adds the errors of one expert's weights. If there is a function, returns the expert's outputs,
     converted and source. Decodes only a few rows at a time."""
     made = expected = tokens
-    for kind in ("gate_up", "down"):
-        pair = [getattr(layer, f"{kind}_proj") for layer in (converted, source)]
+    for name in PROJECTIONS:
+        pair = [getattr(layer, name) for layer in (converted, source)]
         parts: tuple[list[Tensor], list[Tensor]] = ([], [])
         for ours, theirs in zip(*(float_rows(experts, index) for experts in pair), strict=True):
             if not bool(theirs.isfinite().all()):
                 raise CheckpointError(
-                    f"{source.name}: {kind}_proj of expert {index} has values that are not finite"
+                    f"{source.name}: {name} of expert {index} has values that are not finite"
                 )
-            errors[kind].add(ours, theirs)
-            if activation is None:
+            errors[name].add(ours, theirs)
+            if function is None:
                 continue
             parts[0].append(made @ ours.T)
             parts[1].append(expected @ theirs.T)
-        if activation is None:
+        if function is None:
             continue
-        made, expected = (torch.cat(part, dim=1) for part in parts)
-        if kind == "gate_up":
-            made, expected = (_activated(gate_up, activation) for gate_up in (made, expected))
-    return None if activation is None else (made, expected)
-
-
-def _activated(gate_up: Tensor, activation: str) -> Tensor:
-    gate, up = gate_up.chunk(2, dim=1)
-    return ACTIVATIONS[activation].function(gate)[0] * up
+        made, expected = (torch.cat(part, dim=1) + biases[name] for part in parts)
+        if name == "gate_up_proj":
+            made, expected = (gate(*function, gate_up)[0] for gate_up in (made, expected))
+    return None if function is None else (made, expected)

@@ -35,6 +35,7 @@ def read_views(path: Path) -> dict[str, View]:
     """
     file = TensorFile(path)
     header, start = _header(file)
+    file.metadata = _metadata(header)
     views = {
         name: _view(file, start, name, entry) for name, entry in header.items() if name != "__metadata__"
     }
@@ -70,6 +71,12 @@ def _header(file: TensorFile) -> tuple[dict, int]:
     if not isinstance(header, dict):
         raise CheckpointError(f"{file.path}: the safetensors header is not an object")
     return header, 8 + length
+
+
+def _metadata(header: dict) -> dict[str, str]:
+    found = header.get("__metadata__")
+    strings = found.items() if isinstance(found, dict) else ()
+    return {key: value for key, value in strings if isinstance(value, str)}
 
 
 def _is_list_of_sizes(value) -> TypeGuard[list[int]]:

@@ -5,12 +5,14 @@ The tensors of a matrix are named by what follows its name: ``weight``, ``weight
 
 import json
 import re
+from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
+from ktops.checkpoints import nvfp4
 from ktops.checkpoints.errors import CheckpointError, UnknownScheme
 from ktops.checkpoints.matrix import Field, Fields, Matrix, expect, expect_dim
+from ktops.checkpoints.microscaling import ggml_mxfp4, gpt_oss, microscaling
 from ktops.checkpoints.packed import Packing, Tensors, awq, gptq, pack_quantized
 from ktops.checkpoints.quantization_config import QuantizationConfig
 from ktops.checkpoints.view import View
@@ -35,8 +37,6 @@ LOOKED_UP = ("bias", "g_idx", "weight_g_idx", "weight_shape")
 GPTQ = ("qweight", "qzeros", "scales")
 
 OTHERS = {
-    "weight_global_scale": "NVFP4",
-    "weight_scale_2": "NVFP4 of ModelOpt",
     "pre_quant_scale": "weights for scaled activations (AWQ of ModelOpt, SmoothQuant)",
     "smooth_scale": "weights for scaled activations",
     "SCB": "LLM.int8 of bitsandbytes",
@@ -61,13 +61,16 @@ def is_of_activations(name: str) -> bool:
     return OF_ACTIVATIONS.fullmatch(name) is not None
 
 
-def matrices(parts: list[Tensors], config: QuantizationConfig, *, stacked: bool) -> list[Matrix]:
+def matrices(
+    parts: list[Tensors], config: QuantizationConfig, *, stacked: bool, moved: bool = False
+) -> list[Matrix]:
     """Returns the checked matrices of a layer's projection: shapes, dtypes and, if packed, groups and zeros.
 
     Args:
         parts: the tensors of each matrix, of all experts; schemes may differ.
         config: the quantization config of the checkpoint, for packed weights.
         stacked: whether gate and up will be stacked, so that blocks of rows must fit together.
+        moved: whether rows will be reordered, so that every row needs its own scales.
 
     Raises:
         CheckpointError: a tensor is missing or wrong; the message names the tensor and the file.
@@ -80,7 +83,7 @@ def matrices(parts: list[Tensors], config: QuantizationConfig, *, stacked: bool)
     try:
         for names, indices in kinds.items():
             alike = [(parts[index], _packing(parts[index], config)) for index in indices]
-            made |= zip(indices, _alike(names, alike, stacked), strict=True)
+            made |= zip(indices, _alike(names, alike, _RowUse(stacked, moved)), strict=True)
     except UnknownScheme as error:
         raise UnknownScheme(f"{error} ({config})" if str(config) else str(error)) from None
     return [made[index] for index in range(len(parts))]
@@ -91,7 +94,18 @@ def _packing(tensors: Tensors, config: QuantizationConfig) -> Packing:
     return config.packing(view.name.removesuffix(kind).rstrip("._"))
 
 
-def _alike(names: frozenset[str], parts: list[tuple[Tensors, Packing]], stacked: bool) -> list[Matrix]:
+class _RowUse(NamedTuple):
+    """What will be done with the rows of matrices; see :func:`matrices`."""
+
+    stacked: bool
+    moved: bool
+
+    def need_own_scales(self, rows: int) -> bool:
+        """True if the blocks of a matrix with so many rows would not fit together."""
+        return self.moved or (self.stacked and rows % BLOCK > 0)
+
+
+def _alike(names: frozenset[str], parts: list[tuple[Tensors, Packing]], use: _RowUse) -> list[Matrix]:
     """Returns matrices whose tensors have the same names."""
     if names.issuperset(GPTQ):
         for tensors, _ in parts:
@@ -99,7 +113,7 @@ def _alike(names: frozenset[str], parts: list[tuple[Tensors, Packing]], stacked:
         if _is_gptq(*parts[0]):
             return gptq(parts)
         return [awq(*part) for part in parts]
-    return [_matrix(tensors, packing, stacked) for tensors, packing in parts]
+    return [_matrix(tensors, packing, use) for tensors, packing in parts]
 
 
 def _expect_complete(parts: list[Tensors], kinds: dict[frozenset[str], list[int]]) -> None:
@@ -145,12 +159,15 @@ def _is_gptq(tensors: Tensors, packing: Packing) -> bool:
     )
 
 
-def _matrix(tensors: Tensors, packing: Packing, stacked: bool) -> Matrix:
+def _matrix(tensors: Tensors, packing: Packing, use: _RowUse) -> Matrix:
     if "_extra_state" in tensors:
-        return _own(tensors)
+        return _own(tensors, use)
     if "blocks" in tensors:
         _expect_no_others(tensors, "blocks", "scales")
-        return _gpt_oss(tensors)
+        return gpt_oss(tensors)
+    if nvfp4.MODELOPT in tensors:
+        _expect_no_others(tensors, "weight", "weight_scale", nvfp4.MODELOPT)
+        return nvfp4.matrix(tensors)
     if "weight_packed" in tensors:
         return _compressed(tensors, packing)
     if "weight" not in tensors:
@@ -169,24 +186,24 @@ def _matrix(tensors: Tensors, packing: Packing, stacked: bool) -> Matrix:
         if scale is not None:
             raise UnknownScheme(f"{scale}: unknown scheme: a scale for weights in {weight.dtype}")
         fields = Fields(Field.of(weight))
-        rows, columns = weight.shape
-        return Matrix(PLAIN[weight.dtype], 0, rows, columns, fields, PLAIN[weight.dtype], str(weight))
+        name, (rows, columns) = PLAIN[weight.dtype], weight.shape
+        return Matrix(name, 0, rows, columns, fields, name, str(weight))
     if scale is None:
         raise UnknownScheme(f"{weight}: its scale is missing, or the scheme is unknown: {weight.dtype}")
-    return _scaled(weight, scale, packing, stacked)
+    return _scaled(weight, scale, packing, use)
 
 
-def _scaled(weight: View, scale: View, packing: Packing, stacked: bool) -> Matrix:
+def _scaled(weight: View, scale: View, packing: Packing, use: _RowUse) -> Matrix:
     """Returns 8-bit and 4-bit weights with a scale, identified by dtypes and shapes."""
     rows, columns = weight.shape
     groups = (rows, -(-columns // 32))
     if weight.dtype == torch.float8_e4m3fn and scale.dtype == torch.uint8 and scale.shape == groups:
-        return _microscaling("mxfp8", weight, scale)
+        return microscaling("mxfp8", weight, scale)
     if weight.dtype in (torch.int8, torch.uint8) and scale.dtype == torch.uint8:
         _expect_floats(weight, packing)
-        return _microscaling("mxfp4", weight, scale)
+        return microscaling("mxfp4", weight, scale)
     if weight.dtype == torch.float8_e4m3fn:
-        return _fp8(weight, scale, stacked)
+        return _fp8(weight, scale, use)
     if weight.dtype == torch.int8:
         return _int8(weight, scale)
     raise UnknownScheme(
@@ -227,7 +244,7 @@ def _per_row(weight: View, scale: View) -> Field:
     raise CheckpointError(f"{scale}: must have shape {[rows, 1]} or [1], got {list(scale.shape)}")
 
 
-def _fp8(weight: View, scale: View, stacked: bool) -> Matrix:
+def _fp8(weight: View, scale: View, use: _RowUse) -> Matrix:
     rows, columns = weight.shape
     blocks = (-(-rows // BLOCK), -(-columns // BLOCK))
     is_block = scale.shape == blocks and scale.name.endswith("_inv")
@@ -239,49 +256,37 @@ def _fp8(weight: View, scale: View, stacked: bool) -> Matrix:
     field = Field.of(scale)
     if scale.dtype == torch.uint8:
         field = field.then(exponents, blocks, torch.float32)
-    if stacked and rows % BLOCK:
-        field = field.then(lambda t: t.repeat_interleave(BLOCK, dim=0)[:rows], (rows, blocks[1]))
+    if use.need_own_scales(rows):
+        field = _of_every_row(field, rows)
     fields = Fields(Field.of(weight), field)
     return Matrix("fp8_e4m3", BLOCK, rows, columns, fields, "fp8 blocks", str(weight))
 
 
-def _microscaling(name: str, weight: View, scale: View) -> Matrix:
-    rows, elements = weight.shape
-    columns = elements * (2 if name == "mxfp4" else 1)
-    if columns % 32:
-        raise CheckpointError(f"{weight}: {name} needs rows of a multiple of 32 weights, got {columns}")
-    expect(scale, (rows, columns // 32), torch.uint8)
-    if name == "mxfp4":
-        weight = weight.viewed(torch.uint8, *weight.shape)
-    return Matrix(name, 32, rows, columns, Fields(Field.of(weight), Field.of(scale)), name, str(weight))
-
-
-def _gpt_oss(tensors: Tensors) -> Matrix:
-    """Returns mxfp4 weights from blocks [N, K / 32, 16] and scales [N, K / 32]."""
-    blocks, scales = tensors["blocks"], tensors.get("scales")
-    if scales is None:
-        raise CheckpointError(f"{blocks}: its scales are missing")
-    expect_dim(blocks, 3)
-    rows, groups, _ = blocks.shape
-    expect(blocks, (rows, groups, 16), torch.uint8)
-    return _microscaling("mxfp4", blocks.viewed(torch.uint8, rows, groups * 16), scales)
+def _of_every_row(scale: Field, rows: int) -> Field:
+    """Repeats the scale of each block of rows for its rows."""
+    return scale.then(lambda t: t.repeat_interleave(BLOCK, dim=0)[:rows], (rows, *scale.shape[1:]))
 
 
 def _compressed(tensors: Tensors, packing: Packing) -> Matrix:
-    """Returns weights from compressed-tensors' pack-quantized or mxfp4-pack-quantized."""
+    """Returns weights from compressed-tensors' pack-quantized, mxfp4- or nvfp4-pack-quantized."""
     weight, scale = tensors["weight_packed"], tensors.get("weight_scale")
     if scale is None:
         raise CheckpointError(f"{weight}: weight_scale is missing")
+    if nvfp4.COMPRESSED in tensors:
+        _expect_no_others(tensors, "weight_packed", "weight_scale", nvfp4.COMPRESSED)
+        return nvfp4.matrix(tensors)
     if weight.dtype == torch.uint8 and scale.dtype == torch.uint8:
         _expect_no_others(tensors, "weight_packed", "weight_scale")
         expect_dim(weight, 2)
         _expect_floats(weight, packing)
-        return _microscaling("mxfp4", weight, scale)
+        return microscaling("mxfp4", weight, scale)
     _expect_no_others(tensors, "weight_packed", "weight_scale", "weight_zero_point")
     return pack_quantized(tensors, packing)
 
 
 def _gguf(weight: View) -> Matrix:
+    if weight.blocks == "mxfp4":
+        return ggml_mxfp4(weight)
     if weight.blocks not in BLOCKS:
         raise UnknownScheme(
             f"{weight}: unknown scheme: ktops has no format for {weight.blocks}, shape "
@@ -307,7 +312,7 @@ def own_layout(view: View) -> dict:
     return layout
 
 
-def _own(tensors: Tensors) -> Matrix:
+def _own(tensors: Tensors, use: _RowUse) -> Matrix:
     """Returns one expert of a layer that ktops wrote."""
     layout = own_layout(tensors["_extra_state"])
     if "weight" not in tensors:
@@ -324,6 +329,8 @@ def _own(tensors: Tensors) -> Matrix:
     except (ValueError, TypeError) as error:
         raise CheckpointError(f"{weight}: {error}") from None
     fields = Fields._make(view and Field.of(view) for view in views)
+    if use.moved and fields.scale and fields.scale.shape[0] != rows:
+        fields = fields._replace(scale=_of_every_row(fields.scale, rows))
     return Matrix(layout["format"], layout["group_size"], rows, columns, fields, "ktops", str(weight))
 
 
@@ -338,15 +345,3 @@ def transposed(tensors: Tensors) -> Matrix:
     name = PLAIN[weight.dtype]
     field = Field.of(weight).then(lambda t: t.T, (rows, columns))
     return Matrix(name, 0, rows, columns, Fields(field), f"{name} transposed", str(weight))
-
-
-def deinterleaved(matrix: Matrix) -> Matrix:
-    """Reorders alternating rows of gate and up: first all gate rows, then all up rows."""
-
-    def sorted_rows(tensor: Tensor) -> Tensor:
-        return torch.cat([tensor[0::2], tensor[1::2]])
-
-    fields = Fields._make(field and field.then(sorted_rows, field.shape) for field in matrix.fields)
-    return Matrix(
-        matrix.format, matrix.group_size, matrix.rows, matrix.columns, fields, matrix.scheme, matrix.name
-    )

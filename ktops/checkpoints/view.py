@@ -18,10 +18,14 @@ MAP_NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000)
 
 
 class TensorFile:
-    """A file of tensors, opened at the first read and closed with its last view."""
+    """A file of tensors, opened at the first read and closed with its last view.
+
+    Attributes:
+        metadata: the strings in the header of a safetensors file.
+    """
 
     def __init__(self, path: Path) -> None:
-        self.path = path
+        self.path, self.metadata = path, dict[str, str]()
         try:
             self.size = path.stat().st_size
         except (OSError, ValueError) as error:

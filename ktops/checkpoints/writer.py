@@ -26,6 +26,7 @@ from ktops.checkpoints.experts import Experts, Held
 from ktops.checkpoints.safetensors_file import DTYPES
 from ktops.checkpoints.view import View
 from ktops.formats import Codes, ExpertWeight
+from ktops.ops.activation import CONCATENATED, ExpertFunction
 
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items() if name not in ("F8_E8M0", "F4")}
 
@@ -174,6 +175,7 @@ class CheckpointWriter:
         gate_up_proj_bias: Tensor | None = None,
         down_proj_bias: Tensor | None = None,
         *,
+        gating: str | None = None,
         step: Step = no_step,
     ) -> int:
         """Writes the experts of a layer.
@@ -181,14 +183,20 @@ class CheckpointWriter:
         Args:
             name: name of the experts module, such as "model.layers.3.mlp.experts".
             gate_up_proj, down_proj: [E, 2I, H] and [E, H, I]; an :class:`Experts` is read expert by expert.
-            gate_up_proj_bias, down_proj_bias: [E, 2I] and [E, H].
+                Without a gate, the first is up_proj [E, I, H].
+            gate_up_proj_bias, down_proj_bias: [E, 2I] or [E, I], and [E, H].
+            gating: the order of gate and up, as in :func:`ktops.moe_sft`. Default: that of an
+                :class:`Experts` which knows it, otherwise "concatenated".
             step: called with the number of newly written experts, counted once per projection.
 
         Returns:
             The number of bytes written.
         """
-        both = {"gate_up_proj": _experts(gate_up_proj), "down_proj": _experts(down_proj)}
-        biases = {"gate_up_proj_bias": gate_up_proj_bias, "down_proj_bias": down_proj_bias}
+        gate_up = _experts(gate_up_proj)
+        gating = gating or gate_up.gating or CONCATENATED
+        first_name = ExpertFunction(gating=gating).first_name
+        both = {first_name: gate_up, "down_proj": _experts(down_proj)}
+        biases = {f"{first_name}_bias": gate_up_proj_bias, "down_proj_bias": down_proj_bias}
         whole = {f"{name}.{key}": bias for key, bias in biases.items() if bias is not None}
         tensors, firsts = {}, {}
         for key, experts in both.items():
@@ -199,7 +207,7 @@ class CheckpointWriter:
                     tensors[f"{name}.{key}.{kind}"] = tensor.dtype, (len(experts), *tensor.shape)
         tensors |= {key: (tensor.dtype, tuple(tensor.shape)) for key, tensor in whole.items()}
         path = self.partial / f"experts-{len(self._progress['layers']):05}.safetensors"
-        with SafetensorsStream(path, tensors, {"ktops": __version__}) as stream:
+        with SafetensorsStream(path, tensors, {"ktops": __version__, "gating": gating}) as stream:
             for key, tensor in whole.items():
                 stream.write(key, tensor)
             for key, experts in both.items():

@@ -15,10 +15,12 @@ from ktops.checkpoints import Checkpoint, CheckpointError, CheckpointWriter, Lay
 from ktops.checkpoints.checkpoint import MANIFEST
 from ktops.checkpoints.config import converted_config
 from ktops.checkpoints.experts import Experts
-from ktops.checkpoints.layer import BIASES
+from ktops.checkpoints.layer import PROJECTIONS
 from ktops.checkpoints.quality import Activation, compare, find_activation
 from ktops.cli.errors import Interrupted, UserError
-from ktops.integrations.transformers.architectures import uncomputable_experts
+from ktops.integrations.loading import functions_of
+from ktops.integrations.transformers.architectures import Unsupported
+from ktops.ops.activation import ExpertFunction
 
 REPORT = "ktops-report.json"
 WEIGHTS = {".safetensors", ".gguf", ".bin", ".pt", ".pth", ".onnx", ".h5", ".msgpack"}
@@ -70,11 +72,10 @@ def convert(options: Options, console: Console) -> dict:
             console.print(f"  continuing: {done} of {len(parts)} layers are written and verified")
         elif interrupted:
             console.print(f"  {partial} is damaged, or the options or the source changed: starting over")
-        uncomputable = _uncomputable(checkpoint)
-        if uncomputable:
-            console.print(
-                f"  {uncomputable}. from_pretrained will refuse {options.destination}", soft_wrap=True
-            )
+        try:
+            _functions(checkpoint)
+        except Unsupported as reason:
+            console.print(f"  {reason}. from_pretrained will refuse {options.destination}", soft_wrap=True)
         report = _write(writer, checkpoint, parts, options)
         writer.finish()
     _show(report, options, console)
@@ -153,21 +154,20 @@ def _write(writer: CheckpointWriter, checkpoint: Checkpoint, parts: list[Part], 
     file = writer.partial / REPORT
     measured = json.loads(file.read_text())["layers"] if file.exists() else []
     layers = {layer["name"]: layer for layer in measured}
-    activation = find_activation(checkpoint.config)
-    if activation.name is not None and _uncomputable(checkpoint):
-        activation = Activation(None, f"outputs are not compared: {_uncomputable(checkpoint)}")
+    activation = _activation(checkpoint)
     others = {} if _is_gguf(checkpoint) else checkpoint.other_tensors()
     left = [part for part in parts if not writer.has(part.name)]
     total = 2 * sum(part.layer.num_experts for part in left) + len(others)
     with progress("converting", total) as step:
         for part in parts:
             if not writer.has(part.name):
-                biases = (part.layer.bias(name, torch.float32) for name in BIASES)
+                biases = (part.layer.bias(name, torch.float32) for name in PROJECTIONS)
                 writer.write_layer(part.name, *part.experts, *biases, step=step)
                 layers.pop(part.name, None)
             if part.name not in layers:
                 (written,) = open_checkpoint(writer.layer_file(part.name)).layers
-                layers[part.name] = asdict(compare(part.name, part.layer, written, activation.name))
+                function = _compared(checkpoint, part.layer, activation)
+                layers[part.name] = asdict(compare(part.name, part.layer, written, function))
                 sizes = {experts.group_size for part in parts for experts in part.experts}
                 size = sizes.pop() if len(sizes) == 1 else None
                 report = _report(options, size, activation, list(layers.values()))
@@ -178,9 +178,36 @@ def _write(writer: CheckpointWriter, checkpoint: Checkpoint, parts: list[Part], 
     return json.loads(file.read_text())
 
 
-def _uncomputable(checkpoint: Checkpoint) -> str | None:
-    """Returns why ktops cannot compute the experts; None if it can, or if transformers lacks the model."""
-    return None if checkpoint.names is None else uncomputable_experts(checkpoint.names.modules)
+def _functions(checkpoint: Checkpoint) -> dict[str | None, ExpertFunction]:
+    """Returns what the experts compute, by module; under None, for the layers that transformers skips.
+
+    Empty if transformers lacks the model.
+
+    Raises:
+        Unsupported: ktops cannot compute the experts.
+    """
+    functions: dict[str | None, ExpertFunction] = {}
+    if checkpoint.names is not None:
+        functions.update(functions_of(checkpoint.names.modules))
+        functions[None] = next(iter(functions.values()))
+    return functions
+
+
+def _activation(checkpoint: Checkpoint) -> Activation:
+    """Returns the activation to report, and whether outputs are compared."""
+    try:
+        functions = _functions(checkpoint)
+    except Unsupported as reason:
+        return Activation(None, f"outputs are not compared: {reason}")
+    return Activation(functions[None].activation) if functions else find_activation(checkpoint.config)
+
+
+def _compared(checkpoint: Checkpoint, layer: Layer, activation: Activation) -> ExpertFunction | None:
+    """Returns what to compare the outputs of a layer with; None: nothing."""
+    if activation.name is None:
+        return None
+    function = _functions(checkpoint).get(layer.module, ExpertFunction(activation.name))
+    return function._replace(gating=layer.gating)
 
 
 def _is_gguf(checkpoint: Checkpoint) -> bool:

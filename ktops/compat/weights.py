@@ -116,7 +116,7 @@ def from_checkpoint(
         ValueError: it has no such layer, several, or one with other sizes; or the format cannot hold the
             layer's weights.
     """
-    layer = _layer(path, layer_idx, prefix)
+    layer = _layer(path, layer_idx, prefix).ordered("concatenated")
     layer.check()
     found = layer.num_experts, layer.hidden_size, layer.intermediate_size
     for (name, size), actual in zip(sizes.items(), found, strict=True):

@@ -97,6 +97,12 @@ class Microscaling(Format):
         return torch.ldexp(groups, -exponent[..., None]).flatten(-2), (exponent + 127).to(torch.uint8)
 
 
+def e2m1(codes: Tensor, columns: int) -> Tensor:
+    """Converts packed codes, uint8 [..., columns / 2], to float32 [..., columns]."""
+    table = torch.tensor(E2M1)
+    return torch.cat([table, -table])[unpack_nibbles(codes, columns).int()]
+
+
 def exponents(scale: Tensor) -> Tensor:
     """Converts uint8 scales to float32 2^(scale - 127); 255 is NaN."""
     powers = torch.exp2(scale.double() - 127).float()
@@ -129,9 +135,7 @@ class MxFp4(Microscaling):
 
     def dequantize(self, codes: Codes, columns: int, group_size: int) -> Tensor:
         assert codes.scale is not None
-        table = torch.tensor(E2M1)
-        values = torch.cat([table, -table])[unpack_nibbles(codes.weight, columns).int()]
-        return values * spread(exponents(codes.scale), columns, group_size)
+        return e2m1(codes.weight, columns) * spread(exponents(codes.scale), columns, group_size)
 
 
 FORMATS = (Fp8(), MxFp8(), MxFp4())

@@ -1,5 +1,6 @@
 """Loads the experts modules of a model from the layers of a checkpoint."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -7,11 +8,13 @@ from torch import nn
 
 from ktops._display import format_bytes, progress
 from ktops.checkpoints.errors import CheckpointError
-from ktops.checkpoints.layer import BIASES, Layer
+from ktops.checkpoints.layer import PROJECTIONS, Layer
 from ktops.formats.expert_weight import COMPUTE_DTYPES
 from ktops.integrations.swap import exchange_stacked, listed_experts, require_experts
-from ktops.integrations.transformers.architectures import Unsupported, describe
-from ktops.nn.experts import KTExperts
+from ktops.integrations.transformers.architectures import Unsupported
+from ktops.integrations.transformers.outside import described
+from ktops.nn.experts import KTExperts, Layout
+from ktops.ops.activation import ExpertFunction
 
 
 class PendingExperts(nn.Module):
@@ -19,9 +22,12 @@ class PendingExperts(nn.Module):
 
     Attributes:
         num_experts, hidden_size, intermediate_size: as in :class:`ktops.nn.KTExperts`.
-        options: what the experts compute, as keyword arguments of KTExperts.from_parameters.
+        kind: the class of the experts to load.
+        options, function: what the experts compute; options are keyword arguments of
+            KTExperts.from_parameters.
+        post_expert_norm: as in :class:`ktops.nn.KTExperts`.
         is_list: whether it replaces a ModuleList, which the MoE block iterates.
-        biased: which of gate_up_proj and down_proj have a bias.
+        biased: which of gate_up_proj (or up_proj) and down_proj have a bias.
 
     The weights also exist as attributes, as meta tensors that are not parameters, because MoE blocks of
     transformers initialize the weights of their experts themselves.
@@ -29,7 +35,9 @@ class PendingExperts(nn.Module):
 
     def __init__(self, experts: nn.Module) -> None:
         super().__init__()
-        self.options = _options(experts)
+        self.kind = _kind(experts)
+        self.options, self.function = _options(experts), _function(experts)
+        self.post_expert_norm = self.options["post_expert_norm"]
         sizes = _sizes(experts)
         if sizes is None:
             raise ValueError(f"KTConfig: cannot infer sizes from the weights of {type(experts).__name__}")
@@ -37,7 +45,7 @@ class PendingExperts(nn.Module):
         for name, weight in experts.named_parameters(recurse=False):
             setattr(self, name, torch.empty_like(weight, device="meta", requires_grad=False))
         self.is_list = isinstance(experts, nn.ModuleList)
-        self.biased = [name for name in BIASES if _has_bias(experts, name)]
+        self.biased = _biased(experts)
         self.train(experts.training)
 
     def forward(self, *args, **kwargs):
@@ -93,7 +101,7 @@ def load_layers(
     dtype = _compute_dtype(model)
     plan = []
     for name, module in modules.items():
-        layer = layers[name]
+        layer = layers[name].ordered(_function(module).gating)
         _check_fit(layer, name, module)
         try:
             both = layer.experts(**options)
@@ -107,13 +115,9 @@ def load_layers(
     with progress("experts", total, show=show_progress) as step:
         for name, module, layer, both in plan:
             gate_up, down = (experts.read(dtype, step) for experts in both)
-            found = (layer.bias(key, dtype) for key in BIASES)
+            found = (layer.bias(key, dtype) for key in PROJECTIONS)
             biases = (bias if bias is None else nn.Parameter(bias, requires_grad=False) for bias in found)
-            computed = dict(_options(module))
-            if computed.get("gating") == "interleaved":
-                computed["gating"] = "concatenated"  # as the layers of a checkpoint are read
-            kind = type(module) if isinstance(module, KTExperts) else KTExperts
-            made[name] = kind.from_parameters(gate_up, down, *biases, **computed)
+            made[name] = _kind(module).from_parameters(gate_up, down, *biases, **_options(module))
             made[name].train(module.training)
     for name, module in modules.items():
         exchange_stacked(model, module, made[name])
@@ -130,45 +134,60 @@ def experts_modules(model: nn.Module) -> dict[str, nn.Module]:
         name: m for name, m in model.named_modules() if isinstance(m, PendingExperts)
     }
     modules = modules or require_experts(model, "load_experts")
-    for name, module in modules.items():
+    for name in modules:
         if "base_layer" in name.split("."):
             raise ValueError(f"load_experts: load the experts before adding adapters: {name} has one")
-        _options(module, name)
+    try:
+        functions_of(modules)
+    except Unsupported as reason:
+        raise ValueError(f"load_experts: {reason}") from None
     return modules
 
 
-def _options(module: nn.Module, name: str = "experts") -> dict:
-    """Returns what experts compute, as keyword arguments of KTExperts.from_parameters.
+def functions_of(modules: Mapping[str, nn.Module]) -> dict[str, ExpertFunction]:
+    """Returns what experts modules compute, by name.
 
     Raises:
-        ValueError: ktops cannot compute it.
+        Unsupported: ktops cannot compute one; the message names it.
     """
+    functions = {}
+    for name, module in modules.items():
+        try:
+            functions[name] = _function(module)
+        except Unsupported as reason:
+            what = type(module).__name__
+            if isinstance(module, nn.ModuleList):
+                what = f"list of {len(module)} modules"
+            raise Unsupported(f"ktops cannot compute {name}, a {what}: {reason}") from None
+    return functions
+
+
+def _function(module: nn.Module) -> ExpertFunction:
+    if isinstance(module, (KTExperts, PendingExperts)):
+        return module.function
+    if isinstance(module, nn.ModuleList):
+        return listed_experts(module, any_device=True)[0].function
+    return described(module)[1].function
+
+
+def _kind(module: nn.Module) -> type[KTExperts]:
+    """Returns the class of the experts that replace a module."""
+    if isinstance(module, PendingExperts):
+        return module.kind
+    if isinstance(module, KTExperts):
+        return type(module)
+    return KTExperts if isinstance(module, nn.ModuleList) else described(module)[0]
+
+
+def _layout(module: nn.Module) -> Layout:
+    return module.layout if isinstance(module, KTExperts) else described(module)[1]
+
+
+def _options(module: nn.Module) -> dict:
+    """Returns what experts compute, as keyword arguments of KTExperts.from_parameters."""
     if isinstance(module, (KTExperts, PendingExperts)):
         return module.options
-    if isinstance(module, nn.ModuleList):
-        try:
-            return listed_experts(module, any_device=True)[0].function._asdict()
-        except Unsupported as reason:
-            raise ValueError(
-                f"load_experts: ktops cannot compute {name}, a list of {len(module)} modules: {reason}"
-            ) from None
-    problem = _uneven(module)
-    try:
-        layout = describe(module)
-    except Unsupported as reason:
-        problem = str(reason)
-    if problem is not None:
-        raise ValueError(f"load_experts: ktops cannot compute {name}, a {type(module).__name__}: {problem}")
-    norm = module.post_expert_norm if layout.post_expert_norm else None
-    return {**layout.function._asdict(), "post_expert_norm": norm}
-
-
-def _uneven(module: nn.Module) -> str | None:
-    """Returns why ktops cannot compute experts if some have no weights, as in LongCat; None if it can."""
-    gate_up, down = (module._parameters.get(name) for name in ("gate_up_proj", "down_proj"))
-    if gate_up is None or down is None or gate_up.dim() != 3 or down.dim() != 3 or len(gate_up) == len(down):
-        return None
-    return f"gate_up_proj has {len(gate_up)} experts, down_proj {len(down)}"
+    return {**_function(module)._asdict(), "post_expert_norm": getattr(module, "post_expert_norm", None)}
 
 
 def _compute_dtype(model: nn.Module) -> torch.dtype:
@@ -187,7 +206,7 @@ def _sizes(module: nn.Module) -> tuple[int, int, int] | None:
     if weight is None or weight.dim() != 3 or weight.dtype in (torch.uint8, torch.int8):
         return None
     num_experts, rows, columns = weight.shape
-    if getattr(module, "is_transposed", False):
+    if _layout(module).transposed:
         rows, columns = columns, rows
     return num_experts, rows, columns
 
@@ -206,8 +225,9 @@ def _check_fit(layer: Layer, name: str, module: nn.Module) -> None:
             f"{layer.tensors[0]}: {name} of the model has [num_experts, hidden_size, intermediate_size] = "
             f"{list(expected)}, the checkpoint {list(got)}"
         )
-    for projection in BIASES:
-        in_model, in_file = _has_bias(module, projection), layer.has_bias(projection)
+    biased = _biased(module)
+    for projection in PROJECTIONS:
+        in_model, in_file = projection in biased, layer.has_bias(projection)
         if in_model != in_file:
             raise CheckpointError(
                 f"{layer.tensors[0]}: {projection} of {name} has {'a' if in_model else 'no'} bias in the "
@@ -215,13 +235,15 @@ def _check_fit(layer: Layer, name: str, module: nn.Module) -> None:
             )
 
 
-def _has_bias(module: nn.Module, projection: str) -> bool:
+def _biased(module: nn.Module) -> list[str]:
+    """Returns which of the two projections of an experts module have a bias."""
     if isinstance(module, PendingExperts):
-        return projection in module.biased
+        return module.biased
     if isinstance(module, nn.ModuleList):
-        gate, down = _projections(module)
-        return (gate if projection == "gate_up_proj" else down).bias is not None
-    return getattr(module, BIASES[projection], None) is not None
+        biases: tuple = tuple(projection.bias for projection in _projections(module))
+    else:
+        biases = _layout(module).biases(module)
+    return [name for name, bias in zip(PROJECTIONS, biases, strict=True) if bias is not None]
 
 
 def _report(plan: list, made: dict[str, KTExperts]) -> LoadReport:

@@ -106,7 +106,7 @@ ACTIVATIONS = {
 }
 """The activations of the operators, by name."""
 
-GATINGS = ("concatenated", "interleaved", "none")
+GATINGS = CONCATENATED, INTERLEAVED, UNGATED = "concatenated", "interleaved", "none"
 """How the rows of gate_up_proj hold the gate and up projections; see :func:`ktops.moe_sft`."""
 
 

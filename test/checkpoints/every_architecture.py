@@ -102,12 +102,10 @@ def published(model, modules) -> tuple[dict, dict]:
 
 
 def expected(name: str, module, weights: dict) -> tuple:
-    """Returns gate_up_proj [E, 2I, H], down_proj [E, H, I] and their biases or None."""
-    keys = ("gate_up_proj", "down_proj", "gate_up_proj_bias", "down_proj_bias")
+    """Returns gate_up_proj [E, 2I, H] or up_proj [E, I, H], down_proj [E, H, I], and their biases or None."""
+    first = "gate_up_proj" if getattr(module, "has_gate", True) else "up_proj"
+    keys = (first, "down_proj", f"{first}_bias", "down_proj_bias")
     gate_up, down, gate_up_bias, down_bias = (weights.get(f"{name}.{key}") for key in keys)
     if getattr(module, "is_transposed", False) or re.match("Llama4", type(module).__name__):
         gate_up, down = gate_up.mT, down.mT
-    if not getattr(module, "is_concatenated", True):
-        gate_up = torch.cat([gate_up[:, 0::2], gate_up[:, 1::2]], 1)
-        gate_up_bias = torch.cat([gate_up_bias[:, 0::2], gate_up_bias[:, 1::2]], 1)
     return gate_up, down, gate_up_bias, down_bias

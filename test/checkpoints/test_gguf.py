@@ -8,7 +8,6 @@ from tiny_checkpoints import expect_equal, write_gguf
 
 from ktops._warn import warn_once
 from ktops.checkpoints import CheckpointError, gguf_file, open_checkpoint
-from ktops.formats.gguf_blocks import BLOCKS
 
 E, H, I = 3, 256, 512  # noqa: E741
 WRITTEN = ("Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "BF16", "F16", "F32")
@@ -50,8 +49,8 @@ def write(path, kinds, layers=2, split=None, skip=()):
 def test_types_are_those_of_the_package():
     for number, name in gguf_file.TYPES.items():
         kind = gguf.GGMLQuantizationType(number)
-        assert (kind.name.lower(), gguf.GGML_QUANT_SIZES[kind]) == (name, BLOCKS[name])
-    assert set(gguf_file.TYPES.values()) == set(BLOCKS)
+        assert (kind.name.lower(), gguf.GGML_QUANT_SIZES[kind]) == (name, gguf_file.SIZES[name])
+    assert set(gguf_file.TYPES.values()) == set(gguf_file.SIZES)
     for number, dtype in gguf_file.DTYPES.items():
         assert gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType(number)] == (1, dtype.itemsize)
     others = {kind.value: kind.name for kind in gguf.GGMLQuantizationType}
@@ -62,7 +61,7 @@ def test_types_are_those_of_the_package():
     } == gguf_file.OTHER_TYPES
 
 
-@pytest.mark.parametrize("kind", [*(name.upper() for name in BLOCKS), "F32", "F16", "BF16"])
+@pytest.mark.parametrize("kind", [*(name.upper() for name in gguf_file.SIZES), "F32", "F16", "BF16"])
 def test_type(tmp_path, kind):
     dense = write(tmp_path / "m.gguf", dict.fromkeys(SHAPES, kind), layers=1)
     for path in (tmp_path / "m.gguf", tmp_path):

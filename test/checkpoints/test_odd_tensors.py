@@ -5,7 +5,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from tiny_checkpoints import E, H, I, OneLayer, decode, expect_checkpoint, expect_equal, write_per_expert
-from tiny_schemes import SCHEMES, floats, mxfp4_deepseek, pack_quantized, plain
+from tiny_schemes import SCHEMES, mxfp4_deepseek, pack_quantized, plain
 
 import ktops
 from ktops.checkpoints import CheckpointError, open_checkpoint
@@ -117,21 +117,6 @@ def test_the_shape_of_packed_stacked_experts(tmp_path, of):
     expect_equal(layer, *dense)
 
 
-def nvfp4(rng, rows, columns):
-    scale = floats(rng, rows, columns // 16).to(torch.float8_e4m3fn)
-    packed = torch.zeros(rows, columns // 2, dtype=torch.uint8)
-    return {"weight_packed": packed, "weight_scale": scale, "weight_global_scale": torch.ones(1)}
-
-
-def modelopt_nvfp4(rng, rows, columns):
-    made = nvfp4(rng, rows, columns)
-    return {
-        "weight": made["weight_packed"],
-        "weight_scale": made["weight_scale"],
-        "weight_scale_2": torch.ones([]),
-    }
-
-
 def modelopt_awq(rng, rows, columns):
     return {**plain(torch.bfloat16)(rng, rows, columns)[0], "pre_quant_scale": torch.ones(columns)}
 
@@ -179,8 +164,6 @@ def with_no_weights(make):
 @pytest.mark.parametrize(
     "make,method,message",
     [
-        (nvfp4, "compressed-tensors", "weight_global_scale .*: NVFP4: "),
-        (modelopt_nvfp4, "modelopt", "weight_scale_2 .*: NVFP4 of ModelOpt: "),
         (modelopt_awq, "modelopt", "pre_quant_scale .*: weights for scaled activations"),
         (int8_zero_points, "compressed-tensors", "weight_zero_point .*: 8 bits with zero points: "),
         (llm_int8, "bitsandbytes", "SCB .*: LLM.int8 of bitsandbytes: "),

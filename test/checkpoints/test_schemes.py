@@ -9,7 +9,7 @@ from tiny_schemes import SCHEMES, gptq, mxfp4_gpt_oss, plain
 
 from ktops import moe_sft, quantize
 from ktops._warn import warn_once
-from ktops.checkpoints import experts, open_checkpoint
+from ktops.checkpoints import CheckpointWriter, experts, open_checkpoint
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
@@ -130,22 +130,44 @@ def test_writing_to_mapped_weights_leaves_the_file_as_it_is(tmp_path):
     expect_equal(open_checkpoint(tmp_path).layers[0], torch.ones(E, 2 * I, H), torch.ones(E, H, I))
 
 
+def gate_first(rows: torch.Tensor) -> torch.Tensor:
+    """Returns alternating rows [E, 2I, ...] of gate and up as those of gate, then those of up."""
+    return torch.cat([rows[:, 0::2], rows[:, 1::2]], 1)
+
+
+@pytest.mark.parametrize("scheme", ["bf16", "fp8 blocks", "mxfp8", "gptq zero points"])
+@pytest.mark.filterwarnings("ignore:ktops. nothing in")
+def test_alternating_rows_from_two_tensors(tmp_path, scheme):
+    """A checkpoint with gate and up in tensors of their own fills a model in which their rows alternate."""
+    dense = write_per_expert(tmp_path, SCHEMES[scheme][0], layers=1, intermediate=128)
+    layer = open_checkpoint(tmp_path).layers[0].ordered("interleaved")
+    gate_up, down = dense[0]
+    alternating = gate_up.unflatten(1, (2, 128)).transpose(1, 2).flatten(1, 2)
+    expect_equal(layer, alternating, down)
+    assert layer.gate_up_proj.nbytes == layer.read().gate_up_proj.nbytes
+    writer = CheckpointWriter(tmp_path / "written")
+    writer.write_layer(layer.name, *layer.experts())
+    (again,) = open_checkpoint(writer.finish()).layers
+    assert again.gating == "interleaved" and again.gate_up_proj.mapped
+    expect_equal(again, alternating, down)
+    expect_equal(again.ordered("concatenated"), gate_up, down)
+
+
 @pytest.mark.parametrize("biased", [False, True])
 def test_fused_transposed(tmp_path, biased):
     """Weights are [E, H, 2I] and [E, I, H]; with biases, gate and up columns alternate as in gpt-oss."""
     gate_up, down = torch.randn(E, 2 * I, H), torch.randn(E, H, I)
-    columns = gate_up.mT
-    more = {}
-    if biased:
-        columns = torch.stack([columns[..., :I], columns[..., I:]], -1).flatten(-2)
-        gate, up, bias = torch.randn(E, I), torch.randn(E, I), torch.randn(E, H)
-        more = {"gate_up_proj_bias": torch.stack([gate, up], -1).flatten(-2), "down_proj_bias": bias}
-    layer = fused(tmp_path, columns, down.mT, **more)
+    bias, down_bias = torch.randn(E, 2 * I), torch.randn(E, H)
+    more = {"gate_up_proj_bias": bias, "down_proj_bias": down_bias} if biased else {}
+    layer = fused(tmp_path, gate_up.mT, down.mT, **more)
+    assert layer.gating == ("interleaved" if biased else "concatenated")
     expect_equal(layer, gate_up, down)
+    expect_equal(layer.ordered("concatenated"), gate_first(gate_up) if biased else gate_up, down)
     read = layer.read(dtype=torch.float32)
     if biased:
-        assert torch.equal(read.gate_up_proj_bias, torch.cat([gate, up], 1))
-        assert torch.equal(read.down_proj_bias, bias)
+        assert torch.equal(read.gate_up_proj_bias, bias) and torch.equal(read.down_proj_bias, down_bias)
+        ordered = layer.ordered("concatenated").bias("gate_up_proj", torch.float32)
+        assert torch.equal(ordered, gate_first(bias))
     else:
         assert read.gate_up_proj_bias is None and read.down_proj_bias is None
 
@@ -177,10 +199,14 @@ def test_gpt_oss(tmp_path):
     save_file(stacks, tmp_path / "model.safetensors")
     (layer,) = open_checkpoint(tmp_path).layers
     gate_up, bias = dense["gate_up_proj"]
-    expect_equal(layer, torch.cat([gate_up[:, 0::2], gate_up[:, 1::2]], 1), dense["down_proj"][0])
+    expect_equal(layer, gate_up, dense["down_proj"][0])
+    assert layer.gate_up_proj.mapped == layer.gate_up_proj.nbytes
     read = layer.read(dtype=torch.float32)
-    assert torch.equal(read.gate_up_proj_bias, torch.cat([bias[:, 0::2], bias[:, 1::2]], 1).float())
+    assert torch.equal(read.gate_up_proj_bias, bias.float())
     assert torch.equal(read.down_proj_bias, dense["down_proj"][1].float())
+    ordered = layer.ordered("concatenated")
+    expect_equal(ordered, gate_first(gate_up), dense["down_proj"][0])
+    assert torch.equal(ordered.bias("gate_up_proj", torch.float32), gate_first(bias).float())
     assert layer.formats == ("mxfp4", "mxfp4")
 
 

@@ -72,7 +72,7 @@ def test_what_is_written_is_mapped_and_other_libraries_read_it(folders):
     state = {name.removeprefix(f"{prefix}."): t for name, t in tensors.items() if prefix in name}
     read.gate_up_proj.load_state_dict(state)
     with safe_open(target / "experts-00000.safetensors", "pt") as file:
-        assert file.metadata().keys() == {"format", "ktops"}
+        assert file.metadata().keys() == {"format", "ktops", "gating"}
 
 
 def test_biases_and_expert_weights(tmp_path):

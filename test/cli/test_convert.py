@@ -270,6 +270,7 @@ def test_the_quantizer_of_other_tensors_stays(convert, tmp_path, scaled):
         ({"hidden_act": "gelu_new"}, "gelu_tanh", None),
         ({"text_config": {"hidden_activation": "gelu"}, "hidden_act": "silu"}, "gelu", None),
         ({"thinker_config": {"text_config": {"hidden_act": "silu"}}}, "silu", None),
+        ({"hidden_act": "relu2"}, "relu2", None),
         ({"hidden_act": "tanh"}, None, "outputs are not compared: ktops has no activation 'tanh'"),
         (
             {"hidden_act": "silu", "swiglu_limit": 7.0},
@@ -293,23 +294,16 @@ def test_activation_of_the_report(convert, model_directory, tmp_path, config, ac
     assert 0 < report["relative_error"] < 0.02
 
 
-@pytest.mark.parametrize(
-    ("kind", "reason"),
-    [
-        ("Llama4", "its forward does not take (hidden_states, top_k_index, top_k_weights)"),
-    ],
-)
-def test_experts_that_ktops_cannot_compute(convert, tmp_path, kind, reason):
+def test_experts_that_ktops_cannot_compute(convert, tmp_path):
     """The message comes before hours of work, because no from_pretrained loads the result."""
     import transformers
 
     sizes = {"vocab_size": 61, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
-    config = getattr(transformers, {"GptOss": "GptOssConfig", "Llama4": "Llama4TextConfig"}[kind])
-    config = config(**sizes, **heads, num_local_experts=4, num_experts_per_tok=1)
+    config = transformers.Llama4TextConfig(**sizes, **heads, num_local_experts=4, num_experts_per_tok=1)
     config.interleave_moe_layer_step = 1
-    getattr(transformers, f"{kind}ForCausalLM")(config).save_pretrained(tmp_path / "source")
+    transformers.Llama4ForCausalLM(config).save_pretrained(tmp_path / "source")
     status, out, _ = convert("out", "--format", "int8", source=tmp_path / "source")
-    assert status == 0 and reason in " ".join(out.split())
+    assert status == 0 and "its forward does not take (hidden_states, top_k_index" in " ".join(out.split())
     assert "ktops cannot compute model.layers.0." in out and "from_pretrained will refuse out" in out
     assert json.loads((tmp_path / "out" / "ktops-report.json").read_text())["output_error"] is None

@@ -6,7 +6,7 @@ architectures need no entry here. One with a gate of its own has an entry in ``G
 
 import inspect
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -196,16 +196,6 @@ def unsupported_computation(experts: nn.Module) -> str | None:
         describe(experts)
     except Unsupported as reason:
         return str(reason)
-    return None
-
-
-def uncomputable_experts(modules: Mapping[str, nn.Module]) -> str | None:
-    """Names the first experts module that the op cannot compute, and why; None if it can compute all."""
-    for name, module in modules.items():
-        if hasattr(module, "num_experts") and not isinstance(module, nn.ModuleList):
-            reason = unsupported_computation(module)
-            if reason is not None:
-                return f"ktops cannot compute {name}, a {type(module).__name__}: {reason}"
     return None
 
 

@@ -15,6 +15,7 @@ from ktops._warn import warn_once
 from ktops.formats import ExpertWeight
 from ktops.integrations.transformers.architectures import (
     Unsupported,
+    describe,
     operands,
     require_activation,
     unsupported_tensors,
@@ -329,17 +330,28 @@ STACKED: dict[str, type[Llama4Experts] | type[LongcatExperts]] = {
 """Class of experts with stacked weights -> its replacement."""
 
 
+def described(experts: nn.Module) -> tuple[type[KTExperts], Layout]:
+    """Returns the replacement of experts with stacked weights, and what they compute, whatever the weights.
+
+    Raises:
+        Unsupported: the op cannot compute them.
+    """
+    kind = STACKED.get(class_name(experts))
+    if kind is None:
+        return KTExperts, describe(experts)
+    _require_arguments(experts, kind.forward)
+    return kind, kind.describe(experts)
+
+
 def stacked(experts: nn.Module) -> tuple[type[KTExperts], Layout]:
     """Returns the replacement of experts with stacked weights, and what they compute.
 
     Raises:
         Unsupported: the op cannot compute them, or not with these weights.
     """
-    kind = STACKED.get(class_name(experts))
-    if kind is None:
+    if class_name(experts) not in STACKED:
         return KTExperts, operands(experts)[0]
-    _require_arguments(experts, kind.forward)
-    layout = kind.describe(experts)
+    kind, layout = described(experts)
     reason = unsupported_tensors(*layout.weights(experts), layout.function.gating)
     if reason is not None:
         raise Unsupported(reason)

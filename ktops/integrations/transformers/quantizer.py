@@ -34,6 +34,9 @@ WATCHED = "_adjust_missing_and_unexpected_keys"
 KEYS_OF_EXPERTS = re.compile(r"(^|\.)experts\.(\d+\.|gate_up_proj|gate_proj|up_proj|down_proj)")
 """Keys in the files that transformers must neither load nor report."""
 
+TARGET_OF_EXPERTS = re.compile(r"(?<!\w)experts\\?\.(gate_up_proj|up_proj|down_proj)")
+"""Matches targets of conversions that create stacked expert weights."""
+
 
 class KTQuantizer(HfQuantizer):
     """The hooks that transformers calls when it loads and saves weights.
@@ -73,7 +76,14 @@ class KTQuantizer(HfQuantizer):
         if checkpoint_files:
             self._require_other(Path(checkpoint_files[0]).parent)
         self._path = Path(checkpoint_files[0]).parent if path is None else Path(path)
-        for module in experts_modules(model).values():
+        modules = experts_modules(model)
+        for name, source in model.all_tied_weights_keys.items():
+            if name.rpartition(".")[0] in modules:
+                raise ValueError(
+                    f"KTConfig: {name} of {type(model).__name__} shares its weights with {source}; ktops "
+                    "cannot load shared experts. Load the model without a KTConfig"
+                )
+        for module in modules.values():
             exchange(model, module, PendingExperts(module))
         self.other.preprocess_model(model, dtype=dtype, checkpoint_files=checkpoint_files, **kwargs)
         self._watch(model)
@@ -187,7 +197,7 @@ def without_experts(conversions: Iterable) -> list:
 
 def _is_of_experts(conversion) -> bool:
     targets = getattr(conversion, "target_patterns", ())
-    return any("experts.gate_up_proj" in target or "experts.down_proj" in target for target in targets)
+    return any(TARGET_OF_EXPERTS.search(target) for target in targets)
 
 
 def attach(model: nn.Module) -> None:

@@ -292,6 +292,27 @@ def test_hooked_experts_stay(folder):
         assert ktops.swap_experts(model) == []
 
 
+@pytest.mark.parametrize("weight_format", [None, "int8"])
+def test_load_experts_of_llama4(weight_format, enabled, tmp_path):
+    """The loaded experts take the arguments that the model passes; what is saved loads again."""
+    dense = tiny_model("llama4").eval()
+    dense.save_pretrained(tmp_path / "dense")
+    model = tiny_model("llama4").eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if IN_EXPERTS.search(name):
+                parameter.zero_()
+    ktops.load_experts(model, tmp_path / "dense", weight_format, show_progress=False)
+    expected = logits(model, "llama4")
+    error = relative_error(expected, logits(dense, "llama4"))
+    assert error < (0.05 if weight_format else MODEL_BUDGET)
+    model.save_pretrained(tmp_path / "saved")
+    config = {"quantization_config": ktops.KTConfig(weight_format)}
+    for path, options in (("saved", {}), ("dense", config)):
+        loaded = type(model).from_pretrained(tmp_path / path, **options)
+        assert torch.equal(logits(loaded, "llama4"), expected)
+
+
 @pytest.mark.parametrize("folder", sorted(SWAPPED - {"step3p7"}))
 def test_modules_with_other_arguments_stay(folder, monkeypatch):
     """They belong to another version of transformers."""

@@ -334,3 +334,21 @@ def test_quantize_experts(folder, swap, no_peft):
         actual = logits(model, folder)
     assert ops.counts
     assert relative_error(actual, logits(plain, folder)) < 0.1
+
+
+def test_adapters_of_quantized_llama4(no_peft):
+    """They are interchangeable with those of the model that is not quantized."""
+    models = []
+    for quantized in (False, True):
+        model = tiny_model("llama4").eval()
+        if quantized:
+            ktops.quantize_experts(model, "int8", show_progress=False)
+        targets = ["feed_forward.experts.gate_up_proj", "feed_forward.experts.down_proj"]
+        models.append(get_peft_model(model, LoraConfig(r=2, target_parameters=targets)))
+    plain, model = models
+    without = logits(plain, "llama4")
+    randomize(plain)
+    adapter = {name: value for name, value in plain.state_dict().items() if "lora_" in name}
+    assert not model.load_state_dict(adapter, strict=False).unexpected_keys
+    expected = logits(plain, "llama4")
+    assert relative_error(logits(model, "llama4"), expected) < 0.1 < relative_error(without, expected)

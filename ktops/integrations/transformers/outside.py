@@ -51,9 +51,13 @@ class Llama4Experts(KTExperts):
     multiplies their gradient by the score, 0, so they are skipped.
     """
 
-    is_transposed = False
-    """PEFT gives the factors the shapes that it gives those of transformers' module, which does not say that
-    its weights are transposed."""
+    @property
+    def is_transposed(self) -> bool:
+        """What gives PEFT's factors the shapes that they have with transformers' module.
+
+        That module does not say that its weights are transposed, so PEFT takes A for the factor of size 2I.
+        """
+        return not self.transposed
 
     @staticmethod
     def describe(experts: nn.Module) -> Layout:

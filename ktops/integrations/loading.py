@@ -11,8 +11,9 @@ from ktops.checkpoints.errors import CheckpointError
 from ktops.checkpoints.layer import PROJECTIONS, Layer
 from ktops.formats.expert_weight import COMPUTE_DTYPES
 from ktops.integrations.swap import exchange_stacked, listed_experts, require_experts
-from ktops.integrations.transformers.architectures import Unsupported, describe
-from ktops.nn.experts import KTExperts
+from ktops.integrations.transformers.architectures import Unsupported
+from ktops.integrations.transformers.outside import described
+from ktops.nn.experts import KTExperts, Layout
 from ktops.ops.activation import ExpertFunction
 
 
@@ -21,6 +22,7 @@ class PendingExperts(nn.Module):
 
     Attributes:
         num_experts, hidden_size, intermediate_size: as in :class:`ktops.nn.KTExperts`.
+        kind: the class of the experts to load.
         options, function: what the experts compute; options are keyword arguments of
             KTExperts.from_parameters.
         post_expert_norm: as in :class:`ktops.nn.KTExperts`.
@@ -33,6 +35,7 @@ class PendingExperts(nn.Module):
 
     def __init__(self, experts: nn.Module) -> None:
         super().__init__()
+        self.kind = _kind(experts)
         self.options, self.function = _options(experts), _function(experts)
         self.post_expert_norm = self.options["post_expert_norm"]
         sizes = _sizes(experts)
@@ -114,7 +117,7 @@ def load_layers(
             gate_up, down = (experts.read(dtype, step) for experts in both)
             found = (layer.bias(key, dtype) for key in PROJECTIONS)
             biases = (bias if bias is None else nn.Parameter(bias, requires_grad=False) for bias in found)
-            made[name] = KTExperts.from_parameters(gate_up, down, *biases, **_options(module))
+            made[name] = _kind(module).from_parameters(gate_up, down, *biases, **_options(module))
             made[name].train(module.training)
     for name, module in modules.items():
         exchange_stacked(model, module, made[name])
@@ -163,13 +166,26 @@ def _function(module: nn.Module) -> ExpertFunction:
     if isinstance(module, (KTExperts, PendingExperts)):
         return module.function
     if isinstance(module, nn.ModuleList):
-        return ExpertFunction(listed_experts(module, any_device=True)[0].activation)
+        return listed_experts(module, any_device=True)[0].function
     shapes: list[tuple[int, ...]] = [
         getattr(module._parameters.get(name), "shape", ()) for name in PROJECTIONS
     ]
     if all(len(shape) == 3 for shape in shapes) and shapes[0][0] != shapes[1][0]:  # as in LongCat
         raise Unsupported(f"gate_up_proj has {shapes[0][0]} experts, down_proj {shapes[1][0]}")
-    return describe(module).function
+    return described(module)[1].function
+
+
+def _kind(module: nn.Module) -> type[KTExperts]:
+    """Returns the class of the experts that replace a module."""
+    if isinstance(module, PendingExperts):
+        return module.kind
+    if isinstance(module, KTExperts):
+        return type(module)
+    return KTExperts if isinstance(module, nn.ModuleList) else described(module)[0]
+
+
+def _layout(module: nn.Module) -> Layout:
+    return module.layout if isinstance(module, KTExperts) else described(module)[1]
 
 
 def _options(module: nn.Module) -> dict:
@@ -195,15 +211,15 @@ def _sizes(module: nn.Module) -> tuple[int, int, int] | None:
     if weight is None or weight.dim() != 3 or weight.dtype in (torch.uint8, torch.int8):
         return None
     num_experts, rows, columns = weight.shape
-    if getattr(module, "is_transposed", False):
+    if _layout(module).transposed:
         rows, columns = columns, rows
     return num_experts, rows, columns
 
 
 def _projections(experts: nn.ModuleList) -> tuple[nn.Linear, nn.Linear]:
-    """Returns the gate and down projections of the first expert of a list."""
-    gate, _, down = listed_experts(experts, any_device=True)[0].projections()
-    return gate, down
+    """Returns the first and the down projection of the first expert of a list."""
+    projections = listed_experts(experts, any_device=True)[0].projections()
+    return projections[0], projections[-1]
 
 
 def _check_fit(layer: Layer, name: str, module: nn.Module) -> None:
@@ -231,8 +247,7 @@ def _biased(module: nn.Module) -> list[str]:
     if isinstance(module, nn.ModuleList):
         biases: tuple = tuple(projection.bias for projection in _projections(module))
     else:
-        layout = module.layout if isinstance(module, KTExperts) else describe(module)
-        biases = layout.biases(module)
+        biases = _layout(module).biases(module)
     return [name for name, bias in zip(PROJECTIONS, biases, strict=True) if bias is not None]
 
 

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from ktops._warn import warn_once
 from ktops.formats import ExpertWeight
 from ktops.integrations.replacements import Replacements
+from ktops.integrations.transformers.architectures import operands
 from ktops.integrations.transformers.experts import runs_on_weights
 
 if TYPE_CHECKING:
@@ -144,12 +145,19 @@ def _lora_arguments(wrapper: "ParamWrapper", adapters: list[str]) -> dict[str, T
     PEFT stores ``lora_A.weight [r * E, in]`` with the expert outermost and ``lora_B.weight [out, r * E]``
     with the expert innermost; both are passed as views. Several adapters become one adapter with the sum of
     their ranks, with each scaling multiplied into the adapter's columns of B.
+
+    PEFT takes stacks that do not say ``is_transposed`` for [E, out, in]. Of Llama-4's, which are
+    [E, in, out], its B A is the transpose of the delta, so the factors exchange roles.
     """
+    layout, *_ = operands(wrapper.get_base_layer())
+    exchanged = layout.transposed == wrapper._did_swap_in_out_features
     lora_a, lora_b = [], []
     for name in adapters:
         a, b = wrapper.lora_A[name].weight, wrapper.lora_B[name].weight
-        lora_a.append(a.reshape(wrapper.num_experts, -1, a.shape[1]))
-        lora_b.append(b.reshape(b.shape[0], -1, wrapper.num_experts).permute(2, 0, 1))
+        a = a.reshape(wrapper.num_experts, -1, a.shape[1])
+        b = b.reshape(b.shape[0], -1, wrapper.num_experts).permute(2, 0, 1)
+        lora_a.append(b.mT if exchanged else a)
+        lora_b.append(a.mT if exchanged else b)
     prefix = PREFIXES[wrapper.parameter_name]
     if len(adapters) == 1:
         a, b, scaling = lora_a[0], lora_b[0], wrapper.scaling[adapters[0]]

@@ -1,6 +1,7 @@
 """Tests on random rows whether the op computes the same as an experts module that it would replace."""
 
 import copy
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -47,15 +48,17 @@ def _disagreement_of_expert(module: nn.Module, expert: KTExpert) -> str | None:
     module, expert = copy.deepcopy((module, expert))
     if any(parameter.is_meta for parameter in module.parameters()):
         module.to_empty(device="cpu")
-    module.to("cpu").float().train()
+    module.to("cpu").float()
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in module.parameters():
             size = parameter.shape[-1] ** -0.5
             parameter.copy_(size * torch.randn(parameter.shape, generator=generator))
     KTExpertList([expert])  # makes its weights slices of stacked ones
-    gate = expert.projections()[0]
-    return _disagreement(module, expert, _rows(gate.in_features, gate.weight.dtype))
+    first = expert.projections()[0]
+    rows = _rows(first.in_features, first.weight.dtype)
+    difference = _disagreement(module.train(), expert.train().call_projections, rows)
+    return difference or _disagreement(module.eval(), expert.eval(), rows)
 
 
 def _rows(hidden_size: int, dtype: torch.dtype) -> Tensor:
@@ -64,14 +67,16 @@ def _rows(hidden_size: int, dtype: torch.dtype) -> Tensor:
 
 
 @torch.no_grad()
-def _disagreement(module: nn.Module, replacement: nn.Module, rows: Tensor, *routes: Tensor) -> str | None:
+def _disagreement(
+    module: nn.Module, replacement: Callable[..., Tensor], rows: Tensor, *routes: Tensor
+) -> str | None:
     try:
-        expected = module(rows.clone(), *routes)
+        expected = _seeded(module, rows.clone(), *routes)
     except Exception as error:
         return f"it cannot be called as {'experts(x, ids, weights)' if routes else 'expert(x)'}: {error}"
     if not isinstance(expected, Tensor) or expected.shape != rows.shape:
         return "it does not return a single tensor with the shape of its input"
-    expected, actual = expected.double(), replacement(rows, *routes).double()
+    expected, actual = expected.double(), _seeded(replacement, rows, *routes).double()
     errors = (actual - expected).norm(dim=-1) / expected.norm(dim=-1)
     if rows.dtype == torch.float16:  # large rows may overflow
         errors = errors[expected.isfinite().all(-1)]
@@ -79,3 +84,10 @@ def _disagreement(module: nn.Module, replacement: nn.Module, rows: Tensor, *rout
     if not len(errors) or not bool((errors < _tolerance(rows.dtype)).all()):
         return f"it computes something else, with relative errors {errors.tolist()} on random rows"
     return None
+
+
+def _seeded(module: Callable[..., Tensor], *args: Tensor) -> Tensor:
+    """Calls a module such that a dropout drops the same elements in every call."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return module(*args)

@@ -171,8 +171,8 @@ def _dense_experts(name: str, module: nn.Module) -> _Dense:
     if isinstance(module, nn.ModuleList):
         experts = listed_experts(module)
         rows = [[each.weight for each in expert.projections()] for expert in experts]
-        gate_up = [weight for gate, up, _ in rows for weight in (gate, up)]
-        return _Dense(gate_up, [down for *_, down in rows], partial(stacked_copy, experts))
+        gate_up = [weight for row in rows for weight in row[:-1]]
+        return _Dense(gate_up, [row[-1] for row in rows], partial(stacked_copy, experts))
     if isinstance(module, KTExperts):
         require_plain(module)
     else:
@@ -190,7 +190,7 @@ def _dense_experts(name: str, module: nn.Module) -> _Dense:
 def _with_parameters(experts: KTExperts) -> KTExperts:
     """Converts experts in a plain format to experts with Parameters, in the dtype they compute in."""
     gate_up, down = map(_dequantized, experts.layout.weights(experts))
-    dense = KTExperts.from_parameters(
+    dense = type(experts).from_parameters(
         nn.Parameter(gate_up, requires_grad=False),
         nn.Parameter(down, requires_grad=False),
         *experts.layout.biases(experts),
@@ -227,7 +227,7 @@ def _quantize_layer(
     (gate_up, gate_up_error), (down, down_error) = (
         _quantize(weight, weight_format, group_size, method) for weight in weights
     )
-    experts = KTExperts.from_parameters(
+    experts = type(dense).from_parameters(
         gate_up,
         down,
         *dense.layout.biases(dense),

@@ -3,17 +3,18 @@
 import inspect
 import warnings
 from collections import defaultdict
+from typing import cast
 
 import torch
 from torch import nn
 
 from ktops.integrations import peft
 from ktops.integrations.probe import disagreement_of_expert, disagreement_of_experts
+from ktops.integrations.transformers import outside
 from ktops.integrations.transformers.architectures import (
     TESTED,
     Unsupported,
     activation_name,
-    operands,
     unsupported_tensors,
 )
 from ktops.nn.expert_list import (
@@ -34,13 +35,15 @@ def swap_experts(model: nn.Module, *, save: str = "activations") -> list[str]:
 
     * Experts with stacked parameters ``gate_up_proj [E, 2I, H]`` and ``down_proj [E, H, I]`` become a
       :class:`ktops.nn.KTExperts` that holds the same Parameters.
-    * A ModuleList of experts (gate_proj, up_proj, down_proj or w1, w3, w2) becomes a
-      :class:`ktops.nn.KTExpertList` of the same modules. The Parameters stay the same objects; their storage
-      moves, expert by expert, into stacked tensors. The MoE block still iterates the list and runs one op per
-      expert. Blocks with DeepSeek's ``moe_infer(x, topk_ids, topk_weight)`` run one op per layer in
-      evaluation mode.
+    * A ModuleList of experts (gate_proj, up_proj, down_proj or w1, w3, w2, or two linear layers without a
+      gate) becomes a :class:`ktops.nn.KTExpertList` of the same modules. The Parameters stay the same
+      objects; their storage moves, expert by expert, into stacked tensors. The MoE block still iterates the
+      list and runs one op per expert. Blocks with DeepSeek's ``moe_infer(x, topk_ids, topk_weight)`` run one
+      op per layer in evaluation mode.
+    * The experts of Llama-4, LongCat-Flash, DBRX, Switch Transformers and NLLB-MoE, and the MoE block of
+      JetMoE, become modules that take their arguments.
 
-    Routers, MoE blocks, state-dict keys and Parameters stay the same. If a module does not declare its
+    Routers, other MoE blocks, state-dict keys and Parameters stay the same. If a module does not declare its
     layout, a test on random rows first checks that it computes what the op computes. Experts modules that
     the op does not support are left unchanged, and one warning names them and the reasons. PEFT's LoRA on
     stacked parameters also runs through the op, as after :func:`ktops.enable`.
@@ -63,7 +66,7 @@ def swap_experts(model: nn.Module, *, save: str = "activations") -> list[str]:
     found = require_experts(model, "swap_experts")
     swapped, refused = [], defaultdict(list)
     for name, module in found.items():
-        if isinstance(module, (KTExperts, KTExpertList)):
+        if outside.is_replacement(module):
             continue
         try:
             replacement = _replacement(module, save)
@@ -97,8 +100,10 @@ def unswap_experts(model: nn.Module) -> list[str]:
             continue
         (original,) = replaced
         if isinstance(module, KTExpertList):
-            for expert, child in zip(original, module, strict=True):
-                expert._modules.update(child._modules)
+            for name_in_list, child in module._modules.items():
+                original._modules[name_in_list]._modules.update(child._modules)
+        elif isinstance(module, outside.SharedModule):
+            module.release()
         else:
             original._parameters.update(module._parameters)
         original.train(module.training)
@@ -124,7 +129,11 @@ def require_experts(model: nn.Module, function: str) -> dict[str, nn.Module]:
 
 
 def _replacement(module: nn.Module, save: str) -> nn.Module:
-    if isinstance(module, nn.ModuleList):
+    name = outside.class_name(module)
+    if name in outside.SHARED:
+        require_plain(module)
+        return outside.SHARED[name](module, save)
+    if isinstance(module, nn.ModuleList) or name in outside.LISTS:
         return _expert_list(module, save)
     return stacked_experts(module, save)
 
@@ -146,9 +155,9 @@ def stacked_experts(module: nn.Module, save: str) -> KTExperts:
     if not has_stacks(module):
         raise Unsupported(
             "its weights are neither stacked, gate_up_proj (or up_proj) and down_proj, nor a ModuleList of "
-            "gated experts"
+            "MLPs"
         )
-    layout, *_ = operands(module)
+    kind, layout = outside.stacked(module)
     first, norm = layout.function.first_name, layout.norm(module)
     known = {first, "down_proj", f"{first}_bias", "down_proj_bias"}
     known |= (
@@ -157,7 +166,7 @@ def stacked_experts(module: nn.Module, save: str) -> KTExperts:
     others = set(dict(module.named_parameters())) - known
     if others:
         raise Unsupported(f"it has other parameters: {', '.join(sorted(others))}")
-    experts = KTExperts.from_parameters(
+    experts = kind.from_parameters(
         module.get_parameter(first),
         module.get_parameter("down_proj"),
         *layout.biases(module),
@@ -166,24 +175,26 @@ def stacked_experts(module: nn.Module, save: str) -> KTExperts:
         post_expert_norm=norm,
         save=save,
     )
-    if not hasattr(module, "has_gate"):
+    if not hasattr(module, "has_gate") and kind is KTExperts:
         difference = disagreement_of_experts(module, experts)
         if difference:
             raise Unsupported(difference)
     return experts.train(module.training)
 
 
-def _expert_list(experts: nn.ModuleList, save: str) -> KTExpertList:
-    return KTExpertList(listed_experts(experts, save))
+def _expert_list(experts: nn.Module, save: str) -> KTExpertList:
+    listed = listed_experts(experts, save)
+    kind = outside.LISTS.get(outside.class_name(experts))
+    return KTExpertList(listed) if kind is None else kind(listed, experts)
 
 
 def listed_experts(
-    experts: nn.ModuleList, save: str = "activations", *, any_device: bool = False
+    experts: nn.Module, save: str = "activations", *, any_device: bool = False
 ) -> list[KTExpert]:
-    """Returns the experts of a ModuleList as KTExpert that share their child modules; moves no weights.
+    """Returns the experts of a list as KTExpert that share their child modules; moves no weights.
 
     Args:
-        experts: the modules.
+        experts: a ModuleList, or a ModuleDict of a class in ``outside.LISTS``.
         save: as in :func:`swap_experts`.
         any_device: whether their weights, which will be replaced, may be on a device other than the CPU.
 
@@ -191,20 +202,23 @@ def listed_experts(
         Unsupported: the op does not compute what they compute, or they have hooks.
     """
     require_plain(experts)
+    if isinstance(experts, outside.ExpertDict):
+        raise Unsupported("its MoE block calls it with routes of its own kind")
     if isinstance(experts, KTExpertList):
         listed = list(experts)
         if not all(is_plain_linear(projection) for expert in listed for projection in expert.projections()):
             raise Unsupported("its projections are not plain nn.Linear: they have adapters or hooks")
         return listed
-    names, attribute, activation = _check_experts(list(experts), any_device)
-    made = [KTExpert(expert, names, attribute, activation, save) for expert in experts]
-    difference = disagreement_of_expert(experts[0], made[0])
+    modules = [cast(nn.Module, experts._modules[name]) for name in outside.expert_names(experts)]
+    names, attribute, activation = _check_experts(modules, any_device)
+    made = [KTExpert(expert, names, attribute, activation, save) for expert in modules]
+    difference = disagreement_of_expert(modules[0], made[0])
     if difference:
         raise Unsupported(difference)
     return made
 
 
-def _check_experts(experts: list[nn.Module], any_device: bool) -> tuple[tuple[str, str, str], str, str]:
+def _check_experts(experts: list[nn.Module], any_device: bool) -> tuple[tuple[str, ...], str, str]:
     """Returns the projections' names and the activation's attribute and name, common to all experts."""
     if not experts or any(expert is None or type(expert) is not type(experts[0]) for expert in experts):
         raise Unsupported("its experts are not all modules of one class")
@@ -222,22 +236,25 @@ def _check_experts(experts: list[nn.Module], any_device: bool) -> tuple[tuple[st
     if activation is None:
         raise Unsupported(f"ktops has no activation {type(getattr(experts[0], attribute)).__name__}")
     if not plain:
-        raise Unsupported(f"its experts, {first}, are more than three nn.Linear without hooks")
+        raise Unsupported(f"its experts, {first}, are more than {len(names)} nn.Linear without hooks")
     if len(set(biased)) != 1:
         raise Unsupported(f"only some projections of its experts, {first}, have a bias")
-    gate, up, down = (getattr(experts[0], name).weight for name in names)
-    if gate.shape != up.shape or gate.shape != down.shape[::-1]:
+    *first_weights, down = (getattr(experts[0], name).weight for name in names)
+    if any(weight.shape != down.shape[::-1] for weight in first_weights):
         raise Unsupported(f"the projections of its experts, {first}, do not fit together")
+    gate = first_weights[0]
     one = torch.empty(1, 1, 1, dtype=gate.dtype, device="cpu" if any_device else gate.device)
     reason = unsupported_tensors(
-        one.expand(1, 2 * gate.shape[0], gate.shape[1]), one.to(down.dtype).expand(1, *down.shape)
+        one.expand(1, len(first_weights) * gate.shape[0], gate.shape[1]),
+        one.to(down.dtype).expand(1, *down.shape),
+        "none" if len(first_weights) == 1 else "concatenated",
     )
     if reason is not None:
         raise Unsupported(reason)
     return names, attribute, activation
 
 
-def _describe(expert: nn.Module, names: tuple[str, str, str], attribute: str) -> tuple:
+def _describe(expert: nn.Module, names: tuple[str, ...], attribute: str) -> tuple:
     """Returns what all experts of a list must share: activation, plainness, biases, shapes and dtypes."""
     projections = [getattr(expert, name) for name in names]
     parameters = dict(expert.named_parameters())

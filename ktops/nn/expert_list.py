@@ -9,18 +9,23 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from ktops._warn import warn_once
 from ktops.nn.experts import DTYPES, KTExperts, run_experts
+from ktops.ops.activation import ExpertFunction
 
-PROJECTIONS = (("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2"))
-"""Accepted names of the gate, up and down projections of an expert module."""
+PROJECTIONS = (
+    ("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2"),
+    ("up_proj", "down_proj"), ("w1", "w2"), ("fc1", "fc2"), ("wi", "wo"),
+)  # fmt: skip
+"""Accepted names of the projections of an expert module: gate, up and down, or up and down."""
 
 ACTIVATION_NAMES = ("act_fn", "activation_fn", "act")
 """Accepted names of the activation of an expert module."""
 
 Packed = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
-"""gate_up_proj [E, 2I, H], down_proj [E, H, I], gate_up_bias [E, 2I], down_bias [E, H]."""
+"""gate_up_proj [E, 2I, H], down_proj [E, H, I], gate_up_bias [E, 2I], down_bias [E, H]; without gate, I."""
 
 
 def is_plain_linear(module: nn.Module) -> bool:
@@ -45,12 +50,12 @@ def interception(module: nn.Module) -> str | None:
 class KTExpert(nn.Module):
     """One expert of a :class:`KTExpertList`: runs the op on the child modules of the expert it replaces.
 
-    If a projection is no longer a plain ``nn.Linear`` (an adapter wraps it, or it has hooks), or if the
-    weights have left the CPU, the projections are called one by one instead.
+    If a projection is no longer a plain ``nn.Linear`` (an adapter wraps it, or it has hooks), if the weights
+    have left the CPU, or if a child ``dropout`` is active, the projections are called one by one instead.
 
     Args:
         expert: the module to replace; its children are shared.
-        names: the names of its gate, up and down projections.
+        names: the names of its projections: gate, up and down, or up and down.
         activation_attribute: the attribute that holds its activation.
         activation, save: as in :class:`ktops.nn.KTExperts`.
     """
@@ -58,10 +63,12 @@ class KTExpert(nn.Module):
     packed: Packed | None
     """This expert's slices [1, ...] of the list's stacked tensors."""
 
+    dropout: nn.Module
+
     def __init__(
         self,
         expert: nn.Module,
-        names: tuple[str, str, str],
+        names: tuple[str, ...],
         activation_attribute: str,
         activation: str,
         save: str,
@@ -73,21 +80,26 @@ class KTExpert(nn.Module):
             setattr(self, activation_attribute, getattr(expert, activation_attribute))
         self.names = names
         self.activation_attribute = activation_attribute
-        self.activation = activation
+        self.function = ExpertFunction(activation, gating="none" if len(names) == 2 else "concatenated")
         self.save = save
         self.training = expert.training
         self.packed = None
 
-    def projections(self) -> tuple[nn.Linear, nn.Linear, nn.Linear]:
-        """Returns gate, up and down, or the adapters that wrap them."""
+    def projections(self) -> tuple[nn.Linear, ...]:
+        """Returns gate, up and down, or up and down, or the adapters that wrap them."""
         return tuple(getattr(self, name) for name in self.names)
 
+    def drops(self) -> bool:
+        """True if the expert has a dropout before its down projection that is active."""
+        dropout = self._modules.get("dropout")
+        return isinstance(dropout, nn.Dropout) and dropout.training and dropout.p > 0
+
     def runs_op(self) -> bool:
-        """True if the op can compute this expert: it is packed, and nothing wraps its projections.
+        """True if the op can compute this expert: packed, without dropout, its projections not wrapped.
 
         Copies any parameter whose storage was replaced back into its slice.
         """
-        if self.packed is None or not all(map(is_plain_linear, self.projections())):
+        if self.packed is None or self.drops() or not all(map(is_plain_linear, self.projections())):
             return False
         return torch.compiler.is_compiling() or self.is_packed() or self.put(self.packed)
 
@@ -112,33 +124,44 @@ class KTExpert(nn.Module):
 
     def places(self, packed: Packed) -> list[tuple[nn.Parameter, Tensor]]:
         """Returns every parameter with its slice."""
-        gate, up, down = self.projections()
+        *first, down = self.projections()
         found: list[tuple[nn.Parameter, Tensor]] = []
         for kind, gate_up, single in (("weight", *packed[:2]), ("bias", *packed[2:])):
             if gate_up is not None and single is not None:
-                parts = [getattr(projection, kind) for projection in (gate, up, down)]
-                found += zip(parts, (*gate_up[0].chunk(2), single[0]), strict=True)
+                parts = [getattr(projection, kind) for projection in (*first, down)]
+                found += zip(parts, (*gate_up[0].chunk(len(first)), single[0]), strict=True)
         return found
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """Runs the expert, [..., H] -> [..., H]."""
         packed = self.packed
         if packed is None or not self.runs_op():
-            gate, up, down = self.projections()
             if packed is not None and not torch.compiler.is_compiling():
-                _warn_of(f"are {type(gate).__name__} with hooks or adapters")
-            act_fn = getattr(self, self.activation_attribute)
-            return down(act_fn(gate(hidden_states)) * up(hidden_states))
+                kind = type(self.projections()[0]).__name__
+                _warn_of(
+                    "have an active dropout between them"
+                    if self.drops()
+                    else f"are {kind} with hooks or adapters"
+                )
+            return self.call_projections(hidden_states)
         num_tokens = hidden_states.numel() // hidden_states.shape[-1]
         ids = torch.zeros(num_tokens, 1, dtype=torch.int64)
         weights = torch.ones(num_tokens, 1)
         return _run(hidden_states, ids, weights, packed, [self])
 
+    def call_projections(self, hidden_states: Tensor) -> Tensor:
+        """Runs the expert without the op."""
+        *first, down = self.projections()
+        hidden = getattr(self, self.activation_attribute)(first[0](hidden_states))
+        if len(first) == 2:
+            hidden = hidden * first[1](hidden_states)
+        return down(self.dropout(hidden) if self.drops() else hidden)
+
     def __getstate__(self) -> dict:
         return {**self.__dict__, "packed": None}
 
     def extra_repr(self) -> str:
-        return f"activation={self.activation!r}"
+        return f"activation={self.function.activation!r}"
 
 
 class KTExpertList(nn.ModuleList):
@@ -177,15 +200,15 @@ class KTExpertList(nn.ModuleList):
         if len(kinds) > 1 or weights[0].dtype not in DTYPES or weights[0].device.type != "cpu":
             _warn_of("are " + ", ".join(sorted(f"{dtype} on {device}" for dtype, device in kinds)))
             return
-        gate, up, down = rows[0]
+        *first, down = rows[0]
 
         def empty(*shape: int) -> Tensor:
-            return torch.empty(len(self), *shape, dtype=gate.weight.dtype)
+            return torch.empty(len(self), *shape, dtype=down.weight.dtype)
 
-        width = gate.out_features + up.out_features
-        biased = gate.bias is not None
+        width = sum(projection.out_features for projection in first)
+        biased = down.bias is not None
         self.packed = packed = (
-            empty(width, gate.in_features),
+            empty(width, down.out_features),
             empty(down.out_features, down.in_features),
             empty(width) if biased else None,
             empty(down.out_features) if biased else None,
@@ -195,25 +218,47 @@ class KTExpertList(nn.ModuleList):
             gate_up_bias, down_bias = (bias if bias is None else bias[own] for bias in packed[2:])
             expert.put((packed[0][own], packed[1][own], gate_up_bias, down_bias))
 
-    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        """Runs all experts, [T, H], [T, K], [T, K] -> [T, H]; see :class:`ktops.nn.KTExperts`."""
+    def forward(
+        self,
+        hidden_states: Tensor,
+        top_k_index: Tensor,
+        top_k_weights: Tensor,
+        post_expert_norm: nn.Module | None = None,
+    ) -> Tensor:
+        """Runs all experts, [T, H], [T, K], [T, K] -> [T, H]; see :class:`ktops.nn.KTExperts`.
+
+        Raises:
+            RuntimeError: the op cannot run, because the experts have adapters, hooks or an active dropout.
+        """
         experts, packed = list(self), self.packed
         if packed is None or not all(expert.runs_op() for expert in experts):
+            kinds = sorted({type(p).__name__ for expert in experts for p in expert.projections()})
             raise RuntimeError(
-                "KTExpertList: the projections of the experts must be plain nn.Linear on the CPU, got "
-                f"{sorted({type(p).__name__ for expert in experts for p in expert.projections()})}"
+                "KTExpertList: the projections of the experts must be plain nn.Linear on the CPU, without "
+                f"active dropout, got {kinds}"
             )
-        return _run(hidden_states, top_k_index, top_k_weights, packed, experts)
+        return _run(hidden_states, top_k_index, top_k_weights, packed, experts, post_expert_norm)
 
     @torch.no_grad()
     def moe_infer(self, x: Tensor, topk_ids: Tensor, topk_weight: Tensor) -> Tensor:
         """Runs all experts; MoE blocks of the DeepSeek family call this in evaluation mode."""
+        return self.run(x, topk_ids, topk_weight)
+
+    def run(self, x: Tensor, ids: Tensor, weights: Tensor, route_dropout: float = 0.0) -> Tensor:
+        """Runs all experts, one by one if the op cannot run.
+
+        Args:
+            x, ids, weights: [T, H], [T, K], [T, K].
+            route_dropout: the probability of a dropout of every expert's output.
+        """
         if all(expert.runs_op() for expert in self):
-            return self(x, topk_ids, topk_weight)
-        output = torch.zeros_like(x, dtype=torch.float32)
+            dropout = nn.Dropout(route_dropout) if route_dropout else None
+            return KTExpertList.forward(self, x, ids, weights, dropout)
+        output = torch.zeros_like(x, dtype=torch.promote_types(x.dtype, torch.float32))
         for index, expert in enumerate(self):
-            token, slot = torch.where(topk_ids == index)
-            output.index_add_(0, token, (expert(x[token]) * topk_weight[token, slot, None]).float())
+            token, slot = torch.where(ids == index)
+            rows = F.dropout(expert(x[token]) * weights[token, slot, None], route_dropout)
+            output.index_add_(0, token, rows.to(output.dtype))
         return output.to(x.dtype)
 
     def _apply(self, fn, recurse: bool = True):
@@ -238,14 +283,14 @@ def stacked_copy(experts: list[KTExpert]) -> KTExperts:
         tensors = [[getattr(projection, kind) for projection in part] for part in parts]
         return nn.Parameter(torch.stack([torch.cat(each) for each in tensors]), False)
 
-    gate_up, down = [row[:2] for row in rows], [row[2:] for row in rows]
+    gate_up, down = [row[:-1] for row in rows], [row[-1:] for row in rows]
     biased = rows[0][0].bias is not None
     made = KTExperts.from_parameters(
         stack("weight", gate_up),
         stack("weight", down),
         stack("bias", gate_up) if biased else None,
         stack("bias", down) if biased else None,
-        activation=experts[0].activation,
+        **experts[0].function._asdict(),
         save=experts[0].save,
     )
     return made.train(experts[0].training)
@@ -262,8 +307,6 @@ def _warn_of(what: str) -> None:
 
 
 class _Stacked(torch.autograd.Function):
-    """Makes a stacked tensor [E, R, ...] a differentiable function of the parameters stored in it."""
-
     @staticmethod
     def forward(ctx, stacked: Tensor, *parts: Tensor) -> Tensor:
         ctx.parts_per_expert = len(parts) // stacked.shape[0]
@@ -276,27 +319,34 @@ class _Stacked(torch.autograd.Function):
         return None, *(part if need else None for part, need in zip(parts, needed, strict=True))
 
 
-def _differentiable(stacked: Tensor, parts: list[Tensor]) -> Tensor:
+def differentiable(stacked: Tensor, parts: list[Tensor]) -> Tensor:
+    """Returns a stacked tensor [E, R, ...] as a function of the parameters stored in it, some per expert."""
     if not (torch.is_grad_enabled() and any(part.requires_grad for part in parts)):
         return stacked
     return _Stacked.apply(stacked, *parts)
 
 
 def _run(
-    hidden_states: Tensor, ids: Tensor, weights: Tensor, packed: Packed, experts: list[KTExpert]
+    hidden_states: Tensor,
+    ids: Tensor,
+    weights: Tensor,
+    packed: Packed,
+    experts: list[KTExpert],
+    post_expert_norm: nn.Module | None = None,
 ) -> Tensor:
     rows = [expert.projections() for expert in experts]
-    gate_up = [projection for gate, up, _ in rows for projection in (gate, up)]
-    down = [projection for _, _, projection in rows]
+    gate_up = [projection for row in rows for projection in row[:-1]]
+    down = [row[-1] for row in rows]
     weight, down_weight, bias, down_bias = packed
     return run_experts(
         hidden_states,
         ids,
         weights,
-        _differentiable(weight, [projection.weight for projection in gate_up]),
-        _differentiable(down_weight, [projection.weight for projection in down]),
-        gate_up_bias=None if bias is None else _differentiable(bias, [each.bias for each in gate_up]),
-        down_bias=None if down_bias is None else _differentiable(down_bias, [each.bias for each in down]),
-        activation=experts[0].activation,
+        differentiable(weight, [projection.weight for projection in gate_up]),
+        differentiable(down_weight, [projection.weight for projection in down]),
+        gate_up_bias=None if bias is None else differentiable(bias, [each.bias for each in gate_up]),
+        down_bias=None if down_bias is None else differentiable(down_bias, [each.bias for each in down]),
+        **experts[0].function._asdict(),
+        post_expert_norm=post_expert_norm,
         save=experts[0].save,
     )

@@ -62,7 +62,7 @@ class KTExpertSequence(nn.Module):
 
 def _rename(_, state_dict: dict, prefix: str, *args, old: str, new: str) -> None:
     """Replaces ``old`` with ``new`` after the prefix in the keys of the experts' weights and biases."""
-    pattern = re.compile(re.escape(prefix + old) + r"((?:gate_up|down)_proj(?:_bias|\.[a-z_]+)?)")
+    pattern = re.compile(re.escape(prefix + old) + r"((?:gate_up|up|down)_proj(?:_bias|\.[a-z_]+)?)")
     for key in list(state_dict):
         match = pattern.fullmatch(key)
         if match:

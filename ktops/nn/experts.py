@@ -154,7 +154,7 @@ class KTExperts(nn.Module):
         self.function = ExpertFunction(activation, args, gating)
         self.save = save
         self.compute = compute
-        self.is_transposed = transposed
+        self.transposed = transposed
         self.post_expert_norm = post_expert_norm
 
         def parameter(*shape: int) -> nn.Parameter:
@@ -248,11 +248,16 @@ class KTExperts(nn.Module):
         return experts
 
     @property
+    def is_transposed(self) -> bool:
+        """The name by which PEFT asks for ``transposed``."""
+        return self.transposed
+
+    @property
     def options(self) -> dict:
         """The keyword arguments of :meth:`from_parameters` for experts that compute the same."""
         return {
             **self.function._asdict(),
-            "transposed": self.is_transposed,
+            "transposed": self.transposed,
             "post_expert_norm": self.post_expert_norm,
             "save": self.save,
             "compute": self.compute,
@@ -261,7 +266,7 @@ class KTExperts(nn.Module):
     @property
     def layout(self) -> Layout:
         """What the experts compute, and how Parameters are stored."""
-        return Layout(self.function, self.is_transposed, self.post_expert_norm is not None)
+        return Layout(self.function, self.transposed, self.post_expert_norm is not None)
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -319,7 +324,7 @@ class KTExperts(nn.Module):
         defaults = {
             "activation_args": (self.function.activation_args, ()),
             "gating": (self.function.gating, "concatenated"),
-            "transposed": (self.is_transposed, False),
+            "transposed": (self.transposed, False),
             "save": (self.save, "activations"),
             "compute": (self.compute, "auto"),
         }

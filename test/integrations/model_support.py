@@ -1,20 +1,13 @@
 """Declares how ktops runs each model with experts; the others run through the experts interface."""
 
-SWAPPED = {"step3p7"}
+SWAPPED = {
+    "dbrx", "jetmoe", "llama4", "longcat_flash", "nllb_moe", "step3p7", "switch_transformers",
+}  # fmt: skip
 """Folders whose experts are outside the interface and run after ``ktops.swap_experts``."""
-
-_SIGNATURE = "Its experts are outside the interface and have another signature or layout."
-_NO_GATE = "Its experts have no gate projection."
 
 NOT_SUPPORTED = {
     "bamba": "It has no experts.",
-    "dbrx": _SIGNATURE,
     "doge": "Its experts are single neurons, looked up in embeddings; there is no matrix product.",
-    "jetmoe": _SIGNATURE,
-    "llama4": _SIGNATURE,
-    "longcat_flash": "Some of its experts compute nothing.",
-    "nllb_moe": _NO_GATE,
-    "switch_transformers": _NO_GATE,
     "vitpose_backbone": "Its experts are one linear layer per data set, chosen for a picture, not a token.",
 }
 """Maps folders to the reason why ktops does not run their experts."""
@@ -29,8 +22,8 @@ WITHOUT_ROUTER_LOSS = {"llama4", "nllb_moe", "openai_privacy_filter", "switch_tr
 """Folders whose models return no auxiliary loss of the routers, though their configurations weigh it."""
 
 
-WITHOUT_STACKS: set[str] = set()
-"""Folders whose experts are linear modules, so that LoRA on them is not on parameters."""
+WITHOUT_STACKS = {"dbrx", "jetmoe", "nllb_moe", "switch_transformers"}
+"""Folders whose experts are not stacked in parameters of three dimensions, where LoRA could reach them."""
 
 
 def support_table(folders: list[str]) -> str:

@@ -4,6 +4,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ktops.nn import KTExperts
+
 H, I, E, K = 32, 24, 6, 2  # noqa: E741
 
 
@@ -23,6 +25,23 @@ class GatedMLP(nn.Module):
 
 class MixtralMLP(GatedMLP):
     names = ("w1", "w3", "w2")
+
+
+class UngatedMLP(nn.Module):
+    """Two linear layers; with a dropout before the second, or after it."""
+
+    names = ("fc1", "fc2")
+
+    def __init__(self, dropout: float = 0.0, drop_output: bool = False) -> None:
+        super().__init__()
+        self.fc1, self.fc2 = nn.Linear(H, I), nn.Linear(I, H)
+        self.act = nn.ReLU()
+        self.dropout = nn.Dropout(dropout)
+        self.drop_output = drop_output
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.act(self.fc1(x))
+        return self.dropout(self.fc2(hidden)) if self.drop_output else self.fc2(self.dropout(hidden))
 
 
 class ClampedMLP(GatedMLP):
@@ -112,3 +131,21 @@ class TwoLayers(nn.Module):
         for layer in self.layers:
             x = x + layer(F.rms_norm(x, x.shape[-1:]))
         return x
+
+
+class Stacked(nn.Module):
+    """Experts with stacked weights that do not declare their layout."""
+
+    def __init__(self, scale_input: bool = False, activation: nn.Module | None = None) -> None:
+        super().__init__()
+        like = KTExperts(E, H, I)
+        self.gate_up_proj, self.down_proj = like.gate_up_proj, like.down_proj
+        self.act_fn = activation or nn.SiLU()
+        self.scale_input = scale_input
+
+    def forward(self, x, ids, weights):
+        x = x[:, None] * (weights[..., None] if self.scale_input else 1)
+        x = x.expand(*ids.shape, H)[..., None]
+        gate, up = (self.gate_up_proj[ids] @ x)[..., 0].chunk(2, dim=-1)
+        y = (self.down_proj[ids] @ (self.act_fn(gate) * up)[..., None])[..., 0]
+        return (y if self.scale_input else weights[..., None] * y).sum(1)

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from model_runs import experts_modules
-from moe_blocks import ClampedMLP, GatedMLP, H, InferBlock, LoopBlock, MixtralMLP, TwoLayers
+from moe_blocks import ClampedMLP, GatedMLP, H, InferBlock, LoopBlock, MixtralMLP, TwoLayers, UngatedMLP
 from tiny_models import VOCAB_SIZE, tiny_model
 from torch import nn
 
@@ -144,6 +144,7 @@ def test_only_one_weight_in_a_plain_format():
 LISTS = {
     "loop": (LoopBlock, {"expert": GatedMLP}),
     "mixtral with biases": (LoopBlock, {"expert": MixtralMLP, "bias": True}),
+    "without gate": (LoopBlock, {"expert": UngatedMLP}),
     "moe_infer": (InferBlock, {}),
 }
 
@@ -161,10 +162,11 @@ def test_lists_of_experts(kind, swapped):
     assert [layer.name for layer in report.layers] == ["layers.0.experts", "layers.1.experts"]
     for layer, original in zip(model.layers, dense.layers, strict=True):
         stacked = layer.experts.stacked
-        gate_up, down = ktops.dequantize(stacked.gate_up_proj), ktops.dequantize(stacked.down_proj)
+        first, down = (ktops.dequantize(weight) for weight in stacked.layout.weights(stacked))
         for index, expert in enumerate(original.experts):
             names = [getattr(expert, name) for name in expert.names]
-            for linear, weight in zip(names, (*gate_up[index].chunk(2), down[index]), strict=True):
+            parts = first[index].chunk(len(names) - 1)
+            for linear, weight in zip(names, (*parts, down[index]), strict=True):
                 assert 0 < (linear.weight - weight).norm() / weight.norm() < 0.02
                 linear.weight.data = weight
     x = torch.randn(2, 9, H)

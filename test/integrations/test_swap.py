@@ -7,7 +7,16 @@ import pytest
 import torch
 import transformers
 from model_runs import MODEL_BUDGET, CountOps, experts_modules, step
-from moe_blocks import ClampedMLP, E, GatedMLP, H, I, InferBlock, LoopBlock, MixtralMLP, TwoLayers
+from moe_blocks import (
+    E,
+    H,
+    I,
+    InferBlock,
+    LoopBlock,
+    MixtralMLP,
+    TwoLayers,
+    UngatedMLP,
+)
 from tiny_models import tiny_model
 from torch import nn
 
@@ -28,6 +37,7 @@ BLOCKS = {
     "loop": (LoopBlock, {}),
     "mixtral": (LoopBlock, {"expert": MixtralMLP}),
     "bias": (LoopBlock, {"bias": True}),
+    "ungated": (LoopBlock, {"expert": UngatedMLP}),
     "moe_infer": (InferBlock, {}),
 }
 every_block = pytest.mark.parametrize("kind", BLOCKS)
@@ -120,7 +130,8 @@ def test_module_list_has_one_copy_of_the_weights(kind):
         experts = model.get_submodule(name)
         weights = [parameter for parameter in experts.parameters() if parameter.dim() == 2]
         storages = {weight.untyped_storage().data_ptr(): weight.untyped_storage() for weight in weights}
-        assert sum(storage.nbytes() for storage in storages.values()) == 3 * E * H * I * 4
+        num_projections = 2 if kind == "ungated" else 3
+        assert sum(storage.nbytes() for storage in storages.values()) == num_projections * E * H * I * 4
         assert len(storages) == 2
 
 
@@ -256,6 +267,21 @@ def test_adapters_around_projections_are_not_skipped():
     assert_same_step(train_step(model), train_step(plain))
 
 
+def test_dropout_between_projections():
+    """While it is active, the projections are called, with a warning; else the op runs."""
+    model, plain = (TwoLayers(LoopBlock, expert=UngatedMLP, dropout=0.5) for _ in range(2))
+    assert ktops.swap_experts(model) == NAMES
+    torch.manual_seed(1)
+    with pytest.warns(UserWarning, match="have an active dropout between them"):
+        actual = train_step(model)
+    torch.manual_seed(1)
+    assert_same_step(actual, train_step(plain))
+    assert not actual[2]
+    actual = train_step(model.eval())
+    assert_same_step(actual, train_step(plain.eval()))
+    assert actual[2]["moe_sft_bwd"] > E
+
+
 def test_module_list_in_another_dtype_calls_its_projections(monkeypatch):
     monkeypatch.setattr(expert_list, "DTYPES", (torch.float32,))
     model = make("loop")
@@ -302,98 +328,3 @@ def test_save_pretrained_of_swapped_lists(tmp_path):
     saved = load_file(tmp_path / "model.safetensors")
     assert saved.keys() == expected.keys()
     assert all(torch.equal(saved[name], tensor) for name, tensor in expected.items())
-
-
-class Stacked(nn.Module):
-    """Experts with stacked weights that do not declare their layout."""
-
-    def __init__(self, scale_input: bool = False, activation: nn.Module | None = None) -> None:
-        super().__init__()
-        like = KTExperts(E, H, I)
-        self.gate_up_proj, self.down_proj = like.gate_up_proj, like.down_proj
-        self.act_fn = activation or nn.SiLU()
-        self.scale_input = scale_input
-
-    def forward(self, x, ids, weights):
-        x = x[:, None] * (weights[..., None] if self.scale_input else 1)
-        x = x.expand(*ids.shape, H)[..., None]
-        gate, up = (self.gate_up_proj[ids] @ x)[..., 0].chunk(2, dim=-1)
-        y = (self.down_proj[ids] @ (self.act_fn(gate) * up)[..., None])[..., 0]
-        return (y if self.scale_input else weights[..., None] * y).sum(1)
-
-
-def test_undeclared_stacked_experts_are_tried_first():
-    model = nn.ModuleDict({"experts": Stacked()})
-    weights, ids = torch.rand(7, E).topk(2)
-    x = torch.randn(7, H)
-    expected = model["experts"](x, ids, weights)
-    assert ktops.swap_experts(model) == ["experts"]
-    assert relative_error(model["experts"](x, ids, weights), expected) < MODEL_BUDGET
-
-
-def hooked():
-    experts = Stacked()
-    experts.register_forward_hook(lambda module, args, output: output)
-    return experts
-
-
-def replaced_forward():
-    experts = Stacked()
-    experts.forward = experts.forward
-    return experts
-
-
-def uneven():
-    experts = LoopBlock().experts
-    experts[3].act_fn = nn.GELU()
-    return experts
-
-
-REFUSED = {
-    "scales its input": (lambda: Stacked(scale_input=True), "it computes something else"),
-    "no such activation": (lambda: Stacked(activation=nn.Tanh()), "ktops has no activation Tanh"),
-    "hooked": (hooked, "it has hooks"),
-    "offloaded": (replaced_forward, "its forward was replaced"),
-    "clamped": (lambda: LoopBlock(ClampedMLP).experts, "it computes something else"),
-    "uneven": (uneven, "differ in shape, dtype, bias or activation"),
-    "float8": (lambda: LoopBlock().to(torch.float8_e5m2).experts, "stored in torch.float8_e5m2"),
-    "no gate": (lambda: nn.ModuleList([nn.Linear(H, H)]), "have no gate_proj/up_proj/down_proj or w1/w3/w2"),
-    "empty": (lambda: nn.ModuleList(), "not all modules of one class"),
-    "remote experts": (lambda: nn.ModuleList([GatedMLP(), None]), "not all modules of one class"),
-    "unknown": (lambda: nn.Linear(H, H), "its weights are neither stacked, gate_up_proj"),
-}
-
-
-@pytest.mark.parametrize("case", REFUSED)
-def test_refused_experts_stay_and_are_named(case):
-    make_experts, reason = REFUSED[case]
-    model = nn.Module()
-    model.experts = experts = make_experts()
-    with pytest.warns(UserWarning) as caught:
-        assert ktops.swap_experts(model) == []
-    [message] = [str(w.message) for w in caught]
-    assert reason in message and type(experts).__qualname__ in message and "(experts)" in message
-    assert "Qwen3-MoE" in message
-    assert model.experts is experts
-
-
-def test_refused_models_of_transformers_warn_once():
-    """Switch has a ModuleDict of experts without a gate."""
-    sizes = {"vocab_size": 97, "d_model": 32, "d_ff": 24, "d_kv": 8, "num_layers": 2, "num_heads": 4}
-    layers = {"num_experts": 4, "num_sparse_encoder_layers": 1, "num_sparse_decoder_layers": 1}
-    config = transformers.SwitchTransformersConfig(**sizes, **layers)
-    model = transformers.SwitchTransformersForConditionalGeneration(config)
-    with pytest.warns(UserWarning, match=r"SwitchTransformersExperts \(.*and 1 more\)") as caught:
-        assert ktops.swap_experts(model) == []
-    assert len(caught) == 1
-
-
-@pytest.mark.parametrize("experts", [nn.ModuleList(), nn.Linear(3, 3)])
-def test_unknown_save_is_an_error(experts):
-    with pytest.raises(ValueError, match=r"swap_experts: save must be one of .*, got 'all'"):
-        ktops.swap_experts(experts, save="all")
-
-
-def test_model_without_experts_is_an_error():
-    with pytest.raises(ValueError, match=r"must have Mixture-of-Experts layers, got Linear .*Qwen3-MoE"):
-        ktops.swap_experts(nn.Linear(3, 3))

@@ -195,6 +195,26 @@ def test_float16_equals_eager(architecture, through):
 
 
 @both_ways
+def test_hooks_on_experts_are_called(through):
+    """Also if accelerate has replaced the forward to load the weights just in time."""
+    from accelerate.hooks import AlignDevicesHook, add_hook_to_module
+
+    model = through(tiny_model("qwen3_moe"))
+    called = []
+    for name in experts_modules(model):
+        experts = model.get_submodule(name)
+        experts.register_forward_pre_hook(lambda module, args: called.append("before"))
+        experts.register_forward_hook(lambda module, args, output: called.append("after"))
+        weights = {key: weight.detach() for key, weight in experts.state_dict().items()}
+        add_hook_to_module(experts, AlignDevicesHook("cpu", offload=True, weights_map=weights))
+        assert experts.down_proj.is_meta
+    with CountOps() as ops:
+        actual = logits(model)
+    assert ops.counts and called == ["before", "after"] * 2
+    assert relative_error(actual, logits(tiny_model("qwen3_moe"))) < MODEL_BUDGET
+
+
+@both_ways
 def test_save_pretrained_of_ktops_model(tmp_path, through):
     model = through(tiny_model("deepseek_v3"))
     model.save_pretrained(tmp_path)

@@ -2,6 +2,7 @@
 
 from collections import Counter
 
+import every_model
 import pytest
 import torch
 from compile_runs import assert_graphs, kt_ops, uncompiled
@@ -52,6 +53,30 @@ def test_compiled_without_graph_breaks(make, layers):
     assert_equal_steps(step(model, count=False), expected)
     assert ops() == {"moe_sft_fwd": layers, "moe_sft_bwd": layers}
     assert_graphs()
+
+
+@pytest.mark.parametrize("folder", ["dbrx", "llama4", "longcat_flash", "switch_transformers"])
+def test_compiled_experts_outside_the_interface(folder):
+    """The experts alone, since not every model compiles in one graph."""
+    model = every_model.tiny_model(folder)
+    [name, *_] = ktops.swap_experts(model)
+    experts, calls = model.get_submodule(name), []
+    with experts.register_forward_pre_hook(lambda module, args: calls.append(args)):
+        model(**every_model.tiny_batch(folder))
+    args = [argument.detach() for argument in calls[0]]
+    run, ops = compiled(experts)
+    expected, actual = (_output_and_gradients(each, args) for each in (experts, run))
+    for value, expected_value in zip(actual, expected, strict=True):
+        assert relative_error(value, expected_value) < MODEL_BUDGET
+    assert ops() == {"moe_sft_fwd": 1, "moe_sft_bwd": 1}
+    assert_graphs()
+
+
+def _output_and_gradients(experts: torch.nn.Module, args: list[torch.Tensor]) -> list[torch.Tensor]:
+    experts.zero_grad()
+    output = experts(*args)
+    output.square().sum().backward()
+    return [output.detach(), *(parameter.grad.clone() for parameter in experts.parameters())]
 
 
 def test_compiled_with_dynamic_shapes():

@@ -5,6 +5,7 @@ import subprocess
 import sys
 import warnings
 
+import every_model
 import pytest
 import torch
 import transformers
@@ -268,11 +269,12 @@ def test_experts_outside_of_the_interface_warn_once(tmp_path):
 
 
 def test_experts_that_take_other_arguments_are_refused(tmp_path):
-    """The experts of Llama-4 take the rows of every expert, in order."""
-    llama4().save_pretrained(tmp_path)
-    message = r"Llama4TextExperts: its forward does not take \(hidden_states, top_k_index, top_k_weights\)"
+    """JetMoE's block takes hidden states alone."""
+    model = every_model.tiny_model("jetmoe")
+    model.save_pretrained(tmp_path)
+    message = r"JetMoeMoE: its forward does not take \(hidden_states, top_k_index, top_k_weights\)"
     with pytest.raises(ValueError, match=message):
-        ktops.load_experts(llama4(), tmp_path, show_progress=False)
+        ktops.load_experts(model, tmp_path, show_progress=False)
     with pytest.raises(ValueError, match=message):
         kt = ktops.KTConfig("int8")
         transformers.AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=kt)

@@ -35,12 +35,7 @@ Activation = tuple[str, tuple[float, ...]]
 
 def _act(experts: Any) -> Activation:
     """act_fn(gate) * up"""
-    act_fn = getattr(experts, "act_fn", None)
-    name = activation_name(act_fn)
-    if name is None:
-        kind = getattr(act_fn, "__name__", type(act_fn).__name__)
-        raise Unsupported(f"ktops has no activation {kind}")
-    return name, ()
+    return require_activation(getattr(experts, "act_fn", None)), ()
 
 
 def _limited(name: str, experts: Any, limit: float | None, *more: float) -> Activation:
@@ -117,6 +112,19 @@ def activation_name(act_fn) -> str | None:
     if isinstance(act_fn, nn.GELU):
         return "gelu_tanh" if act_fn.approximate == "tanh" else "gelu"
     return BY_CLASS.get(f"{type(act_fn).__module__}.{type(act_fn).__qualname__}")
+
+
+def require_activation(act_fn) -> str:
+    """Returns what :func:`activation_name` does.
+
+    Raises:
+        Unsupported: the op has no such activation.
+    """
+    name = activation_name(act_fn)
+    if name is None:
+        kind = getattr(act_fn, "__name__", type(act_fn).__name__)
+        raise Unsupported(f"ktops has no activation {kind}")
+    return name
 
 
 def describe(experts: nn.Module) -> Layout:

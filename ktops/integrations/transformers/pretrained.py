@@ -14,8 +14,7 @@ from ktops.checkpoints.errors import CheckpointError
 from ktops.integrations.replacements import Replacements
 from ktops.integrations.transformers.config import NAME, KTConfig
 from ktops.integrations.transformers.loaded import listed
-from ktops.nn.expert_list import KTExpertList
-from ktops.nn.experts import KTExperts
+from ktops.integrations.transformers.outside import is_replacement
 from ktops.nn.find import find_experts
 
 EXPERTS = re.compile(r"(^|\.)experts\.")
@@ -75,7 +74,7 @@ def _asks_for_ktops(model: PreTrainedModel) -> bool:
 
 def _warn_if_ignored(model: PreTrainedModel) -> None:
     for module in find_experts(model).values():
-        if not hasattr(module, "has_gate") and not isinstance(module, (KTExperts, KTExpertList)):
+        if not hasattr(module, "has_gate") and not is_replacement(module):
             name = f"{type(module).__module__}.{type(module).__qualname__}"
             warn_once(
                 f"ktops does not run {name}: it is not in the experts interface of transformers, so "

@@ -12,7 +12,6 @@ from ktops.integrations import peft
 from ktops.integrations.probe import disagreement_of_expert, disagreement_of_experts
 from ktops.integrations.transformers import outside
 from ktops.integrations.transformers.architectures import (
-    TESTED,
     Unsupported,
     activation_name,
     unsupported_tensors,
@@ -123,7 +122,7 @@ def require_experts(model: nn.Module, function: str) -> dict[str, nn.Module]:
         raise ValueError(
             f"{function}: model must have Mixture-of-Experts layers, got {type(model).__name__} without "
             "modules named `experts` and without stacked `gate_up_proj` and `down_proj` parameters. "
-            f"Architectures tested: {', '.join(TESTED)}."
+            "docs/models.md lists the models that ktops supports."
         )
     return found
 
@@ -308,6 +307,6 @@ def _warn_refused(model: nn.Module, refused: dict[tuple[str, str], list[str]]) -
     ]
     warnings.warn(
         f"ktops.swap_experts leaves experts of {type(model).__name__} unchanged: {'; '.join(lines)}. "
-        f"Architectures tested: {', '.join(TESTED)}.",
+        "docs/models.md lists the models that ktops supports.",
         stacklevel=3,
     )

@@ -18,12 +18,6 @@ from ktops.formats import ExpertWeight
 from ktops.nn.experts import DTYPES, KTExperts, Layout
 from ktops.ops.activation import ExpertFunction
 
-TESTED = (
-    "Qwen2-MoE", "Qwen3-MoE", "Qwen3.5-MoE", "Qwen3-Next", "Mixtral", "DeepSeek-V2", "DeepSeek-V3",
-    "GLM4-MoE", "OLMoE",
-)  # fmt: skip
-"""Architectures that the tests compare with their eager implementation."""
-
 
 class Unsupported(Exception):
     """Raised with the reason why the op does not run an experts module."""

@@ -14,11 +14,11 @@ from ktops.integrations.transformers import outside
 from ktops.integrations.transformers.architectures import (
     Unsupported,
     activation_name,
-    unsupported_tensors,
+    require_weights,
 )
 from ktops.nn.expert_list import (
     ACTIVATION_NAMES,
-    PROJECTIONS,
+    PROJECTION_NAMES,
     KTExpert,
     KTExpertList,
     interception,
@@ -27,6 +27,7 @@ from ktops.nn.expert_list import (
 from ktops.nn.expert_sequence import KTExpertSequence
 from ktops.nn.experts import SAVE, KTExperts, check_name
 from ktops.nn.find import find_experts, has_stacks
+from ktops.ops.activation import CONCATENATED, UNGATED
 
 
 def swap_experts(model: nn.Module, *, save: str = "activations") -> list[str]:
@@ -222,9 +223,13 @@ def _check_experts(experts: list[nn.Module], any_device: bool) -> tuple[tuple[st
     if not experts or any(expert is None or type(expert) is not type(experts[0]) for expert in experts):
         raise Unsupported("its experts are not all modules of one class")
     first = type(experts[0]).__qualname__
-    names = next((names for names in PROJECTIONS if all(hasattr(experts[0], name) for name in names)), None)
+    names = next(
+        (names for names in PROJECTION_NAMES if all(hasattr(experts[0], name) for name in names)), None
+    )
     if names is None:
-        raise Unsupported(f"its experts, {first}, have no {' or '.join('/'.join(p) for p in PROJECTIONS)}")
+        raise Unsupported(
+            f"its experts, {first}, have no {' or '.join('/'.join(p) for p in PROJECTION_NAMES)}"
+        )
     attribute = next((name for name in ACTIVATION_NAMES if hasattr(experts[0], name)), None)
     if attribute is None:
         raise Unsupported(f"its experts, {first}, have no {' or '.join(ACTIVATION_NAMES)}")
@@ -243,13 +248,11 @@ def _check_experts(experts: list[nn.Module], any_device: bool) -> tuple[tuple[st
         raise Unsupported(f"the projections of its experts, {first}, do not fit together")
     gate = first_weights[0]
     one = torch.empty(1, 1, 1, dtype=gate.dtype, device="cpu" if any_device else gate.device)
-    reason = unsupported_tensors(
+    require_weights(
         one.expand(1, len(first_weights) * gate.shape[0], gate.shape[1]),
         one.to(down.dtype).expand(1, *down.shape),
-        "none" if len(first_weights) == 1 else "concatenated",
+        UNGATED if len(first_weights) == 1 else CONCATENATED,
     )
-    if reason is not None:
-        raise Unsupported(reason)
     return names, attribute, activation
 
 

@@ -18,7 +18,7 @@ from ktops.integrations.transformers.architectures import (
     describe,
     operands,
     require_activation,
-    unsupported_tensors,
+    require_weights,
 )
 from ktops.nn.expert_list import KTExpert, KTExpertList, differentiable, interception
 from ktops.nn.experts import DTYPES, KTExperts, Layout, run_experts
@@ -356,9 +356,7 @@ def stacked(experts: nn.Module) -> tuple[type[KTExperts], Layout]:
     if class_name(experts) not in STACKED:
         return KTExperts, operands(experts)[0]
     kind, layout = described(experts)
-    reason = unsupported_tensors(*layout.weights(experts), layout.function.gating)
-    if reason is not None:
-        raise Unsupported(reason)
+    require_weights(*layout.weights(experts), layout.function.gating)
     return kind, layout
 
 

@@ -12,7 +12,7 @@ from ktops.checkpoints.layer import PROJECTIONS, Layer
 from ktops.formats.expert_weight import COMPUTE_DTYPES
 from ktops.integrations.swap import exchange_stacked, listed_experts, require_experts
 from ktops.integrations.transformers.architectures import Unsupported
-from ktops.integrations.transformers.outside import described
+from ktops.integrations.transformers.outside import describe_replacement
 from ktops.nn.experts import KTExperts, Layout
 from ktops.ops.activation import ExpertFunction
 
@@ -172,7 +172,7 @@ def _function(module: nn.Module) -> ExpertFunction:
     ]
     if all(len(shape) == 3 for shape in shapes) and shapes[0][0] != shapes[1][0]:  # as in LongCat
         raise Unsupported(f"gate_up_proj has {shapes[0][0]} experts, down_proj {shapes[1][0]}")
-    return described(module)[1].function
+    return describe_replacement(module)[1].function
 
 
 def _kind(module: nn.Module) -> type[KTExperts]:
@@ -181,11 +181,11 @@ def _kind(module: nn.Module) -> type[KTExperts]:
         return module.kind
     if isinstance(module, KTExperts):
         return type(module)
-    return KTExperts if isinstance(module, nn.ModuleList) else described(module)[0]
+    return KTExperts if isinstance(module, nn.ModuleList) else describe_replacement(module)[0]
 
 
 def _layout(module: nn.Module) -> Layout:
-    return module.layout if isinstance(module, KTExperts) else described(module)[1]
+    return module.layout if isinstance(module, KTExperts) else describe_replacement(module)[1]
 
 
 def _options(module: nn.Module) -> dict:

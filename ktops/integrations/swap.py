@@ -14,6 +14,7 @@ from ktops.integrations.transformers import outside
 from ktops.integrations.transformers.architectures import (
     Unsupported,
     activation_name,
+    class_name,
     require_weights,
 )
 from ktops.nn.expert_list import (
@@ -71,7 +72,7 @@ def swap_experts(model: nn.Module, *, save: str = "activations") -> list[str]:
         try:
             replacement = _replacement(module, save)
         except Unsupported as reason:
-            refused[f"{type(module).__module__}.{type(module).__qualname__}", str(reason)].append(name)
+            refused[class_name(module), str(reason)].append(name)
             continue
         _replace(model, module, replacement)
         swapped.append(name)
@@ -102,7 +103,7 @@ def unswap_experts(model: nn.Module) -> list[str]:
         if isinstance(module, KTExpertList):
             for name_in_list, child in module._modules.items():
                 original._modules[name_in_list]._modules.update(child._modules)
-        elif isinstance(module, outside.SharedModule):
+        elif isinstance(module, outside.ForwardReplacement):
             module.release()
         else:
             original._parameters.update(module._parameters)
@@ -129,11 +130,11 @@ def require_experts(model: nn.Module, function: str) -> dict[str, nn.Module]:
 
 
 def _replacement(module: nn.Module, save: str) -> nn.Module:
-    name = outside.class_name(module)
-    if name in outside.SHARED:
+    name = class_name(module)
+    if name in outside.OTHERS:
         require_plain(module)
-        return outside.SHARED[name](module, save)
-    if isinstance(module, nn.ModuleList) or name in outside.LISTS:
+        return outside.OTHERS[name](module, save)
+    if isinstance(module, nn.ModuleList) or name in outside.DICTS:
         return _expert_list(module, save)
     return stacked_experts(module, save)
 
@@ -157,7 +158,7 @@ def stacked_experts(module: nn.Module, save: str) -> KTExperts:
             "its weights are neither stacked, gate_up_proj (or up_proj) and down_proj, nor a ModuleList of "
             "MLPs"
         )
-    kind, layout = outside.stacked(module)
+    kind, layout = outside.describe_replacement(module, check_weights=True)
     first, norm = layout.function.first_name, layout.norm(module)
     known = {first, "down_proj", f"{first}_bias", "down_proj_bias"}
     known |= (
@@ -184,7 +185,7 @@ def stacked_experts(module: nn.Module, save: str) -> KTExperts:
 
 def _expert_list(experts: nn.Module, save: str) -> KTExpertList:
     listed = listed_experts(experts, save)
-    kind = outside.LISTS.get(outside.class_name(experts))
+    kind = outside.DICTS.get(class_name(experts))
     return KTExpertList(listed) if kind is None else kind(listed, experts)
 
 
@@ -194,7 +195,7 @@ def listed_experts(
     """Returns the experts of a list as KTExpert that share their child modules; moves no weights.
 
     Args:
-        experts: a ModuleList, or a ModuleDict of a class in ``outside.LISTS``.
+        experts: a ModuleList, or a ModuleDict of a class in ``outside.DICTS``.
         save: as in :func:`swap_experts`.
         any_device: whether their weights, which will be replaced, may be on a device other than the CPU.
 

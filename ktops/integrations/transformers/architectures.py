@@ -92,6 +92,17 @@ GATES: dict[str, Callable[[Any], Activation]] = {
 """Where an ``_apply_gate`` is defined -> the activation that it computes, whose docstring is its formula."""
 
 
+def class_name(module: nn.Module) -> str:
+    """Returns the class of a module, without the name of transformers' package of models.
+
+    Example:
+        >>> class_name(model.model.layers[0].feed_forward.experts)
+        'llama4.modeling_llama4.Llama4TextExperts'
+    """
+    name = f"{type(module).__module__}.{type(module).__qualname__}"
+    return name.removeprefix("transformers.models.")
+
+
 def activation_name(act_fn) -> str | None:
     """Returns the op's name for an activation module or function, None if it has none.
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ktops._warn import warn_once
-from ktops.integrations.transformers.architectures import Unsupported, operands
+from ktops.integrations.transformers.architectures import Unsupported, class_name, operands
 from ktops.nn.experts import KTExperts, run_experts
 
 NAME = "ktops"
@@ -65,7 +65,7 @@ def experts_forward(
 
 def _own_forward(experts: nn.Module, reason: str, lora: dict, *args: Tensor) -> Tensor:
     """Runs transformers' own implementation: "grouped_mm", its default, or eager for quantized experts."""
-    name = f"{type(experts).__module__}.{type(experts).__qualname__}"
+    name = class_name(experts)
     if lora:
         raise NotImplementedError(f"ktops: LoRA on {name} cannot be computed: {reason}")
     _warn(f"ktops does not run {name}: {reason}. It runs with transformers' own implementation instead.")

@@ -148,7 +148,7 @@ def functions_of(modules: Mapping[str, nn.Module]) -> dict[str, ExpertFunction]:
     """Returns what experts modules compute, by name.
 
     Raises:
-        Unsupported: ktops cannot compute one; the message names it.
+        Unsupported: ktops cannot compute or load one; the message names it.
     """
     functions = {}
     for name, module in modules.items():
@@ -158,7 +158,7 @@ def functions_of(modules: Mapping[str, nn.Module]) -> dict[str, ExpertFunction]:
             what = type(module).__name__
             if isinstance(module, nn.ModuleList):
                 what = f"list of {len(module)} modules"
-            raise Unsupported(f"ktops cannot compute {name}, a {what}: {reason}") from None
+            raise Unsupported(f"ktops cannot load {name}, a {what}: {reason}") from None
     return functions
 
 

@@ -269,11 +269,15 @@ def test_experts_outside_of_the_interface_warn_once(tmp_path):
         llama4().set_experts_implementation("eager")
 
 
-def test_experts_that_take_other_arguments_are_refused(tmp_path):
-    """JetMoE's block takes hidden states alone."""
+def test_experts_that_take_other_arguments_are_refused():
+    with pytest.raises(Unsupported, match=r"^its forward does not take \(hidden_states, top_k_index, top_k"):
+        describe(nn.Linear(3, 3))
+
+
+def test_experts_without_stacked_weights_are_not_loaded(tmp_path):
     model = every_model.tiny_model("jetmoe")
     model.save_pretrained(tmp_path)
-    message = r"JetMoeMoE: its forward does not take \(hidden_states, top_k_index, top_k_weights\)"
+    message = r"JetMoeMoE: its weights are not stacked, so only ktops\.swap_experts replaces it"
     with pytest.raises(ValueError, match=message):
         ktops.load_experts(model, tmp_path, show_progress=False)
     with pytest.raises(ValueError, match=message):

@@ -1,4 +1,4 @@
-"""Builds tiny models that have experts and see images, and batches with an image in them."""
+"""Builds tiny vision-language models with experts, and batches with an image."""
 
 import inspect
 import re

@@ -1,4 +1,4 @@
-"""Compares the vision-language models with experts with their eager implementation, on a batch with an image."""
+"""Compares vision-language models with experts with their eager implementation, on an image."""
 
 import copy
 import warnings
@@ -82,7 +82,7 @@ class ExpertInputs(TorchDispatchMode):
 @pytest.mark.parametrize("model_type", FOLDERS)
 @torch.no_grad()
 def test_image_reaches_the_experts(model_type):
-    """Another image changes what the experts get for its own text, and the logits of that text, and no others."""
+    """Another image changes the experts' inputs and the logits of its own text, and no others."""
     model = vision_model(model_type)
     batches = [image_batch(model, seed) for seed in range(2)]
     through_ktops(FOLDERS[model_type], model)

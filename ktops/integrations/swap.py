@@ -34,7 +34,7 @@ from ktops.ops.activation import CONCATENATED, UNGATED
 def swap_experts(model: nn.Module, *, save: str = "activations") -> list[str]:
     """Replaces every experts module of a model with one that runs the op, in place.
 
-    * Experts with stacked parameters ``gate_up_proj [E, 2I, H]`` and ``down_proj [E, H, I]`` become a
+    * Experts with stacked parameters ``gate_up_proj`` (or ``up_proj``) and ``down_proj`` become a
       :class:`ktops.nn.KTExperts` that holds the same Parameters.
     * A ModuleList of experts (gate_proj, up_proj, down_proj or w1, w3, w2, or two linear layers without a
       gate) becomes a :class:`ktops.nn.KTExpertList` of the same modules. The Parameters stay the same

@@ -119,6 +119,7 @@ class KTExperts(nn.Module):
 
     Raises:
         ValueError: a size is not positive, or activation, gating, save or compute is unknown.
+        RuntimeError: activation_args given by name are unknown or incomplete.
         TypeError: dtype is not supported; forward raises it if the module was later cast to such a dtype.
 
     Example:

@@ -14,18 +14,27 @@ from ktops.testing.inputs import moe_inputs, op_arguments, upcast
 DTYPES = [torch.float32, torch.bfloat16, torch.float64, torch.float16]
 
 
-@pytest.mark.parametrize("reduce", [True, False])
-@pytest.mark.parametrize("activation", ACTIVATION_CASES, ids=str)
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("num_tokens", [0, 1, 2, 33])
-def test_equals_training_bitwise(isa, num_tokens, dtype, activation, reduce):
-    sizes = {"T": num_tokens, "H": 40, "I": 24, "E": 5, "K": 3, "lora_rank": 4, "bias": True}
-    inputs = moe_inputs(**sizes, dtype=dtype, invalid_ids=True, gating=activation.gating)
-    arguments = op_arguments(inputs, **activation.options, reduce=reduce)
+def assert_equals_training(inputs: dict) -> None:
+    arguments = op_arguments(inputs)
     inference = torch.ops.kt.moe_fwd(*arguments)
     for save in ("activations", "recompute"):
         output, *_ = torch.ops.kt.moe_sft_fwd(*arguments, save)
         assert torch.equal(inference, output)
+
+
+@pytest.mark.parametrize("reduce", [True, False])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("num_tokens", [0, 1, 2, 33])
+def test_equals_training_bitwise(isa, num_tokens, dtype, reduce):
+    sizes = {"T": num_tokens, "H": 40, "I": 24, "E": 5, "K": 3, "lora_rank": 4, "bias": True}
+    assert_equals_training(moe_inputs(**sizes, dtype=dtype, invalid_ids=True) | {"reduce": reduce})
+
+
+@pytest.mark.parametrize("activation", ACTIVATION_CASES, ids=str)
+def test_activations_equal_training_bitwise(isa, activation):
+    sizes = {"T": 33, "H": 40, "I": 24, "E": 5, "K": 3, "lora_rank": 4, "bias": True}
+    inputs = moe_inputs(**sizes, dtype=torch.bfloat16, gating=activation.gating)
+    assert_equals_training(inputs | activation.options)
 
 
 @pytest.mark.parametrize("lora_rank", [0, 4])

@@ -11,7 +11,7 @@ from transformers.models.auto import configuration_auto, modeling_auto
 
 VOCAB_SIZE = 97
 FIRST_SPECIAL_TOKEN = 64
-"""Tokens from here to the end of the vocabulary stand for pictures and the like."""
+"""Tokens from here to the end of the vocabulary stand for images and the like."""
 
 NUM_EXPERTS = 6
 TOP_K = 2
@@ -279,7 +279,7 @@ def _spread(model: torch.nn.Module) -> None:
 
 
 def tiny_batch(folder: str) -> dict[str, torch.Tensor]:
-    """Returns ``input_ids`` and ``labels`` without the tokens that stand for pictures."""
+    """Returns ``input_ids`` and ``labels`` without the tokens that stand for images."""
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(3, FIRST_SPECIAL_TOKEN, (2, 12), generator=generator)
     if folder == "diffusion_gemma":  # a denoising model, whose loss is not its own

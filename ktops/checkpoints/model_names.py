@@ -21,8 +21,9 @@ from ktops.checkpoints.names import (
     parse_tensor,
 )
 from ktops.nn.expert_sequence import KTExpertSequence
+from ktops.nn.experts import declared_gating
 from ktops.nn.find import find_experts
-from ktops.ops.activation import CONCATENATED, INTERLEAVED, UNGATED
+from ktops.ops.activation import CONCATENATED, INTERLEAVED
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -243,11 +244,7 @@ def _owner(model: nn.Module, name: str) -> str:
 def _gating(experts: nn.Module) -> str:
     """Returns the gating of experts of transformers, or of ktops in place of them."""
     options = getattr(experts, "options", None)
-    if options is not None:
-        return options.get("gating", CONCATENATED)
-    if not getattr(experts, "has_gate", True):
-        return UNGATED
-    return CONCATENATED if getattr(experts, "is_concatenated", True) else INTERLEAVED
+    return declared_gating(experts) if options is None else options.get("gating", CONCATENATED)
 
 
 def _dense_names(name: str) -> Iterator[tuple[str, str | None]]:

@@ -24,11 +24,10 @@ GROUP = 16
 def matrix(tensors: dict[str, View]) -> Matrix:
     """Returns the matrix of tensors that include one named MODELOPT or COMPRESSED, decoded to float32."""
     of_modelopt = MODELOPT in tensors
-    name = "weight" if of_modelopt else "weight_packed"
+    name, whole = ("weight", tensors[MODELOPT]) if of_modelopt else ("weight_packed", tensors[COMPRESSED])
     if name not in tensors:
-        raise CheckpointError(f"{tensors[MODELOPT if of_modelopt else COMPRESSED]}: its {name} is missing")
-    weight = tensors[name]
-    scale, whole = tensors.get("weight_scale"), tensors[MODELOPT if of_modelopt else COMPRESSED]
+        raise CheckpointError(f"{whole}: its {name} is missing")
+    weight, scale = tensors[name], tensors.get("weight_scale")
     if scale is None:
         raise CheckpointError(f"{weight}: weight_scale is missing")
     expect_dim(weight, 2)

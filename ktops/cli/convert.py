@@ -72,7 +72,7 @@ def convert(options: Options, console: Console) -> dict:
             console.print(f"  continuing: {done} of {len(parts)} layers are written and verified")
         elif interrupted:
             console.print(f"  {partial} is damaged, or the options or the source changed: starting over")
-        _, problem = _described(checkpoint)
+        _, problem = _functions(checkpoint)
         if problem is not None:
             console.print(f"  {problem}. from_pretrained will refuse {options.destination}", soft_wrap=True)
         report = _write(writer, checkpoint, parts, options)
@@ -153,7 +153,7 @@ def _write(writer: CheckpointWriter, checkpoint: Checkpoint, parts: list[Part], 
     file = writer.partial / REPORT
     measured = json.loads(file.read_text())["layers"] if file.exists() else []
     layers = {layer["name"]: layer for layer in measured}
-    functions, problem = _described(checkpoint)
+    functions, problem = _functions(checkpoint)
     activation = _activation(functions, problem, checkpoint.config)
     others = {} if _is_gguf(checkpoint) else checkpoint.other_tensors()
     left = [part for part in parts if not writer.has(part.name)]
@@ -178,10 +178,10 @@ def _write(writer: CheckpointWriter, checkpoint: Checkpoint, parts: list[Part], 
     return json.loads(file.read_text())
 
 
-def _described(checkpoint: Checkpoint) -> tuple[dict[str, ExpertFunction], str | None]:
-    """Returns what the experts compute, by module, and why ktops cannot compute them, or None.
+def _functions(checkpoint: Checkpoint) -> tuple[dict[str, ExpertFunction], str | None]:
+    """Returns what the experts compute, by module, and why ktops cannot load them, or None.
 
-    There are no functions if transformers lacks the model, or if ktops cannot compute one of them.
+    There are no functions if transformers lacks the model, or if ktops cannot load one of them.
     """
     try:
         return functions_of({} if checkpoint.names is None else checkpoint.names.modules), None

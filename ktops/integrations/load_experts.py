@@ -32,8 +32,8 @@ def load_experts(
     model's existing experts stay in memory until the end, unless they are on the meta device.
 
     Args:
-        model: a model with stacked experts or ModuleLists of gated MLPs, as :func:`ktops.swap_experts`
-            supports them, on any device, without adapters.
+        model: a model with stacked experts or ModuleLists of MLPs, as :func:`ktops.swap_experts` supports
+            them, on any device, without adapters.
         path: a directory or file, as for :func:`ktops.checkpoints.open_checkpoint`. Layers are matched by the
             names that transformers would load; in files without such names, such as GGUF, by number.
         weight_format: one of ``ktops.formats.names()``; None keeps the checkpoint's formats.
@@ -49,7 +49,8 @@ def load_experts(
         ktops.checkpoints.CheckpointError: a tensor is missing, has a wrong shape or dtype, or uses an
             unknown scheme, or a file is truncated; the message names the tensor and the file. Also if the
             experts of a layer are missing, or if several match; the message lists them.
-        ValueError: the model has no experts, ktops cannot compute them, or the format cannot hold them.
+        ValueError: the model has no experts, ktops cannot compute or load them, or the format cannot hold
+            them.
         ImportError: quantizing to the format needs the gguf package, which is not installed.
 
     Example:

@@ -12,7 +12,7 @@ from ktops.checkpoints.layer import PROJECTIONS, Layer
 from ktops.formats.expert_weight import COMPUTE_DTYPES
 from ktops.integrations.swap import exchange_stacked, listed_experts, require_experts
 from ktops.integrations.transformers.architectures import Unsupported
-from ktops.integrations.transformers.outside import described
+from ktops.integrations.transformers.outside import describe_replacement
 from ktops.nn.experts import KTExperts, Layout
 from ktops.ops.activation import ExpertFunction
 
@@ -148,7 +148,7 @@ def functions_of(modules: Mapping[str, nn.Module]) -> dict[str, ExpertFunction]:
     """Returns what experts modules compute, by name.
 
     Raises:
-        Unsupported: ktops cannot compute one; the message names it.
+        Unsupported: ktops cannot compute or load one; the message names it.
     """
     functions = {}
     for name, module in modules.items():
@@ -158,7 +158,7 @@ def functions_of(modules: Mapping[str, nn.Module]) -> dict[str, ExpertFunction]:
             what = type(module).__name__
             if isinstance(module, nn.ModuleList):
                 what = f"list of {len(module)} modules"
-            raise Unsupported(f"ktops cannot compute {name}, a {what}: {reason}") from None
+            raise Unsupported(f"ktops cannot load {name}, a {what}: {reason}") from None
     return functions
 
 
@@ -172,7 +172,7 @@ def _function(module: nn.Module) -> ExpertFunction:
     ]
     if all(len(shape) == 3 for shape in shapes) and shapes[0][0] != shapes[1][0]:  # as in LongCat
         raise Unsupported(f"gate_up_proj has {shapes[0][0]} experts, down_proj {shapes[1][0]}")
-    return described(module)[1].function
+    return describe_replacement(module)[1].function
 
 
 def _kind(module: nn.Module) -> type[KTExperts]:
@@ -181,11 +181,11 @@ def _kind(module: nn.Module) -> type[KTExperts]:
         return module.kind
     if isinstance(module, KTExperts):
         return type(module)
-    return KTExperts if isinstance(module, nn.ModuleList) else described(module)[0]
+    return KTExperts if isinstance(module, nn.ModuleList) else describe_replacement(module)[0]
 
 
 def _layout(module: nn.Module) -> Layout:
-    return module.layout if isinstance(module, KTExperts) else described(module)[1]
+    return module.layout if isinstance(module, KTExperts) else describe_replacement(module)[1]
 
 
 def _options(module: nn.Module) -> dict:

@@ -22,7 +22,7 @@ from ktops._warn import warn_once
 from ktops.formats import ExpertWeight
 from ktops.integrations.replacements import Replacements
 from ktops.integrations.transformers.architectures import operands
-from ktops.integrations.transformers.experts import runs_on_weights
+from ktops.integrations.transformers.experts import runs_ktops
 
 if TYPE_CHECKING:
     from peft.tuners.lora.layer import ParamWrapper
@@ -172,7 +172,7 @@ def _takes_factors(wrapper: "ParamWrapper", kwargs: dict) -> bool:
     """True if this call can bypass PEFT's own forward, which builds the dense delta or raises."""
     if wrapper.parameter_name not in PREFIXES or "adapter_names" in kwargs:
         return False
-    return runs_on_weights(wrapper.get_base_layer())
+    return runs_ktops(wrapper.get_base_layer())
 
 
 def _forward(wrapper: "ParamWrapper", x: Tensor, *args, **kwargs) -> Tensor:

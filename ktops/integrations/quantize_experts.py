@@ -99,9 +99,9 @@ def quantize_experts(
 ) -> QuantizationReport:
     """Converts the weights of a model's experts to a weight format, in place.
 
-    Every experts module with stacked ``gate_up_proj [E, 2I, H]`` and ``down_proj [E, H, I]``, including
+    Every experts module with stacked ``gate_up_proj`` (or ``up_proj``) and ``down_proj``, including
     :class:`ktops.nn.KTExperts`, becomes a KTExperts whose weights are :class:`ktops.ExpertWeight`. A
-    ModuleList of gated MLPs that :func:`ktops.swap_experts` supports becomes a
+    ModuleList of MLPs that :func:`ktops.swap_experts` supports becomes a
     :class:`ktops.nn.KTExpertSequence` of such experts, which the MoE block can iterate. Routers, shared
     experts and biases are unchanged. All layers are checked first and then quantized one by one. Each
     layer's dense weights are freed before the next layer, unless the caller holds a reference to them. Add

@@ -12,14 +12,14 @@ from ktops.integrations import peft
 from ktops.integrations.probe import disagreement_of_expert, disagreement_of_experts
 from ktops.integrations.transformers import outside
 from ktops.integrations.transformers.architectures import (
-    TESTED,
     Unsupported,
     activation_name,
-    unsupported_tensors,
+    class_name,
+    require_weights,
 )
 from ktops.nn.expert_list import (
     ACTIVATION_NAMES,
-    PROJECTIONS,
+    PROJECTION_NAMES,
     KTExpert,
     KTExpertList,
     interception,
@@ -28,12 +28,13 @@ from ktops.nn.expert_list import (
 from ktops.nn.expert_sequence import KTExpertSequence
 from ktops.nn.experts import SAVE, KTExperts, check_name
 from ktops.nn.find import find_experts, has_stacks
+from ktops.ops.activation import CONCATENATED, UNGATED
 
 
 def swap_experts(model: nn.Module, *, save: str = "activations") -> list[str]:
     """Replaces every experts module of a model with one that runs the op, in place.
 
-    * Experts with stacked parameters ``gate_up_proj [E, 2I, H]`` and ``down_proj [E, H, I]`` become a
+    * Experts with stacked parameters ``gate_up_proj`` (or ``up_proj``) and ``down_proj`` become a
       :class:`ktops.nn.KTExperts` that holds the same Parameters.
     * A ModuleList of experts (gate_proj, up_proj, down_proj or w1, w3, w2, or two linear layers without a
       gate) becomes a :class:`ktops.nn.KTExpertList` of the same modules. The Parameters stay the same
@@ -71,7 +72,7 @@ def swap_experts(model: nn.Module, *, save: str = "activations") -> list[str]:
         try:
             replacement = _replacement(module, save)
         except Unsupported as reason:
-            refused[f"{type(module).__module__}.{type(module).__qualname__}", str(reason)].append(name)
+            refused[class_name(module), str(reason)].append(name)
             continue
         _replace(model, module, replacement)
         swapped.append(name)
@@ -102,7 +103,7 @@ def unswap_experts(model: nn.Module) -> list[str]:
         if isinstance(module, KTExpertList):
             for name_in_list, child in module._modules.items():
                 original._modules[name_in_list]._modules.update(child._modules)
-        elif isinstance(module, outside.SharedModule):
+        elif isinstance(module, outside.ForwardReplacement):
             module.release()
         else:
             original._parameters.update(module._parameters)
@@ -123,17 +124,17 @@ def require_experts(model: nn.Module, function: str) -> dict[str, nn.Module]:
         raise ValueError(
             f"{function}: model must have Mixture-of-Experts layers, got {type(model).__name__} without "
             "modules named `experts` and without stacked `gate_up_proj` and `down_proj` parameters. "
-            f"Architectures tested: {', '.join(TESTED)}."
+            "docs/models.md lists the models that ktops supports."
         )
     return found
 
 
 def _replacement(module: nn.Module, save: str) -> nn.Module:
-    name = outside.class_name(module)
-    if name in outside.SHARED:
+    name = class_name(module)
+    if name in outside.OTHERS:
         require_plain(module)
-        return outside.SHARED[name](module, save)
-    if isinstance(module, nn.ModuleList) or name in outside.LISTS:
+        return outside.OTHERS[name](module, save)
+    if isinstance(module, nn.ModuleList) or name in outside.DICTS:
         return _expert_list(module, save)
     return stacked_experts(module, save)
 
@@ -157,7 +158,7 @@ def stacked_experts(module: nn.Module, save: str) -> KTExperts:
             "its weights are neither stacked, gate_up_proj (or up_proj) and down_proj, nor a ModuleList of "
             "MLPs"
         )
-    kind, layout = outside.stacked(module)
+    kind, layout = outside.describe_replacement(module, check_weights=True)
     first, norm = layout.function.first_name, layout.norm(module)
     known = {first, "down_proj", f"{first}_bias", "down_proj_bias"}
     known |= (
@@ -184,7 +185,7 @@ def stacked_experts(module: nn.Module, save: str) -> KTExperts:
 
 def _expert_list(experts: nn.Module, save: str) -> KTExpertList:
     listed = listed_experts(experts, save)
-    kind = outside.LISTS.get(outside.class_name(experts))
+    kind = outside.DICTS.get(class_name(experts))
     return KTExpertList(listed) if kind is None else kind(listed, experts)
 
 
@@ -194,7 +195,7 @@ def listed_experts(
     """Returns the experts of a list as KTExpert that share their child modules; moves no weights.
 
     Args:
-        experts: a ModuleList, or a ModuleDict of a class in ``outside.LISTS``.
+        experts: a ModuleList, or a ModuleDict of a class in ``outside.DICTS``.
         save: as in :func:`swap_experts`.
         any_device: whether their weights, which will be replaced, may be on a device other than the CPU.
 
@@ -223,9 +224,13 @@ def _check_experts(experts: list[nn.Module], any_device: bool) -> tuple[tuple[st
     if not experts or any(expert is None or type(expert) is not type(experts[0]) for expert in experts):
         raise Unsupported("its experts are not all modules of one class")
     first = type(experts[0]).__qualname__
-    names = next((names for names in PROJECTIONS if all(hasattr(experts[0], name) for name in names)), None)
+    names = next(
+        (names for names in PROJECTION_NAMES if all(hasattr(experts[0], name) for name in names)), None
+    )
     if names is None:
-        raise Unsupported(f"its experts, {first}, have no {' or '.join('/'.join(p) for p in PROJECTIONS)}")
+        raise Unsupported(
+            f"its experts, {first}, have no {' or '.join('/'.join(p) for p in PROJECTION_NAMES)}"
+        )
     attribute = next((name for name in ACTIVATION_NAMES if hasattr(experts[0], name)), None)
     if attribute is None:
         raise Unsupported(f"its experts, {first}, have no {' or '.join(ACTIVATION_NAMES)}")
@@ -244,13 +249,11 @@ def _check_experts(experts: list[nn.Module], any_device: bool) -> tuple[tuple[st
         raise Unsupported(f"the projections of its experts, {first}, do not fit together")
     gate = first_weights[0]
     one = torch.empty(1, 1, 1, dtype=gate.dtype, device="cpu" if any_device else gate.device)
-    reason = unsupported_tensors(
+    require_weights(
         one.expand(1, len(first_weights) * gate.shape[0], gate.shape[1]),
         one.to(down.dtype).expand(1, *down.shape),
-        "none" if len(first_weights) == 1 else "concatenated",
+        UNGATED if len(first_weights) == 1 else CONCATENATED,
     )
-    if reason is not None:
-        raise Unsupported(reason)
     return names, attribute, activation
 
 
@@ -308,6 +311,6 @@ def _warn_refused(model: nn.Module, refused: dict[tuple[str, str], list[str]]) -
     ]
     warnings.warn(
         f"ktops.swap_experts leaves experts of {type(model).__name__} unchanged: {'; '.join(lines)}. "
-        f"Architectures tested: {', '.join(TESTED)}.",
+        "docs/models.md lists the models that ktops supports.",
         stacklevel=3,
     )

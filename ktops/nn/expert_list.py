@@ -13,9 +13,9 @@ from torch.nn import functional as F
 
 from ktops._warn import warn_once
 from ktops.nn.experts import DTYPES, KTExperts, run_experts
-from ktops.ops.activation import ExpertFunction
+from ktops.ops.activation import CONCATENATED, UNGATED, ExpertFunction
 
-PROJECTIONS = (
+PROJECTION_NAMES = (
     ("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2"),
     ("up_proj", "down_proj"), ("w1", "w2"), ("fc1", "fc2"), ("wi", "wo"),
 )  # fmt: skip
@@ -25,7 +25,8 @@ ACTIVATION_NAMES = ("act_fn", "activation_fn", "act")
 """Accepted names of the activation of an expert module."""
 
 Packed = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
-"""gate_up_proj [E, 2I, H], down_proj [E, H, I], gate_up_bias [E, 2I], down_bias [E, H]; without gate, I."""
+"""gate_up_proj [E, 2I, H], down_proj [E, H, I], gate_up_bias [E, 2I], down_bias [E, H]; without a gate, I in
+place of 2I."""
 
 
 def is_plain_linear(module: nn.Module) -> bool:
@@ -80,7 +81,7 @@ class KTExpert(nn.Module):
             setattr(self, activation_attribute, getattr(expert, activation_attribute))
         self.names = names
         self.activation_attribute = activation_attribute
-        self.function = ExpertFunction(activation, gating="none" if len(names) == 2 else "concatenated")
+        self.function = ExpertFunction(activation, gating=UNGATED if len(names) == 2 else CONCATENATED)
         self.save = save
         self.training = expert.training
         self.packed = None

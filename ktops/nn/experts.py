@@ -9,7 +9,15 @@ from torch import Tensor, nn
 
 from ktops.formats import ExpertWeight
 from ktops.ops import moe_sft
-from ktops.ops.activation import ACTIVATIONS, GATINGS, ExpertFunction, activation_arguments
+from ktops.ops.activation import (
+    ACTIVATIONS,
+    CONCATENATED,
+    GATINGS,
+    INTERLEAVED,
+    UNGATED,
+    ExpertFunction,
+    activation_arguments,
+)
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 """Supported dtypes of the experts' weights."""
@@ -78,6 +86,13 @@ class Layout(NamedTuple):
         return getattr(experts, f"{first}_bias", None), getattr(experts, "down_proj_bias", None)
 
 
+def declared_gating(experts: Any) -> str:
+    """Returns the gating that an experts module of transformers declares; see :func:`ktops.moe_sft`."""
+    if not getattr(experts, "has_gate", True):
+        return UNGATED
+    return CONCATENATED if getattr(experts, "is_concatenated", True) else INTERLEAVED
+
+
 class KTExperts(nn.Module):
     """The routed experts of one layer, ``out[t] = sum_j w[t, j] * down(act(gate(x[t])) * up(x[t]))``.
 
@@ -104,6 +119,7 @@ class KTExperts(nn.Module):
 
     Raises:
         ValueError: a size is not positive, or activation, gating, save or compute is unknown.
+        RuntimeError: activation_args given by name are unknown or incomplete.
         TypeError: dtype is not supported; forward raises it if the module was later cast to such a dtype.
 
     Example:

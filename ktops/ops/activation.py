@@ -119,16 +119,16 @@ class ExpertFunction(NamedTuple):
 
     activation: str = "silu"
     activation_args: tuple[float, ...] = ()
-    gating: str = "concatenated"
+    gating: str = CONCATENATED
 
     @property
     def first_name(self) -> str:
         """The name of the first weight in modules of transformers."""
-        return "up_proj" if self.gating == "none" else "gate_up_proj"
+        return "up_proj" if self.gating == UNGATED else "gate_up_proj"
 
     def rows(self, intermediate_size: int) -> int:
         """Returns the number of rows of an expert's first weight."""
-        return intermediate_size * (1 if self.gating == "none" else 2)
+        return intermediate_size * (1 if self.gating == UNGATED else 2)
 
 
 def activation_arguments(activation: str, args: Sequence[float] | Mapping[str, float]) -> list[float]:
@@ -167,10 +167,10 @@ def gate(
         h [R, I], and the function that maps its gradient to that of gate_up.
     """
     function, of_gate, _ = ACTIVATIONS[activation]
-    if gating == "none":
+    if gating == UNGATED:
         h, derivative = function(gate_up)
         return h, lambda grad: grad * derivative
-    interleaved = gating == "interleaved"
+    interleaved = gating == INTERLEAVED
     g, u = (gate_up[:, 0::2], gate_up[:, 1::2]) if interleaved else gate_up.tensor_split(2, dim=1)
     if of_gate:
         act, d_act = function(g)

@@ -5,6 +5,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from ktops.ops.activation import ExpertFunction
+
 
 class MoeArguments(NamedTuple):
     """The arguments of kt::moe_fwd, which kt::moe_sft_fwd and kt::moe_sft_bwd take as well.
@@ -48,7 +50,7 @@ class MoeArguments(NamedTuple):
     @property
     def gate_up_rows(self) -> int:
         """2I, or I without a gate: the rows of gate_up_proj, and the columns of its product."""
-        return self.intermediate_size * (1 if self.gating == "none" else 2)
+        return ExpertFunction(gating=self.gating).rows(self.intermediate_size)
 
 
 FORWARD = (*MoeArguments._fields, "save")

@@ -160,12 +160,12 @@ def moe_sft(
         gate_up_scaling, down_scaling: s1 and s2, usually lora_alpha / r.
         activation, activation_args: a name from the table of activations in ``docs/ops.md``, and its
             parameters: all of them in order, or by name, ``{"limit": 7.0, "alpha": 1.702, "offset": 1.0}``.
-        gating: the rows of gate_up_proj of each expert. "concatenated": the I rows of the gate, then those of
-            up. "interleaved": a row of the gate and one of up in turn, as in gpt-oss. "none": there is no
-            gate, gate_up_proj is [E, I, H], and h = act(x W^T). Everything else that has 2I rows or columns
-            follows: gate_up_bias, gate_up_lora_B, their gradients.
-        reduce: whether to add up the routes of a token. If not, the result has each route's own y, without
-            its routing weight: zeros if its id is outside [0, E).
+        gating: the order of the rows in each expert's gate_up_proj. "concatenated": the I gate rows, then the
+            I up rows. "interleaved": gate and up rows alternate, gate first, as in gpt-oss. "none": there is
+            no gate, gate_up_proj is [E, I, H], and h = act(x W^T). Everything else with 2I rows or columns
+            follows the same order: gate_up_bias, gate_up_lora_B, their gradients.
+        reduce: whether to sum the routes of each token, weighted. If False, the result holds y of every
+            route, without its routing weight; zeros if its id is outside [0, E).
         save: what to keep for backward. "activations" keeps [g | u] of every route. "recompute" keeps
             2·T·K·I fewer elements and repeats the gate_up product in backward.
         compute: how to compute products with weights in a format. "bf16" decodes the weights to the dtype

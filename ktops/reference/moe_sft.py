@@ -12,7 +12,7 @@ For token t and slot j, with e = topk_ids[t, j]:
 Everything is computed in the dtype of hidden_states; pass float64 for the reference of a test. ``compute``
 changes nothing here, because products use the decoded weights. :mod:`ktops.reference.int8` describes how
 "int8" rounds the rows of hidden_states and h. The columns of [g | u] are in the order of gate_up_proj's rows.
-Without a gate they are I, not 2I, h = act(g).
+Without a gate there are I of them instead of 2I, and h = act(g).
 """
 
 from collections.abc import Callable

@@ -37,13 +37,13 @@ ACTIVATION_CASES = [
 SMOOTH = [
     case for case in ACTIVATION_CASES if case.activation not in ("relu", "swiglu_clamped", "swiglu_step")
 ]
-"""Those whose derivative is continuous, so that rounding moves results only a little with any inputs."""
+"""Those with a continuous derivative, so that rounding moves results only slightly, whatever the inputs."""
 
 
 def away_from_kinks(inputs: dict) -> dict:
-    """Returns inputs whose gates and ups are not near 0 or ±LIMIT, where derivatives jump, and on all sides.
+    """Returns inputs whose gates and ups lie on all sides of 0 and ±LIMIT, where derivatives jump, not near.
 
-    Each is ±LIMIT/2 or ±3/2 LIMIT, from gate_up_bias, and a product with a standard deviation of about
+    Each is ±LIMIT/2 or ±3/2 LIMIT, from gate_up_bias, plus a product with a standard deviation of about
     LIMIT/10.
     """
     shape, generator = inputs["gate_up_bias"].shape, torch.Generator().manual_seed(0)

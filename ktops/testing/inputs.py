@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ktops.formats import ExpertWeight, get_format
-from ktops.ops.activation import activation_arguments
+from ktops.ops.activation import ExpertFunction, activation_arguments
 from ktops.ops.arguments import GRADIENTS, MoeArguments
 from ktops.ops.moe_sft import in_format, moe_sft
 
@@ -115,7 +115,7 @@ def moe_inputs(
             f"{prefix}_lora_B": normal(E, fan_out, rank, std=rank**-0.5, to=lora_dtype),
         }
 
-    rows = I if gating == "none" else 2 * I
+    rows = ExpertFunction(gating=gating).rows(I)
     ids = route(T, E, K, routing, gen).to(ids_dtype)
     inputs: dict = {
         "hidden_states": normal(T, H, std=scale, to=dtype),

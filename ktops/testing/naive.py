@@ -114,8 +114,8 @@ def _product_with_lora(arithmetic: Arithmetic, x, weight, bias, lora_a, lora_b, 
 def moe_naive(inputs: dict, *, arithmetic: Arithmetic | None = None, skip: str = "") -> Tensor:
     """Returns output [T, H], or [T, K, H] without reduce, for keyword arguments of ktops.moe_sft.
 
-    Differentiable.
-    ``skip`` names an input to leave out as if it were None (1.0 for a scaling), to get a wrong result.
+    Differentiable. ``skip`` names an input to leave out as if it were None (1.0 for a scaling), to get a
+    wrong result.
     """
     arithmetic = arithmetic or Arithmetic()
     inputs = {name: value for name, value in inputs.items() if name != skip}

@@ -14,7 +14,7 @@ struct Act {
     Vec<A> value, derivative;
 };
 
-// h and its derivatives with respect to g and u; dg is another's factor times u.
+// h and its derivatives with respect to g and u.
 template <class A>
 struct Gate {
     Vec<A> h, dg, du;
@@ -80,7 +80,7 @@ struct Sigmoid {
     }
 };
 
-// x limited to [-limit, limit], and 1 where its derivative is 1: also at the limits, as in PyTorch.
+// x clamped to [-limit, limit]. At the limits the derivative is 1, as in PyTorch.
 template <class A>
 inline Act<A> clamp(Vec<A> x, A limit) {
     const Vec<A> high = broadcast(limit), low = -high, zero{}, one = broadcast(A{1});

@@ -8,8 +8,8 @@
 
 namespace kt::KT_ISA {
 
-// Lanes of two vectors in turn: the even (first = 0) or odd (1) ones of x and then of y; or, for join, the first or
-// last halves of both.
+// Deinterleaves two vectors: returns the even (first = 0) or odd (1) lanes of x, then those of y. join_lanes is the
+// inverse: it interleaves the first (half = 0) or second (1) halves of x and y.
 template <class V, int... Is>
 inline V split_lanes(V x, V y, int first, std::integer_sequence<int, Is...>) {
     return first ? __builtin_shufflevector(x, y, (2 * Is + 1)...) : __builtin_shufflevector(x, y, (2 * Is)...);
@@ -21,14 +21,14 @@ inline V join_lanes(V x, V y, int half, std::integer_sequence<int, Is...>) {
                 : __builtin_shufflevector(x, y, (Is / 2 + Is % 2 * L)...);
 }
 
-// Where g and u are in a row: in two halves, in turn, or g alone, as the rows of gate_up_proj.
+// Where g and u are in a row: in two halves, interleaved, or g alone, as the rows of gate_up_proj.
 class GateUp {
 public:
     explicit GateUp(const Problem& p) : gating_(p.gating), I_(p.intermediate_size) {}
 
     int64_t width() const { return gating_ == Gating::kNone ? I_ : 2 * I_; }
 
-    // The number of columns of a row for n of h, in one range; and where those of h's column j begin.
+    // The number of columns in one range for n columns of h, and the first column for column j of h.
     int64_t count(int64_t n) const { return in_turn() ? 2 * n : n; }
     int64_t at(int64_t j) const { return in_turn() ? 2 * j : j; }
 

@@ -40,8 +40,8 @@ inline int64_t wide_slab(const Routing& routing) {
 }
 
 // Returns the columns of one task of x W^T, with `ranges` ranges of that many columns. If W is transposed, this is a
-// product down the rows of the matrix in memory. Then a task is wide only if no expert has enough rows for panels:
-// those of fewer columns are longer, and C is read and written less often.
+// product down the rows of the matrix in memory. Then a task is wide only if no expert has enough rows for panels: a
+// panel of fewer columns covers more of k, so that C is read and written less often.
 template <class T>
 inline int64_t forward_slab(const Weight<T>& weight, int64_t ranges, const Routing& routing) {
     if (!weight.transposed) return kSlab<T>;

@@ -18,7 +18,7 @@ enum class Activation {
 enum class ActivationKind { kOfGate, kOfBoth };
 constexpr int kMaxActivationArgs = 4;
 
-// The rows of gate_up_proj: all of the gate, then all of up; a row of each in turn; or no gate, [E, I, H].
+// The rows of gate_up_proj: gate rows, then up rows; gate and up alternating; or no gate, [E, I, H].
 enum class Gating { kConcatenated, kInterleaved, kNone };
 
 struct Problem {

@@ -363,11 +363,11 @@ def test_models_that_cannot_be_filled(tmp_path):
         ktops.load_experts(tiny_model(), tmp_path)
     model = tiny_model()
     model.model.layers[0].mlp.experts.act_fn = torch.nn.Tanh()
-    with pytest.raises(ValueError, match=r"cannot compute model.layers.0.mlp.experts, .* no activation Tanh"):
+    with pytest.raises(ValueError, match=r"cannot load model.layers.0.mlp.experts, .* no activation Tanh"):
         ktops.load_experts(model, tmp_path)
     model = tiny_model()
     model.model.layers[1].mlp.experts = torch.nn.ModuleList([torch.nn.Linear(1, 1)])
-    with pytest.raises(ValueError, match=r"cannot compute model.layers.1.mlp.experts, a list of 1 modules"):
+    with pytest.raises(ValueError, match=r"cannot load model.layers.1.mlp.experts, a list of 1 modules"):
         ktops.load_experts(model, tmp_path)
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from every_model import folders, tiny_batch, tiny_model
 from model_runs import MODEL_BUDGET
-from model_support import NOT_SUPPORTED
+from model_support import NOT_SUPPORTED, WITHOUT_STACKS
 
 import ktops
 from ktops.nn import KTExperts
@@ -14,6 +14,8 @@ pytestmark = pytest.mark.usefixtures("enabled")
 
 
 REFUSED = {
+    **dict.fromkeys(WITHOUT_STACKS, r"its weights are not stacked, so only ktops\.swap_experts replaces it"),
+    "longcat_flash": r"gate_up_proj has 8 experts, down_proj 6",
     "diffusion_gemma": r"shares its weights with model\.decoder.*; ktops cannot load shared experts",
 }
 """Maps folders to the error that names the reason."""

@@ -294,7 +294,7 @@ def test_activation_of_the_report(convert, model_directory, tmp_path, config, ac
     assert 0 < report["relative_error"] < 0.02
 
 
-def test_experts_that_ktops_cannot_compute(convert, tmp_path):
+def test_experts_that_ktops_cannot_load(convert, tmp_path):
     """The message comes before hours of work, because no from_pretrained loads the result."""
     import transformers
 
@@ -306,5 +306,5 @@ def test_experts_that_ktops_cannot_compute(convert, tmp_path):
     transformers.Llama4ForCausalLM(config).save_pretrained(tmp_path / "source")
     status, out, _ = convert("out", "--format", "int8", source=tmp_path / "source")
     assert status == 0 and "ktops has no activation Tanh" in " ".join(out.split())
-    assert "ktops cannot compute model.layers.0." in out and "from_pretrained will refuse out" in out
+    assert "ktops cannot load model.layers.0." in out and "from_pretrained will refuse out" in out
     assert json.loads((tmp_path / "out" / "ktops-report.json").read_text())["output_error"] is None

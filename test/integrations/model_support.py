@@ -8,7 +8,7 @@ SWAPPED = {
 NOT_SUPPORTED = {
     "bamba": "It has no experts.",
     "doge": "Its experts are single neurons, looked up in embeddings; there is no matrix product.",
-    "vitpose_backbone": "Its experts are one linear layer per data set, chosen for a picture, not a token.",
+    "vitpose_backbone": "Its experts are one linear layer per data set, chosen for an image, not a token.",
 }
 """Maps folders to the reason why ktops does not run their experts."""
 

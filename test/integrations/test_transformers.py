@@ -2,7 +2,6 @@
 
 import copy
 import json
-import re
 
 import pytest
 import torch
@@ -11,7 +10,6 @@ from model_runs import MODEL_BUDGET, CountOps, assert_close, experts_modules, st
 from tiny_models import ARCHITECTURES, tiny_batch, tiny_config, tiny_model
 
 import ktops
-from ktops.integrations.transformers.architectures import TESTED
 from ktops.nn import KTExperts
 from ktops.testing.budgets import forward_budget, relative_error
 from ktops.testing.counts import counted
@@ -36,11 +34,6 @@ both_ways = pytest.mark.parametrize("through", [through_interface, through_swap]
 def logits(model, ids=None):
     with torch.no_grad():
         return model(input_ids=tiny_batch()["input_ids"] if ids is None else ids).logits
-
-
-def test_messages_name_the_architectures_tested_here():
-    names = [re.sub("[-.]", "", name).lower() for name in TESTED]
-    assert names == [name.replace("_", "") for name in ARCHITECTURES]
 
 
 @both_ways

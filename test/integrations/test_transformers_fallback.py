@@ -22,8 +22,8 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 import ktops
 from ktops._warn import warn_once
 from ktops.checkpoints.activations import BY_HIDDEN_ACT
-from ktops.integrations.transformers import activation_name, unsupported_layout
-from ktops.integrations.transformers.architectures import describe
+from ktops.integrations.transformers import activation_name
+from ktops.integrations.transformers.architectures import Unsupported, describe
 from ktops.ops.activation import ACTIVATIONS, ExpertFunction
 from ktops.testing.budgets import forward_budget, relative_error
 
@@ -107,10 +107,10 @@ def make(experts_class, config, **attributes):
 )
 def test_every_unsupported_layout_has_its_reason(attributes, reason):
     experts = make(Qwen3MoeExperts, tiny_config("qwen3_moe"))
-    assert unsupported_layout(experts) is None
+    assert describe(experts).function == ExpertFunction("silu")
     experts = make(Qwen3MoeExperts, tiny_config("qwen3_moe"), **attributes)
-    with pytest.raises(AssertionError, match=reason):
-        raise AssertionError(unsupported_layout(experts))
+    with pytest.raises(Unsupported, match=reason):
+        describe(experts)
 
 
 @pytest.mark.parametrize("name", [name for name in ACT2CLS if name != "xielu"])
@@ -164,7 +164,8 @@ def test_limits():
         experts.limit = limit
         assert describe(experts).function == ExpertFunction("silu")
     experts.act_fn = ACT2FN["gelu"]
-    assert unsupported_layout(experts) == "it limits an activation other than silu, GELUActivation"
+    with pytest.raises(Unsupported, match=r"^it limits an activation other than silu, GELUActivation$"):
+        describe(experts)
 
 
 def test_quantized_experts_run_eagerly():
@@ -268,11 +269,15 @@ def test_experts_outside_of_the_interface_warn_once(tmp_path):
         llama4().set_experts_implementation("eager")
 
 
-def test_experts_that_take_other_arguments_are_refused(tmp_path):
-    """JetMoE's block takes hidden states alone."""
+def test_experts_that_take_other_arguments_are_refused():
+    with pytest.raises(Unsupported, match=r"^its forward does not take \(hidden_states, top_k_index, top_k"):
+        describe(nn.Linear(3, 3))
+
+
+def test_experts_without_stacked_weights_are_not_loaded(tmp_path):
     model = every_model.tiny_model("jetmoe")
     model.save_pretrained(tmp_path)
-    message = r"JetMoeMoE: its forward does not take \(hidden_states, top_k_index, top_k_weights\)"
+    message = r"JetMoeMoE: its weights are not stacked, so only ktops\.swap_experts replaces it"
     with pytest.raises(ValueError, match=message):
         ktops.load_experts(model, tmp_path, show_progress=False)
     with pytest.raises(ValueError, match=message):

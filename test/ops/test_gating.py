@@ -1,4 +1,4 @@
-"""Gate rows in turn with those of up, no gate, and the routes' own outputs."""
+"""Interleaved gate and up, no gate, and the routes' own outputs."""
 
 import pytest
 import torch
@@ -18,7 +18,7 @@ OF_2I = ("gate_up_proj", "gate_up_bias", "gate_up_lora_B")
 
 
 def interleaved(tensor: Tensor) -> Tensor:
-    """Returns [E, 2I, ...] with the rows of the gate and of up in turn instead of one after the other."""
+    """Returns [E, 2I, ...] with gate and up rows interleaved instead of concatenated."""
     return tensor.unflatten(1, (2, -1)).transpose(1, 2).flatten(1, 2)
 
 

@@ -1,11 +1,7 @@
 """The experts implementation "ktops" for transformers."""
 
 from ktops._warn import warn_once
-from ktops.integrations.transformers.architectures import (
-    activation_name,
-    unsupported_layout,
-    unsupported_tensors,
-)
+from ktops.integrations.transformers.architectures import activation_name
 from ktops.integrations.transformers.experts import NAME, experts_forward, runs_ktops
 
 __all__ = [
@@ -14,8 +10,6 @@ __all__ = [
     "disable",
     "enable",
     "runs_ktops",
-    "unsupported_layout",
-    "unsupported_tensors",
 ]
 
 

@@ -15,14 +15,8 @@ from torch.nn import functional as F
 
 from ktops.checkpoints.activations import BY_CLASS
 from ktops.formats import ExpertWeight
-from ktops.nn.experts import DTYPES, KTExperts, Layout
-from ktops.ops.activation import ExpertFunction
-
-TESTED = (
-    "Qwen2-MoE", "Qwen3-MoE", "Qwen3.5-MoE", "Qwen3-Next", "Mixtral", "DeepSeek-V2", "DeepSeek-V3",
-    "GLM4-MoE", "OLMoE",
-)  # fmt: skip
-"""Architectures that the tests compare with their eager implementation."""
+from ktops.nn.experts import DTYPES, KTExperts, Layout, declared_gating
+from ktops.ops.activation import UNGATED, ExpertFunction
 
 
 class Unsupported(Exception):
@@ -98,6 +92,17 @@ GATES: dict[str, Callable[[Any], Activation]] = {
 """Where an ``_apply_gate`` is defined -> the activation that it computes, whose docstring is its formula."""
 
 
+def class_name(module: nn.Module) -> str:
+    """Returns the class of a module, without the name of transformers' package of models.
+
+    Example:
+        >>> class_name(model.model.layers[0].feed_forward.experts)
+        'llama4.modeling_llama4.Llama4TextExperts'
+    """
+    name = f"{type(module).__module__}.{type(module).__qualname__}"
+    return name.removeprefix("transformers.models.")
+
+
 def activation_name(act_fn) -> str | None:
     """Returns the op's name for an activation module or function, None if it has none.
 
@@ -135,11 +140,10 @@ def describe(experts: nn.Module) -> Layout:
     """
     if not hasattr(experts, "has_gate") and not _takes_routes(experts):
         raise Unsupported("its forward does not take (hidden_states, top_k_index, top_k_weights)")
-    has_gate = getattr(experts, "has_gate", True)
-    activation, args = _gate(experts) if has_gate else _act(experts)
-    gating = "concatenated" if getattr(experts, "is_concatenated", True) else "interleaved"
+    gating = declared_gating(experts)
+    activation, args = _act(experts) if gating == UNGATED else _gate(experts)
     return Layout(
-        ExpertFunction(activation, args, gating if has_gate else "none"),
+        ExpertFunction(activation, args, gating),
         getattr(experts, "is_transposed", False),
         getattr(experts, "has_post_expert_norm", False),
     )
@@ -163,7 +167,8 @@ def _place_of_gate(experts_class: Any) -> str:
 
 
 def operands(experts: nn.Module) -> tuple[Layout, Tensor | ExpertWeight, Tensor | ExpertWeight]:
-    """Returns what an experts module computes, and its weights as [E, 2I, H] and [E, H, I].
+    """Returns what an experts module computes, and its weights as [E, 2I, H] and [E, H, I]; without
+    a gate, [E, I, H] and [E, H, I].
 
     Raises:
         Unsupported: the op cannot compute it, or not with these weights.
@@ -171,27 +176,13 @@ def operands(experts: nn.Module) -> tuple[Layout, Tensor | ExpertWeight, Tensor 
     if isinstance(experts, KTExperts):
         layout = experts.layout
     else:
-        reason = unsupported_layout(experts)
-        if reason is not None:
-            raise Unsupported(reason)
+        weight = experts._parameters.get("down_proj")
+        if weight is not None and weight.element_size() == 1:
+            raise Unsupported(f"its weights are quantized, {weight.dtype}")
         layout = describe(experts)
     gate_up_proj, down_proj = layout.weights(experts)
-    reason = unsupported_tensors(gate_up_proj, down_proj, layout.function.gating)
-    if reason is not None:
-        raise Unsupported(reason)
+    require_weights(gate_up_proj, down_proj, layout.function.gating)
     return layout, gate_up_proj, down_proj
-
-
-def unsupported_layout(experts: nn.Module) -> str | None:
-    """Returns why the op cannot run an experts module of transformers, None if it can. Reads no weights."""
-    weight = experts._parameters.get("down_proj")
-    if weight is not None and weight.element_size() == 1:
-        return f"its weights are quantized, {weight.dtype}"
-    try:
-        describe(experts)
-    except Unsupported as reason:
-        return str(reason)
-    return None
 
 
 def _takes_routes(experts: nn.Module) -> bool:
@@ -202,26 +193,25 @@ def _takes_routes(experts: nn.Module) -> bool:
     return True
 
 
-def unsupported_tensors(
-    gate_up_proj: Tensor | ExpertWeight, down_proj: Tensor | ExpertWeight, gating: str = "concatenated"
-) -> str | None:
-    """Returns why the op cannot read these weights, [E, 2I, H] and [E, H, I]; None if it can."""
+def require_weights(
+    gate_up_proj: Tensor | ExpertWeight, down_proj: Tensor | ExpertWeight, gating: str
+) -> None:
+    """Raises Unsupported unless the op can read these weights as [E, 2I, H] and [E, H, I]."""
     function = ExpertFunction(gating=gating)
     first = function.first_name
     if gate_up_proj.dtype not in DTYPES:
-        return f"its weights are stored in {gate_up_proj.dtype}"
+        raise Unsupported(f"its weights are stored in {gate_up_proj.dtype}")
     if gate_up_proj.dtype != down_proj.dtype:
-        return f"{first} is {gate_up_proj.dtype} and down_proj {down_proj.dtype}"
+        raise Unsupported(f"{first} is {gate_up_proj.dtype} and down_proj {down_proj.dtype}")
     if gate_up_proj.dim() != 3 or down_proj.dim() != 3:
-        return "its weights are not stacked, [num_experts, ...]"
+        raise Unsupported("its weights are not stacked, [num_experts, ...]")
     num_experts, hidden_size, intermediate_size = down_proj.shape
     rows = function.rows(intermediate_size)
     if gate_up_proj.shape != torch.Size([num_experts, rows, hidden_size]):
-        expected = "[E, I, H]" if gating == "none" else "[E, 2I, H]"
-        return (
+        expected = "[E, I, H]" if gating == UNGATED else "[E, 2I, H]"
+        raise Unsupported(
             f"{first} {list(gate_up_proj.shape)} and down_proj {list(down_proj.shape)} are not "
             f"{expected} and [E, H, I]"
         )
     if gate_up_proj.device.type != "cpu":
-        return f"its weights are on {gate_up_proj.device.type}"
-    return None
+        raise Unsupported(f"its weights are on {gate_up_proj.device.type}")

@@ -6,11 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ktops._warn import warn_once
-from ktops.integrations.transformers.architectures import (
-    Unsupported,
-    operands,
-    unsupported_layout,
-)
+from ktops.integrations.transformers.architectures import Unsupported, class_name, operands
 from ktops.nn.experts import KTExperts, run_experts
 
 NAME = "ktops"
@@ -18,11 +14,18 @@ NAME = "ktops"
 
 
 def runs_ktops(experts: nn.Module) -> bool:
-    """True if the experts module runs the op: a KTExperts, or a supported module set to "ktops"."""
-    if isinstance(experts, KTExperts):
-        return True
+    """True if the experts module, with the weights it holds now, runs the op.
+
+    It is a KTExperts, or a module of transformers set to "ktops", and the op can read its weights.
+    """
     implementation = getattr(getattr(experts, "config", None), "_experts_implementation", None)
-    return implementation == NAME and unsupported_layout(experts) is None
+    if implementation != NAME and not isinstance(experts, KTExperts):
+        return False
+    try:
+        operands(experts)
+    except Unsupported:
+        return False
+    return True
 
 
 def experts_forward(
@@ -60,20 +63,9 @@ def experts_forward(
     )
 
 
-def runs_on_weights(experts: nn.Module) -> bool:
-    """True if :func:`runs_ktops`, and the op can read the weights that the module holds now."""
-    if not runs_ktops(experts):
-        return False
-    try:
-        operands(experts)
-    except Unsupported:
-        return False
-    return True
-
-
 def _own_forward(experts: nn.Module, reason: str, lora: dict, *args: Tensor) -> Tensor:
     """Runs transformers' own implementation: "grouped_mm", its default, or eager for quantized experts."""
-    name = f"{type(experts).__module__}.{type(experts).__qualname__}"
+    name = class_name(experts)
     if lora:
         raise NotImplementedError(f"ktops: LoRA on {name} cannot be computed: {reason}")
     _warn(f"ktops does not run {name}: {reason}. It runs with transformers' own implementation instead.")

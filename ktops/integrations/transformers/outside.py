@@ -15,25 +15,15 @@ from ktops._warn import warn_once
 from ktops.formats import ExpertWeight
 from ktops.integrations.transformers.architectures import (
     Unsupported,
+    class_name,
     describe,
     operands,
     require_activation,
-    unsupported_tensors,
+    require_weights,
 )
 from ktops.nn.expert_list import KTExpert, KTExpertList, differentiable, interception
 from ktops.nn.experts import DTYPES, KTExperts, Layout, run_experts
 from ktops.ops.activation import ExpertFunction
-
-
-def class_name(module: nn.Module) -> str:
-    """Returns the class of a module, without the name of transformers' package of models.
-
-    Example:
-        >>> class_name(model.model.layers[0].feed_forward.experts)
-        'llama4.modeling_llama4.Llama4TextExperts'
-    """
-    name = f"{type(module).__module__}.{type(module).__qualname__}"
-    return name.removeprefix("transformers.models.")
 
 
 def _require_arguments(module: nn.Module, replacement: Callable) -> None:
@@ -169,8 +159,8 @@ class NllbExperts(ExpertDict):
         return self.run(hidden_states, ids, weights * (1 - self.moe_token_dropout))
 
 
-class SharedModule(nn.Module):
-    """A replacement that shares Parameters, children and attributes with the module it replaces.
+class ForwardReplacement(nn.Module):
+    """A module that runs the op with the Parameters, children and attributes of the module it replaces.
 
     If a child that holds weights is no longer what it was (an adapter wraps it, or it has hooks), or if the
     op cannot read the weights, the forward of the replaced class runs.
@@ -230,11 +220,11 @@ class SharedModule(nn.Module):
         return f"{self.replaced_class.__qualname__}, activation={self.op_options['activation']!r}"
 
 
-class DbrxExperts(SharedModule):
+class DbrxExperts(ForwardReplacement):
     """DBRX's experts, whose weights are three Parameters w1 (gate), v1 (up) and w2 (down), [E·I, H].
 
-    The rows of w1 and v1 are moved into one tensor, in turn, which the op reads as interleaved gate and up.
-    safetensors does not write such Parameters, so ``state_dict()`` holds contiguous copies of the two.
+    The rows of w1 and v1 are moved into one tensor, where they alternate, so that the op reads interleaved
+    gate and up. safetensors does not write such Parameters, so ``state_dict()`` holds contiguous copies.
     """
 
     gating = "interleaved"
@@ -252,7 +242,7 @@ class DbrxExperts(SharedModule):
     def pack(self) -> None:
         """Moves w1 and v1 into one tensor; does nothing if they are in one."""
         w1, v1, _ = self.parts()
-        if not _in_turn(w1, v1):
+        if not _alternate(w1, v1):
             w1.data, v1.data = torch.stack((w1, v1), dim=1).unbind(1)
 
     def parts(self) -> list[nn.Parameter]:
@@ -287,8 +277,8 @@ class DbrxExperts(SharedModule):
         return run_experts(hidden_states, top_k_index, top_k_weights, *self.weights(), **self.op_options)
 
 
-def _in_turn(w1: Tensor, v1: Tensor) -> bool:
-    """True if the rows of two matrices lie in memory in turn."""
+def _alternate(w1: Tensor, v1: Tensor) -> bool:
+    """True if the rows of two matrices alternate in memory."""
     rows = w1.stride() == v1.stride() == (2 * w1.shape[1], 1)
     return rows and v1.data_ptr() == w1.data_ptr() + w1.shape[1] * w1.element_size()
 
@@ -300,7 +290,7 @@ def _contiguous_copies(_, state_dict: dict, prefix: str, *args) -> None:
             state_dict[key] = weight.contiguous()
 
 
-class JetMoeBlock(SharedModule):
+class JetMoeBlock(ForwardReplacement):
     """JetMoE's MoE block, whose experts are two grouped linear layers that do not know the routes."""
 
     router: nn.Module
@@ -333,48 +323,42 @@ STACKED: dict[str, type[Llama4Experts] | type[LongcatExperts]] = {
 }
 """Class of experts with stacked weights -> its replacement."""
 
-
-def described(experts: nn.Module) -> tuple[type[KTExperts], Layout]:
-    """Returns the replacement of experts with stacked weights, and what they compute, whatever the weights.
-
-    Raises:
-        Unsupported: the op cannot compute them.
-    """
-    kind = STACKED.get(class_name(experts))
-    if kind is None:
-        return KTExperts, describe(experts)
-    _require_arguments(experts, kind.forward)
-    return kind, kind.describe(experts)
-
-
-def stacked(experts: nn.Module) -> tuple[type[KTExperts], Layout]:
-    """Returns the replacement of experts with stacked weights, and what they compute.
-
-    Raises:
-        Unsupported: the op cannot compute them, or not with these weights.
-    """
-    if class_name(experts) not in STACKED:
-        return KTExperts, operands(experts)[0]
-    kind, layout = described(experts)
-    reason = unsupported_tensors(*layout.weights(experts), layout.function.gating)
-    if reason is not None:
-        raise Unsupported(reason)
-    return kind, layout
-
-
-LISTS: dict[str, type[ExpertDict]] = {
+DICTS: dict[str, type[ExpertDict]] = {
     "nllb_moe.modeling_nllb_moe.NllbMoeExperts": NllbExperts,
     "switch_transformers.modeling_switch_transformers.SwitchTransformersExperts": SwitchExperts,
 }
 """Class of a ModuleDict of experts -> its replacement."""
 
-SHARED: dict[str, Callable[[nn.Module, str], SharedModule]] = {
+OTHERS: dict[str, Callable[[nn.Module, str], ForwardReplacement]] = {
     "dbrx.modeling_dbrx.DbrxExperts": DbrxExperts,
     "jetmoe.modeling_jetmoe.JetMoeMoE": JetMoeBlock,
 }
 """Class of any other module with experts -> its replacement."""
 
 
+def describe_replacement(
+    experts: nn.Module, *, check_weights: bool = False
+) -> tuple[type[KTExperts], Layout]:
+    """Returns the class that replaces experts with stacked weights, and what they compute.
+
+    Args:
+        check_weights: whether the op must be able to read the weights that they hold now.
+
+    Raises:
+        Unsupported: the op cannot compute them, or not with these weights.
+    """
+    if class_name(experts) in {*DICTS, *OTHERS}:
+        raise Unsupported("its weights are not stacked, so only ktops.swap_experts replaces it")
+    kind = STACKED.get(class_name(experts))
+    if kind is None:
+        return KTExperts, operands(experts)[0] if check_weights else describe(experts)
+    _require_arguments(experts, kind.forward)
+    layout = kind.describe(experts)
+    if check_weights:
+        require_weights(*layout.weights(experts), layout.function.gating)
+    return kind, layout
+
+
 def is_replacement(module: nn.Module) -> bool:
     """True if the module is what ``ktops.swap_experts`` puts in place of an experts module."""
-    return isinstance(module, (KTExperts, KTExpertList, SharedModule))
+    return isinstance(module, (KTExperts, KTExpertList, ForwardReplacement))

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from ktops._warn import warn_once
 from ktops.checkpoints.errors import CheckpointError
 from ktops.integrations.replacements import Replacements
+from ktops.integrations.transformers.architectures import class_name
 from ktops.integrations.transformers.config import NAME, KTConfig
 from ktops.integrations.transformers.loaded import listed
 from ktops.integrations.transformers.outside import is_replacement
@@ -75,9 +76,9 @@ def _asks_for_ktops(model: PreTrainedModel) -> bool:
 def _warn_if_ignored(model: PreTrainedModel) -> None:
     for module in find_experts(model).values():
         if not hasattr(module, "has_gate") and not is_replacement(module):
-            name = f"{type(module).__module__}.{type(module).__qualname__}"
             warn_once(
-                f"ktops does not run {name}: it is not in the experts interface of transformers, so "
-                "experts_implementation='ktops' has no effect on it, and its own implementation runs. "
-                "ktops.swap_experts(model) replaces experts outside the interface where it can."
+                f"ktops does not run {class_name(module)}: it is not in the experts interface of "
+                "transformers, so experts_implementation='ktops' has no effect on it, and its own "
+                "implementation runs. ktops.swap_experts(model) replaces experts outside the interface where "
+                "it can."
             )

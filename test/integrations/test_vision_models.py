@@ -1,4 +1,4 @@
-"""Compares the models with experts that see pictures with their eager implementation, on a picture."""
+"""Compares vision-language models with experts with their eager implementation, on an image."""
 
 import copy
 import warnings
@@ -7,16 +7,16 @@ import pytest
 import torch
 from model_runs import MODEL_BUDGET, Run, assert_close
 from model_support import NOT_SUPPORTED, WITHOUT_ROUTER_LOSS
-from picture_batches import picture_batch, picture_model, picture_models
 from test_every_model import step, through_ktops
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast
+from vision_models import image_batch, vision_model, vision_model_folders
 
 from ktops.testing.budgets import relative_error, rounding_level
 
 pytestmark = pytest.mark.usefixtures("enabled")
 
-FOLDERS = {name: folder for name, folder in picture_models().items() if folder not in NOT_SUPPORTED}
+FOLDERS = {name: folder for name, folder in vision_model_folders().items() if folder not in NOT_SUPPORTED}
 
 
 @pytest.fixture(autouse=True)
@@ -42,17 +42,17 @@ def perturbed_run(model: torch.nn.Module, folder: str, batch: dict[str, torch.Te
 
 
 @pytest.mark.parametrize("model_type", FOLDERS)
-def test_training_step_on_a_picture_equals_eager(model_type):
+def test_training_step_on_an_image_equals_eager(model_type):
     """Compares logits, loss, auxiliary loss and all gradients, those of the vision tower too, in float32.
 
-    An error of the text model reaches the vision tower through the few tokens of the picture. Two perturbed
+    An error of the text model reaches the vision tower through the few tokens of the image. Two perturbed
     runs measure by how much.
     """
     folder = FOLDERS[model_type]
-    model = picture_model(model_type)
-    batch = picture_batch(model)
+    model = vision_model(model_type)
+    batch = image_batch(model)
     eager = step(model, folder, batch)
-    model = through_ktops(folder, picture_model(model_type))
+    model = through_ktops(folder, vision_model(model_type))
     with warnings.catch_warnings():
         warnings.filterwarnings("error", "ktops")
         actual = step(model, folder, batch)
@@ -60,8 +60,8 @@ def test_training_step_on_a_picture_equals_eager(model_type):
     assert not eager.ops
     if hasattr(model.config.get_text_config(), "router_aux_loss_coef") and folder not in WITHOUT_ROUTER_LOSS:
         assert eager.aux_loss is not None
-    model = picture_model(model_type, torch.float64)
-    batch = picture_batch(model)
+    model = vision_model(model_type, torch.float64)
+    batch = image_batch(model)
     perturbed = [perturbed_run(model, folder, batch, seed) for seed in range(2)]
     assert_close(actual, eager, step(model, folder, batch), *perturbed)
 
@@ -81,10 +81,10 @@ class ExpertInputs(TorchDispatchMode):
 
 @pytest.mark.parametrize("model_type", FOLDERS)
 @torch.no_grad()
-def test_picture_reaches_the_experts(model_type):
-    """Another picture changes what the experts see of its own text, and the logits of it, and no others."""
-    model = picture_model(model_type)
-    batches = [picture_batch(model, seed) for seed in range(2)]
+def test_image_reaches_the_experts(model_type):
+    """Another image changes the experts' inputs and the logits of its own text, and no others."""
+    model = vision_model(model_type)
+    batches = [image_batch(model, seed) for seed in range(2)]
     through_ktops(FOLDERS[model_type], model)
     logits, inputs = [], []
     for batch in batches:
@@ -95,6 +95,6 @@ def test_picture_reaches_the_experts(model_type):
     assert changed > 100 * MODEL_BUDGET
     assert same < MODEL_BUDGET
     assert inputs[0]
-    is_picture = batches[0]["input_ids"] == batches[0]["input_ids"][0, 3]
+    is_image = batches[0]["input_ids"] == batches[0]["input_ids"][0, 3]
     for new, old in zip(*inputs, strict=True):
-        assert (new != old).any(-1).sum() >= is_picture.sum()
+        assert (new != old).any(-1).sum() >= is_image.sum()

@@ -1,4 +1,4 @@
-"""Builds tiny models that have experts and see pictures, and batches with a picture in them."""
+"""Builds tiny vision-language models with experts, and batches with an image."""
 
 import inspect
 import re
@@ -11,11 +11,11 @@ from transformers import PreTrainedModel
 from transformers.models.auto import configuration_auto, modeling_auto
 
 GRID = (1, 4, 4)
-"""Frames, rows and columns of the picture in patches, for models that take patches."""
+"""Frames, rows and columns of the image in patches, for models that take patches."""
 
 
-def picture_models() -> dict[str, str]:
-    """Maps the model types that see pictures and have experts to the folders of their text models."""
+def vision_model_folders() -> dict[str, str]:
+    """Maps the model types of vision-language models with experts to the folders of their text models."""
     folders = set(every_model.folders())
     found = {}
     for model_type in modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
@@ -29,30 +29,30 @@ def picture_models() -> dict[str, str]:
     return found
 
 
-def picture_model(model_type: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """Returns a tiny random model that sees pictures, in training mode, with eager experts."""
+def vision_model(model_type: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """Returns a tiny random vision-language model, in training mode, with eager experts."""
     name = modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES[model_type]
     return every_model.random_model(model_type, getattr(transformers, name), dtype)
 
 
-def picture_batch(model: PreTrainedModel, seed: int = 0) -> dict[str, Tensor]:
-    """Returns a text with a picture, which depends on the seed, and a text without."""
+def image_batch(model: PreTrainedModel, seed: int = 0) -> dict[str, Tensor]:
+    """Returns a text with an image, which depends on the seed, and a text without."""
     parameters = inspect.signature(model.forward).parameters
-    picture = _picture(model, seed)
-    num_tokens = _num_tokens(model, picture)
+    image = _image(model, seed)
+    num_tokens = _num_tokens(model, image)
     (token,) = _tokens(model.config, r"image_token_(id|index)")
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(3, every_model.FIRST_SPECIAL_TOKEN, (2, num_tokens + 8), generator=generator)
     for start in _tokens(model.config, r"(image|vision)_(start|bos)_token_id|boi_token_id"):
         ids[0, 2] = start
     ids[0, 3 : 3 + num_tokens] = token
-    is_picture = ids == token
-    batch = {"input_ids": ids, **picture}
+    is_image = ids == token
+    batch = {"input_ids": ids, **image}
     for name in ("mm_token_type_ids", "moe_mm_token_type_ids"):
         if name in parameters:
-            batch[name] = is_picture.long()
+            batch[name] = is_image.long()
     if "labels" in parameters:
-        batch["labels"] = ids.masked_fill(is_picture, -100)
+        batch["labels"] = ids.masked_fill(is_image, -100)
     else:
         batch["decoder_input_ids"] = ids[:, -8:].flip(1)
     return batch
@@ -64,22 +64,22 @@ def _tokens(config: transformers.PreTrainedConfig, pattern: str) -> list[int]:
 
 
 @torch.no_grad()
-def _num_tokens(model: PreTrainedModel, picture: dict[str, Tensor]) -> int:
-    output = _vision_model(model).get_image_features(**picture)
+def _num_tokens(model: PreTrainedModel, image: dict[str, Tensor]) -> int:
+    output = _image_encoder(model).get_image_features(**image)
     features = getattr(output, "pooler_output", None)
     if features is None:
         features = output.last_hidden_state
     return sum(feature.numel() // feature.shape[-1] for feature in features)
 
 
-def _vision_model(model: PreTrainedModel) -> PreTrainedModel:
-    """Returns the module that turns pictures into embeddings, the model itself or a part of it."""
+def _image_encoder(model: PreTrainedModel) -> PreTrainedModel:
+    """Returns the module that turns images into embeddings, the model itself or a part of it."""
     return next(module for module in model.modules() if hasattr(module, "get_image_features"))
 
 
-def _picture(model: PreTrainedModel, seed: int) -> dict[str, Tensor]:
-    """Returns the arguments of forward that make up the picture, in patches where the model expects them."""
-    parameters = inspect.signature(_vision_model(model).get_image_features).parameters
+def _image(model: PreTrainedModel, seed: int) -> dict[str, Tensor]:
+    """Returns the arguments of forward that make up the image, in patches where the model expects them."""
+    parameters = inspect.signature(_image_encoder(model).get_image_features).parameters
     model_type, vision = model.config.model_type, model.config.vision_config
     _, rows, columns = GRID
     side = getattr(vision, "patch_size", 0)

@@ -117,7 +117,7 @@ def test_distributed_data_parallel(tmp_path):
         model(batch()).square().mean().backward()
         assert_close([p.grad for p in model.parameters()], [2 * g for g in expected])
     finally:
-        # Its thread may still need the GIL, to free the last reduction. destroy_process_group keeps it and waits.
+        # destroy_process_group waits for a thread, with the GIL, which that needs to free the last reduction.
         time.sleep(0.1)
         torch.distributed.destroy_process_group()
 

@@ -46,7 +46,8 @@ def run_experts(
         output = moe_sft(rows, ids, weights, gate_up_proj, down_proj, **options)
     else:
         routes = moe_sft(rows, ids, None, gate_up_proj, down_proj, reduce=False, **options)
-        output = (weights[..., None] * post_expert_norm(routes)).sum(1)
+        outside = (ids < 0) | (ids >= gate_up_proj.shape[0])  # whose norm need not be 0
+        output = (weights.masked_fill(outside, 0)[..., None] * post_expert_norm(routes)).sum(1)
     return output.to(hidden_states.dtype).reshape(hidden_states.shape)
 
 

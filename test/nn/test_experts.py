@@ -68,6 +68,22 @@ def test_output_and_gradients(leading, options):
         assert_same(*pair)
 
 
+@pytest.mark.parametrize("outside", [-1, E])
+def test_routes_outside_contribute_nothing_after_a_norm(outside):
+    """Also if the norm of 0 is not 0."""
+    norm = torch.nn.LayerNorm(H)
+    torch.nn.init.ones_(norm.bias)
+    experts = make(post_expert_norm=norm)
+    x, ids, weights = inputs()
+    expected = experts(x, ids[:, :1], weights[:, :1])
+    ids[:, 1] = outside
+    weights.requires_grad_()
+    output = experts(x, ids, weights)
+    assert_same(output, expected)
+    output.sum().backward()
+    assert not weights.grad[:, 1].any()
+
+
 def test_parameters_are_shared_not_copied():
     source = make(bias=True)
     parameters = dict(source.named_parameters())

@@ -167,11 +167,6 @@ def _function(module: nn.Module) -> ExpertFunction:
         return module.function
     if isinstance(module, nn.ModuleList):
         return listed_experts(module, any_device=True)[0].function
-    shapes: list[tuple[int, ...]] = [
-        getattr(module._parameters.get(name), "shape", ()) for name in PROJECTIONS
-    ]
-    if all(len(shape) == 3 for shape in shapes) and shapes[0][0] != shapes[1][0]:  # as in LongCat
-        raise Unsupported(f"gate_up_proj has {shapes[0][0]} experts, down_proj {shapes[1][0]}")
     return described(module)[1].function
 
 

@@ -336,6 +336,14 @@ def test_quantize_experts(folder, swap, no_peft):
     assert relative_error(actual, logits(plain, folder)) < 0.1
 
 
+@pytest.mark.parametrize("folder", ["llama4", "longcat_flash"])
+def test_quantized_experts_are_saved_and_loaded(folder, enabled, tmp_path):
+    model = tiny_model(folder).eval()
+    ktops.quantize_experts(model, "int8", show_progress=False)
+    model.save_pretrained(tmp_path)
+    assert torch.equal(logits(type(model).from_pretrained(tmp_path).eval(), folder), logits(model, folder))
+
+
 def test_adapters_of_quantized_llama4(no_peft):
     """They are interchangeable with those of the model that is not quantized."""
     models = []

@@ -35,7 +35,9 @@ Activation = tuple[str, tuple[float, ...]]
 
 def _act(experts: Any) -> Activation:
     """act_fn(gate) * up"""
-    return require_activation(getattr(experts, "act_fn", None)), ()
+    if not hasattr(experts, "act_fn"):
+        raise Unsupported("it has no act_fn")
+    return require_activation(experts.act_fn), ()
 
 
 def _limited(name: str, experts: Any, limit: float | None, *more: float) -> Activation:

@@ -340,7 +340,10 @@ def described(experts: nn.Module) -> tuple[type[KTExperts], Layout]:
     Raises:
         Unsupported: the op cannot compute them.
     """
-    kind = STACKED.get(class_name(experts))
+    name = class_name(experts)
+    if name in LISTS or name in SHARED:
+        raise Unsupported("its experts are not stacked; only swap_experts supports it")
+    kind = STACKED.get(name)
     if kind is None:
         return KTExperts, describe(experts)
     _require_arguments(experts, kind.forward)

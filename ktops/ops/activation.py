@@ -1,7 +1,7 @@
 """Activations of the experts and their derivatives."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -133,13 +133,16 @@ def activation_arguments(activation: str, args: Sequence[float] | Mapping[str, f
     """Returns the operators' activation_args for numbers given in order or by name.
 
     Raises:
-        RuntimeError: a name is not a parameter of the activation, or a parameter without default is missing.
+        RuntimeError: a name is not a parameter of the activation, or a parameter without default is missing,
+            or args is a single number.
 
     Example:
         >>> activation_arguments("swiglu_clamped", {"limit": 7.0, "offset": 1.0})
         [7.0, 1.0, 1.0]
     """
     if not isinstance(args, Mapping):
+        if not isinstance(args, Iterable):
+            raise RuntimeError(f"ktops.moe_sft: activation_args must be a sequence or a mapping, got {args}")
         return [*args]
     parameters = ACTIVATIONS[activation].parameters if activation in ACTIVATIONS else dict.fromkeys(args, 0.0)
     expected = f"must have {', '.join(parameters) or 'no parameter'} for activation '{activation}'"

@@ -13,6 +13,7 @@ from ktops.formats.expert_weight import COMPUTE_DTYPES
 from ktops.integrations.swap import exchange_stacked, listed_experts, require_experts
 from ktops.integrations.transformers.architectures import Unsupported
 from ktops.integrations.transformers.outside import described
+from ktops.nn.expert_list import interception
 from ktops.nn.experts import KTExperts, Layout
 from ktops.ops.activation import ExpertFunction
 
@@ -134,9 +135,12 @@ def experts_modules(model: nn.Module) -> dict[str, nn.Module]:
         name: m for name, m in model.named_modules() if isinstance(m, PendingExperts)
     }
     modules = modules or require_experts(model, "load_experts")
-    for name in modules:
+    for name, module in modules.items():
         if "base_layer" in name.split("."):
             raise ValueError(f"load_experts: load the experts before adding adapters: {name} has one")
+        reason = interception(module)
+        if reason is not None:
+            raise ValueError(f"load_experts: {name} cannot be replaced: {reason}")
     try:
         functions_of(modules)
     except Unsupported as reason:

@@ -51,3 +51,14 @@ def test_refused(folder, tmp_path):
     model.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=REFUSED[folder]):
         type(model).from_pretrained(tmp_path, quantization_config=ktops.KTConfig())
+
+
+def test_experts_with_hooks_are_refused(tmp_path):
+    """Loading would lose the hooks."""
+    model = tiny_model("gpt_oss")
+    model.save_pretrained(tmp_path)
+    experts = model.model.layers[1].mlp.experts
+    experts.register_forward_hook(lambda *args: None)
+    with pytest.raises(ValueError, match=r"model.layers.1.mlp.experts cannot be replaced: it has hooks"):
+        ktops.load_experts(model, tmp_path, show_progress=False)
+    assert model.model.layers[1].mlp.experts is experts

@@ -150,6 +150,8 @@ def describe(experts: nn.Module) -> Layout:
 def _gate(experts: nn.Module) -> Activation:
     if not hasattr(experts, "_apply_gate"):
         return _act(experts)
+    if "_apply_gate" in experts.__dict__:
+        raise Unsupported("its _apply_gate was replaced")
     known = GATES.get(_place_of_gate(type(experts)))
     if known is None:
         raise Unsupported("ktops does not know its _apply_gate")

@@ -33,7 +33,7 @@ def load_experts(
 
     Args:
         model: a model with stacked experts or ModuleLists of MLPs, as :func:`ktops.swap_experts` supports
-            them, on any device, without adapters.
+            them, on any device, without adapters or hooks on them.
         path: a directory or file, as for :func:`ktops.checkpoints.open_checkpoint`. Layers are matched by the
             names that transformers would load; in files without such names, such as GGUF, by number.
         weight_format: one of ``ktops.formats.names()``; None keeps the checkpoint's formats.

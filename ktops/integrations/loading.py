@@ -13,6 +13,7 @@ from ktops.formats.expert_weight import COMPUTE_DTYPES
 from ktops.integrations.swap import exchange_stacked, listed_experts, require_experts
 from ktops.integrations.transformers.architectures import Unsupported
 from ktops.integrations.transformers.outside import describe_replacement
+from ktops.nn.expert_list import interception
 from ktops.nn.experts import KTExperts, Layout
 from ktops.ops.activation import ExpertFunction
 
@@ -134,9 +135,12 @@ def experts_modules(model: nn.Module) -> dict[str, nn.Module]:
         name: m for name, m in model.named_modules() if isinstance(m, PendingExperts)
     }
     modules = modules or require_experts(model, "load_experts")
-    for name in modules:
+    for name, module in modules.items():
         if "base_layer" in name.split("."):
             raise ValueError(f"load_experts: load the experts before adding adapters: {name} has one")
+        reason = None if isinstance(module, PendingExperts) else interception(module)
+        if reason is not None:
+            raise ValueError(f"load_experts: {name} cannot be replaced: {reason}")
     try:
         functions_of(modules)
     except Unsupported as reason:
@@ -167,11 +171,6 @@ def _function(module: nn.Module) -> ExpertFunction:
         return module.function
     if isinstance(module, nn.ModuleList):
         return listed_experts(module, any_device=True)[0].function
-    shapes: list[tuple[int, ...]] = [
-        getattr(module._parameters.get(name), "shape", ()) for name in PROJECTIONS
-    ]
-    if all(len(shape) == 3 for shape in shapes) and shapes[0][0] != shapes[1][0]:  # as in LongCat
-        raise Unsupported(f"gate_up_proj has {shapes[0][0]} experts, down_proj {shapes[1][0]}")
     return describe_replacement(module)[1].function
 
 

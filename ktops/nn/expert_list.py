@@ -102,7 +102,10 @@ class KTExpert(nn.Module):
         """
         if self.packed is None or self.drops() or not all(map(is_plain_linear, self.projections())):
             return False
-        return torch.compiler.is_compiling() or self.is_packed() or self.put(self.packed)
+        if torch.compiler.is_compiling() or self.is_packed():
+            return True
+        own = all(isinstance(part, nn.Parameter) for part, _ in self.places(self.packed))
+        return own and self.put(self.packed)  # not own: torch.func.functional_call lends tensors
 
     def is_packed(self) -> bool:
         """True if the storage of the parameters is the slices."""

@@ -1,6 +1,7 @@
 """KTExperts: the routed experts of a Mixture-of-Experts layer as a module built on kt::moe_sft."""
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -54,7 +55,8 @@ def run_experts(
         output = moe_sft(rows, ids, weights, gate_up_proj, down_proj, **options)
     else:
         routes = moe_sft(rows, ids, None, gate_up_proj, down_proj, reduce=False, **options)
-        output = (weights[..., None] * post_expert_norm(routes)).sum(1)
+        outside = (ids < 0) | (ids >= gate_up_proj.shape[0])  # whose norm need not be 0
+        output = (weights.masked_fill(outside, 0)[..., None] * post_expert_norm(routes)).sum(1)
     return output.to(hidden_states.dtype).reshape(hidden_states.shape)
 
 
@@ -118,8 +120,8 @@ class KTExperts(nn.Module):
         device, dtype: of the parameters; dtype must be float32, bfloat16, float16 or float64.
 
     Raises:
-        ValueError: a size is not positive, or activation, gating, save or compute is unknown.
-        RuntimeError: activation_args given by name are unknown or incomplete.
+        ValueError: a size is not positive, or activation, gating, save or compute is unknown, or
+            activation_args are not those of the activation.
         TypeError: dtype is not supported; forward raises it if the module was later cast to such a dtype.
 
     Example:
@@ -166,8 +168,7 @@ class KTExperts(nn.Module):
         self.num_experts = num_experts
         self.hidden_size = hidden_size
         self.intermediate_size = intermediate_size
-        args = tuple(activation_arguments(activation, activation_args))
-        self.function = ExpertFunction(activation, args, gating)
+        self.function = _expert_function(activation, activation_args, gating)
         self.save = save
         self.compute = compute
         self.transposed = transposed
@@ -346,6 +347,24 @@ class KTExperts(nn.Module):
         }
         others = [f"{name}={value!r}" for name, (value, default) in defaults.items() if value != default]
         return ", ".join([text, *others])
+
+
+@torch.no_grad()
+def _expert_function(
+    activation: str, args: Sequence[float] | Mapping[str, float], gating: str
+) -> ExpertFunction:
+    """Returns what the experts compute; raises ValueError if the operator does not accept it."""
+    rows = torch.empty(0, 1, dtype=torch.float32, device="cpu")
+    ids = torch.empty(0, 1, dtype=torch.int64, device="cpu")
+    weight = torch.empty(1, 1, 1, dtype=torch.float32, device="cpu")
+    try:
+        function = ExpertFunction(activation, tuple(activation_arguments(activation, args)), gating)
+        first = weight.expand(1, function.rows(1), 1)
+        moe_sft(rows, ids, rows, first, weight, **function._asdict())
+    except RuntimeError as error:
+        reason = re.sub(r"^\S+: ", "", str(error))
+        raise ValueError(f"KTExperts: {reason}") from None
+    return function
 
 
 def check_name(caller: str, argument: str, name: str, known) -> None:

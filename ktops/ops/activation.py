@@ -1,7 +1,7 @@
 """Activations of the experts and their derivatives."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -83,12 +83,12 @@ class Activation(NamedTuple):
         function: with ``of_gate``, (g) -> (act(g), act'(g)), for h = act(g)·u or, without a gate projection,
             h = act(g); else (g, u, \\*parameters) -> (h, ∂h/∂g, ∂h/∂u).
         of_gate: whether it is a function of the gate alone.
-        parameters: maps the names of ``activation_args``, in order, to their defaults; NaN: required.
+        parameters: maps the names of ``activation_args``, in order, to their defaults; None: required.
     """
 
     function: Callable[..., tuple[Tensor, ...]]
     of_gate: bool = True
-    parameters: Mapping[str, float] = {}
+    parameters: Mapping[str, float | None] = {}
 
 
 ACTIVATIONS = {
@@ -98,11 +98,9 @@ ACTIVATIONS = {
     "relu": Activation(relu),
     "relu2": Activation(relu2),
     "sigmoid": Activation(sigmoid),
-    "swiglu_clamped": Activation(swiglu_clamped, False, {"limit": math.nan, "alpha": 1.0, "offset": 0.0}),
-    "swiglu_step": Activation(swiglu_step, False, {"limit": math.nan}),
-    "swiglu_softcapped": Activation(
-        swiglu_softcapped, False, {"gate_softcap": math.nan, "up_softcap": math.nan}
-    ),
+    "swiglu_clamped": Activation(swiglu_clamped, False, {"limit": None, "alpha": 1.0, "offset": 0.0}),
+    "swiglu_step": Activation(swiglu_step, False, {"limit": None}),
+    "swiglu_softcapped": Activation(swiglu_softcapped, False, {"gate_softcap": None, "up_softcap": None}),
 }
 """The activations of the operators, by name."""
 
@@ -135,24 +133,28 @@ def activation_arguments(activation: str, args: Sequence[float] | Mapping[str, f
     """Returns the operators' activation_args for numbers given in order or by name.
 
     Raises:
-        RuntimeError: a name is not a parameter of the activation, or a parameter without default is missing.
+        RuntimeError: a name is not a parameter of the activation, or a parameter without default is missing,
+            or args is a single number.
 
     Example:
         >>> activation_arguments("swiglu_clamped", {"limit": 7.0, "offset": 1.0})
         [7.0, 1.0, 1.0]
     """
     if not isinstance(args, Mapping):
+        if not isinstance(args, Iterable):
+            raise RuntimeError(f"ktops.moe_sft: activation_args must be a sequence or a mapping, got {args}")
         return [*args]
     parameters = ACTIVATIONS[activation].parameters if activation in ACTIVATIONS else dict.fromkeys(args, 0.0)
     expected = f"must have {', '.join(parameters) or 'no parameter'} for activation '{activation}'"
     for name in args:
         if name not in parameters:
             raise RuntimeError(f"ktops.moe_sft: activation_args {expected}, got {name!r}")
-    values = {**parameters, **args}
-    for name, value in values.items():
-        if name not in args and math.isnan(value):
+    values = []
+    for name, value in {**parameters, **args}.items():
+        if value is None:
             raise RuntimeError(f"ktops.moe_sft: activation_args {expected}, got no {name}")
-    return [float(value) for value in values.values()]
+        values.append(value)
+    return values
 
 
 def gate(

@@ -15,7 +15,7 @@ pytestmark = pytest.mark.usefixtures("enabled")
 
 REFUSED = {
     **dict.fromkeys(WITHOUT_STACKS, r"its weights are not stacked, so only ktops\.swap_experts replaces it"),
-    "longcat_flash": r"gate_up_proj has 8 experts, down_proj 6",
+    "longcat_flash": r"must have shape \[8, 32, 24\] to match gate and up of shape \[8, 48, 32\]",
     "diffusion_gemma": r"shares its weights with model\.decoder.*; ktops cannot load shared experts",
 }
 """Maps folders to the error that names the reason."""
@@ -49,3 +49,14 @@ def test_refused(folder, tmp_path):
     model.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=REFUSED[folder]):
         type(model).from_pretrained(tmp_path, quantization_config=ktops.KTConfig())
+
+
+def test_experts_with_hooks_are_refused(tmp_path):
+    """Loading would lose the hooks."""
+    model = tiny_model("gpt_oss")
+    model.save_pretrained(tmp_path)
+    experts = model.model.layers[1].mlp.experts
+    experts.register_forward_hook(lambda *args: None)
+    with pytest.raises(ValueError, match=r"model.layers.1.mlp.experts cannot be replaced: it has hooks"):
+        ktops.load_experts(model, tmp_path, show_progress=False)
+    assert model.model.layers[1].mlp.experts is experts

@@ -93,11 +93,6 @@ def test_unknown_conversion(tmp_path):
 @pytest.mark.parametrize(
     ("model_type", "model_class", "message"),
     [
-        (
-            "longcat_flash",
-            "LongcatFlashForCausalLM",
-            "gate_up_proj has 260 experts, down_proj 4",
-        ),
         ("jetmoe", "JetMoeForCausalLM", "its weights are not stacked"),
         (
             "switch_transformers",

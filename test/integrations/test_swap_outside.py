@@ -180,6 +180,19 @@ def test_weights_of_dbrx_are_read_in_place():
             assert weight.data_ptr() == parameter.data_ptr() and weight.dtype == parameter.dtype
 
 
+@pytest.mark.parametrize("folder", ["dbrx", "jetmoe", "longcat_flash", "switch_transformers"])
+@torch.no_grad()
+def test_functional_call(folder):
+    """The op reads the given tensors, and later the Parameters again."""
+    model, eager = swapped(folder).eval(), tiny_model(folder).eval()
+    before = logits(model, folder)
+    given = {name: 1.5 * parameter for name, parameter in model.named_parameters()}
+    actual = torch.func.functional_call(model, given, kwargs=tiny_batch(folder)).logits
+    expected = torch.func.functional_call(eager, given, kwargs=tiny_batch(folder)).logits
+    assert relative_error(actual, expected) < MODEL_BUDGET
+    assert torch.equal(logits(model, folder), before)
+
+
 def test_tokens_over_the_capacity_of_switch():
     """Their row of the mask is 0, and so is their output."""
     eager, model = tiny_model("switch_transformers"), swapped("switch_transformers")
@@ -334,6 +347,14 @@ def test_quantize_experts(folder, swap, no_peft):
         actual = logits(model, folder)
     assert ops.counts
     assert relative_error(actual, logits(plain, folder)) < 0.1
+
+
+@pytest.mark.parametrize("folder", ["llama4", "longcat_flash"])
+def test_quantized_experts_are_saved_and_loaded(folder, enabled, tmp_path):
+    model = tiny_model(folder).eval()
+    ktops.quantize_experts(model, "int8", show_progress=False)
+    model.save_pretrained(tmp_path)
+    assert torch.equal(logits(type(model).from_pretrained(tmp_path).eval(), folder), logits(model, folder))
 
 
 def test_adapters_of_quantized_llama4(no_peft):

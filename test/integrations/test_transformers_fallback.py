@@ -103,6 +103,7 @@ def make(experts_class, config, **attributes):
         ({"act_fn": ACT2FN["leaky_relu"]}, "no activation LeakyReLU"),
         ({"act_fn": ACT2FN["quick_gelu"]}, "no activation QuickGELU"),
         ({"act_fn": torch.tanh}, "no activation tanh"),
+        ({"_apply_gate": torch.relu}, "its _apply_gate was replaced"),
     ],
 )
 def test_every_unsupported_layout_has_its_reason(attributes, reason):

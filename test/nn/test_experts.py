@@ -49,6 +49,7 @@ def assert_same(actual, expected):
     assert relative_error(actual, expected) < 2 * gradient_budget(torch.float32, inner_size=H)
 
 
+CLAMPED = {"activation": "swiglu_clamped"}
 OPTIONS = [{}, {"bias": True}, {"activation": "gelu"}, {"save": "recompute"}]
 
 
@@ -66,6 +67,22 @@ def test_output_and_gradients(leading, options):
     gradients = [torch.autograd.grad(output, tensors, grad) for output in (actual, expected)]
     for pair in zip(*gradients, strict=True):
         assert_same(*pair)
+
+
+@pytest.mark.parametrize("outside", [-1, E])
+def test_routes_outside_contribute_nothing_after_a_norm(outside):
+    """Also if the norm of 0 is not 0."""
+    norm = torch.nn.LayerNorm(H)
+    torch.nn.init.ones_(norm.bias)
+    experts = make(post_expert_norm=norm)
+    x, ids, weights = inputs()
+    expected = experts(x, ids[:, :1], weights[:, :1])
+    ids[:, 1] = outside
+    weights.requires_grad_()
+    output = experts(x, ids, weights)
+    assert_same(output, expected)
+    output.sum().backward()
+    assert not weights.grad[:, 1].any()
 
 
 def test_parameters_are_shared_not_copied():
@@ -126,10 +143,10 @@ def test_parameters_start_as_in_linear():
 
 
 def test_no_gradient_runs_the_inference_op(monkeypatch):
-    called = []
+    experts, called = make(), []
     monkeypatch.setattr(torch.ops.kt, "moe_fwd", lambda *args: called.append(1) or args[0])
     with torch.no_grad():
-        make()(*inputs())
+        experts(*inputs())
     assert called
 
 
@@ -165,6 +182,20 @@ def test_repr():
             {"activation": "elu"},
         ),
         (ValueError, "save must be one of activations, recompute, got 'all'", {"save": "all"}),
+        (ValueError, r"activation_args must be \[limit\] .*, got 0 values", {"activation": "swiglu_step"}),
+        (ValueError, "activation_args must have .*, got no limit", {**CLAMPED, "activation_args": {}}),
+        (ValueError, ".* a positive limit .*, got -1", {**CLAMPED, "activation_args": {"limit": -1}}),
+        (
+            ValueError,
+            "activation_args must be a sequence or a mapping, got 7",
+            {**CLAMPED, "activation_args": 7},
+        ),
+        (ValueError, ".*'List.float.' for argument 'activation_args'", {**CLAMPED, "activation_args": "700"}),
+        (
+            ValueError,
+            "activation must be a function of the gate for gating 'none'",
+            {**CLAMPED, "activation_args": {"limit": 1}, "gating": "none"},
+        ),
         (TypeError, "dtype must have one of the dtypes .*, got torch.int32", {"dtype": torch.int32}),
     ],
 )
@@ -226,13 +257,13 @@ def test_integers_are_for_inference(monkeypatch):
     """In training mode "auto" is "bf16", with and without gradients."""
     from ktops.nn import experts as module
 
+    weights = [ktops.quantize(torch.randn(E, *shape), "int8") for shape in ((2 * I, H), (H, I))]
+    experts = KTExperts.from_parameters(*weights)
     seen = []
     run = module.moe_sft
     monkeypatch.setattr(
         module, "moe_sft", lambda *args, **kw: (seen.append(kw["compute"]), run(*args, **kw))[1]
     )
-    weights = [ktops.quantize(torch.randn(E, *shape), "int8") for shape in ((2 * I, H), (H, I))]
-    experts = KTExperts.from_parameters(*weights)
     with torch.no_grad():
         experts.train()(*inputs())
         experts.eval()(*inputs())

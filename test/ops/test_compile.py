@@ -75,6 +75,19 @@ def test_no_recompilation_for_other_numbers_of_tokens():
     assert frames == frames[:1] * 4
 
 
+def test_named_arguments_of_an_activation():
+    """Dynamo sees symbols in place of the numbers."""
+
+    def clamped(inputs: dict, limit: float) -> torch.Tensor:
+        args = {"limit": limit, "offset": 1.0}
+        return layer(inputs | {"activation": "swiglu_clamped", "activation_args": args})
+
+    compiled = torch.compile(clamped, backend="aot_eager", fullgraph=True, dynamic=True)
+    inputs = case()
+    for limit in (1.0, 0.5):
+        assert torch.equal(compiled(inputs, limit), clamped(inputs, limit))
+
+
 def test_dynamic_tokens_by_mark():
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(layer, backend=counter, fullgraph=True)

@@ -29,7 +29,9 @@ Activation = tuple[str, tuple[float, ...]]
 
 def _act(experts: Any) -> Activation:
     """act_fn(gate) * up"""
-    return require_activation(getattr(experts, "act_fn", None)), ()
+    if not hasattr(experts, "act_fn"):
+        raise Unsupported("it has no act_fn")
+    return require_activation(experts.act_fn), ()
 
 
 def _limited(name: str, experts: Any, limit: float | None, *more: float) -> Activation:
@@ -152,6 +154,8 @@ def describe(experts: nn.Module) -> Layout:
 def _gate(experts: nn.Module) -> Activation:
     if not hasattr(experts, "_apply_gate"):
         return _act(experts)
+    if "_apply_gate" in experts.__dict__:
+        raise Unsupported("its _apply_gate was replaced")
     known = GATES.get(_place_of_gate(type(experts)))
     if known is None:
         raise Unsupported("ktops does not know its _apply_gate")

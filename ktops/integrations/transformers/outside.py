@@ -246,8 +246,8 @@ class DbrxExperts(ForwardReplacement):
             w1.data, v1.data = torch.stack((w1, v1), dim=1).unbind(1)
 
     def parts(self) -> list[nn.Parameter]:
-        """Returns w1, v1 and w2."""
-        return [self.mlp.get_parameter(name) for name in ("w1", "v1", "w2")]
+        """Returns w1, v1 and w2; in ``torch.func.functional_call``, the tensors in their place."""
+        return [getattr(self.mlp, name) for name in ("w1", "v1", "w2")]
 
     def weights(self) -> tuple[Tensor, Tensor]:
         w1, v1, w2 = self.parts()

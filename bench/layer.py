@@ -113,7 +113,12 @@ class Layer:
         return random_(torch.empty(size, dtype=self.dtype), scale, self.generator)
 
     def weights(self, layout: Layout) -> dict[str, Any]:
-        """Returns the weights and biases of ktops.moe_sft in a layout, as views of the same memory."""
+        """Returns the weights and biases of ktops.moe_sft in a layout, as views of the same memory.
+
+        Weights in a format have the plain layout.
+        """
+        if layout == PLAIN:
+            return {"gate_up_proj": self.gate_up_proj, "down_proj": self.down_proj}
         h, i, e = self.shape.hidden_size, self.shape.intermediate_size, self.shape.num_experts
         rows = layout.gate_up_rows(self.shape)
 

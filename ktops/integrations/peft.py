@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from ktops._warn import warn_once
 from ktops.formats import ExpertWeight
 from ktops.integrations.replacements import Replacements
-from ktops.integrations.transformers.architectures import operands
-from ktops.integrations.transformers.experts import runs_ktops
+from ktops.integrations.transformers.experts import layout_in_op
+from ktops.nn.experts import Layout
 
 if TYPE_CHECKING:
     from peft.tuners.lora.layer import ParamWrapper
@@ -139,7 +139,9 @@ def _experts(model: nn.Module):
             yield name, module
 
 
-def _lora_arguments(wrapper: "ParamWrapper", adapters: list[str]) -> dict[str, Tensor | float]:
+def _lora_arguments(
+    wrapper: "ParamWrapper", layout: Layout, adapters: list[str]
+) -> dict[str, Tensor | float]:
     """Returns the keyword arguments of one wrapper: A [E, r, in], B [E, out, r], scaling.
 
     PEFT stores ``lora_A.weight [r * E, in]`` with the expert outermost and ``lora_B.weight [out, r * E]``
@@ -149,7 +151,6 @@ def _lora_arguments(wrapper: "ParamWrapper", adapters: list[str]) -> dict[str, T
     PEFT takes stacks that do not say ``is_transposed`` for [E, out, in]. Of Llama-4's, which are
     [E, in, out], its B A is the transpose of the delta, so the factors exchange roles.
     """
-    layout, *_ = operands(wrapper.get_base_layer())
     exchanged = layout.transposed == wrapper._did_swap_in_out_features
     lora_a, lora_b = [], []
     for name in adapters:
@@ -168,16 +169,20 @@ def _lora_arguments(wrapper: "ParamWrapper", adapters: list[str]) -> dict[str, T
     return {f"{prefix}_lora_A": a, f"{prefix}_lora_B": b, f"{prefix}_scaling": scaling}
 
 
-def _takes_factors(wrapper: "ParamWrapper", kwargs: dict) -> bool:
-    """True if this call can bypass PEFT's own forward, which builds the dense delta or raises."""
+def _layout_for_factors(wrapper: "ParamWrapper", kwargs: dict) -> Layout | None:
+    """Returns the layout of the experts if this call can bypass PEFT's own forward, else None.
+
+    PEFT's forward builds the dense delta, or raises.
+    """
     if wrapper.parameter_name not in PREFIXES or "adapter_names" in kwargs:
-        return False
-    return runs_ktops(wrapper.get_base_layer())
+        return None
+    return layout_in_op(wrapper.get_base_layer())
 
 
 def _forward(wrapper: "ParamWrapper", x: Tensor, *args, **kwargs) -> Tensor:
     """``ParamWrapper.forward``, which passes factors instead of the dense delta if the experts run ktops."""
-    if not _takes_factors(wrapper, kwargs):
+    layout = _layout_for_factors(wrapper, kwargs)
+    if layout is None:
         _require_dense(wrapper, "computed with different adapters in one batch")
         return _replaced.original["forward"](wrapper, x, *args, **kwargs)
     if wrapper.disable_adapters:
@@ -194,7 +199,7 @@ def _forward(wrapper: "ParamWrapper", x: Tensor, *args, **kwargs) -> Tensor:
             )
             return _replaced.original["forward"](wrapper, x, *args, **kwargs)
         if adapters:
-            kwargs = {**kwargs, **_lora_arguments(wrapper, adapters)}
+            kwargs = {**kwargs, **_lora_arguments(wrapper, layout, adapters)}
     return wrapper.base_layer(x, *args, **kwargs)
 
 

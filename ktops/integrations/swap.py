@@ -15,6 +15,7 @@ from ktops.integrations.transformers.architectures import (
     Unsupported,
     activation_name,
     class_name,
+    require_activation,
     require_weights,
 )
 from ktops.nn.expert_list import (
@@ -22,13 +23,13 @@ from ktops.nn.expert_list import (
     PROJECTION_NAMES,
     KTExpert,
     KTExpertList,
+    gating_of,
     interception,
     is_plain_linear,
 )
 from ktops.nn.expert_sequence import KTExpertSequence
 from ktops.nn.experts import SAVE, KTExperts, check_name
 from ktops.nn.find import find_experts, has_stacks
-from ktops.ops.activation import CONCATENATED, UNGATED
 
 
 def swap_experts(model: nn.Module, *, save: str = "activations") -> list[str]:
@@ -237,9 +238,8 @@ def _check_experts(experts: list[nn.Module], any_device: bool) -> tuple[tuple[st
     described = {_describe(expert, names, attribute) for expert in experts}
     if len(described) != 1:
         raise Unsupported(f"its experts, {first}, differ in shape, dtype, bias or activation")
-    activation, plain, biased, _ = described.pop()
-    if activation is None:
-        raise Unsupported(f"ktops has no activation {type(getattr(experts[0], attribute)).__name__}")
+    _, plain, biased, _ = described.pop()
+    activation = require_activation(getattr(experts[0], attribute))
     if not plain:
         raise Unsupported(f"its experts, {first}, are more than {len(names)} nn.Linear without hooks")
     if len(set(biased)) != 1:
@@ -252,7 +252,7 @@ def _check_experts(experts: list[nn.Module], any_device: bool) -> tuple[tuple[st
     require_weights(
         one.expand(1, len(first_weights) * gate.shape[0], gate.shape[1]),
         one.to(down.dtype).expand(1, *down.shape),
-        UNGATED if len(first_weights) == 1 else CONCATENATED,
+        gating_of(names),
     )
     return names, attribute, activation
 

@@ -29,6 +29,11 @@ Packed = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
 place of 2I."""
 
 
+def gating_of(names: Sequence[str]) -> str:
+    """Returns the gating of an expert module with these projections, a row of PROJECTION_NAMES."""
+    return UNGATED if len(names) == 2 else CONCATENATED
+
+
 def is_plain_linear(module: nn.Module) -> bool:
     """True if the module is exactly an ``nn.Linear``, without parametrization, hooks or replaced forward."""
     return type(module) is nn.Linear and interception(module) is None
@@ -81,7 +86,7 @@ class KTExpert(nn.Module):
             setattr(self, activation_attribute, getattr(expert, activation_attribute))
         self.names = names
         self.activation_attribute = activation_attribute
-        self.function = ExpertFunction(activation, gating=UNGATED if len(names) == 2 else CONCATENATED)
+        self.function = ExpertFunction(activation, gating=gating_of(names))
         self.save = save
         self.training = expert.training
         self.packed = None

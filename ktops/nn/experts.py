@@ -314,8 +314,9 @@ class KTExperts(nn.Module):
         Returns:
             A tensor with the shape and dtype of hidden_states.
         """
-        gate_up_proj, down_proj = self.layout.weights(self)
-        gate_up_bias, down_bias = self.layout.biases(self)
+        layout = self.layout
+        gate_up_proj, down_proj = layout.weights(self)
+        gate_up_bias, down_bias = layout.biases(self)
         _check_dtype(self.function.first_name, gate_up_proj.dtype)
         return run_experts(
             hidden_states,

@@ -1,6 +1,8 @@
 """Runs one training step of a model, records its operators, and compares it with the eager model."""
 
+import copy
 import functools
+import pickle
 from collections import Counter
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
@@ -8,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 from tiny_models import tiny_batch, tiny_model
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ktops.testing.budgets import gradient_budget, model_budget, relative_error, safety
@@ -60,6 +62,17 @@ def step(model: torch.nn.Module, batch: dict[str, Tensor] | None = None, count: 
     model.zero_grad()
     aux_loss = getattr(output, "aux_loss", None)
     return Run(output.logits.detach(), output.loss.detach(), aux_loss, gradients, ops.counts)
+
+
+def storage_changes(load: Callable[..., nn.Module]) -> dict[str, Callable[[nn.Module], nn.Module]]:
+    """Returns what gives the parameters of a model other storage; load(model, assign=...) loads a state."""
+    return {
+        "deepcopy": copy.deepcopy,
+        "pickle": lambda model: pickle.loads(pickle.dumps(model)),
+        "double": lambda model: model.double().float(),
+        "load": lambda model: load(model, assign=False),
+        "assign": lambda model: load(model, assign=True),
+    }
 
 
 def experts_modules(model: torch.nn.Module) -> list[str]:

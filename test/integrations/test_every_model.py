@@ -10,7 +10,8 @@ import peft
 import pytest
 import torch
 from every_model import LIMIT, folders, tiny_batch, tiny_model, weighs_router_loss
-from model_runs import MODEL_BUDGET, CountOps, Run, assert_close
+from every_model_runs import step, through_ktops, with_adapters
+from model_runs import MODEL_BUDGET, Run, assert_close
 from model_support import (
     LIMITED,
     NOT_SUPPORTED,
@@ -19,37 +20,13 @@ from model_support import (
     WITHOUT_STACKS,
     support_table,
 )
-from peft_models import randomize
 
-import ktops
-from ktops.integrations.peft import expert_target_parameters
 from ktops.testing.budgets import forward_budget, relative_error, safety
 
 pytestmark = pytest.mark.usefixtures("enabled")
 
 FOLDERS = folders()
 SUPPORTED = [folder for folder in FOLDERS if folder not in NOT_SUPPORTED]
-
-
-def through_ktops(folder: str, model: torch.nn.Module) -> torch.nn.Module:
-    if folder in SWAPPED:
-        assert ktops.swap_experts(model)
-    else:
-        getattr(model, "base_model", model).set_experts_implementation("ktops")
-    return model
-
-
-def step(model: torch.nn.Module, folder: str, batch: dict[str, torch.Tensor] | None = None) -> Run:
-    """Runs forward and backward; parameters that the batch does not reach have no gradient."""
-    with CountOps() as ops:
-        output = model(**(tiny_batch(folder) if batch is None else batch))
-        loss = getattr(output, "loss", None)
-        if loss is None:
-            loss = output.logits.square().mean()
-        loss.backward()
-    gradients = {n: p.grad for n, p in model.named_parameters() if p.grad is not None and p.grad.any()}
-    aux_loss = getattr(output, "aux_loss", None)
-    return Run(output.logits.detach(), loss.detach(), aux_loss, gradients, ops.counts)
 
 
 def other_runs(folder: str, make_model: Callable[[str], torch.nn.Module]) -> list[Run]:
@@ -97,16 +74,6 @@ def test_bfloat16_equals_eager(folder):
 def _median_error(logits: torch.Tensor, exact: torch.Tensor) -> float:
     rows = zip(logits.flatten(0, -2), exact.flatten(0, -2), strict=True)
     return statistics.median(relative_error(*row) for row in rows)
-
-
-def with_adapters(folder: str, dtype: torch.dtype = torch.float32) -> peft.PeftModel:
-    """Returns the model with random LoRA on its experts, and nothing else to train."""
-    model = tiny_model(folder, dtype)
-    targets = expert_target_parameters(model)
-    assert targets
-    model = peft.get_peft_model(model, peft.LoraConfig(r=2, target_parameters=targets))
-    randomize(model, seed=2)
-    return model
 
 
 @pytest.mark.parametrize("folder", [f for f in SUPPORTED if f not in WITHOUT_STACKS])

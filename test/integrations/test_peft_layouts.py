@@ -4,16 +4,13 @@ import peft
 import pytest
 import torch
 from every_model import tiny_batch, tiny_model
-from peft_models import randomize
+from every_model_runs import through_ktops, with_adapters
+from model_runs import MODEL_BUDGET
 from safetensors.torch import load_file
-from test_every_model import through_ktops
 
-from ktops.integrations.peft import expert_target_parameters
-from ktops.testing.budgets import model_budget, relative_error
+from ktops.testing.budgets import relative_error
 
 pytestmark = pytest.mark.usefixtures("enabled")
-
-BUDGET = model_budget(torch.float32, inner_size=40, num_operations=60)
 
 
 @pytest.fixture(params=["gpt_oss", "openai_privacy_filter", "aria", "nemotron_h", "muse_spark", "llama4"])
@@ -23,12 +20,7 @@ def folder(request) -> str:
 
 def adapted(folder: str) -> peft.PeftModel:
     """Returns a model in evaluation mode with two random adapters; "default" is active."""
-    model = tiny_model(folder).eval()
-    config = peft.LoraConfig(r=2, lora_alpha=3, target_parameters=expert_target_parameters(model))
-    model = peft.get_peft_model(model, config)
-    model.add_adapter("second", config)
-    randomize(model, seed=3)
-    return model
+    return with_adapters(folder, adapters=("default", "second"), seed=3).eval()
 
 
 @torch.no_grad()
@@ -64,11 +56,11 @@ def test_equals_plain_peft(folder):
         change(plain)
         change(model)
         expected = logits(plain, folder)
-        assert relative_error(logits(model, folder), expected) < BUDGET, change.__name__
+        assert relative_error(logits(model, folder), expected) < MODEL_BUDGET, change.__name__
         found.append(expected)
     one, two, merged_one, again, base = found
-    assert relative_error(merged_one, one) < BUDGET and relative_error(again, one) < BUDGET
-    assert min(relative_error(two, one), relative_error(base, one)) > 100 * BUDGET
+    assert relative_error(merged_one, one) < MODEL_BUDGET and relative_error(again, one) < MODEL_BUDGET
+    assert min(relative_error(two, one), relative_error(base, one)) > 100 * MODEL_BUDGET
 
 
 def test_merged_parameters_are_those_of_plain_peft(folder):
@@ -87,4 +79,4 @@ def test_files_are_those_of_plain_peft(folder, tmp_path):
     assert files[0].keys() == files[1].keys()
     assert all(torch.equal(value, files[1][name]) for name, value in files[0].items())
     loaded = peft.PeftModel.from_pretrained(tiny_model(folder).eval(), tmp_path / "ktops")
-    assert relative_error(logits(loaded, folder), logits(model, folder)) < BUDGET
+    assert relative_error(logits(loaded, folder), logits(model, folder)) < MODEL_BUDGET

@@ -1,12 +1,9 @@
 """swap_experts and unswap_experts replace modules; results and Parameters stay the same."""
 
-import copy
-import pickle
-
 import pytest
 import torch
 import transformers
-from model_runs import MODEL_BUDGET, CountOps, experts_modules, step
+from model_runs import MODEL_BUDGET, CountOps, experts_modules, step, storage_changes
 from moe_blocks import (
     E,
     H,
@@ -154,16 +151,6 @@ def test_module_list_unswap_after_training(kind):
     assert relative_error(expected[0], train_step(make(kind))[0]) > 0.01
 
 
-CHANGES = {
-    "deepcopy": copy.deepcopy,
-    "pickle": lambda model: pickle.loads(pickle.dumps(model)),
-    "double": lambda model: model.double().float(),
-    "load": lambda model: load(model, assign=False),
-    "assign": lambda model: load(model, assign=True),
-    "data": lambda model: set_data(model),
-}
-
-
 def load(model, assign):
     model.load_state_dict({k: v.clone() for k, v in model.state_dict().items()}, assign=assign)
     return model
@@ -173,6 +160,9 @@ def set_data(model):
     weight = model.layers[0].experts[1].gate_proj.weight
     weight.data = weight.data.clone()
     return model
+
+
+CHANGES = {**storage_changes(load), "data": set_data}
 
 
 @pytest.mark.parametrize("change", CHANGES)

@@ -1,18 +1,16 @@
 """swap_experts on models of transformers whose experts are outside its experts interface."""
 
-import copy
-import pickle
 import re
 
 import pytest
 import torch
 from every_model import tiny_batch, tiny_model
-from model_runs import MODEL_BUDGET, CountOps, assert_close
+from every_model_runs import step
+from model_runs import MODEL_BUDGET, CountOps, assert_close, storage_changes
 from model_support import SWAPPED
 from peft import LoraConfig, get_peft_model
 from peft_models import Recorder, assert_as_close, loss_and_gradients, randomize
 from safetensors.torch import load_file
-from test_every_model import step
 from torch import nn
 
 import ktops
@@ -104,13 +102,7 @@ def load(model: nn.Module, assign: bool) -> nn.Module:
     return model
 
 
-CHANGES = {
-    "deepcopy": copy.deepcopy,
-    "pickle": lambda model: pickle.loads(pickle.dumps(model)),
-    "double": lambda model: model.double().float(),
-    "load": lambda model: load(model, assign=False),
-    "assign": lambda model: load(model, assign=True),
-}
+CHANGES = storage_changes(load)
 
 
 @pytest.mark.parametrize("change", CHANGES)

@@ -5,9 +5,9 @@ import warnings
 
 import pytest
 import torch
+from every_model_runs import step, through_ktops
 from model_runs import MODEL_BUDGET, Run, assert_close
 from model_support import NOT_SUPPORTED, WITHOUT_ROUTER_LOSS
-from test_every_model import step, through_ktops
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast
 from vision_models import image_batch, vision_model, vision_model_folders

@@ -2,14 +2,13 @@
 
 from ktops._warn import warn_once
 from ktops.integrations.transformers.architectures import activation_name
-from ktops.integrations.transformers.experts import NAME, experts_forward, runs_ktops
+from ktops.integrations.transformers.experts import NAME, experts_forward
 
 __all__ = [
     "NAME",
     "activation_name",
     "disable",
     "enable",
-    "runs_ktops",
 ]
 
 

@@ -7,25 +7,26 @@ from torch import Tensor, nn
 
 from ktops._warn import warn_once
 from ktops.integrations.transformers.architectures import Unsupported, class_name, operands
-from ktops.nn.experts import KTExperts, run_experts
+from ktops.nn.experts import KTExperts, Layout, run_experts
 
 NAME = "ktops"
 """The name of the implementation: ``experts_implementation=NAME``."""
 
 
-def runs_ktops(experts: nn.Module) -> bool:
-    """True if the experts module, with the weights it holds now, runs the op.
+def layout_in_op(experts: nn.Module) -> Layout | None:
+    """Returns what the op computes for an experts module with the weights it holds now.
 
-    It is a KTExperts, or a module of transformers set to "ktops", and the op can read its weights.
+    None if another implementation runs: the module is neither a KTExperts nor one of transformers set to
+    "ktops", or the op cannot read its weights.
     """
     implementation = getattr(getattr(experts, "config", None), "_experts_implementation", None)
     if implementation != NAME and not isinstance(experts, KTExperts):
-        return False
+        return None
     try:
-        operands(experts)
+        layout, *_ = operands(experts)
     except Unsupported:
-        return False
-    return True
+        return None
+    return layout
 
 
 def experts_forward(

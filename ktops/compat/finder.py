@@ -125,7 +125,7 @@ def install() -> None:
 
 
 def uninstall() -> None:
-    """Undoes :func:`install`; modules that were imported under these names keep working under ktops' names."""
+    """Undoes :func:`install`. Modules imported under these names work on, under ktops' own."""
     for finder in _installed():
         sys.meta_path.remove(finder)
     for name, module in list(sys.modules.items()):

@@ -14,9 +14,12 @@ from pathlib import Path
 from types import ModuleType
 
 HOOKS = {
-    "transformers.modeling_utils": "ktops.launcher.transformers:use_ktops",
-    "transformers.trainer_callback": "ktops.launcher.training:require_ktops",
+    "transformers.modeling_utils": "ktops.integrations.transformers.default:enable",
+    "transformers.trainer_callback": "ktops.integrations.training:enable",
     "peft": "ktops.integrations.peft:enable",
+    "llamafactory.extras.misc": "ktops.integrations.llamafactory:allow_versions",
+    "llamafactory.hparams.parser": "ktops.integrations.llamafactory.arguments:enable",
+    "llamafactory.model.loader": "ktops.integrations.llamafactory.model:enable",
 }
 """Module -> the function, without arguments, that is called as soon as the module has been imported."""
 

@@ -7,11 +7,11 @@ from ktops.integrations.replacements import Replacements
 _replaced = Replacements()
 
 
-def use_ktops() -> None:
+def enable() -> None:
     """Enables ktops in transformers, and makes it the default for experts; a second call does nothing.
 
     Warns, and leaves transformers as it is, if its version has no experts interface. Training is then an
-    error, see :mod:`ktops.launcher.training`.
+    error, see :mod:`ktops.integrations.training`.
     """
     if _replaced:
         return
@@ -25,8 +25,8 @@ def use_ktops() -> None:
     _replaced.install(PreTrainedModel, get_correct_experts_implementation=_default_to_ktops)
 
 
-def use_transformers() -> None:
-    """Undoes :func:`use_ktops` for models created from now on: they run ktops only if they ask for it."""
+def disable() -> None:
+    """Undoes :func:`enable` for models created from now on: they run ktops only if they ask for it."""
     _replaced.restore()
 
 

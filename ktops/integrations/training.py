@@ -8,7 +8,7 @@ from ktops.integrations.transformers.coverage import experts_outside_op
 _replaced = Replacements()
 
 
-def require_ktops() -> None:
+def enable() -> None:
     """Checks a model at the start of training, before its first step; a second call does nothing.
 
     Trainers of transformers, TRL and others that build on them call ``CallbackHandler.on_train_begin``.
@@ -19,8 +19,8 @@ def require_ktops() -> None:
         _replaced.install(CallbackHandler, on_train_begin=_on_train_begin)
 
 
-def allow_others() -> None:
-    """Undoes :func:`require_ktops`."""
+def disable() -> None:
+    """Undoes :func:`enable`."""
     _replaced.restore()
 
 

@@ -3,13 +3,10 @@
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
-
-from ktops.testing.budgets import relative_error
 
 HERE = Path(__file__).parent
 
@@ -23,7 +20,11 @@ def run(*command: object, folder: Path, **environment: str) -> tuple[str, bool]:
     witness = folder / "witness"
     witness.unlink(missing_ok=True)
     own = {"PYTHONPATH": str(HERE / "witness"), "KT_WITNESS": str(witness), "OMP_NUM_THREADS": "1"}
-    offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(folder / "datasets"), "CUDA_VISIBLE_DEVICES": ""}
+    offline = {
+        "HF_HUB_OFFLINE": "1",
+        "HF_DATASETS_CACHE": str(folder / "datasets"),
+        "CUDA_VISIBLE_DEVICES": "",
+    }
     result = subprocess.run(
         [str(part) for part in command],
         cwd=folder,
@@ -39,7 +40,10 @@ def run(*command: object, folder: Path, **environment: str) -> tuple[str, bool]:
 
 def losses(output: Path) -> list[float]:
     """Returns the losses that a trainer logged, from the state in its output directory or last checkpoint."""
-    states = [*sorted(output.glob("checkpoint-*/trainer_state.json"), key=_step), *output.glob("trainer_state.json")]
+    states = [
+        *sorted(output.glob("checkpoint-*/trainer_state.json"), key=_step),
+        *output.glob("trainer_state.json"),
+    ]
     history = json.loads(states[-1].read_text())["log_history"]
     return [entry["loss"] for entry in history if "loss" in entry]
 

@@ -8,9 +8,7 @@ collect_ignore_glob = ["test_*.py"]
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line(
-        "markers", "ci: what continuous integration runs, by `run.py NAME -- -m ci`"
-    )
+    config.addinivalue_line("markers", "ci: what continuous integration runs, by `run.py NAME -- -m ci`")
 
 
 @pytest.fixture(scope="session")

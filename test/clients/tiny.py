@@ -36,8 +36,7 @@ def save_records(file: Path, layout: Callable[[str, str, str], dict]) -> Path:
     records = corpus.instructions()[0][: NUM_RECORDS + 1]
     pairs = [(record["instruction"], record["output"]) for record in records]
     lines = [
-        json.dumps(layout(question, answer, worse))
-        for (question, answer), (_, worse) in pairwise(pairs)
+        json.dumps(layout(question, answer, worse)) for (question, answer), (_, worse) in pairwise(pairs)
     ]
     file.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
     return file

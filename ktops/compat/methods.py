@@ -2,6 +2,8 @@
 
 from typing import NamedTuple
 
+from ktops.integrations.settings import BACKENDS
+
 
 class Method(NamedTuple):
     """How a method stores the experts.
@@ -38,17 +40,7 @@ INFERENCE_METHODS = {
 }
 
 _SFT_METHODS = {
-    "AMXBF16_SFT": Method("bf16"),
-    "AMXINT8_SFT": Method("int8"),
-    "AMXINT4_SFT": Method("int4"),
-    "AMXINT4_1_SFT": Method("uint4"),
-    "AMXINT4_KGroup_SFT": Method("int4", None),
-    "AMXINT4_1KGroup_SFT": Method("uint4", None),
-    "FP8_SFT": Method("fp8_e4m3", 128),
-    "RAWINT4_SFT": Method("int4", 32, ("pack-quantized",)),
-    "MXFP4_SFT": Method("mxfp4", 32),
-    "INT8_SFT": Method("int8"),
-    "AMXFP8_SFT": Method("fp8_e4m3", 128),
+    f"{name}_SFT": Method(backend.format or "", *backend[1:]) for name, backend in BACKENDS.items()
 }
 
 SFT_METHODS = _SFT_METHODS | {

@@ -27,14 +27,17 @@ class Client:
     Attributes:
         requirements: the client, at the version that the tests are written for.
         extra: the extra of ktops that resolves beside it, "" for none.
+        stand_ins: packages of ``BROKEN_BESIDE_CPU_TORCH`` that it imports without using them for text; empty
+            modules take their place.
     """
 
     requirements: tuple[str, ...]
     extra: str = "transformers"
+    stand_ins: tuple[str, ...] = ()
 
 
 CLIENTS = {
-    "llamafactory": Client(("llamafactory==0.9.5",)),
+    "llamafactory": Client(("llamafactory==0.9.5",), stand_ins=("torchaudio",)),
     "trl": Client(("trl==1.16.0", "peft==0.21.2")),
     "swift": Client(("ms-swift==4.6.0",)),
     "axolotl": Client(("axolotl==0.19.0",)),
@@ -82,6 +85,9 @@ def _make_client(folder: Path, python: Path, client: Client) -> None:
     constraints.write_text(torch + "\n")
     _pip(python, "install", "--constraint", constraints, *client.requirements, *TEST_REQUIREMENTS)
     _pip(python, "uninstall", "--yes", *BROKEN_BESIDE_CPU_TORCH)
+    [packages] = folder.glob("lib/python*/site-packages")
+    for name in client.stand_ins:
+        (packages / f"{name}.py").touch()
     made.write_text(wanted)
 
 

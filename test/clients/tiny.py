@@ -26,7 +26,7 @@ def save_model(folder: Path, architecture: str = "qwen3_moe", **overrides) -> Pa
     tokenizer = demo_model.train_tokenizer(corpus.stories(50), vocab_size=400)
     tokens = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
     sizes = {"vocab_size": len(tokenizer), "bos_token_id": None, "max_position_embeddings": 512}
-    model = tiny_model(architecture, **sizes, **tokens, **overrides)
+    model = tiny_model(architecture, **sizes | tokens | overrides)
     demo_model.save(model, tokenizer, folder)
     return folder
 

@@ -14,6 +14,7 @@ from compare import (
     assert_loads_without_ktops,
     assert_same_training,
     checkpoints,
+    example,
     losses,
     read_adapter,
     run,
@@ -121,6 +122,15 @@ def test_options_of_the_usage_document(variant, models, data, tmp_path):
     assert ("lora_dropout 0.1 applies to the adapters of linear layers" in printed) == (variant == "full")
 
 
+def test_example_of_the_documentation(models, data, tmp_path):
+    (tmp_path / "options.yaml").write_text(
+        example("llamafactory", **{"Qwen/Qwen3-30B-A3B": str(models["qwen3_moe"])})
+    )
+    command = example("llamafactory-command").split()
+    assert run(*command, *short(models["qwen3_moe"], data, tmp_path / "out")[1:], folder=tmp_path)[1]
+    assert any("experts" in name for name in read_adapter(tmp_path / "out"))
+
+
 @pytest.mark.parametrize("architecture", ["qwen3_moe", "deepseek_v2", "deepseek_v3", "mixtral"])
 def test_equals_a_plain_run(architecture, models, data, tmp_path):
     file = options(tmp_path, "minimal", lora_target="all")
@@ -155,9 +165,7 @@ def test_resumes(models, data, tmp_path):
 )
 def test_stages(stage, dataset, models, data, tmp_path):
     file = options(tmp_path, "full", stage=stage, dataset=dataset, lora_dropout=0)
-    _, ran = launch(
-        tmp_path, "train", file, *short(models["qwen3_moe"], data, tmp_path / "out"), *FLOAT32
-    )
+    _, ran = launch(tmp_path, "train", file, *short(models["qwen3_moe"], data, tmp_path / "out"), *FLOAT32)
     assert ran
     trained = read_adapter(tmp_path / "out")
     assert any(tensor.any() for key, tensor in trained.items() if "experts" in key and "lora_B" in key)

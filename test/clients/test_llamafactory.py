@@ -171,6 +171,40 @@ def test_stages(stage, dataset, models, data, tmp_path):
     assert any(tensor.any() for key, tensor in trained.items() if "experts" in key and "lora_B" in key)
 
 
+@pytest.mark.parametrize("key", ["kt_weight_path", "model_name_or_path"])
+def test_converted_experts(key, models, data, tmp_path):
+    converted = tmp_path / "converted"
+    run("ktops", "convert", models["qwen3_moe"], converted, "--format", "int8", folder=tmp_path)
+    file = options(tmp_path, "full", kt_backend="auto", lora_dropout=0)
+    overrides = [*short(models["qwen3_moe"], data, tmp_path / "out"), *FLOAT32, f"{key}={converted}"]
+    assert launch(tmp_path, "train", file, *overrides)[1]
+    reference = options(tmp_path, "full", kt_backend="AMXInt8", lora_dropout=0)
+    overrides = [*short(models["qwen3_moe"], data, tmp_path / "reference"), *FLOAT32]
+    assert launch(tmp_path, "train", reference, *overrides)[1]
+    assert torch.equal(losses(tmp_path / "out"), losses(tmp_path / "reference"))
+
+
+def test_processes_of_torchrun(models, data, tmp_path, monkeypatch):
+    monkeypatch.setenv("FORCE_TORCHRUN", "1")
+    monkeypatch.setenv("NPROC_PER_NODE", "2")
+    file = options(tmp_path, "minimal")
+    assert launch(tmp_path, "train", file, *short(models["qwen3_moe"], data, tmp_path / "out"))[1]
+    assert any("experts" in name for name in read_adapter(tmp_path / "out"))
+
+
+def test_without_the_launcher(models, data, tmp_path):
+    """As in a notebook, with options in a dict."""
+    given = yaml.safe_load((OPTIONS / "minimal.yaml").read_text())
+    given |= dict(override.split("=") for override in short(models["qwen3_moe"], data, tmp_path / "out"))
+    given |= {"max_steps": 1, "logging_steps": 1, "cutoff_len": 64, "learning_rate": 0.01}
+    code = (
+        "from ktops.integrations import llamafactory; llamafactory.enable()\n"
+        f"from llamafactory.train.tuner import run_exp; run_exp({given!r})"
+    )
+    assert run(sys.executable, "-c", code, folder=tmp_path)[1]
+    assert any("experts" in name for name in read_adapter(tmp_path / "out"))
+
+
 @pytest.fixture(scope="session")
 def trained(models, data, tmp_path_factory) -> Path:
     """The output directory of a run on Qwen3-MoE, every linear layer and the experts."""

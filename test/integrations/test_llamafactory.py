@@ -172,6 +172,8 @@ def test_more_threads_than_cores(factory, capsys, monkeypatch):
 def test_use_kt_false_turns_the_launcher_s_default_off(factory):
     default.enable()
     training.enable()
+    factory.hparams.read_args({"use_kt": None})
+    assert default._replaced and training._replaced
     factory.hparams.read_args({"use_kt": False, "kt_backend": "BF16"})
     assert not default._replaced and not training._replaced
 

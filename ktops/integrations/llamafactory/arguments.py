@@ -116,7 +116,7 @@ def _from_words(words: list[str]) -> _Words:
 
 def _take(config: dict[str, Any]) -> Choice:
     """Removes ktops' keys from a configuration and applies what concerns the whole process."""
-    refused = "use_kt" in config
+    refused = config.get("use_kt") is not None
     settings = take_settings(config)
     if settings is None:
         if refused:

@@ -83,11 +83,10 @@ def test_dpo_script(model, tmp_path):
 
 def test_grpo_script(model, tmp_path):
     """The loss of the first step is zero, so only updates are compared."""
-    rewards = {
-        "    args=": "    reward_funcs=lambda completions, **_: [len(str(text)) for text in completions],\n    args="
-    }
+    rewards = "lambda completions, **_: [len(str(text)) for text in completions]"
+    names = {MODEL: str(model), "    args=": f"    reward_funcs={rewards},\n    args="}
     options = {"num_generations": 2, "max_completion_length": 12}
-    ktops, plain = train_by_script("GRPO", tmp_path, {MODEL: str(model), **rewards}, **options)
+    ktops, plain = train_by_script("GRPO", tmp_path, names, **options)
     assert_same_updates(ktops / "out", plain / "out")
 
 

@@ -44,3 +44,8 @@ def save_records(file: Path, layout: Callable[[str, str, str], dict]) -> Path:
 def messages(question: str, answer: str) -> list[dict[str, str]]:
     """Returns a conversation of two messages."""
     return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+
+
+def conversation(question: str, answer: str, worse: str) -> dict:
+    """A layout of records."""
+    return {"messages": messages(question, answer)}

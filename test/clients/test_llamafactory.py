@@ -56,7 +56,7 @@ def data(tmp_path_factory) -> Path:
     save_records(folder / "sft.jsonl", lambda q, a, _: {"instruction": q, "input": "", "output": a})
     save_records(folder / "pairs.jsonl", lambda q, a, w: {"instruction": q, "chosen": a, "rejected": w})
     save_records(
-        folder / "kto.jsonl", lambda q, a, w: {"instruction": q, "output": a, "kto_tag": len(a) > len(w)}
+        folder / "kto.jsonl", lambda q, a, _: {"instruction": q, "output": a, "kto_tag": len(q) % 2 == 0}
     )
     save_records(folder / "text.jsonl", lambda q, a, _: {"text": f"{q} {a}"})
     pairs = {"prompt": "instruction", "chosen": "chosen", "rejected": "rejected"}

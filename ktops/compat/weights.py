@@ -27,7 +27,7 @@ def expert_order(physical_to_logical_map: Tensor | None, num_experts: int) -> li
     """
     if physical_to_logical_map is None:
         return list(range(num_experts))
-    given = torch.as_tensor(physical_to_logical_map)
+    given = torch.as_tensor(physical_to_logical_map, device="cpu")
     if given.is_floating_point() or given.is_complex() or given.dtype == torch.bool:
         raise TypeError(f"KTMoEWrapper: physical_to_logical_map must hold integers, got {given.dtype}")
     if list(given.shape) != [num_experts]:

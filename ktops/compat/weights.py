@@ -90,8 +90,11 @@ def from_tensors(
         raise TypeError(
             f"KTMoEWrapper: up_proj must have the dtype of gate_proj={gate.dtype}, got {up.dtype}"
         )
-    both = (Requantized(experts, format, group_size) for experts in (Given(gate, up), Given(down)))
-    gate_up_proj, down_proj = (_read(experts, order) for experts in both)
+    both = Given(gate, up), Given(down)
+    gate_up_proj, down_proj = (
+        _read(given if given.format == format else Requantized(given, format, group_size), order)
+        for given in both
+    )
     return gate_up_proj, down_proj
 
 

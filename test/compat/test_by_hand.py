@@ -82,11 +82,11 @@ def test_a_model_without_moe_layers_is_refused_and_unchanged():
     config = transformers.LlamaConfig(**COMMON, architectures=["LlamaForCausalLM"])
     model = transformers.LlamaForCausalLM(config)
     with pytest.raises(KTAMXModelNotSupportedError, match=r"LlamaForCausalLM not supported .*DeepseekV2"):
-        wrap_moe_layers_with_kt_wrapper(model, SimpleNamespace())
+        wrap_moe_layers_with_kt_wrapper(model, SimpleNamespace(kt_backend="AMXBF16"))
     model.config.architectures, model.config.num_experts = ["Qwen3MoeForCausalLM"], 8
     model.config.moe_intermediate_size = 24
     with pytest.raises(KTAMXModelNotSupportedError, match=r"must have Mixture-of-Experts layers"):
-        wrap_moe_layers_with_kt_wrapper(model, SimpleNamespace())
+        wrap_moe_layers_with_kt_wrapper(model, SimpleNamespace(kt_backend="AMXBF16"))
     assert not hasattr(model, "_kt_wrappers")
 
 

@@ -67,6 +67,7 @@ def run(*command: object, folder: Path, succeeds: bool = True) -> tuple[str, boo
         "HF_HUB_OFFLINE": "1",
         "HF_DATASETS_CACHE": str(folder / "datasets"),
         "CUDA_VISIBLE_DEVICES": "",
+        "DO_NOT_TRACK": "1",
     }
     result = subprocess.run(
         [str(part) for part in command],

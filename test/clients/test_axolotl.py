@@ -23,6 +23,7 @@ OPTIONS = {
     "micro_batch_size": 2,
     "gradient_accumulation_steps": 1,
     "sequence_len": 256,
+    "seed": 0,
     "bf16": False,
 }
 

@@ -29,11 +29,13 @@ class Client:
         extra: the extra of ktops that resolves beside it, "" for none.
         stand_ins: packages of ``BROKEN_BESIDE_CPU_TORCH`` that it imports without using them for text; empty
             modules take their place.
+        alone: clients that need a GPU, installed without what they require; their tests stand in for it.
     """
 
     requirements: tuple[str, ...]
     extra: str = "transformers"
     stand_ins: tuple[str, ...] = ()
+    alone: tuple[str, ...] = ()
 
 
 CLIENTS = {
@@ -41,6 +43,7 @@ CLIENTS = {
     "trl": Client(("trl==1.16.0", "peft==0.21.2")),
     "swift": Client(("ms-swift==4.6.0",)),
     "axolotl": Client(("axolotl==0.19.0",)),
+    "sglang": Client((), alone=("sglang==0.5.23",)),
     "fork": Client(
         (
             "llamafactory-kt==0.9.6.dev0",
@@ -74,7 +77,7 @@ def python_of(name: str, wheel: Path) -> Path:
 
 def _make_client(folder: Path, python: Path, client: Client) -> None:
     torch = f"torch=={version('torch').partition('+')[0]}"
-    wanted = "".join(f"{line}\n" for line in (torch, *client.requirements))
+    wanted = "".join(f"{line}\n" for line in (torch, *client.requirements, *client.alone))
     made = folder / "made-for.txt"
     if made.exists() and made.read_text() == wanted:
         return
@@ -84,6 +87,8 @@ def _make_client(folder: Path, python: Path, client: Client) -> None:
     constraints = folder / "constraints.txt"
     constraints.write_text(torch + "\n")
     _pip(python, "install", "--constraint", constraints, *client.requirements, *TEST_REQUIREMENTS)
+    if client.alone:
+        _pip(python, "install", "--no-deps", *client.alone)
     _pip(python, "uninstall", "--yes", *BROKEN_BESIDE_CPU_TORCH)
     [packages] = folder.glob("lib/python*/site-packages")
     for name in client.stand_ins:

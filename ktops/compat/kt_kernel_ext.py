@@ -1,0 +1,1 @@
+"""The names of KTransformers' extension module ``kt_kernel_ext``."""

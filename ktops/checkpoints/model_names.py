@@ -183,12 +183,8 @@ def config_names(config: dict) -> ModelNames | None:
         return None
     if model_type not in CONFIG_MAPPING:
         return None
-    names = architectures if isinstance(architectures, list) else []
-    classes = (getattr(transformers, name, None) for name in names if isinstance(name, str))
-    model_class = next((c for c in classes if isinstance(c, type)), None)
     try:
-        config = transformers.PreTrainedConfig._decode_special_floats(_without_quantization(config))
-        return _names_of_class(CONFIG_MAPPING[model_type].from_dict(config), model_class)
+        return _names_of(empty_model(config))
     except Exception as error:
         warn_once(
             f"ktops: transformers cannot create the {model_type!r} model that config.json describes, so "
@@ -197,29 +193,45 @@ def config_names(config: dict) -> ModelNames | None:
         return None
 
 
+def _names_of(model: "PreTrainedModel | None") -> ModelNames | None:
+    return None if model is None else ModelNames(model, find_experts(model))
+
+
+def empty_model(config: dict) -> "PreTrainedModel | None":
+    """Returns the transformers model that config.json describes, without weights.
+
+    Returns:
+        The model on the meta device; None if transformers has no class for it.
+
+    Raises:
+        Exception: whatever transformers raises for a config that it cannot use.
+    """
+    import transformers
+    from transformers import AutoModel, AutoModelForCausalLM
+    from transformers.initialization import no_init_weights
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    architectures = config.get("architectures")
+    names = architectures if isinstance(architectures, list) else []
+    classes = (getattr(transformers, name, None) for name in names if isinstance(name, str))
+    model_class = next((c for c in classes if isinstance(c, type)), None)
+    decoded = transformers.PreTrainedConfig._decode_special_floats(_without_quantization(config))
+    parsed = CONFIG_MAPPING[config["model_type"]].from_dict(decoded)
+    with torch.device("meta"), no_init_weights():
+        if model_class is not None:
+            return model_class._from_config(parsed)
+        for auto in (AutoModelForCausalLM, AutoModel):
+            if type(parsed) in auto._model_mapping:
+                return auto.from_config(parsed)
+    return None
+
+
 def _without_quantization(config: dict) -> dict:
     return {
         key: _without_quantization(value) if isinstance(value, dict) else value
         for key, value in config.items()
         if key != "quantization_config"
     }
-
-
-def _names_of_class(config, model_class: "type[PreTrainedModel] | None") -> ModelNames | None:
-    """Creates a model without weights and returns its names."""
-    from transformers import AutoModel, AutoModelForCausalLM
-    from transformers.initialization import no_init_weights
-
-    with torch.device("meta"), no_init_weights():
-        if model_class is not None:
-            model = model_class._from_config(config)
-        elif type(config) in AutoModelForCausalLM._model_mapping:
-            model = AutoModelForCausalLM.from_config(config)
-        elif type(config) in AutoModel._model_mapping:
-            model = AutoModel.from_config(config)
-        else:
-            return None
-    return ModelNames(model, find_experts(model))
 
 
 def pretrained_parts(model: nn.Module) -> dict[str, nn.Module]:

@@ -1,0 +1,6 @@
+"""Reads LoRA adapters in the layouts of PEFT, kt-kernel and servers, writes them, and merges them into models."""
+
+from ktops.adapters.adapter import Adapter, open_adapter
+from ktops.adapters.errors import AdapterError
+from ktops.adapters.export import export_adapter
+

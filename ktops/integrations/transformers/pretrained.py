@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from ktops._warn import warn_once
 from ktops.checkpoints.errors import CheckpointError
 from ktops.integrations.replacements import Replacements
-from ktops.integrations.transformers.architectures import class_name
+from ktops.integrations.transformers.architectures import class_name, in_interface
 from ktops.integrations.transformers.config import NAME, KTConfig
 from ktops.integrations.transformers.loaded import listed
 from ktops.integrations.transformers.outside import is_replacement
@@ -30,6 +30,7 @@ def enable() -> None:
         _replaced.install(
             PreTrainedModel,
             post_init=_post_init,
+            get_correct_experts_implementation=_get_correct_experts_implementation,
             set_experts_implementation=_set_experts_implementation,
             _adjust_missing_and_unexpected_keys=_adjust_missing_and_unexpected_keys,
         )
@@ -46,6 +47,13 @@ def _post_init(model: PreTrainedModel) -> None:
     loads_experts = isinstance(getattr(model.config, "quantization_config", None), KTConfig)
     if _asks_for_ktops(model) and not loads_experts:
         _warn_if_ignored(model)
+
+
+def _get_correct_experts_implementation(model: PreTrainedModel, requested_experts: str | None) -> str:
+    """``PreTrainedModel.get_correct_experts_implementation``, whose names are a fixed list before 5.7."""
+    if requested_experts == NAME:
+        return NAME
+    return _replaced.original["get_correct_experts_implementation"](model, requested_experts)
 
 
 def _set_experts_implementation(model: PreTrainedModel, experts_implementation: str | dict) -> None:
@@ -75,7 +83,7 @@ def _asks_for_ktops(model: PreTrainedModel) -> bool:
 
 def _warn_if_ignored(model: PreTrainedModel) -> None:
     for module in find_experts(model).values():
-        if not hasattr(module, "has_gate") and not is_replacement(module):
+        if not in_interface(module) and not is_replacement(module):
             warn_once(
                 f"ktops does not run {class_name(module)}: it is not in the experts interface of "
                 "transformers, so experts_implementation='ktops' has no effect on it, and its own "

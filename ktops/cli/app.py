@@ -236,7 +236,7 @@ def finetune(
 @app.command(context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})
 def launch(
     command: Annotated[
-        list[str], typer.Argument(metavar="COMMAND [ARGS]...", help="A trainer or a server, with its options.")
+        list[str], typer.Argument(metavar="COMMAND [ARGS]...", help="A trainer or a server, with options.")
     ],
 ) -> None:
     """Run a command with ktops in every Python process that it starts.

@@ -37,8 +37,8 @@ def launch(command: list[str]) -> NoReturn:
     interpreter = interpreter_of(executable)
     if interpreter is None:
         print(
-            f"ktops launch: {executable} is not a Python script. ktops is used in the Python processes that it "
-            "starts, if it is installed in their environment.",
+            f"ktops launch: {executable} is not a Python script. The Python processes that it starts use "
+            "ktops if it is installed in their environment.",
             file=sys.stderr,
         )
     else:
@@ -95,8 +95,8 @@ def require_hooks(interpreter: list[str], environment: dict[str, str]) -> None:
     installed, _, real = run.stdout.strip().splitlines()[-1].partition(" ")
     if real:
         raise UserError(
-            f"launch: kt-kernel is installed in the environment of {python} ({real}). ktops does not take its "
-            f"place there: {python} -m pip uninstall kt-kernel"
+            f"launch: kt-kernel is installed in the environment of {python} ({real}). ktops does not "
+            f"take its place there: {python} -m pip uninstall kt-kernel"
         )
     if installed != "True":
         raise UserError(

@@ -1,4 +1,4 @@
-"""Methods of other libraries' classes, and functions of their modules, that ktops replaces while it is enabled."""
+"""Methods and functions of other libraries that ktops replaces while it is enabled."""
 
 import inspect
 from collections.abc import Callable
@@ -26,7 +26,10 @@ class Replacements:
         return bool(self._stored)
 
     def install(self, owner: type | ModuleType, **methods: object) -> None:
-        """Replaces methods of a class, or functions of a module; a static method must be given as ``staticmethod``."""
+        """Replaces methods of a class, or functions of a module.
+
+        A static method must be given as ``staticmethod``.
+        """
         for name, method in methods.items():
             self.original[name] = getattr(owner, name)
             self._stored.append((owner, name, inspect.getattr_static(owner, name)))

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import yaml
 
 from ktops.integrations import training
 from ktops.integrations.llamafactory.places import require
@@ -98,11 +97,10 @@ def _from_words(words: list[str]) -> _Words:
         if not word.startswith("--") or not (key in ("use_kt", "torch_dtype") or key.startswith("kt_")):
             rest.append(word)
             continue
-        taken[key] = yaml.safe_load(value if equals else next(left, "true"))
-    dtype = taken.get("torch_dtype")
+        taken[key] = value if equals else next(left, "true")
     rest.choice = _take(taken)
-    if "torch_dtype" in taken:  # without use_kt, LLaMA-Factory says that it does not know it
-        rest += ["--torch_dtype", str(dtype)]
+    for key, value in taken.items():  # torch_dtype without use_kt
+        rest += [f"--{key}", value]
     return rest
 
 
@@ -139,5 +137,5 @@ def _set_threads(wanted: int | None) -> None:
         return
     cores = len(os.sched_getaffinity(0))
     if wanted > cores:
-        print(f"ktops: kt_num_threads {wanted} is more than the {cores} cores; using {cores}", file=sys.stderr)
+        print(f"ktops: kt_num_threads {wanted} is more than the number of cores, {cores}", file=sys.stderr)
     torch.set_num_threads(min(wanted, cores))

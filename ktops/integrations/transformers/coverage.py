@@ -33,7 +33,7 @@ def _reason(experts: nn.Module) -> str | None:
             return None
         if not hasattr(experts, "has_gate"):
             return f"{class_name(experts)} is not in the experts interface of transformers"
-        implementation = experts.config._experts_implementation
+        implementation = getattr(experts.config, "_experts_implementation", None)
         if implementation != NAME:
             return f"{class_name(experts)} has experts_implementation={implementation!r}"
     try:

@@ -1,6 +1,7 @@
 """Adapters on the experts of a wrapped model: making them, and finding what an optimizer trains."""
 
 import itertools
+import sys
 from dataclasses import dataclass
 
 import torch
@@ -114,7 +115,11 @@ def _dtype_of_trained(model: nn.Module) -> torch.dtype:
 
 def _layers_of_peft(model: nn.Module) -> tuple[nn.Module, ...]:
     """Returns a layer of PEFT's, as all are switched together; none without PEFT."""
-    found = (module for module in model.modules() if hasattr(module, "disable_adapters"))
+    if "peft" not in sys.modules:
+        return ()
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    found = (module for module in model.modules() if isinstance(module, BaseTunerLayer))
     return tuple(itertools.islice(found, 1))
 
 
@@ -160,19 +165,25 @@ def get_kt_rank_local_parameter_names(model: nn.Module) -> tuple[str, ...]:
 
 
 def update_kt_lora_pointers(model: nn.Module) -> None:
-    """Checks, after an optimizer's step, that ktops computed the experts.
+    """Checks, after an optimizer's step, that ktops computed the experts and what is trained of them.
 
     They read their adapters in every forward, so there is nothing to update.
 
     Raises:
         KTAMXConfigError: no experts of the model run through ktops.
-        RuntimeError: some experts have never run.
+        RuntimeError: some experts have never run, or what is trained of them has no gradients.
     """
     idle = [str(wrapper.layer_idx) for wrapper in find_wrappers(model) if not wrapper.experts.has_run]
     if idle:
         raise RuntimeError(
             f"ktops has not computed the experts of layers {', '.join(idle)}, although the optimizer made a "
             "step: another module runs in their place"
+        )
+    without = [name for name, parameter in get_kt_named_trainable_params(model) if parameter.grad is None]
+    if without:
+        raise RuntimeError(
+            f"{without[0]} and {len(without) - 1} more have no gradients, although the optimizer made a "
+            "step: backward has not reached them"
         )
 
 

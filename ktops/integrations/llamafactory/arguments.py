@@ -15,6 +15,9 @@ from ktops.integrations.transformers import default
 
 DTYPES = ("bfloat16", "float16", "float32")
 
+TRAINING = {"do_train", "do_eval", "do_predict", "output_dir"}
+"""Options that only training has. ktops computes on the CPU, so it adds ``use_cpu``."""
+
 _replaced = Replacements()
 
 
@@ -85,6 +88,8 @@ def _read_args(args: dict[str, Any] | list[str] | None = None) -> dict[str, Any]
 def _from_options(given: dict[str, Any]) -> _Options:
     options = _Options(given)
     options.choice = _take(options)
+    if options.choice.settings is not None and TRAINING & options.keys():
+        options.setdefault("use_cpu", True)
     return options
 
 
@@ -101,6 +106,9 @@ def _from_words(words: list[str]) -> _Words:
     rest.choice = _take(taken)
     for key, value in taken.items():  # torch_dtype without use_kt
         rest += [f"--{key}", value]
+    given = {word.removeprefix("--").partition("=")[0] for word in words}
+    if rest.choice.settings is not None and TRAINING & given and "use_cpu" not in given:
+        rest += ["--use_cpu", "true"]
     return rest
 
 

@@ -55,6 +55,8 @@ def _patch_config(config, tokenizer, model_args, init_kwargs: dict, is_trainable
         init_kwargs["quantization_config"] = quantization
     if current().torch_dtype is not None:
         config.dtype = current().torch_dtype
+    if "device_map" in init_kwargs:
+        init_kwargs["device_map"] = {"": "cpu"}
     config._experts_implementation = NAME
 
 

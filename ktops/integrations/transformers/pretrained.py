@@ -5,6 +5,7 @@ others, such as Llama-4's, ignore it. ktops warns about those. transformers also
 that it does not find in the files. ktops raises an error if they belong to experts.
 """
 
+import functools
 import re
 
 from transformers import PreTrainedModel
@@ -14,7 +15,7 @@ from ktops.checkpoints.errors import CheckpointError
 from ktops.integrations.replacements import Replacements
 from ktops.integrations.transformers.architectures import class_name, in_interface
 from ktops.integrations.transformers.config import NAME, KTConfig
-from ktops.integrations.transformers.loaded import listed
+from ktops.integrations.transformers.loaded import adjusted, listed
 from ktops.integrations.transformers.outside import is_replacement
 from ktops.nn.find import find_experts
 
@@ -64,16 +65,18 @@ def _set_experts_implementation(model: PreTrainedModel, experts_implementation: 
         _warn_if_ignored(model)
 
 
-def _adjust_missing_and_unexpected_keys(model: PreTrainedModel, loading_info) -> None:
+def _adjust_missing_and_unexpected_keys(model: PreTrainedModel, *found) -> tuple[set[str], set[str]]:
     """``PreTrainedModel._adjust_missing_and_unexpected_keys``, the end of loading a model."""
-    _replaced.original["_adjust_missing_and_unexpected_keys"](model, loading_info)
-    missing = sorted(name for name in loading_info.missing_keys if EXPERTS.search(name))
-    if missing and _asks_for_ktops(model):
+    adjust = functools.partial(_replaced.original["_adjust_missing_and_unexpected_keys"], model)
+    missing, unexpected = adjusted(adjust, found)
+    random = sorted(name for name in missing if EXPERTS.search(name))
+    if random and _asks_for_ktops(model):
         raise CheckpointError(
-            f"{listed(missing)} of {type(model).__name__}: transformers does not find these weights of "
+            f"{listed(random)} of {type(model).__name__}: transformers does not find these weights of "
             "experts in the checkpoint and would initialize them at random. ktops may be able to read them: "
             "from_pretrained(..., quantization_config=ktops.KTConfig())"
         )
+    return missing, unexpected
 
 
 def _asks_for_ktops(model: PreTrainedModel) -> bool:

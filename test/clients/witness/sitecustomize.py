@@ -1,4 +1,4 @@
-"""Runs at the start of every process with this folder in PYTHONPATH, and tells whether kt operators ran in it.
+"""Tells whether kt operators ran in a process; Python runs this at the start if the folder is in PYTHONPATH.
 
 When the process ends, a line with its command goes to the file named by KT_WITNESS if an operator ran.
 """

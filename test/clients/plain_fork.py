@@ -60,7 +60,9 @@ def main() -> None:
 
     loader.init_adapter = with_experts
     run_exp()
-    factors = {f"{prefix}.{name}": tensor for prefix, found in adapted.items() for name, tensor in found.items()}
+    factors = {
+        f"{prefix}.{name}": tensor for prefix, found in adapted.items() for name, tensor in found.items()
+    }
     save_file({name: tensor.detach() for name, tensor in factors.items()}, trained)
 
 

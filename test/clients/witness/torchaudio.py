@@ -1,0 +1,1 @@
+"""Stands for torchaudio, which LLaMA-Factory imports but needs for audio alone."""

@@ -101,8 +101,8 @@ from packaging.requirements import Requirement
 names = [Requirement(line).name for line in sys.argv[1:]]
 given = {Requirement(line) for name in names for line in requires(name) or ()}
 own = {*names, "torch", "torchvision", "torchaudio"}
-wanted = (each for each in given if each.name not in own and (not each.marker or each.marker.evaluate({"extra": ""})))
-print(*(f"{each.name}{each.specifier}" for each in wanted), sep="\\n")
+applies = (each for each in given if not each.marker or each.marker.evaluate({"extra": ""}))
+print(*(f"{each.name}{each.specifier}" for each in applies if each.name not in own), sep="\\n")
 """
 
 

@@ -152,9 +152,10 @@ class ExpertsWrapper:
         expect_shape("up_proj", up_proj, [self.num_experts, rows, columns])
         expect_shape("down_proj", down_proj, [self.num_experts, columns, rows])
         order = expert_order(physical_to_logical_map_cpu, self.num_experts)
-        self.gate_up_proj, self.down_proj = from_tensors(
-            gate_proj, up_proj, down_proj, order, self._storage.format, self.group_size
-        )
+        with torch.device("cpu"):
+            self.gate_up_proj, self.down_proj = from_tensors(
+                gate_proj, up_proj, down_proj, order, self._storage.format, self.group_size
+            )
 
     def load_weights(self, physical_to_logical_map_cpu: Tensor | None = None) -> None:
         """Loads the experts of layer ``layer_idx`` from ``weight_path``; see ``docs/compat.md``.
@@ -172,15 +173,16 @@ class ExpertsWrapper:
         sizes = {
             name: getattr(self, name) for name in ("num_experts", "hidden_size", "moe_intermediate_size")
         }
-        self.gate_up_proj, self.down_proj = from_checkpoint(
-            Path(self.weight_path),
-            self.layer_idx,
-            self.prefix,
-            sizes,
-            order,
-            self._storage,
-            self.group_size,
-        )
+        with torch.device("cpu"):
+            self.gate_up_proj, self.down_proj = from_checkpoint(
+                Path(self.weight_path),
+                self.layer_idx,
+                self.prefix,
+                sizes,
+                order,
+                self._storage,
+                self.group_size,
+            )
 
     def _check_loaded(self) -> None:
         if self.gate_up_proj is None:
@@ -220,12 +222,12 @@ def _mask(gpu_experts_mask: Tensor | None, num_gpu_experts: int, num_experts: in
             f"got {num_gpu_experts}"
         )
     if gpu_experts_mask is None:
-        return torch.arange(num_experts) < num_gpu_experts
+        return torch.arange(num_experts, device="cpu") < num_gpu_experts
     expect_shape("gpu_experts_mask", gpu_experts_mask, [num_experts])
     mask = gpu_experts_mask.to("cpu", torch.bool, copy=True)
     if num_gpu_experts not in (0, int(mask.sum())):
         raise ValueError(
-            f"KTMoEWrapper: num_gpu_experts must be 0 or the number of experts in gpu_experts_mask, "
+            "KTMoEWrapper: num_gpu_experts must be 0 or the number of experts in gpu_experts_mask, "
             f"{int(mask.sum())}, got {num_gpu_experts}"
         )
     return mask

@@ -159,6 +159,11 @@ class InferenceWrapper(ExpertsWrapper):
         if hidden_states.dim() < 2 or hidden_states.shape[-1] != self.hidden_size:
             expect_shape("hidden_states", hidden_states, ["num_tokens", self.hidden_size])
         x = hidden_states.detach().reshape(-1, self.hidden_size)
+        if x.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                "KTMoEWrapper: a CUDA graph cannot capture experts that the CPU computes: start the server "
+                "with --disable-cuda-graph"
+            )
         with on_stream(cuda_stream, x.device):
             x = x.to("cpu", COMPUTE_DTYPE, copy=True)
             return x, *self._routes(len(x), topk_ids, topk_weights)

@@ -30,6 +30,6 @@ def generate_gpu_experts_masks(activation_freq: Tensor, num_gpu_experts: int) ->
         )
     flat = activation_freq.cpu().flatten()
     chosen = flat.topk(min(max(num_gpu_experts, 0), len(flat))).indices
-    mask = torch.zeros(len(flat), dtype=torch.bool)
+    mask = torch.zeros(len(flat), dtype=torch.bool, device="cpu")
     mask[chosen] = True
     return mask.view(activation_freq.shape)

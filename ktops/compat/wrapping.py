@@ -210,6 +210,7 @@ def load_model(path: str, wrap: Callable[[nn.Module], object], **loading) -> nn.
     from transformers import AutoModelForCausalLM
 
     get_moe_arch_config(loading["config"])
+    ktops.enable()
     model = AutoModelForCausalLM.from_pretrained(path, **loading)
     wrap(model)
     if torch.cuda.is_available():

@@ -11,13 +11,6 @@ from ktops import compat
 from ktops.compat import finder
 
 
-@pytest.fixture
-def installed():
-    compat.install()
-    yield
-    compat.uninstall()
-
-
 def test_kt_kernel_is_found_only_while_installed(installed):
     assert importlib.util.find_spec("kt_kernel") and importlib.util.find_spec("kt_kernel_ext")
     assert importlib.util.find_spec("kt_kernel.sft").submodule_search_locations
@@ -39,6 +32,9 @@ def test_modules_are_those_of_compat(installed):
     assert kt_kernel is sys.modules["ktops.compat.kt_kernel"]
     assert kt_kernel.sft is ktops.compat.kt_kernel.sft
     assert kt_kernel.KTMoEWrapper is kt_kernel.experts.KTMoEWrapper is compat.KTMoEWrapper
+    assert kt_kernel.AMXSFTMoEWrapper and kt_kernel.generate_gpu_experts_masks and kt_kernel.__cpu_variant__
+    with pytest.raises(AttributeError, match=r"ktops does not serve kt_kernel\.nothing; it serves "):
+        kt_kernel.nothing  # noqa: B018
     assert kt_kernel.__version__ == importlib.metadata.version("kt-kernel")
     assert kt_kernel.__spec__.name == "ktops.compat.kt_kernel"
 

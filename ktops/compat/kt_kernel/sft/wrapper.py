@@ -32,11 +32,15 @@ def wrap_moe_layers_with_kt_wrapper(model: nn.Module, kt_plugin: Any) -> list[KT
         The wrappers in the order of the layers, which are also ``model._kt_wrappers``.
 
     Raises:
+        TypeError, ValueError: a setting is unknown, wrong or not supported.
         KTAMXModelNotSupportedError: kt_kernel does not know the architecture.
-        KTAMXConfigError: a setting is wrong or not supported, or the model has been wrapped before.
+        KTAMXConfigError: several processes; weights in a format that are to be trained themselves; or the
+            model has been wrapped before.
+        ktops.checkpoints.CheckpointError: the checkpoint with the experts cannot be read.
     """
     config = KTConfig.from_object(kt_plugin)
     require_one_process()
+    _require_trainable(config)
     warn_without_amx(config.kt_backend)
     rank, alpha = config.kt_lora_rank or 1, config.kt_lora_alpha or 1.0
 
@@ -52,6 +56,14 @@ def wrap_moe_layers_with_kt_wrapper(model: nn.Module, kt_plugin: Any) -> list[KT
     if config.activation_policy.cpu == "retain":
         RETAINING.update(wrappers)
     return wrappers
+
+
+def _require_trainable(config: KTConfig) -> None:
+    if config.trains_weights and config.settings().quantization_config() is not None:
+        raise KTAMXConfigError(
+            f"kt_train_mode {config.kt_train_mode} trains the experts' own weights, as the model has them: "
+            "leave kt_backend, kt_expert_weight_format and kt_weight_path out"
+        )
 
 
 def _loaded(model: nn.Module, config: KTConfig) -> Settings:

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from llamafactory.model import loader
 from llamafactory.train.tuner import run_exp
+from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -18,14 +19,22 @@ FACTORS = ("gate_lora_a", "gate_lora_b", "up_lora_a", "up_lora_b", "down_lora_a"
 
 
 class Adapted(nn.Module):
-    """Experts of transformers with adapters, computed one expert after the other."""
+    """Experts of transformers with adapters, computed one expert after the other.
 
-    def __init__(self, experts: nn.Module, factors: dict[str, Tensor], scaling: float) -> None:
+    The adapters are disabled together with those of ``peft_layer``.
+    """
+
+    def __init__(
+        self, experts: nn.Module, factors: dict[str, Tensor], scaling: float, peft_layer: BaseTunerLayer
+    ) -> None:
         super().__init__()
         self.experts, self.scaling = experts, scaling
+        self.others = (peft_layer,)
         self.factors = nn.ParameterDict({name: nn.Parameter(tensor) for name, tensor in factors.items()})
 
     def weight(self, weight: Tensor, projection: str, expert: int) -> Tensor:
+        if self.others[0].disable_adapters:
+            return weight
         a, b = (self.factors[f"{projection}_lora_{factor}"][expert] for factor in "ab")
         return weight + self.scaling * b @ a
 
@@ -50,11 +59,13 @@ def main() -> None:
 
     def with_experts(*args, **kwargs) -> nn.Module:
         model = init_adapter(*args, **kwargs)
+        peft_layer = next(module for module in model.modules() if isinstance(module, BaseTunerLayer))
         for name, block in list(model.named_modules()):
             if isinstance(getattr(block, "experts", None), nn.Module) and not isinstance(block, Adapted):
                 prefix = f"layers.{name.split('.layers.')[1].split('.')[0]}.experts"
                 factors = {factor: tensors[f"{prefix}.{factor}"] for factor in FACTORS}
-                block.experts = Adapted(block.experts, factors, config["lora_alpha"] / config["r"])
+                scaling = config["lora_alpha"] / config["r"]
+                block.experts = Adapted(block.experts, factors, scaling, peft_layer)
                 adapted[prefix] = block.experts.factors
         return model
 

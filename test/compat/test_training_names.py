@@ -178,6 +178,13 @@ def test_dropout_of_adapters_is_said_to_have_no_effect():
         adapted(KTConfig(kt_lora_rank=RANK, kt_lora_dropout=0.5))
 
 
+def test_settings_without_effect_are_said_once():
+    warn_once.cache_clear()
+    given = {"kt_tp_enabled": True, "kt_max_cache_depth": 2, "kt_model_max_length": 64}
+    with pytest.warns(UserWarning, match="kt_kernel: kt_max_cache_depth, kt_tp_enabled have no effect"):
+        wrapped(KTConfig(**given))
+
+
 def test_training_that_leaves_ktops_unused_is_an_error():
     plain = tiny_model("qwen3_moe")
     for function in (

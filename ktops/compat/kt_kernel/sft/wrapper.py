@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 import ktops
+from ktops._warn import warn_once
 from ktops.compat.kt_kernel.sft.arch import KTAMXConfigError, MOEArchConfig, get_moe_arch_config
 from ktops.compat.kt_kernel.sft.artifacts import end_load, is_placeholder
 from ktops.compat.kt_kernel.sft.config import KTConfig
@@ -19,6 +20,9 @@ from ktops.compat.wrapping import kt_value, load_model, settings_of, warn_withou
 from ktops.integrations.settings import Settings
 
 logger = logging.getLogger(__name__)
+
+SET_BY_CLIENTS = ("kt_model_max_length", "kt_share_cache_pool", "kt_skip_expert_loading")
+"""Fields without effect that LLaMA-Factory's fork sets by itself."""
 
 
 def wrap_moe_layers_with_kt_wrapper(model: nn.Module, kt_plugin: Any) -> list[KTMoELayerWrapper]:
@@ -70,6 +74,9 @@ def _loaded(model: nn.Module, config: KTConfig) -> Settings:
     """Loads the experts that transformers has left out; returns what is left to do."""
     end_load()
     settings = config.settings()
+    ignored = [name for name in settings.without_effect if name not in SET_BY_CLIENTS]
+    if ignored:
+        warn_once(f"kt_kernel: {', '.join(ignored)} have no effect in ktops")
     if not any(map(is_placeholder, model.parameters())):
         return settings
     files = config.kt_checkpoint_files

@@ -41,7 +41,7 @@ def require_op(model: nn.Module) -> None:
         return
     reasons = sorted(set(outside.values())) or ["the model has no Mixture-of-Experts layers"]
     raise RuntimeError(
-        f"ktops launch: nothing of {type(model).__name__} would run through ktops: {'; '.join(reasons)}. "
-        "docs/models.md lists the models that ktops supports. To train without ktops, leave `ktops launch` "
-        "and the variable KTOPS_LAUNCH out"
+        f"ktops: nothing of {type(model).__name__} would run through ktops: {'; '.join(reasons)}. "
+        "docs/models.md lists the models that ktops supports. To train without ktops, leave `ktops launch`, "
+        "the variable KTOPS_LAUNCH and the trainer's plugin out"
     )

@@ -72,7 +72,7 @@ def test_hook_runs_once_after_the_module(hooked):
     import outer
 
     assert hook.calls == []
-    import outer.inner  # noqa: F811
+    import outer.inner
 
     assert hook.calls == [0]
     assert "exec_module" not in vars(outer.inner.__spec__.loader)
@@ -95,7 +95,7 @@ def test_an_error_in_a_hook_is_the_importer_s(hooked):
 
 
 def test_hooks_exist():
-    """Each hook is a function of ktops that takes no arguments, in a module that imports without the client."""
+    """Each hook is a function of ktops that takes no arguments, whose module needs no client."""
     import importlib
     import inspect
 
@@ -149,7 +149,7 @@ def test_command_beside_this_python(monkeypatch):
 
 def test_environment_without_ktops(site):
     require_hooks([sys.executable], site)
-    with pytest.raises(UserError, match="not installed in .* -m pip install ktops"):
+    with pytest.raises(UserError, match=r"not installed in .* -m pip install ktops"):
         require_hooks([sys.executable, "-S"], site)
 
 

@@ -4,7 +4,6 @@ import json
 import math
 import os
 import re
-import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -22,6 +21,20 @@ EXAMPLES = dict(
     re.findall(r"^<!-- example: ([\w-]+) -->\n```\w*\n(.*?)^```", DOCUMENT, re.DOTALL | re.MULTILINE)
 )
 """Maps the name of each example in docs/clients.md to its text."""
+
+MODEL = "Qwen/Qwen3-30B-A3B"
+"""The model of the examples."""
+
+TRAINING = {
+    "learning_rate": 0.5,
+    "logging_steps": 1,
+    "max_steps": 3,
+    "optim": "sgd",
+    "per_device_train_batch_size": 2,
+    "report_to": "none",
+    "save_steps": 1,
+}
+"""Arguments of transformers' trainer for runs that are compared."""
 
 INNER_SIZE = 64
 """The longest sum in a tiny model."""
@@ -128,13 +141,16 @@ def assert_same_updates(actual: Path, plain: Path) -> None:
         assert error <= budget, f"{name}: {error:.1e} of the update, allowed {budget:.1e}"
 
 
-def train_both(command: list[str], plain: list[str], folder: Path) -> tuple[Path, Path]:
-    """Trains with a command that uses ktops and one that does not, each in a folder; returns the folders."""
-    folders = folder / "ktops", folder / "plain"
-    for arguments, path in zip((command, plain), folders, strict=True):
-        _, ran = run(*arguments, folder=path)
-        assert ran == (arguments is command)
-    return folders
+def train_both(command: str, plain: str, folder: Path) -> tuple[Path, Path]:
+    """Trains with a shell command that uses ktops and one that does not, each in a folder of its own.
+
+    Returns:
+        The folders named out in theirs.
+    """
+    for name, text in (("ktops", command), ("plain", plain)):
+        _, ran = run("bash", "-c", text, folder=folder / name)
+        assert ran == (name == "ktops")
+    return folder / "ktops" / "out", folder / "plain" / "out"
 
 
 def assert_loads_without_ktops(model: Path, adapter: Path, folder: Path) -> None:

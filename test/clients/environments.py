@@ -29,15 +29,18 @@ class Client:
         extra: the extra of ktops that resolves beside it, "" for none.
         pins_torch: whether it requires a torch that ktops does not run with, or whose usual build needs CUDA,
             so that its requirements are installed without those of torch.
+        stand_ins: packages of ``BROKEN_BESIDE_CPU_TORCH`` that it imports without using them for text; empty
+            modules take their place.
     """
 
     requirements: tuple[str, ...]
     extra: str = "transformers"
     pins_torch: bool = False
+    stand_ins: tuple[str, ...] = ()
 
 
 CLIENTS = {
-    "llamafactory": Client(("llamafactory==0.9.5",)),
+    "llamafactory": Client(("llamafactory==0.9.5",), stand_ins=("torchaudio",)),
     "trl": Client(("trl==1.16.0", "peft==0.21.2")),
     "swift": Client(("ms-swift==4.6.0",)),
     "axolotl": Client(("axolotl==0.19.0",)),
@@ -51,6 +54,7 @@ CLIENTS = {
         ),
         extra="",
         pins_torch=True,
+        stand_ins=("torchaudio",),
     ),
 }
 """The tests of a client are in test_<name>.py."""
@@ -90,6 +94,9 @@ def _make_client(folder: Path, python: Path, client: Client) -> None:
         requirements = _others_required(python, requirements)
     _pip(python, "install", "--constraint", constraints, *requirements, *TEST_REQUIREMENTS)
     _pip(python, "uninstall", "--yes", *BROKEN_BESIDE_CPU_TORCH)
+    [packages] = folder.glob("lib/python*/site-packages")
+    for name in client.stand_ins:
+        (packages / f"{name}.py").touch()
     made.write_text(wanted)
 
 

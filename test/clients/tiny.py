@@ -3,7 +3,6 @@
 import json
 import sys
 from collections.abc import Callable
-from itertools import pairwise
 from pathlib import Path
 
 from ktops.cli import corpus, demo_model
@@ -26,17 +25,17 @@ def save_model(folder: Path, architecture: str = "qwen3_moe", **overrides) -> Pa
     tokenizer = demo_model.train_tokenizer(corpus.stories(50), vocab_size=400)
     tokens = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
     sizes = {"vocab_size": len(tokenizer), "bos_token_id": None, "max_position_embeddings": 512}
-    model = tiny_model(architecture, **sizes, **tokens, **overrides)
+    model = tiny_model(architecture, **sizes | tokens | overrides)
     demo_model.save(model, tokenizer, folder)
     return folder
 
 
 def save_records(file: Path, layout: Callable[[str, str, str], dict]) -> Path:
     """Saves the results of ``layout(question, answer, worse answer)`` as JSON lines; returns the file."""
-    records = corpus.instructions()[0][: NUM_RECORDS + 1]
-    pairs = [(record["instruction"], record["output"]) for record in records]
+    records = [(record["instruction"], record["output"]) for record in corpus.instructions()[0][:NUM_RECORDS]]
     lines = [
-        json.dumps(layout(question, answer, worse)) for (question, answer), (_, worse) in pairwise(pairs)
+        json.dumps(layout(question, answer, " ".join(reversed(answer.split()))))
+        for question, answer in records
     ]
     file.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
     return file
@@ -45,3 +44,8 @@ def save_records(file: Path, layout: Callable[[str, str, str], dict]) -> Path:
 def messages(question: str, answer: str) -> list[dict[str, str]]:
     """Returns a conversation of two messages."""
     return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+
+
+def conversation(question: str, answer: str, worse: str) -> dict:
+    """A layout of records."""
+    return {"messages": messages(question, answer)}

@@ -127,6 +127,21 @@ def test_loading_stores_the_experts_in_the_backends_format(tmp_path):
         load_kt_model(config)
 
 
+def test_a_dense_model_in_memory_gets_the_backends_format_or_another_checkpoints_experts(tmp_path):
+    from kt_kernel.sft.wrapper import wrap_moe_layers_with_kt_wrapper
+
+    model, other = model_of("Qwen3Moe"), model_of("Qwen3Moe")
+    for parameter in other.parameters():
+        parameter.data.mul_(2)
+    other.save_pretrained(tmp_path)
+    plugin = {"kt_backend": "AMXInt4", "kt_weight_path": str(tmp_path)}
+    first, _ = wrap_moe_layers_with_kt_wrapper(model, plugin)
+    down = first.experts.down_proj
+    assert down.format == "int4" and first.wrapper.down_proj is down
+    wanted = other.model.layers[0].mlp.experts.down_proj
+    assert (down.dequantize() - wanted).norm() < 0.2 * wanted.norm()
+
+
 @pytest.mark.parametrize("parameters", [True, False])
 def test_the_autograd_function_writes_the_wrappers_gradients(parameters):
     from kt_kernel.sft.autograd import KTMoEFunction

@@ -82,6 +82,24 @@ def test_a_folder_of_that_name_is_no_kt_kernel(tmp_path, monkeypatch):
     compat.uninstall()
 
 
+@pytest.mark.parametrize("theirs", [False, True])
+def test_the_usage_documents_module_of_llamafactory(installed, tmp_path, monkeypatch, theirs):
+    folder = tmp_path / "llamafactory" / "model" / "model_utils"
+    folder.mkdir(parents=True)
+    for package in (folder, folder.parent, folder.parent.parent):
+        (package / "__init__.py").write_text("")
+    if theirs:
+        (folder / "kt_moe.py").write_text("MOELayerWrapper = None")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    try:
+        from llamafactory.model.model_utils.kt_moe import MOELayerWrapper
+
+        assert MOELayerWrapper is (None if theirs else compat.MOELayerWrapper)
+    finally:
+        for name in [name for name in sys.modules if name.partition(".")[0] == "llamafactory"]:
+            del sys.modules[name]
+
+
 LIGHT = """
 import importlib.util, sys
 spec = importlib.util.spec_from_file_location("ktops.compat.finder", {path!r})

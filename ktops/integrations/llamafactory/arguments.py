@@ -99,13 +99,15 @@ def _from_options(given: dict[str, Any]) -> _Options:
 def _from_words(words: list[str]) -> _Words:
     """Takes options such as ``--use_kt true`` and ``--kt_backend=AMXInt8`` out of a command line."""
     rest, taken = _Words(), {}
-    left = iter(words)
-    for word in left:
+    left = list(reversed(words))
+    while left:
+        word = left.pop()
         key, equals, value = word.removeprefix("--").partition("=")
         if not word.startswith("--") or not (key in ("use_kt", "torch_dtype") or key.startswith("kt_")):
             rest.append(word)
             continue
-        taken[key] = value if equals else next(left, "true")
+        is_flag = not equals and (not left or left[-1].startswith("--"))
+        taken[key] = value if equals else "true" if is_flag else left.pop()
     rest.choice = _take(taken)
     for key, value in taken.items():  # torch_dtype without use_kt
         rest += [f"--{key}", value]
@@ -117,7 +119,7 @@ def _from_words(words: list[str]) -> _Words:
 
 def _take(config: dict[str, Any]) -> Choice:
     """Removes ktops' keys from a configuration and applies what concerns the whole process."""
-    refused = "use_kt" in config
+    refused = config.get("use_kt") is not None
     settings = take_settings(config)
     if settings is None:
         if refused:

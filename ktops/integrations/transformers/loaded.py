@@ -21,8 +21,8 @@ def adjusted(
 
     Args:
         adjust: the method.
-        found: its arguments: an object with both sets of names, which it changes; in transformers 5.0, the two
-            sets, and it returns the changed ones.
+        found: its arguments: an object with both sets of names, which it changes; in transformers 5.0, the
+            two sets, and it returns the changed ones.
         ours: names in the files that match one of these are not unexpected.
 
     Returns:

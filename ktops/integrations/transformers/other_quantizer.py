@@ -43,8 +43,11 @@ def other_quantizer(config) -> HfQuantizer:
     if hasattr(config, "dequantize"):
         config.dequantize = True
     quantizer = AutoHfQuantizer.from_config(config, pre_quantized=True)
-    if isinstance(quantizer, FineGrainedFP8HfQuantizer):
-        from ktops.integrations.transformers.fp8 import BlockDequantize
-
-        quantizer.get_load_operations = lambda: {"dequantize": BlockDequantize}
+    if decodes_fp8(quantizer) and not hasattr(HfQuantizer, "update_weight_conversions"):
+        raise ImportError("decoding weights in FP8 needs transformers>=5.8: pip install -U transformers")
     return quantizer
+
+
+def decodes_fp8(quantizer: HfQuantizer) -> bool:
+    """True if the quantizer decodes weights in FP8 blocks."""
+    return isinstance(quantizer, FineGrainedFP8HfQuantizer)

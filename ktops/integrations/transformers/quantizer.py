@@ -26,7 +26,7 @@ from ktops.integrations.loading import PendingExperts, experts_modules, load_lay
 from ktops.integrations.swap import exchange
 from ktops.integrations.transformers.config import KTConfig
 from ktops.integrations.transformers.loaded import adjusted, require_loaded
-from ktops.integrations.transformers.other_quantizer import PlainQuantizer, other_quantizer
+from ktops.integrations.transformers.other_quantizer import PlainQuantizer, decodes_fp8, other_quantizer
 
 WATCHED = "_adjust_missing_and_unexpected_keys"
 """The method that transformers calls with the keys that only the model or only the files have."""
@@ -120,7 +120,12 @@ class KTQuantizer(HfQuantizer):
     def update_weight_conversions(self, weight_conversions, *model):
         """Drops the conversions that would merge experts' weights; ktops keeps a copy of all to map names."""
         self._conversions = copy.deepcopy(weight_conversions)
-        return self.other.update_weight_conversions(without_experts(weight_conversions), *model)
+        updated = self.other.update_weight_conversions(without_experts(weight_conversions), *model)
+        if decodes_fp8(self.other):
+            from ktops.integrations.transformers.fp8 import with_partial_blocks
+
+            return with_partial_blocks(updated)
+        return updated
 
     def postprocess_model(self, model, **kwargs):
         del model.__dict__[WATCHED]

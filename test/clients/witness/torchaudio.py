@@ -1,1 +1,0 @@
-"""Stands for torchaudio, which LLaMA-Factory imports but needs for audio alone."""

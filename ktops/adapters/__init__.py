@@ -3,4 +3,6 @@
 from ktops.adapters.adapter import Adapter, open_adapter
 from ktops.adapters.errors import AdapterError
 from ktops.adapters.export import export_adapter
+from ktops.adapters.merge import merge_adapter
 
+__all__ = ["Adapter", "AdapterError", "export_adapter", "merge_adapter", "open_adapter"]

@@ -120,7 +120,9 @@ def combined(adapters: Sequence[Adapter], weights: Sequence[float] | None = None
     """
     factors = [1.0] * len(adapters) if weights is None else list(weights)
     if len(factors) != len(adapters):
-        raise AdapterError(f"weights: expected one for each of the {len(adapters)} adapters, got {len(factors)}")
+        raise AdapterError(
+            f"weights: expected one for each of the {len(adapters)} adapters, got {len(factors)}"
+        )
     if not all(math.isfinite(factor) and factor != 0 for factor in factors):
         raise AdapterError(f"weights: must be finite and not 0, got {factors}")
     first = adapters[0]
@@ -134,7 +136,9 @@ def combined(adapters: Sequence[Adapter], weights: Sequence[float] | None = None
             )
     summed = partial(_sum, list(zip(factors, adapters, strict=True)))
     weight_names = dict.fromkeys(name for adapter in adapters for name in adapter.weights)
-    experts_names = [name for name in first.base.experts if any(name in adapter.experts for adapter in adapters)]
+    experts_names = [
+        name for name in first.base.experts if any(name in adapter.experts for adapter in adapters)
+    ]
     return Adapter(
         first.path,
         first.config,
@@ -162,4 +166,3 @@ def _sum(weighted: Sequence[tuple[float, Adapter]], module: str, projection: str
         if part is not None:
             parts.append((factor, part))
     return weighted_sum(parts)
-

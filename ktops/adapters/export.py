@@ -75,5 +75,3 @@ def _write(plan: Plan, folder: Path, *, show_progress: bool) -> None:
     (folder / CONFIG).write_text(json.dumps(plan.config, indent=2, sort_keys=True) + "\n")
     if plan.finish is not None:
         plan.finish(folder, plan.files)
-
-

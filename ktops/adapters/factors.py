@@ -40,7 +40,9 @@ class Factors:
             b = (b if is_exact(factor) else b.to(torch.promote_types(b.dtype, torch.float32))) * factor
         more = rank - self.rank
         if more:
-            a, b = (torch.nn.functional.pad(tensor, pad) for tensor, pad in ((a, (0, 0, 0, more)), (b, (0, more))))
+            a, b = (
+                torch.nn.functional.pad(tensor, pad) for tensor, pad in ((a, (0, 0, 0, more)), (b, (0, more)))
+            )
         return a, b
 
     def scaled_dtypes(self, scaling: float) -> tuple[torch.dtype, torch.dtype]:

@@ -32,9 +32,7 @@ def key(layer: int, projection: str, factor: str) -> str:
     return f"layers.{layer}.experts.{projection}_lora_{factor.lower()}"
 
 
-def read(
-    views: Mapping[str, View], settings: LoraSettings, base: BaseModel
-) -> dict[str, dict[str, Factors]]:
+def read(views: Mapping[str, View], settings: LoraSettings, base: BaseModel) -> dict[str, dict[str, Factors]]:
     """Returns the updates of the experts, by module and projection.
 
     Raises:
@@ -44,7 +42,9 @@ def read(
     for name, view in views.items():
         match = _KEY.fullmatch(name)
         if match is None:
-            raise AdapterError(f"{view}: unknown key, expected layers.L.experts. and one of {', '.join(NAMES)}")
+            raise AdapterError(
+                f"{view}: unknown key, expected layers.L.experts. and one of {', '.join(NAMES)}"
+            )
         layers[int(match[1])][match[2]] = view
     found: dict[str, dict[str, Factors]] = {}
     for layer, tensors in sorted(layers.items()):

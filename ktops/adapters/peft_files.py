@@ -97,7 +97,9 @@ def _pairs(views: Mapping[str, View], contents: Contents) -> dict[str, Pair]:
             contents.others[name] = view
             continue
         if view.dtype not in FLOATS or view.dim not in (2, 3):
-            raise AdapterError(f"{view}: expected a float matrix, got {view.dtype} of shape {list(view.shape)}")
+            raise AdapterError(
+                f"{view}: expected a float matrix, got {view.dtype} of shape {list(view.shape)}"
+            )
         pairs[match[1].removeprefix(PREFIX)][match[3]] = view
     for name, pair in pairs.items():
         if len(pair) < 2:

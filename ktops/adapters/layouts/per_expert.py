@@ -7,12 +7,13 @@ the stacked factors of PEFT instead.
 """
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 
 from ktops.adapters.adapter import Adapter
 from ktops.adapters.config import WEIGHTS
 from ktops.adapters.errors import AdapterError
-from ktops.adapters.factors import Factors
+from ktops.adapters.factors import Factors, zeros
 from ktops.adapters.layouts import peft
 from ktops.adapters.layouts.plan import (
     Named,
@@ -35,6 +36,10 @@ STACKED_IN_VLLM = {
 }  # fmt: skip
 """The architectures for which vLLM reads stacked factors: its classes with ``is_3d_moe_weight``."""
 
+_JOINED_IN_SGLANG = (
+    ("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("q_a_proj", "kv_a_proj_with_mqa"),
+)  # fmt: skip
+
 Names = Callable[[str], tuple[str, tuple[str, ...]]]
 """Returns the name of a layer's experts, and those of their gate, up and down projections."""
 
@@ -48,7 +53,19 @@ def for_vllm(adapter: Adapter) -> Plan:
 
 
 def for_sglang(adapter: Adapter) -> Plan:
-    """Plans files for SGLang, which uses the same names for all models."""
+    """Plans files for SGLang, which uses the same names for all models.
+
+    SGLang joins the factors of some weights, and fails or skips them if some are missing.
+    """
+    updates = dict(adapter.weights)
+    for name, part in adapter.weights.items():
+        block, _, word = name.rpartition(".")
+        for joined in _JOINED_IN_SGLANG:
+            for other in joined if word in joined else ():
+                sibling = f"{block}.{other}"
+                if sibling in adapter.base.weights and sibling not in updates:
+                    updates[sibling] = zeros(part.rank, *adapter.base.weights[sibling], like=part)
+    adapter = replace(adapter, weights=updates)
     return _plan(adapter, "SGLang", lambda module: (module, ("gate_proj", "up_proj", "down_proj")))
 
 

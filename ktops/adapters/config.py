@@ -73,7 +73,9 @@ class LoraSettings:
         if can_be_doubled and rank == 2 * expected:
             expected, alpha = rank, 2 * alpha
         if rank != expected:
-            raise AdapterError(f"{key}: has rank {rank}, but {self.where} says {expected}")
+            raise AdapterError(
+                f"{key}: has rank {rank}, but {self.where} says {expected}. Is the adapter for another model?"
+            )
         return alpha / math.sqrt(rank) if self.is_rslora else alpha / rank
 
 

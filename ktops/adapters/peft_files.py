@@ -21,6 +21,9 @@ from ktops.ops.activation import INTERLEAVED
 
 PREFIX = "base_model.model."
 FACTOR = re.compile(r"(.+)\.lora_(?:(embedding)_)?([AB])(?:\.weight)?")
+BASE_WEIGHT = ".base_layer.weight"
+"""The end of a key under which PEFT saves the unchanged weight of an adapted head or embedding."""
+
 NOT_PLAIN = re.compile(r"\.lora_(magnitude_vector|B\.bias)")
 FLOATS = {torch.float32, torch.bfloat16, torch.float16, torch.float64}
 
@@ -94,7 +97,8 @@ def _pairs(views: Mapping[str, View], contents: Contents) -> dict[str, Pair]:
             raise AdapterError(f"{view}: DoRA and biases are not supported, only plain LoRA is")
         match = FACTOR.fullmatch(name)
         if match is None:
-            contents.others[name] = view
+            if not name.endswith(BASE_WEIGHT):
+                contents.others[name] = view
             continue
         if view.dtype not in FLOATS or view.dim not in (2, 3):
             raise AdapterError(

@@ -26,7 +26,7 @@ def test_every_layout(architecture, tmp_path):
     model, base = adapted(architecture), save_config(architecture, tmp_path)
     adapter = save(model, tmp_path / "adapter")
     for layout in LAYOUTS:
-        if (layout, architecture) != ("llama.cpp", "gpt_oss"):
+        if layout != "llama.cpp" or architecture in ("qwen3_moe", "mixtral"):
             assert ktops.export_adapter(adapter, tmp_path / layout, layout, base=base) == []
             expect_equal(read(layout, architecture, tmp_path / layout), updates(model))
 
@@ -58,6 +58,7 @@ def test_dense_layers_and_shared_experts(tmp_path):
     names = ["gate_proj", "up_proj", "down_proj"]
     model = adapted(
         "deepseek_v3",
+        target_modules=["q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "o_proj"],
         target_parameters=[*EXPERTS, *(f"mlp.{n}.weight" for n in names), *(f"shared_experts.{n}.weight" for n in names)],
     )  # fmt: skip
     adapter, base = save(model, tmp_path / "adapter"), save_config("deepseek_v3", tmp_path)
@@ -141,6 +142,14 @@ def test_import_into_peft(source, architecture, tmp_path):
     ktops.export_adapter(adapter, tmp_path / source, source, base=base)
     ktops.export_adapter(tmp_path / source, tmp_path / "peft", "peft", base=base)
     expect_equal(updates(load(architecture, tmp_path / "peft")), updates(model.float()))
+
+
+def test_head_and_embedding(tmp_path):
+    """PEFT saves a copy of their weights too."""
+    model = adapted("qwen3_moe", target_modules=["lm_head", "embed_tokens"])
+    adapter, base = save(model, tmp_path / "adapter"), save_config("qwen3_moe", tmp_path)
+    ktops.export_adapter(adapter, tmp_path / "peft", "peft", base=base)
+    expect_equal(updates(load("qwen3_moe", tmp_path / "peft")), updates(model))
 
 
 def test_modules_to_save(tmp_path):

@@ -82,6 +82,12 @@ def for_llama_cpp(adapter: Adapter) -> Plan:
                 f"{adapter.base.config.get('model_type')}, whose gate and up alternate. Merge the adapter into the "
                 "model and convert that"
             )
+    split = [name for name in adapter.weights if name.endswith(".kv_b_proj")]
+    if split:
+        raise AdapterError(
+            f"{adapter.path}: llama.cpp's converter cannot read the adapter of {split[0]}, which it splits. Merge "
+            "the adapter into the model and convert that"
+        )
     return _plan(adapter, "llama.cpp", adapter.base.published)
 
 

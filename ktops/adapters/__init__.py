@@ -1,4 +1,4 @@
-"""Reads LoRA adapters in the layouts of PEFT, kt-kernel and servers, writes them, and merges them into models."""
+"""Reads LoRA adapters of PEFT, kt-kernel and servers, writes them for each other, merges them into models."""
 
 from ktops.adapters.adapter import Adapter, open_adapter
 from ktops.adapters.errors import AdapterError

@@ -85,7 +85,7 @@ def stacked(gate: Factors, up: Factors) -> Factors:
 
 
 def weighted_sum(parts: Sequence[tuple[float, Factors]]) -> Factors:
-    """Returns the sum of several updates of a weight, each multiplied by its own factor; exact, the ranks add up."""
+    """Returns the sum of several updates of a weight, each with its own factor; exact, the ranks add up."""
     weighted = [replace(part, scaling=factor * part.scaling) for factor, part in parts]
     first = weighted[0]
     if len(weighted) == 1:

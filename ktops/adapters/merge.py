@@ -54,8 +54,8 @@ def merge_adapter(
         OSError: the files cannot be written. The directory then does not exist.
 
     Example:
-        >>> ktops.merge_adapter("Qwen3-30B-A3B", "outputs/checkpoint-200", "merged")
-        >>> ktops.merge_adapter("Qwen3-30B-A3B", "outputs/checkpoint-200", "merged-int4", weight_format="int4")
+        >>> ktops.merge_adapter("Qwen3-30B-A3B", "adapter", "merged")
+        >>> ktops.merge_adapter("Qwen3-30B-A3B", "adapter", "merged-int4", weight_format="int4")
     """
     base, path = Path(base), Path(path)
     paths = [Path(adapters)] if isinstance(adapters, str | Path) else [Path(each) for each in adapters]

@@ -37,8 +37,8 @@ class Contents:
 
     Attributes:
         weights: the updates of weights beside the experts, by module.
-        experts: the updates of experts, by module, then by projection: "gate", "up", "down" or "gate_up", whose
-            rows are those of gate, then those of up. Without a gate, "gate_up" is "up".
+        experts: the updates of experts, by module, then by projection: "gate", "up", "down" or "gate_up",
+            whose rows are those of gate, then those of up.
         others: the other tensors, such as those of modules_to_save, by key.
     """
 
@@ -79,8 +79,8 @@ def read(views: Mapping[str, View], settings: LoraSettings, base: BaseModel, ver
             contents.weights[weight] = _read_weight(weight, pair, settings, base)
         else:
             raise AdapterError(
-                f"{pair['A']}: the base model of {base.where} has no module {module}. Is the adapter for another "
-                "model?"
+                f"{pair['A']}: the base model of {base.where} has no module {module}. Is the adapter for "
+                "another model?"
             )
     for experts, projections in of_experts.items():
         for projection, pairs in projections.items():
@@ -147,9 +147,9 @@ def _read_stacked(
     fits = [projection for projection, size in size_of.items() if given in (size, size[::-1])]
     if not fits or a.dim != 2 or b.dim != 2 or a.shape[0] != b.shape[1] or a.shape[0] % stacks.num_experts:
         raise AdapterError(
-            f"{a}: factors of shapes {list(a.shape)} and {list(b.shape)} do not fit {module} of {base.where}, "
-            f"which has {stacks.num_experts} experts of {stacks.hidden_size} -> {stacks.intermediate_size}. Is "
-            "the adapter for another model?"
+            f"{a}: factors of shapes {list(a.shape)} and {list(b.shape)} do not fit {module} of "
+            f"{base.where}, which has {stacks.num_experts} experts with sizes {stacks.hidden_size} and "
+            f"{stacks.intermediate_size}. Is the adapter for another model?"
         )
     (projection,) = fits
     swapped = given != size_of[projection]
@@ -169,7 +169,10 @@ def _read_stacked(
 
 
 def _swapped_by_version(stacks: Stacks, version: str | None) -> bool:
-    """True if PEFT takes A for the factor of the output: it reads a weight as [E, in, out], or before 0.19 any."""
+    """True if PEFT takes A for the factor of the output.
+
+    It takes weights for [E, in, out] if their module says so, before 0.19 always.
+    """
     try:
         reads_declaration = version is not None and Version(version).release >= FIRST_WITH_ROLES.release
     except InvalidVersion:

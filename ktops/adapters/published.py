@@ -93,8 +93,8 @@ class Published:
             assert key is not None
             if key.tensor == "_extra_state":
                 raise AdapterError(
-                    f"{view}: {self.checkpoint.path} was written by ktops. Merge into the checkpoint that it was "
-                    "converted from, or pass weight_format"
+                    f"{view}: {self.checkpoint.path} was written by ktops. Merge into the checkpoint that it "
+                    "was converted from, or pass weight_format"
                 )
             if key.tensor == "bias":
                 self.files[view.file.path.name][view.name] = view.dtype, view.shape
@@ -122,7 +122,7 @@ class Published:
         return name
 
     def _is_transposed(self, layer: Layer, is_quantized: bool) -> bool:
-        """True if stacked weights are written as [E, in, out]: as they were, or if quantized, as in the model."""
+        """True if stacked weights are written as [E, in, out]: as before; if quantized, as in the model."""
         if not is_quantized or layer.module is None:
             return layer.transposed
         return self.adapter.base.experts[layer.module].transposed

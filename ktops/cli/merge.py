@@ -21,8 +21,8 @@ def merge(
     """Runs `ktops merge`.
 
     Raises:
-        UserError: an adapter does not fit the model, a file is damaged or cannot be written, or the format cannot
-            hold the weights.
+        UserError: an adapter does not fit the model, a file is damaged or cannot be written, or the format
+            cannot hold the weights.
         Interrupted: Ctrl-C.
     """
     with told(destination):

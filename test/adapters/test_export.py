@@ -31,9 +31,13 @@ def test_every_layout(architecture, tmp_path):
             expect_equal(read(layout, architecture, tmp_path / layout), updates(model))
 
 
+PROJECTIONS = ["gate_proj", "up_proj", "down_proj"]
 FORMS = {
-    "names": {"target_modules": ["q_proj", "v_proj", "gate_proj", "up_proj", "down_proj"], "target_parameters": None},
-    "ranks": {"rank_pattern": {"q_proj": 2, "gate_up_proj": 3}, "alpha_pattern": {"o_proj": 5, "down_proj": 7}},
+    "names": {"target_modules": ["q_proj", "v_proj", *PROJECTIONS], "target_parameters": None},
+    "ranks": {
+        "rank_pattern": {"q_proj": 2, "gate_up_proj": 3},
+        "alpha_pattern": {"o_proj": 5, "down_proj": 7},
+    },
     "one layer's rank": {"rank_pattern": {r"layers\.1\.mlp\.experts\.down_proj": 7}},
     "rslora": {"use_rslora": True, "rank_pattern": {"down_proj": 2}},
     "gate_up only": {"target_parameters": EXPERTS[:1], "target_modules": []},
@@ -41,7 +45,7 @@ FORMS = {
     "attention only": {"target_parameters": None},
     "one layer": {"target_parameters": [f"layers.1.{name}" for name in EXPERTS]},
     "all linear": {"target_modules": "all-linear", "target_parameters": None},
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -55,12 +59,9 @@ def test_every_form(form, tmp_path):
 
 def test_dense_layers_and_shared_experts(tmp_path):
     """As ``lora_target: all`` makes them: linear layers with the names of projections are parameters."""
-    names = ["gate_proj", "up_proj", "down_proj"]
-    model = adapted(
-        "deepseek_v3",
-        target_modules=["q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "o_proj"],
-        target_parameters=[*EXPERTS, *(f"mlp.{n}.weight" for n in names), *(f"shared_experts.{n}.weight" for n in names)],
-    )  # fmt: skip
+    names = [f"{block}.{name}.weight" for block in ("mlp", "shared_experts") for name in PROJECTIONS]
+    attention = ["q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "o_proj"]
+    model = adapted("deepseek_v3", target_modules=attention, target_parameters=[*EXPERTS, *names])
     adapter, base = save(model, tmp_path / "adapter"), save_config("deepseek_v3", tmp_path)
     assert {name for name in updates(model) if "shared" in name or "layers.0.mlp" in name}
     for layout in LAYOUTS:

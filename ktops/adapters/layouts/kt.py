@@ -32,7 +32,8 @@ def plan(adapter: Adapter) -> Plan:
     """Plans files for kt-kernel.
 
     Raises:
-        AdapterError: there are no adapters on experts, the experts have no gate, or two layers have one number.
+        AdapterError: there are no adapters on experts, the experts have no gate, or two layers have the
+            same number.
     """
     if not adapter.experts:
         raise AdapterError(f"{adapter.path}: has no adapters on experts, which are what {FUSED} holds")

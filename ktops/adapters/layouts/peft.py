@@ -85,7 +85,7 @@ def _names(stacks: Stacks) -> tuple[str, str]:
 
 
 def _stacked(adapter: Adapter) -> Iterator[tuple[str, str, str, Factors]]:
-    """Yields (module, parameter, key, update) of every adapted parameter; the first of two is the inner one."""
+    """Yields (module, parameter, key, update) of adapted parameters; of two, the first is the inner one."""
     for module in adapter.experts:
         stacks = adapter.base.experts[module]
         parameters = stacks.first_parameter, "down_proj"

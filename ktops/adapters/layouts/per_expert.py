@@ -1,9 +1,9 @@
 """The keys of single experts, which vLLM, SGLang and llama.cpp's converter read.
 
-``base_model.model.{experts}.{e}.{gate_proj, up_proj, down_proj}.lora_A.weight`` [r, in] and ``lora_B`` [out, r].
-These programs read one rank and one alpha, and need all projections of all experts of a layer, so ranks are filled
-up with zeros, and other scalings are multiplied into B. For models whose checkpoints have stacked experts, vLLM reads
-the stacked factors of PEFT instead.
+``base_model.model.{experts}.{e}.{gate_proj, up_proj, down_proj}.lora_A.weight`` [r, in], ``lora_B`` [out, r].
+These programs read one rank and one alpha, and need all projections of all experts of a layer, so ranks are
+filled up with zeros, and other scalings are multiplied into B. For some models, vLLM reads the stacked factors
+of PEFT instead.
 """
 
 from collections.abc import Callable, Iterator
@@ -78,15 +78,14 @@ def for_llama_cpp(adapter: Adapter) -> Plan:
     for module in adapter.experts:
         if adapter.base.experts[module].gating == INTERLEAVED:
             raise AdapterError(
-                f"{adapter.path}: llama.cpp's converter cannot read adapters of the experts of "
-                f"{adapter.base.config.get('model_type')}, whose gate and up alternate. Merge the adapter into the "
-                "model and convert that"
+                f"{adapter.path}: llama.cpp's converter cannot read adapters of {module}, in which gate and up "
+                "alternate. Merge the adapter into the model and convert that"
             )
     split = [name for name in adapter.weights if name.endswith(".kv_b_proj")]
     if split:
         raise AdapterError(
-            f"{adapter.path}: llama.cpp's converter cannot read the adapter of {split[0]}, which it splits. Merge "
-            "the adapter into the model and convert that"
+            f"{adapter.path}: llama.cpp's converter cannot read the adapter of {split[0]}, which it splits. "
+            "Merge the adapter into the model and convert that"
         )
     return _plan(adapter, "llama.cpp", adapter.base.published)
 

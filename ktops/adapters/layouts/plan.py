@@ -85,7 +85,7 @@ def matrix(name: str, part: Factors, scale: Scale, *, embedding: bool = False) -
 
 
 def weights_beside_experts(adapter: Adapter, scale: Scale, *, published: bool) -> Iterator[Piece]:
-    """Yields the tensors of all weights beside the experts, under the names of checkpoints or of transformers."""
+    """Yields the tensors of weights beside the experts, under the names of checkpoints or of transformers."""
     for name, part in adapter.weights.items():
         written = adapter.base.published_weight(name) if published else name
         yield matrix(written, part, scale, embedding=name in adapter.base.embeddings)
@@ -131,6 +131,6 @@ def left_out(adapter: Adapter, program: str) -> list[str]:
         return []
     names = ", ".join(list(adapter.others)[:3]) + (", ..." if len(adapter.others) > 3 else "")
     return [
-        f"{program} loads LoRA factors only, so {len(adapter.others)} tensors are left out, and its outputs will "
-        f"differ: {names}. To keep them, merge the adapter into the model"
+        f"{program} loads LoRA factors only, so {len(adapter.others)} tensors are left out, and its outputs "
+        f"will differ: {names}. To keep them, merge the adapter into the model"
     ]

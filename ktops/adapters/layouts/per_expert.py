@@ -2,8 +2,8 @@
 
 ``base_model.model.{experts}.{e}.{gate_proj, up_proj, down_proj}.lora_A.weight`` [r, in], ``lora_B`` [out, r].
 These programs read one rank and one alpha, and need all projections of all experts of a layer, so ranks are
-filled up with zeros, and other scalings are multiplied into B. For some models, vLLM reads the stacked factors
-of PEFT instead.
+filled up with zeros, and other scalings are multiplied into B. For some models, vLLM reads the stacked
+factors of PEFT instead.
 """
 
 from collections.abc import Callable, Iterator
@@ -78,8 +78,8 @@ def for_llama_cpp(adapter: Adapter) -> Plan:
     for module in adapter.experts:
         if adapter.base.experts[module].gating == INTERLEAVED:
             raise AdapterError(
-                f"{adapter.path}: llama.cpp's converter cannot read adapters of {module}, in which gate and up "
-                "alternate. Merge the adapter into the model and convert that"
+                f"{adapter.path}: llama.cpp's converter cannot read adapters of {module}, whose gate and "
+                "up alternate. Merge the adapter into the model and convert that"
             )
     split = [name for name in adapter.weights if name.endswith(".kv_b_proj")]
     if split:

@@ -134,7 +134,7 @@ def _of_experts(experts: str, word: str, part: Factors, scale: Scale) -> Piece:
 
 
 def _make(names: list[tuple[str, ...]], part: Factors, scale: Scale) -> Named:
-    a, b = part.scaled(scale.rank, scale.scaling)
+    a, b = (tensor.contiguous() for tensor in part.scaled(scale.rank, scale.scaling))
     for expert, (name_a, name_b) in enumerate(names):
         yield name_a, a[expert]
         yield name_b, b[expert]

@@ -42,7 +42,7 @@ class Adapter:
     others: dict[str, View]
 
     def projection(self, module: str, name: str) -> Factors | None:
-        """Returns the update of "gate", "up", "down" or "gate_up" of a layer's experts; None if it has none."""
+        """Returns the update of "gate", "up", "down" or "gate_up" of a layer's experts, or None."""
         parts = self.experts[module]
         if name in parts:
             return parts[name]
@@ -74,10 +74,11 @@ def open_adapter(path: str | Path, base: str | Path | BaseModel | None = None) -
     """Opens an adapter, reading only headers.
 
     Args:
-        path: a directory with adapter_config.json and adapter_model.safetensors from PEFT, with stacked or single
-            experts, or fused_expert_lora.safetensors from kt-kernel. If both have the experts, PEFT's is read.
-        base: directory of the model, or its config.json. Default: the model that adapter_config.json names, if it
-            is on this machine.
+        path: a directory with adapter_config.json and adapter_model.safetensors from PEFT, with stacked or
+            single experts, or fused_expert_lora.safetensors from kt-kernel. If both have the experts, PEFT's
+            is read.
+        base: directory of the model, or its config.json. Default: the model that adapter_config.json names,
+            if it is on this machine.
 
     Raises:
         AdapterError: the adapter does not fit the model, or is not plain LoRA.
@@ -120,7 +121,9 @@ def combined(adapters: Sequence[Adapter], weights: Sequence[float] | None = None
     """
     factors = [1.0] * len(adapters) if weights is None else list(weights)
     if len(factors) != len(adapters):
-        raise AdapterError(f"weights: expected one for each of the {len(adapters)} adapters, got {len(factors)}")
+        raise AdapterError(
+            f"weights: expected one for each of the {len(adapters)} adapters, got {len(factors)}"
+        )
     if not all(math.isfinite(factor) and factor != 0 for factor in factors):
         raise AdapterError(f"weights: must be finite and not 0, got {factors}")
     first = adapters[0]
@@ -129,12 +132,14 @@ def combined(adapters: Sequence[Adapter], weights: Sequence[float] | None = None
     for adapter in adapters:
         if adapter.others:
             raise AdapterError(
-                f"{adapter.path}: has tensors beside LoRA factors, such as {next(iter(adapter.others))}, which "
-                "cannot be weighted or added"
+                f"{adapter.path}: has tensors beside LoRA factors, such as {next(iter(adapter.others))}, "
+                "which cannot be weighted or added"
             )
     summed = partial(_sum, list(zip(factors, adapters, strict=True)))
     weight_names = dict.fromkeys(name for adapter in adapters for name in adapter.weights)
-    experts_names = [name for name in first.base.experts if any(name in adapter.experts for adapter in adapters)]
+    experts_names = [
+        name for name in first.base.experts if any(name in adapter.experts for adapter in adapters)
+    ]
     return Adapter(
         first.path,
         first.config,
@@ -162,4 +167,3 @@ def _sum(weighted: Sequence[tuple[float, Adapter]], module: str, projection: str
         if part is not None:
             parts.append((factor, part))
     return weighted_sum(parts)
-

@@ -69,7 +69,9 @@ class BaseModel:
                 f"{where}: transformers cannot create the model: {type(error).__name__}: {error}"
             ) from None
         if model is None:
-            raise AdapterError(f"{where}: transformers has no model for model_type {config.get('model_type')!r}")
+            raise AdapterError(
+                f"{where}: transformers has no model for model_type {config.get('model_type')!r}"
+            )
         experts = find_experts(model)
         self.experts = {name: _stacks(module) for name, module in experts.items() if has_stacks(module)}
         self.weights: dict[str, tuple[int, int]] = {}
@@ -113,7 +115,9 @@ class BaseModel:
     @cached_property
     def _published_blocks(self) -> dict[str, str]:
         """The blocks with experts whose names in checkpoints differ."""
-        blocks = {name.rpartition(".")[0]: self.published(name)[0].rpartition(".")[0] for name in self.experts}
+        blocks = {
+            name.rpartition(".")[0]: self.published(name)[0].rpartition(".")[0] for name in self.experts
+        }
         return {block: published for block, published in blocks.items() if block != published}
 
     def weight_named(self, name: str) -> str | None:
@@ -157,7 +161,9 @@ def open_base(base: str | Path | None, adapter: Path, config: dict) -> BaseModel
         path = Path(base)
         path = path / CONFIG if path.is_dir() else path
         if not path.is_file():
-            raise AdapterError(f"base={str(base)!r}: expected a model directory with {CONFIG}, or such a file")
+            raise AdapterError(
+                f"base={str(base)!r}: expected a model directory with {CONFIG}, or such a file"
+            )
         return BaseModel(read_json(path), path)
     name = config.get("base_model_name_or_path") or ""
     found = Path(name) / CONFIG if name else None

@@ -10,8 +10,8 @@ CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 
 _CHANGE_THE_FORMULA = (
-    "use_dora", "use_qalora", "use_bdlora", "lora_bias", "fan_in_fan_out", "layer_replication", "arrow_config",
-    "kasa_config", "monteclora_config", "alora_invocation_tokens",
+    "use_dora", "use_qalora", "use_bdlora", "lora_bias", "fan_in_fan_out", "layer_replication",
+    "arrow_config", "kasa_config", "monteclora_config", "alora_invocation_tokens",
 )  # fmt: skip
 """Options of LoraConfig with which the update is not ``scaling * B @ A`` of the named weight."""
 
@@ -41,8 +41,8 @@ class LoraSettings:
         start = config.get("init_lora_weights")
         if isinstance(start, str) and start.lower().startswith(_CHANGE_THE_BASE):
             raise AdapterError(
-                f"{where}: with init_lora_weights={start!r} the adapter belongs to changed base weights. Save it "
-                "with path_initial_model_for_weight_conversion, as PEFT's documentation explains"
+                f"{where}: with init_lora_weights={start!r} the adapter belongs to changed base weights. "
+                "Save it with path_initial_model_for_weight_conversion, as PEFT's documentation explains"
             )
         self.rank = self._positive(config, "r")
         self.alpha = self._positive(config, "lora_alpha")
@@ -73,7 +73,9 @@ class LoraSettings:
         if can_be_doubled and rank == 2 * expected:
             expected, alpha = rank, 2 * alpha
         if rank != expected:
-            raise AdapterError(f"{key}: has rank {rank}, but {self.where} says {expected}")
+            raise AdapterError(
+                f"{key}: has rank {rank}, but {self.where} says {expected}. Is the adapter for another model?"
+            )
         return alpha / math.sqrt(rank) if self.is_rslora else alpha / rank
 
 

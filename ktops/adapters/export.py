@@ -27,8 +27,8 @@ def export_adapter(
     Reads the factors of one layer at a time. The directory appears when it is complete.
 
     Args:
-        adapters: directories of adapters of one model: from PEFT with stacked experts, from PEFT, vLLM or SGLang
-            with single experts, or from kt-kernel.
+        adapters: directories of adapters of one model: from PEFT with stacked experts, from PEFT, vLLM or
+            SGLang with single experts, or from kt-kernel.
         path: the directory to create.
         layout: "peft", "vllm", "sglang", "llama.cpp" (the directory for its convert_lora_to_gguf.py) or "kt".
         base: directory of the model, or its config.json. Default: the model that the first adapter's
@@ -40,8 +40,8 @@ def export_adapter(
         What is lost, in sentences; usually nothing.
 
     Raises:
-        AdapterError: an adapter does not fit the model, is not plain LoRA, or cannot be expressed in the layout;
-            or path exists.
+        AdapterError: an adapter does not fit the model, is not plain LoRA, or cannot be expressed in the
+            layout; or path exists.
         CheckpointError: a file is missing or damaged; the message names it.
         OSError: the files cannot be written. The directory then does not exist.
 
@@ -75,5 +75,3 @@ def write(plan: Plan, folder: Path, *, show_progress: bool) -> None:
     (folder / CONFIG).write_text(json.dumps(plan.config, indent=2, sort_keys=True) + "\n")
     if plan.finish is not None:
         plan.finish(folder, plan.files)
-
-

@@ -40,7 +40,9 @@ class Factors:
             b = (b if is_exact(factor) else b.to(torch.promote_types(b.dtype, torch.float32))) * factor
         more = rank - self.rank
         if more:
-            a, b = (torch.nn.functional.pad(tensor, pad) for tensor, pad in ((a, (0, 0, 0, more)), (b, (0, more))))
+            a, b = (
+                torch.nn.functional.pad(tensor, pad) for tensor, pad in ((a, (0, 0, 0, more)), (b, (0, more)))
+            )
         return a, b
 
     def scaled_dtypes(self, scaling: float) -> tuple[torch.dtype, torch.dtype]:
@@ -83,7 +85,7 @@ def stacked(gate: Factors, up: Factors) -> Factors:
 
 
 def weighted_sum(parts: Sequence[tuple[float, Factors]]) -> Factors:
-    """Returns the sum of several updates of a weight, each multiplied by its own factor; exact, the ranks add up."""
+    """Returns the sum of several updates of a weight, each with its own factor; exact, the ranks add up."""
     weighted = [replace(part, scaling=factor * part.scaling) for factor, part in parts]
     first = weighted[0]
     if len(weighted) == 1:

@@ -1,8 +1,9 @@
 """kt-kernel's fused_expert_lora.safetensors, and the manifest beside it.
 
-The keys are ``layers.{L}.experts.{gate, up, down}_lora_{a, b}``: gate_lora_a and up_lora_a [E, r, H], gate_lora_b
-and up_lora_b [E, I, r], down_lora_a [E, r, I], down_lora_b [E, H, r]. The modules beside the experts are in
-adapter_model.safetensors, as PEFT writes them. The scaling of all is lora_alpha / r of adapter_config.json.
+The keys are ``layers.{L}.experts.{gate, up, down}_lora_{a, b}``: gate_lora_a and up_lora_a [E, r, H],
+gate_lora_b and up_lora_b [E, I, r], down_lora_a [E, r, I], down_lora_b [E, H, r]. The modules beside the
+experts are in adapter_model.safetensors, as PEFT writes them. The scaling of all is lora_alpha / r of
+adapter_config.json.
 """
 
 import hashlib
@@ -32,9 +33,7 @@ def key(layer: int, projection: str, factor: str) -> str:
     return f"layers.{layer}.experts.{projection}_lora_{factor.lower()}"
 
 
-def read(
-    views: Mapping[str, View], settings: LoraSettings, base: BaseModel
-) -> dict[str, dict[str, Factors]]:
+def read(views: Mapping[str, View], settings: LoraSettings, base: BaseModel) -> dict[str, dict[str, Factors]]:
     """Returns the updates of the experts, by module and projection.
 
     Raises:
@@ -44,7 +43,9 @@ def read(
     for name, view in views.items():
         match = _KEY.fullmatch(name)
         if match is None:
-            raise AdapterError(f"{view}: unknown key, expected layers.L.experts. and one of {', '.join(NAMES)}")
+            raise AdapterError(
+                f"{view}: unknown key, expected layers.L.experts. and one of {', '.join(NAMES)}"
+            )
         layers[int(match[1])][match[2]] = view
     found: dict[str, dict[str, Factors]] = {}
     for layer, tensors in sorted(layers.items()):

@@ -21,6 +21,9 @@ from ktops.ops.activation import INTERLEAVED
 
 PREFIX = "base_model.model."
 FACTOR = re.compile(r"(.+)\.lora_(?:(embedding)_)?([AB])(?:\.weight)?")
+BASE_WEIGHT = ".base_layer.weight"
+"""The end of a key under which PEFT saves the unchanged weight of an adapted head or embedding."""
+
 NOT_PLAIN = re.compile(r"\.lora_(magnitude_vector|B\.bias)")
 FLOATS = {torch.float32, torch.bfloat16, torch.float16, torch.float64}
 
@@ -34,8 +37,8 @@ class Contents:
 
     Attributes:
         weights: the updates of weights beside the experts, by module.
-        experts: the updates of experts, by module, then by projection: "gate", "up", "down" or "gate_up", whose
-            rows are those of gate, then those of up. Without a gate, "gate_up" is "up".
+        experts: the updates of experts, by module, then by projection: "gate", "up", "down" or "gate_up",
+            whose rows are those of gate, then those of up.
         others: the other tensors, such as those of modules_to_save, by key.
     """
 
@@ -76,8 +79,8 @@ def read(views: Mapping[str, View], settings: LoraSettings, base: BaseModel, ver
             contents.weights[weight] = _read_weight(weight, pair, settings, base)
         else:
             raise AdapterError(
-                f"{pair['A']}: the base model of {base.where} has no module {module}. Is the adapter for another "
-                "model?"
+                f"{pair['A']}: the base model of {base.where} has no module {module}. Is the adapter for "
+                "another model?"
             )
     for experts, projections in of_experts.items():
         for projection, pairs in projections.items():
@@ -94,10 +97,13 @@ def _pairs(views: Mapping[str, View], contents: Contents) -> dict[str, Pair]:
             raise AdapterError(f"{view}: DoRA and biases are not supported, only plain LoRA is")
         match = FACTOR.fullmatch(name)
         if match is None:
-            contents.others[name] = view
+            if not name.endswith(BASE_WEIGHT):
+                contents.others[name] = view
             continue
         if view.dtype not in FLOATS or view.dim not in (2, 3):
-            raise AdapterError(f"{view}: expected a float matrix, got {view.dtype} of shape {list(view.shape)}")
+            raise AdapterError(
+                f"{view}: expected a float matrix, got {view.dtype} of shape {list(view.shape)}"
+            )
         pairs[match[1].removeprefix(PREFIX)][match[3]] = view
     for name, pair in pairs.items():
         if len(pair) < 2:
@@ -141,9 +147,9 @@ def _read_stacked(
     fits = [projection for projection, size in size_of.items() if given in (size, size[::-1])]
     if not fits or a.dim != 2 or b.dim != 2 or a.shape[0] != b.shape[1] or a.shape[0] % stacks.num_experts:
         raise AdapterError(
-            f"{a}: factors of shapes {list(a.shape)} and {list(b.shape)} do not fit {module} of {base.where}, "
-            f"which has {stacks.num_experts} experts of {stacks.hidden_size} -> {stacks.intermediate_size}. Is "
-            "the adapter for another model?"
+            f"{a}: factors of shapes {list(a.shape)} and {list(b.shape)} do not fit {module} of "
+            f"{base.where}, which has {stacks.num_experts} experts with sizes {stacks.hidden_size} and "
+            f"{stacks.intermediate_size}. Is the adapter for another model?"
         )
     (projection,) = fits
     swapped = given != size_of[projection]
@@ -163,7 +169,10 @@ def _read_stacked(
 
 
 def _swapped_by_version(stacks: Stacks, version: str | None) -> bool:
-    """True if PEFT takes A for the factor of the output: it reads a weight as [E, in, out], or before 0.19 any."""
+    """True if PEFT takes A for the factor of the output.
+
+    It takes weights for [E, in, out] if their module says so, before 0.19 always.
+    """
     try:
         reads_declaration = version is not None and Version(version).release >= FIRST_WITH_ROLES.release
     except InvalidVersion:

@@ -16,8 +16,8 @@ def expect(view: View, shape: tuple[int, ...], weight: str) -> None:
     """Raises AdapterError unless the factor of a weight has the shape."""
     if view.shape != shape:
         raise AdapterError(
-            f"{view}: must have shape {list(shape)} to fit {weight} of the base model, got {list(view.shape)}. Is "
-            "the adapter for another model?"
+            f"{view}: must have shape {list(shape)} to fit {weight} of the base model, got "
+            f"{list(view.shape)}. Is the adapter for another model?"
         )
 
 

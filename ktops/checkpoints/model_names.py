@@ -102,6 +102,10 @@ class ModelNames:
             return key._replace(expert=expert)
         return key._replace(experts=following, module=following, expert=expert - count)
 
+    def renamed(self, name: str) -> str:
+        """Returns the name in the model of a tensor that does not belong to experts."""
+        return self._rename(name)[0]
+
     def ignored(self, name: str) -> bool:
         """True if transformers silently skips a tensor of this name, as it does with MTP layers."""
         return any(pattern.search(name) for pattern in self._ignored)
@@ -176,28 +180,24 @@ class ModelNames:
 
 def config_names(config: dict) -> ModelNames | None:
     """Returns the names of the model that config.json describes; None if transformers has no such model."""
-    model_type, architectures = config.get("model_type"), config.get("architectures")
+    model_type = config.get("model_type")
     if not isinstance(model_type, str):
         return None
     try:
-        import transformers
         from transformers.models.auto.configuration_auto import CONFIG_MAPPING
     except ImportError:
         return None
     if model_type not in CONFIG_MAPPING:
         return None
     try:
-        return _names_of(empty_model(config))
+        model = empty_model(config)
+        return None if model is None else ModelNames(model, find_experts(model))
     except Exception as error:
         warn_once(
             f"ktops: transformers cannot create the {model_type!r} model that config.json describes, so "
             f"ktops looks for experts under the usual names: {type(error).__name__}: {error}"
         )
         return None
-
-
-def _names_of(model: "PreTrainedModel | None") -> ModelNames | None:
-    return None if model is None else ModelNames(model, find_experts(model))
 
 
 def empty_model(config: dict) -> "PreTrainedModel | None":
@@ -217,7 +217,7 @@ def empty_model(config: dict) -> "PreTrainedModel | None":
     architectures = config.get("architectures")
     names = architectures if isinstance(architectures, list) else []
     classes = (getattr(transformers, name, None) for name in names if isinstance(name, str))
-    model_class = next((c for c in classes if isinstance(c, type)), None)
+    model_class: type[PreTrainedModel] | None = next((c for c in classes if isinstance(c, type)), None)
     decoded = transformers.PreTrainedConfig._decode_special_floats(_without_quantization(config))
     parsed = CONFIG_MAPPING[config["model_type"]].from_dict(decoded)
     with torch.device("meta"), no_init_weights():

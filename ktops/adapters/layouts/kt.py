@@ -32,7 +32,8 @@ def plan(adapter: Adapter) -> Plan:
     """Plans files for kt-kernel.
 
     Raises:
-        AdapterError: there are no adapters on experts, the experts have no gate, or two layers have one number.
+        AdapterError: there are no adapters on experts, the experts have no gate, or two layers have the
+            same number.
     """
     if not adapter.experts:
         raise AdapterError(f"{adapter.path}: has no adapters on experts, which are what {FUSED} holds")
@@ -56,7 +57,9 @@ def plan(adapter: Adapter) -> Plan:
 def _layer(adapter: Adapter, module: str) -> int:
     layer = int((NUMBER.findall(module) or ["-1"])[-1])
     if adapter.base.by_layer[layer] != [module]:
-        raise AdapterError(f"{adapter.path}: kt-kernel numbers layers, but {layer} means several of this model")
+        raise AdapterError(
+            f"{adapter.path}: kt-kernel numbers layers, but {layer} means several of this model"
+        )
     if adapter.base.experts[module].gating == UNGATED:
         raise AdapterError(f"{adapter.path}: kt-kernel needs experts with a gate; {module} has none")
     return layer
@@ -80,7 +83,9 @@ def _make(names: tuple[str, ...], part: Factors, scale: Scale) -> Named:
 
 def _write_manifest(folder: Path, pieces: dict[str, list[Piece]], config: dict) -> None:
     kinds = {name: kind for piece in pieces[FUSED] for name, kind in piece.kinds.items()}
-    tensors = {name: {"shape": list(shape), "dtype": DTYPE_NAMES[dtype]} for name, (dtype, shape) in kinds.items()}
+    tensors = {
+        name: {"shape": list(shape), "dtype": DTYPE_NAMES[dtype]} for name, (dtype, shape) in kinds.items()
+    }
     artifacts = {name: record(folder / name) for name in (CONFIG, WEIGHTS, FUSED)}
     manifest = {
         "version": VERSION,
@@ -88,6 +93,7 @@ def _write_manifest(folder: Path, pieces: dict[str, list[Piece]], config: dict) 
         "expert_weight_format": "bf16",
         "base": {"model_name_or_path": config.get("base_model_name_or_path")},
         "lora": {"rank": config["r"], "alpha": float(config["lora_alpha"])},
-        "artifacts": artifacts | {FUSED: artifacts[FUSED] | {"tensor_count": len(tensors), "tensors": tensors}},
+        "artifacts": artifacts
+        | {FUSED: artifacts[FUSED] | {"tensor_count": len(tensors), "tensors": tensors}},
     }
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")

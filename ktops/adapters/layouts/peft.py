@@ -36,26 +36,24 @@ _CONVERTED = {"gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3"}
 
 def plan(adapter: Adapter) -> Plan:
     """Plans files for PEFT, with the rank and the alpha of every weight unchanged."""
-    parts = {name: (part, matrix(name, part, _own(part), embedding=name in adapter.base.embeddings))
-             for name, part in adapter.weights.items()}  # fmt: skip
-    beside, parameters = [], []
-    for name in parts:
-        is_parameter = name.rpartition(".")[2] in _CONVERTED
-        (parameters if is_parameter else beside).append(f"{name}.weight" if is_parameter else name)
-    ranks = {f"{name}.weight" if name.rpartition(".")[2] in _CONVERTED else name: part
-             for name, (part, _) in parts.items()}  # fmt: skip
-    pieces = [piece for _, piece in parts.values()]
-    stacked: dict[str, Factors] = {}
+    pieces, modules, parameters = list[Piece](), dict[str, Factors](), dict[str, Factors]()
+    for name, part in adapter.weights.items():
+        pieces.append(matrix(name, part, _own(part), embedding=name in adapter.base.embeddings))
+        if name.rpartition(".")[2] in _CONVERTED:
+            parameters[f"{name}.weight"] = part
+        else:
+            modules[name] = part
     for module, parameter, key, part in _stacked(adapter):
-        stacked[f"{module}.{parameter}"] = part
         pieces.append(_of_experts(key, part, adapter.base.experts[module], _own(part)))
+        parameters[f"{module}.{parameter}"] = part
     pieces += [whole(name, view) for name, view in adapter.others.items()]
-    every = ranks | stacked
-    common = Counter((part.rank, part.scaling) for part in every.values()).most_common(1)[0][0]
-    scale = Scale(*common)
-    exceptions = _by_suffix({name: _own(part) for name, part in every.items() if _own(part) != scale}, every)
-    config = config_for(adapter, scale, beside) | {
-        "target_parameters": [*parameters, *_suffixes(adapter, stacked)],
+    every = modules | parameters
+    common = Counter(map(_own, every.values())).most_common(1)[0][0]
+    exceptions = _by_suffix(
+        {name: own for name, part in every.items() if (own := _own(part)) != common}, every
+    )
+    config = config_for(adapter, common, modules) | {
+        "target_parameters": _suffixes(adapter, parameters),
         "modules_to_save": adapter.config.get("modules_to_save") if adapter.others else None,
         "rank_pattern": {name: own.rank for name, own in exceptions.items()},
         "alpha_pattern": {name: own.alpha for name, own in exceptions.items()},
@@ -87,7 +85,7 @@ def _names(stacks: Stacks) -> tuple[str, str]:
 
 
 def _stacked(adapter: Adapter) -> Iterator[tuple[str, str, str, Factors]]:
-    """Yields (module, parameter, key, update) of every adapted parameter; the first of two is the inner one."""
+    """Yields (module, parameter, key, update) of adapted parameters; of two, the first is the inner one."""
     for module in adapter.experts:
         stacks = adapter.base.experts[module]
         parameters = stacks.first_parameter, "down_proj"
@@ -128,14 +126,14 @@ def _flat_b(b: Tensor) -> Tensor:
     return b.permute(1, 2, 0).flatten(1, 2)
 
 
-def _suffixes(adapter: Adapter, stacked: dict[str, Factors]) -> list[str]:
+def _suffixes(adapter: Adapter, parameters: dict[str, Factors]) -> list[str]:
     """Returns target_parameters: names within a layer if they mean no more than the adapted parameters."""
-    every = {
+    every = {f"{module}.weight" for module in adapter.base.weights} | {
         f"{module}.{parameter}"
         for module, stacks in adapter.base.experts.items()
         for parameter in (stacks.first_parameter, "down_proj")
     }
-    return list(_grouped(dict.fromkeys(stacked), every))
+    return list(_grouped(dict.fromkeys(parameters), every))
 
 
 def _by_suffix(chosen: dict[str, Scale], every: dict[str, Factors]) -> dict[str, Scale]:

@@ -1,18 +1,19 @@
 """The keys of single experts, which vLLM, SGLang and llama.cpp's converter read.
 
-``base_model.model.{experts}.{e}.{gate_proj, up_proj, down_proj}.lora_A.weight`` [r, in] and ``lora_B`` [out, r].
-These programs read one rank and one alpha, and need all projections of all experts of a layer, so ranks are filled
-up with zeros, and other scalings are multiplied into B. For models whose checkpoints have stacked experts, vLLM reads
-the stacked factors of PEFT instead.
+``base_model.model.{experts}.{e}.{gate_proj, up_proj, down_proj}.lora_A.weight`` [r, in], ``lora_B`` [out, r].
+These programs read one rank and one alpha, and need all projections of all experts of a layer, so ranks are
+filled up with zeros, and other scalings are multiplied into B. For some models, vLLM reads the stacked
+factors of PEFT instead.
 """
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 
 from ktops.adapters.adapter import Adapter
 from ktops.adapters.config import WEIGHTS
 from ktops.adapters.errors import AdapterError
-from ktops.adapters.factors import Factors
+from ktops.adapters.factors import Factors, zeros
 from ktops.adapters.layouts import peft
 from ktops.adapters.layouts.plan import (
     Named,
@@ -35,6 +36,10 @@ STACKED_IN_VLLM = {
 }  # fmt: skip
 """The architectures for which vLLM reads stacked factors: its classes with ``is_3d_moe_weight``."""
 
+_JOINED_IN_SGLANG = (
+    ("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("q_a_proj", "kv_a_proj_with_mqa"),
+)  # fmt: skip
+
 Names = Callable[[str], tuple[str, tuple[str, ...]]]
 """Returns the name of a layer's experts, and those of their gate, up and down projections."""
 
@@ -48,7 +53,19 @@ def for_vllm(adapter: Adapter) -> Plan:
 
 
 def for_sglang(adapter: Adapter) -> Plan:
-    """Plans files for SGLang, which uses the same names for all models."""
+    """Plans files for SGLang, which uses the same names for all models.
+
+    SGLang joins the factors of some weights, and fails or skips them if some are missing.
+    """
+    updates = dict(adapter.weights)
+    for name, part in adapter.weights.items():
+        block, _, word = name.rpartition(".")
+        for joined in _JOINED_IN_SGLANG:
+            for other in joined if word in joined else ():
+                sibling = f"{block}.{other}"
+                if sibling in adapter.base.weights and sibling not in updates:
+                    updates[sibling] = zeros(part.rank, *adapter.base.weights[sibling], like=part)
+    adapter = replace(adapter, weights=updates)
     return _plan(adapter, "SGLang", lambda module: (module, ("gate_proj", "up_proj", "down_proj")))
 
 
@@ -61,10 +78,15 @@ def for_llama_cpp(adapter: Adapter) -> Plan:
     for module in adapter.experts:
         if adapter.base.experts[module].gating == INTERLEAVED:
             raise AdapterError(
-                f"{adapter.path}: llama.cpp's converter cannot read adapters of the experts of "
-                f"{adapter.base.config.get('model_type')}, whose gate and up alternate. Merge the adapter into the "
-                "model and convert that"
+                f"{adapter.path}: llama.cpp's converter cannot read adapters of {module}, whose gate and "
+                "up alternate. Merge the adapter into the model and convert that"
             )
+    split = [name for name in adapter.weights if name.endswith(".kv_b_proj")]
+    if split:
+        raise AdapterError(
+            f"{adapter.path}: llama.cpp's converter cannot read the adapter of {split[0]}, which it splits. "
+            "Merge the adapter into the model and convert that"
+        )
     return _plan(adapter, "llama.cpp", adapter.base.published)
 
 
@@ -112,7 +134,7 @@ def _of_experts(experts: str, word: str, part: Factors, scale: Scale) -> Piece:
 
 
 def _make(names: list[tuple[str, ...]], part: Factors, scale: Scale) -> Named:
-    a, b = part.scaled(scale.rank, scale.scaling)
+    a, b = (tensor.contiguous() for tensor in part.scaled(scale.rank, scale.scaling))
     for expert, (name_a, name_b) in enumerate(names):
         yield name_a, a[expert]
         yield name_b, b[expert]

@@ -1,14 +1,13 @@
 """What a layout writes: files of tensors, each made from the factors of one weight, and the config."""
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from ktops.adapters.adapter import Adapter
-from ktops.adapters.config import CONFIG
 from ktops.adapters.factors import Factors, zeros
 from ktops.adapters.peft_files import PREFIX
 from ktops.adapters.tensors import sizes
@@ -48,7 +47,7 @@ class Piece:
         make: returns the tensors.
     """
 
-    kinds: dict[str, tuple[torch.dtype, tuple[int, ...]]]
+    kinds: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
     make: Callable[[], Named]
 
 
@@ -86,7 +85,7 @@ def matrix(name: str, part: Factors, scale: Scale, *, embedding: bool = False) -
 
 
 def weights_beside_experts(adapter: Adapter, scale: Scale, *, published: bool) -> Iterator[Piece]:
-    """Yields the tensors of all weights beside the experts, under the names of checkpoints or of transformers."""
+    """Yields the tensors of weights beside the experts, under the names of checkpoints or of transformers."""
     for name, part in adapter.weights.items():
         written = adapter.base.published_weight(name) if published else name
         yield matrix(written, part, scale, embedding=name in adapter.base.embeddings)
@@ -110,10 +109,12 @@ def projections(adapter: Adapter, module: str, names: Iterable[str], rank: int) 
 
 def config_for(adapter: Adapter, scale: Scale, targets: Iterable[str]) -> dict:
     """Returns an adapter_config.json with one rank, one alpha and names of modules."""
-    kept = ("peft_type", "task_type", "base_model_name_or_path", "revision", "bias", "inference_mode")
+    kept = ("task_type", "revision", "inference_mode")
     return {key: adapter.config[key] for key in kept if key in adapter.config} | {
         "peft_type": "LORA",
         "bias": "none",
+        "base_model_name_or_path": adapter.config.get("base_model_name_or_path")
+        or str(adapter.base.where.parent),
         "r": scale.rank,
         "lora_alpha": scale.alpha,
         "lora_dropout": 0.0,
@@ -130,9 +131,6 @@ def left_out(adapter: Adapter, program: str) -> list[str]:
         return []
     names = ", ".join(list(adapter.others)[:3]) + (", ..." if len(adapter.others) > 3 else "")
     return [
-        f"{program} loads LoRA factors only, so {len(adapter.others)} tensors are left out, and its outputs will "
-        f"differ: {names}. To keep them, merge the adapter into the model"
+        f"{program} loads LoRA factors only, so {len(adapter.others)} tensors are left out, and its outputs "
+        f"will differ: {names}. To keep them, merge the adapter into the model"
     ]
-
-
-__all__ = ["CONFIG", "Piece", "Plan", "Planner", "Scale"]

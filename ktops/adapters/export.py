@@ -63,6 +63,7 @@ def export_adapter(
 
 
 def write(plan: Plan, folder: Path, *, show_progress: bool) -> None:
+    """Writes what is planned to an empty folder, the factors of one layer at a time."""
     total = sum(len(pieces) for pieces in plan.files.values())
     with progress("exporting", total, show=show_progress) as step:
         for name, pieces in plan.files.items():

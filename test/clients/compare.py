@@ -55,11 +55,6 @@ def example(name: str, replacements: dict[str, str]) -> str:
     return text
 
 
-def words(command: str) -> list[str]:
-    """Returns the words of a command in an example, which may have several lines."""
-    return shlex.split(command.replace("\\\n", " "))
-
-
 def run(*command: object, folder: Path, succeeds: bool = True, typed: str = "") -> tuple[str, bool]:
     """Runs a client's command in a folder; returns (what it printed, whether kt operators ran in it).
 

@@ -40,7 +40,8 @@ def run_experts(
     """Runs ``ktops.moe_sft`` in the dtype of the weights; returns a result in the dtype of hidden_states.
 
     The casts support autocast, under which hidden_states may have lower precision than the weights.
-    hidden_states may have leading dimensions, [..., H], and so may the routes, [..., K].
+    hidden_states may have leading dimensions, [..., H], and so may the routes, [..., K]. Some routers of
+    transformers 5.0 give a weight for every expert, [..., E]; the op takes those of the chosen ones.
 
     Args:
         post_expert_norm: applied to the output [T, K, H] of every route, before its routing weight.
@@ -51,6 +52,8 @@ def run_experts(
     rows = hidden_states.reshape(-1, hidden_states.shape[-1]).to(gate_up_proj.dtype)
     ids = top_k_index.reshape(-1, top_k_index.shape[-1])
     weights = top_k_weights.reshape(-1, top_k_weights.shape[-1])
+    if weights.shape[1] == gate_up_proj.shape[0] != ids.shape[1]:
+        weights = weights.gather(1, ids)
     if post_expert_norm is None:
         output = moe_sft(rows, ids, weights, gate_up_proj, down_proj, **options)
     else:

@@ -123,11 +123,10 @@ def test_options_of_the_usage_document(variant, models, data, tmp_path):
 
 
 def test_example_of_the_documentation(models, data, tmp_path):
-    (tmp_path / "options.yaml").write_text(
-        example("llamafactory", **{"Qwen/Qwen3-30B-A3B": str(models["qwen3_moe"])})
-    )
-    command = example("llamafactory-command").split()
-    assert run(*command, *short(models["qwen3_moe"], data, tmp_path / "out")[1:], folder=tmp_path)[1]
+    given = example("llamafactory", {"Qwen/Qwen3-30B-A3B": str(models["qwen3_moe"])})
+    (tmp_path / "options.yaml").write_text(given)
+    command = example("llamafactory-command", {}).split()
+    assert run(*command, *short(models["qwen3_moe"], data, tmp_path / "out"), folder=tmp_path)[1]
     assert any("experts" in name for name in read_adapter(tmp_path / "out"))
 
 
@@ -195,8 +194,8 @@ def test_processes_of_torchrun(models, data, tmp_path, monkeypatch):
 def test_without_the_launcher(models, data, tmp_path):
     """As in a notebook, with options in a dict."""
     given = yaml.safe_load((OPTIONS / "minimal.yaml").read_text())
-    given |= dict(override.split("=") for override in short(models["qwen3_moe"], data, tmp_path / "out"))
-    given |= {"max_steps": 1, "logging_steps": 1, "cutoff_len": 64, "learning_rate": 0.01}
+    overrides = (text.split("=") for text in short(models["qwen3_moe"], data, tmp_path / "out"))
+    given |= {key: yaml.safe_load(value) for key, value in overrides}
     code = (
         "from ktops.integrations import llamafactory; llamafactory.enable()\n"
         f"from llamafactory.train.tuner import run_exp; run_exp({given!r})"

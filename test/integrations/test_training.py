@@ -4,6 +4,8 @@ import copy
 
 import pytest
 import torch
+from moe_blocks import LoopBlock
+from peft import LoraConfig, get_peft_model
 from tiny_models import tiny_batch, tiny_config, tiny_model
 from transformers import AutoModelForCausalLM, LlamaConfig, Trainer, TrainingArguments
 
@@ -98,3 +100,13 @@ def test_swapped_experts_are_in_the_op():
     assert len(experts_outside_op(model)[1]) == 2
     ktops.swap_experts(model)
     assert experts_outside_op(model) == (2, {})
+
+
+def test_listed_experts_with_adapters_are_outside_the_op():
+    model = torch.nn.Sequential(LoopBlock())
+    assert "is not in the experts interface" in experts_outside_op(model)[1]["0.experts"]
+    ktops.swap_experts(model)
+    assert experts_outside_op(model) == (1, {})
+    adapted = get_peft_model(model, LoraConfig(target_modules=["gate_proj"]))
+    [reason] = experts_outside_op(adapted)[1].values()
+    assert "adapters" in reason

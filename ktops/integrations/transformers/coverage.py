@@ -1,10 +1,18 @@
 """Tells which experts of a model run through the op."""
 
+from typing import cast
+
 from torch import nn
 
-from ktops.integrations.transformers.architectures import Unsupported, class_name, operands
+from ktops.integrations.transformers.architectures import (
+    Unsupported,
+    class_name,
+    in_interface,
+    operands,
+)
 from ktops.integrations.transformers.experts import NAME
-from ktops.integrations.transformers.outside import is_replacement
+from ktops.integrations.transformers.outside import ForwardReplacement
+from ktops.nn.expert_list import KTExpert, KTExpertList
 from ktops.nn.experts import KTExperts
 from ktops.nn.find import find_experts
 
@@ -28,10 +36,13 @@ def experts_outside_op(model: nn.Module) -> tuple[int, dict[str, str]]:
 
 
 def _reason(experts: nn.Module) -> str | None:
+    if isinstance(experts, ForwardReplacement):
+        return experts.obstacle()
+    if isinstance(experts, KTExpertList):
+        run = any(cast(KTExpert, expert).runs_op() for expert in experts)
+        return None if run else "the projections of its experts have adapters, hooks or dropout"
     if not isinstance(experts, KTExperts):
-        if is_replacement(experts):
-            return None
-        if not hasattr(experts, "has_gate"):
+        if not in_interface(experts):
             return f"{class_name(experts)} is not in the experts interface of transformers"
         implementation = getattr(experts.config, "_experts_implementation", None)
         if implementation != NAME:

@@ -1,5 +1,7 @@
 """Tests an installed ktops with only its own dependencies, away from the source tree."""
 
+import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -15,6 +17,10 @@ assert Path(sys.prefix).resolve() in package.parents, f"ktops comes from {packag
 assert list(package.glob("_C*.so")), f"no extension module in {package}"
 assert (package / "py.typed").is_file()
 assert list(package.glob("cli/data/*")), f"the data of the command line is missing in {package}"
+started = "import sys; print('ktops.launcher.startup' in sys.modules, 'torch' in sys.modules)"
+environment = {**os.environ, "KTOPS_LAUNCH": "1"}
+printed = subprocess.check_output([sys.executable, "-c", started], env=environment, text=True)
+assert printed == "True False\n", f"ktops_launch.pth is not installed: {printed}"
 
 for isa, available in ktops.cpu_capabilities().items():
     if not available:

@@ -86,6 +86,11 @@ def test_command_is_installed():
     assert callable(entry.load())
 
 
+def test_startup_file_of_ktops_launch_is_installed():
+    """Else: pip install --no-build-isolation --no-deps -e ."""
+    assert "ktops_launch.pth" in {str(file) for file in metadata.files("ktops")}
+
+
 def test_dependencies():
     """Only torch is needed; everything else is an extra."""
     required = [line for line in metadata.requires("ktops") if "extra ==" not in line]

@@ -1,5 +1,6 @@
 """open_checkpoint: opens safetensors or GGUF files and finds the experts in them."""
 
+import re
 from collections import defaultdict
 from functools import cached_property
 from pathlib import Path
@@ -26,6 +27,14 @@ PROGRESS = "progress.json"
 """Marks a directory that is still being written."""
 
 VERSION = 1
+
+PACKED_NAME = re.compile(r"blk\.\d+\.ffn_(gate|up|down)_exps\.\d+\.numa\.\d+\.(weight|scale)")
+"""Names of tensors that kt-kernel's convert_cpu_weights.py has packed."""
+
+PACKED = (
+    "kt-kernel has packed these experts for its own tiles and NUMA nodes, which ktops does not read. Use the "
+    "original checkpoint, or what `ktops convert ORIGINAL OUT --format int8` (or int4) makes of it"
+)
 
 
 class Checkpoint:
@@ -63,7 +72,7 @@ class Checkpoint:
     def layers(self) -> list[Layer]:
         """The layers with experts, found by :attr:`names`, or by the usual names if that is None."""
         keyed: dict[tuple, dict[Key, View]] = defaultdict(dict)
-        for name, key in self._keys.items():
+        for name, key in self.keys.items():
             if key is not None:
                 keyed[key.experts, key.module][key] = self.tensors[name]
         layers = [
@@ -77,16 +86,19 @@ class Checkpoint:
 
     def other_tensors(self) -> dict[str, View]:
         """Returns the tensors that do not belong to experts, by name."""
-        return {name: view for name, view in self.tensors.items() if self._keys[name] is None}
+        return {name: view for name, view in self.tensors.items() if self.keys[name] is None}
 
     @cached_property
-    def _keys(self) -> dict[str, Key | None]:
+    def keys(self) -> dict[str, Key | None]:
+        """The parts of every tensor's name; None for tensors that do not belong to experts."""
         read = parse if self.names is None else self.names.key
         return {name: read(name) for name in self.tensors}
 
     def require_layers(self) -> None:
         """Raises CheckpointError, which lists the tensor names, if there are no experts."""
         if not self.layers:
+            if any(map(PACKED_NAME.fullmatch, self.tensors)):
+                raise CheckpointError(f"{self.path}: {PACKED}")
             raise CheckpointError(
                 f"{self.path}: ktops does not recognize any tensor name as an expert's. The names are "
                 f"{summary(self.tensors)}"
@@ -156,6 +168,8 @@ def _files(path: Path) -> list[Path]:
         files = [*others, *(file for file in mine if file not in others)]
     files = files or _unlisted_files(path)
     if not files:
+        if any(path.glob("_layer_*/_numa_*/*.kt")):
+            raise CheckpointError(f"{path}: {PACKED}")
         raise CheckpointError(f"{path}: the directory has no safetensors or GGUF files")
     return files
 

@@ -77,6 +77,65 @@ def convert(
     run_convert(source, destination, weight_format, group_size, method, overwrite)
 
 
+_ADAPTERS = "Directories of adapters of one model, from PEFT, ktops, kt-kernel, vLLM or SGLang."
+_WEIGHTS = "Factors of several adapters, separated by commas. (default: 1 each)"
+
+
+@app.command()
+def export(
+    adapters: Annotated[list[Path], typer.Argument(metavar="ADAPTER...", help=_ADAPTERS)],
+    destination: Annotated[Path, typer.Argument(metavar="OUT", help="Directory to create.")],
+    layout: Annotated[
+        str,
+        typer.Option(
+            "--for", metavar="peft|vllm|sglang|llama.cpp|kt", help="The program that will load the adapter."
+        ),
+    ],
+    base: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="Directory of the model, or its config.json. (default: the model that the adapter names)",
+        ),
+    ] = None,
+    weights: Annotated[str | None, typer.Option(metavar="NUMBERS", help=_WEIGHTS)] = None,
+) -> None:
+    """Write a LoRA adapter for another program.
+
+    Several adapters become one, the sum of their updates. Holds one layer's factors in memory at a time. OUT
+    appears when it is complete.
+    """
+    from ktops.cli.command import run_export
+
+    run_export(adapters, destination, layout, base, weights)
+
+
+@app.command()
+def merge(
+    base: Annotated[Path, typer.Argument(metavar="BASE", help="Model directory with safetensors files.")],
+    adapters: Annotated[list[Path], typer.Argument(metavar="ADAPTER...", help=_ADAPTERS)],
+    destination: Annotated[Path, typer.Argument(metavar="OUT", help="Directory to create.")],
+    weights: Annotated[str | None, typer.Option(metavar="NUMBERS", help=_WEIGHTS)] = None,
+    weight_format: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="Weight format of the experts, such as int4, written as by ktops convert. (default: BASE's "
+            "layout and names, quantized weights in bfloat16)",
+        ),
+    ] = None,
+    group_size: Annotated[int | None, typer.Option(help=_GROUP_SIZE)] = None,
+    method: Annotated[str | None, typer.Option(metavar="rtn|mse|hqq", help=_METHOD)] = None,
+) -> None:
+    """Add LoRA adapters to the weights of a model, and write it.
+
+    Holds one expert in memory at a time. OUT appears when it is complete.
+    """
+    from ktops.cli.command import run_merge
+
+    run_merge(base, adapters, destination, weights, weight_format, group_size, method)
+
+
 @app.command()
 def finetune(
     ctx: typer.Context,
@@ -231,3 +290,22 @@ def finetune(
         if (source := ctx.get_parameter_source(name)) and source.name not in ("DEFAULT", "DEFAULT_MAP")
     }
     run_finetune(given)
+
+
+@app.command(context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})
+def launch(
+    command: Annotated[
+        list[str], typer.Argument(metavar="COMMAND [ARGS]...", help="A trainer or a server, with options.")
+    ],
+) -> None:
+    """Run a command with ktops in every Python process that it starts.
+
+    Experts of transformers models run through ktops unless the command asks for another implementation, and
+    training that would leave ktops unused is an error. LLaMA-Factory takes use_kt, and `import kt_kernel`
+    imports ktops' replacement.
+
+    For example: ktops launch llamafactory-cli train qwen3_lora_sft_kt.yaml
+    """
+    from ktops.cli.launch import launch
+
+    launch(command)

@@ -157,7 +157,7 @@ def _read_stacked(
         swapped = _swapped_by_version(stacks, version)
     rank = a.shape[0] // stacks.num_experts
     parameter = stacks.first_parameter if projection == first else "down_proj"
-    scaling = settings.scaling(f"{module}.{parameter}", rank, str(a), can_be_doubled=projection == "gate_up")
+    scaling = settings.scaling(f"{module}.{parameter}", rank, str(a), is_gate_up=projection == "gate_up")
     if projection in contents.experts[module]:
         raise AdapterError(f"{a}: {module}.{parameter} has two adapters")
     interleaved = projection == "gate_up" and stacks.gating == INTERLEAVED

@@ -50,8 +50,13 @@ class LoraSettings:
         names = config.get("target_modules") or ()
         names = [names] if isinstance(names, str) else names
         self.names_halves = any(re.search(r"\b(gate_proj|w1|all-linear)\b", name) for name in names)
+        self.parameters = config.get("target_parameters") or ()
         self.ranks = config.get("rank_pattern") or {}
         self.alphas = config.get("alpha_pattern") or {}
+
+    def targets(self, parameter: str) -> bool:
+        """True if target_parameters name a parameter."""
+        return any(name.rpartition(".")[2] == parameter for name in self.parameters)
 
     def _positive(self, config: dict, name: str) -> float:
         value = config.get(name)

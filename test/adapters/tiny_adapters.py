@@ -6,6 +6,7 @@ import json
 import warnings
 from pathlib import Path
 
+import every_model
 import torch
 import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -49,6 +50,8 @@ def base_model(architecture: str) -> transformers.PreTrainedModel:
     """Returns a tiny model of an architecture; do not change it."""
     if architecture == "square":
         return tiny_model("qwen3_moe", moe_intermediate_size=32)
+    if architecture == "nemotron_h":
+        return every_model.tiny_model(architecture).float()
     if architecture not in OTHERS:
         return tiny_model(architecture)
     model_class, config_class, keys = OTHERS[architecture]
@@ -87,7 +90,7 @@ def adapted(architecture: str, *, seed: int = 1, dtype: torch.dtype | None = Non
     keys = {
         "r": 4,
         "lora_alpha": 6,
-        "target_modules": list(TARGETS[architecture]),
+        "target_modules": list(TARGETS.get(architecture, ())),
         "target_parameters": list(EXPERTS),
     }
 

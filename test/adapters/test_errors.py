@@ -130,6 +130,8 @@ def test_arguments(made, adapter):
     refuses(made, adapter, "layout='tgi': expected one of peft, vllm", layout="tgi")
     refuses(made, adapter, "expected one for each of the 1 adapters, got 2", weights=[1, 1])
     refuses(made, adapter, "must be finite and not 0", weights=[0])
+    with pytest.raises(AdapterError, match=r"expected a model directory with config\.json, got a file"):
+        ktops.merge_adapter(made[1] / "model.safetensors", adapter, adapter.parent / "out")
 
 
 def test_what_layouts_cannot_hold(made, tmp_path):

@@ -18,6 +18,7 @@ def read(layout: str, architecture: str, path):
     return getattr(readers, layout.replace(".", "_"))(architecture, path)
 
 
+WEIGHTS = "adapter_model.safetensors"
 LAYOUTS = ["peft", "vllm", "sglang", "llama.cpp"]
 MODELS = ["qwen3_moe", "mixtral", "deepseek_v3", "gpt_oss"]
 
@@ -87,7 +88,7 @@ def test_factors_are_copied_where_the_scaling_allows(tmp_path):
     adapter = save(model, tmp_path / "adapter")
     ktops.export_adapter(adapter, tmp_path / "vllm", "vllm", base=base)
     ktops.export_adapter(tmp_path / "vllm", tmp_path / "peft", "peft", base=base)
-    before, after = (load_file(path / "adapter_model.safetensors") for path in (adapter, tmp_path / "peft"))
+    before, after = (load_file(path / WEIGHTS) for path in (adapter, tmp_path / "peft"))
     assert {tensor.dtype for tensor in after.values()} == {torch.bfloat16}
     down = "base_model.model.model.layers.0.mlp.experts.lora_B.weight"
     assert torch.equal(before[down], after[down])
@@ -104,7 +105,7 @@ def test_roles_that_peft_0_18_swaps(tmp_path):
 
 
 def swap_roles(adapter, path, experts: int = 8) -> None:
-    tensors = load_file(adapter / "adapter_model.safetensors")
+    tensors = load_file(adapter / WEIGHTS)
     for name in [name for name in tensors if "experts" in name and "lora_A" in name]:
         other = name.replace("lora_A", "lora_B")
         a, b = tensors[name], tensors[other]
@@ -115,7 +116,7 @@ def swap_roles(adapter, path, experts: int = 8) -> None:
     path.mkdir()
     config = json.loads((adapter / "adapter_config.json").read_text()) | {"peft_version": "0.18.1"}
     (path / "adapter_config.json").write_text(json.dumps(config))
-    save_file(tensors, path / "adapter_model.safetensors")
+    save_file(tensors, path / WEIGHTS)
 
 
 @pytest.mark.parametrize("parameters", [EXPERTS[:1], EXPERTS[1:], EXPERTS])
@@ -138,7 +139,7 @@ def test_experts_that_do_not_say_that_they_are_transposed(tmp_path):
     expect_equal(updates(load("llama4", tmp_path / "peft")), updates(model))
     ktops.export_adapter(adapter, tmp_path / "sglang", "sglang", base=base)
     gate_up = updates(model)["model.layers.1.feed_forward.experts.gate_up_proj"].mT
-    tensors = load_file(tmp_path / "sglang" / "adapter_model.safetensors")
+    tensors = load_file(tmp_path / "sglang" / WEIGHTS)
     name = "base_model.model.model.layers.1.feed_forward.experts.3.{}_proj.lora_{}.weight"
     for half, expected in zip(("gate", "up"), gate_up[3].chunk(2), strict=True):
         update = 1.5 * tensors[name.format(half, "B")] @ tensors[name.format(half, "A")]
@@ -153,7 +154,7 @@ def test_experts_without_a_gate(names, tmp_path):
     ktops.export_adapter(adapter, tmp_path / "vllm", "vllm", base=base)
     ktops.export_adapter(tmp_path / "vllm", tmp_path / "peft", "peft", base=base)
     expect_equal(updates(load("nemotron_h", tmp_path / "peft")), updates(model))
-    tensors = load_file(tmp_path / "vllm" / "adapter_model.safetensors")
+    tensors = load_file(tmp_path / "vllm" / WEIGHTS)
     assert {name.split(".")[-3] for name in tensors} == {"up_proj", "down_proj"}
 
 
@@ -202,11 +203,26 @@ def test_head_and_embedding(tmp_path):
     expect_equal(updates(load("qwen3_moe", tmp_path / "peft")), updates(model))
 
 
+def test_import_of_stacked_projections(tmp_path):
+    """SGLang also reads the factors of a projection of all experts, [E, r, in] and [E, out, r]."""
+    model, base = adapted("qwen3_moe", dtype=torch.bfloat16, lora_alpha=8), save_config("qwen3_moe", tmp_path)
+    source = tmp_path / "kt"
+    ktops.export_adapter(save(model, tmp_path / "adapter"), source, "kt", base=base)
+    stacks, beside = (load_file(source / name) for name in ("fused_expert_lora.safetensors", WEIGHTS))
+    for name, tensor in stacks.items():
+        layer, projection, factor = re.fullmatch(r"layers\.(\d)\.experts\.(\w+)_lora_(\w)", name).groups()
+        beside[f"model.layers.{layer}.mlp.experts.{projection}_proj.lora_{factor.upper()}.weight"] = tensor
+    save_file(beside, source / WEIGHTS)
+    (source / "fused_expert_lora.safetensors").unlink()
+    ktops.export_adapter(source, tmp_path / "peft", "peft", base=base)
+    expect_equal(updates(load("qwen3_moe", tmp_path / "peft")), updates(model.float()))
+
+
 def test_incomplete_experts_are_filled_up_with_zeros(tmp_path):
     """Other programs write factors only for the projections and the experts that they trained."""
     model, base = adapted("qwen3_moe"), save_config("qwen3_moe", tmp_path)
     ktops.export_adapter(save(model, tmp_path / "adapter"), tmp_path / "some", "sglang", base=base)
-    file = tmp_path / "some" / "adapter_model.safetensors"
+    file = tmp_path / "some" / WEIGHTS
     kept = {k: v for k, v in load_file(file).items() if not re.search(r"experts\.(3\.|\d+\.gate_proj)", k)}
     save_file(kept, file)
     ktops.export_adapter(tmp_path / "some", tmp_path / "peft", "peft", base=base)

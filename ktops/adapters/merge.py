@@ -62,6 +62,8 @@ def merge_adapter(
     if not paths:
         raise AdapterError("adapters: expected at least one directory")
     checkpoint = open_checkpoint(base)
+    if not base.is_dir():
+        raise AdapterError(f"base={str(base)!r}: expected a model directory with {CONFIG}, got a file")
     first = open_adapter(paths[0], base)
     adapter = combined([first, *(open_adapter(each, first.base) for each in paths[1:])], weights)
     _require_layers(checkpoint, adapter)

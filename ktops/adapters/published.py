@@ -16,6 +16,7 @@ from ktops.adapters.merged import merged_experts, merged_tensors
 from ktops.checkpoints.checkpoint import Checkpoint
 from ktops.checkpoints.layer import Layer
 from ktops.checkpoints.names import EVERY_EXPERT
+from ktops.checkpoints.schemes import is_of_activations
 from ktops.checkpoints.stacking import in_order
 from ktops.checkpoints.view import View
 from ktops.checkpoints.writer import SafetensorsStream
@@ -91,6 +92,8 @@ class Published:
         for view in layer.tensors:
             key = self.checkpoint.keys[view.name]
             assert key is not None
+            if is_of_activations(key.tensor):
+                continue
             if key.tensor == "_extra_state":
                 raise AdapterError(
                     f"{view}: {self.checkpoint.path} was written by ktops. Merge into the checkpoint that it "

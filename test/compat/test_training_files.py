@@ -73,9 +73,10 @@ def test_another_process_reads_what_one_wrote(saved):
     assert manifest.payload["lora"]["rank"] == RANK
     expected = load_file(saved / FUSED)
     assert all(torch.equal(value, expected[name]) for name, value in expert_adapters(other).items())
-    fresh = wrapped(KTConfig(kt_lora_rank=RANK, kt_lora_alpha=ALPHA))
+    fresh = wrapped(KTConfig(kt_lora_rank=8, kt_lora_alpha=16))
     load_kt_adapter_artifacts(fresh, saved)
     assert all(torch.equal(value, expected[name]) for name, value in expert_adapters(fresh).items())
+    assert {wrapper.experts.adapters[1] for wrapper in fresh._kt_wrappers} == {ALPHA / RANK}
 
 
 def test_a_file_of_kt_kernel_in_bfloat16_without_a_manifest(saved):
@@ -129,7 +130,7 @@ def test_files_that_do_not_fit_change_nothing(damage, message, saved):
 
 
 def test_adapters_of_another_run_are_refused(saved):
-    with pytest.raises(KTArtifactError, match=r"has \{'rank': 2, 'alpha': 6\.0\}, but this run has .*7\.0"):
+    with pytest.raises(KTArtifactError, match=r"has rank 2 and alpha 6\.0, but this run has .* alpha 7\.0"):
         load_kt_adapter_artifacts(adapted(KTConfig(kt_lora_rank=RANK, kt_lora_alpha=7.0)), saved)
     with pytest.raises(KTArtifactError, match="has adapters of experts, which this model does not use"):
         load_kt_adapter_artifacts(adapted(KTConfig(kt_backend="AMXBF16_SkipLoRA")), saved)

@@ -128,7 +128,9 @@ def save_kt_moe_to_adapter(model: nn.Module, output_dir: str | Path) -> None:
 
 
 def load_kt_adapter_artifacts(model: nn.Module, adapter_path: str | Path) -> KTAdapterManifest | None:
-    """Reads the adapters of a model's experts, which the model gets first if it has none.
+    """Reads the adapters of a model's experts.
+
+    A model without any, which is not going to be trained, gets some of the rank and alpha that the files say.
 
     Args:
         model: with experts that run through ktops.
@@ -146,8 +148,18 @@ def load_kt_adapter_artifacts(model: nn.Module, adapter_path: str | Path) -> KTA
     folder = Path(adapter_path)
     if not folder.is_dir():
         raise KTArtifactError(f"{folder}: no such directory")
+    manifest = _checked_manifest(folder)
+    rank, alpha = _rank_and_alpha(folder, manifest)
+    for wrapper in find_wrappers(model):
+        if not wrapper.is_adapted and rank and alpha:
+            wrapper.set_rank(rank, alpha)
     kt_adapt_peft_lora(model)
-    manifest = _checked_manifest(model, folder)
+    expected = _provenance(model)["lora"]
+    if manifest is not None and expert_adapters(model) and {"rank": rank, "alpha": alpha} != expected:
+        raise KTArtifactError(
+            f"{manifest.path}: the adapter has rank {rank} and alpha {alpha}, but this run has rank "
+            f"{expected['rank']} and alpha {expected['alpha']}"
+        )
     load_kt_moe_from_adapter(model, folder)
     return manifest
 
@@ -217,7 +229,7 @@ def _records(model: nn.Module, folder: Path, by_peft: list[str]) -> dict[str, di
     return records
 
 
-def _checked_manifest(model: nn.Module, folder: Path) -> KTAdapterManifest | None:
+def _checked_manifest(folder: Path) -> KTAdapterManifest | None:
     path = folder / KT_ADAPTER_MANIFEST_NAME
     if not path.exists():
         return None
@@ -226,10 +238,17 @@ def _checked_manifest(model: nn.Module, folder: Path) -> KTAdapterManifest | Non
         payload = read_json(path)
     except ValueError as error:
         raise KTArtifactError(str(error)) from None
-    lora, expected = payload.get("lora"), _provenance(model)["lora"]
-    if expert_adapters(model) and lora is not None and lora != expected:
-        raise KTArtifactError(f"{path}: the adapter has {lora}, but this run has {expected}")
     return KTAdapterManifest(str(path), payload, tuple(str(folder / name) for name in payload["artifacts"]))
+
+
+def _rank_and_alpha(folder: Path, manifest: KTAdapterManifest | None) -> tuple[int | None, float | None]:
+    """Returns what the manifest says, or else PEFT's configuration; None if neither does."""
+    saved = (manifest.payload.get("lora") if manifest is not None else None) or {}
+    if not saved and (folder / PEFT_CONFIG).is_file():
+        config = read_json(folder / PEFT_CONFIG)
+        saved = {"rank": config.get("r"), "alpha": config.get("lora_alpha")}
+    rank, alpha = saved.get("rank"), saved.get("alpha")
+    return rank, None if alpha is None else float(alpha)
 
 
 def _write_peft(model: nn.Module, folder: Path) -> None:

@@ -36,6 +36,7 @@ FLOORS = (
     ("cli", "compat", "reference"),
     ("__init__",),
     ("integrations",),
+    ("adapters",),
     ("checkpoints",),
     ("nn",),
     ("ops",),

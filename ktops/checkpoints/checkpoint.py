@@ -72,7 +72,7 @@ class Checkpoint:
     def layers(self) -> list[Layer]:
         """The layers with experts, found by :attr:`names`, or by the usual names if that is None."""
         keyed: dict[tuple, dict[Key, View]] = defaultdict(dict)
-        for name, key in self._keys.items():
+        for name, key in self.keys.items():
             if key is not None:
                 keyed[key.experts, key.module][key] = self.tensors[name]
         layers = [
@@ -86,10 +86,11 @@ class Checkpoint:
 
     def other_tensors(self) -> dict[str, View]:
         """Returns the tensors that do not belong to experts, by name."""
-        return {name: view for name, view in self.tensors.items() if self._keys[name] is None}
+        return {name: view for name, view in self.tensors.items() if self.keys[name] is None}
 
     @cached_property
-    def _keys(self) -> dict[str, Key | None]:
+    def keys(self) -> dict[str, Key | None]:
+        """The parts of every tensor's name; None for tensors that do not belong to experts."""
         read = parse if self.names is None else self.names.key
         return {name: read(name) for name in self.tensors}
 

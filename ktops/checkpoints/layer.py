@@ -47,6 +47,8 @@ class Layer:
         tensors: all tensors of the experts.
         gating: the order in which gate and up are read, as in :func:`ktops.moe_sft`: the model's or, without
             a model, the file's. :meth:`ordered` returns the layer with another order.
+        stored_gating: the order in the file; None if it is that of the model.
+        transposed: whether stacked weights are stored as [E, in, out].
     """
 
     def __init__(self, name: str, index: int, keyed: dict[Key, View], config: QuantizationConfig) -> None:
@@ -60,10 +62,10 @@ class Layer:
             if is_of_activations(key.tensor):
                 continue
             self._projections[key.projection][key.expert][key.tensor] = view
-        self._transposed = self._is_transposed()
+        self.transposed = self._is_transposed()
         self._layouts = {key.layout for key in keyed}
-        self._stored_gating = self._find_gating(key.gating)
-        self.gating = key.gating or self._stored_gating or CONCATENATED
+        self.stored_gating = self._find_gating(key.gating)
+        self.gating = key.gating or self.stored_gating or CONCATENATED
 
     def __repr__(self) -> str:
         return f"Layer({self.name!r}, {self.scheme}, {self.num_experts} experts)"
@@ -76,6 +78,13 @@ class Layer:
             CheckpointError: as in :meth:`check`.
         """
         return " and ".join(dict.fromkeys((self.gate_up_proj.scheme, self.down_proj.scheme)))
+
+    @property
+    def written_name(self) -> str:
+        """The name under which ktops writes the experts: :attr:`name` if it ends in "experts"."""
+        if self.name.rpartition(".")[2] == "experts":
+            return self.name
+        return self.module or f"model.layers.{self.index}.mlp.experts"
 
     @property
     def formats(self) -> tuple[str, str]:
@@ -231,7 +240,7 @@ class Layer:
     @property
     def _reorders(self) -> bool:
         """True if gate and up rows are read in another order than that of the file."""
-        return self._stored_gating not in (None, self.gating)
+        return self.stored_gating not in (None, self.gating)
 
     def _any(self, projection: str) -> View:
         tensors = next(iter(self._projections[projection].values()))
@@ -266,7 +275,7 @@ class Layer:
 
     def _matrices(self, tensors: list[Tensors], projections: tuple[str, ...]) -> list[Matrix]:
         """Returns the matrices of all experts of one projection, then those of the next."""
-        if self._transposed and projections != ("gate", "up"):
+        if self.transposed and projections != ("gate", "up"):
             made = [transposed(part) for part in tensors]
         else:
             moved = self._reorders and projections != ("down",)
@@ -287,7 +296,7 @@ class Layer:
         for known in (INTERLEAVED, CONCATENATED):
             if known in self._layouts:
                 return known
-        alternating = "blocks" in gate_up or (self._transposed and "bias" in gate_up)
+        alternating = "blocks" in gate_up or (self.transposed and "bias" in gate_up)
         return INTERLEAVED if alternating else CONCATENATED
 
     def _is_transposed(self) -> bool:

@@ -102,6 +102,10 @@ class ModelNames:
             return key._replace(expert=expert)
         return key._replace(experts=following, module=following, expert=expert - count)
 
+    def renamed(self, name: str) -> str:
+        """Returns the name in the model of a tensor that does not belong to experts."""
+        return self._rename(name)[0]
+
     def ignored(self, name: str) -> bool:
         """True if transformers silently skips a tensor of this name, as it does with MTP layers."""
         return any(pattern.search(name) for pattern in self._ignored)
@@ -176,22 +180,18 @@ class ModelNames:
 
 def config_names(config: dict) -> ModelNames | None:
     """Returns the names of the model that config.json describes; None if transformers has no such model."""
-    model_type, architectures = config.get("model_type"), config.get("architectures")
+    model_type = config.get("model_type")
     if not isinstance(model_type, str):
         return None
     try:
-        import transformers
         from transformers.models.auto.configuration_auto import CONFIG_MAPPING
     except ImportError:
         return None
     if model_type not in CONFIG_MAPPING:
         return None
-    names = architectures if isinstance(architectures, list) else []
-    classes = (getattr(transformers, name, None) for name in names if isinstance(name, str))
-    model_class = next((c for c in classes if isinstance(c, type)), None)
     try:
-        config = transformers.PreTrainedConfig._decode_special_floats(_without_quantization(config))
-        return _names_of_class(CONFIG_MAPPING[model_type].from_dict(config), model_class)
+        model = empty_model(config)
+        return None if model is None else ModelNames(model, find_experts(model))
     except Exception as error:
         warn_once(
             f"ktops: transformers cannot create the {model_type!r} model that config.json describes, so "
@@ -200,29 +200,41 @@ def config_names(config: dict) -> ModelNames | None:
         return None
 
 
+def empty_model(config: dict) -> "PreTrainedModel | None":
+    """Returns the transformers model that config.json describes, without weights.
+
+    Returns:
+        The model on the meta device; None if transformers has no class for it.
+
+    Raises:
+        Exception: whatever transformers raises for a config that it cannot use.
+    """
+    import transformers
+    from transformers import AutoModel, AutoModelForCausalLM
+    from transformers.initialization import no_init_weights
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    architectures = config.get("architectures")
+    names = architectures if isinstance(architectures, list) else []
+    classes = (getattr(transformers, name, None) for name in names if isinstance(name, str))
+    model_class: type[PreTrainedModel] | None = next((c for c in classes if isinstance(c, type)), None)
+    decoded = transformers.PreTrainedConfig._decode_special_floats(_without_quantization(config))
+    parsed = CONFIG_MAPPING[config["model_type"]].from_dict(decoded)
+    with torch.device("meta"), no_init_weights():
+        if model_class is not None:
+            return model_class._from_config(parsed)
+        for auto in (AutoModelForCausalLM, AutoModel):
+            if type(parsed) in auto._model_mapping:
+                return auto.from_config(parsed)
+    return None
+
+
 def _without_quantization(config: dict) -> dict:
     return {
         key: _without_quantization(value) if isinstance(value, dict) else value
         for key, value in config.items()
         if key != "quantization_config"
     }
-
-
-def _names_of_class(config, model_class: "type[PreTrainedModel] | None") -> ModelNames | None:
-    """Creates a model without weights and returns its names."""
-    from transformers import AutoModel, AutoModelForCausalLM
-    from transformers.initialization import no_init_weights
-
-    with torch.device("meta"), no_init_weights():
-        if model_class is not None:
-            model = model_class._from_config(config)
-        elif type(config) in AutoModelForCausalLM._model_mapping:
-            model = AutoModelForCausalLM.from_config(config)
-        elif type(config) in AutoModel._model_mapping:
-            model = AutoModel.from_config(config)
-        else:
-            return None
-    return ModelNames(model, find_experts(model))
 
 
 def pretrained_parts(model: nn.Module) -> dict[str, nn.Module]:

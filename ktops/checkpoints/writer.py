@@ -12,7 +12,8 @@ import math
 import os
 import shutil
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -32,11 +33,27 @@ DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items() if name not in ("F8
 
 ALIGNMENT = 64
 
+WEIGHTS = {".safetensors", ".gguf", ".bin", ".pt", ".pth", ".onnx", ".h5", ".msgpack"}
+"""Suffixes of files with weights."""
+
 
 def extra_state(experts: Experts) -> Tensor:
     """Returns the extra state of an :class:`ktops.ExpertWeight` for these experts."""
     layout = {"format": experts.format, "shape": list(experts.shape), "group_size": experts.group_size}
     return torch.frombuffer(bytearray(json.dumps(layout).encode()), dtype=torch.uint8)
+
+
+@dataclass(frozen=True)
+class LazyTensor:
+    """A tensor that is made when it is written."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    read: Callable[[], Tensor]
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
 
 
 class SafetensorsStream:
@@ -226,16 +243,20 @@ class CheckpointWriter:
         step(1)
 
     def write_tensors(
-        self, tensors: Mapping[str, View | Tensor], *, max_bytes: int = 4 << 30, step: Step = no_step
+        self,
+        tensors: Mapping[str, "View | Tensor | LazyTensor"],
+        *,
+        max_bytes: int = 4 << 30,
+        step: Step = no_step,
     ) -> None:
         """Writes the tensors of the model that do not belong to experts, one in memory at a time.
 
         Args:
-            tensors: tensors by name, in memory or in files.
+            tensors: tensors by name: in memory, in files, or made when they are read.
             max_bytes: maximum size of a file.
             step: called with 1 for every tensor.
         """
-        files: list[dict[str, View | Tensor]] = [{}]
+        files: list[dict[str, View | Tensor | LazyTensor]] = [{}]
         size = 0
         for name, tensor in tensors.items():
             if files[-1] and size + tensor.nbytes > max_bytes:
@@ -250,7 +271,7 @@ class CheckpointWriter:
             kinds = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in part.items()}
             with SafetensorsStream(path, kinds) as stream:
                 for name, tensor in part.items():
-                    stream.write(name, tensor.read() if isinstance(tensor, View) else tensor)
+                    stream.write(name, tensor if isinstance(tensor, Tensor) else tensor.read())
                     step(1)
             self._done("tensors", path.name, path, list(part))
 
@@ -303,6 +324,19 @@ class CheckpointWriter:
         }
         _write_json(self.partial / PROGRESS, self._progress)
         return size
+
+
+def small_files(folder: Path) -> list[Path]:
+    """Returns the files of a model directory that are no weights: configuration, tokenizer, license."""
+    return [
+        path
+        for path in sorted(folder.iterdir())
+        if path.is_file()
+        and path.suffix not in WEIGHTS
+        and not path.name.endswith(".index.json")
+        and not path.name.startswith(".")
+        and path.name not in (MANIFEST, PROGRESS)
+    ]
 
 
 def checksum(path: Path) -> int:

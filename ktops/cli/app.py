@@ -77,6 +77,65 @@ def convert(
     run_convert(source, destination, weight_format, group_size, method, overwrite)
 
 
+_ADAPTERS = "Directories of adapters of one model, from PEFT, ktops, kt-kernel, vLLM or SGLang."
+_WEIGHTS = "Factors of several adapters, separated by commas. (default: 1 each)"
+
+
+@app.command()
+def export(
+    adapters: Annotated[list[Path], typer.Argument(metavar="ADAPTER...", help=_ADAPTERS)],
+    destination: Annotated[Path, typer.Argument(metavar="OUT", help="Directory to create.")],
+    layout: Annotated[
+        str,
+        typer.Option(
+            "--for", metavar="peft|vllm|sglang|llama.cpp|kt", help="The program that will load the adapter."
+        ),
+    ],
+    base: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="Directory of the model, or its config.json. (default: the model that the adapter names)",
+        ),
+    ] = None,
+    weights: Annotated[str | None, typer.Option(metavar="NUMBERS", help=_WEIGHTS)] = None,
+) -> None:
+    """Write a LoRA adapter for another program.
+
+    Several adapters become one, the sum of their updates. Holds one layer's factors in memory at a time. OUT
+    appears when it is complete.
+    """
+    from ktops.cli.command import run_export
+
+    run_export(adapters, destination, layout, base, weights)
+
+
+@app.command()
+def merge(
+    base: Annotated[Path, typer.Argument(metavar="BASE", help="Model directory with safetensors files.")],
+    adapters: Annotated[list[Path], typer.Argument(metavar="ADAPTER...", help=_ADAPTERS)],
+    destination: Annotated[Path, typer.Argument(metavar="OUT", help="Directory to create.")],
+    weights: Annotated[str | None, typer.Option(metavar="NUMBERS", help=_WEIGHTS)] = None,
+    weight_format: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="Weight format of the experts, such as int4, written as by ktops convert. (default: BASE's "
+            "layout and names, quantized weights in bfloat16)",
+        ),
+    ] = None,
+    group_size: Annotated[int | None, typer.Option(help=_GROUP_SIZE)] = None,
+    method: Annotated[str | None, typer.Option(metavar="rtn|mse|hqq", help=_METHOD)] = None,
+) -> None:
+    """Add LoRA adapters to the weights of a model, and write it.
+
+    Holds one expert in memory at a time. OUT appears when it is complete.
+    """
+    from ktops.cli.command import run_merge
+
+    run_merge(base, adapters, destination, weights, weight_format, group_size, method)
+
+
 @app.command()
 def finetune(
     ctx: typer.Context,

@@ -10,6 +10,7 @@ from rich.console import Console
 
 from ktops.cli import options as options_file
 from ktops.cli import run_directory
+from ktops.cli.adapters import parse_weights
 from ktops.cli.errors import Interrupted, UserError
 from ktops.cli.options import Options
 from ktops.cli.packages import require_packages
@@ -73,6 +74,53 @@ def run_convert(
 
     options = Options(source, destination, weight_format, group_size, method, overwrite)
     convert(options, Console(highlight=False))
+
+
+def run_export(
+    adapters: list[Path], destination: Path, layout: str, base: Path | None, weights: str | None
+) -> None:
+    """Exports adapters.
+
+    Raises:
+        UserError, Interrupted: see export.export.
+    """
+    require_packages("safetensors", "transformers")
+    from ktops.cli.export import export
+
+    export(adapters, destination, layout, base, parse_weights(weights), _quiet_console())
+
+
+def run_merge(
+    base: Path,
+    adapters: list[Path],
+    destination: Path,
+    weights: str | None,
+    weight_format: str | None,
+    group_size: int | None,
+    method: str | None,
+) -> None:
+    """Merges adapters into a model.
+
+    Raises:
+        UserError, Interrupted: see merge.merge.
+    """
+    require_packages("safetensors", "transformers")
+    if weight_format is not None:
+        options_file.require_settings("--weight-format", weight_format, group_size, method)
+    elif group_size is not None or method is not None:
+        raise UserError("--group-size and --method need --weight-format")
+    from ktops.cli.merge import merge
+
+    factors = parse_weights(weights)
+    merge(base, adapters, destination, factors, weight_format, group_size, method, _quiet_console())
+
+
+def _quiet_console() -> Console:
+    """Silences transformers, and returns the console for the command's own output."""
+    from transformers.utils.logging import set_verbosity_error
+
+    set_verbosity_error()
+    return Console(highlight=False)
 
 
 def _require_unfinished(directory: Path, options: Options) -> None:

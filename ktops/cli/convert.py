@@ -17,14 +17,13 @@ from ktops.checkpoints.config import converted_config
 from ktops.checkpoints.experts import Experts
 from ktops.checkpoints.layer import PROJECTIONS
 from ktops.checkpoints.quality import Activation, compare, find_activation
+from ktops.checkpoints.writer import small_files
 from ktops.cli.errors import Interrupted, UserError
 from ktops.integrations.loading import functions_of
 from ktops.integrations.transformers.architectures import Unsupported
 from ktops.ops.activation import ExpertFunction
 
 REPORT = "ktops-report.json"
-WEIGHTS = {".safetensors", ".gguf", ".bin", ".pt", ".pth", ".onnx", ".h5", ".msgpack"}
-"""Suffixes of files that are not copied. Files written by ktops are not copied either."""
 
 
 @dataclass(frozen=True)
@@ -122,15 +121,8 @@ def _plan(checkpoint: Checkpoint, options: Options) -> list[Part]:
             raise
         except ValueError as error:
             raise UserError(f"--format {options.weight_format}: {layer.name}: {error}") from None
-        parts.append(Part(_written_name(layer), layer, both))
+        parts.append(Part(layer.written_name, layer, both))
     return parts
-
-
-def _written_name(layer: Layer) -> str:
-    """Returns the name of the experts in DST: the name in SRC if it ends in "experts"."""
-    if layer.name.rpartition(".")[2] == "experts":
-        return layer.name
-    return layer.module or f"model.layers.{layer.index}.mlp.experts"
 
 
 def _settings(options: Options, checkpoint: Checkpoint) -> dict:
@@ -242,15 +234,7 @@ def _copy_files(writer: CheckpointWriter, checkpoint: Checkpoint, others: dict) 
     """Copies the tokenizer and other small files, and writes a config.json for ktops' loader."""
     if not checkpoint.path.is_dir():
         return
-    writer.copy(
-        path
-        for path in sorted(checkpoint.path.iterdir())
-        if path.is_file()
-        and path.suffix not in WEIGHTS
-        and not path.name.endswith(".index.json")
-        and path.name != REPORT
-        and not path.name.startswith(".")
-    )
+    writer.copy(path for path in small_files(checkpoint.path) if path.name != REPORT)
     if checkpoint.config:
         writer.write_config(converted_config(checkpoint.config, others))
 

@@ -25,7 +25,6 @@ from ktops.checkpoints import CheckpointError, open_checkpoint
 from ktops.checkpoints.match import match_layers
 from ktops.checkpoints.model_names import ModelNames
 from ktops.checkpoints.names import family, summary
-from ktops.cli.convert import _written_name
 from ktops.integrations.loading import experts_modules
 
 MUST_BE_READ = {
@@ -50,7 +49,7 @@ def expect_read(path, model) -> None:
             value = value.weight if isinstance(value, ktops.ExpertWeight) else value
             same = value is dense is None or (dense is not None and torch.equal(value, dense))
             assert same, f"{name}.{key}"
-        written = ModelNames(model, modules).key(f"{_written_name(layer)}.gate_up_proj.weight")
+        written = ModelNames(model, modules).key(f"{layer.written_name}.gate_up_proj.weight")
         assert written.module == name
 
 

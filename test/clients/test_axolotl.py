@@ -18,6 +18,7 @@ from compare import (
     train,
 )
 from safetensors.torch import save_file
+from exports import assert_exports
 from tiny import conversation, messages, save_records
 
 PLUGIN = ("plugins", "experts_implementation")
@@ -84,6 +85,7 @@ def test_plugin(method, model, tmp_path):
     plain = train(command(options, tmp_path / "plain.yaml"), tmp_path / "plain", through_ktops=False)
     assert_same_training(ktops, plain)
     assert_loads_without_ktops(model, ktops, tmp_path / "peft")
+    assert_exports(model, ktops, tmp_path / "exports")
 
 
 def test_launch(model, tmp_path):

@@ -17,8 +17,8 @@ from compare import (
     run,
     train,
 )
-from safetensors.torch import save_file
 from exports import assert_exports
+from safetensors.torch import save_file
 from tiny import conversation, messages, save_records
 
 PLUGIN = ("plugins", "experts_implementation")

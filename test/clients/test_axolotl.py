@@ -17,6 +17,7 @@ from compare import (
     run,
     train,
 )
+from exports import assert_exports
 from safetensors.torch import save_file
 from tiny import conversation, messages, save_records
 
@@ -84,6 +85,7 @@ def test_plugin(method, model, tmp_path):
     plain = train(command(options, tmp_path / "plain.yaml"), tmp_path / "plain", through_ktops=False)
     assert_same_training(ktops, plain)
     assert_loads_without_ktops(model, ktops, tmp_path / "peft")
+    assert_exports(model, ktops, tmp_path / "exports")
 
 
 def test_launch(model, tmp_path):

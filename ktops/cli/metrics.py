@@ -33,6 +33,11 @@ def collect(options: Options, trainer, timer: StepTimer, kt: KtTime, **parts) ->
         "parameters": count_weights(trainer.model),
         "trainable_parameters": sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
         "steps": training_log(trainer),
+        "evaluations": [
+            {"step": entry["step"], "loss": entry["eval_loss"]}
+            for entry in trainer.state.log_history
+            if "eval_loss" in entry
+        ],
         "tokens_per_second": round(timer.tokens / timer.seconds, 1) if timer.seconds else None,
         "kt_time": kt.summary(timer.seconds),
         "peak_rss_bytes": peak_rss_bytes(),

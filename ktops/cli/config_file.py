@@ -85,7 +85,8 @@ def read_config(path: Path) -> Config:
         try:
             set_options(setter(value), key, line)
         except ValueError as error:
-            raise UserError(f"{path}, line {line}: {key}: {error}, got {value!r}") from None
+            shown = str(value).lower() if isinstance(value, bool) else repr(value)
+            raise UserError(f"{path}, line {line}: {key} is {shown}: {error}") from None
     _require_evaluation(path, entries, options)
     if options.get("resume"):
         options.pop("overwrite", None)
@@ -105,9 +106,8 @@ def _settings(path: Path, kt: dict[str, Entry]) -> settings.Settings | None:
     try:
         return settings.take_settings({"use_kt": True} | {key: entry.value for key, entry in kt.items()})
     except ValueError as error:
-        named = (entry.line for key, entry in kt.items() if re.search(rf"{key}\b", str(error)))
-        line = next(named, None)
-        where = f"{path}, line {line}" if line else path
+        named = {found.start(): key for key in kt if (found := re.search(rf"\b{key}\b", str(error)))}
+        where = f"{path}, line {kt[named[min(named)]].line}" if named else path
         raise UserError(f"{where}: {error}") from None
 
 

@@ -16,7 +16,7 @@ Setter = Callable[[Any], dict[str, Any]]
 
 
 def _whole(value: object) -> int:
-    if isinstance(value, bool) or not isinstance(value, int | float) or value != int(value):
+    if isinstance(value, bool) or not isinstance(value, int | float) or value % 1 != 0:
         raise ValueError("expected a whole number")
     return int(value)
 
@@ -114,7 +114,7 @@ def _report_to(value: object) -> dict[str, Any]:
 
 _OFF = _only(False)
 _TRAINS = _only(False, hint="it only trains")
-_SFT = f"to train in another stage or way: {LAUNCH}"
+_SFT = f"for other stages and methods: {LAUNCH}"
 _F32 = "it trains in bf16 or f32, with adapters in f32: bf16: true"
 
 KEYS: dict[str, Setter] = {

@@ -1,6 +1,7 @@
 """Finds the data of a run: files, and data sets that a dataset_info.json of LLaMA-Factory describes."""
 
 import difflib
+import os
 import random
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -58,7 +59,7 @@ def find_sources(data: str, dataset_dir: str | None = None) -> list[Source]:
         UserError: a name is neither a file nor in dataset_info.json, or its description is wrong.
     """
     info = None if dataset_dir is None else _read_info(Path(dataset_dir))
-    if Path(data).is_file():
+    if os.path.isfile(data) and data not in (info or {}):
         return [Source((Path(data),))]
     names = [name for name in (part.strip() for part in data.split(",")) if name]
     return [_source(name, info, dataset_dir) for name in names]
@@ -68,14 +69,12 @@ def with_absolute_paths(data: str, dataset_dir: str | None, folders: list[Path])
     """Returns ``data`` with absolute paths for the files in it, which are looked for in folders in turn."""
 
     def absolute(name: str) -> str:
-        found = (folder / name for folder in folders if (folder / name).is_file())
+        found = (folder / name for folder in folders if os.path.isfile(folder / name))
         return str(next((path.resolve() for path in found), name))
 
     info = {} if dataset_dir is None else _read_info(Path(dataset_dir))
     whole = absolute(data)
-    if whole != data or Path(data).is_absolute():
-        return whole
-    names = [part.strip() for part in data.split(",")]
+    names = [data] if os.path.isfile(whole) else [part.strip() for part in data.split(",")]
     return ",".join(name if name in info else absolute(name) for name in names if name)
 
 
@@ -84,7 +83,7 @@ def _source(name: str, info: dict | None, dataset_dir: str | None) -> Source:
         assert dataset_dir is not None
         description = describe(info[name], f"{Path(dataset_dir) / INFO}: {name}")
         return Source(_files(Path(dataset_dir) / description.file_name), description)
-    if Path(name).is_file():
+    if os.path.isfile(name):
         return Source((Path(name),))
     if info is None:
         raise UserError(f"--data: no such file: {name}")

@@ -42,9 +42,8 @@ def targets(model: nn.Module, target: str) -> Targets:
     from ktops.integrations.lora_targets import lora_targets
     from ktops.integrations.peft import expert_target_parameters
 
-    linear = {
-        name.rsplit(".", 1)[-1] for name, module in model.named_modules() if isinstance(module, nn.Linear)
-    }
+    layers = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    linear = {name.rpartition(".")[2] for name in layers}
     experts = expert_target_parameters(model)
     names: list[str] = []
     absent: list[str] = []
@@ -56,7 +55,11 @@ def targets(model: nn.Module, target: str) -> Targets:
             )
         if name == "attention":
             names += [layer for layer in ATTENTION if layer in linear]
-        elif name in linear or (name in EXPERTS and experts) or target in ("all", "all_attention"):
+        elif (
+            target.strip() in ("all", "all_attention")
+            or (name in EXPERTS and experts)
+            or any(f".{layer}".endswith(f".{name}") for layer in layers)
+        ):
             names.append(name)
         elif name in ATTENTION + EXPERTS:
             absent.append(name)

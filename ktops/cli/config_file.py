@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ktops.cli.config_keys import DEFAULTS, KEYS, Setter, no_effect
+from ktops.cli.config_keys import DEFAULTS, KEYS, LAUNCH, Setter, no_effect
 from ktops.cli.errors import UserError
 from ktops.cli.options import EVALUATION, flag
 from ktops.cli.yaml_file import Entry, read_yaml
@@ -95,9 +95,12 @@ def read_config(path: Path) -> Config:
 
 def _setter(path: Path, key: str, line: int) -> Setter:
     if key not in KEYS:
-        close = difflib.get_close_matches(key, KEYS.keys() | settings.KEYS, n=1)
-        hint = f"did you mean {close[0]}?" if close else "docs/cli.md lists the keys"
-        raise UserError(f"{path}, line {line}: unknown key {key}; {hint}")
+        close = difflib.get_close_matches(key, KEYS.keys() | settings.KEYS, n=1, cutoff=0.7)
+        hint = f" Did you mean {close[0]}?" if close else ""
+        raise UserError(
+            f"{path}, line {line}: unknown key {key}.{hint} docs/cli.md lists the keys; LLaMA-Factory itself "
+            f"takes others: {LAUNCH}"
+        )
     return KEYS[key]
 
 

@@ -1,8 +1,12 @@
 """Configuration files with LLaMA-Factory's keys: what they set, and which mistakes are found."""
 
+import re
+from pathlib import Path
+
 import pytest
 
 from ktops.cli.config_file import read_config
+from ktops.cli.config_keys import KEYS
 from ktops.cli.errors import UserError
 from ktops.cli.yaml_file import read_yaml
 
@@ -258,3 +262,9 @@ def test_numbers_and_words_of_yaml(tmp_path):
     (tmp_path / "x.yaml").write_text("\ufeffa: 1e-4\nb: -2.5E+3\nc: yes\nd: '1e-4'\ne: 1e\nf: null\ng: 0.1")
     values = {key: entry.value for key, entry in read_yaml(tmp_path / "x.yaml").items()}
     assert values == {"a": 1e-4, "b": -2500.0, "c": True, "d": "1e-4", "e": "1e", "f": None, "g": 0.1}
+
+
+def test_the_page_lists_every_key():
+    page = (Path(__file__).parents[2] / "docs" / "cli.md").read_text()
+    listed = set(re.findall(r"`(\w+)`", page))
+    assert not KEYS.keys() - listed

@@ -1,5 +1,6 @@
 """Loads the user's model directory, with errors that explain what is wrong with it."""
 
+import json
 from pathlib import Path
 from typing import Protocol
 
@@ -28,6 +29,7 @@ def find_model(name: str) -> str:
 def check_directory(directory: str) -> None:
     """Raises UserError unless the directory holds all files of a causal language model that transformers
     knows."""
+    import transformers
     from transformers import AutoConfig
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
@@ -40,8 +42,14 @@ def check_directory(directory: str) -> None:
     if not (path / "config.json").is_file():
         raise UserError(f"--model: {path} has no config.json, so it is not a Hugging Face model directory")
     try:
-        config = AutoConfig.from_pretrained(path, local_files_only=True)
+        config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
     except (ValueError, KeyError, OSError) as error:
+        architecture, has_code = _own_code(path)
+        if has_code:
+            raise UserError(
+                f"--model: unsupported architecture {architecture!r} in {path}: transformers "
+                f"{transformers.__version__} does not have it, and code from model directories is not run"
+            ) from None
         raise UserError(
             f"--model: unsupported architecture or broken config.json in {path}: {error}"
         ) from None
@@ -55,6 +63,15 @@ def check_directory(directory: str) -> None:
         raise UserError(f"--model: {path} has no tokenizer.json")
 
 
+def _own_code(directory: Path) -> tuple[str | None, bool]:
+    """Returns the architecture of a model directory, and whether config.json names code in the directory."""
+    try:
+        config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+        return config.get("model_type"), "auto_map" in config
+    except (ValueError, AttributeError):
+        return None, False
+
+
 def load_tokenizer(directory: str):
     """Loads the tokenizer of a model directory.
 
@@ -64,7 +81,7 @@ def load_tokenizer(directory: str):
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(directory, local_files_only=True)
+        return AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
     except (ValueError, OSError, ImportError) as error:
         raise UserError(f"--model: the tokenizer in {directory} cannot be loaded: {error}") from None
 
@@ -101,9 +118,8 @@ def load_base(directory: str, dtype, options: ExpertsOptions, show_progress: boo
         keep_format=weight_format is None,
         experts=_experts_elsewhere(options),
     )
-    if options.experts_path is not None or (
-        weight_format == PLAIN[dtype] and not other_formats(model, dtype)
-    ):
+    stored = {module.format for module in model.modules() if isinstance(module, ExpertWeight)}
+    if options.experts_path is not None or (stored or {PLAIN[dtype]}) == {weight_format}:
         return model, None
     return model, quantize_experts(
         model, weight_format, options.group_size, options.quantize_method, show_progress
@@ -173,12 +189,6 @@ def load_model(
     except (ValueError, KeyError, OSError, RuntimeError, ImportError) as error:
         raise UserError(f"--model: {directory} cannot be loaded: {error}") from None
     return model
-
-
-def other_formats(model, dtype) -> set[str]:
-    """Returns the weight formats of a model's experts, without the plain one of a dtype."""
-    weights = (module for module in model.modules() if isinstance(module, ExpertWeight))
-    return {weight.format for weight in weights} - {PLAIN[dtype]}
 
 
 def _require_whole_blocks(directory: str, block: list[int] | None, experts_implementation: str) -> None:

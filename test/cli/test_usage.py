@@ -105,6 +105,10 @@ def test_bad_model_directories(refused, tmp_path):
         ({"model_type": "nonsense"}, "unsupported architecture"),
         ({"model_type": "vit"}, "unsupported architecture 'vit' in .*: not a causal language model"),
         ({"model_type": "qwen3_moe"}, "has no *.safetensors file"),
+        (
+            {"model_type": "new_moe", "auto_map": {"AutoConfig": "new.Config"}},
+            "unsupported architecture 'new_moe' in .*: transformers .* does not have it, and code from model",
+        ),
     ],
 )
 def test_bad_models(refused, tmp_path, config, message):

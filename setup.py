@@ -4,8 +4,10 @@ import os
 import shutil
 import sys
 from pathlib import Path
+from typing import ClassVar
 
-from setuptools import setup
+from setuptools import Command, setup
+from setuptools.command.build import build
 
 try:
     from torch.utils.cpp_extension import BuildExtension, CppExtension
@@ -23,6 +25,7 @@ if shutil.which(os.environ.get("CXX", "c++")) is None:
     )
 
 ROOT = Path(__file__).parent
+LAUNCH_FILE = Path("ktops", "launcher", "ktops_launch.pth")
 SOURCES, HEADERS = (
     sorted(
         str(path.relative_to(ROOT)) for suffix in suffixes for path in ROOT.glob(f"ktops_csrc/**/*.{suffix}")
@@ -59,6 +62,28 @@ class BuildWithObjects(BuildExtension.with_options(no_python_abi_suffix=False)):
         super().run()
 
 
+class BuildLaunchFile(Command):
+    """Installs beside the package the file that ``ktops launch`` relies on: Python runs it at startup."""
+
+    editable_mode = False
+    user_options: ClassVar = []
+
+    def initialize_options(self) -> None:
+        self.build_lib = None
+
+    def finalize_options(self) -> None:
+        self.set_undefined_options("build", ("build_lib", "build_lib"))
+
+    def run(self) -> None:
+        folder = self.get_finalized_command("install").install_lib if self.editable_mode else self.build_lib
+        self.mkpath(folder)
+        self.copy_file(str(LAUNCH_FILE), folder)
+
+
+class BuildWithLaunchFile(build):
+    sub_commands: ClassVar = [*build.sub_commands, ("build_launch_file", None)]
+
+
 setup(
     ext_modules=[
         CppExtension(
@@ -75,6 +100,10 @@ setup(
             py_limited_api=True,
         )
     ],
-    cmdclass={"build_ext": BuildWithObjects},
+    cmdclass={
+        "build": BuildWithLaunchFile,
+        "build_ext": BuildWithObjects,
+        "build_launch_file": BuildLaunchFile,
+    },
     options={"bdist_wheel": {"py_limited_api": "cp310"}},
 )

@@ -1,6 +1,6 @@
 """Builds a tiny random model of every folder of the installed transformers that contains experts."""
 
-import dataclasses
+import inspect
 import re
 from pathlib import Path
 
@@ -190,7 +190,7 @@ def model_classes(folder: str) -> list[tuple[str, type[transformers.PreTrainedMo
 
 def tiny_keys(config_class: type[PreTrainedConfig], **overrides) -> dict:
     """Returns arguments that make a configuration tiny, sub-configurations included."""
-    fields = {field.name for field in dataclasses.fields(config_class)}
+    fields = set(inspect.signature(config_class).parameters)
     keys = {key: value for key, value in SIZES.items() if key in fields}
     if "kv_lora_rank" in fields:
         keys["num_key_value_heads"] = keys["num_attention_heads"]

@@ -32,7 +32,7 @@ CSRC_LAYERS = ("ops", "dispatch", "moe", "gemm", "weights", "formats", "isa", "p
 """A folder of ktops_csrc includes only files from itself and the folders after it."""
 
 FLOORS = (
-    ("testing",),
+    ("launcher", "testing"),
     ("cli", "compat", "reference"),
     ("__init__",),
     ("integrations",),

@@ -1,5 +1,6 @@
 """open_checkpoint: opens safetensors or GGUF files and finds the experts in them."""
 
+import re
 from collections import defaultdict
 from functools import cached_property
 from pathlib import Path
@@ -26,6 +27,14 @@ PROGRESS = "progress.json"
 """Marks a directory that is still being written."""
 
 VERSION = 1
+
+PACKED_NAME = re.compile(r"blk\.\d+\.ffn_(gate|up|down)_exps\.\d+\.numa\.\d+\.(weight|scale)")
+"""Names of tensors that kt-kernel's convert_cpu_weights.py has packed."""
+
+PACKED = (
+    "kt-kernel has packed these experts for its own tiles and NUMA nodes, which ktops does not read. Use the "
+    "original checkpoint, or what `ktops convert ORIGINAL OUT --format int8` (or int4) makes of it"
+)
 
 
 class Checkpoint:
@@ -87,6 +96,8 @@ class Checkpoint:
     def require_layers(self) -> None:
         """Raises CheckpointError, which lists the tensor names, if there are no experts."""
         if not self.layers:
+            if any(map(PACKED_NAME.fullmatch, self.tensors)):
+                raise CheckpointError(f"{self.path}: {PACKED}")
             raise CheckpointError(
                 f"{self.path}: ktops does not recognize any tensor name as an expert's. The names are "
                 f"{summary(self.tensors)}"
@@ -156,6 +167,8 @@ def _files(path: Path) -> list[Path]:
         files = [*others, *(file for file in mine if file not in others)]
     files = files or _unlisted_files(path)
     if not files:
+        if any(path.glob("_layer_*/_numa_*/*.kt")):
+            raise CheckpointError(f"{path}: {PACKED}")
         raise CheckpointError(f"{path}: the directory has no safetensors or GGUF files")
     return files
 

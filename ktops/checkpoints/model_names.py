@@ -27,6 +27,7 @@ from ktops.ops.activation import CONCATENATED, INTERLEAVED
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+    from transformers.core_model_loading import WeightConverter
 
 OF_EXPERT = re.compile(r"(?:(?<=\.)|^)experts\.(\d+)(?=\.)")
 TENSORS = ("gate_up_proj", "gate_proj", "up_proj", "down_proj")
@@ -62,6 +63,8 @@ class ModelNames:
         conversions = copy.deepcopy(conversions)
         self._renamings = [each for each in conversions if isinstance(each, WeightRenaming)]
         self._converters = [each for each in conversions if isinstance(each, WeightConverter)]
+        for each in self._converters:
+            each.compiled_sources = _of_whole_names(each)
         self._by_pattern = {p: each for each in self._converters for p in each.source_patterns}
         self._prefix = model.base_model_prefix
         self._ignored = [re.compile(p) for p in model._keys_to_ignore_on_load_unexpected or ()]
@@ -233,6 +236,15 @@ def pretrained_parts(model: nn.Module) -> dict[str, nn.Module]:
         if not inside and isinstance(module, transformers.PreTrainedModel):
             parts[name] = module
     return parts
+
+
+def _of_whole_names(converter: "WeightConverter") -> re.Pattern:
+    """Returns a pattern for the source names of a conversion that does not match the beginning of a name.
+
+    Before transformers 5.21, a pattern for ``weight`` matches ``weight_scale_inv`` too.
+    """
+    found = converter.compiled_sources
+    return found if r"(?!\w)" in found.pattern else re.compile(rf"(?:{found.pattern})(?!\w)")
 
 
 def _owner(model: nn.Module, name: str) -> str:

@@ -70,3 +70,22 @@ def convert(
 
 
 app.command()(finetune)
+
+
+@app.command(context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})
+def launch(
+    command: Annotated[
+        list[str], typer.Argument(metavar="COMMAND [ARGS]...", help="A trainer or a server, with options.")
+    ],
+) -> None:
+    """Run a command with ktops in every Python process that it starts.
+
+    Experts of transformers models run through ktops unless the command asks for another implementation, and
+    training that would leave ktops unused is an error. LLaMA-Factory takes use_kt, and `import kt_kernel`
+    imports ktops' replacement.
+
+    For example: ktops launch llamafactory-cli train qwen3_lora_sft_kt.yaml
+    """
+    from ktops.cli.launch import launch
+
+    launch(command)

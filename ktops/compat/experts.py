@@ -15,6 +15,7 @@ from ktops._warn import warn_once
 from ktops.compat.methods import Method
 from ktops.compat.weights import expert_order, from_checkpoint, from_tensors
 from ktops.formats import ExpertWeight
+from ktops.ops.activation import ExpertFunction
 
 COMPUTE_DTYPE = torch.bfloat16
 
@@ -71,8 +72,11 @@ class ExpertsWrapper:
         chunked_prefill_size: int,
         numa_nodes: list[int] | None,
         group_size: int,
+        num_gpu_experts: int,
+        function: ExpertFunction,
     ) -> None:
         self.method = method
+        self.function = function
         self.layer_idx = layer_idx
         self.num_experts = num_experts
         self.num_experts_per_tok = num_experts_per_tok
@@ -85,10 +89,7 @@ class ExpertsWrapper:
         self._check_sizes(numa_nodes)
         self._storage = storage
         self.group_size = group_size if storage.group_size is None else storage.group_size
-        self.gpu_experts_mask = torch.zeros(num_experts, dtype=torch.bool)
-        if gpu_experts_mask is not None:
-            expect_shape("gpu_experts_mask", gpu_experts_mask, [num_experts])
-            self.gpu_experts_mask.copy_(gpu_experts_mask)
+        self.gpu_experts_mask = _mask(gpu_experts_mask, num_gpu_experts, num_experts)
         self.gate_up_proj: Tensor | ExpertWeight | None = None
         self.down_proj: Tensor | ExpertWeight | None = None
 
@@ -151,9 +152,10 @@ class ExpertsWrapper:
         expect_shape("up_proj", up_proj, [self.num_experts, rows, columns])
         expect_shape("down_proj", down_proj, [self.num_experts, columns, rows])
         order = expert_order(physical_to_logical_map_cpu, self.num_experts)
-        self.gate_up_proj, self.down_proj = from_tensors(
-            gate_proj, up_proj, down_proj, order, self._storage.format, self.group_size
-        )
+        with torch.device("cpu"):
+            self.gate_up_proj, self.down_proj = from_tensors(
+                gate_proj, up_proj, down_proj, order, self._storage.format, self.group_size
+            )
 
     def load_weights(self, physical_to_logical_map_cpu: Tensor | None = None) -> None:
         """Loads the experts of layer ``layer_idx`` from ``weight_path``; see ``docs/compat.md``.
@@ -171,15 +173,16 @@ class ExpertsWrapper:
         sizes = {
             name: getattr(self, name) for name in ("num_experts", "hidden_size", "moe_intermediate_size")
         }
-        self.gate_up_proj, self.down_proj = from_checkpoint(
-            Path(self.weight_path),
-            self.layer_idx,
-            self.prefix,
-            sizes,
-            order,
-            self._storage,
-            self.group_size,
-        )
+        with torch.device("cpu"):
+            self.gate_up_proj, self.down_proj = from_checkpoint(
+                Path(self.weight_path),
+                self.layer_idx,
+                self.prefix,
+                sizes,
+                order,
+                self._storage,
+                self.group_size,
+            )
 
     def _check_loaded(self) -> None:
         if self.gate_up_proj is None:
@@ -200,5 +203,31 @@ class ExpertsWrapper:
     def _run(self, hidden_states: Tensor, ids: Tensor, weights: Tensor, **lora) -> Tensor:
         assert self.gate_up_proj is not None and self.down_proj is not None
         return ktops.moe_sft(
-            hidden_states, ids, weights, self.gate_up_proj, self.down_proj, compute=self.compute, **lora
+            hidden_states,
+            ids,
+            weights,
+            self.gate_up_proj,
+            self.down_proj,
+            compute=self.compute,
+            **self.function._asdict(),
+            **lora,
         )
+
+
+def _mask(gpu_experts_mask: Tensor | None, num_gpu_experts: int, num_experts: int) -> Tensor:
+    """Returns the experts computed elsewhere, bool [E]: those of a mask, or else the first ones."""
+    if not 0 <= num_gpu_experts <= num_experts:
+        raise ValueError(
+            f"KTMoEWrapper: num_gpu_experts must be from 0 to num_experts={num_experts}, "
+            f"got {num_gpu_experts}"
+        )
+    if gpu_experts_mask is None:
+        return torch.arange(num_experts, device="cpu") < num_gpu_experts
+    expect_shape("gpu_experts_mask", gpu_experts_mask, [num_experts])
+    mask = gpu_experts_mask.to("cpu", torch.bool, copy=True)
+    if num_gpu_experts not in (0, int(mask.sum())):
+        raise ValueError(
+            "KTMoEWrapper: num_gpu_experts must be 0 or the number of experts in gpu_experts_mask, "
+            f"{int(mask.sum())}, got {num_gpu_experts}"
+        )
+    return mask

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ktops._warn import warn_once
+from ktops.compat import gpu_buffers
 from ktops.compat.experts import COMPUTE_DTYPE, ExpertsWrapper, expect_shape, on_stream, worker
 
 
@@ -33,6 +34,7 @@ class InferenceWrapper(ExpertsWrapper):
                 f"{max_deferred_experts_per_token}"
             )
         self._pending: Future | None = None
+        self._writes: list[Future] = []
         self._deferred: tuple[int, Future] | None = None
         self._previous = self._next = lambda: None
         self._follow(max((i for i in self._latest if i < self.layer_idx), default=None))
@@ -101,6 +103,45 @@ class InferenceWrapper(ExpertsWrapper):
         self._pending = self._start(hidden_states, topk_ids, topk_weights, cuda_stream, _now)
         return self.sync_forward(hidden_states, cuda_stream)
 
+    def submit_write_weight_scale_to_buffer(
+        self,
+        gpu_tp_count: int,
+        expert_id: int,
+        w13_weight_ptrs: list[int],
+        w13_scale_ptrs: list[int],
+        w2_weight_ptrs: list[int],
+        w2_scale_ptrs: list[int],
+    ) -> None:
+        """Starts to copy one expert to buffers in the background, for a server that prefills on its GPUs.
+
+        Args:
+            gpu_tp_count: the number of GPUs that share the experts.
+            expert_id: the physical id of the expert.
+            w13_weight_ptrs, w13_scale_ptrs, w2_weight_ptrs, w2_scale_ptrs: the address of a buffer for every
+                GPU, in the layouts that ``docs/compat.md`` describes; 0 for the scales of BF16.
+
+        Raises:
+            RuntimeError: no weights are loaded.
+            NotImplementedError: servers have no such buffers for the method.
+            ValueError: an argument is out of range, or an address is missing.
+        """
+        self._check_loaded()
+        given = w13_weight_ptrs, w13_scale_ptrs, w2_weight_ptrs, w2_scale_ptrs
+        if any(len(pointers) != gpu_tp_count for pointers in given):
+            counts = [len(pointers) for pointers in given]
+            raise ValueError(
+                f"KTMoEWrapper: every list must have gpu_tp_count={gpu_tp_count} addresses, got {counts}"
+            )
+        assert self.gate_up_proj is not None and self.down_proj is not None
+        weights, to = (self.gate_up_proj, self.down_proj), gpu_buffers.Addresses(*given)
+        gpu_buffers.check(self.method, *weights, expert_id, to)
+        self._writes.append(worker().submit(gpu_buffers.write, *weights, expert_id, to))
+
+    def sync_write_weight_scale_to_buffer(self) -> None:
+        """Waits for all copies that were submitted."""
+        while self._writes:
+            self._writes.pop(0).result()
+
     def _start(self, hidden_states, topk_ids, topk_weights, cuda_stream, submit) -> Future:
         x, ids, weights = self._inputs(hidden_states, topk_ids, topk_weights, cuda_stream)
         before = self._take_deferred(len(x))
@@ -118,6 +159,11 @@ class InferenceWrapper(ExpertsWrapper):
         if hidden_states.dim() < 2 or hidden_states.shape[-1] != self.hidden_size:
             expect_shape("hidden_states", hidden_states, ["num_tokens", self.hidden_size])
         x = hidden_states.detach().reshape(-1, self.hidden_size)
+        if x.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                "KTMoEWrapper: a CUDA graph cannot capture experts that the CPU computes: start the server "
+                "with --disable-cuda-graph"
+            )
         with on_stream(cuda_stream, x.device):
             x = x.to("cpu", COMPUTE_DTYPE, copy=True)
             return x, *self._routes(len(x), topk_ids, topk_weights)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ktops.compat import lora
-from ktops.compat.experts import COMPUTE_DTYPE, ExpertsWrapper, expect_shape, worker
+from ktops.compat.experts import COMPUTE_DTYPE, ExpertsWrapper, expect_shape, on_stream, worker
 from ktops.compat.methods import Method
 
 LORA_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
@@ -39,7 +39,6 @@ class SFTWrapper(ExpertsWrapper):
         method: str,
         storage: Method,
         *,
-        num_gpu_experts: int,
         lora_rank: int,
         lora_alpha: float,
         max_cache_depth: int,
@@ -51,12 +50,6 @@ class SFTWrapper(ExpertsWrapper):
                 raise ValueError(f"KTMoEWrapper: {name} must be positive, got {value}")
         if not (lora_alpha > 0 and math.isfinite(lora_alpha)):
             raise ValueError(f"KTMoEWrapper: lora_alpha must be positive and finite, got {lora_alpha}")
-        if not 0 <= num_gpu_experts <= self.num_experts:
-            raise ValueError(
-                f"KTMoEWrapper: num_gpu_experts must be from 0 to num_experts={self.num_experts}, "
-                f"got {num_gpu_experts}"
-            )
-        self.gpu_experts_mask[:num_gpu_experts] = True
         self.lora_rank = lora_rank
         self.lora_alpha = lora_alpha
         self.lora_scaling = lora_alpha / lora_rank
@@ -69,6 +62,7 @@ class SFTWrapper(ExpertsWrapper):
         self._joint_of: tuple[int, ...] = ()
         self._forwards: deque[Forward] = deque(maxlen=max_cache_depth)
         self._pending: Future | None = None
+        self._pending_inference: tuple[Future, Tensor, torch.Size] | None = None
         self._pending_backward: tuple[Future, float, torch.device | None] | None = None
 
     def init_lora_weights(
@@ -221,6 +215,40 @@ class SFTWrapper(ExpertsWrapper):
         pending, self._pending = self._pending, None
         return self._finish(pending.result(), output_device)
 
+    def submit_forward_inference(
+        self, hidden_states: Tensor, topk_ids: Tensor, topk_weights: Tensor, cuda_stream=None
+    ) -> None:
+        """Starts a forward without backward in the background, as servers of adapters call it.
+
+        Args:
+            hidden_states: [..., H], on any device, like the next two arguments.
+            topk_ids, topk_weights: [T, num_experts_per_tok].
+            cuda_stream: a stream or its address, for copies from a CUDA device.
+
+        Raises:
+            RuntimeError, ValueError: as :meth:`forward`.
+        """
+        with on_stream(cuda_stream, hidden_states.device):
+            rows = hidden_states.reshape(-1, hidden_states.shape[-1])
+            inputs = self._inputs(rows, topk_ids, topk_weights)
+        like = hidden_states.new_empty(0)
+        self._pending_inference = worker().submit(self._compute, False, *inputs), like, hidden_states.shape
+
+    def sync_forward_inference(self, cuda_stream=None) -> Tensor:
+        """Returns the last submitted output, with the shape, dtype and device of its hidden_states.
+
+        Args:
+            cuda_stream: a stream or its address, for the copy to a CUDA device.
+
+        Raises:
+            RuntimeError: no such forward was submitted.
+        """
+        if self._pending_inference is None:
+            raise RuntimeError("KTMoEWrapper: no pending forward: call submit_forward_inference() first")
+        (future, like, shape), self._pending_inference = self._pending_inference, None
+        with on_stream(cuda_stream, like.device):
+            return future.result().output.to(like).reshape(shape)
+
     def backward(
         self,
         grad_output: Tensor,
@@ -247,7 +275,7 @@ class SFTWrapper(ExpertsWrapper):
                 is kept.
         """
         last = self._last_forward(grad_output, optimizer_grad_scale)
-        return self._publish(_gradients(last, grad_output), optimizer_grad_scale, output_device)
+        return self._publish(gradients(last, grad_output), optimizer_grad_scale, output_device)
 
     def submit_backward_async(
         self,
@@ -257,7 +285,7 @@ class SFTWrapper(ExpertsWrapper):
     ) -> None:
         """Starts :meth:`backward` in the background; :meth:`sync_backward` writes and returns its results."""
         last = self._last_forward(grad_output, optimizer_grad_scale)
-        future = worker().submit(_gradients, last, grad_output.detach().clone())
+        future = worker().submit(gradients, last, grad_output.detach().clone())
         self._pending_backward = future, optimizer_grad_scale, output_device
 
     def sync_backward(self) -> tuple[Tensor, Tensor]:
@@ -313,7 +341,7 @@ class SFTWrapper(ExpertsWrapper):
             adapter.grad = grad
 
 
-def _gradients(last: Forward, grad_output: Tensor) -> tuple[Tensor, ...]:
+def gradients(last: Forward, grad_output: Tensor) -> tuple[Tensor, ...]:
     """Returns (grad_input, grad_weights, gradients of the op's LoRA tensors...)."""
     leaves = last.hidden_states, last.weights, *last.adapters
     return torch.autograd.grad(last.output, leaves, grad_output.detach().to("cpu", COMPUTE_DTYPE))

@@ -27,7 +27,7 @@ def expert_order(physical_to_logical_map: Tensor | None, num_experts: int) -> li
     """
     if physical_to_logical_map is None:
         return list(range(num_experts))
-    given = torch.as_tensor(physical_to_logical_map)
+    given = torch.as_tensor(physical_to_logical_map, device="cpu")
     if given.is_floating_point() or given.is_complex() or given.dtype == torch.bool:
         raise TypeError(f"KTMoEWrapper: physical_to_logical_map must hold integers, got {given.dtype}")
     if list(given.shape) != [num_experts]:
@@ -90,8 +90,11 @@ def from_tensors(
         raise TypeError(
             f"KTMoEWrapper: up_proj must have the dtype of gate_proj={gate.dtype}, got {up.dtype}"
         )
-    both = (Requantized(experts, format, group_size) for experts in (Given(gate, up), Given(down)))
-    gate_up_proj, down_proj = (_read(experts, order) for experts in both)
+    both = Given(gate, up), Given(down)
+    gate_up_proj, down_proj = (
+        _read(given if given.format == format else Requantized(given, format, group_size), order)
+        for given in both
+    )
     return gate_up_proj, down_proj
 
 

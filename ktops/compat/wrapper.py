@@ -1,7 +1,9 @@
 """KTMoEWrapper: the experts of a layer with the API of KTransformers' kt-kernel."""
 
+import math
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
 import ktops
@@ -9,6 +11,7 @@ from ktops._warn import warn_once
 from ktops.compat.inference import InferenceWrapper
 from ktops.compat.methods import find_method
 from ktops.compat.sft import SFTWrapper
+from ktops.ops.activation import ExpertFunction
 
 
 class KTMoEWrapper:
@@ -20,23 +23,27 @@ class KTMoEWrapper:
     Args:
         layer_idx: the layer's number, in the names of a checkpoint and for deferred experts.
         num_experts, num_experts_per_tok, hidden_size, moe_intermediate_size: E, K, H, I.
-        gpu_experts_mask: bool [E], experts that are computed elsewhere and skipped here. None skips none.
+        gpu_experts_mask: bool [E], experts that are computed elsewhere and skipped here. None means those
+            with ids below num_gpu_experts.
         cpuinfer_threads, threadpool_count, numa_nodes: checked but not used, because ktops uses torch's
-            threads. Warns if cpuinfer_threads differs from ``torch.get_num_threads()``.
+            threads. Warns if cpuinfer_threads differs from ``torch.get_num_threads()``. None means that.
         weight_path: the checkpoint for ``load_weights``, a directory or a GGUF file; may be None.
         chunked_prefill_size: stored but unused, because there are no buffers to size.
         cpu_save: True only issues a warning; ``ktops convert`` stores quantized checkpoints.
         max_deferred_experts_per_token: in mode "inference"; see InferenceWrapper. None means 0.
         method: how the experts are stored, one of ``ktops.compat.INFERENCE_METHODS`` or ``SFT_METHODS``.
         mode: "inference" or "sft".
-        num_gpu_experts: in mode "sft", the number of experts, starting from the first, computed elsewhere.
+        num_gpu_experts: the number of experts computed elsewhere; beside a mask, the number in it, or 0.
         lora_rank, lora_alpha: in mode "sft", of the adapters; scaling = lora_alpha / lora_rank.
         max_cache_depth: in mode "sft", how many forwards may await their backward; older ones are discarded.
         group_size: for methods with "KGroup" in their names, and for GPTQ_INT4 when it quantizes.
         zero_point: False makes AMXINT4_1KGroup_SFT omit zero points, like AMXINT4_KGroup_SFT.
         prefix: prefix of the name of the layer's experts in the checkpoint, such as "thinker.model.";
             required if several layers have the number layer_idx.
-        lora_dropout, full_weight_grad, swiglu_limit, swiglu_alpha: must have their defaults.
+        swiglu_limit: the limit of the activation "swiglu_clamped" (:func:`ktops.moe_sft`); 0 for none.
+        swiglu_alpha: its alpha, with offset 1 (MiniMax-M3); 0 means alpha 1 and offset 0 (DeepSeek-V4). If
+            both are 0, the activation is silu.
+        lora_dropout, full_weight_grad: must have their defaults.
 
     Returns:
         An :class:`~ktops.compat.inference.InferenceWrapper` or an :class:`~ktops.compat.sft.SFTWrapper`.
@@ -65,11 +72,11 @@ class KTMoEWrapper:
         num_experts_per_tok: int,
         hidden_size: int,
         moe_intermediate_size: int,
-        gpu_experts_mask: Tensor | None,
-        cpuinfer_threads: int,
-        threadpool_count: int,
-        weight_path: str | None,
-        chunked_prefill_size: int,
+        gpu_experts_mask: Tensor | None = None,
+        cpuinfer_threads: int | None = None,
+        threadpool_count: int = 1,
+        weight_path: str | None = None,
+        chunked_prefill_size: int = 0,
         cpu_save: bool = False,
         max_deferred_experts_per_token: int | None = None,
         method: str = "AMXINT4",
@@ -94,8 +101,6 @@ class KTMoEWrapper:
         _refuse(
             lora_dropout=(lora_dropout, "dropout on the experts' adapters is not supported"),
             full_weight_grad=(full_weight_grad, "ktops.nn.KTExperts trains the experts themselves"),
-            swiglu_limit=(swiglu_limit, "the activation is silu"),
-            swiglu_alpha=(swiglu_alpha, "the activation is silu"),
         )
         if cpu_save:
             warn_once("KTMoEWrapper: cpu_save=True stores nothing: use `ktops convert`")
@@ -106,13 +111,15 @@ class KTMoEWrapper:
             "hidden_size": hidden_size,
             "moe_intermediate_size": moe_intermediate_size,
             "gpu_experts_mask": gpu_experts_mask,
-            "cpuinfer_threads": cpuinfer_threads,
+            "cpuinfer_threads": torch.get_num_threads() if cpuinfer_threads is None else cpuinfer_threads,
             "threadpool_count": threadpool_count,
             "weight_path": weight_path,
             "prefix": prefix,
             "chunked_prefill_size": chunked_prefill_size,
             "numa_nodes": numa_nodes,
             "group_size": group_size,
+            "num_gpu_experts": num_gpu_experts,
+            "function": _function(swiglu_limit, swiglu_alpha),
         }
         if mode == "inference":
             return InferenceWrapper(
@@ -121,7 +128,6 @@ class KTMoEWrapper:
         return SFTWrapper(
             method,
             storage,
-            num_gpu_experts=num_gpu_experts,
             lora_rank=lora_rank,
             lora_alpha=lora_alpha,
             max_cache_depth=max_cache_depth,
@@ -149,6 +155,17 @@ class KTMoEWrapper:
     def clear_sft_buffer_cache() -> None:
         """Calls :func:`ktops.empty_cache`. Keeps tensors saved for backward, which are not a cache."""
         ktops.empty_cache()
+
+
+def _function(swiglu_limit: float, swiglu_alpha: float) -> ExpertFunction:
+    for name, value in (("swiglu_limit", swiglu_limit), ("swiglu_alpha", swiglu_alpha)):
+        if not (value >= 0 and math.isfinite(value)):
+            raise ValueError(f"KTMoEWrapper: {name} must be finite and not negative, got {value}")
+    if not swiglu_limit and not swiglu_alpha:
+        return ExpertFunction()
+    limit = swiglu_limit or torch.finfo(torch.float32).max
+    alpha, offset = (swiglu_alpha, 1.0) if swiglu_alpha else (1.0, 0.0)
+    return ExpertFunction("swiglu_clamped", (limit, alpha, offset))
 
 
 def _refuse(**arguments: tuple[float, str]) -> None:

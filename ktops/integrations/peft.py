@@ -30,8 +30,12 @@ if TYPE_CHECKING:
 PREFIXES = {"gate_up_proj": "gate_up", "up_proj": "gate_up", "down_proj": "down"}
 """Adapted parameter -> prefix of its keyword arguments: ``gate_up_lora_A``, ``gate_up_scaling``, ..."""
 
-MIN_VERSION = "0.21"
-"""The first version of PEFT with the layout of factors that this module reads."""
+MIN_VERSION = "0.18"
+"""The first version of PEFT that transformers with stacked experts works with."""
+
+SWAPPED = ("_did_swap_in_out_features", "_swapped_in_out")
+"""Attributes of a wrapper that took its parameter for [E, out, in]. PEFT 0.18 never does, unless an adapter
+was loaded with the method of transformers before 5.4, which sets the second."""
 
 _STACKED = ("gate_up_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -148,17 +152,18 @@ def _lora_arguments(
     with the expert innermost; both are passed as views. Several adapters become one adapter with the sum of
     their ranks, with each scaling multiplied into the adapter's columns of B.
 
-    PEFT takes stacks that do not say ``is_transposed`` for [E, out, in]. Of Llama-4's, which are
-    [E, in, out], its B A is the transpose of the delta, so the factors exchange roles.
+    PEFT takes a stack for [E, in, out], or if it has swapped the two, for [E, out, in]. Where it mistakes one
+    for the other, its B A is the transpose of the delta, so the factors exchange roles: for Llama-4, which
+    does not say that its stacks are transposed, and before PEFT 0.19.1 for most models.
     """
-    exchanged = layout.transposed == wrapper._did_swap_in_out_features
+    exchanged = layout.transposed == any(getattr(wrapper, name, False) for name in SWAPPED)
     lora_a, lora_b = [], []
     for name in adapters:
         a, b = wrapper.lora_A[name].weight, wrapper.lora_B[name].weight
         a = a.reshape(wrapper.num_experts, -1, a.shape[1])
-        b = b.reshape(b.shape[0], -1, wrapper.num_experts).permute(2, 0, 1)
-        lora_a.append(b.mT if exchanged else a)
-        lora_b.append(a.mT if exchanged else b)
+        b = b.reshape(b.shape[0], -1, wrapper.num_experts)
+        lora_a.append(b.permute(2, 1, 0) if exchanged else a)
+        lora_b.append(a.permute(0, 2, 1) if exchanged else b.permute(2, 0, 1))
     prefix = PREFIXES[wrapper.parameter_name]
     if len(adapters) == 1:
         a, b, scaling = lora_a[0], lora_b[0], wrapper.scaling[adapters[0]]

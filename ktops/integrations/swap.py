@@ -15,6 +15,7 @@ from ktops.integrations.transformers.architectures import (
     Unsupported,
     activation_name,
     class_name,
+    in_interface,
     require_activation,
     require_weights,
 )
@@ -177,7 +178,7 @@ def stacked_experts(module: nn.Module, save: str) -> KTExperts:
         post_expert_norm=norm,
         save=save,
     )
-    if not hasattr(module, "has_gate") and kind is KTExperts:
+    if not in_interface(module) and kind is KTExperts:
         difference = disagreement_of_experts(module, experts)
         if difference:
             raise Unsupported(difference)

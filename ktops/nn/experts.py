@@ -89,10 +89,14 @@ class Layout(NamedTuple):
 
 
 def declared_gating(experts: Any) -> str:
-    """Returns the gating that an experts module of transformers declares; see :func:`ktops.moe_sft`."""
+    """Returns the gating that an experts module of transformers declares; see :func:`ktops.moe_sft`.
+
+    GPT-OSS interleaves gate and up, but declares it only since transformers 5.7.
+    """
     if not getattr(experts, "has_gate", True):
         return UNGATED
-    return CONCATENATED if getattr(experts, "is_concatenated", True) else INTERLEAVED
+    interleaved = any(kind.__name__ == "GptOssExperts" for kind in type(experts).__mro__)
+    return CONCATENATED if getattr(experts, "is_concatenated", not interleaved) else INTERLEAVED
 
 
 class KTExperts(nn.Module):

@@ -1,6 +1,7 @@
 """KTMoEWrapper: constructor, errors, masks, maps, and other behavior that needs no weights."""
 
 import inspect
+import math
 
 import pytest
 import torch
@@ -28,14 +29,14 @@ def test_arguments_and_defaults():
         "mode": "inference", "num_gpu_experts": 0, "lora_rank": 16, "lora_alpha": 32.0, "max_cache_depth": 1,
         "group_size": 128, "zero_point": True,
     }  # fmt: skip
-    required = [name for name, p in parameters.items() if p.default is p.empty]
-    assert required == [
+    first = [
         "layer_idx", "num_experts", "num_experts_per_tok", "hidden_size", "moe_intermediate_size",
         "gpu_experts_mask", "cpuinfer_threads", "threadpool_count", "weight_path", "chunked_prefill_size",
     ]  # fmt: skip
     positional = [name for name, p in parameters.items() if p.kind is p.POSITIONAL_OR_KEYWORD]
-    assert positional == [*required, *promised]
+    assert positional == [*first, *promised]
     assert {name: parameters[name].default for name in promised} == promised
+    assert [name for name, p in parameters.items() if p.default is p.empty] == first[:5]
 
 
 @pytest.mark.parametrize(
@@ -50,7 +51,13 @@ def test_arguments_and_defaults():
         ({"numa_nodes": [0, 1]}, r"numa_nodes must have threadpool_count=1 entries, got \[0, 1\]"),
         ({"gpu_experts_mask": torch.zeros(3)}, r"gpu_experts_mask must have shape \[4\], got \[3\]"),
         ({"max_deferred_experts_per_token": -1}, "max_deferred_experts_per_token must not be negative"),
-        ({"swiglu_limit": 10.0}, "swiglu_limit must be 0.0, got 10.0: the activation is silu"),
+        ({"swiglu_limit": -1.0}, "swiglu_limit must be finite and not negative, got -1.0"),
+        ({"swiglu_alpha": math.inf}, "swiglu_alpha must be finite and not negative, got inf"),
+        ({"num_gpu_experts": 5}, "num_gpu_experts must be from 0 to num_experts=4, got 5"),
+        (
+            {"num_gpu_experts": 1, "gpu_experts_mask": torch.ones(4)},
+            "num_gpu_experts must be 0 or the number of experts in gpu_experts_mask, 4, got 1",
+        ),
         ({"lora_dropout": 0.1}, "lora_dropout must be 0.0, got 0.1"),
         ({"full_weight_grad": True}, "full_weight_grad must be False, got True: ktops.nn.KTExperts"),
     ],

@@ -66,6 +66,12 @@ def adapted(
     return model
 
 
+@torch.no_grad()
+def logits(model: torch.nn.Module) -> torch.Tensor:
+    """Returns the logits for the default batch."""
+    return model(**tiny_batch()).logits
+
+
 def loss_and_gradients(model: torch.nn.Module, batch: dict | None = None) -> dict[str, torch.Tensor]:
     """Returns {"loss": ..., parameter name: its gradient} of one forward and backward, with grads reset."""
     model.zero_grad()
@@ -129,3 +135,17 @@ class Recorder(TorchDispatchMode):
         stacks = {p.shape for p in model.parameters() if p.dim() == 3 and p.shape[0] == NUM_EXPERTS}
         assert stacks
         return any(shape in self.shapes or (shape[0], shape[2], shape[1]) in self.shapes for shape in stacks)
+
+
+def compare(architecture: str, dtype: torch.dtype = torch.float32, change=None, **keys) -> None:
+    """Compares loss and gradients of the ktops model with plain PEFT's in the same dtype and in float64."""
+    results = []
+    for implementation, compute_dtype in (("ktops", None), ("eager", None), ("eager", torch.float64)):
+        model = adapted(architecture, implementation, dtype=dtype, compute_dtype=compute_dtype, **keys)
+        if change is not None:
+            change(model)
+        with Recorder() as recorder:
+            results.append(loss_and_gradients(model))
+        assert ("moe_sft_fwd" in recorder.calls) == (implementation == "ktops")
+        assert recorder.made_expert_stack(model) == (implementation != "ktops")
+    assert_as_close(*results, dtype)

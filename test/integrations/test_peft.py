@@ -5,7 +5,16 @@ import torch
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora.layer import LoraVariant, ParamWrapper
 from peft.tuners.tuners_utils import BaseTuner
-from peft_models import Recorder, adapted, assert_as_close, loss_and_gradients, randomize, stable_seed
+from peft_models import (
+    Recorder,
+    adapted,
+    assert_as_close,
+    compare,
+    logits,
+    loss_and_gradients,
+    randomize,
+    stable_seed,
+)
 from tiny_models import ARCHITECTURES, tiny_batch, tiny_model
 
 import ktops
@@ -16,20 +25,6 @@ from ktops.testing.counts import counted
 EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 
 pytestmark = pytest.mark.usefixtures("enabled")
-
-
-def compare(architecture: str, dtype: torch.dtype = torch.float32, change=None, **keys) -> None:
-    """Compares loss and gradients of the ktops model with plain PEFT's in the same dtype and in float64."""
-    results = []
-    for implementation, compute_dtype in (("ktops", None), ("eager", None), ("eager", torch.float64)):
-        model = adapted(architecture, implementation, dtype=dtype, compute_dtype=compute_dtype, **keys)
-        if change is not None:
-            change(model)
-        with Recorder() as recorder:
-            results.append(loss_and_gradients(model))
-        assert ("moe_sft_fwd" in recorder.calls) == (implementation == "ktops")
-        assert recorder.made_expert_stack(model) == (implementation != "ktops")
-    assert_as_close(*results, dtype)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -83,15 +78,6 @@ def test_ranks_and_scalings(lora):
     compare("mixtral", lora=lora)
 
 
-@pytest.mark.parametrize("architecture", ["qwen3_moe", "deepseek_v3"])
-def test_names_of_transformers_4(architecture):
-    lora = {"target_modules": ["o_proj", "gate_proj", "up_proj", "down_proj"], "target_parameters": None}
-    model = adapted(architecture, lora=lora)
-    ranks = {w.parameter_name: w.r["default"] for w in model.modules() if hasattr(w, "parameter_name")}
-    assert ranks == {"gate_up_proj": 8, "down_proj": 4}
-    compare(architecture, lora=lora)
-
-
 def test_a_parameter_the_op_takes_no_factors_for():
     """Biases use PEFT's own path on a module that runs the op."""
     torch.manual_seed(0)
@@ -107,42 +93,6 @@ def test_a_parameter_the_op_takes_no_factors_for():
     assert relative_error(actual, merged(x, ids, weights)) < 2 * forward_budget(torch.float32)
 
 
-def test_all_linear_adapts_the_router_too():
-    lora = {"target_modules": "all-linear", "target_parameters": None}
-    modules = adapted("qwen3_moe", lora=lora).modules()
-    names = {module.parameter_name for module in modules if hasattr(module, "parameter_name")}
-    assert names == {"gate_up_proj", "down_proj", "weight"}
-    compare("qwen3_moe", lora=lora)
-
-
-def add_second_adapter(model) -> None:
-    config = LoraConfig(r=3, lora_alpha=7, target_modules=["o_proj"], target_parameters=EXPERTS)
-    model.add_adapter("second", config)
-    randomize(model, seed=2)
-
-
-def test_several_active_adapters():
-    def both(model):
-        add_second_adapter(model)
-        model.base_model.set_adapter(["default", "second"])
-
-    # With seed 0, the two adapters together amplify rounding errors in the gradients tenfold, even in float32
-    # eager experts, so comparing two sets of such errors says little.
-    compare("qwen3_moe", change=both, seed=1)
-
-
-def test_set_adapter_switches():
-    def second(model):
-        add_second_adapter(model)
-        model.set_adapter("second")
-
-    compare("qwen3_moe", change=second)
-    model = adapted("qwen3_moe")
-    first = model(**tiny_batch()).logits
-    second(model)
-    assert relative_error(model(**tiny_batch()).logits, first) > 0.05
-
-
 def test_scale_of_an_adapter_can_be_changed():
     def scale(model):
         for module in model.modules():
@@ -150,11 +100,6 @@ def test_scale_of_an_adapter_can_be_changed():
                 module.set_scale("default", 0.5)
 
     compare("olmoe", change=scale)
-
-
-def logits(model) -> torch.Tensor:
-    with torch.no_grad():
-        return model(**tiny_batch()).logits
 
 
 def test_disable_adapter():
@@ -303,8 +248,8 @@ def test_disable_gives_peft_its_methods_back():
 def test_an_older_peft_keeps_its_path(monkeypatch):
     ktops.disable()
     forward = ParamWrapper.forward
-    monkeypatch.setattr("peft.__version__", "0.20.1")
-    with pytest.warns(UserWarning, match=r"peft>=0.21 for LoRA on experts, found 0\.20\.1"):
+    monkeypatch.setattr("peft.__version__", "0.17.1")
+    with pytest.warns(UserWarning, match=r"peft>=0.18 for LoRA on experts, found 0\.17\.1"):
         ktops.enable()
     assert ParamWrapper.forward is forward
 
@@ -365,4 +310,4 @@ def test_a_call_with_adapters_adds_views_and_no_copies():
     with torch.no_grad(), counted() as counts:
         output = experts(x, ids, weights)
     assert counts.allocations == [output.nbytes] and counts.operators["kt::moe_fwd"] == 1
-    assert counts.operators.total() <= 26, counts.operators
+    assert counts.operators.total() <= 28, counts.operators

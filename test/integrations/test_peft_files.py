@@ -8,10 +8,12 @@ import textwrap
 import warnings
 from pathlib import Path
 
+import peft
 import pytest
 import torch
+from packaging.version import Version
 from peft import LoraConfig, PeftModel, get_peft_model
-from peft_models import Recorder, adapted, loss_and_gradients, randomize
+from peft_models import Recorder, adapted, logits
 from safetensors import safe_open
 from tiny_models import ARCHITECTURES, tiny_batch, tiny_model
 
@@ -23,11 +25,6 @@ EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 BUDGET = 2 * forward_budget(torch.float32, inner_size=64)
 
 pytestmark = pytest.mark.usefixtures("enabled")
-
-
-def logits(model) -> torch.Tensor:
-    with torch.no_grad():
-        return model(**tiny_batch()).logits
 
 
 @pytest.mark.parametrize("architecture", ["qwen3_moe", "mixtral", "deepseek_v3", "olmoe"])
@@ -51,13 +48,15 @@ def test_keys_and_shapes(tmp_path):
     adapted("qwen3_moe").save_pretrained(tmp_path)
     with safe_open(tmp_path / "adapter_model.safetensors", "pt") as file:
         shapes = {key: file.get_slice(key).get_shape() for key in file.keys() if "layers.0.mlp" in key}  # noqa: SIM118
-    experts = "base_model.model.model.layers.0.mlp.experts"
-    assert shapes == {
-        f"{experts}.base_layer.lora_A.weight": [4 * 8, 32],
-        f"{experts}.base_layer.lora_B.weight": [2 * 24, 4 * 8],
-        f"{experts}.lora_A.weight": [4 * 8, 24],
-        f"{experts}.lora_B.weight": [32, 4 * 8],
-    }
+    sizes = {"experts.base_layer": (32, 2 * 24), "experts": (24, 32)}  # in, out
+    if Version(peft.__version__) < Version("0.19.1"):
+        sizes = {name: size[::-1] for name, size in sizes.items()}
+    expected = {}
+    for name, (size_a, size_b) in sizes.items():
+        prefix = f"base_model.model.model.layers.0.mlp.{name}"
+        expected[f"{prefix}.lora_A.weight"] = [4 * 8, size_a]
+        expected[f"{prefix}.lora_B.weight"] = [size_b, 4 * 8]
+    assert shapes == expected
 
 
 def test_a_process_without_ktops_loads_them(tmp_path):
@@ -79,45 +78,10 @@ def test_a_process_without_ktops_loads_them(tmp_path):
     assert relative_error(logits(model), torch.load(tmp_path / "logits.pt")) < BUDGET
 
 
-def test_from_pretrained_and_load_adapter(tmp_path):
-    first = adapted("mixtral", "eager")
-    expected = logits(first)
-    first.save_pretrained(tmp_path / "first")
-    randomize(first, seed=2)
-    first.save_pretrained(tmp_path / "second")
-
-    base = tiny_model("mixtral", experts_implementation="ktops")
-    model = PeftModel.from_pretrained(base, tmp_path / "first", is_trainable=True)
-    with Recorder() as recorder:
-        assert relative_error(logits(model), expected) < BUDGET
-    assert recorder.calls == {"moe_fwd": 2}
-    model.load_adapter(tmp_path / "second", "second")
-    assert relative_error(logits(model), expected) < BUDGET
-    model.set_adapter("second")
-    assert relative_error(logits(model), logits(first)) < BUDGET
-    assert len(loss_and_gradients(model)) > 1
-    model.delete_adapter("second")
-    model.set_adapter("default")
-    assert relative_error(logits(model), expected) < BUDGET
-
-
 def test_weighted_adapters_are_refused_by_peft():
     model = adapted("qwen3_moe")
     with pytest.raises(ValueError, match="add_weighted_adapter does not support"):
         model.add_weighted_adapter(["default"], [0.5], "sum")
-
-
-def test_adapters_of_transformers_itself(tmp_path):
-    model = adapted("qwen3_moe")
-    expected = logits(model)
-    model.save_pretrained(tmp_path)
-    other = tiny_model("qwen3_moe", experts_implementation="ktops")
-    other.load_adapter(str(tmp_path))
-    with Recorder() as recorder:
-        actual = logits(other)
-    assert recorder.calls == {"moe_fwd": 2}
-    assert not recorder.made_expert_stack(other)
-    assert torch.equal(actual, expected)
 
 
 def test_modules_to_save_beside_the_experts(tmp_path):
@@ -145,7 +109,7 @@ def test_no_experts_no_target_parameters():
     assert expert_target_parameters(torch.nn.Linear(2, 2)) == []
 
 
-@pytest.mark.parametrize("architecture", ["qwen2_moe", "qwen3_5_moe"])
+@pytest.mark.parametrize("architecture", sorted({"qwen2_moe", "qwen3_5_moe"} & ARCHITECTURES.keys()))
 @pytest.mark.parametrize("target_modules", ["all-linear", ["gate_proj", "up_proj", "down_proj"]], ids=str)
 def test_targets_that_miss_the_experts_are_reported(architecture, target_modules):
     model = tiny_model(architecture)
@@ -163,8 +127,6 @@ def test_targets_that_miss_the_experts_are_reported(architecture, target_modules
         ("qwen2_moe", {"target_modules": ["shared_expert.down_proj"]}),
         ("qwen2_moe", {"target_modules": ["down_proj"], "target_parameters": EXPERTS[:1]}),
         ("qwen2_moe", {"target_modules": "all-linear", "inference_mode": True}),
-        ("qwen3_moe", {"target_modules": "all-linear"}),
-        ("qwen3_moe", {"target_modules": ["gate_proj", "up_proj", "down_proj"]}),
     ],
     ids=str,
 )

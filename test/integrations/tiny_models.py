@@ -5,7 +5,9 @@ weights are as large as their fan-in allows, so that their share of output and g
 rounding.
 """
 
+import inspect
 import math
+from importlib.util import find_spec
 
 import torch
 import transformers
@@ -69,19 +71,23 @@ ARCHITECTURES = {
     "deepseek_v2": (
         "DeepseekV2ForCausalLM",
         "DeepseekV2Config",
-        {**_LATENT_ATTENTION, **_GROUPED_ROUTER, "topk_method": "group_limited_greedy"},
+        {**_LATENT_ATTENTION, **_GROUPED_ROUTER, "topk_method": "greedy"},
     ),
     "deepseek_v3": ("DeepseekV3ForCausalLM", "DeepseekV3Config", {**_LATENT_ATTENTION, **_GROUPED_ROUTER}),
     "glm4_moe": ("Glm4MoeForCausalLM", "Glm4MoeConfig", {**_GROUPED_ROUTER, "head_dim": 8}),
     "olmoe": ("OlmoeForCausalLM", "OlmoeConfig", {"num_experts": NUM_EXPERTS}),
 }
-"""Maps names to (model class, config class, config keys)."""
+"""Maps folders of transformers to (model class, config class, config keys)."""
+
+ARCHITECTURES = {
+    folder: row for folder, row in ARCHITECTURES.items() if find_spec(f"transformers.models.{folder}")
+}
 
 
 def tiny_config(architecture: str, **overrides) -> transformers.PreTrainedConfig:
     """Returns the configuration of a tiny model; experts are eager without ``experts_implementation``."""
     _, config_class, keys = ARCHITECTURES[architecture]
-    known = getattr(transformers, config_class).__dataclass_fields__
+    known = inspect.signature(getattr(transformers, config_class)).parameters
     common = {name: value for name, value in _COMMON.items() if name in known}
     keys = {**common, "experts_implementation": "eager", **keys, **overrides}
     return getattr(transformers, config_class)(**keys)

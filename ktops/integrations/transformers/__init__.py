@@ -43,7 +43,7 @@ def _registries() -> list:
         from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
     except ImportError as error:
         raise ImportError(
-            "ktops.enable() needs transformers>=5.21: pip install 'ktops[transformers]'. "
+            "ktops.enable() needs transformers>=5.0: pip install 'ktops[transformers]'. "
             "Without its experts interface, ktops.swap_experts(model) does the same."
         ) from error
     registries = [ALL_EXPERTS_FUNCTIONS]

@@ -134,13 +134,18 @@ def require_activation(act_fn) -> str:
     return name
 
 
+def in_interface(experts: nn.Module) -> bool:
+    """True if the module looks up its forward in transformers' experts interface, and declares its layout."""
+    return hasattr(experts, "has_bias") and hasattr(experts, "is_transposed")
+
+
 def describe(experts: nn.Module) -> Layout:
     """Returns what an experts module computes, whatever the dtype and the device of its weights.
 
     Raises:
         Unsupported: the op cannot compute it.
     """
-    if not hasattr(experts, "has_gate") and not _takes_routes(experts):
+    if not in_interface(experts) and not _takes_routes(experts):
         raise Unsupported("its forward does not take (hidden_states, top_k_index, top_k_weights)")
     gating = declared_gating(experts)
     activation, args = _act(experts) if gating == UNGATED else _gate(experts)

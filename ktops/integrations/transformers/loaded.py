@@ -1,7 +1,8 @@
 """Checks that transformers found all of a model's weights, because it randomly initializes missing ones."""
 
-from collections.abc import Iterable
-from typing import TYPE_CHECKING
+import re
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any
 
 from ktops.checkpoints.config import FROM_QUANTIZER
 from ktops.checkpoints.errors import CheckpointError
@@ -11,6 +12,29 @@ if TYPE_CHECKING:
 
 MOST_NAMES = 4
 """Maximum number of tensor names that a message lists."""
+
+
+def adjusted(
+    adjust: Callable[..., Any], found: tuple, ours: Iterable[re.Pattern] = ()
+) -> tuple[set[str], set[str]]:
+    """Calls ``_adjust_missing_and_unexpected_keys``, the end of loading a model.
+
+    Args:
+        adjust: the method.
+        found: its arguments: an object with both sets of names, which it changes; in transformers 5.0, the
+            two sets, and it returns the changed ones.
+        ours: names in the files that match one of these are not unexpected.
+
+    Returns:
+        The names that only the model has, and those that only the files have.
+    """
+    result = adjust(*found)
+    info = found[0] if len(found) == 1 else None
+    missing, unexpected = result if info is None else (info.missing_keys, info.unexpected_keys)
+    unexpected = {name for name in unexpected if not any(pattern.search(name) for pattern in ours)}
+    if info is not None:
+        info.unexpected_keys = unexpected
+    return missing, unexpected
 
 
 def require_loaded(

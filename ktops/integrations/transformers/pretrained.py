@@ -5,6 +5,7 @@ others, such as Llama-4's, ignore it. ktops warns about those. transformers also
 that it does not find in the files. ktops raises an error if they belong to experts.
 """
 
+import functools
 import re
 
 from transformers import PreTrainedModel
@@ -12,9 +13,9 @@ from transformers import PreTrainedModel
 from ktops._warn import warn_once
 from ktops.checkpoints.errors import CheckpointError
 from ktops.integrations.replacements import Replacements
-from ktops.integrations.transformers.architectures import class_name
+from ktops.integrations.transformers.architectures import class_name, in_interface
 from ktops.integrations.transformers.config import NAME, KTConfig
-from ktops.integrations.transformers.loaded import listed
+from ktops.integrations.transformers.loaded import adjusted, listed
 from ktops.integrations.transformers.outside import is_replacement
 from ktops.nn.find import find_experts
 
@@ -30,6 +31,7 @@ def enable() -> None:
         _replaced.install(
             PreTrainedModel,
             post_init=_post_init,
+            get_correct_experts_implementation=_get_correct_experts_implementation,
             set_experts_implementation=_set_experts_implementation,
             _adjust_missing_and_unexpected_keys=_adjust_missing_and_unexpected_keys,
         )
@@ -48,6 +50,13 @@ def _post_init(model: PreTrainedModel) -> None:
         _warn_if_ignored(model)
 
 
+def _get_correct_experts_implementation(model: PreTrainedModel, requested_experts: str | None) -> str:
+    """``PreTrainedModel.get_correct_experts_implementation``, whose names are a fixed list before 5.7."""
+    if requested_experts == NAME:
+        return NAME
+    return _replaced.original["get_correct_experts_implementation"](model, requested_experts)
+
+
 def _set_experts_implementation(model: PreTrainedModel, experts_implementation: str | dict) -> None:
     """``PreTrainedModel.set_experts_implementation``."""
     _replaced.original["set_experts_implementation"](model, experts_implementation)
@@ -56,16 +65,18 @@ def _set_experts_implementation(model: PreTrainedModel, experts_implementation: 
         _warn_if_ignored(model)
 
 
-def _adjust_missing_and_unexpected_keys(model: PreTrainedModel, loading_info) -> None:
+def _adjust_missing_and_unexpected_keys(model: PreTrainedModel, *found) -> tuple[set[str], set[str]]:
     """``PreTrainedModel._adjust_missing_and_unexpected_keys``, the end of loading a model."""
-    _replaced.original["_adjust_missing_and_unexpected_keys"](model, loading_info)
-    missing = sorted(name for name in loading_info.missing_keys if EXPERTS.search(name))
-    if missing and _asks_for_ktops(model):
+    adjust = functools.partial(_replaced.original["_adjust_missing_and_unexpected_keys"], model)
+    missing, unexpected = adjusted(adjust, found)
+    random = sorted(name for name in missing if EXPERTS.search(name))
+    if random and _asks_for_ktops(model):
         raise CheckpointError(
-            f"{listed(missing)} of {type(model).__name__}: transformers does not find these weights of "
+            f"{listed(random)} of {type(model).__name__}: transformers does not find these weights of "
             "experts in the checkpoint and would initialize them at random. ktops may be able to read them: "
             "from_pretrained(..., quantization_config=ktops.KTConfig())"
         )
+    return missing, unexpected
 
 
 def _asks_for_ktops(model: PreTrainedModel) -> bool:
@@ -75,7 +86,7 @@ def _asks_for_ktops(model: PreTrainedModel) -> bool:
 
 def _warn_if_ignored(model: PreTrainedModel) -> None:
     for module in find_experts(model).values():
-        if not hasattr(module, "has_gate") and not is_replacement(module):
+        if not in_interface(module) and not is_replacement(module):
             warn_once(
                 f"ktops does not run {class_name(module)}: it is not in the experts interface of "
                 "transformers, so experts_implementation='ktops' has no effect on it, and its own "

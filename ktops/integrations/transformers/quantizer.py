@@ -25,8 +25,8 @@ from ktops.integrations import peft
 from ktops.integrations.loading import PendingExperts, experts_modules, load_layers
 from ktops.integrations.swap import exchange
 from ktops.integrations.transformers.config import KTConfig
-from ktops.integrations.transformers.loaded import require_loaded
-from ktops.integrations.transformers.other_quantizer import PlainQuantizer, other_quantizer
+from ktops.integrations.transformers.loaded import adjusted, require_loaded
+from ktops.integrations.transformers.other_quantizer import PlainQuantizer, decodes_fp8, other_quantizer
 
 WATCHED = "_adjust_missing_and_unexpected_keys"
 """The method that transformers calls with the keys that only the model or only the files have."""
@@ -51,8 +51,8 @@ class KTQuantizer(HfQuantizer):
         super().__init__(quantization_config, pre_quantized=True)
         self.other: HfQuantizer = PlainQuantizer(quantization_config)
         self._refusal: Exception | None = None
-        self._loading_info = None
-        self._experts_patterns: list[re.Pattern] = []
+        self._missing_and_unexpected: tuple[set[str], set[str]] = set(), set()
+        self._conversions: list | None = None
         if quantization_config.other is not None:
             with self._refusing():
                 self.other = other_quantizer(quantization_config.other)
@@ -107,34 +107,29 @@ class KTQuantizer(HfQuantizer):
         """
         adjust = model._adjust_missing_and_unexpected_keys
 
-        def watched(loading_info) -> None:
-            patterns = [KEYS_OF_EXPERTS, *self._experts_patterns]
-            loading_info.unexpected_keys = {
-                name
-                for name in loading_info.unexpected_keys
-                if not any(pattern.search(name) for pattern in patterns)
-            }
-            adjust(loading_info)
-            self._loading_info = loading_info
+        def watched(*found) -> tuple[set[str], set[str]]:
+            if self._conversions is None:  # before transformers 5.8, which asks no quantizer about them
+                self._conversions = model._weight_conversions
+            self._missing_and_unexpected = adjusted(
+                adjust, found, ours=_sources_of_experts(self._conversions)
+            )
+            return self._missing_and_unexpected
 
         model.__dict__[WATCHED] = watched
 
-    def update_weight_conversions(self, weight_conversions, model):
+    def update_weight_conversions(self, weight_conversions, *model):
         """Drops the conversions that would merge experts' weights; ktops keeps a copy of all to map names."""
         self._conversions = copy.deepcopy(weight_conversions)
-        self._experts_patterns = [
-            re.compile(source.replace("*.", r".*\."))
-            for conversion in weight_conversions
-            if _is_of_experts(conversion)
-            for source in conversion.source_patterns
-        ]
-        return self.other.update_weight_conversions(without_experts(weight_conversions), model)
+        updated = self.other.update_weight_conversions(without_experts(weight_conversions), *model)
+        if decodes_fp8(self.other):
+            from ktops.integrations.transformers.fp8 import with_partial_blocks
+
+            return with_partial_blocks(updated)
+        return updated
 
     def postprocess_model(self, model, **kwargs):
         del model.__dict__[WATCHED]
-        if self._loading_info is not None:
-            require_loaded(model, self._loading_info.missing_keys, self._loading_info.unexpected_keys)
-        self._loading_info = None
+        require_loaded(model, *self._missing_and_unexpected)
         self.other.postprocess_model(model, **kwargs)
         asked = self.quantization_config
         if getattr(self.other.quantization_config, "dequantize", False):
@@ -188,6 +183,17 @@ def _forwarded(name: str):
 for _name, _member in vars(HfQuantizer).items():
     if isinstance(_member, FunctionType) and not _name.startswith("_") and _name not in vars(KTQuantizer):
         setattr(KTQuantizer, _name, _forwarded(_name))
+
+
+def _sources_of_experts(conversions: Iterable) -> list[re.Pattern]:
+    """Returns patterns of the keys in the files that hold experts' weights."""
+    sources = [
+        re.compile(source.replace("*.", r".*\."))
+        for conversion in conversions
+        if _is_of_experts(conversion)
+        for source in conversion.source_patterns
+    ]
+    return [KEYS_OF_EXPERTS, *sources]
 
 
 def without_experts(conversions: Iterable) -> list:

@@ -1,0 +1,1 @@
+"""The names of KTransformers' module ``kt_kernel.sft``."""

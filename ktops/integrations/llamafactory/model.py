@@ -1,0 +1,132 @@
+"""Loads LLaMA-Factory's models with the experts of ``use_kt: true``, and puts its adapters on them."""
+
+import sys
+from contextvars import ContextVar
+
+from torch import nn
+
+from ktops.integrations import peft
+from ktops.integrations.llamafactory.arguments import current
+from ktops.integrations.llamafactory.places import require
+from ktops.integrations.lora_targets import lora_targets
+from ktops.integrations.replacements import Replacements
+from ktops.integrations.training import require_op
+from ktops.integrations.transformers import NAME
+
+_replaced = Replacements()
+
+_adapted: ContextVar[tuple[nn.Module, object]] = ContextVar("adapted")
+"""The model that ``init_adapter`` is called for, and its finetuning_args."""
+
+
+def enable() -> None:
+    """Replaces the functions that load a model and add adapters; a second call does nothing."""
+    from llamafactory.model import adapter, loader
+
+    if _replaced:
+        return
+    require(loader, "patch_config", "init_adapter")
+    require(adapter, "LoraConfig", "patch_target_modules")
+    _replaced.install(loader, patch_config=_patch_config, init_adapter=_init_adapter)
+    _replaced.install(adapter, LoraConfig=_lora_config)
+
+
+def disable() -> None:
+    """Restores LLaMA-Factory's own functions."""
+    _replaced.restore()
+
+
+def _patch_config(config, tokenizer, model_args, init_kwargs: dict, is_trainable: bool) -> None:
+    """``patch_config``, which also says how ktops loads the experts."""
+    settings = current().settings
+    if settings is None:
+        _replaced.original["patch_config"](config, tokenizer, model_args, init_kwargs, is_trainable)
+        return
+    stored = config.__dict__.pop("quantization_config", None)  # which would need the quantizer's package
+    _replaced.original["patch_config"](config, tokenizer, model_args, init_kwargs, is_trainable)
+    if stored is not None:
+        config.quantization_config = stored
+    quantization = settings.quantization_config(stored)
+    if quantization is not None and _merges(model_args, is_trainable):
+        print("ktops: export writes dense weights, so kt_backend has no effect", file=sys.stderr)
+        quantization = None if stored is None else settings.quantization_config(stored)
+    if quantization is not None:
+        _require_free(model_args, init_kwargs)
+        init_kwargs["quantization_config"] = quantization
+    if current().torch_dtype is not None:
+        config.dtype = current().torch_dtype
+    if "device_map" in init_kwargs:
+        init_kwargs["device_map"] = {"": "cpu"}
+    config._experts_implementation = NAME
+
+
+def _merges(model_args, is_trainable: bool) -> bool:
+    return model_args.export_dir is not None and not is_trainable
+
+
+def _require_free(model_args, init_kwargs: dict) -> None:
+    if "quantization_config" in init_kwargs:
+        raise ValueError(
+            "quantization_bit must be absent beside a kt_backend that quantizes: either quantizes the model"
+        )
+    if model_args.train_from_scratch:
+        raise ValueError("train_from_scratch must be absent or false beside a kt_backend that quantizes")
+
+
+def _init_adapter(config, model: nn.Module, model_args, finetuning_args, is_trainable: bool) -> nn.Module:
+    """``init_adapter``, for models whose experts ktops runs."""
+    if current().settings is None:
+        return _replaced.original["init_adapter"](config, model, model_args, finetuning_args, is_trainable)
+    require_op(model)
+    token = _adapted.set((model, finetuning_args))
+    try:
+        model = _replaced.original["init_adapter"](config, model, model_args, finetuning_args, is_trainable)
+    finally:
+        _adapted.reset(token)
+    if is_trainable and finetuning_args.finetuning_type == "lora" and finetuning_args.lora_dropout:
+        _add_dropout(model, finetuning_args.lora_dropout)
+    return model
+
+
+def _lora_config(**given):
+    """``LoraConfig`` in ``llamafactory.model.adapter``, whose targets reach the experts."""
+    settings = current().settings
+    if settings is None or (adapted := _adapted.get(None)) is None:
+        return _replaced.original["LoraConfig"](**given)
+    from llamafactory.model.adapter import patch_target_modules
+
+    model, finetuning_args = adapted
+    targets = lora_targets(model, finetuning_args.lora_target)
+    parameters = targets.parameters
+    if not settings.trains_experts:
+        experts = peft.expert_target_parameters(model)
+        parameters = [name for name in parameters if name not in experts]
+    return _replaced.original["LoraConfig"](
+        **given
+        | {
+            "target_modules": patch_target_modules(model, finetuning_args, targets.modules),
+            "target_parameters": parameters or None,
+            "lora_dropout": 0.0 if parameters else given["lora_dropout"],
+        }
+    )
+
+
+def _add_dropout(model: nn.Module, probability: float) -> None:
+    """Adds dropout to the adapters of linear layers, if PEFT was told none because of the experts.
+
+    PEFT refuses a dropout for adapters of parameters, in training and when it loads the adapter.
+    """
+    from peft.tuners.lora.layer import LoraLayer, ParamWrapper
+
+    layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
+    if not any(isinstance(layer, ParamWrapper) for layer in layers):
+        return
+    for layer in layers:
+        if not isinstance(layer, ParamWrapper):
+            for name in layer.lora_dropout:
+                layer.lora_dropout[name] = nn.Dropout(probability)
+    print(
+        f"ktops: lora_dropout {probability} applies to the adapters of linear layers; those of parameters "
+        "have none, in PEFT too",
+        file=sys.stderr,
+    )

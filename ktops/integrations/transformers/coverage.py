@@ -1,0 +1,43 @@
+"""Tells which experts of a model run through the op."""
+
+from torch import nn
+
+from ktops.integrations.transformers.architectures import Unsupported, class_name, operands
+from ktops.integrations.transformers.experts import NAME
+from ktops.integrations.transformers.outside import is_replacement
+from ktops.nn.experts import KTExperts
+from ktops.nn.find import find_experts
+
+
+def experts_outside_op(model: nn.Module) -> tuple[int, dict[str, str]]:
+    """Returns the number of a model's experts modules, and why some of them do not run through the op.
+
+    Args:
+        model: a transformers model, with or without PEFT adapters, swapped or not.
+
+    Returns:
+        The number of experts modules, and name -> reason for those that another implementation runs.
+
+    Example:
+        >>> experts_outside_op(model)
+        (2, {'model.layers.1.mlp.experts': "GptOssExperts: ..."})
+    """
+    found = find_experts(model)
+    reasons = {name: _reason(module) for name, module in found.items()}
+    return len(found), {name: reason for name, reason in reasons.items() if reason is not None}
+
+
+def _reason(experts: nn.Module) -> str | None:
+    if not isinstance(experts, KTExperts):
+        if is_replacement(experts):
+            return None
+        if not hasattr(experts, "has_gate"):
+            return f"{class_name(experts)} is not in the experts interface of transformers"
+        implementation = getattr(experts.config, "_experts_implementation", None)
+        if implementation != NAME:
+            return f"{class_name(experts)} has experts_implementation={implementation!r}"
+    try:
+        operands(experts)
+    except Unsupported as reason:
+        return f"{class_name(experts)}: {reason}"
+    return None

@@ -274,6 +274,12 @@ KEYS: dict[str, Setter] = {
     "push_to_hub": _OFF,
     "include_num_input_tokens_seen": no_effect,
     "include_effective_tokens_per_second": no_effect,
+    # ktops' own
+    "ignore_keys": _sets("ignore_keys", _names),
+    "experts_implementation": _sets("experts_implementation", _text),
+    "weight_format": _sets("weight_format", _text),
+    "group_size": _sets("group_size", _whole),
+    "quantize_method": _sets("quantize_method", _text),
 }
 """Key -> its setter. ``use_kt`` and ``kt_*`` are in :mod:`ktops.integrations.settings`."""
 

@@ -98,14 +98,14 @@ def add_adapters(model: nn.Module, options: Options, report: Report):
     config = LoraConfig(
         r=options.lora_rank,
         lora_alpha=options.lora_alpha,
-        lora_dropout=0.0,
+        lora_dropout=0.0 if parameters else options.lora_dropout,
         use_rslora=options.use_rslora,
         target_modules=modules,
         target_parameters=parameters or None,
         task_type="CAUSAL_LM",
     )
     model = get_peft_model(model, config)
-    if options.lora_dropout and add_dropout(model, options.lora_dropout):
+    if options.lora_dropout and parameters and add_dropout(model, options.lora_dropout):
         report.line(
             f"--lora-dropout {options.lora_dropout} is for the adapters of linear layers; those of experts "
             "have none"

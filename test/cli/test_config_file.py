@@ -145,6 +145,10 @@ def test_keys_left_out_have_llamafactorys_defaults(config):
             {"weight_format": "int4", "freeze_experts": True},
         ),
         ("kt_num_threads: 4", {"num_threads": 4}),
+        (
+            "weight_format: q4_0\nignore_keys: [id, source]",
+            {"weight_format": "q4_0", "ignore_keys": "id,source"},
+        ),
         ("kt_config: {kt_backend: FP8, kt_num_threads: 2}", {**FP8, "num_threads": 2}),
         ("kt_expert_weight_format: int8", {"weight_format": "int8", "group_size": 0}),
     ],
@@ -215,6 +219,10 @@ def test_errors_name_the_key_of_an_option(config, tmp_path):
         ("eval_strategy: epoch", "eval_strategy is 'epoch': ktops finetune does not do that; use steps"),
         ("eval_strategy: steps", "line 1: eval_strategy: steps needs eval_steps"),
         ("torch_dtype: float32\nbf16: true", "line 2: bf16 contradicts torch_dtype in line 1"),
+        (
+            "kt_backend: AMXInt8\nweight_format: int4",
+            "line 2: weight_format contradicts kt_backend in line 1",
+        ),
         ("kt_backend: AMXInt9", "line 1: kt_backend must be one of auto,"),
         ("seed: 1\nkt_num_threads: many", "line 2: kt_num_threads must be a positive integer, got 'many'"),
         ("kt_weight_path: nowhere", "line 1: kt_weight_path must name a checkpoint"),

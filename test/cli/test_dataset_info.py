@@ -233,3 +233,11 @@ def test_names_that_are_nowhere(directory, tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match=r"--dataset-dir: no dataset_info\.json in"):
         load_examples("identity", str(tmp_path / "empty"))
+
+
+def test_a_name_comes_before_a_file_of_this_name(directory, tmp_path, monkeypatch):
+    where = directory({"d": {"file_name": "a.json"}}, a=GOOD)
+    (tmp_path / "d").write_text('{"text": "from the file"}')
+    monkeypatch.chdir(tmp_path)
+    assert [example.question for example in load_examples("d", where)] == ["a"]
+    assert with_absolute_paths("d", where, [tmp_path]) == "d"

@@ -56,3 +56,4 @@ def test_without_adapters_on_experts_dropout_needs_no_words(model, capsys):
     adapted = add_adapters(model, options, Report(Console()))
     assert capsys.readouterr().out == ""
     assert not any(isinstance(module, ParamWrapper) for module in adapted.modules())
+    assert adapted.peft_config["default"].lora_dropout == 0.25

@@ -13,8 +13,11 @@ from ktops.cli.config_keys import DEFAULTS, KEYS
 from ktops.cli.datasets import load_examples
 from ktops.cli.options import Options
 
-OWN = {"dtype", "torch_dtype", "evaluation_strategy", "group_by_length"}
-"""Keys of other versions of transformers and LLaMA-Factory."""
+OWN = {
+    "dtype", "torch_dtype", "evaluation_strategy", "group_by_length",
+    "ignore_keys", "experts_implementation", "weight_format", "group_size", "quantize_method",
+}  # fmt: skip
+"""Keys of other versions of transformers and LLaMA-Factory, and those of ktops."""
 
 THEIRS = {
     key: None if field.default is MISSING else field.default

@@ -3,6 +3,7 @@
 import json
 import os
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,10 @@ from rich.console import Console
 from ktops.cli import options as options_file
 from ktops.cli import run_directory
 from ktops.cli.adapters import parse_weights
+from ktops.cli.dataset_info import INFO
+from ktops.cli.datasets import with_absolute_paths
 from ktops.cli.errors import Interrupted, UserError
+from ktops.cli.models import find_model
 from ktops.cli.options import Options
 from ktops.cli.packages import require_packages
 
@@ -19,27 +23,43 @@ from ktops.cli.packages import require_packages
 def run_finetune(given: dict[str, Any]) -> None:
     """Runs `ktops finetune` with the options given on the command line.
 
-    Other options have their defaults or, with ``resume``, the values from the original run.
+    Other options come from the file ``config``, if it is given, have their defaults or, with ``resume``, the
+    values from the original run.
 
     Raises:
         UserError, Interrupted: see finetune.finetune.
     """
-    require_packages("accelerate", "matplotlib", "peft", "safetensors", "tokenizers", "transformers")
+    require_packages("accelerate", "matplotlib", "peft", "safetensors", "tokenizers", "transformers", "yaml")
     given = dict(given)
+    file = given.pop("config", None)
+    if file is None:
+        _run_finetune(given, [Path()], ())
+        return
+    from ktops.cli.config_file import read_config
+
+    config = read_config(file)
+    try:
+        _run_finetune(config.with_command_line(given), [Path(), file.parent], config.notes)
+    except UserError as error:
+        raise UserError(config.explain(str(error), given)) from None
+
+
+def _run_finetune(given: dict[str, Any], folders: list[Path], notes: Sequence[str]) -> None:
+    """Runs `ktops finetune`; the data may be in any of the folders, and a dataset_info.json in the last."""
     output_dir, resume, overwrite = (
         given.pop("output_dir", None), given.pop("resume", False), given.pop("overwrite", False)
     )  # fmt: skip
-    for name in ("model", "data"):
-        if given.get(name) is not None:
-            given[name] = str(Path(str(given[name])).resolve())
+    output_dir = None if output_dir is None else Path(output_dir)
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    _find_files(given, folders)
     if resume:
+        run_directory.require_last_checkpoint(resume, output_dir)
         directory = run_directory.choose(output_dir, resume=True, overwrite=overwrite)
         options = options_file.resumed(options_file.load(directory), given)
         _require_unfinished(directory, options)
     else:
         options = options_file.complete(Options(**given))
         directory = run_directory.choose(output_dir, resume=False, overwrite=overwrite)
-    os.environ["HF_HUB_OFFLINE"] = "1"
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
@@ -49,10 +69,28 @@ def run_finetune(given: dict[str, Any]) -> None:
     set_verbosity_error()
     disable_progress_bar()
 
+    console = Console(highlight=False)
+    for note in notes:
+        console.print(f"  {note}", soft_wrap=True)
     try:
-        finetune(options, directory, Console(highlight=False), overwrite=overwrite)
+        finetune(options, directory, console, overwrite=overwrite)
     except KeyboardInterrupt:
         raise Interrupted("Interrupted.") from None
+
+
+def _find_files(given: dict[str, Any], folders: list[Path]) -> None:
+    """Replaces names of models and files by absolute paths, which --resume needs in another directory."""
+    if given.get("model") is not None:
+        given["model"] = find_model(str(given["model"]))
+    described = [folder for folder in (folders[-1], Path("data")) if (folder / INFO).is_file()]
+    if given.get("dataset_dir") is None and len(folders) > 1 and described:
+        given["dataset_dir"] = described[0]
+    for name in ("dataset_dir", "experts_path"):
+        if given.get(name) is not None:
+            given[name] = str(Path(given[name]).resolve())
+    for name in ("data", "eval_data"):
+        if given.get(name) is not None:
+            given[name] = with_absolute_paths(str(given[name]), given.get("dataset_dir"), folders)
 
 
 def run_convert(

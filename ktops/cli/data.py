@@ -1,30 +1,23 @@
-"""Reads the user's training file: JSON or JSONL, in the layouts of :mod:`ktops.cli.layouts`."""
+"""Reads files of training records, JSON or JSONL."""
 
 import json
-from collections.abc import Collection
 from pathlib import Path
+from typing import Any
 
 from ktops.cli.errors import UserError
-from ktops.cli.layouts import Example, read_record
+
+SUFFIXES = (".json", ".jsonl")
 
 
-def load_examples(path: Path, ignored: Collection[str] = ()) -> list[Example]:
-    """Returns every example of a data file, in file order.
+def read_records(path: Path) -> list[tuple[str, object]]:
+    """Returns (location, JSON value) of every record of a data file, in file order.
 
     Args:
-        path: a JSON array, or one JSON object per line (JSONL), determined by the first character. The keys
-            of each object determine its layout.
-        ignored: keys of records, messages and calls to leave out.
+        path: a JSON array, or one JSON object per line (JSONL), determined by the first character.
 
     Raises:
-        UserError: the file is missing or empty, a line is not JSON, or an example has an unknown layout; the
-            message names the line (or the position in the array) and the keys found.
+        UserError: the file is missing or empty, or not JSON; the message names the line.
     """
-    return [read_record(record, where, ignored) for where, record in _records(path)]
-
-
-def _records(path: Path) -> list[tuple[str, object]]:
-    """Returns (location, JSON value) of every example."""
     if not path.is_file():
         raise UserError(f"--data: no such file: {path}")
     try:
@@ -48,35 +41,43 @@ def _records(path: Path) -> list[tuple[str, object]]:
 
 def _array(text: str, path: Path) -> list[tuple[str, object]]:
     try:
-        values = json.loads(text, object_pairs_hook=_object)
+        values = parse_json(text)
     except json.JSONDecodeError as error:
         raise UserError(f"--data: {path}, line {error.lineno}: not valid JSON ({error.msg})") from None
-    except _RepeatedKeyError as error:
+    except RepeatedKeyError as error:
         raise UserError(f"--data: {path}: {error}") from None
     return [(f"{path}, example {i}", value) for i, value in enumerate(values, start=1)]
 
 
 def _value(line: str, where: str) -> object:
     try:
-        return json.loads(line, object_pairs_hook=_object)
+        return parse_json(line)
     except json.JSONDecodeError as error:
         raise UserError(
             f"--data: {where}: not valid JSON ({error.msg}). "
             "A data file is a JSON array, or one JSON object per line"
         ) from None
-    except _RepeatedKeyError as error:
+    except RepeatedKeyError as error:
         raise UserError(f"--data: {where}: {error}") from None
 
 
-class _RepeatedKeyError(Exception):
-    pass
+class RepeatedKeyError(Exception):
+    """An object in JSON text has a key twice; json would silently keep the last one."""
+
+
+def parse_json(text: str) -> Any:
+    """Returns the value of JSON text.
+
+    Raises:
+        json.JSONDecodeError, RepeatedKeyError
+    """
+    return json.loads(text, object_pairs_hook=_object)
 
 
 def _object(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    """Returns a JSON object; rejects repeated keys, because json would silently keep the last one."""
     result = dict(pairs)
     if len(result) < len(pairs):
         names = [name for name, _ in pairs]
         repeated = next(name for name in names if names.count(name) > 1)
-        raise _RepeatedKeyError(f"an object has the key {repeated!r} twice, with the keys {sorted(result)}")
+        raise RepeatedKeyError(f"an object has the key {repeated!r} twice, with the keys {sorted(result)}")
     return result

@@ -2,6 +2,7 @@
 
 import gc
 import math
+import os
 import random
 import shlex
 import tempfile
@@ -12,15 +13,17 @@ import torch
 import transformers
 from rich.console import Console
 
+import ktops
 from ktops.cli import corpus, lora, metrics, pretrain, run_directory, training, verify
 from ktops.cli import options as options_file
-from ktops.cli.data import load_examples
+from ktops.cli.datasets import load_examples
 from ktops.cli.encoding import Encoded, encode, encode_question, prepare_tokenizer
 from ktops.cli.errors import UserError
 from ktops.cli.layouts import Example, from_alpaca
-from ktops.cli.models import check_directory, load_model, load_tokenizer, quantize_experts
+from ktops.cli.models import check_directory, load_base, load_tokenizer
 from ktops.cli.options import Options
 from ktops.cli.plot import plot_loss
+from ktops.cli.progress import ProgressCallback
 from ktops.cli.report import Report
 
 NEW_TOKENS = 40
@@ -48,31 +51,31 @@ def finetune(options: Options, directory: Path, console: Console, overwrite: boo
     """
     report = Report(console)
     resume_command = f"ktops finetune --resume --output-dir {shlex.quote(str(directory))}"
-    if options.model is not None:
-        base, pretraining = options.model, None
-        tokenizer, split = _user_data(base, options, report)
-    run_directory.prepare(directory, overwrite)
-    options_file.save(options, directory)
+    if options.num_threads is not None:
+        _set_num_threads(options.num_threads, report)
     if options.model is None:
+        _begin(directory, options, overwrite)
         base, pretraining = pretrain.base_model(options, directory, report, resume_command)
         tokenizer, split = _encode(_packaged(), base, options, report)
+    else:
+        base, pretraining = options.model, None
+        tokenizer, split = _user_data(base, options, report)
 
     transformers.set_seed(options.seed)
-    model = load_model(
-        base,
-        options.torch_dtype,
-        options.experts_implementation,
-        keep_format=options.weight_format is None,
-    )
-    quantized = quantize_experts(
-        model, options.weight_format, options.group_size, options.quantize_method, show_progress=True
-    )
-    assert options.lora_alpha is not None
-    model = lora.add_adapters(model, options.target, options.lora_rank, options.lora_alpha)
+    model, quantized = load_base(base, options.torch_dtype, options, show_progress=True)
+    model = lora.add_adapters(model, options, report)
+    if options.experts_implementation == "ktops":
+        _require_kt(model, split.train[0]["input_ids"])
+    if options.model is not None:
+        _begin(directory, options, overwrite)
     report.model(model, options, split, quantized)
-    args = _training_arguments(options, directory, len(split.train))
     trainer, timer, kt = training.make_trainer(
-        model, tokenizer, split.train, split.held_out, args, console, "fine-tuning"
+        model,
+        tokenizer,
+        split.train,
+        split.held_out,
+        _training_arguments(options, directory, len(split.train)),
+        ProgressCallback(console, "fine-tuning", options.logging_steps),
     )
     before = training.evaluate(trainer)
     samples = [{"prompt": text, "before": _sample(model, tokenizer, ids)} for text, ids in split.samples]
@@ -94,8 +97,9 @@ def finetune(options: Options, directory: Path, console: Console, overwrite: boo
         samples=samples,
     )
     report.cost(result)
+    checked = (split.held_out or split.train)[0]["input_ids"]
     with tempfile.TemporaryDirectory() as scratch:
-        record = _record(model, base, directory, options, split.held_out[0]["input_ids"], Path(scratch))
+        record = _record(model, base, directory, options, checked, Path(scratch))
         del model, trainer
         gc.collect()
         result["reload"] = verify.run(record)
@@ -104,6 +108,32 @@ def finetune(options: Options, directory: Path, console: Console, overwrite: boo
     verify.require(result["reload"])
     report.reload(result["reload"], directory)
     return result
+
+
+def _set_num_threads(number: int, report: Report) -> None:
+    cores = len(os.sched_getaffinity(0))
+    if number > cores:
+        report.line(f"--num-threads {number}: this machine has {cores} cores, so {cores} threads")
+    torch.set_num_threads(min(number, cores))
+
+
+def _begin(directory: Path, options: Options, overwrite: bool) -> None:
+    """Writes the first files of the run; until then, an error leaves the directory as it was."""
+    run_directory.prepare(directory, overwrite)
+    options_file.save(options, directory)
+
+
+def _require_kt(model, input_ids: list[int]) -> None:
+    """Raises UserError if a forward runs no operator of ktops."""
+    with ktops.profile() as profile:
+        verify.logits(model, torch.tensor([input_ids[:2]]))
+    if not profile.steps:
+        name = type(model.get_base_model()).__name__
+        raise UserError(
+            f"--model: unsupported architecture: {name} has no routed experts that ktops runs. "
+            "docs/models.md lists the models that it supports. To train without ktops: "
+            "--experts-implementation eager"
+        )
 
 
 def _packaged() -> tuple[list[Example], list[Example]]:
@@ -115,14 +145,36 @@ def _user_data(model: str, options: Options, report: Report):
     """Returns the tokenizer of --model, and --data in its tokens; only the seed decides what is held out."""
     assert options.data is not None
     check_directory(model)
-    examples = load_examples(Path(options.data), {key.strip() for key in options.ignore_keys.split(",")})
-    if len(examples) < 2:
+    examples = _load(options.data, options)
+    shuffled = random.Random(options.seed).sample(examples, len(examples))
+    if options.eval_data is not None:
+        return _encode((shuffled, _load(options.eval_data, options)), model, options, report)
+    held_out = _held_out(len(examples), options)
+    return _encode((shuffled[held_out:], shuffled[:held_out]), model, options, report)
+
+
+def _load(data: str, options: Options) -> list[Example]:
+    ignored = {key.strip() for key in options.ignore_keys.split(",")}
+    return load_examples(data, options.dataset_dir, ignored, options.max_samples, options.seed)
+
+
+def _held_out(num_examples: int, options: Options) -> int:
+    """Returns how many examples to hold out: with --eval-fraction above 0, one at least."""
+    if options.eval_fraction == 0:
+        return 0
+    if num_examples < 2:
         raise UserError(
             f"--data: {options.data} has one example; at least two are needed, because one is held out"
         )
-    shuffled = random.Random(options.seed).sample(examples, len(examples))
-    held_out = min(max(1, round(options.eval_fraction * len(shuffled))), len(shuffled) - 1)
-    return _encode((shuffled[held_out:], shuffled[:held_out]), model, options, report)
+    if options.eval_examples is None:
+        assert options.eval_fraction is not None
+        return min(max(1, round(options.eval_fraction * num_examples)), num_examples - 1)
+    if options.eval_examples >= num_examples:
+        raise UserError(
+            f"--eval-examples {options.eval_examples}: the data has {num_examples} examples, so none would "
+            "be left to train on"
+        )
+    return options.eval_examples
 
 
 def _encode(examples: tuple[list[Example], list[Example]], base: str, options: Options, report: Report):
@@ -130,8 +182,8 @@ def _encode(examples: tuple[list[Example], list[Example]], base: str, options: O
     tokenizer = load_tokenizer(base)
     prepare_tokenizer(tokenizer)
     train, held_out = (encode(part, tokenizer, options.max_length) for part in examples)
-    for encoded in (train, held_out):
-        if not encoded.examples:
+    for encoded, part in zip((train, held_out), examples, strict=True):
+        if part and not encoded.examples:
             raise UserError(
                 f"--max-length {options.max_length}: no example has its answer within that many tokens"
             )
@@ -150,14 +202,31 @@ def _training_arguments(options: Options, directory: Path, num_examples: int):
     if not max_steps:
         assert options.epochs is not None
         max_steps = math.ceil(options.epochs * steps_per_epoch)
+    warmup_steps = options.warmup_steps
+    if warmup_steps is None:
+        warmup_steps = int(options.warmup_ratio * max_steps)
+    evaluation = (
+        {} if options.eval_steps is None else {"eval_strategy": "steps", "eval_steps": options.eval_steps}
+    )
     return training.training_arguments(
         options,
         directory / run_directory.CHECKPOINTS,
         max_steps=max_steps,
         learning_rate=options.learning_rate,
+        lr_scheduler_type=options.lr_scheduler,
+        warmup_steps=warmup_steps,
+        optim=options.optimizer,
+        adam_beta1=options.adam_beta1,
+        adam_beta2=options.adam_beta2,
+        adam_epsilon=options.adam_epsilon,
+        weight_decay=options.weight_decay,
+        max_grad_norm=options.max_grad_norm,
         per_device_train_batch_size=options.batch_size,
-        per_device_eval_batch_size=options.batch_size,
+        per_device_eval_batch_size=options.eval_batch_size or options.batch_size,
         gradient_accumulation_steps=options.gradient_accumulation_steps,
+        gradient_checkpointing=options.gradient_checkpointing,
+        gradient_checkpointing_kwargs={"use_reentrant": False},
+        **evaluation,
     )
 
 
@@ -188,6 +257,7 @@ def _record(model, base: str, directory: Path, options: Options, input_ids: list
         weight_format=options.weight_format,
         group_size=options.group_size,
         quantize_method=options.quantize_method,
+        experts_path=options.experts_path,
     )
     tokens = torch.tensor([input_ids])
     verify.write(record, tokens, verify.logits(model, tokens), scratch / "record.json")

@@ -1,8 +1,12 @@
 """Adds LoRA adapters to the attention and the experts of a model."""
 
+from typing import NamedTuple
+
 from torch import nn
 
 from ktops.cli.errors import UserError
+from ktops.cli.options import Options
+from ktops.cli.report import Report
 
 ATTENTION = (
     "q_proj", "k_proj", "v_proj", "o_proj", "qkv_proj",
@@ -11,61 +15,99 @@ ATTENTION = (
 )  # fmt: skip
 """Names of the linear layers of attention (full, latent and linear) in transformers models."""
 
+EXPERTS = ("gate_proj", "up_proj", "gate_up_proj", "down_proj", "w1", "w2", "w3", "experts")
+"""Names that also mean the routed experts."""
 
-def targets(model: nn.Module, target: str) -> tuple[list[str], list[str]]:
+
+class Targets(NamedTuple):
+    """``target_modules`` and ``target_parameters`` for ``peft.LoraConfig``, and names without a match."""
+
+    modules: list[str]
+    parameters: list[str]
+    absent: list[str]
+
+
+def targets(model: nn.Module, target: str) -> Targets:
     """Resolves ``--target`` for a model.
 
     Args:
         model: a transformers model without adapters.
-        target: names separated by commas: ``attention``, ``experts``, or names of linear layers such as
-            ``q_proj``.
-
-    Returns:
-        (target_modules, target_parameters) for ``peft.LoraConfig``.
+        target: ``all``, ``all_attention``, or names separated by commas: ``attention``, ``experts``, or names
+            of linear layers such as ``q_proj``; see :func:`ktops.integrations.lora_targets.lora_targets`. A
+            list may have names that are usual in other models, if the model has one of the others.
 
     Raises:
-        UserError: a name matches nothing in this model.
+        UserError: a name matches nothing in this model and is not usual.
     """
+    from ktops.integrations.lora_targets import lora_targets
     from ktops.integrations.peft import expert_target_parameters
 
-    linear = {
-        name.rsplit(".", 1)[-1] for name, module in model.named_modules() if isinstance(module, nn.Linear)
-    }
-    modules: list[str] = []
-    parameters: list[str] = []
+    layers = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    linear = {name.rpartition(".")[2] for name in layers}
+    experts = expert_target_parameters(model)
+    names: list[str] = []
+    absent: list[str] = []
     for name in filter(None, (part.strip() for part in target.split(","))):
-        if name == "experts":
-            parameters = expert_target_parameters(model)
-            if not parameters:
-                raise UserError(
-                    f"--target: {type(model).__name__} has no routed experts that LoRA can reach "
-                    "(stacked [num_experts, ...] parameters)"
-                )
-        elif name == "attention":
-            modules += [layer for layer in ATTENTION if layer in linear]
-        elif name in linear:
-            modules.append(name)
+        if name == "experts" and not experts:
+            raise UserError(
+                f"--target: {type(model).__name__} has no routed experts that LoRA can reach "
+                "(stacked [num_experts, ...] parameters)"
+            )
+        if name == "attention":
+            names += [layer for layer in ATTENTION if layer in linear]
+        elif (
+            target.strip() in ("all", "all_attention")
+            or (name in EXPERTS and experts)
+            or any(f".{layer}".endswith(f".{name}") for layer in layers)
+        ):
+            names.append(name)
+        elif name in ATTENTION + EXPERTS:
+            absent.append(name)
         else:
             raise UserError(
-                f"--target: {type(model).__name__} has no linear layers named {name!r}. Use attention, "
-                f"experts, or any of {', '.join(sorted(linear))}"
+                f"--target: {type(model).__name__} has no linear layers named {name!r}. Use all, "
+                f"all_attention, attention, experts, or any of {', '.join(sorted(linear))}"
             )
-    if not modules and not parameters:
+    if not names:
         raise UserError(f"--target: {target!r} matches nothing in {type(model).__name__}")
-    return modules, parameters
+    try:
+        return Targets(*lora_targets(model, names), absent)
+    except ValueError as error:
+        raise UserError(f"--target: {error}") from None
 
 
-def add_adapters(model: nn.Module, target: str, rank: int, alpha: float):
-    """Returns a ``peft.PeftModel`` with new LoRA adapters (B = 0) on ``--target``; the rest is frozen."""
+def add_adapters(model: nn.Module, options: Options, report: Report):
+    """Returns a ``peft.PeftModel`` with new LoRA adapters (B = 0) on ``--target``; the rest is frozen.
+
+    Raises:
+        UserError: see :func:`targets`; or nothing is left to train without the experts.
+    """
     from peft import LoraConfig, get_peft_model
 
-    modules, parameters = targets(model, target)
+    from ktops.integrations.lora_dropout import add_dropout
+    from ktops.integrations.peft import expert_target_parameters
+
+    modules, parameters, absent = targets(model, options.target)
+    if absent:
+        report.line(f"--target: {type(model).__name__} has no layers named {', '.join(absent)}")
+    if options.freeze_experts:
+        experts = expert_target_parameters(model)
+        parameters = [name for name in parameters if name not in experts]
+        if not modules and not parameters:
+            raise UserError(f"--freeze-experts: --target {options.target} is only experts")
     config = LoraConfig(
-        r=rank,
-        lora_alpha=alpha,
-        lora_dropout=0.0,
-        target_modules=modules or [],
+        r=options.lora_rank,
+        lora_alpha=options.lora_alpha,
+        lora_dropout=0.0 if parameters else options.lora_dropout,
+        use_rslora=options.use_rslora,
+        target_modules=modules,
         target_parameters=parameters or None,
         task_type="CAUSAL_LM",
     )
-    return get_peft_model(model, config)
+    model = get_peft_model(model, config)
+    if options.lora_dropout and parameters and add_dropout(model, options.lora_dropout):
+        report.line(
+            f"--lora-dropout {options.lora_dropout} is for the adapters of linear layers; those of experts "
+            "have none"
+        )
+    return model

@@ -20,6 +20,15 @@ def training_log(trainer) -> list[dict]:
     ]
 
 
+def evaluations(trainer) -> list[dict]:
+    """Returns step and held-out loss of every evaluation since the first step, including those before a
+    resume."""
+    losses = {
+        entry["step"]: entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry
+    }
+    return [{"step": step, "loss": loss} for step, loss in losses.items()]
+
+
 def collect(options: Options, trainer, timer: StepTimer, kt: KtTime, **parts) -> dict:
     """Returns the contents of metrics.json.
 
@@ -33,6 +42,7 @@ def collect(options: Options, trainer, timer: StepTimer, kt: KtTime, **parts) ->
         "parameters": count_weights(trainer.model),
         "trainable_parameters": sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
         "steps": training_log(trainer),
+        "evaluations": evaluations(trainer),
         "tokens_per_second": round(timer.tokens / timer.seconds, 1) if timer.seconds else None,
         "kt_time": kt.summary(timer.seconds),
         "peak_rss_bytes": peak_rss_bytes(),

@@ -1,26 +1,55 @@
 """Loads the user's model directory, with errors that explain what is wrong with it."""
 
+import json
 from pathlib import Path
+from typing import Protocol
 
 from ktops.cli.errors import UserError
+from ktops.formats import ExpertWeight
+from ktops.formats.plain import PLAIN
+from ktops.integrations.settings import Backend, Settings
+
+
+def find_model(name: str) -> str:
+    """Returns the absolute path of a model directory, or of a model in the cache of the Hugging Face Hub.
+
+    A name that is neither comes back as an absolute path; see :func:`check_directory`.
+    """
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+    if not Path(name).exists():
+        try:
+            return snapshot_download(name, local_files_only=True)
+        except (HFValidationError, LocalEntryNotFoundError):
+            pass
+    return str(Path(name).resolve())
 
 
 def check_directory(directory: str) -> None:
     """Raises UserError unless the directory holds all files of a causal language model that transformers
     knows."""
+    import transformers
     from transformers import AutoConfig
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
     path = Path(directory)
     if not path.is_dir():
         raise UserError(
-            f"--model: no such directory: {path}. Pass the directory of a downloaded Hugging Face model"
+            f"--model: no such directory: {path}. Pass the directory of a downloaded Hugging Face model, or "
+            "the name of one in its cache (hf download NAME)"
         )
     if not (path / "config.json").is_file():
         raise UserError(f"--model: {path} has no config.json, so it is not a Hugging Face model directory")
     try:
-        config = AutoConfig.from_pretrained(path, local_files_only=True)
+        config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
     except (ValueError, KeyError, OSError) as error:
+        architecture, has_code = _own_code(path)
+        if has_code:
+            raise UserError(
+                f"--model: unsupported architecture {architecture!r} in {path}: transformers "
+                f"{transformers.__version__} does not have it, and code from model directories is not run"
+            ) from None
         raise UserError(
             f"--model: unsupported architecture or broken config.json in {path}: {error}"
         ) from None
@@ -34,6 +63,15 @@ def check_directory(directory: str) -> None:
         raise UserError(f"--model: {path} has no tokenizer.json")
 
 
+def _own_code(directory: Path) -> tuple[str | None, bool]:
+    """Returns the architecture of a model directory, and whether config.json names code in the directory."""
+    try:
+        config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+        return config.get("model_type"), "auto_map" in config
+    except (ValueError, AttributeError):
+        return None, False
+
+
 def load_tokenizer(directory: str):
     """Loads the tokenizer of a model directory.
 
@@ -43,12 +81,66 @@ def load_tokenizer(directory: str):
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(directory, local_files_only=True)
+        return AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
     except (ValueError, OSError, ImportError) as error:
         raise UserError(f"--model: the tokenizer in {directory} cannot be loaded: {error}") from None
 
 
-def load_model(directory: str, dtype, experts_implementation: str, *, keep_format: bool = True):
+class ExpertsOptions(Protocol):
+    """The options that say how experts are loaded; :class:`ktops.cli.options.Options` has them."""
+
+    @property
+    def experts_implementation(self) -> str: ...
+    @property
+    def experts_path(self) -> str | None: ...
+    @property
+    def weight_format(self) -> str | None: ...
+    @property
+    def group_size(self) -> int | None: ...
+    @property
+    def quantize_method(self) -> str | None: ...
+
+
+def load_base(directory: str, dtype, options: ExpertsOptions, show_progress: bool = False):
+    """Loads the causal language model in a directory, with its experts as the options say.
+
+    Returns:
+        The model, and the QuantizationReport of its experts if ktops has quantized them after loading.
+
+    Raises:
+        UserError: see :func:`load_model` and :func:`quantize_experts`.
+    """
+    weight_format = options.weight_format
+    model = load_model(
+        directory,
+        dtype,
+        options.experts_implementation,
+        keep_format=weight_format is None,
+        experts=_experts_elsewhere(options),
+    )
+    stored = {module.format for module in model.modules() if isinstance(module, ExpertWeight)}
+    if options.experts_path is not None or (stored or {PLAIN[dtype]}) == {weight_format}:
+        return model, None
+    return model, quantize_experts(
+        model, weight_format, options.group_size, options.quantize_method, show_progress
+    )
+
+
+def _experts_elsewhere(options: ExpertsOptions) -> Settings | None:
+    if options.experts_path is None:
+        return None
+    backend = Backend(options.weight_format, options.group_size)
+    return Settings(backend, weight_path=Path(options.experts_path))
+
+
+def load_model(
+    directory: str,
+    dtype,
+    experts_implementation: str,
+    *,
+    keep_format: bool = True,
+    experts: Settings | None = None,
+):
     """Loads the causal language model in a directory, with the given implementation of its experts.
 
     Args:
@@ -57,6 +149,7 @@ def load_model(directory: str, dtype, experts_implementation: str, *, keep_forma
         experts_implementation: "ktops", or one of transformers' own ("eager", "grouped_mm", "batched_mm").
         keep_format: whether "ktops" keeps the format of experts that another library quantized, or decodes
             them.
+        experts: where to load the experts from instead, and in which format.
 
     Raises:
         UserError: transformers cannot load the model, does not know the implementation for this architecture,
@@ -66,14 +159,15 @@ def load_model(directory: str, dtype, experts_implementation: str, *, keep_forma
 
     import ktops
     from ktops.checkpoints.config import is_ktops, quantization_of
-    from ktops.formats.plain import PLAIN
     from ktops.integrations.transformers.loaded import require_loaded
 
     ktops.enable()
     try:
         quantized = quantization_of(AutoConfig.from_pretrained(directory, local_files_only=True).to_dict())
         loader = {}  # a quantization_config of None would hide the one in config.json
-        if experts_implementation == "ktops" and quantized:
+        if experts is not None:
+            loader = {"quantization_config": experts.quantization_config(quantized)}
+        elif experts_implementation == "ktops" and quantized:
             decoded = None if keep_format or is_ktops(quantized) else PLAIN[dtype]
             loader = {"quantization_config": ktops.KTConfig(decoded)}
         elif is_ktops(quantized):

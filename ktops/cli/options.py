@@ -19,23 +19,46 @@ class Options:
 
     model: str | None = None
     data: str | None = None
+    dataset_dir: str | None = None
+    eval_data: str | None = None
+    max_samples: int | None = None
     ignore_keys: str = ""
-    eval_fraction: float = 0.05
+    eval_fraction: float | None = None
+    eval_examples: int | None = None
+    eval_steps: int | None = None
     max_steps: int | None = None
     epochs: float | None = None
     lora_rank: int = 16
     lora_alpha: float | None = None
+    lora_dropout: float = 0.0
+    use_rslora: bool = False
     target: str = "attention,experts"
+    freeze_experts: bool = False
     learning_rate: float | None = None
+    lr_scheduler: str = "cosine"
+    warmup_ratio: float = 0.05
+    warmup_steps: int | None = None
+    optimizer: str = "adamw_torch_fused"
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.999
+    adam_epsilon: float = 1e-8
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
     batch_size: int | None = None
+    eval_batch_size: int | None = None
     gradient_accumulation_steps: int = 1
+    gradient_checkpointing: bool = False
     max_length: int = 1024
     dtype: str = "bf16"
     experts_implementation: str = "ktops"
+    experts_path: str | None = None
     weight_format: str | None = None
     group_size: int | None = None
     quantize_method: str | None = None
+    num_threads: int | None = None
+    logging_steps: int | None = None
     save_steps: int = 50
+    save_total_limit: int | None = 1
     pretrain_steps: int | None = None
     seed: int = 0
 
@@ -52,6 +75,31 @@ class Options:
 
 DEMO = {"max_steps": 200, "learning_rate": 1e-3, "batch_size": 16, "pretrain_steps": 450}
 USER = {"epochs": 3.0, "learning_rate": 2e-4, "batch_size": 4}
+EVAL_FRACTION = 0.05
+
+EVALUATION = ("eval_fraction", "eval_examples", "eval_data")
+"""Options of which one says what to evaluate on."""
+
+SCHEDULERS = (
+    "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup",
+    "inverse_sqrt",
+)  # fmt: skip
+"""Schedules of transformers that need no further arguments."""
+
+OPTIMIZERS = ("adamw_torch_fused", "adamw_torch", "adafactor", "sgd", "adagrad", "rmsprop")
+"""Optimizers of transformers that run on the CPU and need no other package."""
+
+_CHOICES = {"dtype": ("bf16", "f32"), "lr_scheduler": SCHEDULERS, "optimizer": OPTIMIZERS}
+
+_POSITIVE = (
+    "max_steps", "epochs", "lora_rank", "lora_alpha", "learning_rate", "batch_size", "eval_batch_size",
+    "gradient_accumulation_steps", "max_length", "max_samples", "eval_examples", "eval_steps",
+    "logging_steps", "save_steps", "save_total_limit", "num_threads", "adam_epsilon", "pretrain_steps",
+)  # fmt: skip
+
+_NOT_NEGATIVE = ("warmup_steps", "weight_decay", "max_grad_norm")
+
+_BELOW_ONE = ("eval_fraction", "lora_dropout", "warmup_ratio", "adam_beta1", "adam_beta2")
 
 
 def complete(options: Options) -> Options:
@@ -60,11 +108,7 @@ def complete(options: Options) -> Options:
     Raises:
         UserError: a value is out of range, or an option was given without the one it requires.
     """
-    if (options.model is None) != (options.data is None):
-        given, missing = ("--model", "--data") if options.data is None else ("--data", "--model")
-        raise UserError(f"{given} needs {missing}. Without both, ktops creates a small model and its data")
-    if options.pretrain_steps is not None and not options.is_demo:
-        raise UserError("--pretrain-steps is only for the small model; ktops does not pretrain your --model")
+    _require_model_and_data(options)
     defaults = DEMO if options.is_demo else USER
     if options.max_steps is None and options.epochs is not None:
         defaults = {name: value for name, value in defaults.items() if name != "max_steps"}
@@ -74,28 +118,62 @@ def complete(options: Options) -> Options:
     options = replace(options, **open_)
     if options.lora_alpha is None:
         options = replace(options, lora_alpha=2.0 * options.lora_rank)
-    for name in ("max_steps", "epochs", "lora_rank", "learning_rate", "batch_size", "pretrain_steps"):
-        _require_positive(name, getattr(options, name))
-    for name in ("lora_alpha", "gradient_accumulation_steps", "max_length", "save_steps"):
-        _require_positive(name, getattr(options, name))
-    if not 0 < options.eval_fraction < 1:
-        raise UserError(f"--eval-fraction must be between 0 and 1, got {options.eval_fraction}")
-    if options.dtype not in ("bf16", "f32"):
-        raise UserError(f"--dtype must be bf16 or f32, got {options.dtype!r}")
+    if all(getattr(options, name) is None for name in EVALUATION):
+        options = replace(options, eval_fraction=EVAL_FRACTION)
+    for name in _POSITIVE:
+        value = getattr(options, name)
+        if value is not None and not 0 < value < float("inf"):
+            raise UserError(f"{flag(name)} must be positive, got {value}")
+    for name in _NOT_NEGATIVE:
+        value = getattr(options, name)
+        if value is not None and not 0 <= value < float("inf"):
+            raise UserError(f"{flag(name)} must not be negative, got {value}")
+    for name in _BELOW_ONE:
+        value = getattr(options, name)
+        if value is not None and not 0 <= value < 1:
+            raise UserError(f"{flag(name)} must be at least 0 and below 1, got {value}")
+    for name, choices in _CHOICES.items():
+        if getattr(options, name) not in choices:
+            *others, last = choices
+            raise UserError(
+                f"{flag(name)} must be {', '.join(others)} or {last}, got {getattr(options, name)!r}"
+            )
+    if options.eval_steps is not None and options.eval_fraction == 0:
+        raise UserError("--eval-steps needs held-out examples, got --eval-fraction 0")
     _require_format(options)
     return options
 
 
+def flag(name: str) -> str:
+    """Returns an option's name on the command line."""
+    return "--" + name.replace("_", "-")
+
+
+def _require_model_and_data(options: Options) -> None:
+    if (options.model is None) != (options.data is None):
+        given, missing = ("--model", "--data") if options.data is None else ("--data", "--model")
+        raise UserError(f"{given} needs {missing}. Without both, ktops creates a small model and its data")
+    if options.pretrain_steps is not None and not options.is_demo:
+        raise UserError("--pretrain-steps is only for the small model; ktops does not pretrain your --model")
+    for name in ("eval_data", "dataset_dir", "max_samples", "experts_path"):
+        if getattr(options, name) is not None and options.is_demo:
+            raise UserError(f"{flag(name)} needs --model and --data")
+    given_evaluation = [flag(name) for name in EVALUATION if getattr(options, name)]
+    if len(given_evaluation) > 1:
+        raise UserError(f"{' and '.join(given_evaluation)} cannot be combined")
+
+
 def _require_format(options: Options) -> None:
+    for name in ("weight_format", "experts_path"):
+        if getattr(options, name) is not None and options.experts_implementation != "ktops":
+            raise UserError(
+                f"{flag(name)} needs --experts-implementation ktops, got {options.experts_implementation}"
+            )
     if options.weight_format is None:
         for name in ("group_size", "quantize_method"):
             if getattr(options, name) is not None:
-                raise UserError(f"--{name.replace('_', '-')} needs --weight-format")
+                raise UserError(f"{flag(name)} needs --weight-format")
         return
-    if options.experts_implementation != "ktops":
-        raise UserError(
-            f"--weight-format needs --experts-implementation ktops, got {options.experts_implementation}"
-        )
     require_settings("--weight-format", options.weight_format, options.group_size, options.quantize_method)
 
 
@@ -107,11 +185,6 @@ def require_settings(option: str, weight_format: str, group_size: int | None, me
         get_format(weight_format).check_settings(group_size, method or "rtn")
     except ValueError as error:
         raise UserError(f"{option} {weight_format}: {error}") from None
-
-
-def _require_positive(name: str, value: float | None) -> None:
-    if value is not None and not 0 < value < float("inf"):
-        raise UserError(f"--{name.replace('_', '-')} must be positive, got {value}")
 
 
 def save(options: Options, directory: Path) -> None:
@@ -142,7 +215,7 @@ def resumed(recorded: Options, given: dict[str, Any]) -> Options:
         if name != "max_steps" and value != known:
             is_what = "not given" if known in (None, "") else known
             raise UserError(
-                f"--resume: --{name.replace('_', '-')} is {is_what} in the run to resume and can't be "
+                f"--resume: {flag(name)} is {is_what} in the run to resume and can't be "
                 f"changed to {value}. Leave it out, or start another run"
             )
     return replace(recorded, max_steps=given.get("max_steps", recorded.max_steps))

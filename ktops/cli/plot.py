@@ -4,7 +4,7 @@ from pathlib import Path
 
 
 def plot_loss(metrics: dict, path: Path) -> None:
-    """Plots the training loss per step with a running mean, and the held-out loss before and after. Any
+    """Plots the training loss per step with a running mean, and any held-out loss before and after. Any
     pretraining is plotted on the left.
 
     Args:
@@ -30,13 +30,14 @@ def plot_loss(metrics: dict, path: Path) -> None:
         axis.grid(alpha=0.3)
     steps = [entry["step"] for entry in metrics["steps"]]
     held_out = metrics["held_out"]
-    axes[0][-1].plot(
-        [0, steps[-1]],
-        [held_out["before"]["loss"], held_out["after"]["loss"]],
-        "o--",
-        color="tab:orange",
-        label="held-out, before and after",
-    )
+    if held_out["before"] is not None:
+        axes[0][-1].plot(
+            [0, steps[-1]],
+            [held_out["before"]["loss"], held_out["after"]["loss"]],
+            "o--",
+            color="tab:orange",
+            label="held-out, before and after",
+        )
     for axis in axes[0]:
         axis.legend()
     figure.savefig(path, dpi=130)

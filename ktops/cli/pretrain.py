@@ -10,9 +10,12 @@ import transformers
 from ktops.cli import demo_model, metrics, run_directory, training
 from ktops.cli.measure import peak_rss_bytes
 from ktops.cli.options import Options
+from ktops.cli.progress import ProgressCallback
 from ktops.cli.report import Report
 
 LEARNING_RATE = 3e-3
+WARM_UP = 0.05
+"""Fraction of the steps over which the learning rate rises to its peak. It then follows a cosine decay."""
 BATCH_SIZE = 8
 DTYPE = torch.float32
 """Dtype of pretraining. AdamW on bfloat16 weights loses most updates to rounding."""
@@ -47,12 +50,15 @@ def base_model(options: Options, directory: Path, report: Report, resume_command
         work,
         max_steps=options.pretrain_steps,
         learning_rate=LEARNING_RATE,
+        lr_scheduler_type="cosine",
+        warmup_steps=int(WARM_UP * options.pretrain_steps),
+        optim="adamw_torch_fused",
         per_device_train_batch_size=BATCH_SIZE,
         weight_decay=0.01,
         adam_beta2=0.95,
     )
     trainer, timer, kt = training.make_trainer(
-        model, tokenizer, examples, [], args, report.console, "pretraining"
+        model, tokenizer, examples, [], args, ProgressCallback(report.console, "pretraining")
     )
     training.train(trainer, work, report.console, resume_command)
     demo_model.save(model, tokenizer, base)

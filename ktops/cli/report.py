@@ -58,7 +58,9 @@ class Report:
             self.line(str(quantized))
         self.line(f"{len(split.train):,} examples, {len(split.held_out):,} held out")
 
-    def result(self, before: dict, after: dict, samples: list[dict]) -> None:
+    def result(self, before: dict | None, after: dict | None, samples: list[dict]) -> None:
+        if before is None or after is None:
+            return
         table = Table(box=box.SIMPLE_HEAD)
         for column in ("held-out examples", "before", "after"):
             table.add_column(column, justify="left" if column.startswith("held") else "right")

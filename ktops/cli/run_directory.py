@@ -66,6 +66,18 @@ def holds_run(directory: Path) -> bool:
     return any((directory / name).exists() for name in OWN if name != "README.md")
 
 
+def require_last_checkpoint(wanted: bool | str, output_dir: Path | None) -> None:
+    """Raises UserError if ``resume_from_checkpoint`` names another checkpoint than the run's last one."""
+    if isinstance(wanted, bool):
+        return
+    last = last_checkpoint((output_dir or DEFAULT) / CHECKPOINTS)
+    if last is None or Path(wanted).resolve() != last.resolve():
+        raise UserError(
+            f"--resume: {wanted} is not the last checkpoint of the run in {output_dir or DEFAULT}"
+            + (f", which is {last}" if last else ", which has none")
+        )
+
+
 def last_checkpoint(directory: Path) -> Path | None:
     """Returns the latest complete checkpoint-N in a directory."""
     complete = [path.parent for path in directory.glob("checkpoint-*/trainer_state.json")]

@@ -16,26 +16,19 @@ from ktops.cli.measure import KtTime, StepTimer
 from ktops.cli.options import Options
 from ktops.cli.progress import ProgressCallback
 
-WARM_UP = 0.05
-"""Fraction of the steps over which the learning rate rises to its peak. It then follows a cosine decay."""
-
 
 def training_arguments(options: Options, directory: Path, max_steps: int, **kwargs) -> TrainingArguments:
-    """Returns the settings that both phases share; each phase passes its own learning rate, batch size and
-    steps."""
+    """Returns the settings that both phases share; each passes its own optimizer, batch size and steps."""
     return TrainingArguments(
         output_dir=str(directory),
         use_cpu=True,
         seed=options.seed,
-        optim="adamw_torch_fused",
-        lr_scheduler_type="cosine",
         max_steps=max_steps,
-        warmup_steps=int(WARM_UP * max_steps),
         logging_steps=1,
         logging_nan_inf_filter=False,
         include_num_input_tokens_seen="non_padding",
         save_steps=options.save_steps,
-        save_total_limit=1,
+        save_total_limit=options.save_total_limit,
         report_to="none",
         disable_tqdm=True,
         dataloader_pin_memory=False,
@@ -88,8 +81,7 @@ def make_trainer(
     train: list[dict],
     held_out: list[dict],
     args: TrainingArguments,
-    console: Console,
-    name: str,
+    progress: ProgressCallback,
 ) -> tuple[Trainer, StepTimer, KtTime]:
     """Returns a Trainer for examples from encoding.encode, and the callbacks that measure it."""
     timer, kt = StepTimer(), KtTime()
@@ -102,7 +94,7 @@ def make_trainer(
         processing_class=tokenizer,
         preprocess_logits_for_metrics=lambda logits, labels: logits.argmax(-1),
         compute_metrics=_count_right,
-        callbacks=[timer, kt, ProgressCallback(console, name)],
+        callbacks=[timer, kt, progress],
     )
     trainer.remove_callback(PrinterCallback)
     return trainer, timer, kt
@@ -119,9 +111,11 @@ def _count_right(prediction) -> dict[str, float]:
     }
 
 
-def evaluate(trainer: Trainer) -> dict[str, float]:
+def evaluate(trainer: Trainer) -> dict[str, float] | None:
     """Returns ``loss`` (mean over the answer tokens of a batch, then over batches), ``token_accuracy`` and
-    ``answer_accuracy``."""
+    ``answer_accuracy``; None if no examples are held out."""
+    if not len(trainer.eval_dataset):
+        return None
     metrics = trainer.evaluate()
     return {name: round(metrics[f"eval_{name}"], 5) for name in ("loss", "token_accuracy", "answer_accuracy")}
 

@@ -31,6 +31,7 @@ class Record:
     weight_format: str | None = None
     group_size: int | None = None
     quantize_method: str | None = None
+    experts_path: str | None = None
 
 
 @torch.no_grad()
@@ -98,16 +99,10 @@ def check(record: Record) -> dict[str, float]:
     tensors = load_file(record.tensors)
     from peft import PeftModel
 
-    from ktops.cli.models import load_model, quantize_experts
+    from ktops.cli.models import load_base
 
     torch.set_num_threads(record.num_threads)
-    base = load_model(
-        record.base,
-        getattr(torch, record.dtype),
-        record.experts_implementation,
-        keep_format=record.weight_format is None,
-    )
-    quantize_experts(base, record.weight_format, record.group_size, record.quantize_method)
+    base, _ = load_base(record.base, getattr(torch, record.dtype), record)
     model = PeftModel.from_pretrained(base, record.adapter)
     expected = tensors["logits"]
     difference = logits(model, tensors["input_ids"]) - expected

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from ktops.cli.data import load_examples
+from ktops.cli.datasets import load_examples
 from ktops.cli.errors import UserError
 
 ALPACA = {"instruction": "Add.", "input": "1 and 2", "output": "3"}
@@ -26,14 +26,14 @@ def lines(*records) -> str:
 
 @pytest.mark.parametrize("text", [json.dumps([ALPACA, MESSAGES], indent=1), lines(ALPACA, MESSAGES)])
 def test_layouts_are_recognized_in_json_and_jsonl(tmp_path, text):
-    examples = load_examples(write(tmp_path / "data", text))
+    examples = load_examples(str(write(tmp_path / "data", text)))
     assert [example.messages for example in examples] == [ALPACA_CONVERSATION, MESSAGES["messages"]]
 
 
 def test_blank_lines_and_line_separators_inside_strings_are_no_lines(tmp_path):
     record = {"instruction": "a\u2028b", "output": "c"}
     text = "\n" + json.dumps(record, ensure_ascii=False) + "\n\n"
-    (example,) = load_examples(write(tmp_path / "data.jsonl", text))
+    (example,) = load_examples(str(write(tmp_path / "data.jsonl", text)))
     assert example.messages[0]["content"] == "a\u2028b"
     assert example.where == f"{tmp_path / 'data.jsonl'}, line 2"
 
@@ -85,12 +85,12 @@ def test_blank_lines_and_line_separators_inside_strings_are_no_lines(tmp_path):
 )
 def test_broken_data_is_named_with_its_line(tmp_path, text, message):
     with pytest.raises(UserError, match=message):
-        load_examples(write(tmp_path / "data", text))
+        load_examples(str(write(tmp_path / "data", text)))
 
 
 def test_missing_and_binary_files(tmp_path):
     with pytest.raises(UserError, match=r"no such file: .*nowhere\.json"):
-        load_examples(tmp_path / "nowhere.json")
+        load_examples(str(tmp_path / "nowhere.json"))
     (tmp_path / "binary").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(UserError, match="not a JSON or JSONL file in UTF-8"):
-        load_examples(tmp_path / "binary")
+        load_examples(str(tmp_path / "binary"))

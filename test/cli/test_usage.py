@@ -55,7 +55,7 @@ def test_wrong_usage_has_status_2(ktops_command, arguments):
         (["--lora-rank", -1], "--lora-rank must be positive, got -1"),
         (["--learning-rate", "nan"], "--learning-rate must be positive, got nan"),
         (["--lora-alpha", "inf"], "--lora-alpha must be positive, got inf"),
-        (["--eval-fraction", 1], "--eval-fraction must be between 0 and 1, got 1.0"),
+        (["--eval-fraction", 1], "--eval-fraction must be at least 0 and below 1, got 1.0"),
         (["--dtype", "int8"], "--dtype must be bf16 or f32, got 'int8'"),
         (["--pretrain-steps", 3], "--pretrain-steps is only for the small model"),
         (["--resume", "--overwrite"], "--resume and --overwrite cannot be combined"),
@@ -105,6 +105,10 @@ def test_bad_model_directories(refused, tmp_path):
         ({"model_type": "nonsense"}, "unsupported architecture"),
         ({"model_type": "vit"}, "unsupported architecture 'vit' in .*: not a causal language model"),
         ({"model_type": "qwen3_moe"}, "has no *.safetensors file"),
+        (
+            {"model_type": "new_moe", "auto_map": {"AutoConfig": "new.Config"}},
+            "unsupported architecture 'new_moe' in .*: transformers .* does not have it, and code from model",
+        ),
     ],
 )
 def test_bad_models(refused, tmp_path, config, message):

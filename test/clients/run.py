@@ -1,6 +1,6 @@
 """Tests ktops with clients from the package index.
 
-Each client has an environment (environments.py), in which pytest runs the file of its tests. Without names,
+Each client has an environment (environments.py), in which pytest runs the files of its tests. Without names,
 all are tested. Needs what building ktops needs, and pip's package index. Arguments after -- go to pytest:
 
     python test/clients/run.py
@@ -40,7 +40,8 @@ def passes(name: str, wheel: Path, to_pytest: list[str]) -> bool:
     python = python_of(name, wheel)
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     environment["PATH"] = f"{python.parent}{os.pathsep}{environment['PATH']}"
-    command = [python.parent / "pytest", f"test/clients/test_{name}.py", *to_pytest]
+    files = sorted(ROOT.glob(f"test/clients/test_{name}*.py"))
+    command = [python.parent / "pytest", *files, *to_pytest]
     return subprocess.run(command, cwd=ROOT, env=environment, stdin=subprocess.DEVNULL).returncode == 0
 
 

@@ -8,6 +8,7 @@ from torch import nn
 from ktops.integrations import peft
 from ktops.integrations.llamafactory.arguments import current
 from ktops.integrations.llamafactory.places import is_fork, require
+from ktops.integrations.lora_dropout import add_dropout
 from ktops.integrations.lora_targets import lora_targets
 from ktops.integrations.replacements import Replacements
 from ktops.integrations.training import require_op
@@ -87,7 +88,13 @@ def _init_adapter(config, model: nn.Module, model_args, finetuning_args, is_trai
     finally:
         _adapted.reset(token)
     if is_trainable and finetuning_args.finetuning_type == "lora" and finetuning_args.lora_dropout:
-        _add_dropout(model, finetuning_args.lora_dropout)
+        probability = finetuning_args.lora_dropout
+        if add_dropout(model, probability):
+            print(
+                f"ktops: lora_dropout {probability} applies to the adapters of linear layers; those of "
+                "parameters have none, in PEFT too",
+                file=sys.stderr,
+            )
     return model
 
 
@@ -111,25 +118,4 @@ def _lora_config(**given):
             "target_parameters": parameters or None,
             "lora_dropout": 0.0 if parameters else given["lora_dropout"],
         }
-    )
-
-
-def _add_dropout(model: nn.Module, probability: float) -> None:
-    """Adds dropout to the adapters of linear layers, if PEFT was told none because of the experts.
-
-    PEFT refuses a dropout for adapters of parameters, in training and when it loads the adapter.
-    """
-    from peft.tuners.lora.layer import LoraLayer, ParamWrapper
-
-    layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
-    if not any(isinstance(layer, ParamWrapper) for layer in layers):
-        return
-    for layer in layers:
-        if not isinstance(layer, ParamWrapper):
-            for name in layer.lora_dropout:
-                layer.lora_dropout[name] = nn.Dropout(probability)
-    print(
-        f"ktops: lora_dropout {probability} applies to the adapters of linear layers; those of parameters "
-        "have none, in PEFT too",
-        file=sys.stderr,
     )

@@ -11,7 +11,7 @@ import pytest
 import torch
 from every_model import LIMIT, folders, tiny_batch, tiny_model, weighs_router_loss
 from every_model_runs import step, through_ktops, with_adapters
-from model_runs import MODEL_BUDGET, Run, assert_close
+from model_runs import MODEL_BUDGET, Run, assert_as_close_as_any
 from model_support import (
     LIMITED,
     NOT_SUPPORTED,
@@ -37,14 +37,6 @@ def other_runs(folder: str, make_model: Callable[[str], torch.nn.Module]) -> lis
         getattr(model, "base_model", model).set_experts_implementation(implementation)
         runs.append(step(model, folder))
     return runs
-
-
-def assert_as_close_as_any(actual: Run, eager: Run, exact: Run, others: Callable[[], list[Run]]) -> None:
-    """``assert_close`` with further runs, made only if the errors of eager do not suffice."""
-    try:
-        assert_close(actual, eager, exact)
-    except AssertionError:
-        assert_close(actual, eager, exact, *others())
 
 
 @pytest.mark.parametrize("folder", SUPPORTED)

@@ -6,7 +6,7 @@ import warnings
 import pytest
 import torch
 from every_model_runs import step, through_ktops
-from model_runs import MODEL_BUDGET, Run, assert_close
+from model_runs import MODEL_BUDGET, Run, assert_as_close_as_any
 from model_support import NOT_SUPPORTED, WITHOUT_ROUTER_LOSS
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast
@@ -62,8 +62,10 @@ def test_training_step_on_an_image_equals_eager(model_type):
         assert eager.aux_loss is not None
     model = vision_model(model_type, torch.float64)
     batch = image_batch(model)
-    perturbed = [perturbed_run(model, folder, batch, seed) for seed in range(2)]
-    assert_close(actual, eager, step(model, folder, batch), *perturbed)
+    exact = step(model, folder, batch)
+    assert_as_close_as_any(
+        actual, eager, exact, lambda: [perturbed_run(model, folder, batch, seed) for seed in range(2)]
+    )
 
 
 class ExpertInputs(TorchDispatchMode):

@@ -70,6 +70,7 @@ def run(*command: object, folder: Path, succeeds: bool = True, typed: str = "") 
         "HF_HUB_OFFLINE": "1",
         "HF_DATASETS_CACHE": str(folder / "datasets"),
         "CUDA_VISIBLE_DEVICES": "",
+        "DO_NOT_TRACK": "1",
     }
     result = subprocess.run(
         [str(part) for part in command],
@@ -136,16 +137,17 @@ def assert_same_updates(actual: Path, plain: Path) -> None:
         assert error <= budget, f"{name}: {error:.1e} of the update, allowed {budget:.1e}"
 
 
-def train_both(command: str, plain: str, folder: Path) -> tuple[Path, Path]:
-    """Trains with a shell command that uses ktops and one that does not, each in a folder of its own.
+def train(command: str, folder: Path, *, through_ktops: bool) -> Path:
+    """Trains with a shell command in a folder; returns the folder named out in it."""
+    _, ran = run("bash", "-c", command, folder=folder)
+    assert ran == through_ktops
+    return folder / "out"
 
-    Returns:
-        The folders named out in theirs.
-    """
-    for name, text in (("ktops", command), ("plain", plain)):
-        _, ran = run("bash", "-c", text, folder=folder / name)
-        assert ran == (name == "ktops")
-    return folder / "ktops" / "out", folder / "plain" / "out"
+
+def train_both(command: str, plain: str, folder: Path) -> tuple[Path, Path]:
+    """Trains with a command that uses ktops and one that does not, each in a folder of its own."""
+    ktops = train(command, folder / "ktops", through_ktops=True)
+    return ktops, train(plain, folder / "plain", through_ktops=False)
 
 
 def assert_loads_without_ktops(model: Path, adapter: Path, folder: Path) -> None:

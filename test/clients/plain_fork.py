@@ -8,6 +8,7 @@ import json
 import sys
 from pathlib import Path
 
+import llamafactory.extras.packages  # noqa: F401  (before trl, because it changes what trl imports)
 import torch
 from llamafactory.model import loader
 from llamafactory.train.tuner import run_exp

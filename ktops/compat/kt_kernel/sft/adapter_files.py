@@ -13,28 +13,29 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import nn
-from transformers import PretrainedConfig
 
 from ktops._warn import warn_once
 from ktops.adapters import AdapterError, open_adapter
 from ktops.adapters.base import BaseModel
+from ktops.adapters.config import CONFIG as PEFT_CONFIG
 from ktops.adapters.export import write
 from ktops.adapters.kt_files import FUSED as FUSED_EXPERT_LORA_NAME
 from ktops.adapters.kt_files import MANIFEST as KT_ADAPTER_MANIFEST_NAME
 from ktops.adapters.kt_files import VERSION, check_manifest, record
 from ktops.adapters.layouts import LAYOUTS
+from ktops.checkpoints import CheckpointError
 from ktops.checkpoints.quantization_config import read_json
+from ktops.checkpoints.safetensors_file import read_views
+from ktops.checkpoints.view import View
+from ktops.checkpoints.writer import DTYPE_NAMES, SafetensorsStream
 from ktops.compat.kt_kernel.sft.adaptation import adapters_of, find_wrappers, kt_adapt_peft_lora
 
-PEFT_CONFIG = "adapter_config.json"
 PEFT_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 PEFT_FOLDER = "exported/peft"
 """Where the whole adapter is, as PEFT without KTransformers reads it."""
 
-DTYPE_NAMES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32", torch.float64: "F64"}
+FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
 class KTArtifactError(RuntimeError):
@@ -118,14 +119,18 @@ def save_kt_moe_to_adapter(model: nn.Module, output_dir: str | Path) -> None:
     Raises:
         ktops.compat.kt_kernel.sft.arch.KTAMXConfigError: no experts of the model run through ktops.
     """
-    tensors = {key: parameter.detach().contiguous() for key, parameter in expert_adapters(model).items()}
-    if tensors:
-        with _complete(Path(output_dir) / FUSED_EXPERT_LORA_NAME) as path:
-            save_file(tensors, path, metadata={"format": "pt"})
+    adapters = expert_adapters(model)
+    if adapters:
+        kinds = {key: (parameter.dtype, tuple(parameter.shape)) for key, parameter in adapters.items()}
+        with SafetensorsStream(Path(output_dir) / FUSED_EXPERT_LORA_NAME, kinds) as stream:
+            for key, parameter in adapters.items():
+                stream.write(key, parameter.detach())
 
 
 def load_kt_adapter_artifacts(model: nn.Module, adapter_path: str | Path) -> KTAdapterManifest | None:
-    """Reads the adapters of a model's experts, which the model gets first if it has none.
+    """Reads the adapters of a model's experts.
+
+    A model without any, which is not going to be trained, gets some of the rank and alpha that the files say.
 
     Args:
         model: with experts that run through ktops.
@@ -143,8 +148,18 @@ def load_kt_adapter_artifacts(model: nn.Module, adapter_path: str | Path) -> KTA
     folder = Path(adapter_path)
     if not folder.is_dir():
         raise KTArtifactError(f"{folder}: no such directory")
+    manifest = _checked_manifest(folder)
+    rank, alpha = _rank_and_alpha(folder, manifest)
+    for wrapper in find_wrappers(model):
+        if not wrapper.is_adapted and rank and alpha:
+            wrapper.set_rank(rank, alpha)
     kt_adapt_peft_lora(model)
-    manifest = _checked_manifest(model, folder)
+    expected = _provenance(model)["lora"]
+    if manifest is not None and expert_adapters(model) and {"rank": rank, "alpha": alpha} != expected:
+        raise KTArtifactError(
+            f"{manifest.path}: the adapter has rank {rank} and alpha {alpha}, but this run has rank "
+            f"{expected['rank']} and alpha {expected['alpha']}"
+        )
     load_kt_moe_from_adapter(model, folder)
     return manifest
 
@@ -168,24 +183,24 @@ def load_kt_moe_from_adapter(model: nn.Module, adapter_path: str | Path) -> None
     if not path.is_file():
         raise KTArtifactError(f"{path}: no such file. It has the adapters of the experts")
     try:
-        with safe_open(path, framework="pt") as file:
-            _require_fit(path, file, adapters)
-            with torch.no_grad():
-                for key, parameter in adapters.items():
-                    parameter.copy_(file.get_tensor(key))
-    except SafetensorError as error:
-        raise KTArtifactError(f"{path}: damaged: {error}") from None
+        views = read_views(path)
+    except CheckpointError as error:
+        raise KTArtifactError(str(error)) from None
+    _require_fit(path, views, adapters)
+    with torch.no_grad():
+        for key, parameter in adapters.items():
+            parameter.copy_(views[key].read())
 
 
-def _require_fit(path: Path, file, adapters: Mapping[str, nn.Parameter]) -> None:
-    found = set(file.keys())
-    problems = [f"no {key}" for key in adapters if key not in found]
-    problems += [f"unknown {key}" for key in sorted(found - adapters.keys())]
-    for key, parameter in adapters.items():
-        if key in found and file.get_slice(key).get_shape() != list(parameter.shape):
-            problems.append(f"{key} must be {list(parameter.shape)}, is {file.get_slice(key).get_shape()}")
-        elif key in found and file.get_slice(key).get_dtype() not in DTYPE_NAMES.values():
-            problems.append(f"{key} must be a float tensor, is {file.get_slice(key).get_dtype()}")
+def _require_fit(path: Path, views: Mapping[str, View], adapters: Mapping[str, nn.Parameter]) -> None:
+    problems = [f"no {key}" for key in adapters if key not in views]
+    problems += [f"unknown {key}" for key in sorted(views.keys() - adapters.keys())]
+    for key in adapters.keys() & views.keys():
+        view, shape = views[key], list(adapters[key].shape)
+        if list(view.shape) != shape:
+            problems.append(f"{key} must have shape {shape}, got {list(view.shape)}")
+        elif view.dtype not in FLOATS:
+            problems.append(f"{key} must be a float tensor, got {view.dtype}")
     if problems:
         more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
         raise KTArtifactError(f"{path} does not fit the model: {'; '.join(problems[:3])}{more}")
@@ -214,7 +229,7 @@ def _records(model: nn.Module, folder: Path, by_peft: list[str]) -> dict[str, di
     return records
 
 
-def _checked_manifest(model: nn.Module, folder: Path) -> KTAdapterManifest | None:
+def _checked_manifest(folder: Path) -> KTAdapterManifest | None:
     path = folder / KT_ADAPTER_MANIFEST_NAME
     if not path.exists():
         return None
@@ -223,10 +238,17 @@ def _checked_manifest(model: nn.Module, folder: Path) -> KTAdapterManifest | Non
         payload = read_json(path)
     except ValueError as error:
         raise KTArtifactError(str(error)) from None
-    lora, expected = payload.get("lora"), _provenance(model)["lora"]
-    if expert_adapters(model) and lora is not None and lora != expected:
-        raise KTArtifactError(f"{path}: the adapter has {lora}, but this run has {expected}")
     return KTAdapterManifest(str(path), payload, tuple(str(folder / name) for name in payload["artifacts"]))
+
+
+def _rank_and_alpha(folder: Path, manifest: KTAdapterManifest | None) -> tuple[int | None, float | None]:
+    """Returns what the manifest says, or else PEFT's configuration; None if neither does."""
+    saved = (manifest.payload.get("lora") if manifest is not None else None) or {}
+    if not saved and (folder / PEFT_CONFIG).is_file():
+        config = read_json(folder / PEFT_CONFIG)
+        saved = {"rank": config.get("r"), "alpha": config.get("lora_alpha")}
+    rank, alpha = saved.get("rank"), saved.get("alpha")
+    return rank, None if alpha is None else float(alpha)
 
 
 def _write_peft(model: nn.Module, folder: Path) -> None:
@@ -247,6 +269,8 @@ def _write_peft(model: nn.Module, folder: Path) -> None:
 
 
 def _base_model(model: nn.Module) -> BaseModel:
+    from transformers import PretrainedConfig
+
     configs = (getattr(module, "config", None) for module in model.modules())
     config = next(config for config in configs if isinstance(config, PretrainedConfig))
     return BaseModel(config.to_dict(), Path(config.name_or_path or type(model).__name__))

@@ -1,5 +1,6 @@
 """The names of KTransformers' module ``kt_kernel.sft.layer``."""
 
+import dataclasses
 from collections.abc import Mapping
 
 from torch import nn
@@ -53,6 +54,12 @@ class KTMoELayerWrapper(MoELayer):
                 "experts themselves"
             )
         super().__init__(original_moe, wrapper, lora_params, moe_config, hidden_size, layer_idx)
+
+    def set_rank(self, rank: int, alpha: float) -> None:
+        """Sets the rank and the alpha of adapters, before there are any."""
+        self.config = dataclasses.replace(self.config, kt_lora_rank=rank, kt_lora_alpha=alpha)
+        self.backend.lora_rank, self.backend.lora_alpha = rank, alpha
+        self.backend.lora_scaling = alpha / rank
 
     @property
     def wrapper(self) -> SFTWrapper:

@@ -58,11 +58,12 @@ def export_adapter(
     opened = [first, *(open_adapter(each, first.base) for each in paths[1:])]
     plan = LAYOUTS[layout](combined(opened, weights))
     with new_directory(Path(path), *paths) as folder:
-        _write(plan, folder, show_progress=show_progress)
+        write(plan, folder, show_progress=show_progress)
     return plan.notes
 
 
-def _write(plan: Plan, folder: Path, *, show_progress: bool) -> None:
+def write(plan: Plan, folder: Path, *, show_progress: bool) -> None:
+    """Writes what is planned to an empty folder, the factors of one layer at a time."""
     total = sum(len(pieces) for pieces in plan.files.values())
     with progress("exporting", total, show=show_progress) as step:
         for name, pieces in plan.files.items():

@@ -20,9 +20,10 @@ from ktops.compat.kt_kernel.sft.arch import (
     get_moe_arch_config,
     get_moe_module,
 )
+from ktops.compat.kt_kernel.sft.layer import KTMoELayerWrapper
 from ktops.compat.kt_kernel.sft.wrapper import get_kt_loading_kwargs
 from ktops.compat.kt_kernel_ext import CPUInfer, WorkerPoolConfig
-from ktops.compat.layer import MoELayer, create_lora_params
+from ktops.compat.layer import create_lora_params
 from ktops.compat.sft import SFTWrapper
 from ktops.compat.wrapping import (
     kt_value,
@@ -95,11 +96,12 @@ class MOEAMXFunction:
         return moe_amx._run(rows, ids, weights, **factors).to(hidden_states).reshape(hidden_states.shape)
 
 
-class MOELayerWrapper(MoELayer):
+class MOELayerWrapper(KTMoELayerWrapper):
     """A MoE block whose experts run through the op with adapters of their own.
 
     ``wrapper(hidden_states)`` returns what the block returns: its router chooses, its shared experts are
-    added. ``lora_params`` has the six Parameters by name, and is part of ``wrapper.parameters()``.
+    added. ``lora_params`` has the six Parameters by name, and is part of ``wrapper.parameters()``. The later
+    name of the class is KTMoELayerWrapper.
 
     Args:
         original_moe: the model's block.

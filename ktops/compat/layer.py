@@ -75,9 +75,16 @@ class AdaptedExperts(StaysOnCPU, KTExperts):
     adapters: "tuple[Adapters, float] | None" = None
     """The adapter tensors by name, and their scaling."""
 
+    switches: tuple[nn.Module, ...] = ()
+    """Layers of PEFT; while their adapters are disabled, these adapters are too."""
+
+    has_run: bool = False
+    """Whether forward has been called."""
+
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor, **given) -> Tensor:
         """Runs the experts; see :meth:`ktops.nn.KTExperts.forward`."""
-        if self.adapters is not None:
+        self.has_run = True
+        if self.adapters is not None and not any(layer.disable_adapters for layer in self.switches):
             params, scaling = self.adapters
             given |= lora.arguments(dict(params), scaling)
         inputs = (tensor.cpu() for tensor in (hidden_states, top_k_index, top_k_weights))

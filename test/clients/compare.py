@@ -55,8 +55,11 @@ def example(name: str, replacements: dict[str, str]) -> str:
     return text
 
 
-def run(*command: object, folder: Path, succeeds: bool = True) -> tuple[str, bool]:
-    """Runs a client's command in a folder; returns (what it printed, whether kt operators ran in it)."""
+def run(*command: object, folder: Path, succeeds: bool = True, typed: str = "") -> tuple[str, bool]:
+    """Runs a client's command in a folder; returns (what it printed, whether kt operators ran in it).
+
+    ``typed`` is its input.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     witness = folder / "witness"
     witness.unlink(missing_ok=True)
@@ -73,7 +76,7 @@ def run(*command: object, folder: Path, succeeds: bool = True) -> tuple[str, boo
         [str(part) for part in command],
         cwd=folder,
         env={**os.environ, **environment},
-        stdin=subprocess.DEVNULL,
+        input=typed,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

@@ -27,13 +27,18 @@ class Client:
     Attributes:
         requirements: the client, at the version that the tests are written for.
         extra: the extra of ktops that resolves beside it, "" for none.
+        pins_torch: whether it requires a torch that ktops does not run with, or whose usual build needs CUDA,
+            so that its requirements are installed without those of torch.
         stand_ins: packages of ``BROKEN_BESIDE_CPU_TORCH`` that it imports without using them for text; empty
             modules take their place.
+        alone: clients that need a GPU, installed without what they require; their tests stand in for it.
     """
 
     requirements: tuple[str, ...]
     extra: str = "transformers"
+    pins_torch: bool = False
     stand_ins: tuple[str, ...] = ()
+    alone: tuple[str, ...] = ()
 
 
 CLIENTS = {
@@ -41,6 +46,7 @@ CLIENTS = {
     "trl": Client(("trl==1.16.0", "peft==0.21.2")),
     "swift": Client(("ms-swift==4.6.0",)),
     "axolotl": Client(("axolotl==0.19.0",)),
+    "sglang": Client((), alone=("sglang==0.5.23",)),
     "fork": Client(
         (
             "llamafactory-kt==0.9.6.dev0",
@@ -50,6 +56,8 @@ CLIENTS = {
             "trl-kt==0.24.0",
         ),
         extra="",
+        pins_torch=True,
+        stand_ins=("torchaudio",),
     ),
 }
 """The tests of a client are in test_<name>.py."""
@@ -74,7 +82,7 @@ def python_of(name: str, wheel: Path) -> Path:
 
 def _make_client(folder: Path, python: Path, client: Client) -> None:
     torch = f"torch=={version('torch').partition('+')[0]}"
-    wanted = "".join(f"{line}\n" for line in (torch, *client.requirements))
+    wanted = "".join(f"{line}\n" for line in (torch, *client.requirements, *client.alone))
     made = folder / "made-for.txt"
     if made.exists() and made.read_text() == wanted:
         return
@@ -83,12 +91,37 @@ def _make_client(folder: Path, python: Path, client: Client) -> None:
     _pip(python, "install", torch)
     constraints = folder / "constraints.txt"
     constraints.write_text(torch + "\n")
-    _pip(python, "install", "--constraint", constraints, *client.requirements, *TEST_REQUIREMENTS)
+    if client.alone:
+        _pip(python, "install", "--no-deps", *client.alone)
+    requirements = client.requirements
+    if client.pins_torch:
+        _pip(python, "install", "--no-deps", *requirements)
+        requirements = _others_required(python, requirements)
+    _pip(python, "install", "--constraint", constraints, *requirements, *TEST_REQUIREMENTS)
     _pip(python, "uninstall", "--yes", *BROKEN_BESIDE_CPU_TORCH)
     [packages] = folder.glob("lib/python*/site-packages")
     for name in client.stand_ins:
         (packages / f"{name}.py").touch()
     made.write_text(wanted)
+
+
+_LIST_REQUIREMENTS = """
+import sys
+from importlib.metadata import requires
+from packaging.requirements import Requirement
+
+names = [Requirement(line).name for line in sys.argv[1:]]
+given = {Requirement(line) for name in names for line in requires(name) or ()}
+own = {*names, "torch", "torchvision", "torchaudio"}
+applies = (each for each in given if not each.marker or each.marker.evaluate({"extra": ""}))
+print(*(f"{each.name}{each.specifier}" for each in applies if each.name not in own), sep="\\n")
+"""
+
+
+def _others_required(python: Path, requirements: tuple[str, ...]) -> tuple[str, ...]:
+    """Returns what installed packages require besides each other and torch."""
+    command = [python, "-c", _LIST_REQUIREMENTS, *requirements]
+    return tuple(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split())
 
 
 def _install_ktops(folder: Path, python: Path, wheel: Path, extra: str) -> None:

@@ -1,4 +1,4 @@
-"""Makes the writers of tiny checkpoints in test/checkpoints, and kt_kernel, importable."""
+"""Makes tiny checkpoints and models of other folders, and kt_kernel, importable."""
 
 import sys
 from pathlib import Path
@@ -7,7 +7,8 @@ import pytest
 
 from ktops import compat
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "checkpoints"))
+for folder in ("checkpoints", "integrations"):
+    sys.path.insert(0, str(Path(__file__).parents[1] / folder))
 
 
 @pytest.fixture

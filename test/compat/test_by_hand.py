@@ -209,6 +209,26 @@ def test_a_block_made_by_hand_trains_the_wrappers_parameters():
         wrapper.set_adapters({"gate_lora_a": given["gate_lora_a"]})
 
 
+def test_adapters_of_the_usage_documents_wrappers_are_saved_and_loaded(tmp_path):
+    from kt_kernel.sft import load_kt_moe_from_adapter, save_kt_moe_to_adapter
+
+    from ktops import compat
+
+    def wrapped():
+        model = model_of("Qwen3Moe")
+        compat.wrap_moe_layers_with_amx(model, SimpleNamespace(), SimpleNamespace(lora_rank=2, lora_alpha=4))
+        return model
+
+    model, other = wrapped(), wrapped()
+    for parameter in compat.get_kt_lora_params(model):
+        parameter.data.normal_()
+    save_kt_moe_to_adapter(model, tmp_path)
+    assert load_kt_moe_from_adapter(other, tmp_path) is None
+    ids = torch.arange(24).view(2, 12)
+    assert torch.equal(model(ids).logits, other(ids).logits)
+    assert not torch.equal(model(ids).logits, wrapped()(ids).logits)
+
+
 class Elsewhere(torch.Tensor):
     """A tensor that says it is on another device."""
 

@@ -1,5 +1,7 @@
 """Compares PEFT's LoRA on experts through the op with PEFT's own path on the eager model."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -18,7 +20,9 @@ from peft_models import (
 from tiny_models import ARCHITECTURES, tiny_batch, tiny_model
 
 import ktops
-from ktops.integrations.peft import expert_target_parameters
+from ktops.integrations.peft import _lora_arguments, expert_target_parameters
+from ktops.nn.experts import Layout
+from ktops.ops.activation import ExpertFunction
 from ktops.testing.budgets import forward_budget, relative_error
 from ktops.testing.counts import counted
 
@@ -300,6 +304,33 @@ def test_mixed_batches_are_refused():
     model = adapted("qwen3_moe").eval()
     with pytest.raises(ValueError, match="does not support mixed adapter batches"):
         model(**tiny_batch(), adapter_names=["default", "__base__"])
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize(
+    "swap",
+    [
+        {},
+        {"_did_swap_in_out_features": False},
+        {"_did_swap_in_out_features": True},
+        {"_swapped_in_out": True},
+    ],
+)
+def test_factors_in_the_layout_of_every_version(swap, transposed):
+    """The op's B A is the delta of PEFT's formula, whichever side of the stack PEFT took for its input."""
+    swapped = any(swap.values())
+    stored_in, stored_out = (7, 6) if swapped else (6, 7)  # the stack is [E, 6, 7]
+    a, b = torch.randn(5 * 2, stored_in), torch.randn(stored_out, 2 * 5)
+    factors = {"lora_A": {"x": SimpleNamespace(weight=a)}, "lora_B": {"x": SimpleNamespace(weight=b)}}
+    wrapper = SimpleNamespace(
+        parameter_name="down_proj", num_experts=5, scaling={"x": 0.5}, **factors, **swap
+    )
+    equation = "ore,eri->eoi" if swapped else "ore,eri->eio"
+    delta = 0.5 * torch.einsum(equation, b.reshape(stored_out, 2, 5), a.reshape(5, 2, stored_in))
+    layout = Layout(ExpertFunction(), transposed=transposed)
+    given = _lora_arguments(wrapper, layout, ["x"])
+    product = given["down_scaling"] * given["down_lora_B"] @ given["down_lora_A"]
+    assert relative_error(product.mT if transposed else product, delta) < 1e-6
 
 
 def test_a_call_with_adapters_adds_views_and_no_copies():

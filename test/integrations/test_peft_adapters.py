@@ -3,6 +3,7 @@
 import pytest
 import torch
 from peft import LoraConfig, PeftModel
+from peft.tuners.lora.layer import ParamWrapper
 from peft_models import Recorder, adapted, compare, logits, loss_and_gradients, randomize
 from tiny_models import tiny_batch, tiny_model
 
@@ -66,7 +67,9 @@ def test_from_pretrained_and_load_adapter(tmp_path):
     assert relative_error(logits(model), expected) < BUDGET
 
 
-def test_adapters_of_transformers_itself(tmp_path):
+def test_adapters_of_transformers_itself(tmp_path, monkeypatch):
+    # load_adapter of transformers 5.12 replaces the method for good.
+    monkeypatch.setattr(ParamWrapper, "update_layer", ParamWrapper.update_layer)
     model = adapted("qwen3_moe")
     expected = logits(model)
     model.save_pretrained(tmp_path)

@@ -217,7 +217,7 @@ class TransposedModel(ListModel):
 
 def test_other_tensors_that_files_have_in_another_layout(tmp_path):
     """Weights are written in the layout of the files: transposed, under the same name."""
-    transposed = WeightConverter("gate.weight", "gate.weight", [Transpose(0, 1)])
+    transposed = WeightConverter("gate.weight", "gate.weight", operations=[Transpose(0, 1)])
     register_checkpoint_conversion_mapping(TransposedConfig.model_type, [transposed], overwrite=True)
     model = TransposedModel(TransposedConfig()).eval()
     ktops.quantize_experts(model, "int8", show_progress=False)

@@ -1,9 +1,10 @@
 """The names of KTransformers' module ``kt_kernel``; :func:`ktops.compat.install` makes it importable."""
 
+import importlib
+
 import ktops
 from ktops.compat import kt_kernel_ext
 from ktops.compat.finder import VERSION as __version__
-from ktops.compat.kt_kernel.sft.amx import AMXSFTMoEWrapper
 from ktops.compat.masks import generate_gpu_experts_masks
 from ktops.compat.wrapper import KTMoEWrapper
 
@@ -23,6 +24,10 @@ __cpu_variant__ = VARIANTS.get(ktops.cpu_capability(), ktops.cpu_capability())
 
 
 def __getattr__(name: str):
+    if (
+        name == "AMXSFTMoEWrapper"
+    ):  # kt_kernel.sft needs transformers, which servers of other models may not have
+        return importlib.import_module("ktops.compat.kt_kernel.sft.amx").AMXSFTMoEWrapper
     raise AttributeError(
         f"ktops does not serve kt_kernel.{name}; it serves {', '.join(__all__)} and kt_kernel.sft"
     )

@@ -35,6 +35,10 @@ def allow_versions() -> None:
     """
     from llamafactory.extras import misc
 
+    from ktops.integrations.llamafactory.places import is_fork
+
+    if is_fork():
+        return
     try:
         misc.check_dependencies()
     except ImportError as error:

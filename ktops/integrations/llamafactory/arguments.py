@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from ktops.integrations import training
-from ktops.integrations.llamafactory.places import require
+from ktops.integrations.llamafactory.places import is_fork, require
 from ktops.integrations.replacements import Replacements
 from ktops.integrations.settings import Settings, take_settings
 from ktops.integrations.transformers import default
@@ -55,10 +55,13 @@ def current() -> Choice:
 
 
 def enable() -> None:
-    """Replaces ``read_args`` wherever LLaMA-Factory holds it; a second call does nothing."""
+    """Replaces ``read_args`` wherever LLaMA-Factory holds it, but in KTransformers' fork.
+
+    A second call does nothing.
+    """
     from llamafactory.hparams import parser
 
-    if _replaced:
+    if _replaced or is_fork():
         return
     require(parser, "read_args")
     original = parser.read_args

@@ -7,7 +7,7 @@ from torch import nn
 
 from ktops.integrations import peft
 from ktops.integrations.llamafactory.arguments import current
-from ktops.integrations.llamafactory.places import require
+from ktops.integrations.llamafactory.places import is_fork, require
 from ktops.integrations.lora_targets import lora_targets
 from ktops.integrations.replacements import Replacements
 from ktops.integrations.training import require_op
@@ -20,10 +20,13 @@ _adapted: ContextVar[tuple[nn.Module, object]] = ContextVar("adapted")
 
 
 def enable() -> None:
-    """Replaces the functions that load a model and add adapters; a second call does nothing."""
+    """Replaces the functions that load a model and add adapters, but in KTransformers' fork.
+
+    A second call does nothing.
+    """
     from llamafactory.model import adapter, loader
 
-    if _replaced:
+    if _replaced or is_fork():
         return
     require(loader, "patch_config", "init_adapter")
     require(adapter, "LoraConfig", "patch_target_modules")

@@ -14,6 +14,11 @@ PARAMETERS = {
 """Name -> its parameters; None for a class of another library."""
 
 
+def is_fork() -> bool:
+    """Returns whether LLaMA-Factory is KTransformers' fork, which calls kt_kernel by itself."""
+    return any(metadata.distributions(name="llamafactory-kt"))
+
+
 def require(module: ModuleType, *names: str) -> None:
     """Raises RuntimeError unless a module of LLaMA-Factory has the functions that ktops relies on."""
     for name in names:

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from torch import nn
 
 from ktops.compat.kt_kernel.sft.arch import MOEArchConfig
+from ktops.compat.kt_kernel.sft.config import KTConfig
 from ktops.compat.layer import MoELayer
 from ktops.compat.sft import SFTWrapper
 
@@ -21,6 +22,12 @@ class KTMoELayerWrapper(MoELayer):
         full_weight_grad: must be False or None.
         uses_authoritative_optimizer_grads, activation_policy: unused; they select kt-kernel's buffers.
     """
+
+    config: KTConfig
+    """What wrap_moe_layers_with_kt_wrapper was called with."""
+
+    is_adapted: bool = False
+    """Whether kt_adapt_peft_lora has been called."""
 
     def __init__(
         self,

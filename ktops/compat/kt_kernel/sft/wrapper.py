@@ -1,14 +1,28 @@
 """The names of KTransformers' module ``kt_kernel.sft.wrapper``: loading models and wrapping their layers."""
 
+import dataclasses
+import logging
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+import ktops
+from ktops._warn import warn_once
 from ktops.compat.kt_kernel.sft.arch import KTAMXConfigError, MOEArchConfig, get_moe_arch_config
+from ktops.compat.kt_kernel.sft.artifacts import end_load, is_placeholder
+from ktops.compat.kt_kernel.sft.config import KTConfig
+from ktops.compat.kt_kernel.sft.dist_utils import RETAINING, require_one_process
 from ktops.compat.kt_kernel.sft.layer import KTMoELayerWrapper
 from ktops.compat.sft import SFTWrapper
 from ktops.compat.wrapping import kt_value, load_model, settings_of, warn_without_amx, wrap_layers
+from ktops.integrations.settings import Settings
+
+logger = logging.getLogger(__name__)
+
+SET_BY_CLIENTS = ("kt_model_max_length", "kt_share_cache_pool", "kt_skip_expert_loading")
+"""Fields without effect that LLaMA-Factory's fork sets by itself."""
 
 
 def wrap_moe_layers_with_kt_wrapper(model: nn.Module, kt_plugin: Any) -> list[KTMoELayerWrapper]:
@@ -16,27 +30,63 @@ def wrap_moe_layers_with_kt_wrapper(model: nn.Module, kt_plugin: Any) -> list[KT
 
     Args:
         model: on the CPU.
-        kt_plugin: an object, or a container of one as ``kt_config``, with attributes ``kt_*``: kt_backend,
-            kt_weight_path, kt_num_threads, kt_lora_rank, kt_lora_alpha and so on.
+        kt_plugin: a :class:`KTConfig`, or what :meth:`KTConfig.from_object` takes.
 
     Returns:
         The wrappers in the order of the layers, which are also ``model._kt_wrappers``.
 
     Raises:
+        TypeError, ValueError: a setting is unknown, wrong or not supported.
         KTAMXModelNotSupportedError: kt_kernel does not know the architecture.
-        KTAMXConfigError: a setting is wrong or not supported, or the model has been wrapped before.
+        KTAMXConfigError: several processes; weights in a format that are to be trained themselves; or the
+            model has been wrapped before.
+        ktops.checkpoints.CheckpointError: the checkpoint with the experts cannot be read.
     """
-    settings = settings_of(kt_plugin)
-    warn_without_amx(kt_value(kt_plugin, "kt_backend"))
-    rank = kt_value(kt_plugin, "kt_lora_rank") or 1
-    alpha = kt_value(kt_plugin, "kt_lora_alpha") or float(rank)
+    config = KTConfig.from_object(kt_plugin)
+    require_one_process()
+    _require_trainable(config)
+    warn_without_amx(config.kt_backend)
+    rank, alpha = config.kt_lora_rank or 1, config.kt_lora_alpha or 1.0
 
     def make(
         block: nn.Module, backend: SFTWrapper, moe_config: MOEArchConfig, layer_idx: int
     ) -> KTMoELayerWrapper:
         return KTMoELayerWrapper(block, backend, None, moe_config, backend.hidden_size, layer_idx)
 
-    return wrap_layers(model, settings, make, lora_rank=rank, lora_alpha=alpha)
+    settings = _loaded(model, config)
+    wrappers = wrap_layers(model, settings, make, lora_rank=rank, lora_alpha=alpha)
+    for wrapper in wrappers:
+        wrapper.config = config
+    if config.activation_policy.cpu == "retain":
+        RETAINING.update(wrappers)
+    return wrappers
+
+
+def _require_trainable(config: KTConfig) -> None:
+    if config.trains_weights and config.settings().quantization_config() is not None:
+        raise KTAMXConfigError(
+            f"kt_train_mode {config.kt_train_mode} trains the experts' own weights, as the model has them: "
+            "leave kt_backend, kt_expert_weight_format and kt_weight_path out"
+        )
+
+
+def _loaded(model: nn.Module, config: KTConfig) -> Settings:
+    """Loads the experts that transformers has left out; returns what is left to do."""
+    end_load()
+    settings = config.settings()
+    ignored = [name for name in settings.without_effect if name not in SET_BY_CLIENTS]
+    if ignored:
+        warn_once(f"kt_kernel: {', '.join(ignored)} have no effect in ktops")
+    if not any(map(is_placeholder, model.parameters())):
+        return settings
+    files = config.kt_checkpoint_files
+    if not files:
+        raise KTAMXConfigError("kt_checkpoint_files must name the checkpoint of experts that are not loaded")
+    wanted = settings.quantization_config() or ktops.KTConfig()
+    path = wanted.experts_path or Path(files[0]).parent
+    report = ktops.load_experts(model, path, wanted.weight_format, group_size=wanted.group_size)
+    logger.info("ktops: %s", report)
+    return dataclasses.replace(settings, weight_path=None)
 
 
 def build_kt_device_map(config, kt_plugin: Any, device: str | int = "cuda:0") -> dict[str, str | int]:

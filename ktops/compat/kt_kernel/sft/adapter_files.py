@@ -1,0 +1,263 @@
+"""The files of adapters that KTransformers trains: fused_expert_lora.safetensors and its manifest.
+
+The adapters of a layer's experts have the keys ``layers.<layer_idx>.experts.gate_lora_a`` and so on, with the
+shapes of :func:`ktops.compat.lora.shapes`.
+"""
+
+import json
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+from transformers import PretrainedConfig
+
+from ktops._warn import warn_once
+from ktops.adapters import AdapterError, open_adapter
+from ktops.adapters.base import BaseModel
+from ktops.adapters.export import write
+from ktops.adapters.kt_files import FUSED as FUSED_EXPERT_LORA_NAME
+from ktops.adapters.kt_files import MANIFEST as KT_ADAPTER_MANIFEST_NAME
+from ktops.adapters.kt_files import VERSION, check_manifest, record
+from ktops.adapters.layouts import LAYOUTS
+from ktops.checkpoints.quantization_config import read_json
+from ktops.compat.kt_kernel.sft.adaptation import adapters_of, find_wrappers, kt_adapt_peft_lora
+
+PEFT_CONFIG = "adapter_config.json"
+PEFT_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
+PEFT_FOLDER = "exported/peft"
+"""Where the whole adapter is, as PEFT without KTransformers reads it."""
+
+DTYPE_NAMES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32", torch.float64: "F64"}
+
+
+class KTArtifactError(RuntimeError):
+    """A file of an adapter is missing, damaged, or of another model."""
+
+
+@dataclass(frozen=True)
+class KTAdapterManifest:
+    """A manifest of an adapter that has been written, or read and checked.
+
+    Attributes:
+        path: of the file.
+        payload: its contents.
+        artifact_paths: of the files that it lists.
+    """
+
+    path: str
+    payload: Mapping[str, Any]
+    artifact_paths: tuple[str, ...]
+
+
+def expert_adapters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Returns the adapters of all experts by their keys in the file; empty if none are trained."""
+    return {
+        f"layers.{wrapper.layer_idx}.experts.{name}": parameter
+        for wrapper in find_wrappers(model)
+        for name, parameter in adapters_of(wrapper).items()
+    }
+
+
+def save_kt_adapter_artifacts(model: nn.Module, output_dir: str | Path) -> KTAdapterManifest | None:
+    """Writes the adapters of a model's experts beside those that PEFT has written.
+
+    A file gets its name only when it is complete, and the manifest comes last.
+
+    Args:
+        model: with experts that run through ktops.
+        output_dir: has PEFT's adapter_config.json and adapter_model.safetensors.
+
+    Returns:
+        The manifest; None if no adapters of experts are trained, and so nothing is written.
+
+    Raises:
+        KTArtifactError: PEFT's files are not there.
+        ktops.compat.kt_kernel.sft.arch.KTAMXConfigError: no experts of the model run through ktops.
+
+    Example:
+        >>> model.save_pretrained("out")
+        >>> save_kt_adapter_artifacts(model, "out").path
+        'out/kt_adapter_manifest.json'
+    """
+    folder = Path(output_dir)
+    manifest = folder / KT_ADAPTER_MANIFEST_NAME
+    manifest.unlink(missing_ok=True)
+    if not expert_adapters(model):
+        return None
+    by_peft = [name for name in (PEFT_CONFIG, *PEFT_WEIGHTS) if (folder / name).is_file()]
+    if len(by_peft) != 2 or PEFT_CONFIG not in by_peft:
+        raise KTArtifactError(
+            f"{folder}: expected {PEFT_CONFIG} and {PEFT_WEIGHTS[0]} that PEFT wrote before, got "
+            f"{', '.join(by_peft) or 'neither'}"
+        )
+    save_kt_moe_to_adapter(model, folder)
+    _write_peft(model, folder)
+    payload = {
+        "version": VERSION,
+        "status": "ready",
+        **_provenance(model),
+        "artifacts": _records(model, folder, by_peft),
+    }
+    with _complete(manifest) as path:
+        path.write_text(json.dumps(payload, indent=2) + "\n", encoding="utf-8")
+    return KTAdapterManifest(
+        str(manifest), payload, tuple(str(folder / name) for name in payload["artifacts"])
+    )
+
+
+def save_kt_moe_to_adapter(model: nn.Module, output_dir: str | Path) -> None:
+    """Writes fused_expert_lora.safetensors, in the dtype of the adapters, if adapters of experts are trained.
+
+    Raises:
+        ktops.compat.kt_kernel.sft.arch.KTAMXConfigError: no experts of the model run through ktops.
+    """
+    tensors = {key: parameter.detach().contiguous() for key, parameter in expert_adapters(model).items()}
+    if tensors:
+        with _complete(Path(output_dir) / FUSED_EXPERT_LORA_NAME) as path:
+            save_file(tensors, path, metadata={"format": "pt"})
+
+
+def load_kt_adapter_artifacts(model: nn.Module, adapter_path: str | Path) -> KTAdapterManifest | None:
+    """Reads the adapters of a model's experts, which the model gets first if it has none.
+
+    Args:
+        model: with experts that run through ktops.
+        adapter_path: a folder with fused_expert_lora.safetensors, in any float dtype. If it has a manifest,
+            the sizes and checksums of the files must be those in it.
+
+    Returns:
+        The manifest, if there is one.
+
+    Raises:
+        KTArtifactError: a file is missing, damaged, or does not fit the model; the message names it. The
+            model's adapters are unchanged.
+        ktops.compat.kt_kernel.sft.arch.KTAMXConfigError: no experts of the model run through ktops.
+    """
+    folder = Path(adapter_path)
+    if not folder.is_dir():
+        raise KTArtifactError(f"{folder}: no such directory")
+    kt_adapt_peft_lora(model)
+    manifest = _checked_manifest(model, folder)
+    load_kt_moe_from_adapter(model, folder)
+    return manifest
+
+
+def load_kt_moe_from_adapter(model: nn.Module, adapter_path: str | Path) -> None:
+    """Reads fused_expert_lora.safetensors into the adapters of a model's experts.
+
+    Raises:
+        KTArtifactError: as in :func:`load_kt_adapter_artifacts`; or the file is there, but the model trains
+            no adapters of experts.
+    """
+    path = Path(adapter_path) / FUSED_EXPERT_LORA_NAME
+    adapters = expert_adapters(model)
+    if not adapters:
+        if path.exists():
+            raise KTArtifactError(
+                f"{path}: has adapters of experts, which this model does not use: its kt_backend ends in "
+                "_SkipLoRA, or its kt_train_mode is full"
+            )
+        return
+    if not path.is_file():
+        raise KTArtifactError(f"{path}: no such file. It has the adapters of the experts")
+    try:
+        with safe_open(path, framework="pt") as file:
+            _require_fit(path, file, adapters)
+            with torch.no_grad():
+                for key, parameter in adapters.items():
+                    parameter.copy_(file.get_tensor(key))
+    except SafetensorError as error:
+        raise KTArtifactError(f"{path}: damaged: {error}") from None
+
+
+def _require_fit(path: Path, file, adapters: Mapping[str, nn.Parameter]) -> None:
+    found = set(file.keys())
+    problems = [f"no {key}" for key in adapters if key not in found]
+    problems += [f"unknown {key}" for key in sorted(found - adapters.keys())]
+    for key, parameter in adapters.items():
+        if key in found and file.get_slice(key).get_shape() != list(parameter.shape):
+            problems.append(f"{key} must be {list(parameter.shape)}, is {file.get_slice(key).get_shape()}")
+        elif key in found and file.get_slice(key).get_dtype() not in DTYPE_NAMES.values():
+            problems.append(f"{key} must be a float tensor, is {file.get_slice(key).get_dtype()}")
+    if problems:
+        more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
+        raise KTArtifactError(f"{path} does not fit the model: {'; '.join(problems[:3])}{more}")
+
+
+def _provenance(model: nn.Module) -> dict[str, Any]:
+    config = find_wrappers(model)[0].config
+    stored = config.kt_expert_weight_format or config.settings().backend.format or "bf16"
+    base = getattr(getattr(model, "config", None), "_name_or_path", None)
+    return {
+        "expert_weight_format": stored,
+        "base": {"model_name_or_path": base},
+        "lora": {"rank": config.kt_lora_rank, "alpha": float(config.kt_lora_alpha or 0)},
+    }
+
+
+def _records(model: nn.Module, folder: Path, by_peft: list[str]) -> dict[str, dict[str, Any]]:
+    records: dict[str, dict[str, Any]] = {
+        name: record(folder / name) for name in (*by_peft, FUSED_EXPERT_LORA_NAME)
+    }
+    tensors = {
+        key: {"shape": list(parameter.shape), "dtype": DTYPE_NAMES[parameter.dtype]}
+        for key, parameter in sorted(expert_adapters(model).items())
+    }
+    records[FUSED_EXPERT_LORA_NAME] |= {"tensor_count": len(tensors), "tensors": tensors}
+    return records
+
+
+def _checked_manifest(model: nn.Module, folder: Path) -> KTAdapterManifest | None:
+    path = folder / KT_ADAPTER_MANIFEST_NAME
+    if not path.exists():
+        return None
+    try:
+        check_manifest(folder)
+        payload = read_json(path)
+    except ValueError as error:
+        raise KTArtifactError(str(error)) from None
+    lora, expected = payload.get("lora"), _provenance(model)["lora"]
+    if expert_adapters(model) and lora is not None and lora != expected:
+        raise KTArtifactError(f"{path}: the adapter has {lora}, but this run has {expected}")
+    return KTAdapterManifest(str(path), payload, tuple(str(folder / name) for name in payload["artifacts"]))
+
+
+def _write_peft(model: nn.Module, folder: Path) -> None:
+    """Writes the whole adapter for PEFT, in place of one that the folder may have."""
+    partial, path = (folder / name for name in (f"{PEFT_FOLDER}.partial", PEFT_FOLDER))
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        plan = LAYOUTS["peft"](open_adapter(folder, _base_model(model)))
+        partial.mkdir(parents=True)
+        write(plan, partial, show_progress=False)
+    except AdapterError as error:
+        warn_once(f"{folder} has the adapter for KTransformers, but not for PEFT: {error}")
+    else:
+        shutil.rmtree(path, ignore_errors=True)
+        partial.replace(path)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _base_model(model: nn.Module) -> BaseModel:
+    configs = (getattr(module, "config", None) for module in model.modules())
+    config = next(config for config in configs if isinstance(config, PretrainedConfig))
+    return BaseModel(config.to_dict(), Path(config.name_or_path or type(model).__name__))
+
+
+@contextmanager
+def _complete(path: Path) -> Iterator[Path]:
+    """Yields a path to write to, which becomes ``path`` at the end; after an error, nothing is left."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        yield temporary
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -73,7 +73,8 @@ class BaseModel:
                 f"{where}: transformers has no model for model_type {config.get('model_type')!r}"
             )
         experts = find_experts(model)
-        self.experts = {name: _stacks(module) for name, module in experts.items() if has_stacks(module)}
+        stacked = {name: module for name, module in experts.items() if has_stacks(module)}
+        self.experts = {name: _stacks(name, module) for name, module in stacked.items()}
         self.weights: dict[str, tuple[int, int]] = {}
         self.embeddings = set()
         for name, module in model.named_modules():
@@ -131,11 +132,16 @@ class BaseModel:
         return {self.published_weight(name): name for name in self.weights}
 
 
-def _stacks(module: nn.Module) -> Stacks:
+def _stacks(name: str, module: nn.Module) -> Stacks:
     down = module._parameters["down_proj"]
     gating = declared_gating(module)
     gate_up = module._parameters["up_proj" if gating == UNGATED else "gate_up_proj"]
     assert down is not None and gate_up is not None
+    if gate_up.shape[0] != down.shape[0]:
+        raise AdapterError(
+            f"{name}: adapters of models in which some experts return their input are not supported "
+            f"({gate_up.shape[0]} experts in gate_up_proj, {down.shape[0]} in down_proj)"
+        )
     declared = bool(getattr(module, "is_transposed", False))
     first, second = gate_up.shape[1:]
     columns = 1 if gating == UNGATED else 2
@@ -172,7 +178,8 @@ def open_base(base: str | Path | None, adapter: Path, config: dict) -> BaseModel
     if found is None:
         named = f"names {name!r}, which is not on this machine" if name else "names no base model"
         raise AdapterError(
-            f"{adapter}: adapter_config.json {named}. Pass base, the directory of the model or its {CONFIG}"
+            f"{adapter}: adapter_config.json {named}. Pass base (--base), the directory of the model or its "
+            f"{CONFIG}"
         )
     return BaseModel(read_json(found), found)
 

@@ -47,8 +47,16 @@ class LoraSettings:
         self.rank = self._positive(config, "r")
         self.alpha = self._positive(config, "lora_alpha")
         self.is_rslora = bool(config.get("use_rslora"))
+        names = config.get("target_modules") or ()
+        names = [names] if isinstance(names, str) else names
+        self.names_halves = any(re.search(r"\b(gate_proj|w1|all-linear)\b", name) for name in names)
+        self.parameters = config.get("target_parameters") or ()
         self.ranks = config.get("rank_pattern") or {}
         self.alphas = config.get("alpha_pattern") or {}
+
+    def targets(self, parameter: str) -> bool:
+        """True if target_parameters name a parameter."""
+        return any(name.rpartition(".")[2] == parameter for name in self.parameters)
 
     def _positive(self, config: dict, name: str) -> float:
         value = config.get(name)
@@ -56,21 +64,21 @@ class LoraSettings:
             raise AdapterError(f"{self.where}: {name} must be a positive number, got {value!r}")
         return value
 
-    def scaling(self, weight: str, rank: int, key: str, *, can_be_doubled: bool = False) -> float:
+    def scaling(self, weight: str, rank: int, key: str, *, is_gate_up: bool = False) -> float:
         """Returns the scaling of a weight.
 
         Args:
             weight: its name in the model, as PEFT matches it with patterns.
             rank: its rank in the file.
             key: its name in the file, for messages.
-            can_be_doubled: the rank may be twice that of the config, if PEFT made the update from one of gate
-                and one of up. PEFT then doubles alpha too.
+            is_gate_up: whether it holds gate and up. If target_modules name them apart, PEFT doubles rank and
+                alpha when it loads the config.
 
         Raises:
             AdapterError: the config gives another rank.
         """
         expected, alpha = _matching(self.ranks, weight, self.rank), _matching(self.alphas, weight, self.alpha)
-        if can_be_doubled and rank == 2 * expected:
+        if is_gate_up and self.names_halves and rank == 2 * expected:
             expected, alpha = rank, 2 * alpha
         if rank != expected:
             raise AdapterError(

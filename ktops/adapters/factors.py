@@ -88,7 +88,7 @@ def weighted_sum(parts: Sequence[tuple[float, Factors]]) -> Factors:
     """Returns the sum of several updates of a weight, each with its own factor; exact, the ranks add up."""
     weighted = [replace(part, scaling=factor * part.scaling) for factor, part in parts]
     first = weighted[0]
-    if len(weighted) == 1:
+    if len(weighted) == 1 and first.scaling > 0:
         return first
     scaling = max(abs(part.scaling) for part in weighted)
     dtype = first.dtype

@@ -63,17 +63,19 @@ def read(views: Mapping[str, View], settings: LoraSettings, base: BaseModel, ver
         AdapterError: a tensor does not fit the model or the config; the message names it and the file.
     """
     contents, of_experts = Contents(), defaultdict[str, dict[str, dict[int, Pair]]](lambda: defaultdict(dict))
-    for name, pair in _pairs(views, contents).items():
+    pairs = _pairs(views, contents)
+    for name, pair in pairs.items():
         module = _without_base_layer(name)
         key = base.names.key(f"{module}.weight")
         if module in base.experts:
-            _read_stacked(name, pair, contents, settings, base, version)
+            projection, factors = _read_stacked(name, pairs, settings, base, version)
+            contents.experts[module][projection] = factors
         elif key is not None and key.module in base.experts and key.expert != EVERY_EXPERT:
             of_experts[key.module][key.projection][key.expert] = pair
-        elif (projection := _stack_of_projection(module, pair, base)) is not None:
+        elif (half := _stack_of_projection(module, pair, base)) is not None:
             experts = module.rpartition(".")[0]
-            contents.experts[experts][projection] = stacked_factors(
-                pair["A"], pair["B"], module, projection, settings, base.experts[experts]
+            contents.experts[experts][half] = stacked_factors(
+                pair["A"], pair["B"], module, half, settings, base.experts[experts]
             )
         elif (weight := base.weight_named(module)) is not None:
             contents.weights[weight] = _read_weight(weight, pair, settings, base)
@@ -83,8 +85,8 @@ def read(views: Mapping[str, View], settings: LoraSettings, base: BaseModel, ver
                 "another model?"
             )
     for experts, projections in of_experts.items():
-        for projection, pairs in projections.items():
-            contents.experts[experts][projection] = _read_single(experts, projection, pairs, settings, base)
+        for projection, of_each in projections.items():
+            contents.experts[experts][projection] = _read_single(experts, projection, of_each, settings, base)
     _require_one_form(contents)
     return contents
 
@@ -129,43 +131,51 @@ def _read_weight(name: str, pair: Pair, settings: LoraSettings, base: BaseModel)
 
 
 def _read_stacked(
-    name: str, pair: Pair, contents: Contents, settings: LoraSettings, base: BaseModel, version: str | None
-) -> None:
+    name: str, pairs: Mapping[str, Pair], settings: LoraSettings, base: BaseModel, version: str | None
+) -> tuple[str, Factors]:
     """Reads the factors A [r E, in] and B [out, r E] of a stacked parameter, or the same with roles swapped.
 
-    The sizes tell which parameter it is. They tell the roles too, unless in = out. Then the other parameter's
-    do, which is never ambiguous as well; if there is none, the version of PEFT does.
+    Of two adapted parameters, the inner one, with base_layer in its name, is the first. A single one is known
+    by its sizes. They tell the roles too, unless in = out; then the version of PEFT does.
+
+    Returns:
+        The projection and its update.
     """
     module = _without_base_layer(name)
-    stacks, a, b = base.experts[module], pair["A"], pair["B"]
+    stacks, a, b = base.experts[module], pairs[name]["A"], pairs[name]["B"]
     first = "up" if stacks.first_parameter == "up_proj" else "gate_up"
-    size_of = {
-        first: (stacks.hidden_size, stacks.first_rows),
-        "down": (stacks.intermediate_size, stacks.hidden_size),
-    }
-    given = a.shape[1], b.shape[0]
-    fits = [projection for projection, size in size_of.items() if given in (size, size[::-1])]
-    if not fits or a.dim != 2 or b.dim != 2 or a.shape[0] != b.shape[1] or a.shape[0] % stacks.num_experts:
+    parameters = {first: stacks.first_parameter, "down": "down_proj"}
+    given, size_of = (a.shape[1], b.shape[0]), {each: sizes(stacks, each)[::-1] for each in parameters}
+    possible = [each for each in parameters if given in (size_of[each], size_of[each][::-1])]
+    if module != name:
+        possible = [each for each in possible if each == first]
+    elif f"{name}.base_layer" in pairs:
+        possible = [each for each in possible if each == "down"]
+    elif len(possible) > 1:
+        possible = [each for each in possible if settings.targets(parameters[each])]
+    if (
+        not possible
+        or a.dim != 2
+        or b.dim != 2
+        or a.shape[0] != b.shape[1]
+        or a.shape[0] % stacks.num_experts
+    ):
         raise AdapterError(
             f"{a}: factors of shapes {list(a.shape)} and {list(b.shape)} do not fit {module} of "
             f"{base.where}, which has {stacks.num_experts} experts with sizes {stacks.hidden_size} and "
             f"{stacks.intermediate_size}. Is the adapter for another model?"
         )
-    (projection,) = fits
-    swapped = given != size_of[projection]
-    if size_of[projection][0] == size_of[projection][1]:
-        swapped = _swapped_by_version(stacks, version)
-    rank = a.shape[0] // stacks.num_experts
-    parameter = stacks.first_parameter if projection == first else "down_proj"
-    scaling = settings.scaling(f"{module}.{parameter}", rank, str(a), can_be_doubled=projection == "gate_up")
-    if projection in contents.experts[module]:
-        raise AdapterError(f"{a}: {module}.{parameter} has two adapters")
-    interleaved = projection == "gate_up" and stacks.gating == INTERLEAVED
-    load = partial(_load_stacked, a, b, stacks.num_experts, swapped, interleaved)
+    projection, rank = possible[0], a.shape[0] // stacks.num_experts
     in_features, out_features = size_of[projection]
-    contents.experts[module][projection] = Factors(
-        rank, out_features, in_features, scaling, common_dtype(a, b), load, stacks.num_experts
-    )
+    swapped = given[0] != in_features
+    if in_features == out_features:
+        swapped = _swapped_by_version(stacks, version)
+    weight, is_gate_up = f"{module}.{parameters[projection]}", projection == "gate_up"
+    scaling = settings.scaling(weight, rank, str(a), is_gate_up=is_gate_up)
+    interleaved = is_gate_up and stacks.gating == INTERLEAVED
+    load = partial(_load_stacked, a, b, stacks.num_experts, swapped, interleaved)
+    dtype = common_dtype(a, b)
+    return projection, Factors(rank, out_features, in_features, scaling, dtype, load, stacks.num_experts)
 
 
 def _swapped_by_version(stacks: Stacks, version: str | None) -> bool:

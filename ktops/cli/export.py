@@ -5,7 +5,9 @@ from pathlib import Path
 from rich.console import Console
 
 from ktops.adapters import export_adapter
+from ktops.adapters.layouts import LAYOUTS
 from ktops.cli.adapters import told
+from ktops.cli.errors import UserError
 
 
 def export(
@@ -22,6 +24,8 @@ def export(
         UserError: an adapter does not fit the model or the layout, a file is damaged or cannot be written.
         Interrupted: Ctrl-C.
     """
+    if layout not in LAYOUTS:
+        raise UserError(f"--for: expected one of {', '.join(LAYOUTS)}, got {layout!r}")
     with told(destination):
         notes = export_adapter(adapters, destination, layout, base=base, weights=weights, show_progress=True)
     for note in notes:

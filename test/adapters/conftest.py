@@ -1,4 +1,4 @@
-"""Uses one thread for tiny models, which come from test/integrations and test/checkpoints."""
+"""Uses one thread for tiny models, which come from other folders of test."""
 
 import sys
 from pathlib import Path
@@ -7,7 +7,7 @@ import pytest
 
 from ktops.cli import main
 
-sys.path += [str(Path(__file__).parents[1] / name) for name in ("integrations", "checkpoints")]
+sys.path += [str(Path(__file__).parents[1] / name) for name in ("", "integrations", "checkpoints")]
 
 
 @pytest.fixture(autouse=True)

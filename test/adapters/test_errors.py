@@ -100,9 +100,9 @@ def test_adapter_of_another_model(made, tmp_path):
 
 
 def test_base_model(made, adapter):
-    refuses(made, adapter, "names no base model. Pass base", base=None)
+    refuses(made, adapter, r"names no base model\. Pass base", base=None)
     change_config(adapter, base_model_name_or_path="no/such-model")
-    refuses(made, adapter, "names 'no/such-model', which is not on this machine. Pass base", base=None)
+    refuses(made, adapter, "names 'no/such-model', which is not on this machine", base=None)
     refuses(made, adapter, "expected a model directory with config.json", base=adapter)
     change_config(adapter, base_model_name_or_path=str(made[0]))
     ktops.export_adapter(adapter, adapter.parent / "out", "vllm")
@@ -241,6 +241,8 @@ def test_command(made, adapter, ktops_main):
         "export", adapter, "two", "--for", "peft", "--base", base, "--weights", "half"
     )
     assert status == 1 and "--weights: expected numbers separated by commas" in err
+    status, _, err = ktops_main("export", adapter, "two", "--for", "tgi", "--base", base)
+    assert status == 1 and "--for: expected one of peft, vllm" in err
     status, out, _ = ktops_main("merge", checkpoint, adapter, "merged")
     assert status == 0 and (adapter.parent / "merged" / "model.safetensors").exists()
     status, _, err = ktops_main("merge", checkpoint, adapter, "other", "--group-size", "32")

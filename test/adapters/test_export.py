@@ -1,12 +1,13 @@
 """Exported adapters change the model as PEFT does, as read by readers of each program."""
 
 import json
+import re
 
 import pytest
 import readers
 import torch
-from safetensors.torch import load_file
-from tiny_adapters import EXPERTS, adapted, expect_equal, load, save, save_config, updates
+from safetensors.torch import load_file, save_file
+from tiny_adapters import EXPERTS, adapted, change_config, expect_equal, load, save, save_config, updates
 
 import ktops
 
@@ -103,8 +104,6 @@ def test_roles_that_peft_0_18_swaps(tmp_path):
 
 
 def swap_roles(adapter, path, experts: int = 8) -> None:
-    from safetensors.torch import save_file
-
     tensors = load_file(adapter / "adapter_model.safetensors")
     for name in [name for name in tensors if "experts" in name and "lora_A" in name]:
         other = name.replace("lora_A", "lora_B")
@@ -117,6 +116,56 @@ def swap_roles(adapter, path, experts: int = 8) -> None:
     config = json.loads((adapter / "adapter_config.json").read_text()) | {"peft_version": "0.18.1"}
     (path / "adapter_config.json").write_text(json.dumps(config))
     save_file(tensors, path / "adapter_model.safetensors")
+
+
+@pytest.mark.parametrize("parameters", [EXPERTS[:1], EXPERTS[1:], EXPERTS])
+@pytest.mark.parametrize("architecture", ["qwen3_moe", "square"])
+def test_sizes_or_version_tell_the_roles(architecture, parameters, tmp_path):
+    """The experts of "square" are as wide as the model, so the sizes of down alone do not tell."""
+    model = adapted(architecture, target_parameters=parameters)
+    base, adapter = save_config(architecture, tmp_path), save(model, tmp_path / "adapter")
+    swap_roles(adapter, tmp_path / "swapped")
+    for source in ("adapter", "swapped"):
+        ktops.export_adapter(tmp_path / source, tmp_path / f"{source} peft", "peft", base=base)
+        expect_equal(updates(load(architecture, tmp_path / f"{source} peft")), updates(model))
+
+
+def test_experts_that_do_not_say_that_they_are_transposed(tmp_path):
+    parameters = ["feed_forward.experts.gate_up_proj", "feed_forward.experts.down_proj"]
+    model, base = adapted("llama4", target_parameters=parameters), save_config("llama4", tmp_path)
+    adapter = save(model, tmp_path / "adapter")
+    ktops.export_adapter(adapter, tmp_path / "peft", "peft", base=base)
+    expect_equal(updates(load("llama4", tmp_path / "peft")), updates(model))
+    ktops.export_adapter(adapter, tmp_path / "sglang", "sglang", base=base)
+    gate_up = updates(model)["model.layers.1.feed_forward.experts.gate_up_proj"].mT
+    tensors = load_file(tmp_path / "sglang" / "adapter_model.safetensors")
+    name = "base_model.model.model.layers.1.feed_forward.experts.3.{}_proj.lora_{}.weight"
+    for half, expected in zip(("gate", "up"), gate_up[3].chunk(2), strict=True):
+        update = 1.5 * tensors[name.format(half, "B")] @ tensors[name.format(half, "A")]
+        assert torch.allclose(update, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("names", [["up_proj"], ["down_proj"], ["up_proj", "down_proj"]])
+def test_experts_without_a_gate(names, tmp_path):
+    """The sizes of up are those of down with exchanged roles."""
+    model = adapted("nemotron_h", target_modules=[], target_parameters=[f"experts.{name}" for name in names])
+    base, adapter = save_config("nemotron_h", tmp_path), save(model, tmp_path / "adapter")
+    ktops.export_adapter(adapter, tmp_path / "vllm", "vllm", base=base)
+    ktops.export_adapter(tmp_path / "vllm", tmp_path / "peft", "peft", base=base)
+    expect_equal(updates(load("nemotron_h", tmp_path / "peft")), updates(model))
+    tensors = load_file(tmp_path / "vllm" / "adapter_model.safetensors")
+    assert {name.split(".")[-3] for name in tensors} == {"up_proj", "down_proj"}
+
+
+def test_names_of_projections_without_patterns(tmp_path):
+    """PEFT doubles rank and alpha of gate_up_proj when it loads such a config."""
+    model, base = adapted("qwen3_moe", **FORMS["names"]), save_config("qwen3_moe", tmp_path)
+    adapter = save(model, tmp_path / "adapter")
+    names = FORMS["names"]["target_modules"]
+    change_config(adapter, rank_pattern={}, alpha_pattern={}, target_modules=names, target_parameters=None)
+    expect_equal(updates(load("qwen3_moe", adapter)), updates(model))
+    ktops.export_adapter(adapter, tmp_path / "vllm", "vllm", base=base)
+    expect_equal(readers.vllm("qwen3_moe", tmp_path / "vllm"), updates(model))
 
 
 def test_sum_of_adapters(tmp_path):
@@ -151,6 +200,35 @@ def test_head_and_embedding(tmp_path):
     adapter, base = save(model, tmp_path / "adapter"), save_config("qwen3_moe", tmp_path)
     ktops.export_adapter(adapter, tmp_path / "peft", "peft", base=base)
     expect_equal(updates(load("qwen3_moe", tmp_path / "peft")), updates(model))
+
+
+def test_incomplete_experts_are_filled_up_with_zeros(tmp_path):
+    """Other programs write factors only for the projections and the experts that they trained."""
+    model, base = adapted("qwen3_moe"), save_config("qwen3_moe", tmp_path)
+    ktops.export_adapter(save(model, tmp_path / "adapter"), tmp_path / "some", "sglang", base=base)
+    file = tmp_path / "some" / "adapter_model.safetensors"
+    kept = {k: v for k, v in load_file(file).items() if not re.search(r"experts\.(3\.|\d+\.gate_proj)", k)}
+    save_file(kept, file)
+    ktops.export_adapter(tmp_path / "some", tmp_path / "peft", "peft", base=base)
+    expected = updates(model)
+    for name, update in expected.items():
+        if "experts" in name:
+            update[3] = 0
+            if "gate_up" in name:
+                update[:, :24] = 0
+    expect_equal(updates(load("qwen3_moe", tmp_path / "peft")), expected)
+
+
+def test_a_negative_weight(tmp_path):
+    model, base = adapted("qwen3_moe"), save_config("qwen3_moe", tmp_path)
+    ktops.export_adapter(
+        save(model, tmp_path / "adapter"), tmp_path / "vllm", "vllm", base=base, weights=[-1]
+    )
+    assert json.loads((tmp_path / "vllm" / "adapter_config.json").read_text())["lora_alpha"] > 0
+    expect_equal(
+        readers.vllm("qwen3_moe", tmp_path / "vllm"),
+        {name: -update for name, update in updates(model).items()},
+    )
 
 
 def test_modules_to_save(tmp_path):

@@ -34,22 +34,16 @@ def kinds(folder) -> dict[str, tuple]:
     return found
 
 
-def expect_merged(folder, model, tolerance: float = 1e-6) -> None:
+def expect_merged(folder, architecture: str, model, tolerance: float = 1e-6) -> None:
     """Asserts that transformers loads the base weights plus the updates."""
-    expected = {name: tensor.clone() for name, tensor in base_model_of(model).state_dict().items()}
+    base = base_model(architecture)
+    expected = {name: tensor.clone() for name, tensor in base.state_dict().items()}
     for name, update in updates(model).items():
         expected[name] = expected[name] + update
-    loaded, info = type(base_model_of(model)).from_pretrained(folder, dtype="auto", output_loading_info=True)
+    loaded, info = type(base).from_pretrained(folder, dtype="auto", output_loading_info=True)
     assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     for name, tensor in loaded.state_dict().items():
         assert torch.allclose(tensor.float(), expected[name].float(), rtol=tolerance, atol=tolerance), name
-
-
-def base_model_of(model):
-    return base_model({"DeepseekV3ForCausalLM": "deepseek_v3", "MixtralForCausalLM": "mixtral",
-                       "Qwen3MoeForCausalLM": "qwen3_moe", "GptOssForCausalLM": "gpt_oss"}[
-        type(model.base_model.model).__name__
-    ])  # fmt: skip
 
 
 @pytest.mark.parametrize("architecture", MODELS)
@@ -65,7 +59,15 @@ def test_names_files_and_weights(architecture, tmp_path):
     assert sorted(path.name for path in base.iterdir()) == sorted(
         p.name for p in (tmp_path / "merged").iterdir()
     )
-    expect_merged(tmp_path / "merged", model)
+    expect_merged(tmp_path / "merged", architecture, model)
+
+
+def test_experts_that_do_not_say_that_they_are_transposed(tmp_path):
+    parameters = ["feed_forward.experts.gate_up_proj", "feed_forward.experts.down_proj"]
+    model, base = adapted("llama4", target_parameters=parameters), save_base("llama4", tmp_path)
+    ktops.merge_adapter(base, save(model, tmp_path / "adapter"), tmp_path / "merged")
+    assert kinds(tmp_path / "merged") == kinds(base)
+    expect_merged(tmp_path / "merged", "llama4", model)
 
 
 def test_sums_in_bfloat16_are_rounded_once(tmp_path):

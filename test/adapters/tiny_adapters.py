@@ -6,6 +6,7 @@ import json
 import warnings
 from pathlib import Path
 
+import every_model
 import torch
 import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -16,7 +17,24 @@ from tiny_models import tiny_model
 EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 LATENT = ["q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj"]
+OTHERS = {
+    "gpt_oss": (transformers.GptOssForCausalLM, transformers.GptOssConfig, {"num_experts_per_tok": 2}),
+    "llama4": (
+        transformers.Llama4ForCausalLM,
+        transformers.Llama4TextConfig,
+        {
+            "num_experts_per_tok": 1,
+            "interleave_moe_layer_step": 1,
+            "intermediate_size_mlp": 40,
+            "pad_token_id": 0,
+        },
+    ),
+}
+"""Architectures whose experts are stored as [E, in, out]; Llama-4's do not say so."""
+
 TARGETS = {
+    "square": ATTENTION,
+    "llama4": ATTENTION,
     "qwen3_moe": ATTENTION,
     "mixtral": ATTENTION,
     "deepseek_v3": LATENT,
@@ -30,15 +48,23 @@ Updates = dict[str, torch.Tensor]
 @functools.cache
 def base_model(architecture: str) -> transformers.PreTrainedModel:
     """Returns a tiny model of an architecture; do not change it."""
-    if architecture != "gpt_oss":
+    if architecture == "square":
+        return tiny_model("qwen3_moe", moe_intermediate_size=32)
+    if architecture == "nemotron_h":
+        return every_model.tiny_model(architecture).float()
+    if architecture not in OTHERS:
         return tiny_model(architecture)
+    model_class, config_class, keys = OTHERS[architecture]
     torch.manual_seed(0)
-    return transformers.GptOssForCausalLM(
-        transformers.GptOssConfig(
-            vocab_size=97, hidden_size=32, intermediate_size=24, num_hidden_layers=2, num_local_experts=4,
-            num_experts_per_tok=2, num_attention_heads=4, num_key_value_heads=2, head_dim=8,
-        )
-    )  # fmt: skip
+    sizes = {
+        "vocab_size": 97,
+        "hidden_size": 32,
+        "intermediate_size": 24,
+        "num_hidden_layers": 2,
+        "head_dim": 8,
+    }
+    counts = {"num_local_experts": 4, "num_attention_heads": 4, "num_key_value_heads": 2}
+    return model_class(config_class(**sizes, **counts, **keys))
 
 
 def save_base(architecture: str, folder: Path) -> Path:
@@ -64,7 +90,7 @@ def adapted(architecture: str, *, seed: int = 1, dtype: torch.dtype | None = Non
     keys = {
         "r": 4,
         "lora_alpha": 6,
-        "target_modules": list(TARGETS[architecture]),
+        "target_modules": list(TARGETS.get(architecture, ())),
         "target_parameters": list(EXPERTS),
     }
 

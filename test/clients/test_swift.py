@@ -13,6 +13,7 @@ from compare import (
     run,
     train_both,
 )
+from exports import assert_exports
 from tiny import conversation, messages, save_model, save_records
 
 PLUGIN = '--external_plugins "$(python -m ktops.integrations.swift)" --experts_impl ktops'
@@ -51,6 +52,7 @@ def test_plugin(method, model, tmp_path):
     ktops, without = train_both(with_plugin, plain(with_plugin), tmp_path)
     assert_same_training(ktops, without)
     assert_loads_without_ktops(model, checkpoints(ktops)[-1], tmp_path / "peft")
+    assert_exports(model, checkpoints(ktops)[-1], tmp_path / "exports")
 
 
 def test_launch(tmp_path):

@@ -15,6 +15,7 @@ from compare import (
     run,
     train_both,
 )
+from exports import assert_exports
 from tiny import conversation, messages, save_model, save_records
 
 
@@ -53,11 +54,11 @@ def command(method: str, model: Path, folder: Path, options: str = "") -> str:
     return f"{example('trl-command', names).strip()} --dtype float32 {training} {options}"
 
 
-@pytest.mark.ci
 def test_script(model, tmp_path):
     ktops, plain = train_by_script("SFT", tmp_path, {MODEL: str(model)})
     assert_same_training(ktops, plain)
     assert_loads_without_ktops(model, ktops, tmp_path / "peft")
+    assert_exports(model, ktops, tmp_path / "exports")
 
 
 def test_dpo_script(model, tmp_path):

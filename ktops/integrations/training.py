@@ -4,6 +4,7 @@ from torch import nn
 
 from ktops.integrations.replacements import Replacements
 from ktops.integrations.transformers.coverage import experts_outside_op
+from ktops.ops import memory_stats
 
 _replaced = Replacements()
 
@@ -11,12 +12,13 @@ _replaced = Replacements()
 def enable() -> None:
     """Checks a model at the start of training, before its first step; a second call does nothing.
 
-    Trainers of transformers, TRL and others that build on them call ``CallbackHandler.on_train_begin``.
+    Trainers of transformers, TRL and others that build on them call the events of ``CallbackHandler``. After
+    each step, a second check makes sure that operators have run in this process.
     """
     from transformers.trainer_callback import CallbackHandler
 
     if not _replaced:
-        _replaced.install(CallbackHandler, on_train_begin=_on_train_begin)
+        _replaced.install(CallbackHandler, on_train_begin=_on_train_begin, on_step_end=_on_step_end)
 
 
 def disable() -> None:
@@ -28,6 +30,16 @@ def _on_train_begin(handler, *args, **kwargs):
     """``CallbackHandler.on_train_begin``."""
     require_op(handler.model)
     return _replaced.original["on_train_begin"](handler, *args, **kwargs)
+
+
+def _on_step_end(handler, *args, **kwargs):
+    """``CallbackHandler.on_step_end``."""
+    if not memory_stats()["allocations"]:
+        raise RuntimeError(
+            f"ktops: no operator of ktops has run in a training step of {type(handler.model).__name__}, "
+            "although its experts were set to run through ktops"
+        )
+    return _replaced.original["on_step_end"](handler, *args, **kwargs)
 
 
 def require_op(model: nn.Module) -> None:

@@ -46,6 +46,7 @@ CLIENTS = {
     "trl": Client(("trl==1.16.0", "peft==0.21.2")),
     "swift": Client(("ms-swift==4.6.0",)),
     "axolotl": Client(("axolotl==0.19.0",)),
+    "llama_cpp": Client(("gguf==0.19.0", "peft==0.21.2", "sentencepiece")),
     "sglang": Client((), alone=("sglang==0.5.23",)),
     "fork": Client(
         (

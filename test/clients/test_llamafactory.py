@@ -277,3 +277,31 @@ def test_dense_model(models, data, tmp_path):
         file = options(tmp_path, "minimal", **given)
         printed, _ = launch(tmp_path, "train", file, *overrides, succeeds=False)
         assert "nothing of " in printed and "the model has no Mixture-of-Experts layers" in printed
+
+
+TRAINING_LOOP = """
+from ktops.integrations import llamafactory; llamafactory.enable()
+from llamafactory.train.sft.workflow import run_sft
+from llamafactory.hparams import get_train_args
+
+names = ("model_args", "data_args", "training_args", "finetuning_args", "generating_args")
+for changes in ({{}}, {{"max_steps": 20, "resume_from_checkpoint": {checkpoint!r}}}):
+    run_sft(**dict(zip(names, get_train_args({options!r} | changes))))
+"""
+"""The usage document's 5.2: train, save at step 5, resume from there and go on."""
+
+
+def test_training_loop_of_the_usage_document(models, data, tmp_path):
+    out = tmp_path / "out"
+    linear = "q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj"
+    options = {
+        "model_name_or_path": str(models["deepseek_v2"]), "stage": "sft", "finetuning_type": "lora",
+        "use_kt": True, "kt_backend": "AMXBF16", "kt_num_threads": 8, "lora_rank": 8, "lora_target": linear,
+        "dataset": "identity", "dataset_dir": str(data), "template": "deepseek3", "cutoff_len": 256,
+        "per_device_train_batch_size": 1, "gradient_accumulation_steps": 1, "max_steps": 10,
+        "output_dir": str(out), "do_train": True, "save_steps": 5, "report_to": "none",
+    }  # fmt: skip
+    code = TRAINING_LOOP.format(options=options, checkpoint=str(out / "checkpoint-5"))
+    assert run(sys.executable, "-c", code, folder=tmp_path)[1]
+    assert json.loads((out / "trainer_state.json").read_text())["global_step"] == 20
+    assert any("experts" in name for name in read_adapter(out))

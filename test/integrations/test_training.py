@@ -78,6 +78,14 @@ def test_training_without_ktops(model, reason, launched, tmp_path):
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
+def test_a_step_without_operators_is_an_error(launched, tmp_path, monkeypatch):
+    monkeypatch.setattr(training, "memory_stats", lambda: {"allocations": 0})
+    run = trainer(AutoModelForCausalLM.from_config(config()), tmp_path)
+    with pytest.raises(RuntimeError, match="no operator of ktops has run in a training step of Qwen3Moe"):
+        run.train()
+    assert run.state.global_step == 1
+
+
 SIZES = {
     "vocab_size": 97,
     "hidden_size": 16,

@@ -11,6 +11,7 @@ from tiny_models import tiny_model
 from tiny_wrapped import ALPHA, RANK, adapted, logits, wrapped
 from torch import nn
 
+from ktops.compat.kt_kernel import sft
 from ktops.compat.kt_kernel.sft import (
     KTAMXConfigError,
     KTArtifactError,
@@ -21,6 +22,7 @@ from ktops.compat.kt_kernel.sft import (
     wrap_moe_layers_with_kt_wrapper,
 )
 from ktops.compat.kt_kernel.sft.adapter_files import expert_adapters
+from ktops.compat.kt_kernel.sft.convert_kt_to_sglang_adapter import convert_kt_to_sglang_adapter
 from ktops.compat.lora import shapes
 from ktops.testing.budgets import model_budget, relative_error
 
@@ -157,6 +159,50 @@ def test_saving_needs_what_peft_writes_first(tmp_path):
         save_kt_adapter_artifacts(adapted(), tmp_path)
     assert not list(tmp_path.iterdir())
     assert save_kt_adapter_artifacts(adapted(KTConfig(kt_backend="bf16_SkipLoRA")), tmp_path) is None
+
+
+def test_conversion_for_sglang(saved, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("sglang")
+    tiny_model("qwen3_moe").save_pretrained(folder / "model")
+    given = {"base_model_name_or_path": folder / "model"}
+    summary = convert_kt_to_sglang_adapter(saved, folder / "out", **given)
+    written = load_file(folder / "out" / "adapter_model.safetensors")
+    assert (summary["rank"], summary["tensor_count"]) == (RANK, len(written))
+    assert sum(".experts." in name for name in written) == 2 * 8 * 3 * 2
+    with pytest.raises(ValueError, match="already exists"):
+        convert_kt_to_sglang_adapter(saved, folder / "out", **given)
+    assert convert_kt_to_sglang_adapter(saved, folder / "out", overwrite=True, **given) == summary
+    assert not (folder / "out.new").exists()
+    with pytest.raises(NotImplementedError, match="expert_output_dir must be None"):
+        convert_kt_to_sglang_adapter(saved, folder / "other", expert_output_dir=folder, **given)
+
+
+def test_experts_as_three_tensors(tmp_path):
+    model = tiny_model("qwen3_moe", dtype=torch.bfloat16)
+    model.config.architectures = ["Qwen3MoeForCausalLM"]
+    model.save_pretrained(tmp_path)
+    arch = sft.get_moe_arch_config(model.config)
+    block = model.model.layers[1].mlp
+    gate, up, down = sft.extract_moe_weights(block, arch)
+    assert torch.equal(torch.cat([gate, up], dim=1), block.experts.gate_up_proj)
+    assert torch.equal(down, block.experts.down_proj)
+    files = [str(tmp_path / "model.safetensors")]
+    read = sft.load_experts_from_checkpoint_files(files, None, "model.layers", arch, 1)
+    assert all(torch.equal(one, other) for one, other in zip(read, (gate, up, down), strict=True))
+    with pytest.raises(TypeError, match="the experts are in a format"):
+        sft.extract_moe_weights(wrapped(INT8).model.layers[0].mlp, arch)
+
+
+def test_contract_of_int4_checkpoints():
+    weights = {"num_bits": 4, "symmetric": True, "group_size": 32}
+    quantization = {"format": "pack-quantized", "config_groups": {"group_0": {"weights": weights}}}
+    config = SimpleNamespace(quantization_config=quantization)
+    assert sft.get_rawint4_checkpoint_contract(config).group_size == 32
+    assert sft.get_rawint4_runtime().weight_layout == "int4"
+    weights["num_bits"] = 8
+    for other in (config, SimpleNamespace(quantization_config=None)):
+        with pytest.raises(ValueError, match="RAWINT4 needs a checkpoint of compressed-tensors"):
+            sft.get_rawint4_checkpoint_contract(other)
 
 
 def begin(config: KTConfig, model: nn.Module) -> tuple[str, ...]:

@@ -29,7 +29,7 @@ def text(question: str, answer: str, worse: str) -> dict:
 
 METHODS = {"sft": conversation, "pt": text, "rlhf --rlhf_type dpo": preference}
 
-TEMPLATES = {"qwen3_moe": "qwen3_nothinking", "deepseek_v3": "deepseek_v3"}
+TEMPLATES = {"qwen3_moe": "qwen3_nothinking", "deepseek_v3": "deepseek_v2_5"}
 
 
 def command(method: str, model: Path, folder: Path, architecture: str = "qwen3_moe") -> str:

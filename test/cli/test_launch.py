@@ -9,7 +9,7 @@ import pytest
 
 import ktops
 from ktops.cli.errors import UserError
-from ktops.cli.launch import VARIABLE, find, interpreter_of, launch, require_hooks
+from ktops.cli.launch import VARIABLE, find, interpreter_of, launch, python_options, require_hooks
 from ktops.launcher.startup import HOOKS, PostImportFinder
 
 LAUNCHER = Path(ktops.__file__).parent / "launcher"
@@ -151,6 +151,39 @@ def test_environment_without_ktops(site):
     require_hooks([sys.executable], site)
     with pytest.raises(UserError, match=r"not installed in .* -m pip install ktops"):
         require_hooks([sys.executable, "-S"], site)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options"),
+    [
+        (["-u", "-m", "trl", "-S"], ["-u"]),
+        (
+            ["-X", "dev", "-Wignore", "-W", "error", "train.py", "-S"],
+            ["-X", "dev", "-Wignore", "-W", "error"],
+        ),
+        (["-uS", "train.py"], ["-uS"]),
+        (["-c", "pass", "-S"], []),
+        (["-Im", "trl"], []),
+        (["train.py"], []),
+        ([], []),
+    ],
+)
+def test_options_of_the_interpreter(arguments, options):
+    assert python_options(arguments) == options
+
+
+def test_an_interpreter_without_site_packages(site, monkeypatch):
+    monkeypatch.setattr(os, "environ", site)
+    monkeypatch.setattr(os, "execve", lambda *args: pytest.fail("started"))
+    with pytest.raises(UserError, match=r"not installed in the environment of .* -S"):
+        launch([sys.executable, "-u", "-S", "train.py"])
+
+
+@pytest.mark.parametrize("line", ["#!/no/such/python3", "#!/usr/bin/env no-such-python", "no script"])
+def test_a_command_that_cannot_be_run(line, site, monkeypatch, tmp_path):
+    monkeypatch.setattr(os, "environ", site)
+    with pytest.raises(UserError, match=r"does not run: No such file|cannot be run: Exec format error"):
+        launch([script(tmp_path, line.replace("no-such-python", "python9.9"))])
 
 
 def test_real_kt_kernel(site, tmp_path):

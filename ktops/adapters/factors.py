@@ -7,6 +7,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+PROJECTIONS = ("gate", "up", "down")
+"""The projections of an expert, apart for gate and up."""
+
 
 @dataclass(frozen=True)
 class Factors:

@@ -2,7 +2,6 @@
 
 import gc
 import math
-import os
 import random
 import shlex
 import tempfile
@@ -25,6 +24,7 @@ from ktops.cli.options import Options
 from ktops.cli.plot import plot_loss
 from ktops.cli.progress import ProgressCallback
 from ktops.cli.report import Report
+from ktops.integrations.settings import set_num_threads
 
 NEW_TOKENS = 40
 """Maximum number of tokens in a generated sample."""
@@ -111,10 +111,9 @@ def finetune(options: Options, directory: Path, console: Console, overwrite: boo
 
 
 def _set_num_threads(number: int, report: Report) -> None:
-    cores = len(os.sched_getaffinity(0))
-    if number > cores:
+    cores = set_num_threads(number)
+    if cores < number:
         report.line(f"--num-threads {number}: this machine has {cores} cores, so {cores} threads")
-    torch.set_num_threads(min(number, cores))
 
 
 def _begin(directory: Path, options: Options, overwrite: bool) -> None:

@@ -5,10 +5,13 @@ One table for every place that reads them: YAML files of LLaMA-Factory under ``k
 """
 
 import difflib
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
+
+import torch
 
 
 class Backend(NamedTuple):
@@ -260,6 +263,13 @@ def find_backend(name: str, key: str = "kt_backend") -> tuple[Backend, bool]:
         names = ", ".join([*ALIASES, *BACKENDS])
         raise ValueError(f"{key} must be one of {names}, each also with _SkipLoRA, got {name!r}")
     return backend, stem == lower
+
+
+def set_num_threads(wanted: int) -> int:
+    """Sets the number of threads of torch, and so of ktops, to at most one per core; returns it."""
+    number = min(wanted, len(os.sched_getaffinity(0)))
+    torch.set_num_threads(number)
+    return number
 
 
 def _boolean(key: str, value: object) -> bool:

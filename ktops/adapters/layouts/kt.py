@@ -9,8 +9,8 @@ import torch
 from ktops.adapters.adapter import Adapter
 from ktops.adapters.config import CONFIG, WEIGHTS
 from ktops.adapters.errors import AdapterError
-from ktops.adapters.factors import Factors
-from ktops.adapters.kt_files import FUSED, MANIFEST, VERSION, key, record
+from ktops.adapters.factors import PROJECTIONS, Factors
+from ktops.adapters.kt_files import FUSED, MANIFEST, factor_key, make_manifest
 from ktops.adapters.layouts.plan import (
     Named,
     Piece,
@@ -22,10 +22,7 @@ from ktops.adapters.layouts.plan import (
     projections,
 )
 from ktops.checkpoints.names import NUMBER
-from ktops.checkpoints.writer import DTYPE_NAMES
 from ktops.ops.activation import UNGATED
-
-PROJECTIONS = ("gate", "up", "down")
 
 
 def plan(adapter: Adapter) -> Plan:
@@ -67,7 +64,7 @@ def _layer(adapter: Adapter, module: str) -> int:
 
 def _of_experts(layer: int, name: str, part: Factors, scale: Scale) -> Piece:
     assert part.num_experts is not None
-    names = tuple(key(layer, name, factor) for factor in "AB")
+    names = tuple(factor_key(layer, f"{name}_lora_{factor}") for factor in "ab")
     shapes = (
         (part.num_experts, scale.rank, part.in_features),
         (part.num_experts, part.out_features, scale.rank),
@@ -83,17 +80,13 @@ def _make(names: tuple[str, ...], part: Factors, scale: Scale) -> Named:
 
 def _write_manifest(folder: Path, pieces: dict[str, list[Piece]], config: dict) -> None:
     kinds = {name: kind for piece in pieces[FUSED] for name, kind in piece.kinds.items()}
-    tensors = {
-        name: {"shape": list(shape), "dtype": DTYPE_NAMES[dtype]} for name, (dtype, shape) in kinds.items()
-    }
-    artifacts = {name: record(folder / name) for name in (CONFIG, WEIGHTS, FUSED)}
-    manifest = {
-        "version": VERSION,
-        "status": "ready",
-        "expert_weight_format": "bf16",
-        "base": {"model_name_or_path": config.get("base_model_name_or_path")},
-        "lora": {"rank": config["r"], "alpha": float(config["lora_alpha"])},
-        "artifacts": artifacts
-        | {FUSED: artifacts[FUSED] | {"tensor_count": len(tensors), "tensors": tensors}},
-    }
+    manifest = make_manifest(
+        folder,
+        (CONFIG, WEIGHTS),
+        kinds,
+        weight_format="bf16",
+        base=config["base_model_name_or_path"],
+        rank=config["r"],
+        alpha=config["lora_alpha"],
+    )
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")

@@ -11,9 +11,10 @@ from dataclasses import replace
 from functools import partial
 
 from ktops.adapters.adapter import Adapter
+from ktops.adapters.base import PROJECTION_NAMES
 from ktops.adapters.config import WEIGHTS
 from ktops.adapters.errors import AdapterError
-from ktops.adapters.factors import Factors, zeros
+from ktops.adapters.factors import PROJECTIONS, Factors, zeros
 from ktops.adapters.layouts import peft
 from ktops.adapters.layouts.plan import (
     Named,
@@ -27,8 +28,6 @@ from ktops.adapters.layouts.plan import (
 )
 from ktops.adapters.peft_files import PREFIX
 from ktops.ops.activation import INTERLEAVED, UNGATED
-
-PROJECTIONS = ("gate", "up", "down")
 
 STACKED_IN_VLLM = {
     "GptOssForCausalLM", "InternS1ProForConditionalGeneration", "Qwen3VLMoeForConditionalGeneration",
@@ -66,7 +65,7 @@ def for_sglang(adapter: Adapter) -> Plan:
                 if sibling in adapter.base.weights and sibling not in updates:
                     updates[sibling] = zeros(part.rank, *adapter.base.weights[sibling], like=part)
     adapter = replace(adapter, weights=updates)
-    return _plan(adapter, "SGLang", lambda module: (module, ("gate_proj", "up_proj", "down_proj")))
+    return _plan(adapter, "SGLang", lambda module: (module, PROJECTION_NAMES))
 
 
 def for_llama_cpp(adapter: Adapter) -> Plan:

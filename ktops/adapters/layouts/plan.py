@@ -85,7 +85,8 @@ def matrix(name: str, part: Factors, scale: Scale, *, embedding: bool = False) -
 
 
 def other_weights(adapter: Adapter, scale: Scale, *, published: bool) -> Iterator[Piece]:
-    """Yields the tensors of weights other than the experts, under the names of checkpoints or of transformers."""
+    """Yields the tensors of weights other than the experts, under the names that checkpoints or transformers
+    have for them."""
     for name, part in adapter.weights.items():
         written = adapter.base.published_weight(name) if published else name
         yield matrix(written, part, scale, embedding=name in adapter.base.embeddings)

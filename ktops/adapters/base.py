@@ -54,6 +54,8 @@ class BaseModel:
 
     Attributes:
         weights: [out, in] of every two-dimensional ``weight``, by the name of its module.
+        embeddings, linears: the names of those modules that are nn.Embedding and nn.Linear.
+        tied: weight -> the weight that it is the same as, such as that of the head, which checkpoints omit.
         experts: the stacked experts, by the name of their module.
 
     Raises:
@@ -76,13 +78,16 @@ class BaseModel:
         stacked = {name: module for name, module in experts.items() if has_stacks(module)}
         self.experts = {name: _stacks(name, module) for name, module in stacked.items()}
         self.weights: dict[str, tuple[int, int]] = {}
-        self.embeddings = set()
+        self.embeddings, self.linears = set(), set()
         for name, module in model.named_modules():
             weight = module._parameters.get("weight")
             if weight is not None and weight.dim() == 2:
                 self.weights[name] = (weight.shape[0], weight.shape[1])
             if isinstance(module, nn.Embedding):
                 self.embeddings.add(name)
+            elif isinstance(module, nn.Linear):
+                self.linears.add(name)
+        self.tied = dict(model.all_tied_weights_keys)
         self.names = ModelNames(model, experts)
 
     @cached_property

@@ -3,6 +3,7 @@
 import math
 import re
 from pathlib import Path
+from typing import TypeGuard
 
 from ktops.adapters.errors import AdapterError
 
@@ -47,12 +48,11 @@ class LoraSettings:
         self.rank = self._positive(config, "r")
         self.alpha = self._positive(config, "lora_alpha")
         self.is_rslora = bool(config.get("use_rslora"))
-        names = config.get("target_modules") or ()
-        names = [names] if isinstance(names, str) else names
+        names = self._names(config, "target_modules")
         self.names_halves = any(re.search(r"\b(gate_proj|w1|all-linear)\b", name) for name in names)
-        self.parameters = config.get("target_parameters") or ()
-        self.ranks = config.get("rank_pattern") or {}
-        self.alphas = config.get("alpha_pattern") or {}
+        self.parameters = self._names(config, "target_parameters")
+        self.ranks = self._patterns(config, "rank_pattern")
+        self.alphas = self._patterns(config, "alpha_pattern")
 
     def targets(self, parameter: str) -> bool:
         """True if target_parameters name a parameter."""
@@ -60,8 +60,28 @@ class LoraSettings:
 
     def _positive(self, config: dict, name: str) -> float:
         value = config.get(name)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+        if not _is_positive(value):
             raise AdapterError(f"{self.where}: {name} must be a positive number, got {value!r}")
+        return value
+
+    def _names(self, config: dict, name: str) -> list[str]:
+        value = config.get(name) or []
+        names = [value] if isinstance(value, str) else value
+        if not isinstance(names, list) or not all(isinstance(each, str) for each in names):
+            raise AdapterError(f"{self.where}: {name} must be a list of names, got {value!r}")
+        return names
+
+    def _patterns(self, config: dict, name: str) -> dict[str, float]:
+        value = config.get(name) or {}
+        if not isinstance(value, dict) or not all(map(_is_positive, value.values())):
+            raise AdapterError(f"{self.where}: {name} must map names to positive numbers, got {value!r}")
+        for pattern in value:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise AdapterError(
+                    f"{self.where}: {name} has {pattern!r}, which is no regular expression: {error}"
+                ) from None
         return value
 
     def scaling(self, weight: str, rank: int, key: str, *, is_gate_up: bool = False) -> float:
@@ -85,6 +105,10 @@ class LoraSettings:
                 f"{key}: has rank {rank}, but {self.where} says {expected}. Is the adapter for another model?"
             )
         return alpha / math.sqrt(rank) if self.is_rslora else alpha / rank
+
+
+def _is_positive(value: object) -> TypeGuard[float]:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf
 
 
 def _matching(patterns: dict, name: str, default: float) -> float:

@@ -8,7 +8,7 @@ from torch import Tensor
 from ktops.adapters.adapter import Adapter
 from ktops.adapters.errors import AdapterError
 from ktops.adapters.factors import Factors
-from ktops.adapters.peft_files import PREFIX
+from ktops.adapters.peft_files import PREFIX, TOKENS, without_base_layer
 from ktops.checkpoints.checkpoint import Checkpoint
 from ktops.checkpoints.config import CODE_DTYPES, FROM_QUANTIZER
 from ktops.checkpoints.experts import Experts, FileExperts, StoredExperts, float_rows
@@ -78,7 +78,8 @@ def merged_tensors(checkpoint: Checkpoint, adapter: Adapter, *, decode: bool) ->
         CheckpointError: ktops cannot decode a weight.
     """
     others = checkpoint.other_tensors()
-    replaced = {key.removeprefix(PREFIX): view for key, view in adapter.others.items()}
+    replaced = {without_base_layer(key.removeprefix(PREFIX)): view for key, view in adapter.others.items()}
+    _require_mergeable(adapter, replaced)
     updates = dict(adapter.weights)
     found: dict[str, View | LazyTensor] = {}
     quantized = _quantized(others)
@@ -103,6 +104,19 @@ def merged_tensors(checkpoint: Checkpoint, adapter: Adapter, *, decode: bool) ->
             found[name] = _replacement(view, replaced.pop(key))
     _require_used(checkpoint, [f"{name}.weight" for name in updates], list(replaced))
     return found
+
+
+def _require_mergeable(adapter: Adapter, replaced: dict[str, View]) -> None:
+    for name, view in replaced.items():
+        if name.endswith(TOKENS):
+            raise AdapterError(f"{view}: rows trained by trainable_token_indices cannot be merged")
+    changed = replaced.keys() | {f"{name}.weight" for name in adapter.weights}
+    for names in adapter.base.tied.items():
+        if both := changed.intersection(names):
+            raise AdapterError(
+                f"{adapter.path}: changes {' and '.join(sorted(both))}, but {' and '.join(names)} are one "
+                f"weight in {adapter.base.where}, so a merge cannot change them as the adapter does"
+            )
 
 
 def _require_used(checkpoint: Checkpoint, updates: list[str], replaced: list[str]) -> None:

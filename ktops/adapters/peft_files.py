@@ -24,6 +24,9 @@ FACTOR = re.compile(r"(.+)\.lora_(?:(embedding)_)?([AB])(?:\.weight)?")
 BASE_WEIGHT = ".base_layer.weight"
 """The end of a key under which PEFT saves the unchanged weight of an adapted head or embedding."""
 
+TOKENS = ".token_adapter.trainable_tokens_delta"
+"""The end of the key of rows of an embedding or head that PEFT trains instead of all."""
+
 NOT_PLAIN = re.compile(r"\.lora_(magnitude_vector|B\.bias)")
 FLOATS = {torch.float32, torch.bfloat16, torch.float16, torch.float64}
 
@@ -68,7 +71,7 @@ def read(views: Mapping[str, View], settings: LoraSettings, base: BaseModel, ver
     contents, of_experts = Contents(), defaultdict[str, dict[str, dict[int, Pair]]](lambda: defaultdict(dict))
     pairs = _pairs(views, contents)
     for name, pair in pairs.items():
-        module = _without_base_layer(name)
+        module = without_base_layer(name)
         key = base.names.key(f"{module}.weight")
         if module in base.experts:
             projection, factors = _read_stacked(name, pairs, settings, base, version)
@@ -117,7 +120,8 @@ def _pairs(views: Mapping[str, View], contents: Contents) -> dict[str, Pair]:
     return pairs
 
 
-def _without_base_layer(name: str) -> str:
+def without_base_layer(name: str) -> str:
+    """Returns the name that a tensor or module has without PEFT's adapters."""
     return name.replace(".base_layer", "")
 
 
@@ -144,7 +148,7 @@ def _read_stacked(
     Returns:
         The projection and its update.
     """
-    module = _without_base_layer(name)
+    module = without_base_layer(name)
     stacks, a, b = base.experts[module], pairs[name]["A"], pairs[name]["B"]
     first = "up" if stacks.first_parameter == "up_proj" else "gate_up"
     parameters = {first: stacks.first_parameter, "down": "down_proj"}

@@ -128,7 +128,7 @@ class CheckpointWriter:
         overwrite: replace an existing directory.
 
     Raises:
-        CheckpointError: path exists and overwrite is False.
+        CheckpointError: path exists and overwrite is False; or the directory has other contents.
 
     Example:
         >>> source = open_checkpoint("Qwen3-30B-A3B")
@@ -150,6 +150,7 @@ class CheckpointWriter:
         self.settings = json.loads(json.dumps({"version": VERSION, **(settings or {})}))
         self._progress = self._resume() or {"settings": self.settings, "layers": {}, "tensors": {}}
         self.partial.mkdir(parents=True, exist_ok=True)
+        _write_json(self.partial / PROGRESS, self._progress)
 
     @staticmethod
     def partial_path(path: Path) -> Path:
@@ -168,6 +169,11 @@ class CheckpointWriter:
         except (OSError, ValueError, KeyError, TypeError):
             pass
         if self.partial.exists():
+            if not (self.partial / PROGRESS).exists() and any(self.partial.iterdir()):
+                raise CheckpointError(
+                    f"{self.partial}: has contents, and {self.path} is written there first. Pass another "
+                    "path, or delete it"
+                )
             shutil.rmtree(self.partial)
         return None
 

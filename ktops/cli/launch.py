@@ -27,7 +27,8 @@ def launch(command: list[str]) -> NoReturn:
     """Runs a command in place of this process, with ktops in every Python process that it starts.
 
     Raises:
-        UserError: the command does not exist; ktops is not installed where it runs, or kt-kernel is.
+        UserError: the command does not exist or cannot be run; ktops is not installed where it runs, or
+            kt-kernel is.
 
     Example:
         >>> launch(["llamafactory-cli", "train", "qwen3_lora_sft_kt.yaml"])
@@ -35,17 +36,22 @@ def launch(command: list[str]) -> NoReturn:
     executable = find(command[0])
     environment = {**os.environ, VARIABLE: "1"}
     interpreter = interpreter_of(executable)
+    if interpreter == [executable]:
+        interpreter += python_options(command[1:])
     if interpreter is None:
         print(
             f"ktops launch: {executable} is not a Python script. The Python processes that it starts use "
-            "ktops if it is installed in their environment.",
+            f"ktops if it is installed in their environment, and if they get the variable {VARIABLE}.",
             file=sys.stderr,
         )
     else:
         require_hooks(interpreter, environment)
     sys.stdout.flush()
     sys.stderr.flush()
-    os.execve(executable, command, environment)
+    try:
+        os.execve(executable, command, environment)
+    except OSError as error:
+        raise UserError(f"launch: {executable} cannot be run: {error.strerror}") from None
 
 
 def find(command: str) -> str:
@@ -69,8 +75,11 @@ def interpreter_of(executable: str) -> list[str] | None:
     """
     if PYTHON.fullmatch(Path(executable).name):
         return [executable]
-    with open(executable, "rb") as file:
-        head = file.read(4096)
+    try:
+        with open(executable, "rb") as file:
+            head = file.read(4096)
+    except PermissionError:
+        return None
     if not head.startswith(b"#!"):
         return None
     lines = head.decode(errors="replace").splitlines()
@@ -84,12 +93,31 @@ def interpreter_of(executable: str) -> list[str] | None:
     return words if words and PYTHON.fullmatch(Path(words[0]).name) else None
 
 
+def python_options(arguments: list[str]) -> list[str]:
+    """Returns the options of the interpreter itself at the start of a Python command's arguments.
+
+    Example:
+        >>> python_options(["-u", "-X", "dev", "-m", "torch.distributed.run", "-S"])
+        ['-u', '-X', 'dev']
+    """
+    found: list[str] = []
+    left = list(reversed(arguments))
+    while left and re.match(r"-[^cmh?V-]+$", left[-1]):
+        found.append(left.pop())
+        if found[-1][-1] in "WX" and left:
+            found.append(left.pop())
+    return found
+
+
 def require_hooks(interpreter: list[str], environment: dict[str, str]) -> None:
     """Raises UserError unless an interpreter, started with the variable, loads ktops' startup file."""
-    run = subprocess.run(
-        [*interpreter, "-c", _CHECK], env=environment, capture_output=True, text=True, check=False
-    )
     python = shlex.join(interpreter)
+    try:
+        run = subprocess.run(
+            [*interpreter, "-c", _CHECK], env=environment, capture_output=True, text=True, check=False
+        )
+    except OSError as error:
+        raise UserError(f"launch: {python} does not run: {error.strerror}") from None
     if run.returncode:
         raise UserError(f"launch: {python} does not run: {run.stderr.strip()}")
     installed, _, real = run.stdout.strip().splitlines()[-1].partition(" ")

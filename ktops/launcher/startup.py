@@ -20,6 +20,7 @@ HOOKS = {
     "llamafactory.extras.misc": "ktops.integrations.llamafactory:allow_versions",
     "llamafactory.hparams.parser": "ktops.integrations.llamafactory.arguments:enable",
     "llamafactory.model.loader": "ktops.integrations.llamafactory.model:enable",
+    "llamafactory.v1.core.base_trainer": "ktops.integrations.llamafactory.v1:enable",
 }
 """Module -> the function, without arguments, that is called as soon as the module has been imported."""
 
@@ -53,10 +54,14 @@ def _call_after(loader, hook: str) -> None:
     def exec_module(module: ModuleType) -> None:
         del loader.exec_module
         execute(module)
-        where, _, name = hook.partition(":")
-        getattr(importlib.import_module(where), name)()
+        _call(hook)
 
     loader.exec_module = exec_module
+
+
+def _call(hook: str) -> None:
+    where, _, name = hook.partition(":")
+    getattr(importlib.import_module(where), name)()
 
 
 def _load_finder() -> ModuleType:
@@ -79,9 +84,13 @@ def is_installed() -> bool:
 def install() -> None:
     """Waits for the imports in HOOKS, and serves the module ``kt_kernel``; a second call does nothing.
 
+    Hooks of modules that have been imported already, by another file that Python runs at startup, are called.
+
     Raises:
         RuntimeError: the real kt-kernel is installed.
     """
     if not is_installed():
         sys.meta_path.insert(0, PostImportFinder(HOOKS))
+        for hook in [hook for module, hook in HOOKS.items() if module in sys.modules]:
+            _call(hook)
     _load_finder().install()

@@ -1,5 +1,6 @@
 """Adapters that cannot be exported or merged: the message says why, and nothing is written."""
 
+import copy
 import errno
 import json
 import os
@@ -7,11 +8,14 @@ import shutil
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load, load_file, save_file
 from tiny_adapters import adapted, change_config, save, save_base, save_config
+from tiny_models import tiny_model
 
 import ktops
 from ktops.adapters import AdapterError
+from ktops.adapters.directory import LOCK, new_directory
 from ktops.checkpoints import CheckpointError
 from ktops.checkpoints.writer import SafetensorsStream
 
@@ -86,6 +90,55 @@ def test_config_that_does_not_match(made, adapter):
 def test_other_kinds(change, made, adapter):
     change_config(adapter, **change)
     refuses(made, adapter, next(iter(change)))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"rank_pattern": ["q_proj"]}, r"rank_pattern must map names to positive numbers, got \['q_proj'\]"),
+        ({"alpha_pattern": {"q_proj": None}}, "alpha_pattern must map names to positive numbers"),
+        ({"rank_pattern": {"(": 2}}, r"rank_pattern has '\(', which is no regular expression"),
+        ({"target_modules": 5}, "target_modules must be a list of names, got 5"),
+        ({"target_parameters": [5]}, r"target_parameters must be a list of names, got \[5\]"),
+    ],
+)
+def test_config_with_wrong_values(change, message, made, adapter):
+    change_config(adapter, **change)
+    refuses(made, adapter, f"adapter_config.json: {message}")
+
+
+def test_directory_in_the_way(made, adapter, tmp_path):
+    """A directory is written under another name first; what has that name already is not deleted."""
+    base, checkpoint, _ = made
+    source = adapter.rename(tmp_path / "out.partial")
+    before = sorted(file.read_bytes() for file in source.iterdir())
+    for adapters, message in (([source], "must not be"), ([made[2]], "has contents")):
+        with pytest.raises(AdapterError, match=rf"out\.partial: {message}"):
+            ktops.export_adapter(adapters, tmp_path / "out", "peft", base=base)
+        with pytest.raises(AdapterError, match=rf"out\.partial: {message}"):
+            ktops.merge_adapter(checkpoint, adapters, tmp_path / "out")
+    assert sorted(file.read_bytes() for file in source.iterdir()) == before
+
+
+def test_two_processes_at_once(tmp_path):
+    with new_directory(tmp_path / "out") as folder:
+        (folder / "file").write_text("first")
+        with (
+            pytest.raises(AdapterError, match="out: another process is writing it"),
+            new_directory(folder.parent / "out"),
+        ):
+            pass
+    assert [(file.name, file.read_text()) for file in (tmp_path / "out").iterdir()] == [("file", "first")]
+
+
+def test_what_a_killed_process_left_is_deleted(tmp_path):
+    left = tmp_path / "out.partial"
+    (left / "model.partial").mkdir(parents=True)
+    for file in (left / LOCK, left / "file.tmp", left / "model.partial" / "file"):
+        file.write_text("half")
+    with new_directory(tmp_path / "out") as folder:
+        (folder / "file").write_text("whole")
+    assert [file.name for file in tmp_path.rglob("*")] == ["out", "file"]
 
 
 def test_adapter_of_another_model(made, tmp_path):
@@ -182,6 +235,24 @@ def test_merge_of_a_checkpoint_that_lacks_weights(made, tmp_path):
     with pytest.raises(AdapterError, match=r"has no experts for model\.layers\.1\.mlp\.experts"):
         ktops.merge_adapter(broken, adapter, tmp_path / "out")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["broken"]
+
+
+@pytest.mark.parametrize("changed", ["lm_head", "embed_tokens"])
+def test_merge_into_tied_weights(changed, tmp_path):
+    """transformers leaves the head out of such checkpoints, and PEFT adapts only one of the two."""
+    tied = tiny_model("qwen3_moe", tie_word_embeddings=True)
+    tied.save_pretrained(tmp_path / "base")
+    for name, lora in (("lora", {"target_modules": [changed]}), ("saved", {"modules_to_save": [changed]})):
+        keys = {"target_modules": ["q_proj"], **lora}
+        adapter = save(get_peft_model(copy.deepcopy(tied), LoraConfig(r=2, **keys)), tmp_path / name)
+        with pytest.raises(AdapterError, match=rf"changes .*{changed}\.weight, but .* are one weight"):
+            ktops.merge_adapter(tmp_path / "base", adapter, tmp_path / "out")
+
+
+def test_merge_of_trained_tokens(made, tmp_path):
+    adapter = save(adapted("qwen3_moe", trainable_token_indices=[1, 2]), tmp_path / "adapter")
+    with pytest.raises(AdapterError, match="trainable_token_indices cannot be merged"):
+        ktops.merge_adapter(made[1], adapter, tmp_path / "out")
 
 
 def test_a_checkpoint_of_ktops_is_merged_into_a_format_only(made, tmp_path):

@@ -7,7 +7,17 @@ import pytest
 import readers
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_adapters import EXPERTS, adapted, change_config, expect_equal, load, save, save_config, updates
+from tiny_adapters import (
+    EXPERTS,
+    adapted,
+    base_model,
+    change_config,
+    expect_equal,
+    load,
+    save,
+    save_config,
+    updates,
+)
 
 import ktops
 
@@ -246,6 +256,29 @@ def test_a_negative_weight(tmp_path):
         readers.vllm("qwen3_moe", tmp_path / "vllm"),
         {name: -update for name, update in updates(model).items()},
     )
+
+
+def test_trained_tokens(tmp_path):
+    model = adapted("qwen3_moe", trainable_token_indices=[1, 5])
+    [delta] = [p for name, p in model.named_parameters() if "trainable_tokens_delta" in name]
+    with torch.no_grad():
+        delta.add_(1)
+    adapter, base = save(model, tmp_path / "adapter"), save_config("qwen3_moe", tmp_path)
+    ktops.export_adapter(adapter, tmp_path / "peft", "peft", base=base)
+    expected, found = (load("qwen3_moe", path).merge_and_unload() for path in (adapter, tmp_path / "peft"))
+    rows = found.model.embed_tokens.weight
+    assert torch.equal(rows, expected.model.embed_tokens.weight)
+    assert not torch.equal(rows, base_model("qwen3_moe").model.embed_tokens.weight)
+    [note] = ktops.export_adapter(adapter, tmp_path / "vllm", "vllm", base=base)
+    assert "trainable_tokens_delta" in note
+
+
+def test_a_router_that_is_no_linear_layer(tmp_path):
+    """PEFT adapts such a module through target_parameters only."""
+    model = adapted("gpt_oss", target_parameters=["mlp.router.weight", *EXPERTS])
+    adapter, base = save(model, tmp_path / "adapter"), save_config("gpt_oss", tmp_path)
+    ktops.export_adapter(adapter, tmp_path / "peft", "peft", base=base)
+    expect_equal(updates(load("gpt_oss", tmp_path / "peft")), updates(model))
 
 
 def test_modules_to_save(tmp_path):

@@ -103,6 +103,19 @@ def test_several_adapters_and_a_replaced_module(tmp_path):
     assert torch.equal(loaded.lm_head.weight, head)
 
 
+def test_trained_biases(tmp_path):
+    model, base = adapted("gpt_oss", bias="all", target_modules=["q_proj"]), save_base("gpt_oss", tmp_path)
+    biases = {n.replace(".base_layer", ""): p for n, p in model.named_parameters() if n.endswith("proj.bias")}
+    with torch.no_grad():
+        for bias in biases.values():
+            bias.add_(1)
+    ktops.merge_adapter(base, save(model, tmp_path / "adapter"), tmp_path / "merged")
+    loaded = transformers.GptOssForCausalLM.from_pretrained(tmp_path / "merged", dtype="auto")
+    assert len(biases) == 6
+    for name, bias in biases.items():
+        assert torch.equal(loaded.get_parameter(name.removeprefix("base_model.model.")), bias), name
+
+
 def adapt(folder, path):
     """Writes an adapter for the model in a directory."""
     loaded = transformers.AutoModelForCausalLM.from_pretrained(folder)

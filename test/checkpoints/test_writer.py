@@ -154,7 +154,18 @@ def test_an_error_while_writing_leaves_no_file(folders):
     down.expert = lambda index: {}[index] if index == 2 else type(down).expert(down, index)
     with pytest.raises(KeyError):
         writer.write_layer(layer.name, gate_up, down)
-    assert not list(writer.partial.iterdir()) and not writer.finished_layers
+    assert [file.name for file in writer.partial.iterdir()] == ["progress.json"]
+    assert not writer.finished_layers
+
+
+def test_a_directory_in_the_way_is_kept(folders):
+    source, target = folders
+    write_per_expert(source, plain(torch.float32))
+    other = source.rename(CheckpointWriter.partial_path(target))
+    before = sorted(other.iterdir())
+    with pytest.raises(CheckpointError, match=r"partial: has contents, and .* is written there first"):
+        CheckpointWriter(target)
+    assert sorted(other.iterdir()) == before
 
 
 def test_overwrite(folders):

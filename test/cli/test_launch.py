@@ -1,5 +1,6 @@
 """ktops launch: the startup file, its hooks, and the checks before a command runs."""
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -8,8 +9,10 @@ from pathlib import Path
 import pytest
 
 import ktops
+from ktops import compat
 from ktops.cli.errors import UserError
-from ktops.cli.launch import VARIABLE, find, interpreter_of, launch, require_hooks
+from ktops.cli.launch import VARIABLE, find, interpreter_of, launch, python_options, require_hooks
+from ktops.launcher import startup
 from ktops.launcher.startup import HOOKS, PostImportFinder
 
 LAUNCHER = Path(ktops.__file__).parent / "launcher"
@@ -40,9 +43,13 @@ def test_startup_imports_nothing_but_itself(site):
 
 
 def test_off_without_the_variable(site):
-    for value in ({}, {VARIABLE: "0"}):
+    for value in ({}, {VARIABLE: "0"}, {VARIABLE: "False"}):
         site.pop(VARIABLE, None)
         assert python(STATE, {**site, **value}) == "[False, False, False]"
+
+
+def test_other_words_for_yes(site):
+    assert python(STATE, {**site, VARIABLE: "true"}) == "[False, False, True]"
 
 
 def test_child_processes_wait_for_imports_too(site):
@@ -77,6 +84,19 @@ def test_hook_runs_once_after_the_module(hooked):
     assert hook.calls == [0]
     assert "exec_module" not in vars(outer.inner.__spec__.loader)
     assert outer.inner.__spec__.loader.get_source("outer.inner").startswith("import hook")
+
+
+def test_modules_imported_before(hooked, monkeypatch):
+    monkeypatch.setattr(sys, "meta_path", [f for f in sys.meta_path if f is not hooked])
+    monkeypatch.setattr(startup, "HOOKS", hooked.hooks)
+    import hook
+    import outer.inner  # noqa: F401
+
+    with contextlib.ExitStack() as stack:
+        stack.callback(compat.uninstall)
+        startup.install()
+        startup.install()
+    assert hook.calls == [0]
 
 
 def test_looking_for_a_module_runs_no_hook(hooked):
@@ -151,6 +171,39 @@ def test_environment_without_ktops(site):
     require_hooks([sys.executable], site)
     with pytest.raises(UserError, match=r"not installed in .* -m pip install ktops"):
         require_hooks([sys.executable, "-S"], site)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options"),
+    [
+        (["-u", "-m", "trl", "-S"], ["-u"]),
+        (
+            ["-X", "dev", "-Wignore", "-W", "error", "train.py", "-S"],
+            ["-X", "dev", "-Wignore", "-W", "error"],
+        ),
+        (["-uS", "train.py"], ["-uS"]),
+        (["-c", "pass", "-S"], []),
+        (["-Im", "trl"], []),
+        (["train.py"], []),
+        ([], []),
+    ],
+)
+def test_options_of_the_interpreter(arguments, options):
+    assert python_options(arguments) == options
+
+
+def test_an_interpreter_without_site_packages(site, monkeypatch):
+    monkeypatch.setattr(os, "environ", site)
+    monkeypatch.setattr(os, "execve", lambda *args: pytest.fail("started"))
+    with pytest.raises(UserError, match=r"not installed in the environment of .* -S"):
+        launch([sys.executable, "-u", "-S", "train.py"])
+
+
+@pytest.mark.parametrize("line", ["#!/no/such/python3", "#!/usr/bin/env no-such-python", "no script"])
+def test_a_command_that_cannot_be_run(line, site, monkeypatch, tmp_path):
+    monkeypatch.setattr(os, "environ", site)
+    with pytest.raises(UserError, match=r"does not run: No such file|cannot be run: Exec format error"):
+        launch([script(tmp_path, line.replace("no-such-python", "python9.9"))])
 
 
 def test_real_kt_kernel(site, tmp_path):

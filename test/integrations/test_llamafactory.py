@@ -10,8 +10,9 @@ import torch
 from peft.tuners.lora.layer import ParamWrapper
 from tiny_models import tiny_model
 
+import ktops
 from ktops.integrations import llamafactory, settings, training
-from ktops.integrations.llamafactory import arguments, model, places
+from ktops.integrations.llamafactory import arguments, model, places, v1
 from ktops.integrations.transformers import default, pretrained
 
 FILES = {
@@ -22,6 +23,9 @@ FILES = {
     "train/tuner.py": "from llamafactory.hparams import read_args",
     "extras/__init__.py": "",
     "extras/misc.py": "def check_dependencies():\n    pass",
+    "v1/__init__.py": "",
+    "v1/core/__init__.py": "",
+    "v1/core/base_trainer.py": "class BaseTrainer:\n    def fit(self):\n        self.steps = 1",
     "model/__init__.py": "",
     "model/adapter.py": """
 from peft import LoraConfig, get_peft_model
@@ -290,3 +294,20 @@ def test_newer_versions_of_the_libraries_are_allowed(factory, monkeypatch, capsy
     llamafactory.allow_versions()
     assert os.environ["DISABLE_VERSION_CHECK"] == "1"
     assert "transformers<=5.6.0 is required" in capsys.readouterr().err
+
+
+def test_the_training_loop_of_v1(factory):
+    trainers = importlib.import_module("llamafactory.v1.core.base_trainer")
+    v1.enable()
+    v1.enable()
+    try:
+        trainer = trainers.BaseTrainer()
+        trainer.model = tiny_model("qwen3_moe")
+        with pytest.raises(RuntimeError, match="nothing of Qwen3MoeForCausalLM would run through ktops"):
+            trainer.fit()
+        assert not hasattr(trainer, "steps")
+        ktops.swap_experts(trainer.model)
+        trainer.fit()
+        assert trainer.steps == 1
+    finally:
+        v1.disable()

@@ -30,6 +30,9 @@ from ktops.ops.activation import INTERLEAVED
 WRITTEN_FOR = "0.19.1"
 """The version of PEFT that the files seem to come from."""
 
+_OTHERS = ("modules_to_save", "trainable_token_indices")
+"""The options by which PEFT trains, and loads, other tensors than factors."""
+
 _CONVERTED = {"gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3"}
 """Names that PEFT takes for projections of experts if they are in target_modules."""
 
@@ -39,7 +42,8 @@ def plan(adapter: Adapter) -> Plan:
     pieces, modules, parameters = list[Piece](), dict[str, Factors](), dict[str, Factors]()
     for name, part in adapter.weights.items():
         pieces.append(matrix(name, part, _own(part), embedding=name in adapter.base.embeddings))
-        if name.rpartition(".")[2] in _CONVERTED:
+        is_module = name in adapter.base.linears or name in adapter.base.embeddings
+        if not is_module or name.rpartition(".")[2] in _CONVERTED:
             parameters[f"{name}.weight"] = part
         else:
             modules[name] = part
@@ -54,7 +58,7 @@ def plan(adapter: Adapter) -> Plan:
     )
     config = config_for(adapter, common, modules) | {
         "target_parameters": _suffixes(adapter, parameters),
-        "modules_to_save": adapter.config.get("modules_to_save") if adapter.others else None,
+        **{key: adapter.config.get(key) if adapter.others else None for key in _OTHERS},
         "rank_pattern": {name: own.rank for name, own in exceptions.items()},
         "alpha_pattern": {name: own.alpha for name, own in exceptions.items()},
         "peft_version": WRITTEN_FOR,

@@ -151,7 +151,7 @@ def combined(adapters: Sequence[Adapter], weights: Sequence[float] | None = None
 
 
 def _summed_projections(summed, module: str, adapters: Sequence[Adapter]) -> dict[str, Factors]:
-    """Adds gate and up apart, unless an adapter has them in one."""
+    """Adds gate and up separately, unless an adapter has them as one."""
     present = {name for adapter in adapters for name in adapter.experts.get(module, ())}
     names = sorted(present - set(HALVES)) if "gate_up" in present else sorted(present)
     return {name: summed(module, name) for name in names}

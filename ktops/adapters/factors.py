@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 PROJECTIONS = ("gate", "up", "down")
-"""The projections of an expert, apart for gate and up."""
+"""The projections of an expert, with gate and up separate."""
 
 
 @dataclass(frozen=True)

@@ -142,8 +142,8 @@ def _read_stacked(
 ) -> tuple[str, Factors]:
     """Reads the factors A [r E, in] and B [out, r E] of a stacked parameter, or the same with roles swapped.
 
-    Of two adapted parameters, the inner one, with base_layer in its name, is the first. A single one is known
-    by its sizes. They tell the roles too, unless in = out; then the version of PEFT does.
+    Of two adapted parameters, the inner one, with base_layer in its name, is the first. A single one is
+    recognized by its sizes. So are the roles, unless in = out; then the version of PEFT decides.
 
     Returns:
         The projection and its update.

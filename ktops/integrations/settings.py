@@ -192,7 +192,7 @@ def _joined(given: dict[str, Any], nested: object) -> dict[str, Any]:
             "kt_config.enabled is false, but use_kt is given: to turn ktops off, use use_kt: false"
         )
     if both := sorted(inner.keys() & given.keys()):
-        raise ValueError(f"{', '.join(both)}: given both by itself and in kt_config")
+        raise ValueError(f"{', '.join(both)}: given twice, by itself and in kt_config")
     return given | inner
 
 

@@ -107,7 +107,7 @@ def _plan(adapter: Adapter, program: str, names: Names) -> Plan:
 
 
 def _parts(adapter: Adapter) -> Iterator[Factors]:
-    """Yields the updates of the experts, apart for gate and up."""
+    """Yields the updates of the experts, separately for gate and up."""
     for module in adapter.experts:
         for name in PROJECTIONS:
             part = adapter.projection(module, name)

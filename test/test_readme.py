@@ -87,7 +87,7 @@ def test_ci_runs_the_test_command_of_the_readme():
     ).stdout
     blocks = re.findall(r"^<!-- command: test -->\n```bash\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
     assert blocks == [printed]
-    assert printed.endswith("pytest test\n")
+    assert printed.endswith("pytest -n 2 --dist worksteal test\n")
 
 
 @pytest.mark.parametrize("command", re.findall(r"^python3 -m venv.*$", README, re.MULTILINE))

@@ -43,7 +43,7 @@ def test_logits_equal_eager(folder, tmp_path):
     assert torch.equal(load(type(model), tmp_path / "saved")(**batch).logits, logits)
 
 
-@pytest.mark.parametrize("folder", REFUSED)
+@pytest.mark.parametrize("folder", sorted(REFUSED))
 def test_refused(folder, tmp_path):
     model = tiny_model(folder)
     model.save_pretrained(tmp_path)

@@ -9,9 +9,12 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+
+if TYPE_CHECKING:
+    from ktops.integrations.transformers.config import KTConfig
 
 
 class Backend(NamedTuple):
@@ -113,7 +116,7 @@ class Settings:
     weight_path: Path | None = None
     without_effect: tuple[str, ...] = ()
 
-    def quantization_config(self, quantization: Mapping | None = None):
+    def quantization_config(self, quantization: Mapping | None = None) -> "KTConfig | None":
         """Returns the ``quantization_config`` for from_pretrained, or None if it needs none.
 
         Args:

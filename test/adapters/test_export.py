@@ -7,7 +7,17 @@ import pytest
 import readers
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_adapters import EXPERTS, adapted, change_config, expect_equal, load, save, save_config, updates
+from tiny_adapters import (
+    EXPERTS,
+    adapted,
+    change_config,
+    expect_equal,
+    load,
+    save,
+    save_config,
+    swap_roles,
+    updates,
+)
 
 import ktops
 
@@ -102,21 +112,6 @@ def test_roles_that_peft_0_18_swaps(tmp_path):
     for layout in LAYOUTS:
         ktops.export_adapter(swapped, tmp_path / layout, layout, base=base)
         expect_equal(read(layout, "qwen3_moe", tmp_path / layout), updates(model))
-
-
-def swap_roles(adapter, path, experts: int = 8) -> None:
-    tensors = load_file(adapter / WEIGHTS)
-    for name in [name for name in tensors if "experts" in name and "lora_A" in name]:
-        other = name.replace("lora_A", "lora_B")
-        a, b = tensors[name], tensors[other]
-        a = a.reshape(experts, -1, a.shape[1])
-        b = b.reshape(b.shape[0], -1, experts).permute(2, 1, 0)
-        tensors[name] = b.flatten(0, 1).contiguous()
-        tensors[other] = a.permute(2, 1, 0).flatten(1).contiguous()
-    path.mkdir()
-    config = json.loads((adapter / "adapter_config.json").read_text()) | {"peft_version": "0.18.1"}
-    (path / "adapter_config.json").write_text(json.dumps(config))
-    save_file(tensors, path / WEIGHTS)
 
 
 @pytest.mark.parametrize("parameters", [EXPERTS[:1], EXPERTS[1:], EXPERTS])

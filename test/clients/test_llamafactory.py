@@ -19,6 +19,7 @@ from compare import (
     read_adapter,
     run,
 )
+from exports import assert_exports
 from peft import PeftModel
 from tiny import save_model, save_records
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -143,6 +144,7 @@ def test_equals_a_plain_run(architecture, models, data, tmp_path):
     assert not run(*command, *second, folder=tmp_path)[1]
     assert_same_training(*outputs)
     assert_loads_without_ktops(models[architecture], outputs[0], tmp_path / "logits")
+    assert_exports(models[architecture], outputs[0], tmp_path / "exports", architecture)
 
 
 def test_resumes(models, data, tmp_path):

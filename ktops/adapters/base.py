@@ -107,7 +107,7 @@ class BaseModel:
         return of_mixtral if key is not None and key.module == experts else (experts, PROJECTIONS)
 
     def published_weight(self, name: str) -> str:
-        """Returns the name that checkpoints have for a module beside experts, such as their router."""
+        """Returns the name that checkpoints have for a module other than experts, such as their router."""
         for parent, published in self._published_blocks.items():
             if name.startswith(f"{parent}."):
                 return published + name[len(parent) :]

@@ -1,8 +1,8 @@
-"""kt-kernel's fused_expert_lora.safetensors, and the manifest beside it.
+"""kt-kernel's fused_expert_lora.safetensors, and its manifest.
 
 The keys are ``layers.{L}.experts.{gate, up, down}_lora_{a, b}``: gate_lora_a and up_lora_a [E, r, H],
-gate_lora_b and up_lora_b [E, I, r], down_lora_a [E, r, I], down_lora_b [E, H, r]. The modules beside the
-experts are in adapter_model.safetensors, as PEFT writes them. The scaling of all is lora_alpha / r of
+gate_lora_b and up_lora_b [E, I, r], down_lora_a [E, r, I], down_lora_b [E, H, r]. The other modules are
+in adapter_model.safetensors, as PEFT writes them. The scaling of all is lora_alpha / r of
 adapter_config.json.
 """
 

@@ -48,7 +48,6 @@ WITHOUT_EFFECT = frozenset(
         "kt_activation_policy",
         "kt_cpu_activation",
         "kt_force_fused_expert_lora",
-        "kt_full_weight_grad",
         "kt_lora_expert_intermediate_size",
         "kt_lora_expert_num",
         "kt_max_cache_depth",
@@ -69,6 +68,7 @@ REFUSED = {
     "kt_use_lora_experts": "additional experts made of LoRA are not supported; adapters on the experts are",
     "kt_non_expert_weight_path": "model_name_or_path must name the checkpoint of the other weights, and "
     "kt_weight_path that of the experts",
+    "kt_full_weight_grad": "to train the experts themselves, use finetuning_type: full",
     "kt_lora_rank": "use lora_rank",
     "kt_lora_alpha": "use lora_alpha",
     "kt_lora_dropout": "use lora_dropout",
@@ -185,7 +185,9 @@ def _joined(given: dict[str, Any], nested: object) -> dict[str, Any]:
         raise ValueError(f"kt_config must be a mapping of kt_* keys, got {nested!r}")
     inner = {str(key): value for key, value in nested.items() if key != "enabled"}
     if not _boolean("kt_config.enabled", nested.get("enabled", True)):
-        raise ValueError("kt_config.enabled is false beside use_kt: to turn ktops off, use use_kt: false")
+        raise ValueError(
+            "kt_config.enabled is false, but use_kt is given: to turn ktops off, use use_kt: false"
+        )
     if both := sorted(inner.keys() & given.keys()):
         raise ValueError(f"{', '.join(both)}: given both by itself and in kt_config")
     return given | inner
@@ -200,7 +202,7 @@ def _require_known(given: Mapping[str, Any]) -> None:
 
 def _read(given: dict[str, Any]) -> Settings:
     for key, hint in REFUSED.items():
-        if given.get(key) not in (None, False, 0, "false", ""):
+        if str(given.get(key, "")).lower() not in ("", "0", "0.0", "false", "no"):
             raise ValueError(f"{key} must be absent, got {given[key]!r}: {hint}")
     mode = given.get("kt_train_mode", "lora")
     if mode != "lora":

@@ -104,8 +104,8 @@ def test_factors_are_copied_where_the_scaling_allows(tmp_path):
     assert torch.equal(before[down], after[down])
 
 
-def test_roles_that_peft_0_18_swaps(tmp_path):
-    """Before 0.19, PEFT took stacked weights for [E, in, out]: A is [r E, 2I], B is [H, r E]."""
+def test_roles_that_old_peft_swaps(tmp_path):
+    """Before 0.19.1, PEFT took stacked weights for [E, in, out]: A is [r E, 2I], B is [H, r E]."""
     model, base = adapted("qwen3_moe"), save_config("qwen3_moe", tmp_path)
     adapter, swapped = save(model, tmp_path / "adapter"), tmp_path / "swapped"
     swap_roles(adapter, swapped)
@@ -120,8 +120,9 @@ def test_sizes_or_version_tell_the_roles(architecture, parameters, tmp_path):
     """The experts of "square" are as wide as the model, so the sizes of down alone do not tell."""
     model = adapted(architecture, target_parameters=parameters)
     base, adapter = save_config(architecture, tmp_path), save(model, tmp_path / "adapter")
-    swap_roles(adapter, tmp_path / "swapped")
-    for source in ("adapter", "swapped"):
+    swap_roles(adapter, tmp_path / "0.18.1")
+    swap_roles(adapter, tmp_path / "0.19.0", "0.19.0")
+    for source in ("adapter", "0.18.1", "0.19.0"):
         ktops.export_adapter(tmp_path / source, tmp_path / f"{source} peft", "peft", base=base)
         expect_equal(updates(load(architecture, tmp_path / f"{source} peft")), updates(model))
 

@@ -152,8 +152,8 @@ def change_config(path: Path, **changes) -> None:
     file.write_text(json.dumps(json.loads(file.read_text()) | changes))
 
 
-def swap_roles(adapter: Path, path: Path, experts: int = 8) -> Path:
-    """Copies an adapter, with the factors of stacked experts as PEFT 0.18 has them; returns its directory."""
+def swap_roles(adapter: Path, path: Path, version: str = "0.18.1", experts: int = 8) -> Path:
+    """Copies an adapter, with the factors of stacked experts as PEFT has them before 0.19.1."""
     tensors = load_file(adapter / "adapter_model.safetensors")
     for name in [name for name in tensors if ".experts." in name and "lora_A" in name]:
         other = name.replace("lora_A", "lora_B")
@@ -164,6 +164,6 @@ def swap_roles(adapter: Path, path: Path, experts: int = 8) -> Path:
         tensors[other] = a.permute(2, 1, 0).flatten(1).contiguous()
     path.mkdir()
     shutil.copy(adapter / "adapter_config.json", path)
-    change_config(path, peft_version="0.18.1")
+    change_config(path, peft_version=version)
     save_file(tensors, path / "adapter_model.safetensors")
     return path

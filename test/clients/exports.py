@@ -9,7 +9,7 @@ from packaging.version import Version
 
 import ktops
 from ktops.adapters import AdapterError
-from ktops.adapters.peft_files import FIRST_WITH_ROLES
+from ktops.adapters.peft_files import READS_IT_RIGHT
 
 sys.path += [str(Path(__file__).parents[1] / name) for name in ("adapters", "integrations", "")]
 import readers
@@ -37,6 +37,6 @@ def assert_exports(model: Path, adapter: Path, folder: Path, architecture: str =
 
 def _for_this_peft(adapter: Path) -> Path:
     """Returns an exported adapter, or if the installed PEFT exchanges roles, a copy that it loads."""
-    if Version(peft.__version__) >= FIRST_WITH_ROLES:
+    if Version(peft.__version__) >= READS_IT_RIGHT:
         return adapter
     return swap_roles(adapter, adapter.with_name("swapped"))

@@ -11,7 +11,7 @@ from tiny_models import tiny_model
 
 from ktops.integrations import llamafactory, training
 from ktops.integrations.llamafactory import arguments, model, places
-from ktops.integrations.transformers import default
+from ktops.integrations.transformers import default, pretrained
 
 FILES = {
     "__init__.py": "",
@@ -71,6 +71,7 @@ def factory(tmp_path, monkeypatch):
     yield importlib.import_module("llamafactory")
     arguments.disable()
     model.disable()
+    training.disable()
     for name in [name for name in sys.modules if name.partition(".")[0] == "llamafactory"]:
         del sys.modules[name]
 
@@ -173,9 +174,15 @@ def test_use_kt_false_turns_the_launcher_s_default_off(factory):
     default.enable()
     training.enable()
     factory.hparams.read_args({"use_kt": None})
-    assert default._replaced and training._replaced
+    assert pretrained._default == "ktops" and training._replaced
     factory.hparams.read_args({"use_kt": False, "kt_backend": "BF16"})
-    assert not default._replaced and not training._replaced
+    assert pretrained._default is None and not training._replaced
+
+
+def test_use_kt_true_checks_training(factory):
+    for use_kt in (True, False, True):
+        factory.hparams.read_args({"use_kt": use_kt})
+        assert bool(training._replaced) == use_kt
 
 
 def read_settings(factory, **keys) -> None:
@@ -236,6 +243,8 @@ def test_adapters_without_use_kt_are_llamafactory_s(factory):
 def test_experts_without_adapters(factory):
     read_settings(factory, kt_backend="AMXBF16_SFT_SkipLoRA")
     assert not expert_adapters(adapted(factory, lora_target=["all"]))
+    with pytest.raises(ValueError, match="lora_target experts is only experts, which get no adapters"):
+        adapted(factory, lora_target="experts")
 
 
 def test_dropout_is_that_of_linear_layers(factory, capsys):

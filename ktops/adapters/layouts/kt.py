@@ -1,4 +1,4 @@
-"""kt-kernel's fused_expert_lora.safetensors in bfloat16, PEFT's file beside it, and the manifest of both."""
+"""kt-kernel's fused_expert_lora.safetensors in bfloat16, PEFT's file next to it, and the manifest of both."""
 
 import json
 from functools import partial
@@ -18,8 +18,8 @@ from ktops.adapters.layouts.plan import (
     Scale,
     config_for,
     left_out,
+    other_weights,
     projections,
-    weights_beside_experts,
 )
 from ktops.checkpoints.names import NUMBER
 from ktops.checkpoints.writer import DTYPE_NAMES
@@ -45,13 +45,13 @@ def plan(adapter: Adapter) -> Plan:
         for module, layer in layers.items()
         for name, part in projections(adapter, module, PROJECTIONS, scale.rank).items()
     ]
-    beside = list(weights_beside_experts(adapter, scale, published=False))
+    others = list(other_weights(adapter, scale, published=False))
     targets = {name.rpartition(".")[2] for name in adapter.weights}
     config = config_for(adapter, scale, targets)
     notes = left_out(adapter, "kt-kernel")
     if any(torch.bfloat16 not in (part.dtype, part.scaled_dtypes(scale.scaling)[1]) for part in parts):
         notes.append("kt-kernel reads the adapters of experts in bfloat16, so they are rounded")
-    return Plan({WEIGHTS: beside, FUSED: pieces}, config, notes, partial(_write_manifest, config=config))
+    return Plan({WEIGHTS: others, FUSED: pieces}, config, notes, partial(_write_manifest, config=config))
 
 
 def _layer(adapter: Adapter, module: str) -> int:

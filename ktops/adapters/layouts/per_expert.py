@@ -2,7 +2,7 @@
 
 ``base_model.model.{experts}.{e}.{gate_proj, up_proj, down_proj}.lora_A.weight`` [r, in], ``lora_B`` [out, r].
 These programs read one rank and one alpha, and need all projections of all experts of a layer, so ranks are
-filled up with zeros, and other scalings are multiplied into B. For some models, vLLM reads the stacked
+padded with zeros, and other scalings are multiplied into B. For some models, vLLM reads the stacked
 factors of PEFT instead.
 """
 
@@ -22,8 +22,8 @@ from ktops.adapters.layouts.plan import (
     Scale,
     config_for,
     left_out,
+    other_weights,
     projections,
-    weights_beside_experts,
 )
 from ktops.adapters.peft_files import PREFIX
 from ktops.ops.activation import INTERLEAVED, UNGATED
@@ -93,7 +93,7 @@ def for_llama_cpp(adapter: Adapter) -> Plan:
 def _plan(adapter: Adapter, program: str, names: Names) -> Plan:
     parts = [*adapter.weights.values(), *_parts(adapter)]
     scale = Scale.of(parts)
-    pieces = list(weights_beside_experts(adapter, scale, published=program != "SGLang"))
+    pieces = list(other_weights(adapter, scale, published=program != "SGLang"))
     targets = {name.rpartition(".")[2] for name in adapter.weights}
     for module in adapter.experts:
         experts, words = names(module)

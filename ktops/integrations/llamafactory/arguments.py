@@ -127,10 +127,11 @@ def _take(config: dict[str, Any]) -> Choice:
             training.disable()
         return Choice()
     if config.get("use_unsloth"):
-        raise ValueError("use_unsloth must be absent or false beside use_kt: true; each replaces the experts")
+        raise ValueError("use_unsloth must be absent or false with use_kt: true; both replace the experts")
     if config.get("use_llama_pro"):
-        raise ValueError("use_llama_pro must be absent or false beside use_kt: true")
+        raise ValueError("use_llama_pro must be absent or false with use_kt: true")
     dtype = _dtype(config.pop("torch_dtype", None))
+    training.enable()
     _set_threads(settings.num_threads)
     if settings.without_effect:
         print(f"ktops: without effect: {', '.join(settings.without_effect)}", file=sys.stderr)

@@ -67,7 +67,7 @@ def expert_adapters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def save_kt_adapter_artifacts(model: nn.Module, output_dir: str | Path) -> KTAdapterManifest | None:
-    """Writes the adapters of a model's experts beside those that PEFT has written.
+    """Writes the adapters of a model's experts next to those that PEFT has written.
 
     A file gets its name only when it is complete, and the manifest comes last.
 

@@ -166,7 +166,7 @@ def validate_kt_prequantized_loading_info(
             problems.append(f"{kind}: {', '.join(names)}")
     if problems:
         raise KTArtifactError(
-            f"the checkpoint does not fit the model beside its experts: {'; '.join(problems)}"
+            f"the checkpoint does not fit the model, apart from its experts: {'; '.join(problems)}"
         )
 
 

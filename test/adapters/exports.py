@@ -1,19 +1,16 @@
-"""Exports adapters that clients wrote, and reads the results as the programs do that they are for."""
+"""Exports adapters, and reads the results as the programs do that they are for."""
 
-import sys
 from pathlib import Path
 
 import peft
 import pytest
+import readers
 from packaging.version import Version
+from tiny_adapters import expect_equal, load, swap_roles, updates
 
 import ktops
 from ktops.adapters import AdapterError
 from ktops.adapters.peft_files import READS_IT_RIGHT
-
-sys.path += [str(Path(__file__).parents[1] / name) for name in ("adapters", "integrations", "")]
-import readers
-from tiny_adapters import expect_equal, load, swap_roles, updates
 
 READERS = {"vllm": readers.vllm, "sglang": readers.sglang, "llama.cpp": readers.llama_cpp, "kt": readers.kt}
 

@@ -16,6 +16,7 @@ from tiny_adapters import (
     load,
     save,
     save_config,
+    swap_roles,
     updates,
 )
 
@@ -112,21 +113,6 @@ def test_roles_that_old_peft_swaps(tmp_path):
     for layout in LAYOUTS:
         ktops.export_adapter(swapped, tmp_path / layout, layout, base=base)
         expect_equal(read(layout, "qwen3_moe", tmp_path / layout), updates(model))
-
-
-def swap_roles(adapter, path, version: str = "0.18.1", experts: int = 8) -> None:
-    tensors = load_file(adapter / WEIGHTS)
-    for name in [name for name in tensors if "experts" in name and "lora_A" in name]:
-        other = name.replace("lora_A", "lora_B")
-        a, b = tensors[name], tensors[other]
-        a = a.reshape(experts, -1, a.shape[1])
-        b = b.reshape(b.shape[0], -1, experts).permute(2, 1, 0)
-        tensors[name] = b.flatten(0, 1).contiguous()
-        tensors[other] = a.permute(2, 1, 0).flatten(1).contiguous()
-    path.mkdir()
-    config = json.loads((adapter / "adapter_config.json").read_text()) | {"peft_version": version}
-    (path / "adapter_config.json").write_text(json.dumps(config))
-    save_file(tensors, path / WEIGHTS)
 
 
 @pytest.mark.parametrize("parameters", [EXPERTS[:1], EXPERTS[1:], EXPERTS])

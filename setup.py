@@ -63,7 +63,7 @@ class BuildWithObjects(BuildExtension.with_options(no_python_abi_suffix=False)):
 
 
 class BuildLaunchFile(Command):
-    """Installs beside the package the file that ``ktops launch`` relies on: Python runs it at startup."""
+    """Installs, next to the package, the file that ``ktops launch`` relies on. Python runs it at startup."""
 
     editable_mode = False
     user_options: ClassVar = []

@@ -16,7 +16,7 @@ package = Path(ktops.__file__).resolve().parent
 assert Path(sys.prefix).resolve() in package.parents, f"ktops comes from {package}, not from this environment"
 assert list(package.glob("_C*.so")), f"no extension module in {package}"
 assert (package / "py.typed").is_file()
-assert list(package.glob("cli/data/*")), f"the data of the command line is missing in {package}"
+assert list(package.glob("cli/finetune/data/*")), f"the data of the command line is missing in {package}"
 started = "import sys; print('ktops.launcher.startup' in sys.modules, 'torch' in sys.modules)"
 environment = {**os.environ, "KTOPS_LAUNCH": "1"}
 printed = subprocess.check_output([sys.executable, "-c", started], env=environment, text=True)

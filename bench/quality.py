@@ -83,8 +83,8 @@ def gaussian_layers(seed: int = 0) -> list[Layer]:
 @torch.no_grad()
 def trained_layers(directory: Path) -> list[Layer]:
     """Returns the layers of a `ktops finetune` model, with the inputs of their experts for some stories."""
-    from ktops.cli import corpus
-    from ktops.cli.models import load_model, load_tokenizer
+    from ktops.cli.finetune import corpus
+    from ktops.cli.finetune.models import load_model, load_tokenizer
     from ktops.nn import KTExperts
 
     model = load_model(str(directory), torch.float32, "ktops")
@@ -175,9 +175,9 @@ def save(rows: list[dict]) -> Path:
 def _pretrained(folder: Path) -> Path:
     from rich.console import Console
 
-    from ktops.cli import pretrain
-    from ktops.cli.options import Options, complete
-    from ktops.cli.report import Report
+    from ktops.cli.finetune import pretrain
+    from ktops.cli.finetune.options import Options, complete
+    from ktops.cli.finetune.report import Report
 
     return Path(pretrain.base_model(complete(Options()), folder, Report(Console()), "")[0])
 

@@ -28,7 +28,7 @@ class Adapter:
         path: the directory; of a sum, that of the first adapter.
         config: its adapter_config.json.
         base: the model.
-        weights: the updates of weights beside the experts, by module.
+        weights: the updates of weights other than the experts, by module.
         experts: the updates of experts, by module, then by projection: "gate", "up" and "down", or "gate_up",
             whose rows are those of gate, then those of up.
         others: tensors that are no factors, such as those of modules_to_save, by key.
@@ -132,7 +132,7 @@ def combined(adapters: Sequence[Adapter], weights: Sequence[float] | None = None
     for adapter in adapters:
         if adapter.others:
             raise AdapterError(
-                f"{adapter.path}: has tensors beside LoRA factors, such as {next(iter(adapter.others))}, "
+                f"{adapter.path}: has tensors other than LoRA factors, such as {next(iter(adapter.others))}, "
                 "which cannot be weighted or added"
             )
     summed = partial(_sum, list(zip(factors, adapters, strict=True)))
@@ -151,7 +151,7 @@ def combined(adapters: Sequence[Adapter], weights: Sequence[float] | None = None
 
 
 def _summed_projections(summed, module: str, adapters: Sequence[Adapter]) -> dict[str, Factors]:
-    """Adds gate and up apart, unless an adapter has them in one."""
+    """Adds gate and up separately, unless an adapter has them as one."""
     present = {name for adapter in adapters for name in adapter.experts.get(module, ())}
     names = sorted(present - set(HALVES)) if "gate_up" in present else sorted(present)
     return {name: summed(module, name) for name in names}

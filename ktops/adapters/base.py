@@ -14,7 +14,7 @@ from ktops.nn.experts import declared_gating
 from ktops.nn.find import find_experts, has_stacks
 from ktops.ops.activation import UNGATED
 
-PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
+PROJECTION_NAMES = ("gate_proj", "up_proj", "down_proj")
 
 
 @dataclass(frozen=True)
@@ -109,10 +109,10 @@ class BaseModel:
         parent = experts.rpartition(".")[0]
         of_mixtral = f"{parent.rpartition('.')[0]}.block_sparse_moe.experts", ("w1", "w3", "w2")
         key = self.names.key(f"{of_mixtral[0]}.0.{of_mixtral[1][0]}.weight")
-        return of_mixtral if key is not None and key.module == experts else (experts, PROJECTIONS)
+        return of_mixtral if key is not None and key.module == experts else (experts, PROJECTION_NAMES)
 
     def published_weight(self, name: str) -> str:
-        """Returns the name that checkpoints have for a module beside experts, such as their router."""
+        """Returns the name that checkpoints have for a module other than experts, such as their router."""
         for parent, published in self._published_blocks.items():
             if name.startswith(f"{parent}."):
                 return published + name[len(parent) :]

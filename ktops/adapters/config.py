@@ -91,8 +91,8 @@ class LoraSettings:
             weight: its name in the model, as PEFT matches it with patterns.
             rank: its rank in the file.
             key: its name in the file, for messages.
-            is_gate_up: whether it holds gate and up. If target_modules name them apart, PEFT doubles rank and
-                alpha when it loads the config.
+            is_gate_up: whether it holds gate and up. If target_modules name the two separately, PEFT
+                doubles rank and alpha when it loads the config.
 
         Raises:
             AdapterError: the config gives another rank.

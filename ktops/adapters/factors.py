@@ -7,6 +7,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+PROJECTIONS = ("gate", "up", "down")
+"""The projections of an expert, with gate and up separate."""
+
 
 @dataclass(frozen=True)
 class Factors:
@@ -31,7 +34,7 @@ class Factors:
     def scaled(self, rank: int, scaling: float) -> tuple[Tensor, Tensor]:
         """Returns A and B of another rank and scaling, with the same product.
 
-        The rank is filled up with zeros. B is multiplied by the ratio of the scalings, in float32 unless the
+        The rank is padded with zeros. B is multiplied by the ratio of the scalings, in float32 unless the
         product is exact.
         """
         a, b = self.load()

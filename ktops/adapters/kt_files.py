@@ -1,36 +1,40 @@
-"""kt-kernel's fused_expert_lora.safetensors, and the manifest beside it.
+"""kt-kernel's fused_expert_lora.safetensors, and its manifest.
 
 The keys are ``layers.{L}.experts.{gate, up, down}_lora_{a, b}``: gate_lora_a and up_lora_a [E, r, H],
-gate_lora_b and up_lora_b [E, I, r], down_lora_a [E, r, I], down_lora_b [E, H, r]. The modules beside the
-experts are in adapter_model.safetensors, as PEFT writes them. The scaling of all is lora_alpha / r of
+gate_lora_b and up_lora_b [E, I, r], down_lora_a [E, r, I], down_lora_b [E, H, r]. The other modules are
+in adapter_model.safetensors, as PEFT writes them. The scaling of all is lora_alpha / r of
 adapter_config.json.
 """
 
 import hashlib
 import re
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
+
+import torch
 
 from ktops.adapters.base import BaseModel
 from ktops.adapters.config import LoraSettings
 from ktops.adapters.errors import AdapterError
-from ktops.adapters.factors import Factors
+from ktops.adapters.factors import PROJECTIONS, Factors
 from ktops.adapters.tensors import stacked_factors
 from ktops.checkpoints.quantization_config import read_json
 from ktops.checkpoints.view import View
+from ktops.checkpoints.writer import DTYPE_NAMES
 
 FUSED = "fused_expert_lora.safetensors"
 MANIFEST = "kt_adapter_manifest.json"
 VERSION = 1
-NAMES = tuple(f"{projection}_lora_{factor}" for projection in ("gate", "up", "down") for factor in "ab")
+NAMES = tuple(f"{projection}_lora_{factor}" for projection in PROJECTIONS for factor in "ab")
 
 _KEY = re.compile(rf"layers\.(\d+)\.experts\.({'|'.join(NAMES)})")
 
 
-def key(layer: int, projection: str, factor: str) -> str:
-    """Returns the key of a factor, "A" or "B"."""
-    return f"layers.{layer}.experts.{projection}_lora_{factor.lower()}"
+def factor_key(layer: int, name: str) -> str:
+    """Returns the key of a factor, by its name in NAMES."""
+    return f"layers.{layer}.experts.{name}"
 
 
 def read(views: Mapping[str, View], settings: LoraSettings, base: BaseModel) -> dict[str, dict[str, Factors]]:
@@ -63,7 +67,7 @@ def read(views: Mapping[str, View], settings: LoraSettings, base: BaseModel) -> 
                 tensors[f"{projection}_lora_a"], tensors[f"{projection}_lora_b"],
                 f"{module}.{projection}_proj", projection, settings, base.experts[module],
             )
-            for projection in ("gate", "up", "down")
+            for projection in PROJECTIONS
         }  # fmt: skip
     return found
 
@@ -90,7 +94,41 @@ def check_manifest(folder: Path) -> None:
                 raise AdapterError(f"{file}: damaged or changed: its {what} is not that of {MANIFEST}")
 
 
-def record(file: Path) -> dict[str, int | str]:
+def make_manifest(
+    folder: Path,
+    names: Iterable[str],
+    kinds: Mapping[str, tuple[torch.dtype, Sequence[int]]],
+    *,
+    weight_format: str,
+    base: str | None,
+    rank: int | None,
+    alpha: float,
+) -> dict[str, Any]:
+    """Returns the manifest of a directory.
+
+    Args:
+        names: of PEFT's files in it.
+        kinds: dtype and shape of the tensors in FUSED, by key.
+        weight_format: of the experts that the adapter was trained on, as ``ktops.formats`` names it.
+        base: the model that adapter_config.json names.
+        rank, alpha: of the adapters of experts.
+    """
+    tensors = {
+        name: {"shape": list(shape), "dtype": DTYPE_NAMES[dtype]}
+        for name, (dtype, shape) in sorted(kinds.items())
+    }
+    fused = record(folder / FUSED) | {"tensor_count": len(tensors), "tensors": tensors}
+    return {
+        "version": VERSION,
+        "status": "ready",
+        "expert_weight_format": weight_format,
+        "base": {"model_name_or_path": base},
+        "lora": {"rank": rank, "alpha": float(alpha)},
+        "artifacts": {name: record(folder / name) for name in names} | {FUSED: fused},
+    }
+
+
+def record(file: Path) -> dict[str, Any]:
     """Returns size and SHA-256 of a file, as the manifest lists them."""
     digest = hashlib.sha256()
     with file.open("rb") as opened:

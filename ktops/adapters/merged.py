@@ -67,7 +67,7 @@ def merged_experts(layer: Layer, adapter: Adapter) -> tuple[MergedExperts, Merge
 
 
 def merged_tensors(checkpoint: Checkpoint, adapter: Adapter, *, decode: bool) -> dict[str, View | LazyTensor]:
-    """Returns the tensors beside the experts, with the adapter's updates.
+    """Returns the tensors other than the experts, with the adapter's updates.
 
     Args:
         decode: replace quantized weights by their values in bfloat16.

@@ -30,8 +30,11 @@ TOKENS = ".token_adapter.trainable_tokens_delta"
 NOT_PLAIN = re.compile(r"\.lora_(magnitude_vector|B\.bias)")
 FLOATS = {torch.float32, torch.bfloat16, torch.float16, torch.float64}
 
-FIRST_WITH_ROLES = Version("0.19")
-"""The first version of PEFT whose A has the columns of the input for weights [E, out, in]."""
+READS_DECLARATION = Version("0.19")
+"""The first version of PEFT for which it matters whether an experts module says that it is transposed."""
+
+READS_IT_RIGHT = Version("0.19.1")
+"""The first version that does not take it for the opposite."""
 
 
 @dataclass
@@ -39,7 +42,7 @@ class Contents:
     """What a file holds.
 
     Attributes:
-        weights: the updates of weights beside the experts, by module.
+        weights: the updates of weights other than the experts, by module.
         experts: the updates of experts, by module, then by projection: "gate", "up", "down" or "gate_up",
             whose rows are those of gate, then those of up.
         others: the other tensors, such as those of modules_to_save, by key.
@@ -139,8 +142,8 @@ def _read_stacked(
 ) -> tuple[str, Factors]:
     """Reads the factors A [r E, in] and B [out, r E] of a stacked parameter, or the same with roles swapped.
 
-    Of two adapted parameters, the inner one, with base_layer in its name, is the first. A single one is known
-    by its sizes. They tell the roles too, unless in = out; then the version of PEFT does.
+    Of two adapted parameters, the inner one, with base_layer in its name, is the first. A single one is
+    recognized by its sizes. So are the roles, unless in = out; then the version of PEFT decides.
 
     Returns:
         The projection and its update.
@@ -185,13 +188,16 @@ def _read_stacked(
 def _swapped_by_version(stacks: Stacks, version: str | None) -> bool:
     """True if PEFT takes A for the factor of the output.
 
-    It takes weights for [E, in, out] if their module says so, before 0.19 always.
+    It takes weights for [E, in, out] if their module says so; 0.19.0 if it does not, and 0.18 always.
     """
     try:
-        reads_declaration = version is not None and Version(version).release >= FIRST_WITH_ROLES.release
+        release = Version(version or "0.18").release
     except InvalidVersion:
-        reads_declaration = True
-    taken_for_transposed = stacks.declared or not reads_declaration
+        release = READS_IT_RIGHT.release
+    if release >= READS_IT_RIGHT.release:
+        taken_for_transposed = stacks.declared
+    else:
+        taken_for_transposed = not stacks.declared or release < READS_DECLARATION.release
     return taken_for_transposed != stacks.transposed
 
 

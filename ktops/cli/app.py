@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 import ktops
-from ktops.cli.finetune_app import GROUP_SIZE, METHOD, finetune
+from ktops.cli.finetune.app import GROUP_SIZE, METHOD, finetune
 
 app = typer.Typer(
     name="ktops",

@@ -9,14 +9,14 @@ from typing import Any
 
 from rich.console import Console
 
-from ktops.cli import options as options_file
-from ktops.cli import run_directory
 from ktops.cli.adapters import parse_weights
-from ktops.cli.dataset_info import INFO
-from ktops.cli.datasets import with_absolute_paths
 from ktops.cli.errors import Interrupted, UserError
-from ktops.cli.models import find_model
-from ktops.cli.options import Options
+from ktops.cli.finetune import options as options_file
+from ktops.cli.finetune import run_directory
+from ktops.cli.finetune.dataset_info import INFO
+from ktops.cli.finetune.datasets import with_absolute_paths
+from ktops.cli.finetune.models import find_model
+from ktops.cli.finetune.options import Options
 from ktops.cli.packages import require_packages
 
 
@@ -35,7 +35,7 @@ def run_finetune(given: dict[str, Any]) -> None:
     if file is None:
         _run_finetune(given, [Path()], ())
         return
-    from ktops.cli.config_file import read_config
+    from ktops.cli.finetune.config_file import read_config
 
     config = read_config(file)
     try:
@@ -63,7 +63,7 @@ def _run_finetune(given: dict[str, Any], folders: list[Path], notes: Sequence[st
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
-    from ktops.cli.finetune import finetune
+    from ktops.cli.finetune.run import finetune
 
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|peft")
     set_verbosity_error()

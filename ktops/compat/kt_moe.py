@@ -106,7 +106,7 @@ class MOELayerWrapper(KTMoELayerWrapper):
     Args:
         original_moe: the model's block.
         moe_amx: its experts, ``KTMoEWrapper(mode="sft")`` with weights loaded.
-        cpu_infer: as ``init_cpu_infer`` returns it; not needed.
+        cpu_infer: as ``init_cpu_infer`` returns it; may be None.
         lora_params: as ``create_lora_params`` returns them.
         moe_config, hidden_size, layer_idx: as ``get_moe_arch_config`` describes the block; H; its layer.
     """
@@ -149,7 +149,7 @@ def wrap_moe_layers_with_amx(
         model: on the CPU; its experts become frozen.
         model_args: object with attributes kt_backend, kt_weight_path, kt_num_threads and so on.
         finetuning_args: object with attributes lora_rank and lora_alpha.
-        cpu_infer: as ``init_cpu_infer`` returns it; not needed.
+        cpu_infer: as ``init_cpu_infer`` returns it; may be None.
 
     Returns:
         The wrappers in the order of the layers, which are also ``model._kt_wrappers``. With a kt_backend that

@@ -33,7 +33,7 @@ class KTMoEWrapper:
         max_deferred_experts_per_token: in mode "inference"; see InferenceWrapper. None means 0.
         method: how the experts are stored, one of ``ktops.compat.INFERENCE_METHODS`` or ``SFT_METHODS``.
         mode: "inference" or "sft".
-        num_gpu_experts: the number of experts computed elsewhere; beside a mask, the number in it, or 0.
+        num_gpu_experts: the number of experts computed elsewhere; with a mask, the number in it, or 0.
         lora_rank, lora_alpha: in mode "sft", of the adapters; scaling = lora_alpha / lora_rank.
         max_cache_depth: in mode "sft", how many forwards may await their backward; older ones are discarded.
         group_size: for methods with "KGroup" in their names, and for GPTQ_INT4 when it quantizes.

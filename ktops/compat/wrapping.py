@@ -21,7 +21,7 @@ from ktops.compat.methods import Method
 from ktops.compat.sft import SFTWrapper
 from ktops.formats import ExpertWeight
 from ktops.formats.plain import PLAIN
-from ktops.integrations.settings import KEYS, Settings, take_settings
+from ktops.integrations.settings import KEYS, Settings, set_num_threads, take_settings
 from ktops.integrations.swap import (
     Unsupported,
     exchange,
@@ -64,13 +64,9 @@ def settings_of(source: object) -> Settings:
 
 
 def use_threads(num_threads: int | None) -> None:
-    """Makes torch, and so ktops, compute with this many threads, at most one for every core."""
-    if num_threads is None:
-        return
-    cores = len(os.sched_getaffinity(0))
-    if num_threads > cores:
+    """Makes torch, and so ktops, compute with this many threads; warns if there are fewer cores."""
+    if num_threads is not None and (cores := set_num_threads(num_threads)) < num_threads:
         warn_once(f"ktops: kt_num_threads is {num_threads}, but there are {cores} cores: using {cores}")
-    torch.set_num_threads(min(num_threads, cores))
 
 
 def warn_without_amx(backend: object) -> None:

@@ -10,8 +10,7 @@ from axolotl.integrations.base import BasePlugin
 from pydantic import BaseModel, model_validator
 from torch import nn
 
-from ktops.integrations import enable
-from ktops.integrations.training import require_op
+from ktops.integrations import enable, training
 from ktops.integrations.transformers import NAME
 
 
@@ -36,9 +35,10 @@ class KtopsPlugin(BasePlugin):
         return f"{__name__}.{KtopsArgs.__name__}"
 
     def pre_model_load(self, cfg) -> None:
-        """Registers ktops with transformers and PEFT."""
+        """Registers ktops with transformers and PEFT, and checks that training uses it."""
         enable()
+        training.enable()
 
     def post_model_load(self, cfg, model: nn.Module) -> None:
         """Raises a RuntimeError if no experts of the model would run through ktops."""
-        require_op(model)
+        training.require_op(model)

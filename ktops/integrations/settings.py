@@ -5,10 +5,16 @@ One table for every place that reads them: YAML files of LLaMA-Factory under ``k
 """
 
 import difflib
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+
+if TYPE_CHECKING:
+    from ktops.integrations.transformers.config import KTConfig
 
 
 class Backend(NamedTuple):
@@ -48,7 +54,6 @@ WITHOUT_EFFECT = frozenset(
         "kt_activation_policy",
         "kt_cpu_activation",
         "kt_force_fused_expert_lora",
-        "kt_full_weight_grad",
         "kt_lora_expert_intermediate_size",
         "kt_lora_expert_num",
         "kt_max_cache_depth",
@@ -69,6 +74,7 @@ REFUSED = {
     "kt_use_lora_experts": "additional experts made of LoRA are not supported; adapters on the experts are",
     "kt_non_expert_weight_path": "model_name_or_path must name the checkpoint of the other weights, and "
     "kt_weight_path that of the experts",
+    "kt_full_weight_grad": "to train the experts themselves, use finetuning_type: full",
     "kt_lora_rank": "use lora_rank",
     "kt_lora_alpha": "use lora_alpha",
     "kt_lora_dropout": "use lora_dropout",
@@ -110,7 +116,7 @@ class Settings:
     weight_path: Path | None = None
     without_effect: tuple[str, ...] = ()
 
-    def quantization_config(self, quantization: Mapping | None = None):
+    def quantization_config(self, quantization: Mapping | None = None) -> "KTConfig | None":
         """Returns the ``quantization_config`` for from_pretrained, or None if it needs none.
 
         Args:
@@ -185,9 +191,11 @@ def _joined(given: dict[str, Any], nested: object) -> dict[str, Any]:
         raise ValueError(f"kt_config must be a mapping of kt_* keys, got {nested!r}")
     inner = {str(key): value for key, value in nested.items() if key != "enabled"}
     if not _boolean("kt_config.enabled", nested.get("enabled", True)):
-        raise ValueError("kt_config.enabled is false beside use_kt: to turn ktops off, use use_kt: false")
+        raise ValueError(
+            "kt_config.enabled is false, but use_kt is given: to turn ktops off, use use_kt: false"
+        )
     if both := sorted(inner.keys() & given.keys()):
-        raise ValueError(f"{', '.join(both)}: given both by itself and in kt_config")
+        raise ValueError(f"{', '.join(both)}: given twice, by itself and in kt_config")
     return given | inner
 
 
@@ -200,7 +208,7 @@ def _require_known(given: Mapping[str, Any]) -> None:
 
 def _read(given: dict[str, Any]) -> Settings:
     for key, hint in REFUSED.items():
-        if given.get(key) not in (None, False, 0, "false", ""):
+        if str(given.get(key, "")).lower() not in ("", "0", "0.0", "false", "no"):
             raise ValueError(f"{key} must be absent, got {given[key]!r}: {hint}")
     mode = given.get("kt_train_mode", "lora")
     if mode != "lora":
@@ -258,6 +266,13 @@ def find_backend(name: str, key: str = "kt_backend") -> tuple[Backend, bool]:
         names = ", ".join([*ALIASES, *BACKENDS])
         raise ValueError(f"{key} must be one of {names}, each also with _SkipLoRA, got {name!r}")
     return backend, stem == lower
+
+
+def set_num_threads(wanted: int) -> int:
+    """Sets the number of threads of torch, and so of ktops, to at most one per core; returns it."""
+    number = min(wanted, len(os.sched_getaffinity(0)))
+    torch.set_num_threads(number)
+    return number
 
 
 def _boolean(key: str, value: object) -> bool:

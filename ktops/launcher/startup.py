@@ -37,7 +37,9 @@ class PostImportFinder(MetaPathFinder):
         if fullname not in self.hooks:
             return None
         others = (finder for finder in sys.meta_path if finder is not self)
-        found = (finder.find_spec(fullname, path, target) for finder in others)
+        found = (
+            finder.find_spec(fullname, path, target) for finder in others if hasattr(finder, "find_spec")
+        )
         spec = next((spec for spec in found if spec is not None), None)
         if spec is not None and spec.loader is not None:
             _call_after(spec.loader, self.hooks[fullname])

@@ -16,6 +16,7 @@ from tiny_adapters import (
     load,
     save,
     save_config,
+    swap_roles,
     updates,
 )
 
@@ -104,8 +105,8 @@ def test_factors_are_copied_where_the_scaling_allows(tmp_path):
     assert torch.equal(before[down], after[down])
 
 
-def test_roles_that_peft_0_18_swaps(tmp_path):
-    """Before 0.19, PEFT took stacked weights for [E, in, out]: A is [r E, 2I], B is [H, r E]."""
+def test_roles_that_old_peft_swaps(tmp_path):
+    """Before 0.19.1, PEFT took stacked weights for [E, in, out]: A is [r E, 2I], B is [H, r E]."""
     model, base = adapted("qwen3_moe"), save_config("qwen3_moe", tmp_path)
     adapter, swapped = save(model, tmp_path / "adapter"), tmp_path / "swapped"
     swap_roles(adapter, swapped)
@@ -114,29 +115,15 @@ def test_roles_that_peft_0_18_swaps(tmp_path):
         expect_equal(read(layout, "qwen3_moe", tmp_path / layout), updates(model))
 
 
-def swap_roles(adapter, path, experts: int = 8) -> None:
-    tensors = load_file(adapter / WEIGHTS)
-    for name in [name for name in tensors if "experts" in name and "lora_A" in name]:
-        other = name.replace("lora_A", "lora_B")
-        a, b = tensors[name], tensors[other]
-        a = a.reshape(experts, -1, a.shape[1])
-        b = b.reshape(b.shape[0], -1, experts).permute(2, 1, 0)
-        tensors[name] = b.flatten(0, 1).contiguous()
-        tensors[other] = a.permute(2, 1, 0).flatten(1).contiguous()
-    path.mkdir()
-    config = json.loads((adapter / "adapter_config.json").read_text()) | {"peft_version": "0.18.1"}
-    (path / "adapter_config.json").write_text(json.dumps(config))
-    save_file(tensors, path / WEIGHTS)
-
-
 @pytest.mark.parametrize("parameters", [EXPERTS[:1], EXPERTS[1:], EXPERTS])
 @pytest.mark.parametrize("architecture", ["qwen3_moe", "square"])
 def test_sizes_or_version_tell_the_roles(architecture, parameters, tmp_path):
     """The experts of "square" are as wide as the model, so the sizes of down alone do not tell."""
     model = adapted(architecture, target_parameters=parameters)
     base, adapter = save_config(architecture, tmp_path), save(model, tmp_path / "adapter")
-    swap_roles(adapter, tmp_path / "swapped")
-    for source in ("adapter", "swapped"):
+    swap_roles(adapter, tmp_path / "0.18.1")
+    swap_roles(adapter, tmp_path / "0.19.0", "0.19.0")
+    for source in ("adapter", "0.18.1", "0.19.0"):
         ktops.export_adapter(tmp_path / source, tmp_path / f"{source} peft", "peft", base=base)
         expect_equal(updates(load(architecture, tmp_path / f"{source} peft")), updates(model))
 

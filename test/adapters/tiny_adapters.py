@@ -3,6 +3,7 @@
 import copy
 import functools
 import json
+import shutil
 import warnings
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora.layer import LoraLayer
 from peft_models import randomize
+from safetensors.torch import load_file, save_file
 from tiny_models import tiny_model
 
 EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
@@ -148,3 +150,20 @@ def expect_equal(found: Updates, expected: Updates, tolerance: float = 1e-5) -> 
 def change_config(path: Path, **changes) -> None:
     file = path / "adapter_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+def swap_roles(adapter: Path, path: Path, version: str = "0.18.1", experts: int = 8) -> Path:
+    """Copies an adapter, with the factors of stacked experts as PEFT has them before 0.19.1."""
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    for name in [name for name in tensors if ".experts." in name and "lora_A" in name]:
+        other = name.replace("lora_A", "lora_B")
+        a, b = tensors[name], tensors[other]
+        a = a.reshape(experts, -1, a.shape[1])
+        b = b.reshape(b.shape[0], -1, experts).permute(2, 1, 0)
+        tensors[name] = b.flatten(0, 1).contiguous()
+        tensors[other] = a.permute(2, 1, 0).flatten(1).contiguous()
+    path.mkdir()
+    shutil.copy(adapter / "adapter_config.json", path)
+    change_config(path, peft_version=version)
+    save_file(tensors, path / "adapter_model.safetensors")
+    return path

@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 from model_files import save_model
 
-from ktops.cli import corpus, demo_model, finetune, main, verify
+from ktops.cli import main
+from ktops.cli.finetune import corpus, demo_model, verify
+from ktops.cli.finetune import run as finetune
 
 
 @pytest.fixture(scope="session")
@@ -67,7 +69,8 @@ def reload_here(monkeypatch):
 
 INTERRUPTED = """
 import os, signal, sys
-from ktops.cli import main, progress
+from ktops.cli import main
+from ktops.cli.finetune import progress
 
 def on_log(self, args, state, control, show=progress.ProgressCallback.on_log, **kwargs):
     show(self, args, state, control, **kwargs)

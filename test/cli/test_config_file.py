@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from ktops.cli.config_file import read_config
-from ktops.cli.config_keys import KEYS
 from ktops.cli.errors import UserError
-from ktops.cli.yaml_file import read_yaml
+from ktops.cli.finetune.config_file import read_config
+from ktops.cli.finetune.config_keys import KEYS
+from ktops.cli.finetune.yaml_file import read_yaml
 
 FULL = """
 ### model

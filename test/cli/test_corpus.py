@@ -7,12 +7,12 @@ from importlib import resources
 import pytest
 import torch
 
-from ktops.cli import corpus, demo_model
-from ktops.cli.layouts import from_alpaca
+from ktops.cli.finetune import corpus, demo_model
+from ktops.cli.finetune.layouts import from_alpaca
 
 
 def test_corpus_is_packaged():
-    names = {file.name for file in resources.files("ktops.cli").joinpath("data").iterdir()}
+    names = {file.name for file in resources.files("ktops.cli.finetune").joinpath("data").iterdir()}
     assert {"village.json", "stories.json", "instructions.json"} <= names
 
 

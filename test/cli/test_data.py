@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from ktops.cli.datasets import load_examples
 from ktops.cli.errors import UserError
+from ktops.cli.finetune.datasets import load_examples
 
 ALPACA = {"instruction": "Add.", "input": "1 and 2", "output": "3"}
 MESSAGES = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]}

@@ -5,9 +5,9 @@ import json
 
 import pytest
 
-from ktops.cli.datasets import load_examples, with_absolute_paths
 from ktops.cli.errors import UserError
-from ktops.cli.layouts import Conversation
+from ktops.cli.finetune.datasets import load_examples, with_absolute_paths
+from ktops.cli.finetune.layouts import Conversation
 
 
 @pytest.fixture

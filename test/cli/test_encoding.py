@@ -2,9 +2,9 @@
 
 import pytest
 
-from ktops.cli.encoding import IGNORED, encode, encode_question, prepare_tokenizer
 from ktops.cli.errors import UserError
-from ktops.cli.layouts import Conversation, PlainText
+from ktops.cli.finetune.encoding import IGNORED, encode, encode_question, prepare_tokenizer
+from ktops.cli.finetune.layouts import Conversation, PlainText
 
 TURNS = [
     {"role": "system", "content": "Be short."},

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from ktops.cli.errors import UserError
-from ktops.cli.layouts import Conversation, PlainText, read_record
+from ktops.cli.finetune.layouts import Conversation, PlainText, read_record
 
 USER = {"role": "user", "content": "Rain?"}
 ANSWER = {"role": "assistant", "content": "Yes."}

@@ -5,10 +5,10 @@ import torch
 from peft.tuners.lora.layer import LoraLayer, ParamWrapper
 from rich.console import Console
 
-from ktops.cli.lora import add_adapters, targets
-from ktops.cli.models import load_model
-from ktops.cli.options import Options
-from ktops.cli.report import Report
+from ktops.cli.finetune.lora import add_adapters, targets
+from ktops.cli.finetune.models import load_model
+from ktops.cli.finetune.options import Options
+from ktops.cli.finetune.report import Report
 
 
 @pytest.fixture

@@ -9,10 +9,10 @@ import copy
 
 import pytest
 
-from ktops.cli.encoding import IGNORED, encode
 from ktops.cli.errors import UserError
-from ktops.cli.layouts import read_record
-from ktops.cli.rendering import CHAT_TEMPLATE, answers
+from ktops.cli.finetune.encoding import IGNORED, encode
+from ktops.cli.finetune.layouts import read_record
+from ktops.cli.finetune.rendering import CHAT_TEMPLATE, answers
 
 CHATML = (
     "{% for m in messages %}{{ '<' + m.role + '>' + m.content + '<end>' }}{% endfor %}"

@@ -63,7 +63,7 @@ def test_interrupted_pretraining_is_resumed(ktops_command, interrupted_command, 
 
 
 def test_resume_takes_no_other_options(ktops_command, model_directory, data_file, tmp_path):
-    from ktops.cli import options as options_file
+    from ktops.cli.finetune import options as options_file
 
     (tmp_path / "run").mkdir()
     options_file.save(

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from ktops.cli.encoding import IGNORED
-from ktops.cli.measure import KtTime
-from ktops.cli.plot import running_mean
-from ktops.cli.training import BatchOrder, _count_right
+from ktops.cli.finetune.encoding import IGNORED
+from ktops.cli.finetune.measure import KtTime
+from ktops.cli.finetune.plot import running_mean
+from ktops.cli.finetune.training import BatchOrder, _count_right
 
 
 def test_batches_have_similar_lengths_and_every_example_comes_once():

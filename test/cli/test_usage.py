@@ -6,8 +6,8 @@ import sys
 import pytest
 
 import ktops
-from ktops.cli import run_directory
 from ktops.cli.errors import UserError
+from ktops.cli.finetune import run_directory
 
 
 @pytest.fixture

@@ -9,8 +9,8 @@ import torch
 from model_files import save_model
 from safetensors.torch import load_file, save_file
 
-from ktops.cli import finetune
-from ktops.cli import options as options_file
+from ktops.cli.finetune import options as options_file
+from ktops.cli.finetune import run as finetune
 
 STEPS = 12
 

@@ -5,7 +5,7 @@ import json
 import pytest
 from safetensors.torch import load_file
 
-from ktops.cli import corpus
+from ktops.cli.finetune import corpus
 
 TURNS = [{"from": "human", "value": "Hi."}, {"from": "gpt", "value": "Hello."}]
 

@@ -19,6 +19,7 @@ from compare import (
     read_adapter,
     run,
 )
+from exports import assert_exports
 from peft import PeftModel
 from tiny import save_model, save_records
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -143,6 +144,19 @@ def test_equals_a_plain_run(architecture, models, data, tmp_path):
     assert not run(*command, *second, folder=tmp_path)[1]
     assert_same_training(*outputs)
     assert_loads_without_ktops(models[architecture], outputs[0], tmp_path / "logits")
+    assert_exports(models[architecture], outputs[0], tmp_path / "exports", architecture)
+
+
+def test_exports_to_every_layout(models, data, tmp_path):
+    """The document's list names dense layers, shared experts and experts, not the layer llama.cpp splits."""
+    file = options(tmp_path, "full", lora_dropout=0)
+    overrides = [*short(models["deepseek_v3"], data, tmp_path / "out"), *FLOAT32]
+    assert launch(tmp_path, "train", file, *overrides)[1]
+    adapted = read_adapter(tmp_path / "out")
+    for part in ("layers.0.mlp.gate_proj", "shared_experts.gate_proj", "mlp.experts", "o_proj"):
+        assert any(part in name for name in adapted), part
+    assert not any("kv_b_proj" in name for name in adapted)
+    assert_exports(models["deepseek_v3"], tmp_path / "out", tmp_path / "exports", "deepseek_v3")
 
 
 def test_resumes(models, data, tmp_path):

@@ -9,9 +9,9 @@ from llamafactory.data.parser import get_dataset_list
 from llamafactory.hparams import DataArguments, FinetuningArguments, ModelArguments
 from llamafactory.hparams.training_args import TrainingArguments
 
-from ktops.cli.config_keys import DEFAULTS, KEYS
-from ktops.cli.datasets import load_examples
-from ktops.cli.options import Options
+from ktops.cli.finetune.config_keys import DEFAULTS, KEYS
+from ktops.cli.finetune.datasets import load_examples
+from ktops.cli.finetune.options import Options
 
 OWN = {
     "dtype", "torch_dtype", "evaluation_strategy", "group_by_length",

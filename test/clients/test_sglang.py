@@ -5,6 +5,7 @@ SGLang needs a GPU. Here its module ``kt_ep_wrapper`` runs beside stand-ins for 
 
 import importlib.metadata
 import importlib.util
+import re
 import sys
 from collections import namedtuple
 from pathlib import Path
@@ -12,6 +13,7 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
+from compare import example
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional as F
@@ -67,7 +69,7 @@ class OnGpu:
 
 @pytest.fixture
 def options(tmp_path):
-    """The server's options, with a checkpoint of the experts."""
+    """The documented options of the server, with a checkpoint of the experts."""
     tensors = {
         f"model.layers.{layer}.mlp.experts.{expert}.{name}.weight": stack[expert].contiguous()
         for layer in range(LAYERS)
@@ -75,14 +77,18 @@ def options(tmp_path):
         for expert in range(EXPERTS)
     }
     save_file(tensors, tmp_path / "model.safetensors")
-    return SimpleNamespace(
-        kt_weight_path=str(tmp_path),
-        kt_num_gpu_experts=ON_GPU,
-        kt_cpuinfer=torch.get_num_threads(),
-        kt_threadpool_count=1,
-        kt_method="BF16",
-        kt_max_deferred_experts_per_token=0,
-    )
+    tiny = {"kt_weight_path": str(tmp_path), "kt_num_gpu_experts": ON_GPU, "kt_cpuinfer": 2}
+    documented = dict(re.findall(r"--(kt-[\w-]+) (\S+)", example("sglang", {})))
+    given = {name.replace("-", "_"): value for name, value in documented.items()}
+    known = re.findall(r"^    (kt_\w+): ", source("arg_groups.fields.exec_").read_text(), re.MULTILINE)
+    assert tiny.keys() <= given.keys() <= set(known)
+    return SimpleNamespace(kt_threadpool_count=2, kt_max_deferred_experts_per_token=None, **{**given, **tiny})
+
+
+def source(name: str) -> Path:
+    """Returns a file of the wheel."""
+    path = f"sglang/srt/{name.replace('.', '/')}.py"
+    return Path(str(importlib.metadata.distribution("sglang").locate_file(path)))
 
 
 @pytest.fixture
@@ -117,8 +123,7 @@ def sglang(options, monkeypatch):
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda _: SimpleNamespace(cuda_stream=0))
     name = "sglang.srt.layers.moe.kt_ep_wrapper"
-    path = importlib.metadata.distribution("sglang").locate_file(f"{name.replace('.', '/')}.py")
-    spec = importlib.util.spec_from_file_location(name, Path(str(path)))
+    spec = importlib.util.spec_from_file_location(name, source("layers.moe.kt_ep_wrapper"))
     module = importlib.util.module_from_spec(spec)
     monkeypatch.setitem(sys.modules, name, module)
     compat.install()

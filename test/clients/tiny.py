@@ -5,7 +5,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from ktops.cli import corpus, demo_model
+from ktops.cli.finetune import corpus, demo_model
 
 sys.path.append(str(Path(__file__).parents[1] / "integrations"))
 from tiny_models import tiny_model

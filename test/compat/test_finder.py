@@ -111,8 +111,8 @@ import importlib.metadata
 assert importlib.util.find_spec("kt_kernel") and importlib.metadata.version("kt-kernel")
 assert "torch" not in sys.modules and "ktops" not in sys.modules
 from kt_kernel import KTMoEWrapper, generate_gpu_experts_masks
-assert "transformers" not in sys.modules
 import kt_kernel.sft, ktops.compat
+assert "transformers" not in sys.modules and "torch._dynamo" not in sys.modules
 assert kt_kernel.sft is ktops.compat.kt_kernel.sft
 assert ktops.compat.install is module.install
 ktops.compat.install()

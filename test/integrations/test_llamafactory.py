@@ -1,6 +1,7 @@
 """LLaMA-Factory's keys and adapters, with a stand-in for the functions that ktops replaces."""
 
 import importlib
+import os
 import pickle
 import sys
 
@@ -10,9 +11,9 @@ from peft.tuners.lora.layer import ParamWrapper
 from tiny_models import tiny_model
 
 import ktops
-from ktops.integrations import llamafactory, training
+from ktops.integrations import llamafactory, settings, training
 from ktops.integrations.llamafactory import arguments, model, places, v1
-from ktops.integrations.transformers import default
+from ktops.integrations.transformers import default, pretrained
 
 FILES = {
     "__init__.py": "",
@@ -75,6 +76,7 @@ def factory(tmp_path, monkeypatch):
     yield importlib.import_module("llamafactory")
     arguments.disable()
     model.disable()
+    training.disable()
     for name in [name for name in sys.modules if name.partition(".")[0] == "llamafactory"]:
         del sys.modules[name]
 
@@ -167,7 +169,7 @@ def test_mistakes(given, message, factory):
 def test_more_threads_than_cores(factory, capsys, monkeypatch):
     set_to = []
     monkeypatch.setattr(torch, "set_num_threads", set_to.append)
-    monkeypatch.setattr(arguments.os, "sched_getaffinity", lambda process: {0, 1, 2})
+    monkeypatch.setattr(settings.os, "sched_getaffinity", lambda process: {0, 1, 2})
     factory.hparams.read_args({"use_kt": True, "kt_num_threads": 60})
     assert set_to == [3]
     assert "kt_num_threads 60 is more than the number of cores, 3" in capsys.readouterr().err
@@ -177,9 +179,15 @@ def test_use_kt_false_turns_the_launcher_s_default_off(factory):
     default.enable()
     training.enable()
     factory.hparams.read_args({"use_kt": None})
-    assert default._replaced and training._replaced
+    assert pretrained._default == "ktops" and training._replaced
     factory.hparams.read_args({"use_kt": False, "kt_backend": "BF16"})
-    assert not default._replaced and not training._replaced
+    assert pretrained._default is None and not training._replaced
+
+
+def test_use_kt_true_checks_training(factory):
+    for use_kt in (True, False, True):
+        factory.hparams.read_args({"use_kt": use_kt})
+        assert bool(training._replaced) == use_kt
 
 
 def read_settings(factory, **keys) -> None:
@@ -240,6 +248,8 @@ def test_adapters_without_use_kt_are_llamafactory_s(factory):
 def test_experts_without_adapters(factory):
     read_settings(factory, kt_backend="AMXBF16_SFT_SkipLoRA")
     assert not expert_adapters(adapted(factory, lora_target=["all"]))
+    with pytest.raises(ValueError, match="lora_target experts is only experts, which get no adapters"):
+        adapted(factory, lora_target="experts")
 
 
 def test_dropout_is_that_of_linear_layers(factory, capsys):
@@ -275,14 +285,14 @@ def test_unknown_version(factory):
 
 
 def test_newer_versions_of_the_libraries_are_allowed(factory, monkeypatch, capsys):
-    monkeypatch.delenv("DISABLE_VERSION_CHECK", raising=False)
+    monkeypatch.setenv("DISABLE_VERSION_CHECK", "")
 
     def refuse():
         raise ImportError("transformers<=5.6.0 is required")
 
     monkeypatch.setattr(factory.extras.misc, "check_dependencies", refuse)
     llamafactory.allow_versions()
-    assert arguments.os.environ["DISABLE_VERSION_CHECK"] == "1"
+    assert os.environ["DISABLE_VERSION_CHECK"] == "1"
     assert "transformers<=5.6.0 is required" in capsys.readouterr().err
 
 

@@ -49,7 +49,7 @@ ERRORS = [
     ({"use_kt": True, "kt_config": {"rank": 1}}, "unknown key rank"),
     ({"use_kt": True, "kt_config": [1]}, r"kt_config must be a mapping of kt_\* keys, got \[1\]"),
     ({"use_kt": True, "kt_config": {"enabled": False}}, "kt_config.enabled is false"),
-    ({"use_kt": True, "kt_config": {"kt_backend": "a"}, "kt_backend": "b"}, "kt_backend: given both"),
+    ({"use_kt": True, "kt_config": {"kt_backend": "a"}, "kt_backend": "b"}, "kt_backend: given twice"),
     ({"use_kt": True, "kt_backend": "AMX"}, "kt_backend must be one of .*AMXBF16.*, got 'AMX'"),
     ({"use_kt": True, "kt_backend": "AMXINT8", "kt_expert_weight_format": "fp8"}, "contradicts kt_backend"),
     ({"use_kt": True, "kt_num_threads": 0}, "kt_num_threads must be a positive integer, got 0"),

@@ -43,6 +43,17 @@ def test_ktops_is_the_default(launched):
     assert implementation(AutoModelForCausalLM.from_config(config())) != "ktops"
 
 
+def test_the_default_outlives_disable(launched):
+    """``ktops.disable()``, in a script that was launched, restores transformers, and ``enable()`` ktops."""
+    ktops.disable()
+    assert implementation(AutoModelForCausalLM.from_config(config())) != "ktops"
+    ktops.enable()
+    assert implementation(AutoModelForCausalLM.from_config(config())) == "ktops"
+    ktops.disable()
+    default.disable()
+    assert implementation(AutoModelForCausalLM.from_config(config())) != "ktops"
+
+
 def trainer(model, folder, steps: int = 2) -> Trainer:
     batch = tiny_batch(batch=4)
     rows = [{name: value[row] for name, value in batch.items()} for row in range(4)]

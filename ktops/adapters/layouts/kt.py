@@ -1,4 +1,4 @@
-"""kt-kernel's fused_expert_lora.safetensors in bfloat16, PEFT's file beside it, and the manifest of both."""
+"""kt-kernel's fused_expert_lora.safetensors in bfloat16, PEFT's file next to it, and the manifest of both."""
 
 import json
 from functools import partial
@@ -9,8 +9,8 @@ import torch
 from ktops.adapters.adapter import Adapter
 from ktops.adapters.config import CONFIG, WEIGHTS
 from ktops.adapters.errors import AdapterError
-from ktops.adapters.factors import Factors
-from ktops.adapters.kt_files import FUSED, MANIFEST, VERSION, key, record
+from ktops.adapters.factors import PROJECTIONS, Factors
+from ktops.adapters.kt_files import FUSED, MANIFEST, factor_key, make_manifest
 from ktops.adapters.layouts.plan import (
     Named,
     Piece,
@@ -18,14 +18,11 @@ from ktops.adapters.layouts.plan import (
     Scale,
     config_for,
     left_out,
+    other_weights,
     projections,
-    weights_beside_experts,
 )
 from ktops.checkpoints.names import NUMBER
-from ktops.checkpoints.writer import DTYPE_NAMES
 from ktops.ops.activation import UNGATED
-
-PROJECTIONS = ("gate", "up", "down")
 
 
 def plan(adapter: Adapter) -> Plan:
@@ -45,13 +42,13 @@ def plan(adapter: Adapter) -> Plan:
         for module, layer in layers.items()
         for name, part in projections(adapter, module, PROJECTIONS, scale.rank).items()
     ]
-    beside = list(weights_beside_experts(adapter, scale, published=False))
+    others = list(other_weights(adapter, scale, published=False))
     targets = {name.rpartition(".")[2] for name in adapter.weights}
     config = config_for(adapter, scale, targets)
     notes = left_out(adapter, "kt-kernel")
     if any(torch.bfloat16 not in (part.dtype, part.scaled_dtypes(scale.scaling)[1]) for part in parts):
         notes.append("kt-kernel reads the adapters of experts in bfloat16, so they are rounded")
-    return Plan({WEIGHTS: beside, FUSED: pieces}, config, notes, partial(_write_manifest, config=config))
+    return Plan({WEIGHTS: others, FUSED: pieces}, config, notes, partial(_write_manifest, config=config))
 
 
 def _layer(adapter: Adapter, module: str) -> int:
@@ -67,7 +64,7 @@ def _layer(adapter: Adapter, module: str) -> int:
 
 def _of_experts(layer: int, name: str, part: Factors, scale: Scale) -> Piece:
     assert part.num_experts is not None
-    names = tuple(key(layer, name, factor) for factor in "AB")
+    names = tuple(factor_key(layer, f"{name}_lora_{factor}") for factor in "ab")
     shapes = (
         (part.num_experts, scale.rank, part.in_features),
         (part.num_experts, part.out_features, scale.rank),
@@ -83,17 +80,13 @@ def _make(names: tuple[str, ...], part: Factors, scale: Scale) -> Named:
 
 def _write_manifest(folder: Path, pieces: dict[str, list[Piece]], config: dict) -> None:
     kinds = {name: kind for piece in pieces[FUSED] for name, kind in piece.kinds.items()}
-    tensors = {
-        name: {"shape": list(shape), "dtype": DTYPE_NAMES[dtype]} for name, (dtype, shape) in kinds.items()
-    }
-    artifacts = {name: record(folder / name) for name in (CONFIG, WEIGHTS, FUSED)}
-    manifest = {
-        "version": VERSION,
-        "status": "ready",
-        "expert_weight_format": "bf16",
-        "base": {"model_name_or_path": config.get("base_model_name_or_path")},
-        "lora": {"rank": config["r"], "alpha": float(config["lora_alpha"])},
-        "artifacts": artifacts
-        | {FUSED: artifacts[FUSED] | {"tensor_count": len(tensors), "tensors": tensors}},
-    }
+    manifest = make_manifest(
+        folder,
+        (CONFIG, WEIGHTS),
+        kinds,
+        weight_format="bf16",
+        base=config["base_model_name_or_path"],
+        rank=config["r"],
+        alpha=config["lora_alpha"],
+    )
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")

@@ -1,4 +1,4 @@
-"""PEFT's stacked factors, A [r E, in] and B [out, r E], as PEFT 0.19 and later read them."""
+"""PEFT's stacked factors, A [r E, in] and B [out, r E], as PEFT 0.19.1 and later read them."""
 
 import re
 from collections import Counter, defaultdict
@@ -20,14 +20,14 @@ from ktops.adapters.layouts.plan import (
     config_for,
     left_out,
     matrix,
+    other_weights,
     projections,
-    weights_beside_experts,
     whole,
 )
 from ktops.adapters.peft_files import PREFIX
 from ktops.ops.activation import INTERLEAVED
 
-WRITTEN_FOR = "0.19.0"
+WRITTEN_FOR = "0.19.1"
 """The version of PEFT that the files seem to come from."""
 
 _OTHERS = ("modules_to_save", "trainable_token_indices")
@@ -70,7 +70,7 @@ def plan_uniform(adapter: Adapter, program: str) -> Plan:
     """Plans stacked factors for a program that reads one rank and one alpha, and needs both parameters."""
     parts = [*adapter.weights.values(), *(part for *_, part in _stacked(adapter))]
     scale = Scale.of(parts)
-    pieces = list(weights_beside_experts(adapter, scale, published=True))
+    pieces = list(other_weights(adapter, scale, published=True))
     for module in adapter.experts:
         stacks = adapter.base.experts[module]
         both = projections(adapter, module, _names(stacks), scale.rank)

@@ -2,7 +2,7 @@
 
 ``base_model.model.{experts}.{e}.{gate_proj, up_proj, down_proj}.lora_A.weight`` [r, in], ``lora_B`` [out, r].
 These programs read one rank and one alpha, and need all projections of all experts of a layer, so ranks are
-filled up with zeros, and other scalings are multiplied into B. For some models, vLLM reads the stacked
+padded with zeros, and other scalings are multiplied into B. For some models, vLLM reads the stacked
 factors of PEFT instead.
 """
 
@@ -11,9 +11,10 @@ from dataclasses import replace
 from functools import partial
 
 from ktops.adapters.adapter import Adapter
+from ktops.adapters.base import PROJECTION_NAMES
 from ktops.adapters.config import WEIGHTS
 from ktops.adapters.errors import AdapterError
-from ktops.adapters.factors import Factors, zeros
+from ktops.adapters.factors import PROJECTIONS, Factors, zeros
 from ktops.adapters.layouts import peft
 from ktops.adapters.layouts.plan import (
     Named,
@@ -22,13 +23,11 @@ from ktops.adapters.layouts.plan import (
     Scale,
     config_for,
     left_out,
+    other_weights,
     projections,
-    weights_beside_experts,
 )
 from ktops.adapters.peft_files import PREFIX
 from ktops.ops.activation import INTERLEAVED, UNGATED
-
-PROJECTIONS = ("gate", "up", "down")
 
 STACKED_IN_VLLM = {
     "GptOssForCausalLM", "InternS1ProForConditionalGeneration", "Qwen3VLMoeForConditionalGeneration",
@@ -66,7 +65,7 @@ def for_sglang(adapter: Adapter) -> Plan:
                 if sibling in adapter.base.weights and sibling not in updates:
                     updates[sibling] = zeros(part.rank, *adapter.base.weights[sibling], like=part)
     adapter = replace(adapter, weights=updates)
-    return _plan(adapter, "SGLang", lambda module: (module, ("gate_proj", "up_proj", "down_proj")))
+    return _plan(adapter, "SGLang", lambda module: (module, PROJECTION_NAMES))
 
 
 def for_llama_cpp(adapter: Adapter) -> Plan:
@@ -93,7 +92,7 @@ def for_llama_cpp(adapter: Adapter) -> Plan:
 def _plan(adapter: Adapter, program: str, names: Names) -> Plan:
     parts = [*adapter.weights.values(), *_parts(adapter)]
     scale = Scale.of(parts)
-    pieces = list(weights_beside_experts(adapter, scale, published=program != "SGLang"))
+    pieces = list(other_weights(adapter, scale, published=program != "SGLang"))
     targets = {name.rpartition(".")[2] for name in adapter.weights}
     for module in adapter.experts:
         experts, words = names(module)
@@ -108,7 +107,7 @@ def _plan(adapter: Adapter, program: str, names: Names) -> Plan:
 
 
 def _parts(adapter: Adapter) -> Iterator[Factors]:
-    """Yields the updates of the experts, apart for gate and up."""
+    """Yields the updates of the experts, separately for gate and up."""
     for module in adapter.experts:
         for name in PROJECTIONS:
             part = adapter.projection(module, name)

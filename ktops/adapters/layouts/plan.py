@@ -72,7 +72,7 @@ Planner = Callable[[Adapter], Plan]
 
 
 def matrix(name: str, part: Factors, scale: Scale, *, embedding: bool = False) -> Piece:
-    """Returns the two tensors of a weight beside the experts."""
+    """Returns the two tensors of a weight other than the experts."""
     names = tuple(f"{PREFIX}{name}.lora_{'embedding_' if embedding else ''}{factor}" for factor in "AB")
     if not embedding:
         names = tuple(f"{each}.weight" for each in names)
@@ -84,8 +84,9 @@ def matrix(name: str, part: Factors, scale: Scale, *, embedding: bool = False) -
     )
 
 
-def weights_beside_experts(adapter: Adapter, scale: Scale, *, published: bool) -> Iterator[Piece]:
-    """Yields the tensors of weights beside the experts, under the names of checkpoints or of transformers."""
+def other_weights(adapter: Adapter, scale: Scale, *, published: bool) -> Iterator[Piece]:
+    """Yields the tensors of weights other than the experts, under the names that checkpoints or transformers
+    have for them."""
     for name, part in adapter.weights.items():
         written = adapter.base.published_weight(name) if published else name
         yield matrix(written, part, scale, embedding=name in adapter.base.embeddings)

@@ -24,9 +24,7 @@ __cpu_variant__ = VARIANTS.get(ktops.cpu_capability(), ktops.cpu_capability())
 
 
 def __getattr__(name: str):
-    if (
-        name == "AMXSFTMoEWrapper"
-    ):  # kt_kernel.sft needs transformers, which servers of other models may not have
+    if name == "AMXSFTMoEWrapper":  # kt_kernel.sft needs transformers, which a server may not have
         return importlib.import_module("ktops.compat.kt_kernel.sft.amx").AMXSFTMoEWrapper
     raise AttributeError(
         f"ktops does not serve kt_kernel.{name}; it serves {', '.join(__all__)} and kt_kernel.sft"

@@ -29,7 +29,7 @@ def enable() -> None:
 
 
 def allow_versions() -> None:
-    """Lets LLaMA-Factory start beside versions of transformers and PEFT that it does not list.
+    """Lets LLaMA-Factory start with versions of transformers and PEFT that it does not list.
 
     It checks them when it is imported. ktops' own tests cover newer versions.
     """

@@ -1,6 +1,5 @@
 """Takes ``use_kt`` and the ``kt_*`` keys out of the arguments before LLaMA-Factory parses them."""
 
-import os
 import sys
 from dataclasses import dataclass
 from typing import Any
@@ -10,7 +9,7 @@ import torch
 from ktops.integrations import training
 from ktops.integrations.llamafactory.places import is_fork, require
 from ktops.integrations.replacements import Replacements
-from ktops.integrations.settings import Settings, take_settings
+from ktops.integrations.settings import Settings, set_num_threads, take_settings
 from ktops.integrations.transformers import default
 
 DTYPES = ("bfloat16", "float16", "float32")
@@ -127,10 +126,11 @@ def _take(config: dict[str, Any]) -> Choice:
             training.disable()
         return Choice()
     if config.get("use_unsloth"):
-        raise ValueError("use_unsloth must be absent or false beside use_kt: true; each replaces the experts")
+        raise ValueError("use_unsloth must be absent or false with use_kt: true; both replace the experts")
     if config.get("use_llama_pro"):
-        raise ValueError("use_llama_pro must be absent or false beside use_kt: true")
+        raise ValueError("use_llama_pro must be absent or false with use_kt: true")
     dtype = _dtype(config.pop("torch_dtype", None))
+    training.enable()
     _set_threads(settings.num_threads)
     if settings.without_effect:
         print(f"ktops: without effect: {', '.join(settings.without_effect)}", file=sys.stderr)
@@ -146,9 +146,5 @@ def _dtype(name: object) -> torch.dtype | None:
 
 
 def _set_threads(wanted: int | None) -> None:
-    if wanted is None:
-        return
-    cores = len(os.sched_getaffinity(0))
-    if wanted > cores:
+    if wanted is not None and (cores := set_num_threads(wanted)) < wanted:
         print(f"ktops: kt_num_threads {wanted} is more than the number of cores, {cores}", file=sys.stderr)
-    torch.set_num_threads(min(wanted, cores))

@@ -71,10 +71,10 @@ def _merges(model_args, is_trainable: bool) -> bool:
 def _require_free(model_args, init_kwargs: dict) -> None:
     if "quantization_config" in init_kwargs:
         raise ValueError(
-            "quantization_bit must be absent beside a kt_backend that quantizes: either quantizes the model"
+            "quantization_bit must be absent with a kt_backend that quantizes: both quantize the model"
         )
     if model_args.train_from_scratch:
-        raise ValueError("train_from_scratch must be absent or false beside a kt_backend that quantizes")
+        raise ValueError("train_from_scratch must be absent or false with a kt_backend that quantizes")
 
 
 def _init_adapter(config, model: nn.Module, model_args, finetuning_args, is_trainable: bool) -> nn.Module:
@@ -111,6 +111,11 @@ def _lora_config(**given):
     if not settings.trains_experts:
         experts = peft.expert_target_parameters(model)
         parameters = [name for name in parameters if name not in experts]
+        if not targets.modules and not parameters:
+            raise ValueError(
+                f"lora_target {finetuning_args.lora_target} is only experts, which get no adapters with a "
+                "kt_backend that ends in _SkipLoRA"
+            )
     return _replaced.original["LoraConfig"](
         **given
         | {

@@ -15,7 +15,7 @@ PARAMETERS = {
 
 
 def is_fork() -> bool:
-    """Returns whether LLaMA-Factory is KTransformers' fork, which calls kt_kernel by itself."""
+    """Returns whether LLaMA-Factory is KTransformers' fork, which calls kt_kernel itself."""
     return any(metadata.distributions(name="llamafactory-kt"))
 
 

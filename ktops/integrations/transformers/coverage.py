@@ -1,4 +1,4 @@
-"""Tells which experts of a model run through the op."""
+"""Finds the experts of a model that do not run through the op."""
 
 from typing import cast
 

@@ -24,6 +24,9 @@ EXPERTS = re.compile(r"(^|\.)experts\.")
 
 _replaced = Replacements()
 
+_default: str | None = None
+"""The implementation for models that ask for none; None leaves the choice to transformers."""
+
 
 def enable() -> None:
     """Checks models when they are created, loaded and switched to "ktops"; a second call does nothing."""
@@ -42,6 +45,12 @@ def disable() -> None:
     _replaced.restore()
 
 
+def set_default(name: str | None) -> None:
+    """Sets the implementation for models that ask for none, while ktops is enabled; None undoes it."""
+    global _default
+    _default = name
+
+
 def _post_init(model: PreTrainedModel) -> None:
     """``PreTrainedModel.post_init``, the end of creating a model."""
     _replaced.original["post_init"](model)
@@ -52,9 +61,10 @@ def _post_init(model: PreTrainedModel) -> None:
 
 def _get_correct_experts_implementation(model: PreTrainedModel, requested_experts: str | None) -> str:
     """``PreTrainedModel.get_correct_experts_implementation``, whose names are a fixed list before 5.7."""
-    if requested_experts == NAME:
+    requested = _default if requested_experts is None else requested_experts
+    if requested == NAME:
         return NAME
-    return _replaced.original["get_correct_experts_implementation"](model, requested_experts)
+    return _replaced.original["get_correct_experts_implementation"](model, requested)
 
 
 def _set_experts_implementation(model: PreTrainedModel, experts_implementation: str | dict) -> None:

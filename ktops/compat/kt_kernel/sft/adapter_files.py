@@ -19,23 +19,23 @@ from ktops._warn import warn_once
 from ktops.adapters import AdapterError, open_adapter
 from ktops.adapters.base import BaseModel
 from ktops.adapters.config import CONFIG as PEFT_CONFIG
+from ktops.adapters.config import WEIGHTS
 from ktops.adapters.export import write
 from ktops.adapters.kt_files import FUSED as FUSED_EXPERT_LORA_NAME
 from ktops.adapters.kt_files import MANIFEST as KT_ADAPTER_MANIFEST_NAME
-from ktops.adapters.kt_files import VERSION, check_manifest, record
+from ktops.adapters.kt_files import check_manifest, factor_key, make_manifest
 from ktops.adapters.layouts import LAYOUTS
+from ktops.adapters.peft_files import FLOATS
 from ktops.checkpoints import CheckpointError
 from ktops.checkpoints.quantization_config import read_json
 from ktops.checkpoints.safetensors_file import read_views
 from ktops.checkpoints.view import View
-from ktops.checkpoints.writer import DTYPE_NAMES, SafetensorsStream
+from ktops.checkpoints.writer import SafetensorsStream
 from ktops.compat.kt_kernel.sft.adaptation import adapters_of, find_wrappers, kt_adapt_peft_lora
 
-PEFT_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
+PEFT_WEIGHTS = (WEIGHTS, "adapter_model.bin")
 PEFT_FOLDER = "exported/peft"
 """Where the whole adapter is, as PEFT without KTransformers reads it."""
-
-FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
 class KTArtifactError(RuntimeError):
@@ -60,14 +60,14 @@ class KTAdapterManifest:
 def expert_adapters(model: nn.Module) -> dict[str, nn.Parameter]:
     """Returns the adapters of all experts by their keys in the file; empty if none are trained."""
     return {
-        f"layers.{wrapper.layer_idx}.experts.{name}": parameter
+        factor_key(wrapper.layer_idx, name): parameter
         for wrapper in find_wrappers(model)
         for name, parameter in adapters_of(wrapper).items()
     }
 
 
 def save_kt_adapter_artifacts(model: nn.Module, output_dir: str | Path) -> KTAdapterManifest | None:
-    """Writes the adapters of a model's experts beside those that PEFT has written.
+    """Writes the adapters of a model's experts next to those that PEFT has written.
 
     A file gets its name only when it is complete, and the manifest comes last.
 
@@ -100,12 +100,7 @@ def save_kt_adapter_artifacts(model: nn.Module, output_dir: str | Path) -> KTAda
         )
     save_kt_moe_to_adapter(model, folder)
     _write_peft(model, folder)
-    payload = {
-        "version": VERSION,
-        "status": "ready",
-        **_provenance(model),
-        "artifacts": _records(model, folder, by_peft),
-    }
+    payload = _manifest_of(model, folder, by_peft)
     with _complete(manifest) as path:
         path.write_text(json.dumps(payload, indent=2) + "\n", encoding="utf-8")
     return KTAdapterManifest(
@@ -121,8 +116,7 @@ def save_kt_moe_to_adapter(model: nn.Module, output_dir: str | Path) -> None:
     """
     adapters = expert_adapters(model)
     if adapters:
-        kinds = {key: (parameter.dtype, tuple(parameter.shape)) for key, parameter in adapters.items()}
-        with SafetensorsStream(Path(output_dir) / FUSED_EXPERT_LORA_NAME, kinds) as stream:
+        with SafetensorsStream(Path(output_dir) / FUSED_EXPERT_LORA_NAME, _kinds(adapters)) as stream:
             for key, parameter in adapters.items():
                 stream.write(key, parameter.detach())
 
@@ -154,11 +148,12 @@ def load_kt_adapter_artifacts(model: nn.Module, adapter_path: str | Path) -> KTA
         if not wrapper.is_adapted and rank and alpha:
             wrapper.set_rank(rank, alpha)
     kt_adapt_peft_lora(model)
-    expected = _provenance(model)["lora"]
-    if manifest is not None and expert_adapters(model) and {"rank": rank, "alpha": alpha} != expected:
+    config = find_wrappers(model)[0].config
+    expected = config.kt_lora_rank, config.kt_lora_alpha
+    if manifest is not None and expert_adapters(model) and (rank, alpha) != expected:
         raise KTArtifactError(
             f"{manifest.path}: the adapter has rank {rank} and alpha {alpha}, but this run has rank "
-            f"{expected['rank']} and alpha {expected['alpha']}"
+            f"{expected[0]} and alpha {expected[1]}"
         )
     load_kt_moe_from_adapter(model, folder)
     return manifest
@@ -206,27 +201,21 @@ def _require_fit(path: Path, views: Mapping[str, View], adapters: Mapping[str, n
         raise KTArtifactError(f"{path} does not fit the model: {'; '.join(problems[:3])}{more}")
 
 
-def _provenance(model: nn.Module) -> dict[str, Any]:
+def _manifest_of(model: nn.Module, folder: Path, by_peft: list[str]) -> dict[str, Any]:
     config = find_wrappers(model)[0].config
-    stored = config.kt_expert_weight_format or config.settings().backend.format or "bf16"
-    base = getattr(getattr(model, "config", None), "_name_or_path", None)
-    return {
-        "expert_weight_format": stored,
-        "base": {"model_name_or_path": base},
-        "lora": {"rank": config.kt_lora_rank, "alpha": float(config.kt_lora_alpha or 0)},
-    }
+    return make_manifest(
+        folder,
+        by_peft,
+        _kinds(expert_adapters(model)),
+        weight_format=config.kt_expert_weight_format or config.settings().backend.format or "bf16",
+        base=getattr(getattr(model, "config", None), "_name_or_path", None),
+        rank=config.kt_lora_rank,
+        alpha=config.kt_lora_alpha or 0,
+    )
 
 
-def _records(model: nn.Module, folder: Path, by_peft: list[str]) -> dict[str, dict[str, Any]]:
-    records: dict[str, dict[str, Any]] = {
-        name: record(folder / name) for name in (*by_peft, FUSED_EXPERT_LORA_NAME)
-    }
-    tensors = {
-        key: {"shape": list(parameter.shape), "dtype": DTYPE_NAMES[parameter.dtype]}
-        for key, parameter in sorted(expert_adapters(model).items())
-    }
-    records[FUSED_EXPERT_LORA_NAME] |= {"tensor_count": len(tensors), "tensors": tensors}
-    return records
+def _kinds(adapters: Mapping[str, nn.Parameter]) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+    return {key: (parameter.dtype, tuple(parameter.shape)) for key, parameter in adapters.items()}
 
 
 def _checked_manifest(folder: Path) -> KTAdapterManifest | None:

@@ -62,7 +62,7 @@ _EXPERT_WEIGHTS = re.compile(r"\.experts\.(\d+\.|(gate_up|gate|up|down)_proj(\.|
 
 @dataclass
 class _Load:
-    """The load of a model that is under way, which transformers tells about in several calls.
+    """The load of a model that is in progress, which transformers reports in several calls.
 
     Attributes:
         config: what the experts are to be.
@@ -138,7 +138,7 @@ def is_kt_routed_expert_parameter_name(name: str) -> bool:
 
 
 def end_load() -> None:
-    """Forgets the load under way: transformers leaves out no weights until the next one begins."""
+    """Forgets the load in progress: transformers leaves out no weights until the next one begins."""
     _load.config, _load.skips_experts = None, False
 
 
@@ -166,7 +166,7 @@ def validate_kt_prequantized_loading_info(
             problems.append(f"{kind}: {', '.join(names)}")
     if problems:
         raise KTArtifactError(
-            f"the checkpoint does not fit the model beside its experts: {'; '.join(problems)}"
+            f"the checkpoint does not fit the model, apart from its experts: {'; '.join(problems)}"
         )
 
 

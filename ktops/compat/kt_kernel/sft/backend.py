@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import ktops
+from ktops.integrations.settings import BACKENDS
 
 INT8_BACKEND = "INT8"
 INT8_SFT_METHOD = "INT8_SFT"
@@ -46,28 +47,30 @@ class RAWINT4CheckpointContract:
     format: str = "pack-quantized"
 
 
-def _runtime(weight_format: str) -> Runtime:
+def _runtime(backend: str) -> Runtime:
+    weight_format = BACKENDS[backend].format
+    assert weight_format is not None
     return Runtime(ktops.cpu_capability(), "kt::moe_sft_fwd", weight_format)
 
 
 def get_int8_runtime() -> Runtime:
     """Returns what computes experts in int8."""
-    return _runtime("int8")
+    return _runtime("INT8")
 
 
 def get_fp8_runtime() -> Runtime:
     """Returns what computes experts in fp8 with blocks of 128 x 128."""
-    return _runtime("fp8_e4m3")
+    return _runtime("FP8")
 
 
 def get_rawint4_runtime() -> Runtime:
     """Returns what computes experts in int4 with groups of 32."""
-    return _runtime("int4")
+    return _runtime("RAWINT4")
 
 
 def get_mxfp4_runtime() -> Runtime:
     """Returns what computes experts in MXFP4."""
-    return _runtime("mxfp4")
+    return _runtime("MXFP4")
 
 
 def get_rawint4_checkpoint_contract(model_config: Any) -> RAWINT4CheckpointContract:

@@ -7,6 +7,7 @@ from torch import nn
 
 from ktops.compat.kt_kernel.sft.arch import MOEArchConfig
 from ktops.compat.kt_kernel.sft.config import KTConfig
+from ktops.compat.kt_kernel.sft.unsupported import LORA_EXPERTS
 from ktops.compat.layer import MoELayer
 from ktops.compat.sft import SFTWrapper
 
@@ -44,10 +45,7 @@ class KTMoELayerWrapper(MoELayer):
         activation_policy: object = None,
     ) -> None:
         if lora_experts is not None:
-            raise NotImplementedError(
-                "KTMoELayerWrapper: lora_experts must be None: additional experts made of LoRA are not "
-                "supported; adapters on the experts are"
-            )
+            raise NotImplementedError(f"KTMoELayerWrapper: lora_experts must be None: {LORA_EXPERTS}")
         if full_weight_grad:
             raise NotImplementedError(
                 "KTMoELayerWrapper: full_weight_grad must be False: ktops.swap_experts(model) trains the "

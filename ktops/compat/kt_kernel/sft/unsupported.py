@@ -3,11 +3,10 @@
 from collections.abc import Callable
 from typing import NoReturn
 
-PACKED = (
-    "files that kt-kernel has packed for its tiles and NUMA nodes are not read: kt_weight_path may name the "
-    "original checkpoint, or one that `ktops convert` has written for any machine"
-)
-LORA_EXPERTS = "additional experts made of LoRA are not supported; adapters on the experts are"
+from ktops.checkpoints.checkpoint import PACKED
+from ktops.integrations.settings import REFUSED
+
+LORA_EXPERTS = REFUSED["kt_use_lora_experts"]
 PROFILE = "measure with ktops.profile(), a context manager"
 OWN_WEIGHTS = "ktops.load_experts(model, path) loads experts in any format, as ktops.ExpertWeight"
 

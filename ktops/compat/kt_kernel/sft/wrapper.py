@@ -22,7 +22,7 @@ from ktops.integrations.settings import Settings
 logger = logging.getLogger(__name__)
 
 SET_BY_CLIENTS = ("kt_model_max_length", "kt_share_cache_pool", "kt_skip_expert_loading")
-"""Fields without effect that LLaMA-Factory's fork sets by itself."""
+"""Fields without effect that KTransformers' fork of LLaMA-Factory sets itself."""
 
 
 def wrap_moe_layers_with_kt_wrapper(model: nn.Module, kt_plugin: Any) -> list[KTMoELayerWrapper]:
@@ -90,7 +90,7 @@ def _loaded(model: nn.Module, config: KTConfig) -> Settings:
 
 
 def build_kt_device_map(config, kt_plugin: Any, device: str | int = "cuda:0") -> dict[str, str | int]:
-    """Returns a device_map with every expert by itself: the first kt_num_gpu_experts on the device, the
+    """Returns a device_map with an entry for every expert: the first kt_num_gpu_experts on the device, the
     others on the CPU.
 
     The keys suit models whose experts are a ModuleList. Stacked experts cannot be divided: for them, use

@@ -7,10 +7,10 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
-from ktops.cli.data import SUFFIXES, RepeatedKeyError, parse_json, read_records
-from ktops.cli.dataset_info import INFO, Description, describe
 from ktops.cli.errors import UserError
-from ktops.cli.layouts import Example, read_record
+from ktops.cli.finetune.data import SUFFIXES, RepeatedKeyError, parse_json, read_records
+from ktops.cli.finetune.dataset_info import INFO, Description, describe
+from ktops.cli.finetune.layouts import Example, read_record
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from collections.abc import Collection
 from dataclasses import dataclass, field
 
 from ktops.cli.errors import UserError
-from ktops.cli.messages import is_absent, is_answer, message_text, normalize, parsed_json, without
+from ktops.cli.finetune.messages import is_absent, is_answer, message_text, normalize, parsed_json, without
 
 LAYOUTS = {
     "messages": {"messages"},

@@ -3,8 +3,8 @@
 import shutil
 from pathlib import Path
 
-from ktops.cli import options as options_file
 from ktops.cli.errors import UserError
+from ktops.cli.finetune import options as options_file
 
 DEFAULT = Path("ktops-finetune")
 CHECKPOINTS, PRETRAINING, BASE = "checkpoints", "pretraining", "base"

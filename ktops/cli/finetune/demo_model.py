@@ -2,9 +2,9 @@
 
 from pathlib import Path
 
-from ktops.cli import corpus
-from ktops.cli.layouts import from_alpaca
-from ktops.cli.rendering import CHAT_TEMPLATE
+from ktops.cli.finetune import corpus
+from ktops.cli.finetune.layouts import from_alpaca
+from ktops.cli.finetune.rendering import CHAT_TEMPLATE
 
 VOCAB_SIZE = 2048
 MAX_LENGTH = 128

@@ -8,13 +8,13 @@ import torch
 from rich.console import Console
 from transformers import DataCollatorForSeq2Seq, PrinterCallback, Trainer, TrainingArguments
 
-from ktops.cli import run_directory
-from ktops.cli.encoding import IGNORED
 from ktops.cli.errors import Interrupted
-from ktops.cli.interrupt import StopOnInterrupt
-from ktops.cli.measure import KtTime, StepTimer
-from ktops.cli.options import Options
-from ktops.cli.progress import ProgressCallback
+from ktops.cli.finetune import run_directory
+from ktops.cli.finetune.encoding import IGNORED
+from ktops.cli.finetune.interrupt import StopOnInterrupt
+from ktops.cli.finetune.measure import KtTime, StepTimer
+from ktops.cli.finetune.options import Options
+from ktops.cli.finetune.progress import ProgressCallback
 
 
 def training_arguments(options: Options, directory: Path, max_steps: int, **kwargs) -> TrainingArguments:

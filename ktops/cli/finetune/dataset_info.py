@@ -82,7 +82,7 @@ class Description:
     named: bool
 
     def convert(self, records: list[tuple[str, object]]) -> list[tuple[str, object]]:
-        """Returns (location, record) pairs in a layout of :mod:`ktops.cli.layouts`.
+        """Returns (location, record) pairs in a layout of :mod:`ktops.cli.finetune.layouts`.
 
         As in LLaMA-Factory, keys of the records that the description does not name are not used.
 

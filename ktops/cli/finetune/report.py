@@ -9,9 +9,9 @@ from rich.text import Text
 
 import ktops
 from ktops._display import format_bytes
-from ktops.cli.encoding import Encoded
-from ktops.cli.measure import count_weights
-from ktops.cli.options import Options
+from ktops.cli.finetune.encoding import Encoded
+from ktops.cli.finetune.measure import count_weights
+from ktops.cli.finetune.options import Options
 from ktops.integrations.quantize_experts import QuantizationReport
 
 

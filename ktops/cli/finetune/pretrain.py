@@ -7,11 +7,11 @@ from pathlib import Path
 import torch
 import transformers
 
-from ktops.cli import demo_model, metrics, run_directory, training
-from ktops.cli.measure import peak_rss_bytes
-from ktops.cli.options import Options
-from ktops.cli.progress import ProgressCallback
-from ktops.cli.report import Report
+from ktops.cli.finetune import demo_model, metrics, run_directory, training
+from ktops.cli.finetune.measure import peak_rss_bytes
+from ktops.cli.finetune.options import Options
+from ktops.cli.finetune.progress import ProgressCallback
+from ktops.cli.finetune.report import Report
 
 LEARNING_RATE = 3e-3
 WARM_UP = 0.05

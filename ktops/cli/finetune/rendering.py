@@ -14,8 +14,8 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 from ktops.cli.errors import UserError
-from ktops.cli.layouts import Conversation
-from ktops.cli.messages import without
+from ktops.cli.finetune.layouts import Conversation
+from ktops.cli.finetune.messages import without
 
 CHAT_TEMPLATE = (
     "{%- for message in messages -%}"

@@ -87,7 +87,7 @@ def load_tokenizer(directory: str):
 
 
 class ExpertsOptions(Protocol):
-    """The options that say how experts are loaded; :class:`ktops.cli.options.Options` has them."""
+    """The options that say how experts are loaded; :class:`ktops.cli.finetune.options.Options` has them."""
 
     @property
     def experts_implementation(self) -> str: ...

@@ -5,8 +5,8 @@ from typing import NamedTuple
 from torch import nn
 
 from ktops.cli.errors import UserError
-from ktops.cli.options import Options
-from ktops.cli.report import Report
+from ktops.cli.finetune.options import Options
+from ktops.cli.finetune.report import Report
 
 ATTENTION = (
     "q_proj", "k_proj", "v_proj", "o_proj", "qkv_proj",

@@ -1,6 +1,6 @@
 """Loads a base model and a saved adapter in a separate process and compares the logits with recorded ones.
 
-    python -m ktops.cli.verify RECORD.json
+    python -m ktops.cli.finetune.verify RECORD.json
 
 The record specifies what to load and how. The logits are in a safetensors file in the same directory.
 """
@@ -73,7 +73,7 @@ def run(path: Path) -> dict[str, float]:
         UserError: the process failed; the message contains the end of its stderr.
     """
     result = subprocess.run(
-        [sys.executable, "-m", "ktops.cli.verify", str(path.resolve())],
+        [sys.executable, "-m", "ktops.cli.finetune.verify", str(path.resolve())],
         cwd=path.parent,
         capture_output=True,
         text=True,
@@ -99,7 +99,7 @@ def check(record: Record) -> dict[str, float]:
     tensors = load_file(record.tensors)
     from peft import PeftModel
 
-    from ktops.cli.models import load_base
+    from ktops.cli.finetune.models import load_base
 
     torch.set_num_threads(record.num_threads)
     base, _ = load_base(record.base, getattr(torch, record.dtype), record)

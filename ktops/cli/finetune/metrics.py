@@ -5,8 +5,8 @@ from dataclasses import asdict
 from pathlib import Path
 
 import ktops
-from ktops.cli.measure import KtTime, StepTimer, count_weights, peak_rss_bytes
-from ktops.cli.options import Options
+from ktops.cli.finetune.measure import KtTime, StepTimer, count_weights, peak_rss_bytes
+from ktops.cli.finetune.options import Options
 from ktops.cli.versions import versions
 from ktops.integrations.quantize_experts import QuantizationReport
 

@@ -1,9 +1,9 @@
 """The packaged corpus: short stories about the people of a village, and instructions about them.
 
-The text is generated from the word lists and sentences in ``ktops/cli/data/``; the same seed gives the same
-text on every machine. Each person has one home, one job, one animal and so on. The stories repeat these facts
-often enough for a small model to learn them. The instructions ask for them, and the held-out instructions ask
-for facts that no training instruction asks for.
+The text is generated from the word lists and sentences in ``ktops/cli/finetune/data/``; the same seed gives
+the same text on every machine. Each person has one home, one job, one animal and so on. The stories repeat
+these facts often enough for a small model to learn them. The instructions ask for them, and the held-out
+instructions ask for facts that no training instruction asks for.
 """
 
 import json
@@ -27,7 +27,7 @@ HELD_OUT = 1 / 8
 
 
 def _read(name: str) -> dict:
-    return json.loads((resources.files("ktops.cli") / "data" / name).read_text(encoding="utf-8"))
+    return json.loads((resources.files("ktops.cli.finetune") / "data" / name).read_text(encoding="utf-8"))
 
 
 def _people(village: dict) -> list[SimpleNamespace]:

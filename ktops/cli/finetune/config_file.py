@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ktops.cli.config_keys import DEFAULTS, KEYS, LAUNCH, Setter, no_effect
 from ktops.cli.errors import UserError
-from ktops.cli.options import EVALUATION, flag
-from ktops.cli.yaml_file import Entry, read_yaml
+from ktops.cli.finetune.config_keys import DEFAULTS, KEYS, LAUNCH, Setter, no_effect
+from ktops.cli.finetune.options import EVALUATION, flag
+from ktops.cli.finetune.yaml_file import Entry, read_yaml
 from ktops.integrations import settings
 
 OTHERS = "grouped_mm"

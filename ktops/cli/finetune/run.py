@@ -2,7 +2,6 @@
 
 import gc
 import math
-import os
 import random
 import shlex
 import tempfile
@@ -14,17 +13,18 @@ import transformers
 from rich.console import Console
 
 import ktops
-from ktops.cli import corpus, lora, metrics, pretrain, run_directory, training, verify
-from ktops.cli import options as options_file
-from ktops.cli.datasets import load_examples
-from ktops.cli.encoding import Encoded, encode, encode_question, prepare_tokenizer
 from ktops.cli.errors import UserError
-from ktops.cli.layouts import Example, from_alpaca
-from ktops.cli.models import check_directory, load_base, load_tokenizer
-from ktops.cli.options import Options
-from ktops.cli.plot import plot_loss
-from ktops.cli.progress import ProgressCallback
-from ktops.cli.report import Report
+from ktops.cli.finetune import corpus, lora, metrics, pretrain, run_directory, training, verify
+from ktops.cli.finetune import options as options_file
+from ktops.cli.finetune.datasets import load_examples
+from ktops.cli.finetune.encoding import Encoded, encode, encode_question, prepare_tokenizer
+from ktops.cli.finetune.layouts import Example, from_alpaca
+from ktops.cli.finetune.models import check_directory, load_base, load_tokenizer
+from ktops.cli.finetune.options import Options
+from ktops.cli.finetune.plot import plot_loss
+from ktops.cli.finetune.progress import ProgressCallback
+from ktops.cli.finetune.report import Report
+from ktops.integrations.settings import set_num_threads
 
 NEW_TOKENS = 40
 """Maximum number of tokens in a generated sample."""
@@ -111,10 +111,9 @@ def finetune(options: Options, directory: Path, console: Console, overwrite: boo
 
 
 def _set_num_threads(number: int, report: Report) -> None:
-    cores = len(os.sched_getaffinity(0))
-    if number > cores:
+    cores = set_num_threads(number)
+    if cores < number:
         report.line(f"--num-threads {number}: this machine has {cores} cores, so {cores} threads")
-    torch.set_num_threads(min(number, cores))
 
 
 def _begin(directory: Path, options: Options, overwrite: bool) -> None:

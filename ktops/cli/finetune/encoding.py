@@ -4,8 +4,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from ktops.cli.errors import UserError
-from ktops.cli.layouts import Conversation, Example, PlainText
-from ktops.cli.rendering import CHAT_TEMPLATE, answers
+from ktops.cli.finetune.layouts import Conversation, Example, PlainText
+from ktops.cli.finetune.rendering import CHAT_TEMPLATE, answers
 
 IGNORED = -100
 """Label of a token without loss (the ignore_index of torch.nn.functional.cross_entropy)."""

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
+from ktops._warn import warn_once
+
 if TYPE_CHECKING:
     from ktops.integrations.transformers.config import KTConfig
 
@@ -132,23 +134,28 @@ class Settings:
 
         wanted = self.backend.format
         if self.weight_path is not None:
-            stored = _stored(self.weight_path)
-            keeps = wanted is None or not stored <= _DENSE
-            path = str(self.weight_path)
-            return KTConfig(experts_path=path) if keeps else KTConfig(*self.backend[:2], experts_path=path)
+            path, stored = str(self.weight_path), _stored(self.weight_path)
+            if wanted is not None and stored <= _DENSE:
+                return KTConfig(*self.backend[:2], experts_path=path)
+            if wanted not in (None, *stored):
+                warn_once(
+                    f"kt_weight_path {path} has its experts in {' and '.join(sorted(stored))}. They stay so, "
+                    f"although kt_backend asks for {wanted}"
+                )
+            return KTConfig(experts_path=path)
         if quantization is None and (wanted is None or wanted in _DENSE):
             return None
         return KTConfig(*self.backend[:2])
 
 
 _DENSE = {"bf16", "fp16", "fp32"}
-"""Formats of dense weights, and how ``ktops.checkpoints`` names the same schemes."""
 
 
 def _stored(path: Path) -> set[str]:
+    """Returns the formats of the experts in a checkpoint."""
     from ktops.checkpoints import open_checkpoint
 
-    return {layer.scheme for layer in open_checkpoint(path).layers}
+    return {experts.format for layer in open_checkpoint(path).layers for experts in layer.experts()}
 
 
 def take_settings(config: dict[str, Any]) -> Settings | None:

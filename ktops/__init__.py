@@ -31,6 +31,8 @@ _LAZY = {
     "unswap_experts": "ktops.integrations.swap",
 }
 
+_LAZY_MODULES = ("checkpoints", "compat", "integrations")
+
 __all__ = [
     "ExpertWeight",
     "KTConfig",
@@ -63,8 +65,10 @@ warn_of_refused_rows()
 def __getattr__(name: str):
     if name in _LAZY:
         return getattr(importlib.import_module(_LAZY[name]), name)
+    if name in _LAZY_MODULES:
+        return importlib.import_module(f"ktops.{name}")
     raise AttributeError(f"module 'ktops' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_LAZY})
+    return sorted({*globals(), *_LAZY, *_LAZY_MODULES})

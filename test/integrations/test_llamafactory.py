@@ -9,6 +9,7 @@ import torch
 from peft.tuners.lora.layer import ParamWrapper
 from tiny_models import tiny_model
 
+import ktops
 from ktops.integrations import llamafactory, training
 from ktops.integrations.llamafactory import arguments, model, places
 from ktops.integrations.transformers import default
@@ -29,6 +30,8 @@ def patch_target_modules(model, finetuning_args, target_modules):
     return target_modules
 
 def init_adapter(config, model, model_args, finetuning_args, is_trainable):
+    if not is_trainable:
+        return not getattr(model, "quantization_method", None)
     modules, dropout = finetuning_args.lora_target, finetuning_args.lora_dropout
     return get_peft_model(model, LoraConfig(r=2, target_modules=modules, lora_dropout=dropout))
 """,
@@ -166,7 +169,7 @@ def test_more_threads_than_cores(factory, capsys, monkeypatch):
     monkeypatch.setattr(arguments.os, "sched_getaffinity", lambda process: {0, 1, 2})
     factory.hparams.read_args({"use_kt": True, "kt_num_threads": 60})
     assert set_to == [3]
-    assert "kt_num_threads 60 is more than the number of cores, 3" in capsys.readouterr().err
+    assert "kt_num_threads 60 is more than the number of cores: using 3" in capsys.readouterr().err
 
 
 def test_use_kt_false_turns_the_launcher_s_default_off(factory):
@@ -213,6 +216,18 @@ def test_other_quantization(factory):
 def adapted(factory, model=None, **given):
     model = tiny_model("qwen3_moe", experts_implementation="ktops") if model is None else model
     return factory.model.loader.init_adapter(model.config, model, Arguments(), Arguments(**given), True)
+
+
+@pytest.mark.parametrize("weight_format", [None, "int8"])
+def test_chat_merges_only_into_dense_experts(factory, weight_format):
+    """The stand-in returns what LLaMA-Factory decides by."""
+    read_settings(factory)
+    model = tiny_model("qwen3_moe", experts_implementation="ktops")
+    if weight_format is not None:
+        ktops.quantize_experts(model, weight_format)
+    merges = factory.model.loader.init_adapter(model.config, model, Arguments(), Arguments(), False)
+    assert merges == (weight_format is None)
+    assert not hasattr(model, "quantization_method")
 
 
 def expert_adapters(model) -> set[str]:

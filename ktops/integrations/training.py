@@ -61,5 +61,5 @@ def require_op(model: nn.Module) -> None:
 
 def _name(model: nn.Module) -> str:
     """Returns the name of a model's class; of a PeftModel, that of its base."""
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    return type(base).__name__
+    get_base_model = getattr(model, "get_base_model", None)
+    return type(model if get_base_model is None else get_base_model()).__name__

@@ -110,7 +110,7 @@ def _unmerged(model: nn.Module, is_trainable: bool) -> Iterator[None]:
     if is_trainable or not any(isinstance(module, ExpertWeight) for module in model.modules()):
         yield
         return
-    model.quantization_method = NAME
+    model.quantization_method = NAME  # type: ignore[assignment]
     try:
         yield
     finally:

@@ -169,7 +169,7 @@ def test_more_threads_than_cores(factory, capsys, monkeypatch):
     monkeypatch.setattr(arguments.os, "sched_getaffinity", lambda process: {0, 1, 2})
     factory.hparams.read_args({"use_kt": True, "kt_num_threads": 60})
     assert set_to == [3]
-    assert "kt_num_threads 60 is more than the number of cores: using 3" in capsys.readouterr().err
+    assert "kt_num_threads 60 is more than the number of cores, 3" in capsys.readouterr().err
 
 
 def test_use_kt_false_turns_the_launcher_s_default_off(factory):

@@ -150,7 +150,5 @@ def _set_threads(wanted: int | None) -> None:
         return
     cores = len(os.sched_getaffinity(0))
     if wanted > cores:
-        print(
-            f"ktops: kt_num_threads {wanted} is more than the number of cores: using {cores}", file=sys.stderr
-        )
+        print(f"ktops: kt_num_threads {wanted} is more than the number of cores, {cores}", file=sys.stderr)
     torch.set_num_threads(min(wanted, cores))

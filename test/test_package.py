@@ -65,6 +65,12 @@ def test_public_names(name):
     assert getattr(ktops, name) is not None
 
 
+def test_packages_are_imported_when_used():
+    """As the documentation writes them, after ``import ktops`` alone."""
+    python("import ktops; ktops.checkpoints.open_checkpoint; ktops.integrations; ktops.compat.install()")
+    assert {"checkpoints", "compat", "integrations"} <= set(dir(ktops))
+
+
 def test_unknown_name():
     with pytest.raises(AttributeError, match="module 'ktops' has no attribute 'moe_stf'"):
         ktops.moe_stf  # noqa: B018

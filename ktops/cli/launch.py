@@ -61,6 +61,10 @@ def find(command: str) -> str:
         UserError: there is none.
     """
     found = shutil.which(command) or shutil.which(command, path=str(Path(sys.executable).parent))
+    if found is None and Path(command).is_file():
+        raise UserError(
+            f"launch: {command} is not executable. A Python script: ktops launch python {command}"
+        )
     if found is None:
         raise UserError(f"launch: {command!r} is not a command: it is neither a path nor on PATH")
     return found

@@ -194,6 +194,8 @@ class ExpertsWrapper:
         """Returns CPU copies: int64 topk_ids, -1 for experts computed elsewhere, and float32 topk_weights."""
         for name, tensor in (("topk_ids", topk_ids), ("topk_weights", topk_weights)):
             expect_shape(name, tensor, [num_tokens, self.num_experts_per_tok])
+        if topk_ids.is_floating_point():
+            raise TypeError(f"KTMoEWrapper: topk_ids must be integers, got {topk_ids.dtype}")
         ids = topk_ids.detach().to("cpu", torch.int64, copy=True)
         if self.gpu_experts_mask.any():
             known = (ids >= 0) & (ids < self.num_experts)

@@ -39,6 +39,10 @@ class KtopsPlugin(BasePlugin):
         enable()
         training.enable()
 
+    def get_training_args(self, cfg) -> dict[str, bool]:
+        """Returns arguments of the trainer: it runs on the CPU, also beside a GPU, and in bfloat16 there."""
+        return {"use_cpu": True}
+
     def post_model_load(self, cfg, model: nn.Module) -> None:
         """Raises a RuntimeError if no experts of the model would run through ktops."""
         training.require_op(model)

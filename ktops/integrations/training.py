@@ -36,7 +36,7 @@ def _on_step_end(handler, *args, **kwargs):
     """``CallbackHandler.on_step_end``."""
     if not memory_stats()["allocations"]:
         raise RuntimeError(
-            f"ktops: no operator of ktops has run in a training step of {type(handler.model).__name__}, "
+            f"ktops: no operator of ktops has run in a training step of {_name(handler.model)}, "
             "although its experts were set to run through ktops"
         )
     return _replaced.original["on_step_end"](handler, *args, **kwargs)
@@ -53,7 +53,13 @@ def require_op(model: nn.Module) -> None:
         return
     reasons = sorted(set(outside.values())) or ["the model has no Mixture-of-Experts layers"]
     raise RuntimeError(
-        f"ktops: nothing of {type(model).__name__} would run through ktops: {'; '.join(reasons)}. "
+        f"ktops: nothing of {_name(model)} would run through ktops: {'; '.join(reasons)}. "
         "docs/models.md lists the models that ktops supports. To train without ktops, leave `ktops launch`, "
         "the variable KTOPS_LAUNCH and the trainer's plugin out"
     )
+
+
+def _name(model: nn.Module) -> str:
+    """Returns the name of a model's class; of a PeftModel, that of its base."""
+    get_base_model = getattr(model, "get_base_model", None)
+    return type(model if get_base_model is None else get_base_model()).__name__

@@ -228,7 +228,7 @@ def test_names_that_are_nowhere(directory, tmp_path):
         UserError, match=r"no such file: identify, and no such name in .*Did you mean identity\?"
     ):
         load_examples("identify", where)
-    with pytest.raises(UserError, match=r"--data: no such file: identity$"):
+    with pytest.raises(UserError, match=r"--data: no such file: identity; and no dataset_info\.json"):
         load_examples("identity")
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match=r"--dataset-dir: no dataset_info\.json in"):

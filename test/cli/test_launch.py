@@ -162,6 +162,13 @@ def test_unknown_command():
         find("no-such-command")
 
 
+def test_script_that_is_not_executable(tmp_path):
+    script = tmp_path / "train.py"
+    script.touch(mode=0o644)
+    with pytest.raises(UserError, match=r"train\.py is not executable.*ktops launch python .*train\.py"):
+        find(str(script))
+
+
 def test_command_beside_this_python(monkeypatch):
     monkeypatch.setenv("PATH", "")
     assert find(Path(sys.executable).name) == str(Path(sys.executable).with_name(Path(sys.executable).name))

@@ -105,3 +105,9 @@ def test_the_plugin_without_the_key_is_an_error(model, tmp_path):
     printed, ran = run("bash", "-c", text, folder=tmp_path / "ktops", succeeds=False)
     assert not ran
     assert "needs `experts_implementation: ktops`" in printed
+
+
+def test_example_trains_in_bfloat16(model, tmp_path):
+    """Which axolotl's trainer refuses without a GPU unless the plugin tells it to use the CPU."""
+    options = configuration(model, tmp_path) | {"bf16": True, "max_steps": 1}
+    assert run("bash", "-c", command(options, tmp_path / "config.yaml"), folder=tmp_path)[1]

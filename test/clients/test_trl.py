@@ -91,6 +91,17 @@ def test_command(architecture, method, tmp_path):
     assert_loads_without_ktops(model, ktops, tmp_path / "peft")
 
 
+def test_examples_train_in_bfloat16(model, tmp_path):
+    """TRL's default, which its trainer refuses without a GPU unless it is told to use the CPU."""
+    (tmp_path / "data").mkdir()
+    data = save_records(tmp_path / "data" / "train.jsonl", conversation)
+    changes = {"train.jsonl": str(data), 'output_dir="out"': 'output_dir="out", max_steps=1'}
+    script = example("trl", {MODEL: str(model), **changes})
+    assert run(sys.executable, "-c", script, folder=tmp_path / "script")[1]
+    text = example("trl-command", {MODEL: str(model), "my-dataset": str(data.parent)}).strip()
+    assert run("bash", "-c", f"{text} --max_steps 1", folder=tmp_path / "command")[1]
+
+
 def test_a_command_that_leaves_ktops_unused_is_an_error(model, tmp_path):
     options = """--model_init_kwargs '{"experts_implementation": "eager"}'"""
     text = command("sft", model, tmp_path, options)

@@ -123,6 +123,16 @@ def test_wrong_inputs(method, index, shape, message):
             start(*routed)
 
 
+@pytest.mark.parametrize("method", ["BF16", "AMXBF16_SFT"])
+def test_ids_and_weights_in_the_wrong_order(method):
+    wrapper = make(method)
+    if method == "AMXBF16_SFT":
+        wrapper.init_lora_weights(**adapters(wrapper))
+    hidden_states, ids, weights = inputs(wrapper)
+    with pytest.raises(TypeError, match=r"KTMoEWrapper: topk_ids must be integers, got torch\.float32"):
+        wrapper.forward(hidden_states, weights, ids)
+
+
 @pytest.mark.parametrize(
     ("index", "change", "error", "message"),
     [

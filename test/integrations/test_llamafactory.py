@@ -34,6 +34,8 @@ def patch_target_modules(model, finetuning_args, target_modules):
     return target_modules
 
 def init_adapter(config, model, model_args, finetuning_args, is_trainable):
+    if not is_trainable:
+        return not getattr(model, "quantization_method", None)
     modules, dropout = finetuning_args.lora_target, finetuning_args.lora_dropout
     return get_peft_model(model, LoraConfig(r=2, target_modules=modules, lora_dropout=dropout))
 """,
@@ -225,6 +227,18 @@ def test_other_quantization(factory):
 def adapted(factory, model=None, **given):
     model = tiny_model("qwen3_moe", experts_implementation="ktops") if model is None else model
     return factory.model.loader.init_adapter(model.config, model, Arguments(), Arguments(**given), True)
+
+
+@pytest.mark.parametrize("weight_format", [None, "int8"])
+def test_chat_merges_only_into_dense_experts(factory, weight_format):
+    """The stand-in returns what LLaMA-Factory decides by."""
+    read_settings(factory)
+    model = tiny_model("qwen3_moe", experts_implementation="ktops")
+    if weight_format is not None:
+        ktops.quantize_experts(model, weight_format)
+    merges = factory.model.loader.init_adapter(model.config, model, Arguments(), Arguments(), False)
+    assert merges == (weight_format is None)
+    assert not hasattr(model, "quantization_method")
 
 
 def expert_adapters(model) -> set[str]:

@@ -89,6 +89,14 @@ def test_training_without_ktops(model, reason, launched, tmp_path):
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
+def test_errors_name_the_base_of_a_peft_model():
+    model = get_peft_model(
+        AutoModelForCausalLM.from_config(LlamaConfig(**SIZES)), LoraConfig(target_modules="all-linear")
+    )
+    with pytest.raises(RuntimeError, match="nothing of LlamaForCausalLM would run through ktops"):
+        training.require_op(model)
+
+
 def test_a_step_without_operators_is_an_error(launched, tmp_path, monkeypatch):
     monkeypatch.setattr(training, "memory_stats", lambda: {"allocations": 0})
     run = trainer(AutoModelForCausalLM.from_config(config()), tmp_path)

@@ -86,7 +86,7 @@ def _source(name: str, info: dict | None, dataset_dir: str | None) -> Source:
     if os.path.isfile(name):
         return Source((Path(name),))
     if info is None:
-        raise UserError(f"--data: no such file: {name}")
+        raise UserError(f"--data: no such file: {name}; and no {INFO}, which could describe a data set")
     close = difflib.get_close_matches(name, info, n=1)
     hint = f". Did you mean {close[0]}?" if close else ""
     assert dataset_dir is not None

@@ -1,10 +1,13 @@
 """Loads LLaMA-Factory's models with the experts of ``use_kt: true``, and puts its adapters on them."""
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from contextvars import ContextVar
 
 from torch import nn
 
+from ktops.formats import ExpertWeight
 from ktops.integrations import peft
 from ktops.integrations.llamafactory.arguments import current
 from ktops.integrations.llamafactory.places import is_fork, require
@@ -84,7 +87,10 @@ def _init_adapter(config, model: nn.Module, model_args, finetuning_args, is_trai
     require_op(model)
     token = _adapted.set((model, finetuning_args))
     try:
-        model = _replaced.original["init_adapter"](config, model, model_args, finetuning_args, is_trainable)
+        with _unmerged(model, is_trainable):
+            model = _replaced.original["init_adapter"](
+                config, model, model_args, finetuning_args, is_trainable
+            )
     finally:
         _adapted.reset(token)
     if is_trainable and finetuning_args.finetuning_type == "lora" and finetuning_args.lora_dropout:
@@ -96,6 +102,19 @@ def _init_adapter(config, model: nn.Module, model_args, finetuning_args, is_trai
                 file=sys.stderr,
             )
     return model
+
+
+@contextmanager
+def _unmerged(model: nn.Module, is_trainable: bool) -> Iterator[None]:
+    """Keeps LLaMA-Factory from merging adapters into experts in a weight format, as ``chat`` would."""
+    if is_trainable or not any(isinstance(module, ExpertWeight) for module in model.modules()):
+        yield
+        return
+    model.quantization_method = NAME  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        del model.quantization_method
 
 
 def _lora_config(**given):

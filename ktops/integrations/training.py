@@ -1,10 +1,12 @@
 """Refuses to train a model none of whose experts run through ktops."""
 
+import sys
+
 from torch import nn
 
 from ktops.integrations.replacements import Replacements
 from ktops.integrations.transformers.coverage import experts_outside_op
-from ktops.ops import memory_stats
+from ktops.ops import cpu_capability, memory_stats
 
 _replaced = Replacements()
 
@@ -26,10 +28,14 @@ def disable() -> None:
     _replaced.restore()
 
 
-def _on_train_begin(handler, *args, **kwargs):
-    """``CallbackHandler.on_train_begin``."""
+def _on_train_begin(handler, args, state, control, **kwargs):
+    """``CallbackHandler.on_train_begin``, which also says what ktops runs."""
     require_op(handler.model)
-    return _replaced.original["on_train_begin"](handler, *args, **kwargs)
+    if state.is_world_process_zero:
+        total, outside = experts_outside_op(handler.model)
+        runs = f"ktops runs the experts of {total - len(outside)} of {total} layers, with {cpu_capability()}"
+        print("; ".join([runs, *sorted(set(outside.values()))]), file=sys.stderr)
+    return _replaced.original["on_train_begin"](handler, args, state, control, **kwargs)
 
 
 def _on_step_end(handler, *args, **kwargs):

@@ -1,6 +1,7 @@
 """ktops as the default of transformers, and training that would not use it."""
 
 import copy
+import re
 
 import pytest
 import torch
@@ -63,8 +64,21 @@ def trainer(model, folder, steps: int = 2) -> Trainer:
     return Trainer(model, arguments, train_dataset=rows)
 
 
-def test_training_with_ktops(launched, tmp_path):
+def test_training_with_ktops(launched, tmp_path, capsys):
     trainer(AutoModelForCausalLM.from_config(config()), tmp_path).train()
+    assert (
+        f"ktops runs the experts of 2 of 2 layers, with {ktops.cpu_capability()}\n" in capsys.readouterr().err
+    )
+
+
+def test_layers_that_another_implementation_runs_are_named(launched, tmp_path, capsys):
+    model = AutoModelForCausalLM.from_config(config())
+    experts = model.model.layers[1].mlp.experts
+    experts.config = copy.copy(experts.config)
+    experts.config._experts_implementation = "eager"
+    trainer(model, tmp_path).train()
+    said = "experts of 1 of 2 layers.*; qwen3_moe.*Experts has experts_implementation='eager'"
+    assert re.search(said, capsys.readouterr().err)
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,7 @@
 """Fixtures shared by several folders."""
 
+import sys
+
 import pytest
 
 
@@ -11,3 +13,31 @@ def single_thread(monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     with one_thread():
         yield
+
+
+@pytest.fixture
+def enabled():
+    """Enables ktops in transformers and PEFT while a test runs."""
+    import ktops
+
+    ktops.enable()
+    yield
+    ktops.disable()
+
+
+@pytest.fixture
+def ktops_command(monkeypatch, capfd, tmp_path):
+    """``run(*arguments) -> (exit status, stdout, stderr)`` runs the command in this process, in tmp_path."""
+    from ktops.cli import main
+
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["ktops", *map(str, arguments)])
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            main.main()
+        out, err = capfd.readouterr()
+        return stop.value.code or 0, out, err
+
+    return run

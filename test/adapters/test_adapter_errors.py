@@ -265,7 +265,7 @@ def test_a_checkpoint_of_ktops_is_merged_into_a_format_only(made, tmp_path):
 
 
 @pytest.mark.parametrize("weight_format", [None, "int8"])
-def test_full_disk(weight_format, made, adapter, monkeypatch, ktops_main):
+def test_full_disk(weight_format, made, adapter, monkeypatch, ktops_command):
     base, checkpoint, _ = made
     written = 0
 
@@ -284,39 +284,39 @@ def test_full_disk(weight_format, made, adapter, monkeypatch, ktops_main):
         ("merge", checkpoint, adapter, "out", *options),
     ):
         written = 0
-        status, _, err = ktops_main(*arguments)
+        status, _, err = ktops_command(*arguments)
         assert status == 1 and "No space left on device. Nothing was written" in err
         assert sorted(path.name for path in adapter.parent.iterdir()) == ["adapter"]
 
 
-def test_interruption(made, adapter, monkeypatch, ktops_main):
+def test_interruption(made, adapter, monkeypatch, ktops_command):
     def interrupt(*arguments):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(SafetensorsStream, "write", interrupt)
-    status, _, err = ktops_main("export", adapter, "out", "--for", "peft", "--base", made[0])
+    status, _, err = ktops_command("export", adapter, "out", "--for", "peft", "--base", made[0])
     assert status == 130 and "Nothing was written" in err
     assert sorted(path.name for path in adapter.parent.iterdir()) == ["adapter"]
 
 
-def test_command(made, adapter, ktops_main):
+def test_command(made, adapter, ktops_command):
     base, checkpoint, _ = made
-    status, out, _ = ktops_main(
+    status, out, _ = ktops_command(
         "export", adapter, adapter, "sum", "--for", "llama.cpp", "--base", base, "--weights", "0.5,0.5"
     )
     assert status == 0 and "written: sum" in out and "convert_lora_to_gguf.py" in out
     assert json.loads((adapter.parent / "sum" / "adapter_config.json").read_text())["r"] == 8
-    status, _, err = ktops_main(
+    status, _, err = ktops_command(
         "export", adapter, "two", "--for", "peft", "--base", base, "--weights", "0.5,0.5"
     )
     assert status == 1 and "expected one for each of the 1 adapters" in err
-    status, _, err = ktops_main(
+    status, _, err = ktops_command(
         "export", adapter, "two", "--for", "peft", "--base", base, "--weights", "half"
     )
     assert status == 1 and "--weights: expected numbers separated by commas" in err
-    status, _, err = ktops_main("export", adapter, "two", "--for", "tgi", "--base", base)
+    status, _, err = ktops_command("export", adapter, "two", "--for", "tgi", "--base", base)
     assert status == 1 and "--for: expected one of peft, vllm" in err
-    status, out, _ = ktops_main("merge", checkpoint, adapter, "merged")
+    status, out, _ = ktops_command("merge", checkpoint, adapter, "merged")
     assert status == 0 and (adapter.parent / "merged" / "model.safetensors").exists()
-    status, _, err = ktops_main("merge", checkpoint, adapter, "other", "--group-size", "32")
+    status, _, err = ktops_command("merge", checkpoint, adapter, "other", "--group-size", "32")
     assert status == 1 and "need --weight-format" in err

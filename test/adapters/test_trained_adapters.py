@@ -18,13 +18,6 @@ LAYER_OPERATIONS = 16
 BUDGET = model_budget(torch.float32, 64, LAYER_OPERATIONS)
 
 
-@pytest.fixture
-def enabled():
-    ktops.enable()
-    yield
-    ktops.disable()
-
-
 @torch.no_grad()
 def logits(model: torch.nn.Module) -> torch.Tensor:
     return model.eval()(input_ids=tiny_batch()["input_ids"]).logits

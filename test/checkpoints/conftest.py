@@ -5,19 +5,9 @@ from pathlib import Path
 
 import pytest
 
-import ktops
-
 sys.path.append(str(Path(__file__).parents[1] / "integrations"))
 
 
 @pytest.fixture(autouse=True)
 def tiny_checkpoints_in_one_thread(single_thread):
     pass
-
-
-@pytest.fixture
-def enabled():
-    """Enables ktops while a test runs."""
-    ktops.enable()
-    yield
-    ktops.disable()

@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 from model_files import save_model
 
-from ktops.cli import main
 from ktops.cli.finetune import corpus, demo_model, verify
 from ktops.cli.finetune import run as finetune
 
@@ -39,22 +38,6 @@ def data_file(tmp_path_factory) -> Path:
 def short_samples(monkeypatch, single_thread):
     """Limits answers to a few tokens, because their text is not tested here."""
     monkeypatch.setattr(finetune, "NEW_TOKENS", 4)
-
-
-@pytest.fixture
-def ktops_command(monkeypatch, capfd, tmp_path):
-    """``run(*arguments) -> (exit status, stdout, stderr)`` runs the command in this process, in tmp_path."""
-    monkeypatch.chdir(tmp_path)
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["ktops", *map(str, arguments)])
-        capfd.readouterr()
-        with pytest.raises(SystemExit) as stop:
-            main.main()
-        out, err = capfd.readouterr()
-        return stop.value.code or 0, out, err
-
-    return run
 
 
 @pytest.fixture

@@ -1,20 +1,11 @@
-"""Uses one thread for tiny models; enables ktops in transformers and PEFT during a test."""
+"""Uses one thread for tiny models."""
 
 import pytest
-
-import ktops
 
 
 @pytest.fixture(autouse=True)
 def tiny_models_in_one_thread(single_thread):
     pass
-
-
-@pytest.fixture
-def enabled():
-    ktops.enable()
-    yield
-    ktops.disable()
 
 
 @pytest.fixture

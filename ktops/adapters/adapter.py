@@ -112,6 +112,26 @@ def open_adapter(path: str | Path, base: str | Path | BaseModel | None = None) -
     return Adapter(folder, config, model, contents.weights, experts, contents.others)
 
 
+def adapter_paths(given: str | Path | Sequence[str | Path]) -> list[Path]:
+    """Returns the directories of one or several adapters.
+
+    Raises:
+        AdapterError: there are none.
+    """
+    paths = [Path(given)] if isinstance(given, str | Path) else [Path(each) for each in given]
+    if not paths:
+        raise AdapterError("adapters: expected at least one directory")
+    return paths
+
+
+def open_sum(
+    paths: Sequence[Path], base: str | Path | None = None, weights: Sequence[float] | None = None
+) -> Adapter:
+    """Opens adapters of one model, and returns their sum; see :func:`open_adapter` and :func:`combined`."""
+    first = open_adapter(paths[0], base)
+    return combined([first, *(open_adapter(path, first.base) for path in paths[1:])], weights)
+
+
 def combined(adapters: Sequence[Adapter], weights: Sequence[float] | None = None) -> Adapter:
     """Returns the sum of adapters of one model, each multiplied by its weight; their ranks add up.
 

@@ -8,11 +8,11 @@ from torch import nn
 
 from ktops.adapters.errors import AdapterError
 from ktops.checkpoints.model_names import ModelNames, empty_model
-from ktops.checkpoints.names import NUMBER
+from ktops.checkpoints.names import layer_number
 from ktops.checkpoints.quantization_config import CONFIG, read_json
 from ktops.nn.experts import declared_gating
 from ktops.nn.find import find_experts, has_stacks
-from ktops.ops.activation import UNGATED
+from ktops.ops.activation import UNGATED, ExpertFunction
 
 PROJECTION_NAMES = ("gate_proj", "up_proj", "down_proj")
 
@@ -36,13 +36,15 @@ class Stacks:
     declared: bool
 
     @property
-    def first_parameter(self) -> str:
-        """The parameter that holds gate and up, or up alone."""
-        return "up_proj" if self.gating == UNGATED else "gate_up_proj"
+    def parameters(self) -> dict[str, str]:
+        """What each of the two parameters holds, "gate_up" or "up", and "down" -> its name."""
+        first = "up" if self.gating == UNGATED else "gate_up"
+        return {first: ExpertFunction(gating=self.gating).first_name, "down": "down_proj"}
 
     @property
     def first_rows(self) -> int:
-        return self.intermediate_size * (1 if self.gating == UNGATED else 2)
+        """The number of rows of the first parameter's weight [out, in]."""
+        return ExpertFunction(gating=self.gating).rows(self.intermediate_size)
 
 
 class BaseModel:
@@ -91,12 +93,11 @@ class BaseModel:
         self.names = ModelNames(model, experts)
 
     @cached_property
-    def by_layer(self) -> dict[int, list[str]]:
+    def by_layer(self) -> dict[int | None, list[str]]:
         """The experts modules by layer number."""
-        found: dict[int, list[str]] = {}
+        found: dict[int | None, list[str]] = {}
         for name in self.experts:
-            numbers = NUMBER.findall(name)
-            found.setdefault(int(numbers[-1]) if numbers else -1, []).append(name)
+            found.setdefault(layer_number(name), []).append(name)
         return found
 
     def published(self, experts: str) -> tuple[str, tuple[str, str, str]]:
@@ -140,7 +141,8 @@ class BaseModel:
 def _stacks(name: str, module: nn.Module) -> Stacks:
     down = module._parameters["down_proj"]
     gating = declared_gating(module)
-    gate_up = module._parameters["up_proj" if gating == UNGATED else "gate_up_proj"]
+    function = ExpertFunction(gating=gating)
+    gate_up = module._parameters[function.first_name]
     assert down is not None and gate_up is not None
     if gate_up.shape[0] != down.shape[0]:
         raise AdapterError(
@@ -149,9 +151,8 @@ def _stacks(name: str, module: nn.Module) -> Stacks:
         )
     declared = bool(getattr(module, "is_transposed", False))
     first, second = gate_up.shape[1:]
-    columns = 1 if gating == UNGATED else 2
-    transposed = (first, second) == (down.shape[2], columns * down.shape[1])
-    ambiguous = transposed and (first, second) == (columns * down.shape[2], down.shape[1])
+    transposed = (first, second) == (down.shape[2], function.rows(down.shape[1]))
+    ambiguous = transposed and (first, second) == (function.rows(down.shape[2]), down.shape[1])
     transposed = declared if ambiguous else transposed
     intermediate_size, hidden_size = down.shape[1:] if transposed else down.shape[:0:-1]
     return Stacks(down.shape[0], hidden_size, intermediate_size, gating, transposed, declared)

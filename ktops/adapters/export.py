@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ktops._display import progress
-from ktops.adapters.adapter import combined, open_adapter
+from ktops.adapters.adapter import adapter_paths, open_sum
 from ktops.adapters.config import CONFIG
 from ktops.adapters.directory import new_directory
 from ktops.adapters.errors import AdapterError
@@ -51,12 +51,8 @@ def export_adapter(
     """
     if layout not in LAYOUTS:
         raise AdapterError(f"layout={layout!r}: expected one of {', '.join(LAYOUTS)}")
-    paths = [Path(adapters)] if isinstance(adapters, str | Path) else [Path(each) for each in adapters]
-    if not paths:
-        raise AdapterError("adapters: expected at least one directory")
-    first = open_adapter(paths[0], base)
-    opened = [first, *(open_adapter(each, first.base) for each in paths[1:])]
-    plan = LAYOUTS[layout](combined(opened, weights))
+    paths = adapter_paths(adapters)
+    plan = LAYOUTS[layout](open_sum(paths, base, weights))
     with new_directory(Path(path), *paths) as folder:
         write(plan, folder, show_progress=show_progress)
     return plan.notes

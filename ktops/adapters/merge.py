@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from ktops._display import progress
-from ktops.adapters.adapter import Adapter, combined, open_adapter
+from ktops.adapters.adapter import Adapter, adapter_paths, open_sum
 from ktops.adapters.directory import new_directory
 from ktops.adapters.errors import AdapterError
 from ktops.adapters.merged import merged_experts, merged_tensors
@@ -17,7 +17,7 @@ from ktops.checkpoints.checkpoint import CONFIG, INDEX, WEIGHTS, Checkpoint, ope
 from ktops.checkpoints.config import converted_config
 from ktops.checkpoints.experts import Requantized
 from ktops.checkpoints.layer import PROJECTIONS
-from ktops.checkpoints.quantization_config import sub_configs
+from ktops.checkpoints.quantization_config import without_quantization
 from ktops.checkpoints.writer import CheckpointWriter, small_files
 
 
@@ -58,14 +58,11 @@ def merge_adapter(
         >>> ktops.merge_adapter("Qwen3-30B-A3B", "adapter", "merged-int4", weight_format="int4")
     """
     base, path = Path(base), Path(path)
-    paths = [Path(adapters)] if isinstance(adapters, str | Path) else [Path(each) for each in adapters]
-    if not paths:
-        raise AdapterError("adapters: expected at least one directory")
+    paths = adapter_paths(adapters)
     checkpoint = open_checkpoint(base)
     if not base.is_dir():
         raise AdapterError(f"base={str(base)!r}: expected a model directory with {CONFIG}, got a file")
-    first = open_adapter(paths[0], base)
-    adapter = combined([first, *(open_adapter(each, first.base) for each in paths[1:])], weights)
+    adapter = open_sum(paths, base, weights)
     _require_layers(checkpoint, adapter)
     with new_directory(path, base, *paths) as folder:
         if weight_format is None:
@@ -99,13 +96,8 @@ def _write_published(checkpoint: Checkpoint, adapter: Adapter, folder: Path, *, 
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
     for file in small_files(checkpoint.path):
         shutil.copyfile(file, folder / file.name)
-    config = _without_quantization(checkpoint.config) if output.is_decoded else checkpoint.config
+    config = without_quantization(checkpoint.config) if output.is_decoded else checkpoint.config
     (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
-
-
-def _without_quantization(config) -> dict:
-    parts = {key: _without_quantization(part) for key, part in sub_configs(config).items()}
-    return {key: value for key, value in config.items() if key != "quantization_config"} | parts
 
 
 def _write_in_format(

@@ -150,12 +150,11 @@ def _read_stacked(
     """
     module = without_base_layer(name)
     stacks, a, b = base.experts[module], pairs[name]["A"], pairs[name]["B"]
-    first = "up" if stacks.first_parameter == "up_proj" else "gate_up"
-    parameters = {first: stacks.first_parameter, "down": "down_proj"}
+    parameters = stacks.parameters
     given, size_of = (a.shape[1], b.shape[0]), {each: sizes(stacks, each)[::-1] for each in parameters}
     possible = [each for each in parameters if given in (size_of[each], size_of[each][::-1])]
     if module != name:
-        possible = [each for each in possible if each == first]
+        possible = [each for each in possible if each != "down"]
     elif f"{name}.base_layer" in pairs:
         possible = [each for each in possible if each == "down"]
     elif len(possible) > 1:

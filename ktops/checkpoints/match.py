@@ -9,7 +9,7 @@ from ktops.checkpoints.checkpoint import Checkpoint
 from ktops.checkpoints.errors import CheckpointError
 from ktops.checkpoints.layer import Layer
 from ktops.checkpoints.model_names import ModelNames, pretrained_parts
-from ktops.checkpoints.names import NUMBER, family
+from ktops.checkpoints.names import family, layer_number
 
 
 def match_layers(
@@ -57,7 +57,7 @@ def match_layers(
     if found:
         for layers in found.values():
             layers[0].check()
-        return {name: _one(found.get(name, []), _number(name), checkpoint, name) for name in modules}
+        return {name: _one(found.get(name, []), layer_number(name), checkpoint, name) for name in modules}
     return _by_number(list(left.values()), modules, checkpoint)
 
 
@@ -101,12 +101,6 @@ def _one(layers: list[Layer], number: int | None, checkpoint: Checkpoint, name: 
     return layers[0]
 
 
-def _number(name: str) -> int | None:
-    """Returns the number of the layer that contains a module."""
-    found = NUMBER.findall(name)
-    return int(found[-1]) if found else None
-
-
 def _by_number(
     layers: list[Layer], modules: dict[str, nn.Module], checkpoint: Checkpoint
 ) -> dict[str, Layer]:
@@ -118,7 +112,7 @@ def _by_number(
         )
     numbers: dict[int, str] = {}
     for name in modules:
-        number = _number(name)
+        number = layer_number(name)
         if number is None:
             raise ValueError(
                 f"load_experts: {name} must be in a numbered layer, such as model.layers.3.mlp.experts, or "

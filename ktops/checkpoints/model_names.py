@@ -14,12 +14,13 @@ from ktops.checkpoints.names import (
     EVERY_EXPERT,
     FUSED,
     GGUF,
-    NUMBER,
     PROJECTIONS,
     Key,
+    layer_number,
     parse,
     parse_tensor,
 )
+from ktops.checkpoints.quantization_config import without_quantization
 from ktops.nn.expert_sequence import KTExpertSequence
 from ktops.nn.experts import declared_gating
 from ktops.nn.find import find_experts
@@ -171,11 +172,10 @@ class ModelNames:
         return self._key(name, module, expert, projection, tensor, layout)
 
     def _key(self, name, module, expert, projection, tensor, layout=None) -> Key:
-        numbers = NUMBER.findall(module)
+        layer = layer_number(module)
         gating = _gating(self.modules[module])
-        layer = int(numbers[-1]) if numbers else -1
         names = self.names[module], gating, layout or gating
-        return Key(_experts(name), layer, expert, projection, tensor, *names)
+        return Key(_experts(name), -1 if layer is None else layer, expert, projection, tensor, *names)
 
 
 def config_names(config: dict) -> ModelNames | None:
@@ -218,7 +218,7 @@ def empty_model(config: dict) -> "PreTrainedModel | None":
     names = architectures if isinstance(architectures, list) else []
     classes = (getattr(transformers, name, None) for name in names if isinstance(name, str))
     model_class: type[PreTrainedModel] | None = next((c for c in classes if isinstance(c, type)), None)
-    decoded = transformers.PreTrainedConfig._decode_special_floats(_without_quantization(config))
+    decoded = transformers.PreTrainedConfig._decode_special_floats(without_quantization(config))
     parsed = CONFIG_MAPPING[config["model_type"]].from_dict(decoded)
     with torch.device("meta"), no_init_weights():
         if model_class is not None:
@@ -227,14 +227,6 @@ def empty_model(config: dict) -> "PreTrainedModel | None":
             if type(parsed) in auto._model_mapping:
                 return auto.from_config(parsed)
     return None
-
-
-def _without_quantization(config: dict) -> dict:
-    return {
-        key: _without_quantization(value) if isinstance(value, dict) else value
-        for key, value in config.items()
-        if key != "quantization_config"
-    }
 
 
 def pretrained_parts(model: nn.Module) -> dict[str, nn.Module]:

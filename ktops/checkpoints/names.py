@@ -89,6 +89,17 @@ def parse_tensor(rest: str) -> tuple[int, str, str] | None:
     return None
 
 
+def layer_number(name: str) -> int | None:
+    """Returns the number of the layer that contains a module; None if its name has no number.
+
+    Example:
+        >>> layer_number("thinker.model.layers.3.mlp.experts")
+        3
+    """
+    numbers = NUMBER.findall(name)
+    return int(numbers[-1]) if numbers else None
+
+
 def family(name: str) -> str:
     """Returns the part of the name before the layer number, which all layers of a part of a model share.
 

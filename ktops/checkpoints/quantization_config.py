@@ -135,6 +135,15 @@ def sub_configs(config: Mapping) -> dict[str, Mapping]:
     }
 
 
+def without_quantization(config: Mapping) -> dict:
+    """Returns a config.json without the quantization_config, its own and those of its parts."""
+    return {
+        key: without_quantization(value) if isinstance(value, dict) else value
+        for key, value in config.items()
+        if key != "quantization_config"
+    }
+
+
 def _configs(config: Mapping, owners: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], dict]]:
     """Yields the quantization configs in a config and its sub-configs, with their parts of the model."""
     for key in KEYS:

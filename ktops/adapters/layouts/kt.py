@@ -19,9 +19,10 @@ from ktops.adapters.layouts.plan import (
     config_for,
     left_out,
     other_weights,
+    parts_of_experts,
     projections,
 )
-from ktops.checkpoints.names import NUMBER
+from ktops.checkpoints.names import layer_number
 from ktops.ops.activation import UNGATED
 
 
@@ -35,7 +36,7 @@ def plan(adapter: Adapter) -> Plan:
     if not adapter.experts:
         raise AdapterError(f"{adapter.path}: has no adapters on experts, which are what {FUSED} holds")
     layers = {module: _layer(adapter, module) for module in adapter.experts}
-    parts = [part for module in layers for name in PROJECTIONS if (part := adapter.projection(module, name))]
+    parts = list(parts_of_experts(adapter))
     scale = Scale.of([*adapter.weights.values(), *parts])
     pieces = [
         _of_experts(layer, name, part, scale)
@@ -52,7 +53,9 @@ def plan(adapter: Adapter) -> Plan:
 
 
 def _layer(adapter: Adapter, module: str) -> int:
-    layer = int((NUMBER.findall(module) or ["-1"])[-1])
+    layer = layer_number(module)
+    if layer is None:
+        raise AdapterError(f"{adapter.path}: kt-kernel numbers layers, but {module} is in none with a number")
     if adapter.base.by_layer[layer] != [module]:
         raise AdapterError(
             f"{adapter.path}: kt-kernel numbers layers, but {layer} means several of this model"

@@ -18,13 +18,13 @@ from ktops.adapters.layouts.plan import (
     Plan,
     Scale,
     config_for,
+    factor_names,
     left_out,
     matrix,
     other_weights,
     projections,
     whole,
 )
-from ktops.adapters.peft_files import PREFIX
 from ktops.ops.activation import INTERLEAVED
 
 WRITTEN_FOR = "0.19.1"
@@ -73,7 +73,7 @@ def plan_uniform(adapter: Adapter, program: str) -> Plan:
     pieces = list(other_weights(adapter, scale, published=True))
     for module in adapter.experts:
         stacks = adapter.base.experts[module]
-        both = projections(adapter, module, _names(stacks), scale.rank)
+        both = projections(adapter, module, stacks.parameters, scale.rank)
         for key, part in zip((f"{module}.base_layer", module), both.values(), strict=True):
             pieces.append(_of_experts(key, part, stacks, scale))
     names = {name.rpartition(".")[2] for name in adapter.weights} | {"experts"}
@@ -84,17 +84,12 @@ def _own(part: Factors) -> Scale:
     return Scale(part.rank, part.scaling)
 
 
-def _names(stacks: Stacks) -> tuple[str, str]:
-    return ("up" if stacks.first_parameter == "up_proj" else "gate_up"), "down"
-
-
 def _stacked(adapter: Adapter) -> Iterator[tuple[str, str, str, Factors]]:
     """Yields (module, parameter, key, update) of adapted parameters; of two, the first is the inner one."""
     for module in adapter.experts:
-        stacks = adapter.base.experts[module]
-        parameters = stacks.first_parameter, "down_proj"
-        found = [adapter.projection(module, name) for name in _names(stacks)]
-        for parameter, part in zip(parameters, found, strict=True):
+        parameters = adapter.base.experts[module].parameters
+        found = [adapter.projection(module, name) for name in parameters]
+        for parameter, part in zip(parameters.values(), found, strict=True):
             if part is not None:
                 is_inner = None not in found and parameter != "down_proj"
                 yield module, parameter, f"{module}.base_layer" if is_inner else module, part
@@ -109,7 +104,7 @@ def _of_experts(key: str, part: Factors, stacks: Stacks, scale: Scale) -> Piece:
     shapes = (columns, part.in_features), (part.out_features, columns)
     if exchanged:
         shapes = (columns, part.out_features), (part.in_features, columns)
-    names = tuple(f"{PREFIX}{key}.lora_{factor}.weight" for factor in "AB")
+    names = factor_names(key)
     kinds = dict(zip(names, zip(dtypes, shapes, strict=True), strict=True))
     interleaved = stacks.gating == INTERLEAVED and part.out_features == stacks.first_rows
     return Piece(kinds, partial(_make, names, part, scale, exchanged, interleaved))
@@ -135,7 +130,7 @@ def _suffixes(adapter: Adapter, parameters: dict[str, Factors]) -> list[str]:
     every = {f"{module}.weight" for module in adapter.base.weights} | {
         f"{module}.{parameter}"
         for module, stacks in adapter.base.experts.items()
-        for parameter in (stacks.first_parameter, "down_proj")
+        for parameter in stacks.parameters.values()
     }
     return list(_grouped(dict.fromkeys(parameters), every))
 

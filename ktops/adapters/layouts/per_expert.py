@@ -6,7 +6,7 @@ padded with zeros, and other scalings are multiplied into B. For some models, vL
 factors of PEFT instead.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 
@@ -22,11 +22,12 @@ from ktops.adapters.layouts.plan import (
     Plan,
     Scale,
     config_for,
+    factor_names,
     left_out,
     other_weights,
+    parts_of_experts,
     projections,
 )
-from ktops.adapters.peft_files import PREFIX
 from ktops.ops.activation import INTERLEAVED, UNGATED
 
 STACKED_IN_VLLM = {
@@ -90,7 +91,7 @@ def for_llama_cpp(adapter: Adapter) -> Plan:
 
 
 def _plan(adapter: Adapter, program: str, names: Names) -> Plan:
-    parts = [*adapter.weights.values(), *_parts(adapter)]
+    parts = [*adapter.weights.values(), *parts_of_experts(adapter)]
     scale = Scale.of(parts)
     pieces = list(other_weights(adapter, scale, published=program != "SGLang"))
     targets = {name.rpartition(".")[2] for name in adapter.weights}
@@ -106,22 +107,10 @@ def _plan(adapter: Adapter, program: str, names: Names) -> Plan:
     return Plan({WEIGHTS: pieces}, config_for(adapter, scale, targets), left_out(adapter, program))
 
 
-def _parts(adapter: Adapter) -> Iterator[Factors]:
-    """Yields the updates of the experts, separately for gate and up."""
-    for module in adapter.experts:
-        for name in PROJECTIONS:
-            part = adapter.projection(module, name)
-            if part is not None:
-                yield part
-
-
 def _of_experts(experts: str, word: str, part: Factors, scale: Scale) -> Piece:
     """Returns the tensors of a projection of all experts of a layer."""
     assert part.num_experts is not None
-    names = [
-        tuple(f"{PREFIX}{experts}.{expert}.{word}.lora_{factor}.weight" for factor in "AB")
-        for expert in range(part.num_experts)
-    ]
+    names = [factor_names(f"{experts}.{expert}.{word}") for expert in range(part.num_experts)]
     dtypes = part.scaled_dtypes(scale.scaling)
     shapes = (scale.rank, part.in_features), (part.out_features, scale.rank)
     kinds = {
@@ -132,7 +121,7 @@ def _of_experts(experts: str, word: str, part: Factors, scale: Scale) -> Piece:
     return Piece(kinds, partial(_make, names, part, scale))
 
 
-def _make(names: list[tuple[str, ...]], part: Factors, scale: Scale) -> Named:
+def _make(names: list[tuple[str, str]], part: Factors, scale: Scale) -> Named:
     a, b = (tensor.contiguous() for tensor in part.scaled(scale.rank, scale.scaling))
     for expert, (name_a, name_b) in enumerate(names):
         yield name_a, a[expert]

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ktops.adapters.adapter import Adapter
-from ktops.adapters.factors import Factors, zeros
+from ktops.adapters.factors import PROJECTIONS, Factors, zeros
 from ktops.adapters.peft_files import PREFIX
 from ktops.adapters.tensors import sizes
 from ktops.checkpoints.view import View
@@ -71,11 +71,15 @@ class Plan:
 Planner = Callable[[Adapter], Plan]
 
 
+def factor_names(module: str, *, embedding: bool = False) -> tuple[str, str]:
+    """Returns PEFT's keys of the two factors of a module."""
+    a, b = (f"{PREFIX}{module}.lora_{'embedding_' if embedding else ''}{factor}" for factor in "AB")
+    return (a, b) if embedding else (f"{a}.weight", f"{b}.weight")
+
+
 def matrix(name: str, part: Factors, scale: Scale, *, embedding: bool = False) -> Piece:
     """Returns the two tensors of a weight other than the experts."""
-    names = tuple(f"{PREFIX}{name}.lora_{'embedding_' if embedding else ''}{factor}" for factor in "AB")
-    if not embedding:
-        names = tuple(f"{each}.weight" for each in names)
+    names = factor_names(name, embedding=embedding)
     shapes = (scale.rank, part.in_features), (part.out_features, scale.rank)
     kinds = zip(part.scaled_dtypes(scale.scaling), shapes, strict=True)
     return Piece(
@@ -95,6 +99,15 @@ def other_weights(adapter: Adapter, scale: Scale, *, published: bool) -> Iterato
 def whole(name: str, view: View) -> Piece:
     """Returns a tensor that is copied."""
     return Piece({name: (view.dtype, view.shape)}, lambda: iter([(name, view.read())]))
+
+
+def parts_of_experts(adapter: Adapter) -> Iterator[Factors]:
+    """Yields the updates of the experts, separately for gate and up."""
+    for module in adapter.experts:
+        for name in PROJECTIONS:
+            part = adapter.projection(module, name)
+            if part is not None:
+                yield part
 
 
 def projections(adapter: Adapter, module: str, names: Iterable[str], rank: int) -> dict[str, Factors]:

@@ -150,7 +150,7 @@ class CheckpointWriter:
         self.settings = json.loads(json.dumps({"version": VERSION, **(settings or {})}))
         self._progress = self._resume() or {"settings": self.settings, "layers": {}, "tensors": {}}
         self.partial.mkdir(parents=True, exist_ok=True)
-        _write_json(self.partial / PROGRESS, self._progress)
+        write_json(self.partial / PROGRESS, self._progress)
 
     @staticmethod
     def partial_path(path: Path) -> Path:
@@ -289,7 +289,7 @@ class CheckpointWriter:
 
     def write_config(self, config: dict) -> None:
         """Writes config.json; see :func:`ktops.checkpoints.converted_config`."""
-        _write_json(self.partial / CONFIG, config)
+        write_json(self.partial / CONFIG, config)
 
     def finish(self) -> Path:
         """Completes the checkpoint: writes the lists of files and renames the directory.
@@ -302,14 +302,14 @@ class CheckpointWriter:
             files = [*tensors, *layers]
             weight_map = {name: file["file"] for file in files for name in file["names"]}
             total = sum(file["bytes"] for file in files)
-            _write_json(self.partial / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+            write_json(self.partial / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
         manifest = {
             "version": VERSION,
             "ktops": __version__,
             "settings": self.settings,
             "files": {file["file"]: file["bytes"] for file in layers},
         }
-        _write_json(self.partial / MANIFEST, manifest)
+        write_json(self.partial / MANIFEST, manifest)
         (self.partial / PROGRESS).unlink(missing_ok=True)
         if self.overwrite and self.path.exists():
             old = self.path.with_name(self.path.name + ".old")
@@ -328,7 +328,7 @@ class CheckpointWriter:
             "checksum": checksum(path),
             "names": names,
         }
-        _write_json(self.partial / PROGRESS, self._progress)
+        write_json(self.partial / PROGRESS, self._progress)
         return size
 
 
@@ -358,7 +358,11 @@ def _experts(experts: Experts | ExpertWeight) -> Experts:
     return Held(experts) if isinstance(experts, ExpertWeight) else experts
 
 
-def _write_json(path: Path, value: dict) -> None:
+def write_json(path: Path, value: dict) -> None:
+    """Writes a file that gets its name when it is complete; after an error, there is none."""
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(value, indent=2) + "\n")
-    temporary.replace(path)
+    try:
+        temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -1,7 +1,6 @@
 """Replaces the MoE blocks of a model by :class:`~ktops.compat.layer.MoELayer`, and loads such models."""
 
 import os
-import re
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
@@ -10,6 +9,7 @@ from torch import nn
 
 import ktops
 from ktops._warn import warn_once
+from ktops.checkpoints.names import layer_number
 from ktops.compat.kt_kernel.sft.arch import (
     KTAMXConfigError,
     KTAMXModelNotSupportedError,
@@ -20,8 +20,7 @@ from ktops.compat.layer import AdaptedExperts, MoELayer, adapted_experts
 from ktops.compat.methods import Method
 from ktops.compat.sft import SFTWrapper
 from ktops.formats import ExpertWeight
-from ktops.formats.plain import PLAIN
-from ktops.integrations.settings import KEYS, Settings, set_num_threads, take_settings
+from ktops.integrations.settings import DENSE, KEYS, Settings, set_num_threads, take_settings
 from ktops.integrations.swap import (
     Unsupported,
     exchange,
@@ -37,8 +36,6 @@ Layer = TypeVar("Layer", bound=MoELayer)
 
 ADAPTER_KEYS = frozenset({"kt_lora_rank", "kt_lora_alpha", "kt_lora_dropout", "kt_config"})
 """Keys that the functions of kt_kernel read themselves."""
-
-NUMBERED = re.compile(r"(?:.*\.)?(?:layers|blocks|h)\.(\d+)\.")
 
 
 def kt_value(source: object, key: str) -> Any:
@@ -111,8 +108,8 @@ def wrap_layers(
     wrappers: list[Layer] = []
     for name, experts in _adapted(model).items():
         block = model.get_submodule(name.rpartition(".")[0])
-        match = NUMBERED.match(name)
-        layer_idx = int(match[1]) if match else len(wrappers)
+        number = layer_number(name)
+        layer_idx = len(wrappers) if number is None else number
         backend = _backend(experts, method, moe_config, layer_idx, lora_rank, lora_alpha)
         wrapper = make(block, backend, moe_config, layer_idx)
         exchange(model, block, wrapper)
@@ -123,18 +120,19 @@ def wrap_layers(
 
 def _store(model: nn.Module, settings: Settings) -> None:
     """Loads the experts from elsewhere if asked to, and brings dense ones into the wanted format."""
-    wanted, group_size = settings.backend[:2]
-    if settings.weight_path is not None:
-        ktops.load_experts(model, settings.weight_path, show_progress=False)
-    if wanted is None or wanted in PLAIN.values():
+    wanted = settings.quantization_config()
+    if wanted is None:
         return
-    if any(map(_is_dense, require_experts(model, "kt_kernel").values())):
-        ktops.quantize_experts(model, wanted, group_size=group_size, show_progress=False)
+    options = {"group_size": wanted.group_size, "show_progress": False}
+    if wanted.experts_path is not None:
+        ktops.load_experts(model, wanted.experts_path, wanted.weight_format, **options)
+    elif any(map(_is_dense, require_experts(model, "kt_kernel").values())):
+        ktops.quantize_experts(model, wanted.weight_format, **options)
 
 
 def _is_dense(experts: nn.Module) -> bool:
     weight = getattr(experts, "down_proj", None)
-    return not isinstance(weight, ExpertWeight) or weight.format in PLAIN.values()
+    return not isinstance(weight, ExpertWeight) or weight.format in DENSE
 
 
 def _adapted(model: nn.Module) -> dict[str, AdaptedExperts]:

@@ -10,7 +10,7 @@ _HEADS = {"lm_head", "output_layer", "embed_out", "score"}
 _ROUTERS = {"gate", "router", "shared_expert_gate"}
 _MLPS = {"mlp", "ffn", "feed_forward", "block_sparse_moe"}
 
-_PROJECTIONS = {
+PROJECTIONS = {
     "gate_proj": ("gate_up_proj", "gate_proj"),
     "up_proj": ("gate_up_proj", "up_proj"),
     "gate_up_proj": ("gate_up_proj", "up_proj"),
@@ -32,6 +32,11 @@ class LoraTargets(NamedTuple):
 
     modules: list[str]
     parameters: list[str]
+
+    def outside_experts(self, model: nn.Module) -> "LoraTargets":
+        """Returns the targets without the routed experts of a model."""
+        experts = expert_target_parameters(model)
+        return LoraTargets(self.modules, [name for name in self.parameters if name not in experts])
 
 
 def lora_targets(model: nn.Module, target: str | list[str]) -> LoraTargets:
@@ -64,7 +69,7 @@ def lora_targets(model: nn.Module, target: str | list[str]) -> LoraTargets:
     elif names == ["all_attention"]:
         found = LoraTargets([name for name in layers if _outside_mlps(name)], [])
     else:
-        stacked = {parameter for name in names for parameter in _PROJECTIONS.get(name, ())}
+        stacked = {parameter for name in names for parameter in PROJECTIONS.get(name, ())}
         found = LoraTargets(
             [layer for layer in layers if any(_matches(layer, name) for name in names)],
             [name for name in parameters if name.rpartition(".")[2] in stacked],
@@ -90,9 +95,9 @@ def _converted(model: nn.Module) -> set[str]:
         from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
     except ImportError:
         return set()
-    config = LoraConfig(target_modules=list(_PROJECTIONS))
+    config = LoraConfig(target_modules=list(PROJECTIONS))
     convert_peft_config_for_transformers(config, model, conversions=None)
-    return _PROJECTIONS.keys() - set(config.target_modules)
+    return PROJECTIONS.keys() - set(config.target_modules)
 
 
 def _linear_layers(model: nn.Module) -> list[str]:
@@ -109,7 +114,7 @@ def _linear_layers(model: nn.Module) -> list[str]:
 
 def _outside_mlps(name: str) -> bool:
     *path, leaf = name.split(".")
-    return leaf not in _PROJECTIONS and not any("expert" in part or part in _MLPS for part in path)
+    return leaf not in PROJECTIONS and not any("expert" in part or part in _MLPS for part in path)
 
 
 def _matches(layer: str, name: str) -> bool:

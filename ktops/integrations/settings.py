@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from ktops._warn import warn_once
+from ktops.formats.plain import PLAIN
 
 if TYPE_CHECKING:
     from ktops.integrations.transformers.config import KTConfig
@@ -96,6 +97,9 @@ _WITH_EFFECT = {
     "kt_weight_path",
 }
 
+DENSE = frozenset(PLAIN.values())
+"""Formats of dense weights."""
+
 KEYS = frozenset(_WITH_EFFECT | WITHOUT_EFFECT | REFUSED.keys())
 """All keys that this module knows."""
 
@@ -135,7 +139,7 @@ class Settings:
         wanted = self.backend.format
         if self.weight_path is not None:
             path, stored = str(self.weight_path), _stored(self.weight_path)
-            if wanted is not None and stored <= _DENSE:
+            if wanted is not None and stored <= DENSE:
                 return KTConfig(*self.backend[:2], experts_path=path)
             if wanted not in (None, *stored):
                 warn_once(
@@ -143,12 +147,9 @@ class Settings:
                     f"although kt_backend asks for {wanted}"
                 )
             return KTConfig(experts_path=path)
-        if quantization is None and (wanted is None or wanted in _DENSE):
+        if quantization is None and (wanted is None or wanted in DENSE):
             return None
         return KTConfig(*self.backend[:2])
-
-
-_DENSE = {"bf16", "fp16", "fp32"}
 
 
 def _stored(path: Path) -> set[str]:
@@ -156,6 +157,11 @@ def _stored(path: Path) -> set[str]:
     from ktops.checkpoints import open_checkpoint
 
     return {experts.format for layer in open_checkpoint(path).layers for experts in layer.experts()}
+
+
+def is_key(key: str) -> bool:
+    """True for a key of KTransformers, known or not."""
+    return key == "use_kt" or key.startswith("kt_")
 
 
 def take_settings(config: dict[str, Any]) -> Settings | None:
@@ -178,7 +184,7 @@ def take_settings(config: dict[str, Any]) -> Settings | None:
         >>> take_settings(config).backend.format, config
         ('int8', {'lora_rank': 8})
     """
-    given = {key: value for key, value in config.items() if key == "use_kt" or key.startswith("kt_")}
+    given = {key: value for key, value in config.items() if is_key(key)}
     nested = given.pop("kt_config", None)
     if nested is not None:
         given = _joined(given, nested)
@@ -188,7 +194,7 @@ def take_settings(config: dict[str, Any]) -> Settings | None:
         raise ValueError(f"{', '.join(sorted(given))}: these keys need use_kt: true")
     enabled = _boolean("use_kt", given.pop("use_kt", False))
     settings = _read(given) if enabled else None
-    for key in [key for key in config if key == "use_kt" or key.startswith("kt_")]:
+    for key in [key for key in config if is_key(key)]:
         del config[key]
     return settings
 

@@ -30,9 +30,8 @@ def disable() -> None:
 
 def _on_train_begin(handler, args, state, control, **kwargs):
     """``CallbackHandler.on_train_begin``, which also says what ktops runs."""
-    require_op(handler.model)
+    total, outside = require_op(handler.model)
     if state.is_world_process_zero:
-        total, outside = experts_outside_op(handler.model)
         runs = f"ktops runs the experts of {total - len(outside)} of {total} layers, with {cpu_capability()}"
         print("; ".join([runs, *sorted(set(outside.values()))]), file=sys.stderr)
     return _replaced.original["on_train_begin"](handler, args, state, control, **kwargs)
@@ -48,15 +47,18 @@ def _on_step_end(handler, *args, **kwargs):
     return _replaced.original["on_step_end"](handler, *args, **kwargs)
 
 
-def require_op(model: nn.Module) -> None:
+def require_op(model: nn.Module) -> tuple[int, dict[str, str]]:
     """Raises unless the op runs at least one experts module of a model.
+
+    Returns:
+        What :func:`experts_outside_op` does.
 
     Raises:
         RuntimeError: the message says why, for each kind of experts.
     """
     found, outside = experts_outside_op(model)
     if found and len(outside) < found:
-        return
+        return found, outside
     reasons = sorted(set(outside.values())) or ["the model has no Mixture-of-Experts layers"]
     raise RuntimeError(
         f"ktops: nothing of {_name(model)} would run through ktops: {'; '.join(reasons)}. "

@@ -30,9 +30,9 @@ EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
     ],
 )
 def test_targets(model, target, layers, parameters, absent):
-    found = targets(model, target)
+    found, others = targets(model, target)
     assert {name.rpartition(".")[2] for name in found.modules} == layers
-    assert (found.parameters, found.absent) == (parameters, absent)
+    assert (found.parameters, others) == (parameters, absent)
 
 
 def test_dropout_is_for_linear_layers(model, capsys):

@@ -74,7 +74,7 @@ def read_config(path: Path) -> Config:
                 raise UserError(f"{path}, line {line}: {key} contradicts {other} in line {at}")
             options[option], origins[option] = value, Entry(key, line)
 
-    kt = {key: entry for key, entry in entries.items() if key == "use_kt" or key.startswith("kt_")}
+    kt = {key: entry for key, entry in entries.items() if settings.is_key(key)}
     found = _settings(path, kt)
     for key, made in _kt_options(found, kt).items():
         set_options(made, key, kt[key].line)

@@ -1,12 +1,13 @@
 """Adds LoRA adapters to the attention and the experts of a model."""
 
-from typing import NamedTuple
-
 from torch import nn
 
 from ktops.cli.errors import UserError
 from ktops.cli.finetune.options import Options
 from ktops.cli.finetune.report import Report
+from ktops.integrations.lora_dropout import add_dropout
+from ktops.integrations.lora_targets import PROJECTIONS, LoraTargets, lora_targets
+from ktops.integrations.peft import expert_target_parameters
 
 ATTENTION = (
     "q_proj", "k_proj", "v_proj", "o_proj", "qkv_proj",
@@ -15,19 +16,8 @@ ATTENTION = (
 )  # fmt: skip
 """Names of the linear layers of attention (full, latent and linear) in transformers models."""
 
-EXPERTS = ("gate_proj", "up_proj", "gate_up_proj", "down_proj", "w1", "w2", "w3", "experts")
-"""Names that also mean the routed experts."""
 
-
-class Targets(NamedTuple):
-    """``target_modules`` and ``target_parameters`` for ``peft.LoraConfig``, and names without a match."""
-
-    modules: list[str]
-    parameters: list[str]
-    absent: list[str]
-
-
-def targets(model: nn.Module, target: str) -> Targets:
+def targets(model: nn.Module, target: str) -> tuple[LoraTargets, list[str]]:
     """Resolves ``--target`` for a model.
 
     Args:
@@ -36,12 +26,12 @@ def targets(model: nn.Module, target: str) -> Targets:
             of linear layers such as ``q_proj``; see :func:`ktops.integrations.lora_targets.lora_targets`. A
             list may have names that are usual in other models, if the model has one of the others.
 
+    Returns:
+        The targets, and the names that are only usual in other models.
+
     Raises:
         UserError: a name matches nothing in this model and is not usual.
     """
-    from ktops.integrations.lora_targets import lora_targets
-    from ktops.integrations.peft import expert_target_parameters
-
     layers = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     linear = {name.rpartition(".")[2] for name in layers}
     experts = expert_target_parameters(model)
@@ -57,11 +47,11 @@ def targets(model: nn.Module, target: str) -> Targets:
             names += [layer for layer in ATTENTION if layer in linear]
         elif (
             target.strip() in ("all", "all_attention")
-            or (name in EXPERTS and experts)
+            or (name in PROJECTIONS and experts)
             or any(f".{layer}".endswith(f".{name}") for layer in layers)
         ):
             names.append(name)
-        elif name in ATTENTION + EXPERTS:
+        elif name in ATTENTION or name in PROJECTIONS:
             absent.append(name)
         else:
             raise UserError(
@@ -71,7 +61,7 @@ def targets(model: nn.Module, target: str) -> Targets:
     if not names:
         raise UserError(f"--target: {target!r} matches nothing in {type(model).__name__}")
     try:
-        return Targets(*lora_targets(model, names), absent)
+        return lora_targets(model, names), absent
     except ValueError as error:
         raise UserError(f"--target: {error}") from None
 
@@ -84,28 +74,24 @@ def add_adapters(model: nn.Module, options: Options, report: Report):
     """
     from peft import LoraConfig, get_peft_model
 
-    from ktops.integrations.lora_dropout import add_dropout
-    from ktops.integrations.peft import expert_target_parameters
-
-    modules, parameters, absent = targets(model, options.target)
+    found, absent = targets(model, options.target)
     if absent:
         report.line(f"--target: {type(model).__name__} has no layers named {', '.join(absent)}")
     if options.freeze_experts:
-        experts = expert_target_parameters(model)
-        parameters = [name for name in parameters if name not in experts]
-        if not modules and not parameters:
+        found = found.outside_experts(model)
+        if not any(found):
             raise UserError(f"--freeze-experts: --target {options.target} is only experts")
     config = LoraConfig(
         r=options.lora_rank,
         lora_alpha=options.lora_alpha,
-        lora_dropout=0.0 if parameters else options.lora_dropout,
+        lora_dropout=0.0 if found.parameters else options.lora_dropout,
         use_rslora=options.use_rslora,
-        target_modules=modules,
-        target_parameters=parameters or None,
+        target_modules=found.modules,
+        target_parameters=found.parameters or None,
         task_type="CAUSAL_LM",
     )
     model = get_peft_model(model, config)
-    if options.lora_dropout and parameters and add_dropout(model, options.lora_dropout):
+    if options.lora_dropout and found.parameters and add_dropout(model, options.lora_dropout):
         report.line(
             f"--lora-dropout {options.lora_dropout} is for the adapters of linear layers; those of experts "
             "have none"

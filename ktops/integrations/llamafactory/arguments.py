@@ -9,7 +9,7 @@ import torch
 from ktops.integrations import training
 from ktops.integrations.llamafactory.places import is_fork, require
 from ktops.integrations.replacements import Replacements
-from ktops.integrations.settings import Settings, set_num_threads, take_settings
+from ktops.integrations.settings import Settings, is_key, set_num_threads, take_settings
 from ktops.integrations.transformers import default
 
 DTYPES = ("bfloat16", "float16", "float32")
@@ -102,7 +102,7 @@ def _from_words(words: list[str]) -> _Words:
     while left:
         word = left.pop()
         key, equals, value = word.removeprefix("--").partition("=")
-        if not word.startswith("--") or not (key in ("use_kt", "torch_dtype") or key.startswith("kt_")):
+        if not word.startswith("--") or not (key == "torch_dtype" or is_key(key)):
             rest.append(word)
             continue
         is_flag = not equals and (not left or left[-1].startswith("--"))

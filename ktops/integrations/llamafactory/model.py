@@ -8,7 +8,6 @@ from contextvars import ContextVar
 from torch import nn
 
 from ktops.formats import ExpertWeight
-from ktops.integrations import peft
 from ktops.integrations.llamafactory.arguments import current
 from ktops.integrations.llamafactory.places import is_fork, require
 from ktops.integrations.lora_dropout import add_dropout
@@ -56,7 +55,7 @@ def _patch_config(config, tokenizer, model_args, init_kwargs: dict, is_trainable
     quantization = settings.quantization_config(stored)
     if quantization is not None and _merges(model_args, is_trainable):
         print("ktops: export writes dense weights, so kt_backend has no effect", file=sys.stderr)
-        quantization = None if stored is None else settings.quantization_config(stored)
+        quantization = None if stored is None else quantization
     if quantization is not None:
         _require_free(model_args, init_kwargs)
         init_kwargs["quantization_config"] = quantization
@@ -126,11 +125,9 @@ def _lora_config(**given):
 
     model, finetuning_args = adapted
     targets = lora_targets(model, finetuning_args.lora_target)
-    parameters = targets.parameters
     if not settings.trains_experts:
-        experts = peft.expert_target_parameters(model)
-        parameters = [name for name in parameters if name not in experts]
-        if not targets.modules and not parameters:
+        targets = targets.outside_experts(model)
+        if not any(targets):
             raise ValueError(
                 f"lora_target {finetuning_args.lora_target} is only experts, which get no adapters with a "
                 "kt_backend that ends in _SkipLoRA"
@@ -139,7 +136,7 @@ def _lora_config(**given):
         **given
         | {
             "target_modules": patch_target_modules(model, finetuning_args, targets.modules),
-            "target_parameters": parameters or None,
-            "lora_dropout": 0.0 if parameters else given["lora_dropout"],
+            "target_parameters": targets.parameters or None,
+            "lora_dropout": 0.0 if targets.parameters else given["lora_dropout"],
         }
     )

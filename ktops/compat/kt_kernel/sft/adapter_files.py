@@ -4,10 +4,8 @@ The adapters of a layer's experts have the keys ``layers.<layer_idx>.experts.gat
 shapes of :func:`ktops.compat.lora.shapes`.
 """
 
-import json
 import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,7 +28,7 @@ from ktops.checkpoints import CheckpointError
 from ktops.checkpoints.quantization_config import read_json
 from ktops.checkpoints.safetensors_file import read_views
 from ktops.checkpoints.view import View
-from ktops.checkpoints.writer import SafetensorsStream
+from ktops.checkpoints.writer import SafetensorsStream, write_json
 from ktops.compat.kt_kernel.sft.adaptation import adapters_of, find_wrappers, kt_adapt_peft_lora
 
 PEFT_WEIGHTS = (WEIGHTS, "adapter_model.bin")
@@ -101,8 +99,7 @@ def save_kt_adapter_artifacts(model: nn.Module, output_dir: str | Path) -> KTAda
     save_kt_moe_to_adapter(model, folder)
     _write_peft(model, folder)
     payload = _manifest_of(model, folder, by_peft)
-    with _complete(manifest) as path:
-        path.write_text(json.dumps(payload, indent=2) + "\n", encoding="utf-8")
+    write_json(manifest, payload)
     return KTAdapterManifest(
         str(manifest), payload, tuple(str(folder / name) for name in payload["artifacts"])
     )
@@ -263,14 +260,3 @@ def _base_model(model: nn.Module) -> BaseModel:
     configs = (getattr(module, "config", None) for module in model.modules())
     config = next(config for config in configs if isinstance(config, PretrainedConfig))
     return BaseModel(config.to_dict(), Path(config.name_or_path or type(model).__name__))
-
-
-@contextmanager
-def _complete(path: Path) -> Iterator[Path]:
-    """Yields a path to write to, which becomes ``path`` at the end; after an error, nothing is left."""
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        yield temporary
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)

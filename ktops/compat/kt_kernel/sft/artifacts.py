@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ktops.compat.kt_kernel.sft.adapter_files import (
+from ktops.compat.kt_kernel.sft.adapter_files import (  # noqa: F401 (names that clients import from here)
     FUSED_EXPERT_LORA_NAME,
     KT_ADAPTER_MANIFEST_NAME,
     KTAdapterManifest,
@@ -24,36 +24,6 @@ from ktops.compat.kt_kernel.sft.adapter_files import (
 )
 from ktops.compat.kt_kernel.sft.config import KTConfig
 from ktops.nn.find import find_experts
-
-__all__ = [
-    "FUSED_EXPERT_LORA_NAME",
-    "KT_ADAPTER_MANIFEST_NAME",
-    "KT_NON_EXPERT_MANIFEST_NAME",
-    "KTAdapterManifest",
-    "KTArtifactError",
-    "KTNonExpertCache",
-    "KTPretrainedLoadPlan",
-    "claim_kt_routed_expert_subtrees",
-    "get_kt_fused_lora_exclude_modules",
-    "hide_kt_int8_routed_experts_from_dispatch",
-    "hide_kt_routed_experts_from_dispatch",
-    "is_kt_int8_routed_expert_base_parameter",
-    "is_kt_routed_expert_base_parameter",
-    "is_kt_routed_expert_parameter_name",
-    "is_kt_supported_moe_model",
-    "load_kt_adapter_artifacts",
-    "mark_kt_int8_routed_expert_base_parameters",
-    "prepare_kt_int8_non_expert_device_map",
-    "prepare_kt_non_expert_device_map",
-    "project_kt_int8_routed_experts_out_of_device_map",
-    "project_kt_routed_experts_out_of_device_map",
-    "resolve_kt_pretrained_artifacts",
-    "save_kt_adapter_artifacts",
-    "should_disable_kt_source_quantizer",
-    "validate_kt_prequantized_loading_info",
-    "validate_kt_pretrained_load",
-    "write_kt_non_expert_cache_manifest",
-]
 
 KT_NON_EXPERT_MANIFEST_NAME = "kt_non_expert_manifest.json"
 

@@ -1,23 +1,19 @@
 """What `ktops export` and `ktops merge` share."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
 
-from ktops.cli.errors import Interrupted, UserError
+from ktops.cli.errors import UserError, told
 
 
-@contextmanager
-def told(destination: Path) -> Iterator[None]:
-    """Turns errors into messages."""
-    try:
-        yield
-    except (ValueError, ImportError) as error:
-        raise UserError(str(error)) from None
-    except OSError as error:
-        raise UserError(f"{error.filename or destination}: {error.strerror}. Nothing was written") from None
-    except KeyboardInterrupt:
-        raise Interrupted("Interrupted. Nothing was written.") from None
+def nothing_written(destination: Path) -> AbstractContextManager[None]:
+    """Turns errors into messages; the destination then does not exist."""
+    return told(
+        destination,
+        (ValueError, ImportError),
+        failed=". Nothing was written",
+        interrupted="Nothing was written.",
+    )
 
 
 def parse_weights(text: str | None) -> list[float] | None:

@@ -1,8 +1,6 @@
 """`ktops convert`: converts experts to a weight format and writes a directory that ktops can map."""
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -18,7 +16,7 @@ from ktops.checkpoints.experts import Experts
 from ktops.checkpoints.layer import PROJECTIONS
 from ktops.checkpoints.quality import Activation, compare, find_activation
 from ktops.checkpoints.writer import small_files
-from ktops.cli.errors import Interrupted, UserError
+from ktops.cli.errors import UserError, told
 from ktops.integrations.loading import functions_of
 from ktops.integrations.transformers.architectures import Unsupported
 from ktops.ops.activation import ExpertFunction
@@ -58,7 +56,8 @@ def convert(options: Options, console: Console) -> dict:
         Interrupted: Ctrl-C.
     """
     _require_destination(options)
-    with _told(options):
+    again = "Run the same command again to continue."
+    with told(options.destination, (CheckpointError, ImportError), interrupted=again):
         checkpoint = open_checkpoint(options.source)
         parts = _plan(checkpoint, options)
         partial = CheckpointWriter.partial_path(options.destination)
@@ -78,19 +77,6 @@ def convert(options: Options, console: Console) -> dict:
         writer.finish()
     _show(report, options, console)
     return report
-
-
-@contextmanager
-def _told(options: Options) -> Iterator[None]:
-    """Turns errors that stop a conversion into messages."""
-    try:
-        yield
-    except (CheckpointError, ImportError) as error:
-        raise UserError(str(error)) from None
-    except OSError as error:
-        raise UserError(f"{error.filename or options.destination}: {error.strerror}") from None
-    except KeyboardInterrupt:
-        raise Interrupted("Interrupted. Run the same command again to continue.") from None
 
 
 def _require_destination(options: Options) -> None:

@@ -6,7 +6,7 @@ from rich.console import Console
 
 from ktops.adapters import export_adapter
 from ktops.adapters.layouts import LAYOUTS
-from ktops.cli.adapters import told
+from ktops.cli.adapters import nothing_written
 from ktops.cli.errors import UserError
 
 
@@ -26,7 +26,7 @@ def export(
     """
     if layout not in LAYOUTS:
         raise UserError(f"--for: expected one of {', '.join(LAYOUTS)}, got {layout!r}")
-    with told(destination):
+    with nothing_written(destination):
         notes = export_adapter(adapters, destination, layout, base=base, weights=weights, show_progress=True)
     for note in notes:
         console.print(f"  {note}", soft_wrap=True)

@@ -5,7 +5,7 @@ from pathlib import Path
 from rich.console import Console
 
 from ktops.adapters import merge_adapter
-from ktops.cli.adapters import told
+from ktops.cli.adapters import nothing_written
 
 
 def merge(
@@ -25,7 +25,7 @@ def merge(
             cannot hold the weights.
         Interrupted: Ctrl-C.
     """
-    with told(destination):
+    with nothing_written(destination):
         merge_adapter(
             base,
             adapters,

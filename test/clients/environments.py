@@ -14,7 +14,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 
-TEST_REQUIREMENTS = ("pytest", "pytest-timeout")
+TEST_REQUIREMENTS = ("packaging", "pytest", "pytest-timeout")
+"""What the tests need, and the code below that lists requirements."""
 
 BROKEN_BESIDE_CPU_TORCH = ("torchvision", "torchaudio")
 """Packages that clients require but do not need for text, and whose usual builds need a torch with CUDA."""
@@ -89,7 +90,7 @@ def _make_client(folder: Path, python: Path, client: Client) -> None:
         return
     made.unlink(missing_ok=True)
     venv.create(folder, clear=True, with_pip=True, symlinks=True)
-    _pip(python, "install", torch)
+    _pip(python, "install", torch, *TEST_REQUIREMENTS)
     constraints = folder / "constraints.txt"
     constraints.write_text(torch + "\n")
     if client.alone:
@@ -98,7 +99,7 @@ def _make_client(folder: Path, python: Path, client: Client) -> None:
     if client.pins_torch:
         _pip(python, "install", "--no-deps", *requirements)
         requirements = _others_required(python, requirements)
-    _pip(python, "install", "--constraint", constraints, *requirements, *TEST_REQUIREMENTS)
+    _pip(python, "install", "--constraint", constraints, *requirements)
     _pip(python, "uninstall", "--yes", *BROKEN_BESIDE_CPU_TORCH)
     [packages] = folder.glob("lib/python*/site-packages")
     for name in client.stand_ins:

@@ -26,7 +26,8 @@ using OptionalTensor = std::optional<torch::stable::Tensor>;
 
 Tensor moe_fwd(KT_MOE_ARGUMENTS(KT_PARAMETER));
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> moe_sft_fwd(KT_MOE_ARGUMENTS(KT_PARAMETER), std::string save);
+using ForwardResults = std::tuple<Tensor, Tensor, Tensor, Tensor, OptionalTensor, OptionalTensor, OptionalTensor>;
+ForwardResults moe_sft_fwd(KT_MOE_ARGUMENTS(KT_PARAMETER), std::string save);
 
 using Gradients = std::tuple<OptionalTensor, OptionalTensor, OptionalTensor, OptionalTensor, OptionalTensor,
                              OptionalTensor, OptionalTensor, OptionalTensor, OptionalTensor, OptionalTensor>;

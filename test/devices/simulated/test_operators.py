@@ -6,8 +6,8 @@ import re
 import pytest
 import torch
 from simulated.conftest import SIZES, TOKENS, inputs, on_device
-from torch.utils.checkpoint import checkpoint
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 
 import ktops
 from ktops.ops.arguments import GRADIENTS

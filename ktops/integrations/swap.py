@@ -31,6 +31,7 @@ from ktops.nn.expert_list import (
 from ktops.nn.expert_sequence import KTExpertSequence
 from ktops.nn.experts import SAVE, KTExperts, check_name
 from ktops.nn.find import find_experts, has_stacks
+from ktops.nn.host_memory import is_kept, keep_in_host_memory
 
 
 def swap_experts(model: nn.Module, *, save: str = "activations") -> list[str]:
@@ -283,6 +284,8 @@ def exchange(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
             if child is not old:
                 continue
             setattr(parent, name, new)
+            if is_kept(old):
+                keep_in_host_memory(new)
             if isinstance(new, (KTExpertList, KTExpertSequence)) and _has_moe_infer(parent):
                 parent.__dict__["moe_infer"] = new.moe_infer
             elif isinstance(old, KTExpertList):

@@ -5,6 +5,7 @@ to and from it are counted, and operators refuse tensors of both devices, as the
 streams: order and overlap need other tests.
 """
 
+import functools
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -32,6 +33,8 @@ def register() -> None:
     if _libraries:
         return
     _setup_privateuseone_for_python_backend(NAME)
+    torch.__future__.set_swap_module_params_on_conversion(True)  # a moved Parameter stays the same object
+    torch.tensor, torch.as_tensor = map(_from_data, (torch.tensor, torch.as_tensor))
     library = torch.library.Library("_", "IMPL")
     library.fallback(lambda op, *args, **kwargs: _run(op, args, kwargs), "PrivateUse1")
     _libraries.append(library)
@@ -82,6 +85,18 @@ class SimulatedTensor(Tensor):
 
     def __repr__(self) -> str:  # type: ignore[override]  # without the option for torch's own printing
         return f"{self.data_on_host!r} on {NAME}"
+
+
+def _from_data(constructor: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Returns a constructor that makes tensors on the CPU and copies them; torch itself fails."""
+
+    @functools.wraps(constructor)
+    def construct(data: Any, *, device: Any = None, **options) -> Tensor:
+        if device is None or torch.device(device).type != NAME:
+            return constructor(data, device=device, **options)
+        return constructor(data, device="cpu", **options).to(device)
+
+    return construct
 
 
 def _host(value: Any) -> Any:

@@ -56,6 +56,5 @@ def require_room(device: torch.device, nbytes: int, what: str) -> None:
     free = free_memory(device)
     if free is not None and nbytes > free:
         raise torch.OutOfMemoryError(
-            f"{what} needs {format_bytes(nbytes)} on {device}, which has {format_bytes(free)} free. Nothing "
-            "has been moved"
+            f"{what} needs {format_bytes(nbytes)} on {device}, which has {format_bytes(free)} free"
         )

@@ -101,8 +101,9 @@ def _require_placeable(model: nn.Module) -> None:
         if tensor.is_meta:
             raise ValueError(f"offload_experts: model must be loaded, but {name} is on meta")
     for module in model.modules():
-        if getattr(module, "hf_device_map", None) is not None:
-            devices = ", ".join(sorted({str(device) for device in module.hf_device_map.values()}))
+        device_map = module.__dict__.get("hf_device_map")
+        if device_map is not None:
+            devices = ", ".join(sorted({str(device) for device in device_map.values()}))
             raise ValueError(
                 f"offload_experts: model must be in CPU memory, but accelerate has put it on {devices} "
                 "(hf_device_map). Load it without device_map"

@@ -293,7 +293,11 @@ def exchange(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
 
 
 def exchange_stacked(model: nn.Module, old: nn.Module, new: KTExperts) -> None:
-    """Replaces ``old`` with stacked experts, in a KTExpertSequence if they replace a ModuleList."""
+    """Replaces ``old`` with stacked experts, in a KTExpertSequence if they replace a ModuleList.
+
+    Their weights are in formats, which never leave CPU memory, so their biases and adapters stay, too.
+    """
+    keep_in_host_memory(new)
     is_list = isinstance(old, nn.ModuleList) or getattr(old, "is_list", False)
     exchange(model, old, KTExpertSequence(new) if is_list else new)
 

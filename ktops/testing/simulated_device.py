@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._device import _device_constructors
 from torch.utils._pytree import tree_iter, tree_map
 
 NAME = "simgpu"
@@ -34,6 +35,7 @@ def register() -> None:
         return
     _setup_privateuseone_for_python_backend(NAME)
     torch.__future__.set_swap_module_params_on_conversion(True)  # a moved Parameter stays the same object
+    _device_constructors()  # keeps what it finds: torch.tensor itself
     torch.tensor, torch.as_tensor = map(_from_data, (torch.tensor, torch.as_tensor))
     library = torch.library.Library("_", "IMPL")
     library.fallback(lambda op, *args, **kwargs: _run(op, args, kwargs), "PrivateUse1")
@@ -92,9 +94,10 @@ def _from_data(constructor: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
     @functools.wraps(constructor)
     def construct(data: Any, *, device: Any = None, **options) -> Tensor:
-        if device is None or torch.device(device).type != NAME:
+        target = torch.empty(0).device if device is None else torch.device(device)
+        if target.type != NAME:
             return constructor(data, device=device, **options)
-        return constructor(data, device="cpu", **options).to(device)
+        return constructor(data, device="cpu", **options).to(target)
 
     return construct
 
@@ -109,8 +112,8 @@ def _simulated(value: Any) -> Any:
 
 def _run(func: torch._ops.OpOverload, args: tuple, kwargs: dict) -> Any:
     """Runs an operator with at least one argument, or its result, on the device."""
-    if func in _COPIES:
-        return _COPIES[func](*args, **kwargs)
+    if func in _OWN:
+        return _OWN[func](*args, **kwargs)
     if func.namespace == "kt":
         keys = torch._C.DispatchKeySet(torch._C.DispatchKey.PrivateUse1)
         return func.redispatch(keys, *args, **kwargs)
@@ -153,12 +156,18 @@ def _copy_into(target: Tensor, source: Tensor, non_blocking: bool = False) -> Te
     return target
 
 
+def _histc(counted: Tensor, *args, **kwargs) -> Tensor:
+    """The operator for integers, which only the CPU does not have."""
+    return SimulatedTensor(torch.histc(_host(counted).float(), *args, **kwargs).to(counted.dtype))
+
+
 def _count(source: str, target: str, nbytes: int) -> None:
     if source != target:
         _copies.append(("up" if target == NAME else "down", nbytes))
 
 
-_COPIES: dict[torch._ops.OpOverload, Callable] = {
+_OWN: dict[torch._ops.OpOverload, Callable] = {
     torch.ops.aten._to_copy.default: _to_copy,
     torch.ops.aten.copy_.default: _copy_into,
+    torch.ops.aten.histc.default: _histc,
 }

@@ -85,6 +85,12 @@ class SimulatedTensor(Tensor):
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
         return _run(func, args, kwargs or {})
 
+    def untyped_storage(self) -> torch.UntypedStorage:
+        return self.data_on_host.untyped_storage()
+
+    def tolist(self) -> Any:
+        return self.cpu().tolist()
+
     def __repr__(self) -> str:  # type: ignore[override]  # without the option for torch's own printing
         return f"{self.data_on_host!r} on {NAME}"
 

@@ -27,7 +27,7 @@ OP_TESTS = (
 def run(folder: Path, *arguments: str) -> dict[str, int]:
     """Returns {"tests": ..., "skipped": ..., ...} of pytest in a new process; prints what failed."""
     report = folder / "report.xml"
-    paths = [Path(ktops.__file__).parents[1], HERE, *sys.path]
+    paths = [Path(ktops.__file__).parents[1], HERE, ROOT / "test/integrations", *sys.path]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, paths)), "KTOPS_SIMULATED": "1"}
     options = ["-q", "-p", "no:cacheprovider", "-p", "no:xdist", "--junitxml", report, "--rootdir", ROOT]
     command = [sys.executable, "-m", "pytest", *options, *arguments]

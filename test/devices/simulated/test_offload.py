@@ -178,7 +178,7 @@ def test_no_such_device(named, message):
 def test_no_experts_that_ktops_runs(device):
     model = model_on_cpu("qwen3_moe")
     model.set_experts_implementation("eager")
-    with pytest.raises(ValueError, match="runs none .* has experts_implementation='eager'"):
+    with pytest.raises(ValueError, match=r"runs none .* has experts_implementation='eager'"):
         ktops.offload_experts(model, device)
     with pytest.raises(ValueError, match="offload_experts: model must have Mixture-of-Experts layers"):
         ktops.offload_experts(nn.Linear(2, 2), device)

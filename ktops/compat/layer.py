@@ -15,17 +15,7 @@ from ktops.compat import lora
 from ktops.compat.sft import SFTWrapper
 from ktops.formats import ExpertWeight
 from ktops.nn.experts import KTExperts
-
-
-class StaysOnCPU(nn.Module):
-    """A module that ``.to(device)`` leaves in CPU memory; it follows changes of dtype."""
-
-    def _apply(self, fn, recurse: bool = True):
-        def here(tensor: Tensor) -> Tensor:
-            target = fn(tensor.new_empty(0))
-            return fn(tensor) if target.device.type in ("cpu", "meta") else tensor.to(target.dtype)
-
-        return super()._apply(here, recurse)
+from ktops.nn.host_memory import StaysOnCPU
 
 
 class Adapters(StaysOnCPU, nn.ParameterDict):

@@ -113,7 +113,7 @@ def load_layers(
         plan.append((name, module, layer, both))
     made = {}
     total = 2 * sum(layer.num_experts for _, _, layer, _ in plan)
-    with progress("experts", total, show=show_progress) as step:
+    with torch.device("cpu"), progress("experts", total, show=show_progress) as step:
         for name, module, layer, both in plan:
             gate_up, down = (experts.read(dtype, step) for experts in both)
             found = (layer.bias(key, dtype) for key in PROJECTIONS)

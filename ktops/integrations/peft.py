@@ -23,6 +23,7 @@ from ktops.formats import ExpertWeight
 from ktops.integrations.replacements import Replacements
 from ktops.integrations.transformers.experts import layout_in_op
 from ktops.nn.experts import Layout
+from ktops.nn.host_memory import Convert, is_kept, staying
 
 if TYPE_CHECKING:
     from peft.tuners.lora.layer import ParamWrapper
@@ -66,7 +67,7 @@ def enable() -> None:
     from peft.tuners.lora.layer import ParamWrapper
     from peft.tuners.tuners_utils import BaseTuner
 
-    _replaced.install(ParamWrapper, forward=_forward, merge=_merge)
+    _replaced.install(ParamWrapper, forward=_forward, merge=_merge, _apply=_apply)
     _replaced.install(
         BaseTuner,
         inject_adapter=_inject_adapter,
@@ -206,6 +207,15 @@ def _forward(wrapper: "ParamWrapper", x: Tensor, *args, **kwargs) -> Tensor:
         if adapters:
             kwargs = {**kwargs, **_lora_arguments(wrapper, layout, adapters)}
     return wrapper.base_layer(x, *args, **kwargs)
+
+
+def _apply(wrapper: "ParamWrapper", fn: Convert, recurse: bool = True) -> nn.Module:
+    """``ParamWrapper._apply``, which leaves adapters where their experts stay, in CPU memory."""
+    if not recurse or not is_kept(wrapper.get_base_layer()):
+        return _replaced.original["_apply"](wrapper, fn, recurse)
+    for child in wrapper.children():
+        child._apply(fn if child is wrapper.base_layer else staying(fn))
+    return wrapper
 
 
 def _merge(wrapper: "ParamWrapper", *args, **kwargs) -> None:

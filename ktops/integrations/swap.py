@@ -31,6 +31,7 @@ from ktops.nn.expert_list import (
 from ktops.nn.expert_sequence import KTExpertSequence
 from ktops.nn.experts import SAVE, KTExperts, check_name
 from ktops.nn.find import find_experts, has_stacks
+from ktops.nn.host_memory import is_kept, keep_in_host_memory
 
 
 def swap_experts(model: nn.Module, *, save: str = "activations") -> list[str]:
@@ -283,6 +284,8 @@ def exchange(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
             if child is not old:
                 continue
             setattr(parent, name, new)
+            if is_kept(old):
+                keep_in_host_memory(new)
             if isinstance(new, (KTExpertList, KTExpertSequence)) and _has_moe_infer(parent):
                 parent.__dict__["moe_infer"] = new.moe_infer
             elif isinstance(old, KTExpertList):
@@ -290,7 +293,11 @@ def exchange(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
 
 
 def exchange_stacked(model: nn.Module, old: nn.Module, new: KTExperts) -> None:
-    """Replaces ``old`` with stacked experts, in a KTExpertSequence if they replace a ModuleList."""
+    """Replaces ``old`` with stacked experts, in a KTExpertSequence if they replace a ModuleList.
+
+    Their weights are in formats, which never leave CPU memory, so their biases and adapters stay, too.
+    """
+    keep_in_host_memory(new)
     is_list = isinstance(old, nn.ModuleList) or getattr(old, "is_list", False)
     exchange(model, old, KTExpertSequence(new) if is_list else new)
 

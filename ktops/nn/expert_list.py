@@ -154,8 +154,8 @@ class KTExpert(nn.Module):
                 )
             return self.call_projections(hidden_states)
         num_tokens = hidden_states.numel() // hidden_states.shape[-1]
-        ids = torch.zeros(num_tokens, 1, dtype=torch.int64)
-        weights = torch.ones(num_tokens, 1)
+        ids = torch.zeros(num_tokens, 1, dtype=torch.int64, device=hidden_states.device)
+        weights = torch.ones(num_tokens, 1, device=hidden_states.device)
         return _run(hidden_states, ids, weights, packed, [self])
 
     def call_projections(self, hidden_states: Tensor) -> Tensor:

@@ -47,8 +47,9 @@ class KTExpertSequence(nn.Module):
 
     def _one(self, index: int, hidden_states: Tensor) -> Tensor:
         routes = *hidden_states.shape[:-1], 1
-        ids = torch.full(routes, index, dtype=torch.int64)
-        return self.stacked(hidden_states, ids, torch.ones(routes))
+        device = hidden_states.device
+        ids = torch.full(routes, index, dtype=torch.int64, device=device)
+        return self.stacked(hidden_states, ids, torch.ones(routes, device=device))
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """Runs all experts, [T, H], [T, K], [T, K] -> [T, H]; see :class:`ktops.nn.KTExperts`."""

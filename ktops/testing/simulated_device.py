@@ -5,6 +5,7 @@ to and from it are counted, and operators refuse tensors of both devices, as the
 streams: order and overlap need other tests.
 """
 
+import functools
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -12,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._device import _device_constructors
 from torch.utils._pytree import tree_iter, tree_map
 
 NAME = "simgpu"
@@ -32,6 +34,9 @@ def register() -> None:
     if _libraries:
         return
     _setup_privateuseone_for_python_backend(NAME, backend_module=Backend())
+    torch.__future__.set_swap_module_params_on_conversion(True)  # a moved Parameter stays the same object
+    _device_constructors()  # keeps what it finds: torch.tensor itself
+    torch.tensor, torch.as_tensor = map(_from_data, (torch.tensor, torch.as_tensor))
     library = torch.library.Library("_", "IMPL")
     library.fallback(lambda op, *args, **kwargs: _run(op, args, kwargs), "PrivateUse1")
     library.fallback(torch.library.fallthrough_kernel, "AutocastPrivateUse1")
@@ -127,6 +132,12 @@ class SimulatedTensor(Tensor):
     def __coerce_same_metadata_as_tangent__(self, context, expected_type=None) -> Tensor:
         return self if expected_type in (None, SimulatedTensor) else self.data_on_host
 
+    def untyped_storage(self) -> torch.UntypedStorage:
+        return self.data_on_host.untyped_storage()
+
+    def tolist(self) -> Any:
+        return self.cpu().tolist()
+
     def __repr__(self) -> str:  # type: ignore[override]  # without the option for torch's own printing
         return f"{self.data_on_host!r} on {NAME}"
 
@@ -139,6 +150,19 @@ def _autocast_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> T
         )
 
 
+def _from_data(constructor: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Returns a constructor that makes tensors on the CPU and copies them; torch itself fails."""
+
+    @functools.wraps(constructor)
+    def construct(data: Any, *, device: Any = None, **options) -> Tensor:
+        target = torch.empty(0).device if device is None else torch.device(device)
+        if target.type != NAME:
+            return constructor(data, device=device, **options)
+        return constructor(data, device="cpu", **options).to(target)
+
+    return construct
+
+
 def _host(value: Any) -> Any:
     return value.data_on_host if isinstance(value, SimulatedTensor) else value
 
@@ -149,8 +173,8 @@ def _simulated(value: Any) -> Any:
 
 def _run(func: torch._ops.OpOverload, args: tuple, kwargs: dict) -> Any:
     """Runs an operator with at least one argument, or its result, on the device."""
-    if func in _COPIES:
-        return _COPIES[func](*args, **kwargs)
+    if func in _OWN:
+        return _OWN[func](*args, **kwargs)
     if func.namespace == "kt":
         keys = torch._C.DispatchKeySet(torch._C.DispatchKey.PrivateUse1)
         return func.redispatch(keys, *args, **kwargs)
@@ -193,13 +217,19 @@ def _copy_into(target: Tensor, source: Tensor, non_blocking: bool = False) -> Te
     return target
 
 
+def _histc(counted: Tensor, *args, **kwargs) -> Tensor:
+    """The operator for integers, which only the CPU does not have."""
+    return SimulatedTensor(torch.histc(_host(counted).float(), *args, **kwargs).to(counted.dtype))
+
+
 def _count(source: str, target: str, data: Tensor) -> None:
     nbytes = data.numel() * data.itemsize
     if source != target and isinstance(nbytes, int):  # not while a graph with symbolic sizes is traced
         _copies.append(("up" if target == NAME else "down", nbytes))
 
 
-_COPIES: dict[torch._ops.OpOverload, Callable] = {
+_OWN: dict[torch._ops.OpOverload, Callable] = {
     torch.ops.aten._to_copy.default: _to_copy,
     torch.ops.aten.copy_.default: _copy_into,
+    torch.ops.aten.histc.default: _histc,
 }

@@ -12,6 +12,7 @@ import ktops
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
+HELPERS = ROOT / "test/integrations", ROOT / "test/cli"
 
 OP_TESTS = (
     "test_moe_sft.py",
@@ -29,7 +30,7 @@ ONLY_ON_THE_CPU = "fake_results or compiled or without_a_copy"
 def run(folder: Path, *arguments: str) -> dict[str, int]:
     """Returns {"tests": ..., "skipped": ..., ...} of pytest in a new process; prints what failed."""
     report = folder / "report.xml"
-    paths = [Path(ktops.__file__).parents[1], HERE, *sys.path]
+    paths = [Path(ktops.__file__).parents[1], HERE, *HELPERS, *sys.path]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, paths)), "KTOPS_SIMULATED": "1"}
     options = ["-q", "-p", "no:cacheprovider", "-p", "no:xdist", "--junitxml", report, "--rootdir", ROOT]
     command = [sys.executable, "-m", "pytest", *options, *arguments]

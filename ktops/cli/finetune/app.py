@@ -199,6 +199,15 @@ def finetune(
             metavar="bf16|f32", help="Dtype of base weights and activations.", rich_help_panel=_TRAINING
         ),
     ] = "bf16",
+    device: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME",
+            help="Where everything but the experts is trained: cpu, or an accelerator such as cuda. Experts "
+            "and the adapters on them stay in CPU memory.",
+            rich_help_panel=_TRAINING,
+        ),
+    ] = "cpu",
     experts_implementation: Annotated[
         str,
         typer.Option(

@@ -276,6 +276,7 @@ KEYS: dict[str, Setter] = {
     "include_effective_tokens_per_second": no_effect,
     # ktops' own
     "ignore_keys": _sets("ignore_keys", _names),
+    "device": _sets("device", _text),
     "experts_implementation": _sets("experts_implementation", _text),
     "weight_format": _sets("weight_format", _text),
     "group_size": _sets("group_size", _whole),

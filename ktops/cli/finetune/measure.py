@@ -46,18 +46,25 @@ class StepTimer(TrainerCallback):
 
 
 class _TimedOp:
-    """Wraps an operator and adds up the time spent in its calls."""
+    """Wraps an operator and adds up the time spent in its calls.
+
+    For tensors on an accelerator, a call runs the same operator on copies; that is not another call.
+    """
 
     def __init__(self, op):
         self.op, self.calls, self.seconds = op, 0, 0.0
+        self.running = False
 
     def __call__(self, *args, **kwargs):
-        start = time.perf_counter()
+        if self.running:
+            return self.op(*args, **kwargs)
+        self.running, start = True, time.perf_counter()
         try:
             return self.op(*args, **kwargs)
         finally:
             self.seconds += time.perf_counter() - start
             self.calls += 1
+            self.running = False
 
     def __getattr__(self, name):
         return getattr(self.op, name)

@@ -87,8 +87,10 @@ def load_tokenizer(directory: str):
 
 
 class ExpertsOptions(Protocol):
-    """The options that say how experts are loaded; :class:`ktops.cli.finetune.options.Options` has them."""
+    """Those of :class:`ktops.cli.finetune.options.Options` that say how a model is loaded and placed."""
 
+    @property
+    def device(self) -> str: ...
     @property
     def experts_implementation(self) -> str: ...
     @property
@@ -208,6 +210,47 @@ def _require_whole_blocks(directory: str, block: list[int] | None, experts_imple
                 f"--experts-implementation {experts_implementation}: transformers would decode {weight} "
                 f"wrongly: {list(weight.shape)} in blocks of {block}"
             )
+
+
+def require_device(device: str) -> None:
+    """Raises UserError unless ``--device`` is cpu, or the name of this machine's accelerator."""
+    from ktops.devices.accelerator import find_accelerator
+
+    if device == "cpu":
+        return
+    try:
+        found = find_accelerator(device, "--device")
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    if device != found.type:
+        raise UserError(
+            f"--device must be cpu or {found.type}, got {device!r}. Of several devices, "
+            "CUDA_VISIBLE_DEVICES (for Intel's, ZE_AFFINITY_MASK) chooses one"
+        )
+
+
+def place(model, options: ExpertsOptions):
+    """Moves a model to ``--device``, without the experts that ktops runs.
+
+    Returns:
+        The ktops.integrations.offload.OffloadReport, or None.
+
+    Raises:
+        UserError: the device has no room for it.
+    """
+    import torch
+
+    import ktops
+
+    if options.device == "cpu":
+        return None
+    try:
+        if options.experts_implementation == "ktops":
+            return ktops.offload_experts(model, options.device)
+        model.to(options.device)
+    except (ValueError, torch.OutOfMemoryError) as error:
+        raise UserError(f"--device {options.device}: {error}") from None
+    return None
 
 
 def quantize_experts(

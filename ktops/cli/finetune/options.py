@@ -50,6 +50,7 @@ class Options:
     gradient_checkpointing: bool = False
     max_length: int = 1024
     dtype: str = "bf16"
+    device: str = "cpu"
     experts_implementation: str = "ktops"
     experts_path: str | None = None
     weight_format: str | None = None

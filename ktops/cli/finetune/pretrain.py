@@ -9,6 +9,7 @@ import transformers
 
 from ktops.cli.finetune import demo_model, metrics, run_directory, training
 from ktops.cli.finetune.measure import peak_rss_bytes
+from ktops.cli.finetune.models import place
 from ktops.cli.finetune.options import Options
 from ktops.cli.finetune.progress import ProgressCallback
 from ktops.cli.finetune.report import Report
@@ -41,6 +42,7 @@ def base_model(options: Options, directory: Path, report: Report, resume_command
 
         ktops.enable()
     model = demo_model.create(tokenizer, DTYPE, options.experts_implementation)
+    place(model, options)
     model.config.output_router_logits = True
     report.pretraining(model, examples)
     work = directory / run_directory.PRETRAINING

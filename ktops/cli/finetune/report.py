@@ -12,6 +12,7 @@ from ktops._display import format_bytes
 from ktops.cli.finetune.encoding import Encoded
 from ktops.cli.finetune.measure import count_weights
 from ktops.cli.finetune.options import Options
+from ktops.integrations.offload import OffloadReport
 from ktops.integrations.quantize_experts import QuantizationReport
 
 
@@ -45,7 +46,14 @@ class Report:
                 style="yellow",
             )
 
-    def model(self, model, options: Options, split, quantized: QuantizationReport | None) -> None:
+    def model(
+        self,
+        model,
+        options: Options,
+        split,
+        quantized: QuantizationReport | None,
+        placed: OffloadReport | None,
+    ) -> None:
         trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
         self.heading("LoRA fine-tuning on instructions")
         self.line(
@@ -56,6 +64,8 @@ class Report:
         self.line(f"{options.dtype}, experts run by {options.experts_implementation}, {kernels}")
         if quantized is not None:
             self.line(str(quantized))
+        if placed is not None:
+            self.line(str(placed))
         self.line(f"{len(split.train):,} examples, {len(split.held_out):,} held out")
 
     def result(self, before: dict | None, after: dict | None, samples: list[dict]) -> None:

@@ -19,7 +19,7 @@ from ktops.cli.finetune import options as options_file
 from ktops.cli.finetune.datasets import load_examples
 from ktops.cli.finetune.encoding import Encoded, encode, encode_question, prepare_tokenizer
 from ktops.cli.finetune.layouts import Example, from_alpaca
-from ktops.cli.finetune.models import check_directory, load_base, load_tokenizer
+from ktops.cli.finetune.models import check_directory, load_base, load_tokenizer, place, require_device
 from ktops.cli.finetune.options import Options
 from ktops.cli.finetune.plot import plot_loss
 from ktops.cli.finetune.progress import ProgressCallback
@@ -51,6 +51,7 @@ def finetune(options: Options, directory: Path, console: Console, overwrite: boo
     """
     report = Report(console)
     resume_command = f"ktops finetune --resume --output-dir {shlex.quote(str(directory))}"
+    require_device(options.device)
     if options.num_threads is not None:
         _set_num_threads(options.num_threads, report)
     if options.model is None:
@@ -64,11 +65,12 @@ def finetune(options: Options, directory: Path, console: Console, overwrite: boo
     transformers.set_seed(options.seed)
     model, quantized = load_base(base, options.torch_dtype, options, show_progress=True)
     model = lora.add_adapters(model, options, report)
+    placed = place(model, options)
     if options.experts_implementation == "ktops":
         _require_kt(model, split.train[0]["input_ids"])
     if options.model is not None:
         _begin(directory, options, overwrite)
-    report.model(model, options, split, quantized)
+    report.model(model, options, split, quantized, placed)
     trainer, timer, kt = training.make_trainer(
         model,
         tokenizer,
@@ -232,7 +234,7 @@ def _training_arguments(options: Options, directory: Path, num_examples: int):
 @torch.no_grad()
 def _sample(model, tokenizer, question: list[int]) -> str:
     """Returns the model's answer to a question's token ids, by greedy decoding."""
-    prompt = torch.tensor([question])
+    prompt = torch.tensor([question], device=model.device)
     model.eval()
     output = model.generate(
         prompt,
@@ -253,6 +255,7 @@ def _record(model, base: str, directory: Path, options: Options, input_ids: list
         dtype=str(options.torch_dtype).removeprefix("torch."),
         experts_implementation=options.experts_implementation,
         num_threads=torch.get_num_threads(),
+        device=options.device,
         weight_format=options.weight_format,
         group_size=options.group_size,
         quantize_method=options.quantize_method,

@@ -17,11 +17,18 @@ from ktops.cli.finetune.options import Options
 from ktops.cli.finetune.progress import ProgressCallback
 
 
+class _Arguments(TrainingArguments):
+    @property
+    def n_gpu(self) -> int:
+        """One device at most, although Trainer would copy the model to every GPU."""
+        return min(super().n_gpu, 1)
+
+
 def training_arguments(options: Options, directory: Path, max_steps: int, **kwargs) -> TrainingArguments:
     """Returns the settings that both phases share; each passes its own optimizer, batch size and steps."""
-    return TrainingArguments(
+    return _Arguments(
         output_dir=str(directory),
-        use_cpu=True,
+        use_cpu=options.device == "cpu",
         seed=options.seed,
         max_steps=max_steps,
         logging_steps=1,

@@ -28,6 +28,7 @@ class Record:
     dtype: str
     experts_implementation: str
     num_threads: int
+    device: str = "cpu"
     weight_format: str | None = None
     group_size: int | None = None
     quantize_method: str | None = None
@@ -36,9 +37,9 @@ class Record:
 
 @torch.no_grad()
 def logits(model, input_ids: Tensor) -> Tensor:
-    """Returns logits [1, T, V] in float32, with the model in evaluation mode."""
+    """Returns logits [1, T, V] in float32 on the CPU, with the model in evaluation mode."""
     model.eval()
-    return model(input_ids=input_ids).logits.float()
+    return model(input_ids=input_ids.to(model.device)).logits.float().cpu()
 
 
 def tolerance(dtype: torch.dtype, num_layers: int) -> float:
@@ -99,11 +100,12 @@ def check(record: Record) -> dict[str, float]:
     tensors = load_file(record.tensors)
     from peft import PeftModel
 
-    from ktops.cli.finetune.models import load_base
+    from ktops.cli.finetune.models import load_base, place
 
     torch.set_num_threads(record.num_threads)
     base, _ = load_base(record.base, getattr(torch, record.dtype), record)
     model = PeftModel.from_pretrained(base, record.adapter)
+    place(model, record)
     expected = tensors["logits"]
     difference = logits(model, tensors["input_ids"]) - expected
     with model.disable_adapter():

@@ -61,9 +61,10 @@ class Llama4Experts(KTExperts):
             hidden_states: the rows of every expert, in the order of the experts.
             lora: as in :class:`ktops.nn.KTExperts`.
         """
-        ids = torch.arange(self.num_experts).repeat_interleave(len(hidden_states) // self.num_experts)
+        experts = torch.arange(self.num_experts, device=hidden_states.device)
+        ids = experts.repeat_interleave(len(hidden_states) // self.num_experts)
         ids = torch.where(hidden_states.detach().any(-1), ids, self.num_experts)[:, None]
-        return super().forward(hidden_states, ids, torch.ones(ids.shape), **lora)
+        return super().forward(hidden_states, ids, torch.ones(ids.shape, device=ids.device), **lora)
 
 
 class _LeadingExperts(Layout):
@@ -311,7 +312,7 @@ class JetMoeBlock(ForwardReplacement):
         route_of_position, _, gates, tokens_per_expert, _ = self.router(rows)
         position_of_route = route_of_position.argsort()
         experts = torch.arange(len(tokens_per_expert))
-        ids = experts.repeat_interleave(torch.tensor(tokens_per_expert))[position_of_route]
+        ids = experts.repeat_interleave(torch.tensor(tokens_per_expert)).to(rows.device)[position_of_route]
         routes = len(rows), cast(int, self.router.top_k)
         ids, weights = ids.view(routes), gates[position_of_route].view(routes)
         return run_experts(layer_input, ids, weights, *self.weights(), **self.op_options) + self.bias

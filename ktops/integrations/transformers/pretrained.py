@@ -8,13 +8,18 @@ that it does not find in the files. ktops raises an error if they belong to expe
 import functools
 import re
 
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, modeling_utils
 
 from ktops._warn import warn_once
 from ktops.checkpoints.errors import CheckpointError
 from ktops.integrations.replacements import Replacements
 from ktops.integrations.transformers.architectures import class_name, in_interface
 from ktops.integrations.transformers.config import NAME, KTConfig
+from ktops.integrations.transformers.device_map import (
+    require_experts_on_cpu,
+    require_room_without_experts,
+    without_experts,
+)
 from ktops.integrations.transformers.loaded import adjusted, listed
 from ktops.integrations.transformers.outside import is_replacement
 from ktops.nn.find import find_experts
@@ -38,6 +43,7 @@ def enable() -> None:
             set_experts_implementation=_set_experts_implementation,
             _adjust_missing_and_unexpected_keys=_adjust_missing_and_unexpected_keys,
         )
+        _replaced.install(modeling_utils, _get_device_map=_get_device_map)
 
 
 def disable() -> None:
@@ -87,6 +93,18 @@ def _adjust_missing_and_unexpected_keys(model: PreTrainedModel, *found) -> tuple
             "from_pretrained(..., quantization_config=ktops.KTConfig())"
         )
     return missing, unexpected
+
+
+def _get_device_map(model: PreTrainedModel, *args) -> dict:
+    """``modeling_utils._get_device_map``, which decides where ``from_pretrained`` loads every weight."""
+    device_map = _replaced.original["_get_device_map"](model, *args)
+    quantizer = args[-1]
+    if isinstance(getattr(quantizer, "quantization_config", None), KTConfig):
+        device_map = without_experts(model, device_map)
+        require_room_without_experts(model, device_map, quantizer)
+    elif _asks_for_ktops(model):
+        require_experts_on_cpu(model, device_map)
+    return device_map
 
 
 def _asks_for_ktops(model: PreTrainedModel) -> bool:

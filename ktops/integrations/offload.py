@@ -1,0 +1,146 @@
+"""offload_experts: moves a model to an accelerator, all but its routed experts."""
+
+import re
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ktops._display import format_bytes
+from ktops.devices.accelerator import find_accelerator, require_room
+from ktops.integrations import peft
+from ktops.integrations.swap import require_experts
+from ktops.integrations.transformers.coverage import experts_outside_op
+from ktops.integrations.transformers.outside import ForwardReplacement
+from ktops.nn.host_memory import MOVES, keep_in_host_memory
+
+
+@dataclass(frozen=True)
+class OffloadReport:
+    """Where :func:`ktops.offload_experts` has placed a model.
+
+    Attributes:
+        device: where everything but the experts is.
+        layers: the names of the experts modules in CPU memory, in order.
+        bytes_on_device, bytes_on_cpu: sizes of the two parts, in bytes.
+    """
+
+    device: torch.device
+    layers: tuple[str, ...]
+    bytes_on_device: int
+    bytes_on_cpu: int
+
+    def __str__(self) -> str:
+        return (
+            f"{format_bytes(self.bytes_on_device)} on {self.device}, and the experts of {len(self.layers)} "
+            f"layers, {format_bytes(self.bytes_on_cpu)}, in CPU memory"
+        )
+
+
+def offload_experts(model: nn.Module, device: torch.device | str | int = "cuda") -> OffloadReport:
+    """Moves a model to an accelerator, all but its routed experts, which stay in CPU memory.
+
+    Routers, shared experts, attention, embeddings and buffers move, tensor by tensor. Experts and the
+    adapters on them are neither moved nor copied. Their operators take hidden states on the device, and
+    return them there; see ``docs/devices.md``.
+
+    From then on, the experts also stay if the model is moved with ``.to(device)``, as trainers do; changes
+    of dtype reach them. Adapters may be added before or after, and a second call moves what has been added
+    since.
+
+    Args:
+        model: a model whose experts run through ktops: of transformers with
+            ``experts_implementation="ktops"``, or after ``ktops.swap_experts``, ``quantize_experts`` or
+            ``load_experts``; in CPU memory, with or without adapters. Experts that ktops does not run move
+            too, with a warning.
+        device: an accelerator of this machine.
+
+    Returns:
+        An :class:`OffloadReport`. Its str() is a summary.
+
+    Raises:
+        ValueError: no such device, the model has no experts that ktops runs, or it is not loaded or already
+            dispatched by accelerate. The model is unchanged.
+        torch.OutOfMemoryError: the device has no room for what would move; the message says how much there
+            would have to be. The model is unchanged.
+
+    Example:
+        >>> model = AutoModelForCausalLM.from_pretrained(path, experts_implementation="ktops")
+        >>> print(ktops.offload_experts(model, "cuda"))
+        2.9 GiB on cuda:0, and the experts of 48 layers, 54.0 GiB, in CPU memory
+    """
+    device = find_accelerator(device, "offload_experts")
+    _require_placeable(model)
+    names, outside = _experts_in_op(model)
+    staying = {id(tensor) for name in names for tensor in _tensors_of_experts(model, name)}
+    moving = [tensor for tensor in _tensors(model) if id(tensor) not in staying]
+    require_room(
+        device,
+        sum(tensor.nbytes for tensor in moving if tensor.device != device),
+        f"offload_experts: {type(model).__name__} without its experts",
+    )
+    if outside:
+        warnings.warn(
+            f"ktops.offload_experts moves the experts of {len(outside)} layers to {device}, because ktops "
+            f"does not run them: {'; '.join(sorted(set(outside.values())))}",
+            stacklevel=2,
+        )
+    peft.enable_if_installed()
+    for name in names:
+        for part in _parts(model.get_submodule(name)):
+            keep_in_host_memory(part)
+    model.to(device)
+    moved = sum(tensor.nbytes for tensor in moving)
+    return OffloadReport(device, tuple(names), moved, sum(x.nbytes for x in _tensors(model)) - moved)
+
+
+def _require_placeable(model: nn.Module) -> None:
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if tensor.is_meta:
+            raise ValueError(f"offload_experts: model must be loaded, but {name} is on meta")
+    for module in model.modules():
+        device_map = module.__dict__.get("hf_device_map")
+        if device_map is not None:
+            devices = ", ".join(sorted({str(device) for device in device_map.values()}))
+            raise ValueError(
+                f"offload_experts: model must be in CPU memory, but accelerate has put it on {devices} "
+                "(hf_device_map). Load it without device_map"
+            )
+
+
+def _experts_in_op(model: nn.Module) -> tuple[list[str], dict[str, str]]:
+    """Returns the names of the experts modules that the op runs, and name -> reason of the others."""
+    found = require_experts(model, "offload_experts")
+    _, outside = experts_outside_op(model)
+    names = [name for name in found if name not in outside]
+    if not names:
+        raise ValueError(
+            f"offload_experts: ktops runs none of the experts of {type(model).__name__}: "
+            f"{'; '.join(sorted(set(outside.values())))}. docs/models.md lists the models that it supports"
+        )
+    return names, outside
+
+
+def _parts(experts: nn.Module) -> list[nn.Module]:
+    """Returns the modules that hold the tensors of experts; other modules in between may hold others."""
+    if isinstance(experts, ForwardReplacement):
+        return [experts.get_submodule(name) for name in experts.child_classes]
+    return [experts]
+
+
+def _tensors_of_experts(model: nn.Module, name: str) -> Iterator[Tensor]:
+    """Yields the tensors of experts that stay in CPU memory, and those of adapters on them."""
+    experts = model.get_submodule(name)
+    wrapped = model.get_submodule(re.sub(r"(\.base_layer)+$", "", name))
+    norm = experts._modules.get(MOVES)
+    moving = set() if norm is None else {id(tensor) for tensor in _tensors(norm)}
+    for part in [wrapped] if wrapped is not experts else _parts(experts):
+        yield from (tensor for tensor in _tensors(part) if id(tensor) not in moving)
+
+
+def _tensors(module: nn.Module) -> Iterator[Tensor]:
+    """Yields every Parameter and buffer once."""
+    yield from module.parameters()
+    yield from module.buffers()

@@ -27,6 +27,7 @@ _LAZY = {
     "load_experts": "ktops.integrations.load_experts",
     "merge_adapter": "ktops.adapters.merge",
     "quantize_experts": "ktops.integrations.quantize_experts",
+    "stream_experts": "ktops.integrations.stream_experts",
     "swap_experts": "ktops.integrations.swap",
     "unswap_experts": "ktops.integrations.swap",
 }
@@ -54,6 +55,7 @@ __all__ = [
     "profile",
     "quantize",
     "quantize_experts",
+    "stream_experts",
     "swap_experts",
     "unswap_experts",
     "use_isa",

@@ -99,15 +99,8 @@ class Microscaling(Format):
 
 def e2m1(codes: Tensor, columns: int) -> Tensor:
     """Converts packed codes, uint8 [..., columns / 2], to float32 [..., columns]."""
-    return _e2m1_values(codes.device)[unpack_nibbles(codes, columns).int()]
-
-
-def _e2m1_values(device: torch.device) -> Tensor:
-    """Returns the values of all codes, float32 [16], computed because a copy would wait for the device."""
-    code = torch.arange(16, device=device)
-    exponent, mantissa = code >> 1 & 3, code & 1
-    size = torch.ldexp((mantissa + 2 * (exponent > 0)).float(), exponent.clamp(min=1) - 2)
-    return torch.where(code < 8, size, -size)
+    values = torch.tensor(E2M1, device="cpu").to(codes.device, non_blocking=True)
+    return torch.cat([values, -values])[unpack_nibbles(codes, columns).int()]
 
 
 def exponents(scale: Tensor) -> Tensor:

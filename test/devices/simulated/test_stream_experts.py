@@ -1,116 +1,220 @@
-"""Many tokens: the experts are copied to the device in pieces and multiplied there."""
+"""ktops.stream_experts: from how many tokens experts are computed on the device."""
 
-import gc
-import re
-import weakref
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import pytest
 import torch
 from simulated.conftest import TOKENS, inputs, on_device
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import ktops
-from ktops import reference
-from ktops.devices import grouped
-from ktops.ops.check_devices import LORA
-from ktops.testing import simulated_device
-from ktops.testing.activations import ACTIVATION_CASES, away_from_kinks
+from ktops.nn import KTExpertList, KTExperts, KTExpertSequence
 from ktops.testing.budgets import forward_budget, relative_error
-from ktops.testing.compare import assert_matches_reference
-from ktops.testing.inputs import densified, op_arguments, require_grad, upcast
-from ktops.testing.simulated_device import SimulatedTensor, traffic
-from ktops.testing.weights import random_weight, variants
+from ktops.testing.inputs import floating, require_grad
 
 pytestmark = pytest.mark.usefixtures("single_thread")
 
-SIZES = {"T": 12, "H": 64, "I": 32, "E": 6, "K": 2}
-DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
-WEIGHTS = ("gate_up_proj", "down_proj", "gate_up_bias", "down_bias")
+E, H, I, K = 4, 64, 32, 2  # noqa: E741
 
 
-def many(**options) -> dict:
-    return inputs(**{**SIZES, **options})
+class Operators(TorchDispatchMode):
+    """Records the names of the kt operators that run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "kt":
+            self.names.append(func._schema.name.removeprefix("kt::"))
+        return func(*args, **(kwargs or {}))
 
 
-def streamed(given: dict, piece_bytes: int, *names: str) -> torch.Tensor:
-    """Runs the operator with tokens, routes and the named tensors on the device; returns a CPU tensor."""
-    arguments = op_arguments(on_device(given, *names))
-    output = torch.ops.kt.moe_fwd_streamed(*arguments, piece_bytes)
-    assert output.device == arguments.hidden_states.device
-    return output.cpu()
+def tokens(count: int, *shape: int) -> tuple[torch.Tensor, ...]:
+    given = inputs(T=count)
+    x, ids, weights = (given[name] for name in TOKENS)
+    return (x.view(*shape, H) if shape else x), ids, weights
 
 
-def check(given: dict, piece_bytes: int, *names: str) -> None:
-    expected = reference.moe_fwd(op_arguments(upcast(densified(given))))
-    dtype, size = given["hidden_states"].dtype, max(given["down_proj"].shape[1:])
-    assert relative_error(streamed(given, piece_bytes, *names), expected) <= forward_budget(dtype, size)
+def run(module: nn.Module, given: tuple[torch.Tensor, ...], device, **lora) -> list[str]:
+    """Runs a module with tokens on the device; returns the operators after comparing with the CPU."""
+    expected = module(*given, **lora)
+    with Operators() as operators:
+        actual = module(*(x.to(device) for x in given), **lora)
+    assert actual.device == device and actual.shape == expected.shape
+    if operators.names == ["moe_fwd_streamed"]:
+        assert relative_error(actual.cpu(), expected) <= forward_budget(torch.float32)
+    else:
+        assert torch.equal(actual.cpu(), expected)
+    return operators.names
 
 
-PIECES = [1, 60_000, 1 << 30]
-"""Bytes of pieces: one expert and one row at a time, several of each, and everything at once."""
+@torch.no_grad()
+@pytest.mark.parametrize("count,name", [(7, "moe_fwd"), (8, "moe_fwd_streamed"), (9, "moe_fwd_streamed")])
+def test_threshold(device, count, name):
+    experts = KTExperts(E, H, I, stream_min_tokens=8).eval()
+    assert run(experts, tokens(count), device) == [name]
+    assert run(experts.train(), tokens(count), device) == ["moe_fwd"]
+    experts.eval().stream_min_tokens = None
+    assert run(experts, tokens(count), device) == ["moe_fwd"]
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_dense(device, dtype):
-    given = many(dtype=dtype)
-    grad_output = torch.zeros_like(given["hidden_states"])
-    for piece_bytes in PIECES:
-        assert_matches_reference({"output": streamed(given, piece_bytes)}, given, grad_output)
+@torch.no_grad()
+def test_tokens_are_counted_over_all_dimensions(device):
+    experts = KTExperts(E, H, I, stream_min_tokens=8).eval()
+    given = tokens(8, 2, 4)
+    assert run(experts, given, device) == ["moe_fwd_streamed"]
 
 
-@pytest.mark.parametrize("name,group_size", variants(256))
-def test_formats(device, name, group_size):
-    given = many(T=6, H=256, I=256, E=3, dtype=torch.bfloat16)
-    for weight in ("gate_up_proj", "down_proj"):
-        given[weight] = random_weight(given[weight].float(), name, group_size)
-        given[weight].dtype = torch.bfloat16
-    check(given, 1 << 21)
+def test_no_effect_on_the_cpu(device):
+    given = inputs(T=8)
+    expected = ktops.moe_sft(**given)
+    with Operators() as operators:
+        assert torch.equal(ktops.moe_sft(**given, stream_min_tokens=1), expected)
+    assert operators.names == ["moe_fwd"]
 
 
-@pytest.mark.parametrize("case", ACTIVATION_CASES, ids=str)
-def test_activations(device, case):
-    given = away_from_kinks(many(gating=case.gating)) | case.options
-    check(given, 60_000)
+def test_with_gradients_the_experts_stay_on_the_cpu(device):
+    given = inputs(T=8)
+    names = floating(given)
+    results = []
+    for options in ({}, {"stream_min_tokens": 1}):
+        leaves = require_grad(on_device(given), *names)
+        with Operators() as operators:
+            output = ktops.moe_sft(**leaves, **options)
+            results.append([output, *torch.autograd.grad(output.sum(), [leaves[name] for name in names])])
+        assert operators.names == ["moe_sft_fwd", "moe_sft_bwd"]
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
-@pytest.mark.parametrize("routing", ["skewed", "one_expert", "empty_experts", "repeated"])
-@pytest.mark.parametrize("ids_dtype", [torch.int32, torch.int64])
-def test_routes(device, routing, ids_dtype):
-    given = many(routing=routing, ids_dtype=ids_dtype, invalid_ids=True)
-    for piece_bytes in PIECES:
-        check(given, piece_bytes)
+@torch.no_grad()
+def test_routes_without_weights(device):
+    given = on_device(inputs(T=8)) | {"topk_weights": None, "reduce": False}
+    with Operators() as operators:
+        output = ktops.moe_sft(**given, stream_min_tokens=8)
+    assert operators.names == ["moe_fwd_streamed"] and output.shape == (8, K, H)
+    expected = ktops.moe_sft(**inputs(T=8) | {"topk_weights": None, "reduce": False})
+    assert relative_error(output.cpu(), expected) <= forward_budget(torch.float32)
 
 
-@pytest.mark.parametrize("moved", [(), LORA, LORA[::3]], ids=["host", "device", "some"])
-@pytest.mark.parametrize("lora_dtype", [torch.float32, torch.bfloat16])
-def test_factors_anywhere(device, moved, lora_dtype):
-    check(many(dtype=torch.bfloat16, lora_dtype=lora_dtype), 60_000, *moved)
+@torch.no_grad()
+def test_norm_after_each_expert(device):
+    norm = nn.LayerNorm(H, elementwise_affine=False)
+    experts = KTExperts(E, H, I, post_expert_norm=norm, stream_min_tokens=8).eval()
+    assert run(experts, tokens(8), device) == ["moe_fwd_streamed"]
 
 
-@pytest.mark.parametrize("reduce", [True, False])
-@pytest.mark.parametrize("options", [{"T": 0}, {"T": 1}, {"lora_rank": 0, "bias": False}])
-def test_few_tokens_and_arguments(device, options, reduce):
-    check(many(invalid_ids=True, **options) | {"reduce": reduce}, 60_000)
+def linear_experts() -> nn.ModuleList:
+    def expert() -> nn.Module:
+        made = nn.Module()
+        made.gate_proj, made.up_proj = nn.Linear(H, I), nn.Linear(H, I)
+        made.down_proj, made.act_fn = nn.Linear(I, H), nn.SiLU()
+        return made
+
+    return nn.ModuleList(expert() for _ in range(E))
 
 
-def test_transposed_weights(device):
-    given = many(dtype=torch.bfloat16)
-    for name in ("gate_up_proj", "down_proj"):
-        given[name] = given[name].mT.contiguous().mT
-    check(given, 60_000)
+def stacked() -> KTExperts:
+    return KTExperts(E, H, I)
 
 
-@pytest.mark.parametrize("lora_rank,each", [((8, 16), 6), ((3, 5), 2)])
-@pytest.mark.parametrize("transposed", [False, True])
-def test_grouped_mm(device, monkeypatch, lora_rank, each, transposed):
-    """As on a GPU whose products torch groups; operands that are not aligned are multiplied one by one."""
-    calls = []
-    grouped_mm = torch.nn.functional.grouped_mm
-    monkeypatch.setattr(grouped, "has_grouped_mm", lambda rows, weight: grouped.is_aligned(weight))
-    monkeypatch.setattr(grouped.F, "grouped_mm", lambda *a, **k: calls.append(a) or grouped_mm(*a, **k))
-    given = many(dtype=torch.bfloat16, lora_rank=lora_rank, invalid_ids=True)
-    if transposed:
-        given |= {name: given[name].mT.contiguous().mT for name in ("gate_up_proj", "down_proj")}
-    for piece_bytes in PIECES:
-        check(given, piece_bytes)
-    assert calls and len(calls) % each == 0
+def in_format() -> KTExperts:
+    weights = (ktops.quantize(torch.randn(E, *shape), "int8") for shape in ((2 * I, H), (H, I)))
+    return KTExperts.from_parameters(*weights)
+
+
+MODULES = {
+    "stacked": stacked,
+    "in a format": in_format,
+    "sequence": lambda: KTExpertSequence(in_format()),
+    "list": linear_experts,
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", MODULES)
+def test_modules(device, kind):
+    model = nn.ModuleDict({"experts": MODULES[kind]()}).eval()
+    if kind == "list":
+        ktops.swap_experts(model)
+        assert isinstance(model["experts"], KTExpertList)
+    names = ktops.stream_experts(model, 8)
+    assert names == ["experts.stacked" if kind == "sequence" else "experts"]
+    assert run(model["experts"], tokens(8), device) == ["moe_fwd_streamed"]
+    assert run(model["experts"], tokens(7), device) == ["moe_fwd"]
+    ktops.stream_experts(model, None)
+    assert run(model["experts"], tokens(8), device) == ["moe_fwd"]
+
+
+@torch.no_grad()
+def test_setting_stays_when_experts_are_quantized(device):
+    model = nn.ModuleDict({"experts": stacked()}).eval()
+    ktops.stream_experts(model, 8)
+    ktops.quantize_experts(model, "int8", show_progress=False)
+    assert run(model["experts"], tokens(8), device) == ["moe_fwd_streamed"]
+
+
+@contextmanager
+def enabled() -> Iterator[None]:
+    ktops.enable()
+    yield
+    ktops.disable()
+
+
+@torch.no_grad()
+def test_experts_of_transformers_with_adapters(device):
+    from peft import LoraConfig, get_peft_model
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    sizes = {"hidden_size": H, "moe_intermediate_size": I, "num_experts": E, "num_experts_per_tok": K}
+    layers = {"num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1, "vocab_size": 16}
+    config = Qwen3MoeConfig(
+        **sizes, **layers, head_dim=32, intermediate_size=I, experts_implementation="ktops"
+    )
+    with enabled():
+        model = Qwen3MoeForCausalLM(config)
+        targets = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+        lora = LoraConfig(r=2, target_modules=[], target_parameters=targets, init_lora_weights=False)
+        model = get_peft_model(model, lora).eval()
+        assert len(ktops.stream_experts(model, 8)) == 1
+        experts = model.get_submodule("base_model.model.model.layers.0.mlp.experts")
+        assert run(experts, tokens(8), device) == ["moe_fwd_streamed"]
+        assert run(experts, tokens(7), device) == ["moe_fwd"]
+
+
+def test_errors(device):
+    with pytest.raises(ValueError, match="stream_experts: min_tokens must be positive or None, got 0"):
+        ktops.stream_experts(nn.ModuleDict({"experts": stacked()}), 0)
+    with pytest.raises(ValueError, match="KTExperts: stream_min_tokens must be positive or None, got -1"):
+        KTExperts(E, H, I, stream_min_tokens=-1)
+    with pytest.raises(
+        ValueError, match="stream_experts: model must have Mixture-of-Experts layers.* Linear"
+    ):
+        ktops.stream_experts(nn.Linear(2, 2), 8)
+
+
+def test_experts_outside_the_op_are_named(device):
+    model = nn.ModuleDict({"a": nn.ModuleDict({"experts": stacked()})})
+    model["b"] = nn.ModuleDict({"experts": linear_experts()})
+    with pytest.warns(UserWarning, match="b.experts: torch.nn.modules.container.ModuleList is not in the"):
+        assert ktops.stream_experts(model, 8) == ["a.experts"]
+    del model["a"]
+    with pytest.raises(ValueError, match="that run through ktops, got ModuleDict with none. b.experts: "):
+        ktops.stream_experts(model, 8)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compiled(device, dynamic):
+    experts = KTExperts(E, H, I, stream_min_tokens=8).eval()
+    torch._dynamo.reset()
+    compiled = torch.compile(experts, backend="aot_eager", fullgraph=True, dynamic=dynamic)
+    for count in (7, 8, 9):
+        given = [x.to(device) for x in tokens(count)]
+        with Operators() as operators:
+            expected = experts(*given)
+        with Operators() as traced:
+            assert torch.equal(compiled(*given), expected)
+        assert traced.names == operators.names == ["moe_fwd" if count < 8 else "moe_fwd_streamed"]

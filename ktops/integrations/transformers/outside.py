@@ -117,7 +117,6 @@ class ExpertDict(KTExpertList):
         _require_arguments(replaced, type(self).forward)
         super().__init__(experts)
         self._modules = dict(zip(expert_names(replaced), experts, strict=True))
-        self.training = replaced.training
 
     def __getitem__(self, name: str) -> KTExpert:  # type: ignore[override]  # as in a ModuleDict
         return cast(KTExpert, self._modules[name])

@@ -16,7 +16,7 @@ SMALLEST = 4096
 """Bytes of the smallest block; sizes are powers of two."""
 
 
-@dataclass
+@dataclass(eq=False)
 class Block:
     """Pinned bytes, and the event after which they may be written again."""
 

@@ -142,6 +142,14 @@ def test_traffic(device, change, moved, routing, piece_bytes):
     assert moves["up"] == used * (4 + sum(x[0].nbytes for x in of_experts))
 
 
+def test_runs_of_experts_are_copied_at_once(device):
+    given = inputs(T=1, E=7, K=5) | {"topk_ids": torch.tensor([[0, 2, 3, 5, 6]])}
+    arguments = op_arguments(on_device(given))
+    with traffic() as moves:
+        torch.ops.kt.moe_fwd_streamed(*arguments, 1 << 30)
+    assert moves["copies_up"] == 1 + 3 * 8  # the ends of groups, and 8 tensors
+
+
 @contextmanager
 def memory_on_the_device(monkeypatch) -> Iterator[list[int]]:
     """Records the bytes of all storages on the device whenever a tensor is made there."""

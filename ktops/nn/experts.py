@@ -63,6 +63,16 @@ def run_experts(
     return output.to(hidden_states.dtype).reshape(hidden_states.shape)
 
 
+def streaming_threshold(experts: Any, hidden_states: Tensor) -> int | None:
+    """Returns the option of ``ktops.moe_sft`` for an experts module, which ``ktops.stream_experts`` sets.
+
+    None in training mode, where a checkpointed forward computes the same as the one with gradients.
+    """
+    if hidden_states.is_cpu or experts.training:
+        return None
+    return getattr(experts, "stream_min_tokens", None)
+
+
 class Layout(NamedTuple):
     """What an experts module, of ktops or of transformers, computes and how it stores its weights.
 
@@ -124,11 +134,13 @@ class KTExperts(nn.Module):
         save: what forward saves for backward, "activations" or "recompute"; see :func:`ktops.moe_sft`.
         compute: "auto", "bf16" or "int8", for weights in a weight format; see :func:`ktops.moe_sft`. In
             training mode, "auto" means "bf16" even where no gradient is needed, as in a checkpointed forward.
+        stream_min_tokens: the number of tokens on an accelerator from which the experts are computed there;
+            see :func:`ktops.moe_sft`. Without effect in training mode.
         device, dtype: of the parameters; dtype must be float32, bfloat16, float16 or float64.
 
     Raises:
-        ValueError: a size is not positive, or activation, gating, save or compute is unknown, or
-            activation_args are not those of the activation.
+        ValueError: a size or stream_min_tokens is not positive, or activation, gating, save or compute is
+            unknown, or activation_args are not those of the activation.
         TypeError: dtype is not supported; forward raises it if the module was later cast to such a dtype.
 
     Example:
@@ -155,6 +167,7 @@ class KTExperts(nn.Module):
         post_expert_norm: nn.Module | None = None,
         save: str = "activations",
         compute: str = "auto",
+        stream_min_tokens: int | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -171,6 +184,7 @@ class KTExperts(nn.Module):
         check_name("KTExperts", "gating", gating, GATINGS)
         check_name("KTExperts", "save", save, SAVE)
         check_name("KTExperts", "compute", compute, COMPUTE)
+        check_min_tokens("KTExperts", "stream_min_tokens", stream_min_tokens)
         _check_dtype("dtype", dtype or torch.get_default_dtype())
         self.num_experts = num_experts
         self.hidden_size = hidden_size
@@ -178,6 +192,7 @@ class KTExperts(nn.Module):
         self.function = _expert_function(activation, activation_args, gating)
         self.save = save
         self.compute = compute
+        self.stream_min_tokens = stream_min_tokens
         self.transposed = transposed
         self.post_expert_norm = post_expert_norm
 
@@ -285,6 +300,7 @@ class KTExperts(nn.Module):
             "post_expert_norm": self.post_expert_norm,
             "save": self.save,
             "compute": self.compute,
+            "stream_min_tokens": self.stream_min_tokens,
         }
 
     @property
@@ -337,6 +353,7 @@ class KTExperts(nn.Module):
             post_expert_norm=self.post_expert_norm,
             save=self.save,
             compute="bf16" if self.training and self.compute == "auto" else self.compute,
+            stream_min_tokens=streaming_threshold(self, hidden_states),
             **lora,
         )
 
@@ -352,6 +369,7 @@ class KTExperts(nn.Module):
             "transposed": (self.transposed, False),
             "save": (self.save, "activations"),
             "compute": (self.compute, "auto"),
+            "stream_min_tokens": (self.stream_min_tokens, None),
         }
         others = [f"{name}={value!r}" for name, (value, default) in defaults.items() if value != default]
         return ", ".join([text, *others])
@@ -379,6 +397,12 @@ def check_name(caller: str, argument: str, name: str, known) -> None:
     """Raises ValueError, with the caller and the argument, unless ``name`` is one of ``known``."""
     if name not in known:
         raise ValueError(f"{caller}: {argument} must be one of {', '.join(known)}, got {name!r}")
+
+
+def check_min_tokens(caller: str, argument: str, value: int | None) -> None:
+    """Raises ValueError, with the caller and the argument, unless the value is None or positive."""
+    if value is not None and value < 1:
+        raise ValueError(f"{caller}: {argument} must be positive or None, got {value}")
 
 
 def _check_dtype(argument: str, dtype: torch.dtype) -> None:

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from ktops._warn import warn_once
 from ktops.integrations.transformers.architectures import Unsupported, class_name, operands
-from ktops.nn.experts import KTExperts, Layout, run_experts
+from ktops.nn.experts import KTExperts, Layout, run_experts, streaming_threshold
 
 NAME = "ktops"
 """The name of the implementation: ``experts_implementation=NAME``."""
@@ -60,6 +60,7 @@ def experts_forward(
         down_bias=down_bias,
         **layout.function._asdict(),
         post_expert_norm=layout.norm(experts),
+        stream_min_tokens=streaming_threshold(experts, hidden_states),
         **lora,
     )
 

@@ -2,7 +2,7 @@
 
 import importlib
 
-from ktops import _library, nn  # noqa: F401  (_library registers the kt operators)
+from ktops import _library, devices, nn  # noqa: F401  (registers the kt operators)
 from ktops._version import __version__
 from ktops.formats import ExpertWeight, dequantize, quantize
 from ktops.ops import (

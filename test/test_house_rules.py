@@ -39,6 +39,7 @@ FLOORS = (
     ("adapters",),
     ("checkpoints",),
     ("nn",),
+    ("devices",),
     ("ops",),
     ("formats",),
     ("_display", "_library", "_version", "_warn"),

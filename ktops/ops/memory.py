@@ -1,6 +1,21 @@
 """The memory that the operators keep between calls."""
 
+from collections.abc import Callable
+
 import torch
+
+_caches: dict[str, tuple[Callable[[], int], Callable[[], None]]] = {}
+
+
+def register_cache(name: str, held: Callable[[], int], release: Callable[[], None]) -> None:
+    """Adds other memory that ktops keeps between calls to :func:`memory_stats` and :func:`empty_cache`.
+
+    Args:
+        name: its key in memory_stats.
+        held: returns its bytes.
+        release: releases what is not in use.
+    """
+    _caches[name] = held, release
 
 
 def memory_stats() -> dict[str, int]:
@@ -19,6 +34,8 @@ def memory_stats() -> dict[str, int]:
             never exceeds it.
         blocks: the number of blocks, in use or idle.
         allocations: the number of blocks obtained from the system so far; constant once calls repeat.
+        bytes_pinned: bytes of pinned memory for copies to and from an accelerator, in use or idle; not
+            included in the numbers above.
 
     Example:
         >>> y = ktops.moe_sft(x, ids, w, gate_up_proj, down_proj)
@@ -26,11 +43,12 @@ def memory_stats() -> dict[str, int]:
         0
     """
     names = ("bytes_in_use", "bytes_idle", "bytes_peak", "blocks", "allocations")
-    return dict(zip(names, torch.ops.kt.memory_stats(), strict=True))
+    stats = dict(zip(names, torch.ops.kt.memory_stats(), strict=True))
+    return stats | {name: held() for name, (held, _) in _caches.items()}
 
 
 def empty_cache() -> None:
-    """Returns the idle blocks of scratch memory to the system.
+    """Returns the idle blocks of scratch memory, and pinned memory, to the system.
 
     Useful after calls with unusually many tokens. Running calls keep their blocks, and the next call
     allocates a new one.
@@ -41,3 +59,5 @@ def empty_cache() -> None:
         0
     """
     torch.ops.kt.empty_cache()
+    for _, release in _caches.values():
+        release()

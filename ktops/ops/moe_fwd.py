@@ -5,16 +5,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from ktops.ops.arguments import MoeArguments
-
-
-def check_devices(op: torch._ops.OpOverload, *args) -> None:
-    """Raises if meta and real tensors are mixed; the dispatcher would run the fake kernel."""
-    names = (argument.name for argument in op._schema.arguments)
-    devices = {name: x.device for name, x in zip(names, args, strict=True) if isinstance(x, Tensor)}
-    real = next((device for device in devices.values() if device.type != "meta"), None)
-    for name, device in devices.items():
-        if real is not None and device.type == "meta":
-            raise RuntimeError(f"{op._schema.name}: {name} must be on {real}, got meta")
+from ktops.ops.check_devices import check_devices
 
 
 @torch.library.register_fake("kt::moe_fwd")

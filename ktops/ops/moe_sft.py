@@ -10,7 +10,8 @@ from torch.utils.flop_counter import register_flop_formula
 from ktops.formats.expert_weight import ExpertWeight
 from ktops.ops.activation import activation_arguments
 from ktops.ops.arguments import ATTRIBUTES, FORWARD, GRADIENTS, TENSORS, MoeArguments, pick
-from ktops.ops.moe_fwd import base_flops, check_devices, empty_output, lora_flops
+from ktops.ops.check_devices import check_devices
+from ktops.ops.moe_fwd import base_flops, empty_output, lora_flops
 
 _tensors = pick(*TENSORS)
 _attributes = pick(*ATTRIBUTES)
@@ -21,35 +22,42 @@ _NO_GRADIENTS = dict.fromkeys(FORWARD)
 
 
 @torch.library.register_fake("kt::moe_sft_fwd")
-def _forward_fake(*args) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _forward_fake(*args) -> tuple[Tensor | None, ...]:
     check_devices(torch.ops.kt.moe_sft_fwd.default, *args)
     *shared, save = args
     arguments = MoeArguments(*shared)
+    tokens = arguments.hidden_states, arguments.topk_ids, arguments.topk_weights
     hidden_states, (num_tokens, top_k) = arguments.hidden_states, arguments.topk_ids.shape
-    num_routes = num_tokens * top_k
+    num_routes, host = num_tokens * top_k, arguments.gate_up_proj.device
 
-    def rank(lora_a):
+    def saved(rows: int, columns: int) -> Tensor:
+        return hidden_states.new_empty(rows, columns, device=host)
+
+    def rank(lora_a: Tensor | None) -> int:
         return 0 if lora_a is None else lora_a.shape[1]
 
     return (
         empty_output(arguments),
-        hidden_states.new_empty(0 if save == "recompute" else num_routes, arguments.gate_up_rows),
-        hidden_states.new_empty(num_routes, rank(arguments.gate_up_lora_A)),
-        hidden_states.new_empty(num_routes, rank(arguments.down_lora_A)),
+        saved(0 if save == "recompute" else num_routes, arguments.gate_up_rows),
+        saved(num_routes, rank(arguments.gate_up_lora_A)),
+        saved(num_routes, rank(arguments.down_lora_A)),
+        *(None if x.device == host else x.new_empty(x.shape, device=host) for x in tokens),
     )
 
 
 @torch.library.register_fake("kt::moe_sft_bwd")
 def _backward_fake(*args) -> tuple[Tensor | None, ...]:
     check_devices(torch.ops.kt.moe_sft_bwd.default, *args)
-    _, *shared, _, _, _, _, grad_mask = args
+    grad_output, *shared, _, _, _, _, grad_mask = args
     return tuple(
-        _gradient_like(name, tensor) if grad_mask >> bit & 1 else None
+        _gradient_like(name, tensor, grad_output) if grad_mask >> bit & 1 else None
         for bit, (name, tensor) in enumerate(zip(GRADIENTS, _differentiable(shared), strict=True))
     )
 
 
-def _gradient_like(name: str, tensor: Tensor) -> Tensor:
+def _gradient_like(name: str, tensor: Tensor, grad_output: Tensor) -> Tensor:
+    if name in ("hidden_states", "topk_weights"):
+        return grad_output.new_empty(tensor.shape, dtype=tensor.dtype)
     if name in _WEIGHTS and tensor.stride(1) == 1 and tensor.stride(2) != 1:
         return torch.empty_like(tensor.mT, memory_format=torch.contiguous_format).mT
     return torch.empty_like(tensor, memory_format=torch.contiguous_format)
@@ -57,8 +65,12 @@ def _gradient_like(name: str, tensor: Tensor) -> Tensor:
 
 def _setup_context(ctx, inputs, output) -> None:
     ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(*output[1:])
-    ctx.save_for_backward(*_tensors(inputs), *output[1:])
+    _, gate_up, xa, ha, *host = output
+    tensors = _tensors(inputs)
+    if host[0] is not None:
+        tensors = (*host, *tensors[len(host) :])
+    ctx.mark_non_differentiable(*(result for result in output[1:] if result is not None))
+    ctx.save_for_backward(*tensors, gate_up, xa, ha)
     ctx.attributes = _attributes(inputs)
 
 

@@ -3,7 +3,7 @@
 
 namespace kt::ops {
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> moe_sft_fwd(KT_MOE_ARGUMENTS(KT_PARAMETER), std::string save) {
+ForwardResults moe_sft_fwd(KT_MOE_ARGUMENTS(KT_PARAMETER), std::string save) {
     const char* op = "kt::moe_sft_fwd";
     const profile::Call call("moe_sft_fwd");
     const bool keep = keeps_activations(op, save);
@@ -20,7 +20,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> moe_sft_fwd(KT_MOE_ARGUMENTS(KT_PARAM
         .kernels(arguments.dtype)
         .forward(p, {output.mutable_data_ptr(), keep ? saved_gate_up.mutable_data_ptr() : nullptr,
                      saved_xa.mutable_data_ptr(), saved_ha.mutable_data_ptr()});
-    return {output, saved_gate_up, saved_xa, saved_ha};
+    return {output, saved_gate_up, saved_xa, saved_ha, std::nullopt, std::nullopt, std::nullopt};
 }
 
 namespace {

@@ -28,7 +28,8 @@ Tensor moe_fwd(KT_MOE_ARGUMENTS(KT_PARAMETER));
 int64_t moe_fwd_begin(KT_MOE_ARGUMENTS(KT_PARAMETER), int64_t stream);
 void moe_fwd_end(int64_t call, OptionalTensor output);
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> moe_sft_fwd(KT_MOE_ARGUMENTS(KT_PARAMETER), std::string save);
+using ForwardResults = std::tuple<Tensor, Tensor, Tensor, Tensor, OptionalTensor, OptionalTensor, OptionalTensor>;
+ForwardResults moe_sft_fwd(KT_MOE_ARGUMENTS(KT_PARAMETER), std::string save);
 
 using Gradients = std::tuple<OptionalTensor, OptionalTensor, OptionalTensor, OptionalTensor, OptionalTensor,
                              OptionalTensor, OptionalTensor, OptionalTensor, OptionalTensor, OptionalTensor>;

@@ -21,9 +21,10 @@ STABLE_TORCH_LIBRARY(kt, m) {
     m.def("moe_fwd_end(int call, Tensor(a!)? output) -> ()");
 
     // -> output [T, H]; saved tensors, one row per position: gate_up [R, 2I] (or [0, 2I] for "recompute"),
-    //    x A1^T [R, r1], h A2^T [R, r2]
+    //    x A1^T [R, r1], h A2^T [R, r2]; copies in CPU memory of what was on another device, None on the CPU
     m.def("moe_sft_fwd(" KT_MOE_SCHEMA ", str save) -> (Tensor output, Tensor saved_gate_up, "
-          "Tensor saved_xa, Tensor saved_ha)");
+          "Tensor saved_xa, Tensor saved_ha, Tensor? host_hidden_states, Tensor? host_topk_ids, "
+          "Tensor? host_topk_weights)");
 
     // bit i of grad_mask requests result i
     m.def("moe_sft_bwd(Tensor grad_output, " KT_MOE_SCHEMA ", str save, Tensor saved_gate_up, "

@@ -61,7 +61,7 @@ def test_backward_of_inference_raises():
 
 
 def test_saved_tensors_carry_no_gradient(isa):
-    output, *saved = torch.ops.kt.moe_sft_fwd(*op_arguments(require_grad(tiny())), "activations")
+    output, *saved, _, _, _ = torch.ops.kt.moe_sft_fwd(*op_arguments(require_grad(tiny())), "activations")
     assert output.requires_grad
     assert not any(t.requires_grad for t in saved)
 
@@ -202,7 +202,7 @@ def test_opcheck_inference(lora_rank):
 @pytest.mark.parametrize("save", ["activations", "recompute"])
 def test_opcheck_backward(save, grad_mask):
     arguments = (*op_arguments(tiny(torch.float32)), save)
-    output, *saved = torch.ops.kt.moe_sft_fwd(*arguments)
+    output, *saved, _, _, _ = torch.ops.kt.moe_sft_fwd(*arguments)
     backward = torch.ops.kt.moe_sft_bwd.default
     torch.library.opcheck(backward, (torch.ones_like(output), *arguments, *saved, grad_mask))
 
@@ -217,13 +217,16 @@ def test_fake_kernels_describe_the_real_ones(isa, layout):
             for name, value in inputs.items()
         }
     arguments = op_arguments(inputs)
-    real = output, *saved = torch.ops.kt.moe_sft_fwd(*arguments, "activations")
+    output, *saved, _, _, _ = torch.ops.kt.moe_sft_fwd(*arguments, "activations")
     grads = torch.ops.kt.moe_sft_bwd(output, *arguments, "activations", *saved, ALL_GRADIENTS)
     with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True):
-        fake = fake_output, *saved = torch.ops.kt.moe_sft_fwd(*arguments, "activations")
-        fake_grads = torch.ops.kt.moe_sft_bwd(fake_output, *arguments, "activations", *saved, ALL_GRADIENTS)
+        fake_output, *fake_saved, _, _, _ = torch.ops.kt.moe_sft_fwd(*arguments, "activations")
+        fake_grads = torch.ops.kt.moe_sft_bwd(
+            fake_output, *arguments, "activations", *fake_saved, ALL_GRADIENTS
+        )
         fake_inference = torch.ops.kt.moe_fwd(*arguments)
-    for expected, actual in zip((*real, *grads, output), (*fake, *fake_grads, fake_inference), strict=True):
+    real, fake = (output, *saved, *grads), (fake_output, *fake_saved, *fake_grads)
+    for expected, actual in zip((*real, output), (*fake, fake_inference), strict=True):
         assert (actual.shape, actual.dtype, actual.stride()) == (
             expected.shape,
             expected.dtype,

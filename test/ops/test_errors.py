@@ -32,7 +32,7 @@ def call(op: str, **changes):
         return torch.ops.kt.moe_fwd(*arguments)
     if op == "moe_sft_fwd":
         return torch.ops.kt.moe_sft_fwd(*arguments, save)
-    output, *saved = torch.ops.kt.moe_sft_fwd(*op_arguments(valid()), "activations")
+    output, *saved, _, _, _ = torch.ops.kt.moe_sft_fwd(*op_arguments(valid()), "activations")
     own = {"grad_output": output, "grad_mask": 1} | dict(zip(SAVED, saved, strict=True)) | own
     saved = (own[name] for name in SAVED)
     return torch.ops.kt.moe_sft_bwd(own["grad_output"], *arguments, save, *saved, own["grad_mask"])

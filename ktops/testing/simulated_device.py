@@ -1,0 +1,149 @@
+"""A simulated accelerator, "simgpu", whose memory is the CPU's, for tests on machines without a GPU.
+
+``register()`` makes it the accelerator of the process. Tensors on it are wrappers around CPU tensors. Copies
+to and from it are counted, and operators refuse tensors of both devices, as they do with a GPU. It has no
+streams: order and overlap need other tests.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_iter, tree_map
+
+NAME = "simgpu"
+
+_copies: list[tuple[str, int]] = []
+_libraries: list[torch.library.Library] = []
+
+
+def device() -> torch.device:
+    """Returns the simulated device; :func:`register` must have been called."""
+    return torch.device(NAME, 0)
+
+
+def register() -> None:
+    """Makes "simgpu" a device of this process; a second call does nothing. Other processes are unaffected."""
+    from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
+
+    if _libraries:
+        return
+    _setup_privateuseone_for_python_backend(NAME)
+    library = torch.library.Library("_", "IMPL")
+    library.fallback(lambda op, *args, **kwargs: _run(op, args, kwargs), "PrivateUse1")
+    _libraries.append(library)
+
+
+@contextmanager
+def traffic() -> Iterator[Counter[str]]:
+    """Counts copies inside the ``with`` block; the result is complete when the block ends.
+
+    The keys are "down" and "up", bytes from and to the device, and "copies_down" and "copies_up".
+
+    Example:
+        >>> with traffic() as moved:
+        ...     torch.ones(4).to("simgpu")
+        >>> moved
+        Counter({'up': 16, 'copies_up': 1})
+    """
+    moved: Counter[str] = Counter()
+    begin = len(_copies)
+    yield moved
+    for direction, nbytes in _copies[begin:]:
+        moved[direction] += nbytes
+        moved[f"copies_{direction}"] += 1
+
+
+class SimulatedTensor(Tensor):
+    """A tensor on the simulated device; ``data_on_host`` holds its values."""
+
+    data_on_host: Tensor
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]  # as in torch's own
+
+    @staticmethod
+    def __new__(cls, data: Tensor) -> "SimulatedTensor":
+        tensor = Tensor._make_wrapper_subclass(
+            cls,
+            data.shape,
+            strides=data.stride(),
+            storage_offset=data.storage_offset(),
+            dtype=data.dtype,
+            device=device(),
+        )
+        tensor.data_on_host = data
+        return tensor
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        return _run(func, args, kwargs or {})
+
+    def __repr__(self) -> str:  # type: ignore[override]  # without the option for torch's own printing
+        return f"{self.data_on_host!r} on {NAME}"
+
+
+def _host(value: Any) -> Any:
+    return value.data_on_host if isinstance(value, SimulatedTensor) else value
+
+
+def _simulated(value: Any) -> Any:
+    return SimulatedTensor(value) if isinstance(value, Tensor) else value
+
+
+def _run(func: torch._ops.OpOverload, args: tuple, kwargs: dict) -> Any:
+    """Runs an operator with at least one argument, or its result, on the device."""
+    if func in _COPIES:
+        return _COPIES[func](*args, **kwargs)
+    if func.namespace == "kt":
+        keys = torch._C.DispatchKeySet(torch._C.DispatchKey.PrivateUse1)
+        return func.redispatch(keys, *args, **kwargs)
+    if torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd"):
+        return func.decompose(*args, **kwargs)
+    _require_one_device(func, (args, kwargs))
+    options = {name: value for name, value in kwargs.items() if name not in ("device", "pin_memory")}
+    if "device" in kwargs:
+        options["device"] = "cpu"
+    result = func(*tree_map(_host, args), **tree_map(_host, options))
+    written = _written(func, args, kwargs)
+    return tree_map(lambda value: next((x for x in written if _host(x) is value), _simulated(value)), result)
+
+
+def _written(func: torch._ops.OpOverload, args: tuple, kwargs: dict) -> list[Tensor]:
+    """Returns the tensors that the operator writes to; it may return them, too."""
+    names = [x.name for x in func._schema.arguments if x.alias_info is not None and x.alias_info.is_write]
+    given = dict(zip((x.name for x in func._schema.arguments), args, strict=False)) | kwargs
+    return [x for name in names for x in tree_iter(given.get(name)) if isinstance(x, Tensor)]
+
+
+def _require_one_device(func: torch._ops.OpOverload, given: Any) -> None:
+    for tensor in tree_iter(given):
+        if isinstance(tensor, Tensor) and not isinstance(tensor, SimulatedTensor) and tensor.dim():
+            raise RuntimeError(
+                f"{func.name()}: expected all tensors on {device()}, got one on {tensor.device}"
+            )
+
+
+def _to_copy(source: Tensor, *, device=None, pin_memory=None, **options) -> Tensor:
+    result = torch.ops.aten._to_copy(_host(source), **options)
+    target = source.device if device is None else torch.device(device)
+    _count(source.device.type, target.type, result.nbytes)
+    return SimulatedTensor(result) if target.type == NAME else result
+
+
+def _copy_into(target: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
+    _count(source.device.type, target.device.type, source.nbytes)
+    _host(target).copy_(_host(source))
+    return target
+
+
+def _count(source: str, target: str, nbytes: int) -> None:
+    if source != target:
+        _copies.append(("up" if target == NAME else "down", nbytes))
+
+
+_COPIES: dict[torch._ops.OpOverload, Callable] = {
+    torch.ops.aten._to_copy.default: _to_copy,
+    torch.ops.aten.copy_.default: _copy_into,
+}

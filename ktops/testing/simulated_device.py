@@ -7,7 +7,7 @@ streams: order and overlap need other tests.
 
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -31,10 +31,44 @@ def register() -> None:
 
     if _libraries:
         return
-    _setup_privateuseone_for_python_backend(NAME)
+    _setup_privateuseone_for_python_backend(NAME, backend_module=Backend())
     library = torch.library.Library("_", "IMPL")
     library.fallback(lambda op, *args, **kwargs: _run(op, args, kwargs), "PrivateUse1")
     _libraries.append(library)
+
+
+class Backend:
+    """``torch.simgpu``, the functions that torch and others ask a device for."""
+
+    def is_available(self) -> bool:
+        return True
+
+    def is_initialized(self) -> bool:
+        return True
+
+    def _is_in_bad_fork(self) -> bool:
+        return False
+
+    def device_count(self) -> int:
+        return 1
+
+    def current_device(self) -> int:
+        return 0
+
+    def device(self, index: object) -> nullcontext:
+        return nullcontext()
+
+    def get_amp_supported_dtype(self) -> list[torch.dtype]:
+        return [torch.bfloat16, torch.float16]
+
+    def manual_seed_all(self, seed: int) -> None:
+        """Random numbers come from the CPU's generator."""
+
+    def get_rng_state(self, index: object = 0) -> Tensor:
+        return torch.get_rng_state()
+
+    def set_rng_state(self, state: Tensor, index: object = 0) -> None:
+        torch.set_rng_state(state)
 
 
 @contextmanager
@@ -80,6 +114,16 @@ class SimulatedTensor(Tensor):
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
         return _run(func, args, kwargs or {})
 
+    def __tensor_flatten__(self) -> tuple[list[str], None]:
+        return ["data_on_host"], None
+
+    @staticmethod
+    def __tensor_unflatten__(inner: dict[str, Tensor], context, size, stride) -> "SimulatedTensor":
+        return SimulatedTensor(inner["data_on_host"])
+
+    def __coerce_same_metadata_as_tangent__(self, context, expected_type=None) -> Tensor:
+        return self if expected_type in (None, SimulatedTensor) else self.data_on_host
+
     def __repr__(self) -> str:  # type: ignore[override]  # without the option for torch's own printing
         return f"{self.data_on_host!r} on {NAME}"
 
@@ -119,7 +163,7 @@ def _written(func: torch._ops.OpOverload, args: tuple, kwargs: dict) -> list[Ten
 
 def _require_one_device(func: torch._ops.OpOverload, given: Any) -> None:
     for tensor in tree_iter(given):
-        if isinstance(tensor, Tensor) and not isinstance(tensor, SimulatedTensor) and tensor.dim():
+        if isinstance(tensor, Tensor) and tensor.device.type != NAME and tensor.dim():
             raise RuntimeError(
                 f"{func.name()}: expected all tensors on {device()}, got one on {tensor.device}"
             )
@@ -128,18 +172,19 @@ def _require_one_device(func: torch._ops.OpOverload, given: Any) -> None:
 def _to_copy(source: Tensor, *, device=None, pin_memory=None, **options) -> Tensor:
     result = torch.ops.aten._to_copy(_host(source), **options)
     target = source.device if device is None else torch.device(device)
-    _count(source.device.type, target.type, result.nbytes)
+    _count(source.device.type, target.type, result)
     return SimulatedTensor(result) if target.type == NAME else result
 
 
 def _copy_into(target: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
-    _count(source.device.type, target.device.type, source.nbytes)
+    _count(source.device.type, target.device.type, source)
     _host(target).copy_(_host(source))
     return target
 
 
-def _count(source: str, target: str, nbytes: int) -> None:
-    if source != target:
+def _count(source: str, target: str, data: Tensor) -> None:
+    nbytes = data.numel() * data.itemsize
+    if source != target and isinstance(nbytes, int):  # not while a graph with symbolic sizes is traced
         _copies.append(("up" if target == NAME else "down", nbytes))
 
 

@@ -67,8 +67,9 @@ def test_traffic_of_factors_on_the_device(device):
     factors = sum(given[name].nbytes for name in LORA)
     with traffic() as forward:
         output = ktops.moe_sft(**given)
+    grad_output = torch.ones(T, H).to(device)
     with traffic() as backward:
-        output.backward(torch.ones(T, H).to(device))
+        output.backward(grad_output)
     assert forward["down"] == 4 * T * H + T * K * (8 + 4) + factors and forward["copies_down"] == 3 + 4
     assert backward == {"down": 4 * T * H + factors, "copies_down": 1 + 4, "up": factors, "copies_up": 4}
 
@@ -188,8 +189,8 @@ def test_checkpointing_counts_the_calls_of_the_cpu(device, options):
         given = require_grad(given, "hidden_states", *LORA)
         x = given.pop("hidden_states")
         with Calls() as calls:
-            y = checkpoint(lambda x, given=given: ktops.moe_sft(x, **given).sin(), x, **options)
-            found.append(torch.autograd.grad(y.sum(), [x, *(given[name] for name in LORA)]))
+            checkpoint(lambda x, given=given: ktops.moe_sft(x, **given).sin(), x, **options).sum().backward()
+        found.append([x.grad, *(given[name].grad for name in LORA)])
         counted.append(calls.names)
     assert counted[0] == counted[1] and "moe_sft_bwd" in counted[0]
     assert all(torch.equal(a, b.cpu()) for a, b in zip(*found, strict=True))

@@ -108,6 +108,8 @@ class Pending:
         self._stream = stream
         self._call: int | None = call
         self._lock = threading.Lock()
+        self.captured = streams.capturing()
+        """Whether the call is part of a capture."""
         self.output = output
         """The tensor that :meth:`result` fills."""
 

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ktops.devices.pending import moe_sft_pending
 from ktops.formats import ExpertWeight
 from ktops.ops import moe_sft
 from ktops.ops.activation import (
@@ -43,6 +44,8 @@ def run_experts(
     hidden_states may have leading dimensions, [..., H], and so may the routes, [..., K]. Some routers of
     transformers 5.0 give a weight for every expert, [..., E]; the op takes those of the chosen ones.
 
+    The result may be a :class:`ktops.devices.pending.PendingTensor` for tokens on a device.
+
     Args:
         post_expert_norm: applied to the output [T, K, H] of every route, before its routing weight.
         options: those of ``ktops.moe_sft``.
@@ -55,7 +58,8 @@ def run_experts(
     if weights.shape[1] == gate_up_proj.shape[0] != ids.shape[1]:
         weights = weights.gather(1, ids)
     if post_expert_norm is None:
-        output = moe_sft(rows, ids, weights, gate_up_proj, down_proj, **options)
+        run = moe_sft if rows.is_cpu else moe_sft_pending
+        output = run(rows, ids, weights, gate_up_proj, down_proj, **options)
     else:
         routes = moe_sft(rows, ids, None, gate_up_proj, down_proj, reduce=False, **options)
         outside = (ids < 0) | (ids >= gate_up_proj.shape[0])  # whose norm need not be 0

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ktops._warn import warn_once
 from ktops.ops.arguments import MoeArguments
-from ktops.ops.memory import register_cache
+from ktops.ops.memory import register_pinned
 from ktops.ops.moe_fwd import empty_output
 
 _TOKENS = ("hidden_states", "topk_ids", "topk_weights")
@@ -75,7 +75,7 @@ def load(library: str = "") -> None:
         RuntimeError: there is none, or it lacks a function.
     """
     torch.ops.kt.load_cuda(library)
-    register_cache("bytes_staged", torch.ops.kt.staged_bytes, torch.ops.kt.empty_stream_cache)
+    register_pinned(torch.ops.kt.staged_bytes, torch.ops.kt.empty_stream_cache)
     atexit.unregister(torch.ops.kt.stop_streams)
     atexit.register(torch.ops.kt.stop_streams)
 

@@ -21,6 +21,8 @@ from ktops.ops.moe_fwd import empty_output
 
 _TOKENS = ("hidden_states", "topk_ids", "topk_weights")
 
+register_pinned(torch.ops.kt.staged_bytes, torch.ops.kt.empty_stream_cache)
+
 
 class Streams(Protocol):
     """The streams of a type of device, as PyTorch knows them."""
@@ -75,7 +77,6 @@ def load(library: str = "") -> None:
         RuntimeError: there is none, or it lacks a function.
     """
     torch.ops.kt.load_cuda(library)
-    register_pinned(torch.ops.kt.staged_bytes, torch.ops.kt.empty_stream_cache)
     atexit.unregister(torch.ops.kt.stop_streams)
     atexit.register(torch.ops.kt.stop_streams)
 

@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_iter, tree_map
 
 NAME = "simgpu"
 
+_has_addresses = False
 _copies: list[tuple[str, int]] = []
 _libraries: list[torch.library.Library] = []
 
@@ -99,6 +100,17 @@ def traffic() -> Iterator[Counter[str]]:
         moved[f"copies_{direction}"] += 1
 
 
+@contextmanager
+def addresses() -> Iterator[None]:
+    """Makes tensors tell their addresses inside the ``with`` block; savers ask, but tracing must not know."""
+    global _has_addresses
+    _has_addresses = True
+    try:
+        yield
+    finally:
+        _has_addresses = False
+
+
 class SimulatedTensor(Tensor):
     """A tensor on the simulated device; ``data_on_host`` holds its values."""
 
@@ -133,7 +145,7 @@ class SimulatedTensor(Tensor):
         return self if expected_type in (None, SimulatedTensor) else self.data_on_host
 
     def untyped_storage(self) -> torch.UntypedStorage:
-        return self.data_on_host.untyped_storage()
+        return self.data_on_host.untyped_storage() if _has_addresses else super().untyped_storage()
 
     def tolist(self) -> Any:
         return self.cpu().tolist()

@@ -8,7 +8,7 @@ from model_files import save_model
 from ktops.cli.finetune import corpus, demo_model, verify
 from ktops.cli.finetune import run as finetune
 
-pytestmark = pytest.mark.usefixtures("enabled", "single_thread")
+pytestmark = pytest.mark.usefixtures("addresses", "enabled", "single_thread")
 
 
 OPTIONS = (

@@ -62,10 +62,25 @@ class Stop(Exception):
     pass
 
 
-def test_blocks_return_after_an_error(cpu_as_accelerator, monkeypatch):
+@pytest.mark.parametrize("after", ["copies", "use"])
+def test_error(cpu_as_accelerator, monkeypatch, after):
+    """Memory may be reused after an error, even one between copies and their event."""
+    given = weights()
     with monkeypatch.context() as patch, World(patch, 0) as world:
-        copies = Pieces(weights(), 3, torch.device("cpu"))
-        with pytest.raises(Stop), copies, copies.on_device([0, 4]) as piece:
+        recorded = pieces.recorded
+
+        def record(device: torch.device) -> torch.Event:
+            if world.current is not world.main:
+                raise Stop
+            return recorded(device)
+
+        if after == "copies":
+            patch.setattr(pieces, "recorded", record)
+        copies = Pieces(given, 3, torch.device("cpu"))
+        with pytest.raises(Stop), copies, copies.on_device([0, 4]):
             raise Stop
-        world.access(world.main, piece["scale"], True)
+        for buffer in copies._buffers:
+            for name, tensor in buffer.tensors.items():
+                world.access(world.main, tensor, True)
+                world.access(world.host, buffer.blocks[name].data, True)
         assert len(pieces.staging._idle) == 4

@@ -29,6 +29,8 @@ class Actor:
 class World(TorchDispatchMode):
     """The streams of a process. Copies with ``non_blocking`` run in the current one, others on the host.
 
+    Storages are kept, so that no address is reused.
+
     Args:
         monkeypatch: puts the simulated streams and events in the place of torch's.
         seed: of the random answers of ``Event.query``.

@@ -10,8 +10,6 @@ from collections import Counter
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ktops.devices.staging import Block, Staging
-
 
 class Actor:
     """The host or a stream."""
@@ -100,10 +98,3 @@ class Event:
         if done:
             self.synchronize()
         return done
-
-
-class PageableStaging(Staging):
-    """Blocks of memory that is not pinned, which needs an accelerator."""
-
-    def _new(self, nbytes: int) -> Block:
-        return Block(torch.empty(nbytes, dtype=torch.uint8))

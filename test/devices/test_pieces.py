@@ -2,10 +2,11 @@
 
 import pytest
 import torch
-from streams import PageableStaging, World
+from streams import World
 
-from ktops.devices import pieces, transfer
+from ktops.devices import pieces, staging, transfer
 from ktops.devices.pieces import Pieces
+from ktops.devices.staging import Staging
 
 E = 7
 
@@ -14,7 +15,8 @@ E = 7
 def cpu_as_accelerator(monkeypatch):
     monkeypatch.setattr(pieces, "PINNED", ("cpu",))
     monkeypatch.setattr(transfer, "PINNED", ("cpu",))
-    monkeypatch.setattr(pieces, "staging", PageableStaging())
+    monkeypatch.setattr(pieces, "staging", Staging())
+    monkeypatch.setattr(staging, "pinned", lambda nbytes: torch.empty(nbytes, dtype=torch.uint8))
 
 
 def weights() -> dict[str, torch.Tensor]:
@@ -43,7 +45,7 @@ def test_any_timing(cpu_as_accelerator, monkeypatch, stop):
     given = weights()
     for seed in range(100):
         with monkeypatch.context() as patch, World(patch, seed) as world:
-            patch.setattr(pieces, "staging", PageableStaging())
+            patch.setattr(pieces, "staging", Staging())
             for _ in range(3):
                 run(world, given, stop)
 

@@ -8,11 +8,12 @@ from contextlib import contextmanager
 import pytest
 import torch
 from simulated.conftest import inputs, on_device
+from streams import World
 from torch._subclasses import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from ktops import reference
-from ktops.devices import grouped
+from ktops.devices import grouped, pieces, staging, transfer
 from ktops.formats import get_format
 from ktops.ops.arguments import TENSORS
 from ktops.ops.check_devices import LORA
@@ -116,6 +117,19 @@ def test_grouped_mm(device, monkeypatch, lora_rank, each, transposed):
     for piece_bytes in PIECES:
         check(given, piece_bytes)
     assert calls and len(calls) % each == 0
+
+
+def test_through_pinned_memory(device, monkeypatch):
+    """As on a GPU, whose copies overlap with its work; ``test_pieces.py`` checks their order."""
+    pinned = []
+    for module in (pieces, transfer):
+        monkeypatch.setattr(module, "PINNED", (device.type,))
+        monkeypatch.setattr(module, "staging", staging.Staging())
+    monkeypatch.setattr(staging, "pinned", lambda n: pinned.append(n) or torch.empty(n, dtype=torch.uint8))
+    World(monkeypatch, 0)
+    for piece_bytes in PIECES:
+        check(with_formats(many(invalid_ids=True)), piece_bytes)
+    assert pinned
 
 
 def with_formats(given: dict) -> dict:

@@ -87,7 +87,7 @@ def accumulator(dtype: torch.dtype) -> torch.dtype:
 
 def has_grouped_mm(rows: Tensor, weight: Tensor) -> bool:
     """True if torch has a grouped kernel for these operands: bfloat16 on Hopper and data center Blackwell."""
-    if rows.device.type != "cuda" or rows.dtype != torch.bfloat16 or torch.version.hip is not None:
+    if rows.dtype != torch.bfloat16 or not _is_nvidia(rows.device):
         return False
     return torch.cuda.get_device_capability(rows.device)[0] in (9, 10) and is_aligned(weight)
 
@@ -99,6 +99,10 @@ def is_aligned(weight: Tensor) -> bool:
 
 def _product(rows: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
     """Returns rows @ weight, in ``dtype`` if the device has such a kernel."""
-    if rows.device.type == "cuda" and rows.dtype != dtype:
+    if rows.dtype != dtype and _is_nvidia(rows.device):
         return torch.mm(rows, weight, out_dtype=dtype)
     return rows @ weight
+
+
+def _is_nvidia(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.version.hip is None

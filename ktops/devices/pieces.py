@@ -74,8 +74,8 @@ class Pieces:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self.overlaps:
-            torch.accelerator.current_stream(self.device).wait_stream(self._copies)
+        if self.overlaps and kind is not None:
+            self._copies.synchronize()  # nothing may wait for its last copies yet
         self._stack.close()
 
     @contextmanager

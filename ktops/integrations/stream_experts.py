@@ -5,8 +5,8 @@ import warnings
 from torch import nn
 
 from ktops.integrations.transformers.coverage import experts_outside_op
-from ktops.nn.experts import check_min_tokens
 from ktops.nn.find import find_experts
+from ktops.nn.streaming import check_min_tokens
 
 
 def stream_experts(model: nn.Module, min_tokens: int | None) -> list[str]:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ktops.devices.pending import moe_sft_pending
 from ktops.formats import ExpertWeight
+from ktops.nn.streaming import check_min_tokens, streaming_threshold
 from ktops.ops import moe_sft
 from ktops.ops.activation import (
     ACTIVATIONS,
@@ -65,16 +66,6 @@ def run_experts(
         outside = (ids < 0) | (ids >= gate_up_proj.shape[0])  # whose norm need not be 0
         output = (weights.masked_fill(outside, 0)[..., None] * post_expert_norm(routes)).sum(1)
     return output.to(hidden_states.dtype).reshape(hidden_states.shape)
-
-
-def streaming_threshold(experts: Any, hidden_states: Tensor) -> int | None:
-    """Returns the option of ``ktops.moe_sft`` for an experts module, which ``ktops.stream_experts`` sets.
-
-    None in training mode, where a checkpointed forward computes the same as the one with gradients.
-    """
-    if hidden_states.is_cpu or experts.training:
-        return None
-    return getattr(experts, "stream_min_tokens", None)
 
 
 class Layout(NamedTuple):
@@ -401,12 +392,6 @@ def check_name(caller: str, argument: str, name: str, known) -> None:
     """Raises ValueError, with the caller and the argument, unless ``name`` is one of ``known``."""
     if name not in known:
         raise ValueError(f"{caller}: {argument} must be one of {', '.join(known)}, got {name!r}")
-
-
-def check_min_tokens(caller: str, argument: str, value: int | None) -> None:
-    """Raises ValueError, with the caller and the argument, unless the value is None or positive."""
-    if value is not None and value < 1:
-        raise ValueError(f"{caller}: {argument} must be positive or None, got {value}")
 
 
 def _check_dtype(argument: str, dtype: torch.dtype) -> None:

@@ -10,8 +10,6 @@ from collections import Counter
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ktops.devices.staging import Block, Staging
-
 
 class Actor:
     """The host or a stream."""
@@ -25,12 +23,11 @@ class Actor:
     def wait_event(self, event: "Event") -> None:
         self.learn(event.clock)
 
-    def wait_stream(self, other: "Actor") -> None:
-        self.learn(other.clock)
-
 
 class World(TorchDispatchMode):
     """The streams of a process. Copies with ``non_blocking`` run in the current one, others on the host.
+
+    Storages are kept, so that no address is reused.
 
     Args:
         monkeypatch: puts the simulated streams and events in the place of torch's.
@@ -42,7 +39,7 @@ class World(TorchDispatchMode):
         self.random = random.Random(seed)
         self.host, self.main = Actor(), Actor()
         self.current = self.main
-        self.accesses: dict[int, list[tuple[Actor, int, bool]]] = {}
+        self.accesses: dict[int, tuple[torch.UntypedStorage, list[tuple[Actor, int, bool]]]] = {}
         world = self
 
         class Stream(Actor):
@@ -51,6 +48,9 @@ class World(TorchDispatchMode):
 
             def __exit__(self, *_) -> None:
                 world.current = self.before
+
+            def synchronize(self) -> None:
+                world.host.learn(self.clock)
 
         class WorldEvent(Event):
             host, random = world.host, world.random
@@ -71,7 +71,8 @@ class World(TorchDispatchMode):
         """Records an access, and asserts that it is ordered after all that it conflicts with."""
         actor.learn(self.host.clock)
         actor.clock[actor] += 1
-        earlier = self.accesses.setdefault(tensor.untyped_storage().data_ptr(), [])
+        storage = tensor.untyped_storage()
+        _, earlier = self.accesses.setdefault(storage.data_ptr(), (storage, []))
         for other, time, wrote in earlier:
             assert not (writes or wrote) or actor.clock[other] >= time, "two accesses are not ordered"
         earlier.append((actor, actor.clock[actor], writes))
@@ -97,10 +98,3 @@ class Event:
         if done:
             self.synchronize()
         return done
-
-
-class PageableStaging(Staging):
-    """Blocks of memory that is not pinned, which needs an accelerator."""
-
-    def _new(self, nbytes: int) -> Block:
-        return Block(torch.empty(nbytes, dtype=torch.uint8))

@@ -2,10 +2,11 @@
 
 import pytest
 import torch
-from streams import PageableStaging, World
+from streams import World
 
-from ktops.devices import pieces, transfer
+from ktops.devices import pieces, staging, transfer
 from ktops.devices.pieces import Pieces
+from ktops.devices.staging import Staging
 
 E = 7
 
@@ -14,7 +15,8 @@ E = 7
 def cpu_as_accelerator(monkeypatch):
     monkeypatch.setattr(pieces, "PINNED", ("cpu",))
     monkeypatch.setattr(transfer, "PINNED", ("cpu",))
-    monkeypatch.setattr(pieces, "staging", PageableStaging())
+    monkeypatch.setattr(pieces, "staging", Staging())
+    monkeypatch.setattr(staging, "pinned", lambda nbytes: torch.empty(nbytes, dtype=torch.uint8))
 
 
 def weights() -> dict[str, torch.Tensor]:
@@ -43,7 +45,7 @@ def test_any_timing(cpu_as_accelerator, monkeypatch, stop):
     given = weights()
     for seed in range(100):
         with monkeypatch.context() as patch, World(patch, seed) as world:
-            patch.setattr(pieces, "staging", PageableStaging())
+            patch.setattr(pieces, "staging", Staging())
             for _ in range(3):
                 run(world, given, stop)
 
@@ -62,10 +64,25 @@ class Stop(Exception):
     pass
 
 
-def test_blocks_return_after_an_error(cpu_as_accelerator, monkeypatch):
+@pytest.mark.parametrize("after", ["copies", "use"])
+def test_error(cpu_as_accelerator, monkeypatch, after):
+    """Memory may be reused after an error, even one between copies and their event."""
+    given = weights()
     with monkeypatch.context() as patch, World(patch, 0) as world:
-        copies = Pieces(weights(), 3, torch.device("cpu"))
-        with pytest.raises(Stop), copies, copies.on_device([0, 4]) as piece:
+        recorded = pieces.recorded
+
+        def record(device: torch.device) -> torch.Event:
+            if world.current is not world.main:
+                raise Stop
+            return recorded(device)
+
+        if after == "copies":
+            patch.setattr(pieces, "recorded", record)
+        copies = Pieces(given, 3, torch.device("cpu"))
+        with pytest.raises(Stop), copies, copies.on_device([0, 4]):
             raise Stop
-        world.access(world.main, piece["scale"], True)
+        for buffer in copies._buffers:
+            for name, tensor in buffer.tensors.items():
+                world.access(world.main, tensor, True)
+                world.access(world.host, buffer.blocks[name].data, True)
         assert len(pieces.staging._idle) == 4

@@ -7,7 +7,8 @@ from torch import Tensor, nn
 
 from ktops._warn import warn_once
 from ktops.integrations.transformers.architectures import Unsupported, class_name, operands
-from ktops.nn.experts import KTExperts, Layout, run_experts, streaming_threshold
+from ktops.nn.experts import KTExperts, Layout, run_experts
+from ktops.nn.streaming import streaming_threshold
 
 NAME = "ktops"
 """The name of the implementation: ``experts_implementation=NAME``."""

@@ -8,10 +8,12 @@ from contextlib import contextmanager
 import pytest
 import torch
 from simulated.conftest import inputs, on_device
+from streams import World
+from torch._subclasses import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from ktops import reference
-from ktops.devices import grouped
+from ktops.devices import grouped, pieces, staging, transfer
 from ktops.formats import get_format
 from ktops.ops.arguments import TENSORS
 from ktops.ops.check_devices import LORA
@@ -117,6 +119,19 @@ def test_grouped_mm(device, monkeypatch, lora_rank, each, transposed):
     assert calls and len(calls) % each == 0
 
 
+def test_through_pinned_memory(device, monkeypatch):
+    """As on a GPU, whose copies overlap with its work; ``test_pieces.py`` checks their order."""
+    pinned = []
+    for module in (pieces, transfer):
+        monkeypatch.setattr(module, "PINNED", (device.type,))
+        monkeypatch.setattr(module, "staging", staging.Staging())
+    monkeypatch.setattr(staging, "pinned", lambda n: pinned.append(n) or torch.empty(n, dtype=torch.uint8))
+    World(monkeypatch, 0)
+    for piece_bytes in PIECES:
+        check(with_formats(many(invalid_ids=True)), piece_bytes)
+    assert pinned
+
+
 def with_formats(given: dict) -> dict:
     """Returns the same with weights in formats with scales and zero points."""
     return given | {
@@ -218,15 +233,26 @@ def test_no_gradient(device):
         output.sum().backward()
 
 
+def fake(x):
+    """Returns a fake tensor in place of a tensor, not of the simulated device's own class."""
+    if not torch.is_tensor(x):
+        return x
+    return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device)
+
+
 @pytest.mark.parametrize("reduce", [True, False])
-def test_tracing(device, reduce):
-    arguments = op_arguments(on_device(many() | {"reduce": reduce}))
-    tests = ("test_autograd_registration", "test_aot_dispatch_dynamic")
-    torch.library.opcheck(torch.ops.kt.moe_fwd_streamed.default, (*arguments, 60_000), test_utils=tests)
-    on_meta = (x.to("meta") if isinstance(x, torch.Tensor) else x for x in op_arguments(many()))
-    traced = torch.ops.kt.moe_fwd_streamed(*arguments._make(on_meta)._replace(reduce=reduce), 60_000)
-    output = torch.ops.kt.moe_fwd_streamed(*arguments, 60_000)
-    assert (traced.shape, traced.dtype) == (output.shape, output.dtype)
+def test_fake_kernel_describes_the_real_one(device, reduce):
+    operator = torch.ops.kt.moe_fwd_streamed.default
+    arguments = *op_arguments(on_device(many(dtype=torch.bfloat16) | {"reduce": reduce})), 60_000
+    torch.library.opcheck(operator, arguments, test_utils=("test_schema", "test_autograd_registration"))
+    with FakeTensorMode():
+        traced = operator(*map(fake, arguments))
+    output = operator(*arguments)
+    for what in ("device", "dtype", "shape"):
+        assert getattr(traced, what) == getattr(output, what), what
+    assert traced.stride() == output.stride()
+    with FakeTensorMode(), pytest.raises(RuntimeError, match="down_proj must be on cpu"):
+        operator(*map(fake, op_arguments(on_device(many(), "down_proj"))), 1)
 
 
 def test_flops(device):

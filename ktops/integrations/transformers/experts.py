@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from ktops._warn import warn_once
 from ktops.integrations.transformers.architectures import Unsupported, class_name, operands
 from ktops.nn.experts import KTExperts, Layout, run_experts
+from ktops.nn.host_memory import ON_DEVICE
 
 NAME = "ktops"
 """The name of the implementation: ``experts_implementation=NAME``."""
@@ -60,6 +61,7 @@ def experts_forward(
         down_bias=down_bias,
         **layout.function._asdict(),
         post_expert_norm=layout.norm(experts),
+        on_device=experts._modules.get(ON_DEVICE),
         **lora,
     )
 

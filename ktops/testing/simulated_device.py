@@ -39,7 +39,10 @@ def register() -> None:
     torch.tensor, torch.as_tensor = map(_from_data, (torch.tensor, torch.as_tensor))
     library = torch.library.Library("_", "IMPL")
     library.fallback(lambda op, *args, **kwargs: _run(op, args, kwargs), "PrivateUse1")
-    _libraries.append(library)
+    library.fallback(torch.library.fallthrough_kernel, "AutocastPrivateUse1")
+    aten = torch.library.Library("aten", "IMPL")
+    aten.impl("linear", _autocast_linear, "AutocastPrivateUse1")
+    _libraries.extend((library, aten))
 
 
 class Backend:
@@ -119,6 +122,16 @@ class SimulatedTensor(Tensor):
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
         return _run(func, args, kwargs or {})
 
+    def __tensor_flatten__(self) -> tuple[list[str], None]:
+        return ["data_on_host"], None
+
+    @staticmethod
+    def __tensor_unflatten__(inner: dict[str, Tensor], context, size, stride) -> "SimulatedTensor":
+        return SimulatedTensor(inner["data_on_host"])
+
+    def __coerce_same_metadata_as_tangent__(self, context, expected_type=None) -> Tensor:
+        return self if expected_type in (None, SimulatedTensor) else self.data_on_host
+
     def untyped_storage(self) -> torch.UntypedStorage:
         return self.data_on_host.untyped_storage()
 
@@ -127,6 +140,14 @@ class SimulatedTensor(Tensor):
 
     def __repr__(self) -> str:  # type: ignore[override]  # without the option for torch's own printing
         return f"{self.data_on_host!r} on {NAME}"
+
+
+def _autocast_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    dtype = torch.get_autocast_dtype(NAME)
+    with torch.autocast(NAME, enabled=False):
+        return torch.nn.functional.linear(
+            x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+        )
 
 
 def _from_data(constructor: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -177,7 +198,7 @@ def _written(func: torch._ops.OpOverload, args: tuple, kwargs: dict) -> list[Ten
 
 def _require_one_device(func: torch._ops.OpOverload, given: Any) -> None:
     for tensor in tree_iter(given):
-        if isinstance(tensor, Tensor) and not isinstance(tensor, SimulatedTensor) and tensor.dim():
+        if isinstance(tensor, Tensor) and tensor.device.type != NAME and tensor.dim():
             raise RuntimeError(
                 f"{func.name()}: expected all tensors on {device()}, got one on {tensor.device}"
             )
@@ -186,12 +207,12 @@ def _require_one_device(func: torch._ops.OpOverload, given: Any) -> None:
 def _to_copy(source: Tensor, *, device=None, pin_memory=None, **options) -> Tensor:
     result = torch.ops.aten._to_copy(_host(source), **options)
     target = source.device if device is None else torch.device(device)
-    _count(source.device.type, target.type, result.nbytes)
+    _count(source.device.type, target.type, result)
     return SimulatedTensor(result) if target.type == NAME else result
 
 
 def _copy_into(target: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
-    _count(source.device.type, target.device.type, source.nbytes)
+    _count(source.device.type, target.device.type, source)
     _host(target).copy_(_host(source))
     return target
 
@@ -201,8 +222,9 @@ def _histc(counted: Tensor, *args, **kwargs) -> Tensor:
     return SimulatedTensor(torch.histc(_host(counted).float(), *args, **kwargs).to(counted.dtype))
 
 
-def _count(source: str, target: str, nbytes: int) -> None:
-    if source != target:
+def _count(source: str, target: str, data: Tensor) -> None:
+    nbytes = data.numel() * data.itemsize
+    if source != target and isinstance(nbytes, int):  # not while a graph with symbolic sizes is traced
         _copies.append(("up" if target == NAME else "down", nbytes))
 
 

@@ -132,8 +132,8 @@ class SimulatedTensor(Tensor):
     def __coerce_same_metadata_as_tangent__(self, context, expected_type=None) -> Tensor:
         return self if expected_type in (None, SimulatedTensor) else self.data_on_host
 
-    def untyped_storage(self) -> torch.UntypedStorage:
-        return self.data_on_host.untyped_storage()
+    def storage(self) -> torch.TypedStorage:
+        return self.data_on_host._typed_storage()
 
     def tolist(self) -> Any:
         return self.cpu().tolist()

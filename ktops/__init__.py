@@ -21,6 +21,7 @@ from ktops.ops import (
 
 _LAZY = {
     "KTConfig": "ktops.integrations.transformers.config",
+    "count_routes": "ktops.integrations.gpu_experts",
     "disable": "ktops.integrations",
     "enable": "ktops.integrations",
     "export_adapter": "ktops.adapters.export",
@@ -42,6 +43,7 @@ __all__ = [
     "Step",
     "__version__",
     "checkpoint_context_fn",
+    "count_routes",
     "cpu_capabilities",
     "cpu_capability",
     "dequantize",

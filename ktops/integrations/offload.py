@@ -2,7 +2,7 @@
 
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,10 +11,13 @@ from torch import Tensor, nn
 from ktops._display import format_bytes
 from ktops.devices.accelerator import find_accelerator, require_room
 from ktops.integrations import peft
+from ktops.integrations.gpu_experts import bytes_of_copies, choose
 from ktops.integrations.swap import require_experts
+from ktops.integrations.transformers.architectures import operands
 from ktops.integrations.transformers.coverage import experts_outside_op
 from ktops.integrations.transformers.outside import ForwardReplacement
-from ktops.nn.host_memory import MOVES, keep_in_host_memory
+from ktops.nn.device_experts import copy_to_device
+from ktops.nn.host_memory import MOVES, ON_DEVICE, keep_in_host_memory
 
 
 @dataclass(frozen=True)
@@ -25,21 +28,34 @@ class OffloadReport:
         device: where everything but the experts is.
         layers: the names of the experts modules in CPU memory, in order.
         bytes_on_device, bytes_on_cpu: sizes of the two parts, in bytes.
+        copies: number of experts of which the device has copies.
+        bytes_of_copies: their size on the device.
     """
 
     device: torch.device
     layers: tuple[str, ...]
     bytes_on_device: int
     bytes_on_cpu: int
+    copies: int = 0
+    bytes_of_copies: int = 0
 
     def __str__(self) -> str:
-        return (
+        text = (
             f"{format_bytes(self.bytes_on_device)} on {self.device}, and the experts of {len(self.layers)} "
             f"layers, {format_bytes(self.bytes_on_cpu)}, in CPU memory"
         )
+        if not self.copies:
+            return text
+        return f"{text}, with copies of {self.copies}, {format_bytes(self.bytes_of_copies)}, on {self.device}"
 
 
-def offload_experts(model: nn.Module, device: torch.device | str | int = "cuda") -> OffloadReport:
+def offload_experts(
+    model: nn.Module,
+    device: torch.device | str | int = "cuda",
+    num_gpu_experts: int = 0,
+    *,
+    gpu_experts_mask: Tensor | Sequence[Tensor] | None = None,
+) -> OffloadReport:
     """Moves a model to an accelerator, all but its routed experts, which stay in CPU memory.
 
     Routers, shared experts, attention, embeddings and buffers move, tensor by tensor. Experts and the
@@ -56,13 +72,19 @@ def offload_experts(model: nn.Module, device: torch.device | str | int = "cuda")
             ``load_experts``; in CPU memory, with or without adapters. Experts that ktops does not run move
             too, with a warning.
         device: an accelerator of this machine.
+        num_gpu_experts: how many experts of each layer, the first ones, the device computes. It gets dense
+            copies of their weights; the CPU computes the other experts of the same tokens. Adapters on them
+            work, but the weights themselves must be frozen. A second call replaces the copies.
+        gpu_experts_mask: bool [L, E], or one [E] per layer: these instead of the first ones.
+            :func:`ktops.count_routes` and ``ktops.compat.generate_gpu_experts_masks`` find the most used.
 
     Returns:
         An :class:`OffloadReport`. Its str() is a summary.
 
     Raises:
         ValueError: no such device, the model has no experts that ktops runs, or it is not loaded or already
-            dispatched by accelerate. The model is unchanged.
+            dispatched by accelerate; num_gpu_experts is out of range, the mask has a wrong shape, or ktops
+            cannot split these experts. The model is unchanged.
         torch.OutOfMemoryError: the device has no room for what would move; the message says how much there
             would have to be. The model is unchanged.
 
@@ -76,10 +98,14 @@ def offload_experts(model: nn.Module, device: torch.device | str | int = "cuda")
     names, outside = _experts_in_op(model)
     staying = {id(tensor) for name in names for tensor in _tensors_of_experts(model, name)}
     moving = [tensor for tensor in _tensors(model) if id(tensor) not in staying]
+    chosen = choose(model, names, num_gpu_experts, gpu_experts_mask)
+    copied = sum(bytes_of_copies(model.get_submodule(name), mask) for name, mask in chosen.items())
+    number = sum(int(mask.sum()) for mask in chosen.values())
     require_room(
         device,
-        sum(tensor.nbytes for tensor in moving if tensor.device != device),
-        f"offload_experts: {type(model).__name__} without its experts",
+        sum(tensor.nbytes for tensor in moving if tensor.device != device) + copied,
+        f"offload_experts: {type(model).__name__} without its experts"
+        + (f", with copies of {number} of them," if number else ""),
     )
     if outside:
         warnings.warn(
@@ -92,8 +118,11 @@ def offload_experts(model: nn.Module, device: torch.device | str | int = "cuda")
         for part in _parts(model.get_submodule(name)):
             keep_in_host_memory(part)
     model.to(device)
-    moved = sum(tensor.nbytes for tensor in moving)
-    return OffloadReport(device, tuple(names), moved, sum(x.nbytes for x in _tensors(model)) - moved)
+    moved, total = (sum(tensor.nbytes for tensor in tensors) for tensors in (moving, _tensors(model)))
+    for name, mask in chosen.items():
+        experts = model.get_submodule(name)
+        copy_to_device(experts, mask, operands(experts)[0], device)
+    return OffloadReport(device, tuple(names), moved, total - moved, number, copied)
 
 
 def _require_placeable(model: nn.Module) -> None:
@@ -134,13 +163,13 @@ def _tensors_of_experts(model: nn.Module, name: str) -> Iterator[Tensor]:
     """Yields the tensors of experts that stay in CPU memory, and those of adapters on them."""
     experts = model.get_submodule(name)
     wrapped = model.get_submodule(re.sub(r"(\.base_layer)+$", "", name))
-    norm = experts._modules.get(MOVES)
-    moving = set() if norm is None else {id(tensor) for tensor in _tensors(norm)}
+    children = (experts._modules.get(child) for child in MOVES)
+    moving = {id(tensor) for child in children if child is not None for tensor in _tensors(child)}
     for part in [wrapped] if wrapped is not experts else _parts(experts):
         yield from (tensor for tensor in _tensors(part) if id(tensor) not in moving)
 
 
 def _tensors(module: nn.Module) -> Iterator[Tensor]:
-    """Yields every Parameter and buffer once."""
+    """Yields every Parameter and buffer once, without copies of experts."""
     yield from module.parameters()
-    yield from module.buffers()
+    yield from (buffer for name, buffer in module.named_buffers() if ON_DEVICE not in name.split("."))

@@ -22,6 +22,7 @@ from ktops._warn import warn_once
 from ktops.formats import ExpertWeight
 from ktops.integrations.replacements import Replacements
 from ktops.integrations.transformers.experts import layout_in_op
+from ktops.nn.device_experts import refresh
 from ktops.nn.experts import Layout
 from ktops.nn.host_memory import Convert, is_kept, staying
 
@@ -67,7 +68,7 @@ def enable() -> None:
     from peft.tuners.lora.layer import ParamWrapper
     from peft.tuners.tuners_utils import BaseTuner
 
-    _replaced.install(ParamWrapper, forward=_forward, merge=_merge, _apply=_apply)
+    _replaced.install(ParamWrapper, forward=_forward, merge=_merge, unmerge=_unmerge, _apply=_apply)
     _replaced.install(
         BaseTuner,
         inject_adapter=_inject_adapter,
@@ -222,6 +223,13 @@ def _merge(wrapper: "ParamWrapper", *args, **kwargs) -> None:
     """``ParamWrapper.merge``, which raises for weights in a format, because they cannot hold the sum."""
     _require_dense(wrapper, "merged")
     _replaced.original["merge"](wrapper, *args, **kwargs)
+    refresh(wrapper.get_base_layer())
+
+
+def _unmerge(wrapper: "ParamWrapper") -> None:
+    """``ParamWrapper.unmerge``."""
+    _replaced.original["unmerge"](wrapper)
+    refresh(wrapper.get_base_layer())
 
 
 def _merge_adapter(tuner, adapter_names: list[str] | None = None, *args, **kwargs) -> None:

@@ -113,6 +113,8 @@ class Settings:
         trains_experts: False if ``kt_backend`` ends in _SkipLoRA: the experts get no adapters.
         num_threads: for ``torch.set_num_threads``; None leaves it.
         weight_path: another checkpoint to load the experts from.
+        num_gpu_experts: how many experts of each layer an accelerator computes, where the rest of the model
+            is on one; without effect elsewhere.
         without_effect: the keys given that have no effect in ktops.
     """
 
@@ -120,6 +122,7 @@ class Settings:
     trains_experts: bool = True
     num_threads: int | None = None
     weight_path: Path | None = None
+    num_gpu_experts: int = 0
     without_effect: tuple[str, ...] = ()
 
     def quantization_config(self, quantization: Mapping | None = None) -> "KTConfig | None":
@@ -230,8 +233,11 @@ def _read(given: dict[str, Any]) -> Settings:
         )
     backend, trains_experts = _backend(given)
     threads = given.get("kt_num_threads")
-    if threads is not None and (isinstance(threads, bool) or not str(threads).isdigit() or not int(threads)):
+    if threads is not None and not (_is_number(threads) and int(threads)):
         raise ValueError(f"kt_num_threads must be a positive integer, got {threads!r}")
+    on_device = given.get("kt_num_gpu_experts", 0)
+    if not _is_number(on_device):
+        raise ValueError(f"kt_num_gpu_experts must be a number of experts, got {on_device!r}")
     paths = {key: given[key] for key in ("kt_weight_path", "kt_expert_checkpoint_path") if key in given}
     if len(paths) > 1:
         raise ValueError(f"{' and '.join(paths)}: ktops loads the experts from one checkpoint; give one")
@@ -243,8 +249,13 @@ def _read(given: dict[str, Any]) -> Settings:
         trains_experts,
         num_threads=None if threads is None else int(threads),
         weight_path=next(map(Path, paths.values()), None),
+        num_gpu_experts=int(on_device),
         without_effect=tuple(sorted(given.keys() & WITHOUT_EFFECT)),
     )
+
+
+def _is_number(value: object) -> bool:
+    return not isinstance(value, bool) and str(value).isdigit()
 
 
 def _backend(given: Mapping[str, Any]) -> tuple[Backend, bool]:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ktops.devices.pending import moe_sft_pending
 from ktops.formats import ExpertWeight
+from ktops.nn.host_memory import ON_DEVICE
 from ktops.nn.streaming import check_min_tokens, streaming_threshold
 from ktops.ops import moe_sft
 from ktops.ops.activation import (
@@ -37,6 +38,7 @@ def run_experts(
     down_proj: Tensor | ExpertWeight,
     *,
     post_expert_norm: nn.Module | None = None,
+    on_device: Any = None,
     **options,
 ) -> Tensor:
     """Runs ``ktops.moe_sft`` in the dtype of the weights; returns a result in the dtype of hidden_states.
@@ -49,6 +51,7 @@ def run_experts(
 
     Args:
         post_expert_norm: applied to the output [T, K, H] of every route, before its routing weight.
+        on_device: a DeviceExperts, which computes some of the experts.
         options: those of ``ktops.moe_sft``.
     """
     if top_k_weights.dtype not in DTYPES:
@@ -58,6 +61,10 @@ def run_experts(
     weights = top_k_weights.reshape(-1, top_k_weights.shape[-1])
     if weights.shape[1] == gate_up_proj.shape[0] != ids.shape[1]:
         weights = weights.gather(1, ids)
+    every = ids
+    if on_device is not None:
+        on_device.require_frozen(gate_up_proj, down_proj, options)
+        ids = on_device.others(every)
     if post_expert_norm is None:
         run = moe_sft if rows.is_cpu else moe_sft_pending
         output = run(rows, ids, weights, gate_up_proj, down_proj, **options)
@@ -65,6 +72,8 @@ def run_experts(
         routes = moe_sft(rows, ids, None, gate_up_proj, down_proj, reduce=False, **options)
         outside = (ids < 0) | (ids >= gate_up_proj.shape[0])  # whose norm need not be 0
         output = (weights.masked_fill(outside, 0)[..., None] * post_expert_norm(routes)).sum(1)
+    if on_device is not None:
+        output = output + on_device(rows, every, weights, post_expert_norm=post_expert_norm, **options)
     return output.to(hidden_states.dtype).reshape(hidden_states.shape)
 
 
@@ -349,6 +358,7 @@ class KTExperts(nn.Module):
             save=self.save,
             compute="bf16" if self.training and self.compute == "auto" else self.compute,
             stream_min_tokens=streaming_threshold(self, hidden_states),
+            on_device=self._modules.get(ON_DEVICE),
             **lora,
         )
 

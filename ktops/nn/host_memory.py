@@ -8,8 +8,11 @@ from torch import Tensor, nn
 Convert = Callable[[Tensor], Tensor]
 """What ``nn.Module._apply`` calls with every tensor: ``.to()``, ``.half()`` and the like."""
 
-MOVES = "post_expert_norm"
-"""The child of an experts module that is not part of the operator and goes to the device."""
+ON_DEVICE = "on_device"
+"""The child of an experts module that holds copies of some experts, a DeviceExperts."""
+
+MOVES = ("post_expert_norm", ON_DEVICE)
+"""The children of an experts module that go to the device."""
 
 
 def staying(convert: Convert) -> Convert:
@@ -32,7 +35,7 @@ class StaysOnCPU(nn.Module):
 def keep_in_host_memory(module: nn.Module) -> None:
     """Makes ``.to(device)``, of a module or of a model around it, leave its tensors in CPU memory.
 
-    Changes of dtype still apply. A ``post_expert_norm`` still moves. Copies of the module stay, too.
+    Changes of dtype still apply. Children named in ``MOVES`` still move. Copies of the module stay, too.
 
     Example:
         >>> keep_in_host_memory(model.model.layers[0].mlp.experts)
@@ -48,7 +51,8 @@ def is_kept(module: nn.Module) -> bool:
 
 
 def _apply(module: nn.Module, fn: Convert, recurse: bool = True) -> nn.Module:
-    norm = module._modules.get(MOVES)
-    if norm is not None and recurse:
-        norm._apply(fn)
+    for name in MOVES if recurse else ():
+        child = module._modules.get(name)
+        if child is not None:
+            child._apply(fn)
     return type(module)._apply(module, staying(fn), recurse)

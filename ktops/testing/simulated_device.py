@@ -18,7 +18,6 @@ from torch.utils._pytree import tree_iter, tree_map
 
 NAME = "simgpu"
 
-_has_addresses = False
 _copies: list[tuple[str, int]] = []
 _libraries: list[torch.library.Library] = []
 
@@ -100,17 +99,6 @@ def traffic() -> Iterator[Counter[str]]:
         moved[f"copies_{direction}"] += 1
 
 
-@contextmanager
-def addresses() -> Iterator[None]:
-    """Makes tensors tell their addresses inside the ``with`` block; savers ask, but tracing must not know."""
-    global _has_addresses
-    _has_addresses = True
-    try:
-        yield
-    finally:
-        _has_addresses = False
-
-
 class SimulatedTensor(Tensor):
     """A tensor on the simulated device; ``data_on_host`` holds its values."""
 
@@ -144,8 +132,8 @@ class SimulatedTensor(Tensor):
     def __coerce_same_metadata_as_tangent__(self, context, expected_type=None) -> Tensor:
         return self if expected_type in (None, SimulatedTensor) else self.data_on_host
 
-    def untyped_storage(self) -> torch.UntypedStorage:
-        return self.data_on_host.untyped_storage() if _has_addresses else super().untyped_storage()
+    def storage(self) -> torch.TypedStorage:
+        return self.data_on_host._typed_storage()
 
     def tolist(self) -> Any:
         return self.cpu().tolist()

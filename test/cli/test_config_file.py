@@ -145,6 +145,8 @@ def test_keys_left_out_have_llamafactorys_defaults(config):
             {"weight_format": "int4", "freeze_experts": True},
         ),
         ("kt_num_threads: 4", {"num_threads": 4}),
+        ("device: cuda\nkt_num_gpu_experts: 4", {"device": "cuda", "num_gpu_experts": 4}),
+        ("kt_num_gpu_experts: 4", {}),
         (
             "weight_format: q4_0\nignore_keys: [id, source]",
             {"weight_format": "q4_0", "ignore_keys": "id,source"},
@@ -158,6 +160,12 @@ def test_values(config, text, options):
     read = config(text + "\ndataset: d").options
     assert dict(read.items() - defaults.items()) == options
     assert ("eval_fraction" in read) != bool({"eval_examples", "eval_data"} & options.keys())
+
+
+def test_experts_on_a_device_need_one(config):
+    idle = ("without effect in ktops finetune: kt_num_gpu_experts",)
+    assert config("kt_num_gpu_experts: 4\ndevice: cpu").notes == idle
+    assert config("kt_num_gpu_experts: 4\ndevice: cuda").notes == ()
 
 
 def test_transformers_instead_of_ktops_is_told(config):

@@ -23,7 +23,10 @@ def test_only_its_own_keys_are_taken():
     config = {"use_kt": "true", "lora_rank": 8, "kt_backend": "AMXInt8", "kt_num_threads": "4"}
     config |= {"kt_tp_enabled": True, "kt_num_gpu_experts": 2, "kt_weight_path": None}
     expected = Settings(
-        Backend("int8"), num_threads=4, without_effect=("kt_num_gpu_experts", "kt_tp_enabled")
+        Backend("int8"),
+        num_threads=4,
+        num_gpu_experts=2,
+        without_effect=("kt_num_gpu_experts", "kt_tp_enabled"),
     )
     assert take_settings(config) == expected
     assert config == {"lora_rank": 8}

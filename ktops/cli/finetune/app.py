@@ -208,6 +208,13 @@ def finetune(
             rich_help_panel=_TRAINING,
         ),
     ] = "cpu",
+    num_gpu_experts: Annotated[
+        int,
+        typer.Option(
+            help="Experts of each layer, the first ones, that --device computes from copies.",
+            rich_help_panel=_TRAINING,
+        ),
+    ] = 0,
     experts_implementation: Annotated[
         str,
         typer.Option(

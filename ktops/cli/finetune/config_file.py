@@ -76,7 +76,8 @@ def read_config(path: Path) -> Config:
 
     kt = {key: entry for key, entry in entries.items() if settings.is_key(key)}
     found = _settings(path, kt)
-    for key, made in _kt_options(found, kt).items():
+    on_device = entries.get("device", Entry("cpu", 0)).value != "cpu"
+    for key, made in _kt_options(found, kt, on_device).items():
         set_options(made, key, kt[key].line)
     for key, (value, line) in entries.items():
         if key in kt:
@@ -90,7 +91,7 @@ def read_config(path: Path) -> Config:
     _require_evaluation(path, entries, options)
     if options.get("resume"):
         options.pop("overwrite", None)
-    return Config(path, _with_defaults(options), origins, _notes(entries, found))
+    return Config(path, _with_defaults(options), origins, _notes(entries, found, on_device))
 
 
 def _setter(path: Path, key: str, line: int) -> Setter:
@@ -114,8 +115,10 @@ def _settings(path: Path, kt: dict[str, Entry]) -> settings.Settings | None:
         raise UserError(f"{where}: {error}") from None
 
 
-def _kt_options(found: settings.Settings | None, kt: dict[str, Entry]) -> dict[str, dict[str, Any]]:
-    """Returns key -> the options that it sets."""
+def _kt_options(
+    found: settings.Settings | None, kt: dict[str, Entry], on_device: bool
+) -> dict[str, dict[str, Any]]:
+    """Returns key -> the options that it sets; on_device says whether the file names an accelerator."""
     if found is None:
         return {"use_kt": {"experts_implementation": OTHERS}}
     made: dict[str, dict[str, Any]] = {
@@ -125,6 +128,7 @@ def _kt_options(found: settings.Settings | None, kt: dict[str, Entry]) -> dict[s
             "freeze_experts": not found.trains_experts,
         },
         "kt_num_threads": {"num_threads": found.num_threads},
+        "kt_num_gpu_experts": {"num_gpu_experts": found.num_gpu_experts if on_device else None},
         "kt_weight_path": {"experts_path": found.weight_path and str(found.weight_path.resolve())},
     }
     stand_ins = {"kt_backend": "kt_expert_weight_format", "kt_weight_path": "kt_expert_checkpoint_path"}
@@ -154,7 +158,7 @@ def _with_defaults(options: dict[str, Any]) -> dict[str, Any]:
     } | options
 
 
-def _notes(entries: dict[str, Entry], found: settings.Settings | None) -> tuple[str, ...]:
+def _notes(entries: dict[str, Entry], found: settings.Settings | None, on_device: bool) -> tuple[str, ...]:
     notes = []
     if "use_kt" in entries and found is None:
         notes.append(f"use_kt: false: transformers runs the experts ({OTHERS}), not ktops")
@@ -163,6 +167,8 @@ def _notes(entries: dict[str, Entry], found: settings.Settings | None) -> tuple[
         notes.append(f"template {template}: the chat template of the model's tokenizer is used instead")
     idle = [key for key in entries if KEYS.get(key) is no_effect and key != "template"]
     idle += found.without_effect if found else [key for key in entries if key.startswith("kt_")]
+    if found and on_device:
+        idle = [key for key in idle if key != "kt_num_gpu_experts"]
     if idle:
         notes.append(f"without effect in ktops finetune: {', '.join(idle)}")
     return tuple(notes)

@@ -277,6 +277,7 @@ KEYS: dict[str, Setter] = {
     # ktops' own
     "ignore_keys": _sets("ignore_keys", _names),
     "device": _sets("device", _text),
+    "num_gpu_experts": _sets("num_gpu_experts", _whole),
     "experts_implementation": _sets("experts_implementation", _text),
     "weight_format": _sets("weight_format", _text),
     "group_size": _sets("group_size", _whole),

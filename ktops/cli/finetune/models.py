@@ -92,6 +92,8 @@ class ExpertsOptions(Protocol):
     @property
     def device(self) -> str: ...
     @property
+    def num_gpu_experts(self) -> int: ...
+    @property
     def experts_implementation(self) -> str: ...
     @property
     def experts_path(self) -> str | None: ...
@@ -236,7 +238,7 @@ def place(model, options: ExpertsOptions):
         The ktops.integrations.offload.OffloadReport, or None.
 
     Raises:
-        UserError: the device has no room for it.
+        UserError: the device has no room for it, or a layer does not have --num-gpu-experts.
     """
     import torch
 
@@ -246,7 +248,7 @@ def place(model, options: ExpertsOptions):
         return None
     try:
         if options.experts_implementation == "ktops":
-            return ktops.offload_experts(model, options.device)
+            return ktops.offload_experts(model, options.device, options.num_gpu_experts)
         model.to(options.device)
     except (ValueError, torch.OutOfMemoryError) as error:
         raise UserError(f"--device {options.device}: {error}") from None

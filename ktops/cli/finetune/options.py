@@ -51,6 +51,7 @@ class Options:
     max_length: int = 1024
     dtype: str = "bf16"
     device: str = "cpu"
+    num_gpu_experts: int = 0
     experts_implementation: str = "ktops"
     experts_path: str | None = None
     weight_format: str | None = None
@@ -98,7 +99,7 @@ _POSITIVE = (
     "logging_steps", "save_steps", "save_total_limit", "num_threads", "adam_epsilon", "pretrain_steps",
 )  # fmt: skip
 
-_NOT_NEGATIVE = ("warmup_steps", "weight_decay", "max_grad_norm")
+_NOT_NEGATIVE = ("warmup_steps", "weight_decay", "max_grad_norm", "num_gpu_experts")
 
 _BELOW_ONE = ("eval_fraction", "lora_dropout", "warmup_ratio", "adam_beta1", "adam_beta2")
 
@@ -141,6 +142,8 @@ def complete(options: Options) -> Options:
             )
     if options.eval_steps is not None and options.eval_fraction == 0:
         raise UserError("--eval-steps needs held-out examples, got --eval-fraction 0")
+    if options.num_gpu_experts and options.device == "cpu":
+        raise UserError("--num-gpu-experts needs --device")
     _require_format(options)
     return options
 

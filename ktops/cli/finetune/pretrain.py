@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -42,7 +43,7 @@ def base_model(options: Options, directory: Path, report: Report, resume_command
 
         ktops.enable()
     model = demo_model.create(tokenizer, DTYPE, options.experts_implementation)
-    place(model, options)
+    place(model, replace(options, num_gpu_experts=0))
     model.config.output_router_logits = True
     report.pretraining(model, examples)
     work = directory / run_directory.PRETRAINING

@@ -256,6 +256,7 @@ def _record(model, base: str, directory: Path, options: Options, input_ids: list
         experts_implementation=options.experts_implementation,
         num_threads=torch.get_num_threads(),
         device=options.device,
+        num_gpu_experts=options.num_gpu_experts,
         weight_format=options.weight_format,
         group_size=options.group_size,
         quantize_method=options.quantize_method,

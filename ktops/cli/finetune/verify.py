@@ -29,6 +29,7 @@ class Record:
     experts_implementation: str
     num_threads: int
     device: str = "cpu"
+    num_gpu_experts: int = 0
     weight_format: str | None = None
     group_size: int | None = None
     quantize_method: str | None = None

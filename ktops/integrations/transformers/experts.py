@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from ktops._warn import warn_once
 from ktops.integrations.transformers.architectures import Unsupported, class_name, operands
 from ktops.nn.experts import KTExperts, Layout, run_experts
+from ktops.nn.host_memory import ON_DEVICE
 from ktops.nn.streaming import streaming_threshold
 
 NAME = "ktops"
@@ -62,6 +63,7 @@ def experts_forward(
         **layout.function._asdict(),
         post_expert_norm=layout.norm(experts),
         stream_min_tokens=streaming_threshold(experts, hidden_states),
+        on_device=experts._modules.get(ON_DEVICE),
         **lora,
     )
 

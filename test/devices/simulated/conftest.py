@@ -16,13 +16,6 @@ def device():
     return simulated_device.device()
 
 
-@pytest.fixture
-def addresses():
-    """For tests that save models from the device."""
-    with simulated_device.addresses():
-        yield
-
-
 def inputs(**options) -> dict:
     """Returns arguments of ``ktops.moe_sft`` on the CPU."""
     return moe_inputs(**{**SIZES, "lora_rank": (3, 5), "bias": True, **options})

@@ -11,7 +11,7 @@ from ktops.devices import accelerator
 from ktops.testing.budgets import gradient_budget, relative_error
 from ktops.testing.simulated_device import traffic
 
-pytestmark = pytest.mark.usefixtures("addresses", "enabled", "single_thread")
+pytestmark = pytest.mark.usefixtures("enabled", "single_thread")
 
 
 @pytest.fixture(params=["qwen3_moe", "deepseek_v3", "gpt_oss"])

@@ -8,7 +8,7 @@ from model_files import save_model
 from ktops.cli.finetune import corpus, demo_model, verify
 from ktops.cli.finetune import run as finetune
 
-pytestmark = pytest.mark.usefixtures("addresses", "enabled", "single_thread")
+pytestmark = pytest.mark.usefixtures("enabled", "single_thread")
 
 
 OPTIONS = (
@@ -38,9 +38,9 @@ def command(ktops_command, tmp_path, monkeypatch):
 
 
 def test_device(command, tmp_path):
-    status, out, err = command("simgpu")
+    status, out, err = command("simgpu", "--num-gpu-experts", "2")
     assert (status, err) == (0, "")
-    assert "KiB on simgpu:0, and the experts of 2 layers, " in out
+    assert "on simgpu:0, and the experts of 2 layers, " in out and ", with copies of 4, " in out
     metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
     calls = {name: op["calls"] for name, op in metrics["kt_time"]["ops"].items()}
     assert calls == {"moe_sft_fwd": 4, "moe_sft_bwd": 4, "moe_fwd": 0}

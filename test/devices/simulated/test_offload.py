@@ -17,7 +17,7 @@ from ktops.testing.simulated_device import traffic
 FOLDERS = ["qwen3_moe", "deepseek_v3", "gpt_oss"]
 LAYERS, TOKENS, HIDDEN, TOP_K = 2, 2 * 12, 32, 2
 
-pytestmark = pytest.mark.usefixtures("addresses", "enabled", "single_thread")
+pytestmark = pytest.mark.usefixtures("enabled", "single_thread")
 
 
 def require_equal(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:

@@ -10,7 +10,7 @@ from test_trainer import adapters, losses, trainer
 import ktops
 from ktops.testing.budgets import gradient_budget, relative_error
 
-pytestmark = pytest.mark.usefixtures("addresses", "enabled", "single_thread")
+pytestmark = pytest.mark.usefixtures("enabled", "single_thread")
 
 
 @pytest.fixture

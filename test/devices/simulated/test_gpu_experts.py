@@ -1,0 +1,195 @@
+"""Experts of which the device has copies: it computes them, and the CPU the others."""
+
+import copy
+import re
+
+import pytest
+import torch
+from model_runs import MODEL_BUDGET
+from simulated.offloaded import batch, loss_and_gradients, model_on_cpu, on_cpu, with_adapters
+
+import ktops
+from ktops.compat import generate_gpu_experts_masks
+from ktops.devices import accelerator
+from ktops.nn import experts
+from ktops.nn.find import find_experts
+from ktops.ops import moe_sft
+from ktops.testing.budgets import relative_error
+from ktops.testing.simulated_device import traffic
+
+LAYERS, EXPERTS = 2, 6
+MASK = torch.arange(LAYERS * EXPERTS).view(LAYERS, EXPERTS) % 3 == 1
+
+pytestmark = pytest.mark.usefixtures("enabled", "single_thread")
+
+
+def frozen(model):
+    for module in find_experts(model).values():
+        module.requires_grad_(False)
+    return model
+
+
+def require_close(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    assert actual.keys() == expected.keys() and len(actual) > 1
+    for name, value in expected.items():
+        assert relative_error(actual[name], value) < MODEL_BUDGET, name
+
+
+@torch.no_grad()
+def logits(model, folder: str) -> torch.Tensor:
+    return model(**batch(folder, model.device)).logits.cpu()
+
+
+@pytest.mark.parametrize("folder", ["qwen3_moe", "deepseek_v3", "gpt_oss", "muse_spark", "longcat_flash"])
+@pytest.mark.parametrize("number", [1, EXPERTS])
+def test_trains_the_rest_of_the_model(device, folder, number):
+    model = frozen(model_on_cpu(folder))
+    expected = loss_and_gradients(model, folder)
+    report = ktops.offload_experts(model, device, num_gpu_experts=number)
+    assert report.copies == number * len(report.layers) and f"with copies of {report.copies}, " in str(report)
+    require_close(loss_and_gradients(model, folder), expected)
+
+
+@pytest.mark.parametrize("folder", ["qwen3_moe", "gpt_oss"])
+@pytest.mark.parametrize("weight_format", [None, "int8"])
+def test_trains_adapters(device, folder, weight_format):
+    model = model_on_cpu(folder)
+    if weight_format is not None:
+        ktops.quantize_experts(model, weight_format, show_progress=False)
+    model = with_adapters(model)
+    expected = loss_and_gradients(model, folder)
+    report = ktops.offload_experts(model, device, gpu_experts_mask=MASK)
+    assert report.copies == MASK.sum() and all(".experts." in name for name in on_cpu(model))
+    require_close(loss_and_gradients(model, folder), expected)
+    with pytest.raises(NotImplementedError, match="cannot be merged") if weight_format else traffic():
+        merged = copy.deepcopy(model).merge_and_unload()
+        with model.disable_adapter():
+            assert not torch.equal(logits(merged, folder), logits(model, folder))
+        assert relative_error(logits(merged, folder), logits(model, folder)) < MODEL_BUDGET
+
+
+def test_the_cpu_computes_the_others(device, monkeypatch):
+    """It gets ids outside [0, E) for what the device computes."""
+    model = model_on_cpu("qwen3_moe").eval()
+    ids = []
+    with ktops.count_routes(model) as counts:
+        logits(model, "qwen3_moe")
+    ktops.offload_experts(model, device, gpu_experts_mask=list(MASK))
+
+    def recorded(x, topk_ids, *args, **options):
+        ids.append(topk_ids.cpu())
+        return moe_sft(x, topk_ids, *args, **options)
+
+    monkeypatch.setattr(experts, "moe_sft", recorded)
+    logits(model, "qwen3_moe")
+    computed = torch.stack([top[top >= 0].bincount(minlength=EXPERTS) for top in ids])
+    assert counts.sum() == LAYERS * 24 * 2 and torch.equal(computed, counts.masked_fill(MASK, 0))
+
+
+def test_most_used(device):
+    model = model_on_cpu("qwen3_moe")
+    with ktops.count_routes(model) as counts:
+        expected = logits(model, "qwen3_moe")
+        logits(model, "qwen3_moe")
+    mask = generate_gpu_experts_masks(counts, 4)
+    assert counts[mask].min() >= counts[~mask].max() > 0
+    assert ktops.offload_experts(model, device, gpu_experts_mask=mask).copies == 4
+    assert relative_error(logits(model, "qwen3_moe"), expected) < MODEL_BUDGET
+
+
+def test_generates(device):
+    model = model_on_cpu("deepseek_v3").eval()
+    prompt = batch("deepseek_v3", torch.device("cpu"))["input_ids"]
+    options = {"max_new_tokens": 5, "do_sample": False, "use_cache": True}
+    expected = model.generate(prompt, attention_mask=torch.ones_like(prompt), **options)
+    ktops.offload_experts(model, device, 2)
+    prompt = prompt.to(device)
+    actual = model.generate(prompt, attention_mask=torch.ones_like(prompt), **options)
+    assert torch.equal(actual.cpu(), expected)
+
+
+def test_copies_follow_the_model(device):
+    """In moves, changes of dtype, loaded states and deep copies, not in state dicts."""
+    model, other = frozen(model_on_cpu("qwen3_moe")), frozen(model_on_cpu("qwen3_moe"))
+    names = model.state_dict().keys()
+    ktops.offload_experts(model, device, 2)
+    assert model.state_dict().keys() == names
+    copies = model.model.layers[0].mlp.experts.on_device
+    assert copies.down_proj.device == device and copies.down_proj.shape[0] == 2
+    for parameter in other.parameters():
+        parameter.data.mul_(1.25)
+    model.load_state_dict(other.state_dict())
+    expected = logits(other, "qwen3_moe")
+    assert relative_error(logits(model, "qwen3_moe"), expected) < MODEL_BUDGET
+    assert relative_error(logits(copy.deepcopy(model), "qwen3_moe"), expected) < MODEL_BUDGET
+    assert model.to(torch.bfloat16).model.layers[0].mlp.experts.on_device.gate_up_proj.dtype == torch.bfloat16
+    model.float().cpu()
+    assert (
+        relative_error(logits(model, "qwen3_moe"), logits(other.bfloat16().float(), "qwen3_moe"))
+        < MODEL_BUDGET
+    )
+    assert ktops.offload_experts(model, device).copies == 0
+    assert not hasattr(model.model.layers[0].mlp.experts, "on_device")
+
+
+def test_trainable_experts_are_an_error(device):
+    model = model_on_cpu("qwen3_moe")
+    ktops.offload_experts(model, device, 1)
+    with pytest.raises(RuntimeError, match=r"experts with copies on simgpu:0 .* cannot be trained"):
+        model(**batch("qwen3_moe", device))
+    assert logits(frozen(model), "qwen3_moe").isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"num_gpu_experts": EXPERTS + 1},
+            "num_gpu_experts must be from 0 to 6, the experts of a layer, got 7",
+        ),
+        ({"num_gpu_experts": -1}, "num_gpu_experts must be from 0 to 6, the experts of a layer, got -1"),
+        (
+            {"gpu_experts_mask": MASK[:1]},
+            "gpu_experts_mask must have a row for each of 2 layers with experts, got 1",
+        ),
+        (
+            {"gpu_experts_mask": MASK[:, 1:]},
+            "must be bool [6] for model.layers.0.mlp.experts, got torch.bool [5]",
+        ),
+        (
+            {"gpu_experts_mask": MASK.int()},
+            "must be bool [6] for model.layers.0.mlp.experts, got torch.int32 [6]",
+        ),
+        (
+            {"gpu_experts_mask": MASK, "num_gpu_experts": 1},
+            "num_gpu_experts must be 0 with gpu_experts_mask, got 1",
+        ),
+    ],
+)
+def test_wrong_choice(device, options, message):
+    model = model_on_cpu("qwen3_moe")
+    with pytest.raises(ValueError, match=re.escape("offload_experts: ") + ".*" + re.escape(message)):
+        ktops.offload_experts(model, device, **options)
+    assert model.device.type == "cpu"
+
+
+def test_experts_that_cannot_be_split(device):
+    with pytest.raises(
+        ValueError, match=r"num_gpu_experts must be 0, because ktops cannot split .*, a DbrxExp"
+    ):
+        ktops.offload_experts(model_on_cpu("dbrx"), device, 1)
+    with (
+        pytest.raises(ValueError, match="count_routes: all layers must have"),
+        ktops.count_routes(model_on_cpu("dbrx")),
+    ):
+        pass
+
+
+def test_no_room_for_copies(device, monkeypatch):
+    model = model_on_cpu("qwen3_moe")
+    needed = ktops.offload_experts(copy.deepcopy(model), device, 1)
+    assert needed.bytes_of_copies == LAYERS * 3 * 24 * 32 * 4
+    monkeypatch.setattr(accelerator, "free_memory", lambda device: needed.bytes_on_device + 1)
+    with pytest.raises(torch.OutOfMemoryError, match="without its experts, with copies of 2 of them, needs"):
+        ktops.offload_experts(model, device, 1)
+    ktops.offload_experts(model, device)

@@ -4,7 +4,6 @@ import os
 
 import pytest
 
-from ktops.devices import streams
 from ktops.testing import fake_cuda
 
 collect_ignore = [] if os.environ.get("KTOPS_SIMULATED") else ["simulated"]
@@ -15,9 +14,6 @@ def cuda():
     """The library with the functions of CUDA, for tensors on the CPU."""
     with fake_cuda.installed() as cuda:
         yield cuda
-        for stream in cuda.streams:
-            cuda.unblock(stream)
-        streams.synchronize()
 
 
 @pytest.fixture

@@ -27,3 +27,11 @@ def run(cuda: FakeCuda, stream: Stream, given: MoeArguments) -> Tensor:
         output = streams.begin(given).result()
     cuda.synchronize(stream)
     return output
+
+
+def failing() -> MoeArguments:
+    """Returns arguments whose intermediate results do not fit into the address space."""
+    given, size = arguments(T=2**17, H=1, I=1, E=1, K=4, dtype=torch.bfloat16), 1 << 27
+    weights = {"gate_up_proj": given.gate_up_proj[:, :1].expand(1, 2 * size, 1)}
+    weights["down_proj"] = given.down_proj.expand(1, 1, size)
+    return given._replace(**weights, intermediate_size=size)

@@ -5,7 +5,7 @@ import weakref
 
 import pytest
 import torch
-from stream_calls import SIZES, arguments, expected, run
+from stream_calls import SIZES, arguments, expected, failing, run
 
 import ktops
 from ktops.devices import streams
@@ -123,26 +123,17 @@ def test_an_error_of_cuda_names_the_function(cuda, stream, function):
     assert torch.equal(run(cuda, stream, given), expected(given))
 
 
-TOO_LARGE = {"T": 2**17, "H": 1, "K": 4, "E": 1}
-"""With an intermediate size of 2^27, intermediate results do not fit into the address space."""
-
-
 def test_an_error_of_the_cpu_reaches_a_later_call(cuda, stream):
-    given, size = arguments(**TOO_LARGE, I=1, dtype=torch.bfloat16), 1 << 27
-    weights = {"gate_up_proj": given.gate_up_proj[:, :1].expand(1, 2 * size, 1)}
-    weights["down_proj"] = given.down_proj.expand(1, 1, size)
-    failing = given._replace(**weights, intermediate_size=size)
     with pytest.raises(RuntimeError, match="out of memory"):
-        expected(failing)
-    output = run(cuda, stream, failing)
+        expected(failing())
+    output = run(cuda, stream, failing())
     assert output.isnan().all()
     with pytest.raises(
         RuntimeError, match="an earlier call failed on the CPU, and its result is NaN: kt: out of"
     ):
-        streams.begin(given)
-    small = arguments()
-    assert torch.equal(run(cuda, stream, small), expected(small))
-    run(cuda, stream, failing)
+        streams.begin(arguments())
+    assert torch.equal(run(cuda, stream, arguments()), expected(arguments()))
+    run(cuda, stream, failing())
     with pytest.raises(RuntimeError, match="an earlier call failed on the CPU"):
         streams.synchronize()
 
@@ -198,9 +189,9 @@ def test_torchs_number_of_threads_applies(cuda, stream):
         assert {step.op for step in profile.steps} == {"moe_fwd"}
 
 
-@pytest.mark.parametrize("version", [12000, 12030, 13000])
+@pytest.mark.parametrize("version", [12000, 13000])
 def test_versions_of_cuda(version):
-    """The function that describes a capture has three names."""
+    """The function that describes a capture has another name and signature since CUDA 13."""
     with fake_cuda.installed(version) as cuda:
         stream, given = cuda.stream(), arguments()
         with cuda.capture(stream) as graph:
@@ -212,7 +203,7 @@ def test_versions_of_cuda(version):
 
 
 def test_a_library_without_the_functions(tmp_path):
-    with pytest.raises(RuntimeError, match="kt: could not load the CUDA runtime: .*missing"):
+    with pytest.raises(RuntimeError, match=r"kt: could not load the CUDA runtime: .*missing"):
         torch.ops.kt.load_cuda(str(tmp_path / "missing.so"))
     with pytest.raises(RuntimeError, match="kt: no CUDA runtime in this process has cudaGetDevice"):
         torch.ops.kt.load_cuda("libc.so.6")

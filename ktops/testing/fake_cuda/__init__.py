@@ -40,7 +40,7 @@ def library(version: int = 13000, *flags: str) -> Path:
     folder = tempfile.mkdtemp(prefix="ktops-fake-cuda-")
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     sources = sorted(Path(__file__).parent.glob("*.cpp"))
-    flags = ("-fPIC", "-shared", "-pthread", f"-DFAKE_CUDA_VERSION={version}", *flags)
+    flags = ("-O0", "-fPIC", "-shared", "-pthread", f"-DFAKE_CUDA_VERSION={version}", *flags)
     return compile_cpp(sources, Path(folder) / "libfakecudart.so", *flags)
 
 
@@ -226,6 +226,10 @@ def installed(version: int = 13000) -> Iterator[FakeCuda]:
     try:
         yield cuda
     finally:
+        for stream in cuda.streams:
+            cuda.unblock(stream)
+        torch.ops.kt.synchronize_streams()
+        torch.ops.kt.empty_stream_cache()
         del streams.STREAMS["cpu"]
         cuda.kept = _Kept()
         cuda.functions.fake_set_delays(0, 0)

@@ -192,7 +192,7 @@ def test_torchs_number_of_threads_applies(cuda, stream):
 @pytest.mark.parametrize("version", [12000, 13000])
 def test_versions_of_cuda(version):
     """The function that describes a capture has another name and signature since CUDA 13."""
-    with fake_cuda.installed(version) as cuda:
+    with fake_cuda.installed(fake_cuda.library(version)) as cuda:
         stream, given = cuda.stream(), arguments()
         with cuda.capture(stream) as graph:
             output = streams.begin(given).result()

@@ -105,6 +105,8 @@ class FakeCuda:
         self._thread = threading.local()
         self.streams: list[Stream] = []
         self.kept: Any = _Kept()
+        self.operators_wait = False
+        """Whether a tensor is complete before its use, since operators on the CPU know no streams."""
 
     def call(self, function: str, *arguments) -> None:
         status = getattr(self.functions, function)(*arguments)
@@ -157,6 +159,8 @@ class FakeCuda:
 
     def wait(self, stream: Stream, tensor: Tensor) -> None:
         current = self.current(tensor.device)
+        if self.operators_wait:
+            self.synchronize(stream)
         if current == stream:
             return
         event = ctypes.c_void_p()

@@ -68,6 +68,8 @@ class CudaStreams:
 STREAMS: dict[str, Streams] = {"cuda": CudaStreams()}
 """device type -> its streams."""
 
+register_pinned(torch.ops.kt.staged_bytes, torch.ops.kt.empty_stream_cache)
+
 
 @functools.lru_cache(maxsize=1)
 def load(library: str = "") -> None:

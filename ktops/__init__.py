@@ -29,6 +29,7 @@ _LAZY = {
     "merge_adapter": "ktops.adapters.merge",
     "offload_experts": "ktops.integrations.offload",
     "quantize_experts": "ktops.integrations.quantize_experts",
+    "stream_experts": "ktops.integrations.stream_experts",
     "swap_experts": "ktops.integrations.swap",
     "unswap_experts": "ktops.integrations.swap",
 }
@@ -58,6 +59,7 @@ __all__ = [
     "profile",
     "quantize",
     "quantize_experts",
+    "stream_experts",
     "swap_experts",
     "unswap_experts",
     "use_isa",

@@ -28,7 +28,7 @@ TOP_LEVEL = {
 MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 80
 
-CSRC_LAYERS = ("ops", "dispatch", "moe", "gemm", "weights", "formats", "isa", "parallel", "core")
+CSRC_LAYERS = ("ops", "streams", "dispatch", "moe", "gemm", "weights", "formats", "isa", "parallel", "core")
 """A folder of ktops_csrc includes only files from itself and the folders after it."""
 
 FLOORS = (
@@ -83,7 +83,7 @@ def stem(op: str) -> str:
     return op if (ROOT / "ktops_csrc" / "ops" / f"{op}.cpp").exists() else re.sub("_(fwd|bwd)$", "", op)
 
 
-OPS = re.findall(r'm\.def\("(moe_\w+)\(', read("ktops_csrc/ops/schemas.cpp"))
+OPS = re.findall(r'm\.def\("(moe_\w+_(?:fwd|bwd))\(', read("ktops_csrc/ops/schemas.cpp"))
 
 
 def test_the_lists_above_are_not_empty():

@@ -1,3 +1,3 @@
 """Hidden states on an accelerator, experts in CPU memory."""
 
-from ktops.devices import kernels  # noqa: F401  (registers the operators for accelerators)
+from ktops.devices import kernels, moe_fwd_streamed  # noqa: F401  (register the operators for accelerators)

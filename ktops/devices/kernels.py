@@ -9,6 +9,7 @@ memory, and autograd saves those.
 import torch
 from torch import Tensor
 
+from ktops.devices import pending, streams
 from ktops.devices.transfer import download, upload
 from ktops.ops.arguments import GRADIENTS, MoeArguments
 from ktops.ops.check_devices import LORA, ROUTES, check_devices
@@ -36,6 +37,9 @@ def moe_fwd(*args) -> Tensor:
     """``kt::moe_fwd`` with hidden_states on an accelerator."""
     check_devices(torch.ops.kt.moe_fwd.default, *args)
     arguments = MoeArguments(*args)
+    lora = (getattr(arguments, name) for name in LORA)
+    if streams.available(arguments.hidden_states.device.type) and all(x is None or x.is_cpu for x in lora):
+        return pending.output(streams.begin(arguments))
     return upload(torch.ops.kt.moe_fwd(*in_host_memory(arguments)), arguments.hidden_states.device)
 
 

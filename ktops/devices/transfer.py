@@ -7,13 +7,13 @@ import torch
 from torch import Tensor
 
 from ktops.devices.staging import Staging
-from ktops.ops.memory import register_cache
+from ktops.ops.memory import register_pinned
 
 PINNED = ("cuda", "xpu")
 """The device types whose copies go through pinned memory; torch copies directly for others."""
 
 staging = Staging()
-register_cache("bytes_pinned", staging.bytes, staging.release)
+register_pinned(staging.bytes, staging.release)
 
 
 def download(tensors: Sequence[Tensor]) -> list[Tensor]:

@@ -99,8 +99,8 @@ class Microscaling(Format):
 
 def e2m1(codes: Tensor, columns: int) -> Tensor:
     """Converts packed codes, uint8 [..., columns / 2], to float32 [..., columns]."""
-    table = torch.tensor(E2M1)
-    return torch.cat([table, -table])[unpack_nibbles(codes, columns).int()]
+    values = torch.tensor(E2M1, device="cpu").to(codes.device, non_blocking=True)
+    return torch.cat([values, -values])[unpack_nibbles(codes, columns).int()]
 
 
 def exponents(scale: Tensor) -> Tensor:

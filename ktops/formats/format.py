@@ -79,7 +79,10 @@ class Format(ABC):
 
     @abstractmethod
     def dequantize(self, codes: Codes, columns: int, group_size: int) -> Tensor:
-        """Returns the float32 weights [..., N, columns]; the kernels must decode to the same bits."""
+        """Returns the float32 weights [..., N, columns], on the device of the codes.
+
+        The kernels must decode to the same bits.
+        """
 
     def scale_shape(self, rows: int, columns: int, group_size: int) -> tuple[int, ...]:
         """Returns the last two dimensions of the scale, and of the zero point if the format has one."""

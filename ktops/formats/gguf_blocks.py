@@ -1,13 +1,14 @@
 """The block formats of ggml, as GGUF files store them: weight uint8 [..., N, K / block * bytes].
 
-The blocks contain the scales. The `gguf` package defines decoding, and also quantization except for the
-k-quants (`k_quants.py`).
+The blocks contain the scales. The `gguf` package defines decoding (`gguf_decode.py`), and also quantization
+except for the k-quants (`k_quants.py`).
 """
 
 import torch
 from torch import Tensor
 
 from ktops.formats.format import Codes, Format
+from ktops.formats.gguf_decode import DECODERS
 
 BLOCKS = {
     "q8_0": (32, 34), "q4_0": (32, 18), "q4_1": (32, 20), "q5_0": (32, 22), "q5_1": (32, 24),
@@ -49,9 +50,8 @@ class GgufBlocks(Format):
         _gguf()
 
     def dequantize(self, codes: Codes, columns: int, group_size: int) -> Tensor:
-        gguf = _gguf()
-        blocks = codes.weight.contiguous().numpy()
-        return torch.from_numpy(gguf.quants.dequantize(blocks, self._type(gguf))).float()
+        blocks = codes.weight.reshape(-1, self.block_bytes)
+        return DECODERS[self.name](blocks).view(*codes.weight.shape[:-1], columns)
 
     def _type(self, gguf):
         return gguf.GGMLQuantizationType[self.name.upper()]

@@ -189,7 +189,9 @@ def stacked_experts(module: nn.Module, save: str) -> KTExperts:
 def _expert_list(experts: nn.Module, save: str) -> KTExpertList:
     listed = listed_experts(experts, save)
     kind = outside.DICTS.get(class_name(experts))
-    return KTExpertList(listed) if kind is None else kind(listed, experts)
+    made = KTExpertList(listed) if kind is None else kind(listed, experts)
+    made.training = experts.training
+    return made
 
 
 def listed_experts(

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from ktops._warn import warn_once
 from ktops.nn.experts import DTYPES, KTExperts, run_experts
+from ktops.nn.streaming import streaming_threshold
 from ktops.ops.activation import CONCATENATED, UNGATED, ExpertFunction
 
 PROJECTION_NAMES = (
@@ -247,7 +248,8 @@ class KTExpertList(nn.ModuleList):
                 "KTExpertList: the projections of the experts must be plain nn.Linear on the CPU, without "
                 f"active dropout, got {kinds}"
             )
-        return _run(hidden_states, top_k_index, top_k_weights, packed, experts, post_expert_norm)
+        min_tokens = streaming_threshold(self, hidden_states)
+        return _run(hidden_states, top_k_index, top_k_weights, packed, experts, post_expert_norm, min_tokens)
 
     @torch.no_grad()
     def moe_infer(self, x: Tensor, topk_ids: Tensor, topk_weight: Tensor) -> Tensor:
@@ -343,6 +345,7 @@ def _run(
     packed: Packed,
     experts: list[KTExpert],
     post_expert_norm: nn.Module | None = None,
+    stream_min_tokens: int | None = None,
 ) -> Tensor:
     rows = [expert.projections() for expert in experts]
     gate_up = [projection for row in rows for projection in row[:-1]]
@@ -359,4 +362,5 @@ def _run(
         **experts[0].function._asdict(),
         post_expert_norm=post_expert_norm,
         save=experts[0].save,
+        stream_min_tokens=stream_min_tokens,
     )

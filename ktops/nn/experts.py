@@ -8,8 +8,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ktops.devices.pending import moe_sft_pending
 from ktops.formats import ExpertWeight
 from ktops.nn.host_memory import ON_DEVICE
+from ktops.nn.streaming import check_min_tokens, streaming_threshold
 from ktops.ops import moe_sft
 from ktops.ops.activation import (
     ACTIVATIONS,
@@ -45,6 +47,8 @@ def run_experts(
     hidden_states may have leading dimensions, [..., H], and so may the routes, [..., K]. Some routers of
     transformers 5.0 give a weight for every expert, [..., E]; the op takes those of the chosen ones.
 
+    The result may be a :class:`ktops.devices.pending.PendingTensor` for tokens on a device.
+
     Args:
         post_expert_norm: applied to the output [T, K, H] of every route, before its routing weight.
         on_device: a DeviceExperts, which computes some of the experts.
@@ -62,7 +66,8 @@ def run_experts(
         on_device.require_frozen(gate_up_proj, down_proj, options)
         ids = on_device.others(every)
     if post_expert_norm is None:
-        output = moe_sft(rows, ids, weights, gate_up_proj, down_proj, **options)
+        run = moe_sft if rows.is_cpu else moe_sft_pending
+        output = run(rows, ids, weights, gate_up_proj, down_proj, **options)
     else:
         routes = moe_sft(rows, ids, None, gate_up_proj, down_proj, reduce=False, **options)
         outside = (ids < 0) | (ids >= gate_up_proj.shape[0])  # whose norm need not be 0
@@ -133,11 +138,13 @@ class KTExperts(nn.Module):
         save: what forward saves for backward, "activations" or "recompute"; see :func:`ktops.moe_sft`.
         compute: "auto", "bf16" or "int8", for weights in a weight format; see :func:`ktops.moe_sft`. In
             training mode, "auto" means "bf16" even where no gradient is needed, as in a checkpointed forward.
+        stream_min_tokens: the number of tokens on an accelerator from which the experts are computed there;
+            see :func:`ktops.moe_sft`. Without effect in training mode.
         device, dtype: of the parameters; dtype must be float32, bfloat16, float16 or float64.
 
     Raises:
-        ValueError: a size is not positive, or activation, gating, save or compute is unknown, or
-            activation_args are not those of the activation.
+        ValueError: a size or stream_min_tokens is not positive, or activation, gating, save or compute is
+            unknown, or activation_args are not those of the activation.
         TypeError: dtype is not supported; forward raises it if the module was later cast to such a dtype.
 
     Example:
@@ -164,6 +171,7 @@ class KTExperts(nn.Module):
         post_expert_norm: nn.Module | None = None,
         save: str = "activations",
         compute: str = "auto",
+        stream_min_tokens: int | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -180,6 +188,7 @@ class KTExperts(nn.Module):
         check_name("KTExperts", "gating", gating, GATINGS)
         check_name("KTExperts", "save", save, SAVE)
         check_name("KTExperts", "compute", compute, COMPUTE)
+        check_min_tokens("KTExperts", "stream_min_tokens", stream_min_tokens)
         _check_dtype("dtype", dtype or torch.get_default_dtype())
         self.num_experts = num_experts
         self.hidden_size = hidden_size
@@ -187,6 +196,7 @@ class KTExperts(nn.Module):
         self.function = _expert_function(activation, activation_args, gating)
         self.save = save
         self.compute = compute
+        self.stream_min_tokens = stream_min_tokens
         self.transposed = transposed
         self.post_expert_norm = post_expert_norm
 
@@ -294,6 +304,7 @@ class KTExperts(nn.Module):
             "post_expert_norm": self.post_expert_norm,
             "save": self.save,
             "compute": self.compute,
+            "stream_min_tokens": self.stream_min_tokens,
         }
 
     @property
@@ -346,6 +357,7 @@ class KTExperts(nn.Module):
             post_expert_norm=self.post_expert_norm,
             save=self.save,
             compute="bf16" if self.training and self.compute == "auto" else self.compute,
+            stream_min_tokens=streaming_threshold(self, hidden_states),
             on_device=self._modules.get(ON_DEVICE),
             **lora,
         )
@@ -362,6 +374,7 @@ class KTExperts(nn.Module):
             "transposed": (self.transposed, False),
             "save": (self.save, "activations"),
             "compute": (self.compute, "auto"),
+            "stream_min_tokens": (self.stream_min_tokens, None),
         }
         others = [f"{name}={value!r}" for name, (value, default) in defaults.items() if value != default]
         return ", ".join([text, *others])

@@ -4,18 +4,17 @@ from collections.abc import Callable
 
 import torch
 
-_caches: dict[str, tuple[Callable[[], int], Callable[[], None]]] = {}
+_pinned: list[tuple[Callable[[], int], Callable[[], None]]] = []
 
 
-def register_cache(name: str, held: Callable[[], int], release: Callable[[], None]) -> None:
-    """Adds other memory that ktops keeps between calls to :func:`memory_stats` and :func:`empty_cache`.
+def register_pinned(held: Callable[[], int], release: Callable[[], None]) -> None:
+    """Adds pinned memory that ktops keeps between calls to :func:`memory_stats` and :func:`empty_cache`.
 
     Args:
-        name: its key in memory_stats.
         held: returns its bytes.
         release: releases what is not in use.
     """
-    _caches[name] = held, release
+    _pinned.append((held, release))
 
 
 def memory_stats() -> dict[str, int]:
@@ -44,7 +43,7 @@ def memory_stats() -> dict[str, int]:
     """
     names = ("bytes_in_use", "bytes_idle", "bytes_peak", "blocks", "allocations")
     stats = dict(zip(names, torch.ops.kt.memory_stats(), strict=True))
-    return stats | {name: held() for name, (held, _) in _caches.items()}
+    return stats | {"bytes_pinned": sum(held() for held, _ in _pinned)}
 
 
 def empty_cache() -> None:
@@ -59,5 +58,5 @@ def empty_cache() -> None:
         0
     """
     torch.ops.kt.empty_cache()
-    for _, release in _caches.values():
+    for _, release in _pinned:
         release()

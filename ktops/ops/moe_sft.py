@@ -12,6 +12,7 @@ from ktops.ops.activation import activation_arguments
 from ktops.ops.arguments import ATTRIBUTES, FORWARD, GRADIENTS, TENSORS, MoeArguments, pick
 from ktops.ops.check_devices import check_devices
 from ktops.ops.moe_fwd import base_flops, empty_output, lora_flops
+from ktops.ops.moe_fwd_streamed import PIECE_BYTES
 
 _tensors = pick(*TENSORS)
 _attributes = pick(*ATTRIBUTES)
@@ -145,6 +146,7 @@ def moe_sft(
     reduce: bool = True,
     save: str = "activations",
     compute: str = "auto",
+    stream_min_tokens: int | None = None,
 ) -> Tensor:
     """Computes the routed experts of a Mixture-of-Experts layer on the CPU, with optional LoRA.
 
@@ -184,6 +186,10 @@ def moe_sft(
             of hidden_states. "int8" (formats with integer codes) also rounds activations to int8, in blocks
             of 32 columns with a scale each, and multiplies integers. "auto" uses "int8" if no gradient is
             required and the kernels are faster with it, otherwise "bf16".
+        stream_min_tokens: the number of tokens from which experts are copied to the accelerator that
+            hidden_states is on, and computed there with decoded weights, if no gradient is required. None:
+            always on the CPU. Without effect if hidden_states is on the CPU. ``docs/devices.md`` says when
+            it is faster.
 
     Returns:
         [T, H], or [T, K, H] with ``reduce=False``, in the dtype of hidden_states.
@@ -231,6 +237,12 @@ def moe_sft(
         )
     ):  # fmt: skip
         return torch.ops.kt.moe_sft_fwd(*arguments, save)[0]
+    if (
+        stream_min_tokens is not None
+        and not hidden_states.is_cpu
+        and hidden_states.shape[0] >= stream_min_tokens
+    ):
+        return torch.ops.kt.moe_fwd_streamed(*arguments, PIECE_BYTES)
     if torch.compiler.is_compiling():
         return torch.ops.kt.moe_fwd(*arguments)
     with torch._C._AutoDispatchBelowAutograd():  # no gradient to refuse; autograd takes longer than the op

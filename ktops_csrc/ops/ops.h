@@ -25,6 +25,8 @@ using torch::stable::Tensor;
 using OptionalTensor = std::optional<torch::stable::Tensor>;
 
 Tensor moe_fwd(KT_MOE_ARGUMENTS(KT_PARAMETER));
+int64_t moe_fwd_begin(KT_MOE_ARGUMENTS(KT_PARAMETER), int64_t stream);
+void moe_fwd_end(int64_t call, OptionalTensor output);
 
 using ForwardResults = std::tuple<Tensor, Tensor, Tensor, Tensor, OptionalTensor, OptionalTensor, OptionalTensor>;
 ForwardResults moe_sft_fwd(KT_MOE_ARGUMENTS(KT_PARAMETER), std::string save);
@@ -46,6 +48,12 @@ int64_t sum_words(Tensor words);
 
 void empty_cache();
 std::tuple<int64_t, int64_t, int64_t, int64_t, int64_t> memory_stats();
+
+void load_cuda(std::string path);
+void synchronize_streams();
+void stop_streams();
+void empty_stream_cache();
+int64_t staged_bytes();
 
 bool set_profiling(bool enabled);
 bool profiling();

@@ -15,6 +15,10 @@
 STABLE_TORCH_LIBRARY(kt, m) {
     // -> [T, H]
     m.def("moe_fwd(" KT_MOE_SCHEMA ") -> Tensor");
+    // the same in two halves, in the order of a CUDA stream (its address), without waiting for either: hidden_states,
+    // topk_ids and topk_weights are contiguous and on the device, and so is output; None: the result is not needed
+    m.def("moe_fwd_begin(" KT_MOE_SCHEMA ", int stream) -> int call");
+    m.def("moe_fwd_end(int call, Tensor(a!)? output) -> ()");
 
     // -> output [T, H]; saved tensors, one row per position: gate_up [R, 2I] (or [0, 2I] for "recompute"),
     //    x A1^T [R, r1], h A2^T [R, r2]; copies in CPU memory of what was on another device, None on the CPU
@@ -50,6 +54,14 @@ STABLE_TORCH_LIBRARY(kt, m) {
     m.def("empty_cache() -> ()");
     m.def("memory_stats() -> (int bytes_in_use, int bytes_idle, int bytes_peak, int blocks, int allocations)");
 
+    // calls in the order of streams: the CUDA runtime to use, "" for the one in this process; wait for all of them; let
+    // them pass without being computed, when Python exits; release their pinned memory; the bytes of it
+    m.def("load_cuda(str path) -> ()");
+    m.def("synchronize_streams() -> ()");
+    m.def("stop_streams() -> ()");
+    m.def("empty_stream_cache() -> ()");
+    m.def("staged_bytes() -> int");
+
     // turn profiling of every step on or off (returns the previous setting); "operator step calls tasks busy wait
     // wall\n" for every step so far, times in nanoseconds, with " path=blocks" before the newline for each path taken
     m.def("set_profiling(bool enabled) -> bool");
@@ -79,6 +91,13 @@ STABLE_TORCH_LIBRARY_IMPL(kt, CompositeExplicitAutograd, m) {
     m.impl("measure_peak", TORCH_BOX(&kt::ops::measure_peak));
     m.impl("empty_cache", TORCH_BOX(&kt::ops::empty_cache));
     m.impl("memory_stats", TORCH_BOX(&kt::ops::memory_stats));
+    m.impl("moe_fwd_begin", TORCH_BOX(&kt::ops::moe_fwd_begin));
+    m.impl("moe_fwd_end", TORCH_BOX(&kt::ops::moe_fwd_end));
+    m.impl("load_cuda", TORCH_BOX(&kt::ops::load_cuda));
+    m.impl("synchronize_streams", TORCH_BOX(&kt::ops::synchronize_streams));
+    m.impl("stop_streams", TORCH_BOX(&kt::ops::stop_streams));
+    m.impl("empty_stream_cache", TORCH_BOX(&kt::ops::empty_stream_cache));
+    m.impl("staged_bytes", TORCH_BOX(&kt::ops::staged_bytes));
     m.impl("set_profiling", TORCH_BOX(&kt::ops::set_profiling));
     m.impl("profiling", TORCH_BOX(&kt::ops::profiling));
     m.impl("profiled_steps", TORCH_BOX(&kt::ops::profiled_steps));

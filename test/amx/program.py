@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy
 
 from ktops.testing import amx_emulator
+from ktops.testing.compiler import compile_cpp
 
 ARENA = 0x60000000
 ARENA_BYTES = 256 << 10
@@ -66,7 +67,7 @@ class Program:
         source.write_text(text)
         driver = Path(__file__).parent / "driver.cpp"
         flags = ("-no-pie", "-pthread")
-        self.path = amx_emulator.compile_cpp([driver, source], folder / "driver", *flags)
+        self.path = compile_cpp([driver, source], folder / "driver", *flags)
 
     def run(self, what: str, way: str, memory: dict[int, bytes] | None = None, **options) -> Outcome:
         """Runs a piece or a scenario of the driver; ``memory`` is {offset in the arena: content}."""

@@ -9,6 +9,7 @@ from ktops._warn import warn_once
 from ktops.integrations.transformers.architectures import Unsupported, class_name, operands
 from ktops.nn.experts import KTExperts, Layout, run_experts
 from ktops.nn.host_memory import ON_DEVICE
+from ktops.nn.streaming import streaming_threshold
 
 NAME = "ktops"
 """The name of the implementation: ``experts_implementation=NAME``."""
@@ -61,6 +62,7 @@ def experts_forward(
         down_bias=down_bias,
         **layout.function._asdict(),
         post_expert_norm=layout.norm(experts),
+        stream_min_tokens=streaming_threshold(experts, hidden_states),
         on_device=experts._modules.get(ON_DEVICE),
         **lora,
     )

@@ -23,6 +23,7 @@ from ktops.integrations.transformers.architectures import (
 )
 from ktops.nn.expert_list import KTExpert, KTExpertList, differentiable, interception
 from ktops.nn.experts import DTYPES, KTExperts, Layout, run_experts
+from ktops.nn.streaming import streaming_threshold
 from ktops.ops.activation import ExpertFunction
 
 
@@ -118,7 +119,6 @@ class ExpertDict(KTExpertList):
         _require_arguments(replaced, type(self).forward)
         super().__init__(experts)
         self._modules = dict(zip(expert_names(replaced), experts, strict=True))
-        self.training = replaced.training
 
     def __getitem__(self, name: str) -> KTExpert:  # type: ignore[override]  # as in a ModuleDict
         return cast(KTExpert, self._modules[name])
@@ -275,7 +275,14 @@ class DbrxExperts(ForwardReplacement):
 
     def run(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """Runs the experts, [B, S, H], [B·S, K], [B·S, K] -> [B, S, H]."""
-        return run_experts(hidden_states, top_k_index, top_k_weights, *self.weights(), **self.op_options)
+        return run_experts(
+            hidden_states,
+            top_k_index,
+            top_k_weights,
+            *self.weights(),
+            **self.op_options,
+            stream_min_tokens=streaming_threshold(self, hidden_states),
+        )
 
 
 def _alternate(w1: Tensor, v1: Tensor) -> bool:
@@ -315,7 +322,9 @@ class JetMoeBlock(ForwardReplacement):
         ids = experts.repeat_interleave(torch.tensor(tokens_per_expert)).to(rows.device)[position_of_route]
         routes = len(rows), cast(int, self.router.top_k)
         ids, weights = ids.view(routes), gates[position_of_route].view(routes)
-        return run_experts(layer_input, ids, weights, *self.weights(), **self.op_options) + self.bias
+        threshold = streaming_threshold(self, layer_input)
+        options = {**self.op_options, "stream_min_tokens": threshold}
+        return run_experts(layer_input, ids, weights, *self.weights(), **options) + self.bias
 
 
 STACKED: dict[str, type[Llama4Experts] | type[LongcatExperts]] = {

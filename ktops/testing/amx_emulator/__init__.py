@@ -17,13 +17,13 @@ import functools
 import json
 import os
 import shutil
-import subprocess
 import tempfile
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
 import ktops
+from ktops.testing.compiler import compile_cpp
 
 INSTRUCTIONS = (
     "ldtilecfg", "sttilecfg", "tilerelease", "tilezero", "tileloadd", "tileloaddt1", "tilestored",
@@ -33,23 +33,6 @@ INSTRUCTIONS = (
 
 DOT_PRODUCTS = ("tdpbf16ps", "tdpbssd", "tdpbsud", "tdpbusd", "tdpbuud")
 LOADS = ("tileloadd", "tileloaddt1")
-
-
-def compile_cpp(sources: list[Path], output: Path, *flags: str) -> Path:
-    """Builds a program or library with CXX (g++) for this machine's CPU.
-
-    Raises:
-        RuntimeError: the compiler is missing or fails; the message includes its output.
-    """
-    compiler = shutil.which(os.environ.get("CXX", "g++"))
-    if compiler is None:
-        raise RuntimeError(f"building the AMX emulator needs {os.environ.get('CXX', 'g++')!r}, not found")
-    command = [compiler, "-std=c++17", "-O3", "-march=native", "-ffp-contract=off", "-Wall", "-Wextra"]
-    command += [*flags, *map(str, sources), "-o", str(output)]
-    result = subprocess.run(command, capture_output=True, text=True)
-    if result.returncode != 0:
-        raise RuntimeError(f"the AMX emulator could not be built: {' '.join(command)}\n{result.stderr}")
-    return output
 
 
 @functools.cache

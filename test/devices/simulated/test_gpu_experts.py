@@ -11,6 +11,7 @@ from simulated.offloaded import batch, loss_and_gradients, model_on_cpu, on_cpu,
 import ktops
 from ktops.compat import generate_gpu_experts_masks
 from ktops.devices import accelerator
+from ktops.integrations.gpu_experts import require_grouped_mm
 from ktops.nn import experts
 from ktops.nn.find import find_experts
 from ktops.ops import moe_sft
@@ -80,7 +81,7 @@ def test_the_cpu_computes_the_others(device, monkeypatch):
         ids.append(topk_ids.cpu())
         return moe_sft(x, topk_ids, *args, **options)
 
-    monkeypatch.setattr(experts, "moe_sft", recorded)
+    monkeypatch.setattr(experts, "moe_sft_pending", recorded)
     logits(model, "qwen3_moe")
     computed = torch.stack([top[top >= 0].bincount(minlength=EXPERTS) for top in ids])
     assert counts.sum() == LAYERS * 24 * 2 and torch.equal(computed, counts.masked_fill(MASK, 0))
@@ -95,6 +96,41 @@ def test_most_used(device):
     assert counts[mask].min() >= counts[~mask].max() > 0
     assert ktops.offload_experts(model, device, gpu_experts_mask=mask).copies == 4
     assert relative_error(logits(model, "qwen3_moe"), expected) < MODEL_BUDGET
+
+
+class Poisoned(torch.autograd.Function):
+    """grouped_mm as on a GPU, where rows after the last group are undefined, in backward as well."""
+
+    grouped_mm = staticmethod(torch.nn.functional.grouped_mm)
+
+    @staticmethod
+    def forward(ctx, rows, weight, ends):
+        ctx.save_for_backward(rows, weight, ends)
+        return Poisoned.poison(Poisoned.grouped_mm(rows, weight, offs=ends), ends)
+
+    @staticmethod
+    def backward(ctx, grad):
+        rows, weight, ends = ctx.saved_tensors
+        with torch.enable_grad():
+            rows, weight = rows.detach().requires_grad_(), weight.detach().requires_grad_()
+            product = Poisoned.grouped_mm(rows, weight, offs=ends)
+        in_groups = torch.arange(len(rows), device=rows.device)[:, None] < ends[-1]
+        of_rows, of_weight = torch.autograd.grad(product, (rows, weight), grad.where(in_groups, 0))
+        return Poisoned.poison(of_rows, ends), of_weight, None
+
+    @staticmethod
+    def poison(rows, ends):
+        return rows.where(torch.arange(len(rows), device=rows.device)[:, None] < ends[-1], torch.nan)
+
+
+def test_rows_of_other_experts_are_not_used(device, monkeypatch):
+    model = with_adapters(model_on_cpu("gpt_oss"))
+    expected = loss_and_gradients(model, "gpt_oss")
+    ktops.offload_experts(model, device, gpu_experts_mask=MASK)
+    monkeypatch.setattr(
+        torch.nn.functional, "grouped_mm", lambda rows, weight, offs: Poisoned.apply(rows, weight, offs)
+    )
+    require_close(loss_and_gradients(model, "gpt_oss"), expected)
 
 
 def test_generates(device):
@@ -183,6 +219,13 @@ def test_experts_that_cannot_be_split(device):
         ktops.count_routes(model_on_cpu("dbrx")),
     ):
         pass
+
+
+def test_an_old_gpu_is_an_error(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
+    with pytest.raises(ValueError, match=r"must be 0 on Tesla T4, .* needs compute capability 8\.0"):
+        require_grouped_mm(torch.device("cuda"))
 
 
 def test_no_room_for_copies(device, monkeypatch):

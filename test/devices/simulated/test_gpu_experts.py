@@ -7,6 +7,7 @@ import pytest
 import torch
 from model_runs import MODEL_BUDGET
 from simulated.offloaded import batch, loss_and_gradients, model_on_cpu, on_cpu, with_adapters
+from torch import nn
 
 import ktops
 from ktops.compat import generate_gpu_experts_masks
@@ -15,7 +16,8 @@ from ktops.integrations.gpu_experts import require_grouped_mm
 from ktops.nn import experts
 from ktops.nn.find import find_experts
 from ktops.ops import moe_sft
-from ktops.testing.budgets import relative_error
+from ktops.testing.budgets import model_budget, relative_error
+from ktops.testing.inputs import moe_inputs
 from ktops.testing.simulated_device import traffic
 
 LAYERS, EXPERTS = 2, 6
@@ -25,8 +27,10 @@ pytestmark = pytest.mark.usefixtures("enabled", "single_thread")
 
 
 def frozen(model):
+    """Freezes the weights of experts, but not the norms that follow them."""
     for module in find_experts(model).values():
-        module.requires_grad_(False)
+        for weight in module.parameters(recurse=False):
+            weight.requires_grad_(False)
     return model
 
 
@@ -123,14 +127,34 @@ class Poisoned(torch.autograd.Function):
         return rows.where(torch.arange(len(rows), device=rows.device)[:, None] < ends[-1], torch.nan)
 
 
-def test_rows_of_other_experts_are_not_used(device, monkeypatch):
-    model = with_adapters(model_on_cpu("gpt_oss"))
-    expected = loss_and_gradients(model, "gpt_oss")
+@pytest.mark.parametrize(("folder", "prepare"), [("gpt_oss", with_adapters), ("muse_spark", frozen)])
+def test_rows_of_other_experts_are_not_used(device, monkeypatch, folder, prepare):
+    model = prepare(model_on_cpu(folder))
+    expected = loss_and_gradients(model, folder)
     ktops.offload_experts(model, device, gpu_experts_mask=MASK)
     monkeypatch.setattr(
         torch.nn.functional, "grouped_mm", lambda rows, weight, offs: Poisoned.apply(rows, weight, offs)
     )
-    require_close(loss_and_gradients(model, "gpt_oss"), expected)
+    require_close(loss_and_gradients(model, folder), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("num_tokens", [0, 1, 9])
+def test_layer(device, dtype, num_tokens):
+    """With ids outside [0, E), and a norm that maps zeros to others."""
+    norm = nn.LayerNorm(64, dtype=dtype)
+    nn.init.normal_(norm.bias)
+    layer = nn.Module()
+    layer.experts = ktops.nn.KTExperts(4, 64, 32, bias=True, post_expert_norm=norm, dtype=dtype)
+    given = moe_inputs(T=num_tokens, H=64, I=32, E=4, K=2, dtype=dtype, invalid_ids=num_tokens > 0)
+    routes = [given[name] for name in ("hidden_states", "topk_ids", "topk_weights")]
+    with torch.no_grad():
+        expected = layer.experts(*routes)
+        ktops.offload_experts(layer, device, 2)
+        actual = layer.experts(*(tensor.to(device) for tensor in routes))
+    assert actual.dtype == dtype and actual.shape == expected.shape
+    if num_tokens:
+        assert relative_error(actual.cpu(), expected) < model_budget(dtype, inner_size=64, num_operations=2)
 
 
 def test_generates(device):

@@ -119,6 +119,29 @@ def test_grouped_mm(device, monkeypatch, lora_rank, each, transposed):
     assert calls and len(calls) % each == 0
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_products_with_float32_results(device, monkeypatch, dtype):
+    """As on a GPU without grouped kernels."""
+    results = []
+
+    def mm(rows, weight, *, out_dtype):
+        operands = (x.data_on_host.to("meta") for x in (rows, weight))
+        results.append(aten_mm(*operands, out_dtype=out_dtype))
+        return torch.bmm(rows[None].to(out_dtype), weight[None].to(out_dtype))[0]
+
+    aten_mm = torch.ops.aten.mm
+    monkeypatch.setattr(grouped, "has_grouped_mm", lambda rows, weight: False)
+    monkeypatch.setattr(grouped, "_is_nvidia", lambda device: True)
+    monkeypatch.setattr(grouped.torch, "mm", mm)
+    check(many(dtype=dtype, invalid_ids=True), 60_000)
+    assert results and all(result.dtype == torch.float32 for result in results)
+
+
+def test_integers_are_decoded(device):
+    given = with_formats(many())
+    assert torch.equal(streamed(given | {"compute": "int8"}, 60_000), streamed(given, 60_000))
+
+
 def test_through_pinned_memory(device, monkeypatch):
     """As on a GPU, whose copies overlap with its work; ``test_portions.py`` checks their order."""
     pinned = []

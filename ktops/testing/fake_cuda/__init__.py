@@ -122,6 +122,9 @@ class FakeCuda:
     def address(self, stream: Stream) -> int:
         return stream.handle
 
+    def at(self, address: int, device: torch.device) -> Stream:
+        return Stream(address, device.index or 0)
+
     def capturing(self) -> bool:
         return getattr(self._thread, "capturing", False)
 

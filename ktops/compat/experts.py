@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,10 +18,14 @@ from ktops.devices import streams
 from ktops.formats import ExpertWeight
 from ktops.ops.activation import ExpertFunction
 from ktops.ops.arguments import MoeArguments
+from ktops.ops.moe_sft import in_format
 
 COMPUTE_DTYPE = torch.bfloat16
 
-_NOT_GIVEN = dict.fromkeys(MoeArguments._fields) | {"gate_up_scaling": 1.0, "down_scaling": 1.0}
+_NOT_GIVEN: dict[str, Any] = dict.fromkeys(MoeArguments._fields) | {
+    "gate_up_scaling": 1.0,
+    "down_scaling": 1.0,
+}
 
 
 def expect_shape(name: str, tensor: Tensor, shape: Sequence[int | str]) -> None:
@@ -230,6 +235,17 @@ class ExpertsWrapper:
             **self.function._asdict(),
             **lora,
         )
+
+    def _arguments(self, hidden_states: Tensor, ids: Tensor, weights: Tensor, **lora) -> MoeArguments:
+        """Returns the arguments with which :meth:`_run` calls kt::moe_fwd."""
+        given: dict[str, Any] = {"hidden_states": hidden_states, "topk_ids": ids, "topk_weights": weights}
+        for prefix, weight in (("gate_up", self.gate_up_proj), ("down", self.down_proj)):
+            assert weight is not None
+            names = (f"{prefix}_{part}" for part in ("proj", "scale", "zero", "format", "group_size"))
+            given |= zip(names, in_format(weight), strict=True)
+        sizes = {"num_experts": self.num_experts, "intermediate_size": self.moe_intermediate_size}
+        options = {"compute": self.compute, "reduce": True, **self.function._asdict()}
+        return MoeArguments(**_NOT_GIVEN | given | sizes | options | lora)
 
 
 def _mask(gpu_experts_mask: Tensor | None, num_gpu_experts: int, num_experts: int) -> Tensor:

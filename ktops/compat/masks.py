@@ -50,7 +50,7 @@ class SkippedExperts:
         if in_graph:
             raise RuntimeError("KTMoEWrapper: call the layer once before a CUDA graph captures it")
         self._skipped = self._skipped.pin_memory()
-        self.mask.set_(self._skipped[:-1])
+        self.mask.data = self._skipped[:-1]
         self._is_pinned = True
         _read_by_graphs.append(self._skipped)
 

@@ -154,8 +154,8 @@ class SFTWrapper(ExpertsWrapper):
         if self._joint is None or versions != self._joint_of:
             if self._in_graph:
                 warn_once(
-                    "KTMoEWrapper: adapters have changed since a CUDA graph captured a forward. The graph uses "
-                    "some of the old ones: capture it again"
+                    "KTMoEWrapper: adapters have changed since a CUDA graph captured a forward. The graph "
+                    "uses some of the old ones: capture it again"
                 )
                 self._in_graph = False
             joint = *lora.join(*tensors[:4]), *tensors[4:]

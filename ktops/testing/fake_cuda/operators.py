@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from ktops.testing.fake_cuda import FakeCuda
@@ -46,7 +46,7 @@ class OperatorsInOrder(TorchDispatchMode):
 
     def read(self, tensor: Tensor) -> Tensor:
         """Returns a copy in host memory of what a tensor holds now."""
-        with _disable_current_modes():
+        with torch._C._DisableTorchDispatch():
             return tensor.clone()
 
     def _own(self, tensor: Tensor) -> Tensor:
@@ -73,7 +73,7 @@ class OperatorsInOrder(TorchDispatchMode):
         if any(alias is not None for alias in aliases):
             self._enqueue(lambda: func(*args, **kwargs))
             return args[0]
-        results = tree_map_only(Tensor, self._garbage, _described(func, args, kwargs))
+        results = tree_map_only(Tensor, self._garbage, _of_zeros(func, args, kwargs))
 
         def execute() -> None:
             computed = func(*args, **kwargs)
@@ -102,11 +102,11 @@ class OperatorsInOrder(TorchDispatchMode):
         self._cuda.call("cudaLaunchHostFunc", stream, function, None)
 
 
-def _described(func: torch._ops.OpOverload, args: tuple, kwargs: dict) -> Any:
-    """Returns what an operator returns, without values."""
+def _of_zeros(func: torch._ops.OpOverload, args: tuple, kwargs: dict) -> Any:
+    """Returns what an operator returns for zeros in place of values that are not known yet."""
 
-    def described(tensor: Tensor) -> Tensor:
-        return torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype, device="meta")
+    def zeros(tensor: Tensor) -> Tensor:
+        return torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype, device="cpu").zero_()
 
-    args, kwargs = tree_map_only(Tensor, described, (args, kwargs))
-    return func(*args, **kwargs | ({"device": "meta"} if "device" in kwargs else {}))
+    args, kwargs = tree_map_only(Tensor, zeros, (args, kwargs))
+    return func(*args, **kwargs)

@@ -6,7 +6,6 @@ from unittest import mock
 import pytest
 import torch
 from tiny_layer import SIZES, TOKENS, adapters, inputs, make
-from torch.utils._python_dispatch import _disable_current_modes
 
 from ktops._warn import warn_once
 from ktops.devices import streams
@@ -37,7 +36,7 @@ def device(cuda):
 @contextmanager
 def on_host():
     """Computes without streams inside the context."""
-    with _disable_current_modes(), mock.patch.object(streams, "available", lambda kind: False):
+    with torch._C._DisableTorchDispatch(), mock.patch.object(streams, "available", lambda kind: False):
         yield
 
 

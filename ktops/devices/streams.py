@@ -33,6 +33,9 @@ class Streams(Protocol):
     def address(self, stream: Any) -> int:
         """Returns the stream's handle in the CUDA runtime."""
 
+    def at(self, address: int, device: torch.device) -> Any:
+        """Returns the stream of a device with this handle."""
+
     def capturing(self) -> bool:
         """Returns whether the current stream is captured."""
 
@@ -51,6 +54,11 @@ class CudaStreams:
 
     def address(self, stream: torch.cuda.Stream) -> int:
         return stream.cuda_stream
+
+    def at(self, address: int, device: torch.device) -> torch.cuda.Stream:
+        if not address:
+            return torch.cuda.default_stream(device)
+        return torch.cuda.ExternalStream(address, device=device)
 
     def capturing(self) -> bool:
         return torch.cuda.is_current_stream_capturing()

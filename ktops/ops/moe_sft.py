@@ -114,8 +114,10 @@ def _backward_flops(*args, out_shape=None, **kwargs) -> int:
     return flops + (gate_up if save == "recompute" else 0)
 
 
-def in_format(weight: ExpertWeight) -> tuple[Tensor, Tensor | None, Tensor | None, str, int]:
+def in_format(weight: Tensor | ExpertWeight) -> tuple[Tensor, Tensor | None, Tensor | None, str, int]:
     """Returns (weight, scale, zero, format, group_size), the operators' arguments for one projection."""
+    if not isinstance(weight, ExpertWeight):
+        return weight, *_DENSE
     return *weight.codes, weight.format, weight.group_size
 
 

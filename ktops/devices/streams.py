@@ -21,8 +21,6 @@ from ktops.ops.moe_fwd import empty_output
 
 _TOKENS = ("hidden_states", "topk_ids", "topk_weights")
 
-register_pinned(torch.ops.kt.staged_bytes, torch.ops.kt.empty_stream_cache)
-
 
 class Streams(Protocol):
     """The streams of a type of device, as PyTorch knows them."""

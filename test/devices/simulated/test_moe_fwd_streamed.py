@@ -165,8 +165,9 @@ def with_formats(given: dict) -> dict:
 
 @pytest.mark.parametrize("change", [dict, with_formats])
 @pytest.mark.parametrize("moved", [(), LORA], ids=["host", "device"])
-@pytest.mark.parametrize("routing", ["random", "empty_experts", "one_expert"])
-@pytest.mark.parametrize("portion_bytes", PORTIONS)
+@pytest.mark.parametrize(
+    "routing,portion_bytes", [("random", 1), ("random", 1 << 30), ("empty_experts", 60_000)]
+)
 def test_traffic(device, change, moved, routing, portion_bytes):
     """Experts with tokens go up once, each with 4 bytes of offset; the offsets of all come down."""
     given = change(many(routing=routing, lora_dtype=torch.bfloat16))

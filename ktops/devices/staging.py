@@ -16,7 +16,12 @@ SMALLEST = 4096
 """Bytes of the smallest block; sizes are powers of two."""
 
 
-@dataclass
+def pinned(nbytes: int) -> Tensor:
+    """Returns uninitialized bytes in pinned host memory."""
+    return torch.empty(nbytes, dtype=torch.uint8, device="cpu", pin_memory=True)
+
+
+@dataclass(eq=False)
 class Block:
     """Pinned bytes, and the event after which they may be written again."""
 
@@ -62,7 +67,7 @@ class Staging:
 
     def _new(self, nbytes: int) -> Block:
         size = max(SMALLEST, 1 << (nbytes - 1).bit_length())
-        block = Block(torch.empty(size, dtype=torch.uint8, device="cpu", pin_memory=True))
+        block = Block(pinned(size))
         with self._lock:
             self._bytes += size
         return block

@@ -74,6 +74,8 @@ class CudaStreams:
 STREAMS: dict[str, Streams] = {"cuda": CudaStreams()}
 """device type -> its streams."""
 
+register_cache("bytes_pinned", torch.ops.kt.staged_bytes, torch.ops.kt.empty_stream_cache)
+
 
 @functools.lru_cache(maxsize=1)
 def load(library: str = "") -> None:
@@ -83,7 +85,6 @@ def load(library: str = "") -> None:
         RuntimeError: there is none, or it lacks a function.
     """
     torch.ops.kt.load_cuda(library)
-    register_cache("bytes_staged", torch.ops.kt.staged_bytes, torch.ops.kt.empty_stream_cache)
     atexit.unregister(torch.ops.kt.stop_streams)
     atexit.register(torch.ops.kt.stop_streams)
 

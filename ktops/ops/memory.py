@@ -4,18 +4,18 @@ from collections.abc import Callable
 
 import torch
 
-_caches: dict[str, tuple[Callable[[], int], Callable[[], None]]] = {}
+_caches: list[tuple[str, Callable[[], int], Callable[[], None]]] = []
 
 
 def register_cache(name: str, held: Callable[[], int], release: Callable[[], None]) -> None:
     """Adds other memory that ktops keeps between calls to :func:`memory_stats` and :func:`empty_cache`.
 
     Args:
-        name: its key in memory_stats.
+        name: its key in memory_stats, which adds up what several caches hold under the same name.
         held: returns its bytes.
         release: releases what is not in use.
     """
-    _caches[name] = held, release
+    _caches.append((name, held, release))
 
 
 def memory_stats() -> dict[str, int]:
@@ -44,7 +44,9 @@ def memory_stats() -> dict[str, int]:
     """
     names = ("bytes_in_use", "bytes_idle", "bytes_peak", "blocks", "allocations")
     stats = dict(zip(names, torch.ops.kt.memory_stats(), strict=True))
-    return stats | {name: held() for name, (held, _) in _caches.items()}
+    for name, held, _ in _caches:
+        stats[name] = stats.get(name, 0) + held()
+    return stats
 
 
 def empty_cache() -> None:
@@ -59,5 +61,5 @@ def empty_cache() -> None:
         0
     """
     torch.ops.kt.empty_cache()
-    for _, release in _caches.values():
+    for _, _, release in _caches:
         release()

@@ -34,7 +34,10 @@ def register() -> None:
     _setup_privateuseone_for_python_backend(NAME, backend_module=Backend())
     library = torch.library.Library("_", "IMPL")
     library.fallback(lambda op, *args, **kwargs: _run(op, args, kwargs), "PrivateUse1")
-    _libraries.append(library)
+    library.fallback(torch.library.fallthrough_kernel, "AutocastPrivateUse1")
+    aten = torch.library.Library("aten", "IMPL")
+    aten.impl("linear", _autocast_linear, "AutocastPrivateUse1")
+    _libraries.extend((library, aten))
 
 
 class Backend:
@@ -126,6 +129,14 @@ class SimulatedTensor(Tensor):
 
     def __repr__(self) -> str:  # type: ignore[override]  # without the option for torch's own printing
         return f"{self.data_on_host!r} on {NAME}"
+
+
+def _autocast_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    dtype = torch.get_autocast_dtype(NAME)
+    with torch.autocast(NAME, enabled=False):
+        return torch.nn.functional.linear(
+            x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+        )
 
 
 def _host(value: Any) -> Any:

@@ -1,10 +1,14 @@
 """What ``simulated`` holds runs in a process of its own, started by test_simulated.py."""
 
 import os
+import sys
+from pathlib import Path
 
 import pytest
 
 from ktops.testing import fake_cuda
+
+sys.path.append(str(Path(__file__).parents[1] / "integrations"))
 
 collect_ignore = [] if os.environ.get("KTOPS_SIMULATED") else ["simulated"]
 

@@ -22,6 +22,7 @@ import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -81,6 +82,9 @@ class _Kept(TorchDispatchMode):
         super().__init__()
         self._tensors: list = []
 
+    def clear(self) -> None:
+        self._tensors.clear()
+
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         self._tensors.append(func(*args, **(kwargs or {})))
         return self._tensors[-1]
@@ -100,7 +104,9 @@ class FakeCuda:
         self.functions.fake_pinned_bytes.restype = ctypes.c_int64
         self._thread = threading.local()
         self.streams: list[Stream] = []
-        self.kept = _Kept()
+        self.kept: Any = _Kept()
+        self.operators_wait = False
+        """Whether a tensor is complete before its use, since operators on the CPU know no streams."""
 
     def call(self, function: str, *arguments) -> None:
         status = getattr(self.functions, function)(*arguments)
@@ -156,6 +162,8 @@ class FakeCuda:
 
     def wait(self, stream: Stream, tensor: Tensor) -> None:
         current = self.current(tensor.device)
+        if self.operators_wait:
+            self.synchronize(stream)
         if current == stream:
             return
         event = ctypes.c_void_p()
@@ -213,17 +221,22 @@ class FakeCuda:
 
 
 @functools.cache
-def loaded(version: int = 13000) -> FakeCuda:
-    """Returns the library of this process."""
-    return FakeCuda(library(version))
+def _loaded(path: Path) -> FakeCuda:
+    return FakeCuda(path)
+
+
+def install(path: Path | None = None) -> FakeCuda:
+    """Lets tensors on the CPU use the streams of a library, by default of :func:`library`."""
+    cuda = _loaded(path or library())
+    streams.load(str(cuda.path))
+    streams.STREAMS["cpu"] = cuda
+    return cuda
 
 
 @contextlib.contextmanager
-def installed(version: int = 13000) -> Iterator[FakeCuda]:
-    """Lets tensors on the CPU use the streams of the library inside the context."""
-    cuda = loaded(version)
-    streams.load(str(cuda.path))
-    streams.STREAMS["cpu"] = cuda
+def installed(path: Path | None = None) -> Iterator[FakeCuda]:
+    """Calls :func:`install` for the context, at whose end it waits for all calls."""
+    cuda = install(path)
     try:
         yield cuda
     finally:
@@ -232,5 +245,5 @@ def installed(version: int = 13000) -> Iterator[FakeCuda]:
         torch.ops.kt.synchronize_streams()
         torch.ops.kt.empty_stream_cache()
         del streams.STREAMS["cpu"]
-        cuda.kept = _Kept()
-        cuda.functions.fake_set_delays(0, 0)
+        cuda.kept.clear()
+        cuda.delays(0, 0)

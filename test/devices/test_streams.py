@@ -214,4 +214,14 @@ def test_a_library_without_the_functions(tmp_path):
         torch.ops.kt.load_cuda(str(tmp_path / "missing.so"))
     with pytest.raises(RuntimeError, match="kt: no CUDA runtime in this process has cudaGetDevice"):
         torch.ops.kt.load_cuda("libc.so.6")
-    assert not streams.available("xpu")
+
+
+def test_without_the_runtime_there_is_a_warning(monkeypatch):
+    def load():
+        raise RuntimeError("kt: no CUDA runtime in this process has cudaGetDevice")
+
+    monkeypatch.setattr(streams, "load", load)
+    reason = "Python waits for the experts, which cannot be computed in stream order: kt: no CUDA runtime"
+    with pytest.warns(UserWarning, match=reason):
+        assert not streams.available.__wrapped__("cuda")
+    assert not streams.available("xpu") and not streams.available("cpu")

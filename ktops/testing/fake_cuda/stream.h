@@ -10,6 +10,7 @@
 #include <cstdlib>
 #include <deque>
 #include <functional>
+#include <map>
 #include <mutex>
 #include <random>
 #include <string>
@@ -80,6 +81,10 @@ private:
 };
 
 struct Graph;
+class Stream;
+
+// How many operations of each captured stream come first.
+using Order = std::map<const Stream*, size_t>;
 
 class Stream {
 public:
@@ -96,10 +101,6 @@ public:
         std::unique_lock<std::mutex> lock(mutex_);
         changed_.wait(lock, [&] { return operations_.empty(); });
     }
-    bool idle() {
-        std::lock_guard<std::mutex> lock(mutex_);
-        return operations_.empty();
-    }
     bool uses(const char* begin, const char* end) {
         std::lock_guard<std::mutex> lock(mutex_);
         return std::any_of(operations_.begin(), operations_.end(), [&](const Operation& operation) {
@@ -107,9 +108,16 @@ public:
         });
     }
 
+    void leave_capture() {
+        captured = nullptr;
+        order.clear();
+        invalidated = false;
+    }
+
     const int device;
     Counter unblocked;
-    Graph* captured = nullptr;  // guarded by the driver, like the next three
+    Graph* captured = nullptr;  // guarded by the driver, like the next four
+    Order order;                // of what is captured next
     unsigned long long capture_id = 0;
     int capture_mode = 0;
     bool invalidated = false;

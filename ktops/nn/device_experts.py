@@ -97,7 +97,7 @@ class DeviceExperts(nn.Module):
 
         Args:
             rows, ids, weights: [T, H], [T, K], [T, K], on the device.
-            post_expert_norm: as in :func:`ktops.nn.run_experts.run_experts`.
+            post_expert_norm: as in :func:`ktops.nn.experts.run_experts`.
             activation, activation_args, gating, options: those of :func:`ktops.moe_sft`, for all E experts.
         """
         if not ids.numel():

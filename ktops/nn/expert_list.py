@@ -12,8 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ktops._warn import warn_once
-from ktops.nn.experts import DTYPES, KTExperts
-from ktops.nn.run_experts import run_experts
+from ktops.nn.experts import DTYPES, KTExperts, run_experts
 from ktops.nn.streaming import streaming_threshold
 from ktops.ops.activation import CONCATENATED, UNGATED, ExpertFunction
 

@@ -11,9 +11,9 @@ from tiny_models import tiny_batch, tiny_model
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
+import ktops
 from ktops.devices import kernels, pending, streams
 from ktops.devices.pending import PendingTensor
-from ktops.nn import run_experts
 from ktops.ops.arguments import MoeArguments
 
 
@@ -210,7 +210,7 @@ def test_shared_experts_run_meanwhile(call, cuda, stream, monkeypatch, enabled, 
         if name.endswith(("shared_experts", "shared_expert")):
             module.register_forward_hook(lambda *_: events.append("shared experts"))
     monkeypatch.setattr(streams.Pending, "result", lambda self: events.append("collect") or collect(self))
-    monkeypatch.setattr(run_experts, "moe_sft", pending.moe_sft_pending)
+    monkeypatch.setattr(ktops.nn.experts, "moe_sft", pending.moe_sft_pending)
     with torch.no_grad(), cuda.use(stream), OnStreams(events):
         output = model(**batch).logits
     assert torch.equal(output, exact)

@@ -22,8 +22,7 @@ from ktops.integrations.transformers.architectures import (
     require_weights,
 )
 from ktops.nn.expert_list import KTExpert, KTExpertList, differentiable, interception
-from ktops.nn.experts import DTYPES, KTExperts, Layout
-from ktops.nn.run_experts import run_experts
+from ktops.nn.experts import DTYPES, KTExperts, Layout, run_experts
 from ktops.nn.streaming import streaming_threshold
 from ktops.ops.activation import ExpertFunction
 

@@ -13,7 +13,7 @@ import ktops
 from ktops.compat import generate_gpu_experts_masks
 from ktops.devices import accelerator
 from ktops.integrations.gpu_experts import require_grouped_mm
-from ktops.nn import run_experts
+from ktops.nn import experts
 from ktops.nn.find import find_experts
 from ktops.ops import moe_sft
 from ktops.testing.budgets import model_budget, relative_error
@@ -85,7 +85,7 @@ def test_the_cpu_computes_the_others(device, monkeypatch):
         ids.append(topk_ids.cpu())
         return moe_sft(x, topk_ids, *args, **options)
 
-    monkeypatch.setattr(run_experts, "moe_sft_pending", recorded)
+    monkeypatch.setattr(experts, "moe_sft_pending", recorded)
     logits(model, "qwen3_moe")
     computed = torch.stack([top[top >= 0].bincount(minlength=EXPERTS) for top in ids])
     assert counts.sum() == LAYERS * 24 * 2 and torch.equal(computed, counts.masked_fill(MASK, 0))

@@ -146,6 +146,15 @@ def test_streams_are_those_of_the_arguments(cuda, device):
     assert torch.equal(device.read(later), exact)
 
 
+def test_streams_by_their_address(monkeypatch):
+    """PyTorch would take 0 for no address, and return any stream."""
+    monkeypatch.setattr(torch.cuda, "default_stream", lambda device: f"default of {device}")
+    monkeypatch.setattr(torch.cuda, "ExternalStream", lambda address, device: f"{address} of {device}")
+    cuda = streams.CudaStreams()
+    assert cuda.at(0, torch.device("cuda:1")) == "default of cuda:1"
+    assert cuda.at(64, torch.device("cuda:1")) == "64 of cuda:1"
+
+
 def test_layers_begin_before_others_are_collected(cuda, device):
     layers, main = model(), cuda.stream()
     routed = [inputs(wrapper, seed=wrapper.layer_idx) for wrapper in layers]

@@ -221,6 +221,14 @@ def test_graphs_of_several_batch_sizes(cuda, device, dual):
         graph.destroy()
 
 
+def test_captures_notice_work_that_no_stream_waits_for(cuda, device):
+    main, side, x = cuda.stream(), cuda.stream(), device.tensor(torch.ones(3))
+    message = "cudaStreamEndCapture failed with status 904"
+    with pytest.raises(RuntimeError, match=message), cuda.capture(main), cuda.use(side):
+        cuda.wait(main, x)
+        x.sin()
+
+
 def test_all_may_be_deferred(cuda, device):
     layers, main = model((3, 0)), cuda.stream()
     x, routes = inputs(layers[0])[0], all_routes(layers)

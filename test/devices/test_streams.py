@@ -155,6 +155,23 @@ def test_a_result_that_nobody_uses(cuda, stream):
     assert ktops.memory_stats()["bytes_pinned"] == held > 0
 
 
+def test_no_memory_on_the_device(cuda, stream, monkeypatch):
+    """The call is given up."""
+
+    def no_memory(arguments):
+        raise torch.OutOfMemoryError("no memory")
+
+    ktops.empty_cache()
+    with monkeypatch.context() as patched, cuda.use(stream):
+        patched.setattr(streams, "empty_output", no_memory)
+        with pytest.raises(torch.OutOfMemoryError):
+            streams.begin(arguments())
+    cuda.synchronize(stream)
+    streams.synchronize()
+    ktops.empty_cache()
+    assert cuda.pinned_bytes() == 0
+
+
 def test_memory_is_kept_counted_and_released(cuda, stream):
     ktops.empty_cache()
     assert ktops.memory_stats()["bytes_pinned"] == cuda.pinned_bytes() == 0

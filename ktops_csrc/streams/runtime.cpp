@@ -14,7 +14,7 @@ constexpr int kCaptureModeRelaxed = 2;
 constexpr unsigned kHostAllocPortable = 1;
 constexpr unsigned kUserObjectNoDestructorSync = 1;
 constexpr unsigned kGraphUserObjectMove = 1;
-constexpr int kFirstVersionWithoutSuffixes = 13000;
+constexpr int kFirstVersionWithEdges = 13000;
 
 void* open(const std::string& path) {
     if (!path.empty()) {
@@ -29,13 +29,8 @@ void* open(const std::string& path) {
 }
 
 template <class Function>
-void find(void* library, const char* name, Function*& function) {
-    function = reinterpret_cast<Function*>(dlsym(library, name));
-}
-
-template <class Function>
 void require(void* library, const char* name, Function*& function) {
-    find(library, name, function);
+    function = reinterpret_cast<Function*>(dlsym(library, name));
     if (!function) throw std::runtime_error(std::string("kt: no CUDA runtime in this process has ") + name);
 }
 
@@ -59,12 +54,11 @@ Runtime::Runtime(const std::string& path) {
     require(library, "cudaGetErrorString", cuda_.GetErrorString);
     int version = 0;
     check("cudaRuntimeGetVersion", cuda_.RuntimeGetVersion(&version));
-    if (version >= kFirstVersionWithoutSuffixes) {
+    if (version >= kFirstVersionWithEdges) {
         require(library, "cudaStreamGetCaptureInfo", capture_info_with_edges_);
-        return;
+    } else {
+        require(library, "cudaStreamGetCaptureInfo_v2", capture_info_);
     }
-    find(library, "cudaStreamGetCaptureInfo_v3", capture_info_with_edges_);
-    if (!capture_info_with_edges_) require(library, "cudaStreamGetCaptureInfo_v2", capture_info_);
 }
 
 void Runtime::check(const char* function, int status) const {

@@ -63,7 +63,7 @@ private:
         int (*GetLastError)();
         const char* (*GetErrorString)(int);
     } cuda_{};
-    // One of the two: CUDA 12.3 added the edges to the signature, and CUDA 13 dropped the suffix of the name.
+    // The one of this version of CUDA.
     int (*capture_info_)(Stream, int* status, unsigned long long* id, Graph*, const void** dependencies,
                          size_t*) = nullptr;
     int (*capture_info_with_edges_)(Stream, int* status, unsigned long long* id, Graph*, const void** dependencies,

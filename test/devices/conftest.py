@@ -1,5 +1,25 @@
 """What ``simulated`` holds runs in a process of its own, started by test_simulated.py."""
 
 import os
+import sys
+from pathlib import Path
+
+import pytest
+
+from ktops.testing import fake_cuda
+
+sys.path.append(str(Path(__file__).parents[1] / "integrations"))
 
 collect_ignore = [] if os.environ.get("KTOPS_SIMULATED") else ["simulated"]
+
+
+@pytest.fixture
+def cuda():
+    """The library with the functions of CUDA, for tensors on the CPU."""
+    with fake_cuda.installed() as cuda:
+        yield cuda
+
+
+@pytest.fixture
+def stream(cuda) -> fake_cuda.Stream:
+    return cuda.stream()

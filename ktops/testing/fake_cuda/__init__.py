@@ -22,9 +22,11 @@ import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ktops.devices import streams
 from ktops.testing.compiler import compile_cpp
@@ -39,7 +41,7 @@ def library(version: int = 13000, *flags: str) -> Path:
     folder = tempfile.mkdtemp(prefix="ktops-fake-cuda-")
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     sources = sorted(Path(__file__).parent.glob("*.cpp"))
-    flags = ("-fPIC", "-shared", "-pthread", f"-DFAKE_CUDA_VERSION={version}", *flags)
+    flags = ("-O0", "-fPIC", "-shared", "-pthread", f"-DFAKE_CUDA_VERSION={version}", *flags)
     return compile_cpp(sources, Path(folder) / "libfakecudart.so", *flags)
 
 
@@ -73,6 +75,21 @@ class Graph:
         self._handles = []
 
 
+class _Kept(TorchDispatchMode):
+    """Keeps new tensors, as the memory of a device outlives the enqueued work that uses it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._tensors: list = []
+
+    def clear(self) -> None:
+        self._tensors.clear()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self._tensors.append(func(*args, **(kwargs or {})))
+        return self._tensors[-1]
+
+
 class FakeCuda:
     """The functions of the library. Implements :class:`ktops.devices.streams.Streams`.
 
@@ -86,6 +103,10 @@ class FakeCuda:
         self.functions.fake_calls.restype = ctypes.c_int64
         self.functions.fake_pinned_bytes.restype = ctypes.c_int64
         self._thread = threading.local()
+        self.streams: list[Stream] = []
+        self.kept: Any = _Kept()
+        self.operators_wait = False
+        """Whether a tensor is complete before its use, since operators on the CPU know no streams."""
 
     def call(self, function: str, *arguments) -> None:
         status = getattr(self.functions, function)(*arguments)
@@ -98,7 +119,8 @@ class FakeCuda:
         with self._device(device):
             self.call("cudaStreamCreate", ctypes.byref(handle))
         assert handle.value is not None
-        return Stream(handle.value, device)
+        self.streams.append(Stream(handle.value, device))
+        return self.streams[-1]
 
     @staticmethod
     def pointer(stream: Stream) -> ctypes.c_void_p:
@@ -130,13 +152,15 @@ class FakeCuda:
         before = getattr(self._thread, "stream", Stream(0))
         self._thread.stream = stream
         try:
-            with self._device(stream.device):
+            with self._device(stream.device), self.kept:
                 yield
         finally:
             self._thread.stream = before
 
     def wait(self, stream: Stream, tensor: Tensor) -> None:
         current = self.current(tensor.device)
+        if self.operators_wait:
+            self.synchronize(stream)
         if current == stream:
             return
         event = ctypes.c_void_p()
@@ -153,7 +177,8 @@ class FakeCuda:
         self.call("cudaMemcpyAsync", *data, _DEVICE_TO_DEVICE, self.pointer(self.current(to.device)))
 
     def synchronize(self, stream: Stream) -> None:
-        self.call("cudaStreamSynchronize", self.pointer(stream))
+        with self._device(stream.device):
+            self.call("cudaStreamSynchronize", self.pointer(stream))
 
     @contextlib.contextmanager
     def capture(self, stream: Stream) -> Iterator[Graph]:
@@ -186,26 +211,38 @@ class FakeCuda:
 
     def block(self, stream: Stream) -> None:
         """Blocks the stream at this point until :meth:`unblock`."""
-        self.functions.fake_block(self.pointer(stream))
+        with self._device(stream.device):
+            self.functions.fake_block(self.pointer(stream))
 
     def unblock(self, stream: Stream) -> None:
-        self.functions.fake_unblock(self.pointer(stream))
+        with self._device(stream.device):
+            self.functions.fake_unblock(self.pointer(stream))
 
 
 @functools.cache
-def loaded(version: int = 13000) -> FakeCuda:
-    """Returns the library of this process."""
-    return FakeCuda(library(version))
+def _loaded(path: Path) -> FakeCuda:
+    return FakeCuda(path)
+
+
+def install(path: Path | None = None) -> FakeCuda:
+    """Lets tensors on the CPU use the streams of a library, by default of :func:`library`."""
+    cuda = _loaded(path or library())
+    streams.load(str(cuda.path))
+    streams.STREAMS["cpu"] = cuda
+    return cuda
 
 
 @contextlib.contextmanager
-def installed(version: int = 13000) -> Iterator[FakeCuda]:
-    """Lets tensors on the CPU use the streams of the library inside the context."""
-    cuda = loaded(version)
-    streams.load(str(cuda.path))
-    streams.STREAMS["cpu"] = cuda
+def installed(path: Path | None = None) -> Iterator[FakeCuda]:
+    """Calls :func:`install` for the context, at whose end it waits for all calls."""
+    cuda = install(path)
     try:
         yield cuda
     finally:
+        for stream in cuda.streams:
+            cuda.unblock(stream)
+        torch.ops.kt.synchronize_streams()
+        torch.ops.kt.empty_stream_cache()
         del streams.STREAMS["cpu"]
-        cuda.functions.fake_set_delays(0, 0)
+        cuda.kept.clear()
+        cuda.delays(0, 0)

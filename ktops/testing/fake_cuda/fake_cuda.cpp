@@ -70,7 +70,7 @@ void fake_unblock(void* handle) {
     stream->unblocked.reach(stream->unblocked.expected);
 }
 
-int fake_idle(void* handle) { return driver().find(handle)->idle(); }
+void fake_wait_for_destructors() { driver().destructors.wait(); }
 
 void fake_drain_at_exit() {
     std::atexit([] {

@@ -20,8 +20,8 @@ int64_t fake_pinned_bytes();
 // Enqueues an operation that blocks the stream until fake_unblock() is called.
 void fake_block(void* stream);
 void fake_unblock(void* stream);
-// 1 if everything enqueued is executed.
-int fake_idle(void* stream);
+// Returns once all objects that belonged to destroyed graphs are destroyed, too.
+void fake_wait_for_destructors();
 // Has everything that is enqueued executed when the process exits. CUDA may do so.
 void fake_drain_at_exit();
 

@@ -42,7 +42,7 @@ using namespace fake;
 
 extern "C" {
 
-// The same function by the names of different versions.
+// The name, and the signature, depend on the version.
 #if FAKE_CUDA_VERSION >= 13000
 int cudaStreamGetCaptureInfo(void* stream, int* status, unsigned long long* id, void** graph, const void**,
                              const void**, size_t*) {
@@ -57,13 +57,6 @@ int cudaStreamGetCaptureInfo_v2(void* stream, int* status, unsigned long long* i
     FAKE_ENTER();
     return capture_info(stream, status, id, graph);
 }
-#if FAKE_CUDA_VERSION >= 12030
-int cudaStreamGetCaptureInfo_v3(void* stream, int* status, unsigned long long* id, void** graph, const void**,
-                                const void**, size_t*) {
-    FAKE_ENTER();
-    return capture_info(stream, status, id, graph);
-}
-#endif
 #endif
 
 int cudaThreadExchangeStreamCaptureMode(int* mode) {

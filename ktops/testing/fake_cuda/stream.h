@@ -96,10 +96,6 @@ public:
         std::unique_lock<std::mutex> lock(mutex_);
         changed_.wait(lock, [&] { return operations_.empty(); });
     }
-    bool idle() {
-        std::lock_guard<std::mutex> lock(mutex_);
-        return operations_.empty();
-    }
     bool uses(const char* begin, const char* end) {
         std::lock_guard<std::mutex> lock(mutex_);
         return std::any_of(operations_.begin(), operations_.end(), [&](const Operation& operation) {

@@ -1,0 +1,158 @@
+"""Calls that a CUDA graph captures are computed at each launch, from what its input tensors hold then."""
+
+import gc
+import weakref
+
+import pytest
+import torch
+from stream_calls import arguments, expected, failing, run
+
+import ktops
+from ktops.devices import streams
+
+
+@pytest.mark.parametrize("reduce", [True, False])
+def test_launches_compute_from_new_contents(cuda, stream, reduce):
+    given = arguments()._replace(reduce=reduce)
+    names = ("hidden_states", "topk_ids", "topk_weights")
+    fixed = given._replace(**{name: torch.zeros_like(getattr(given, name)) for name in names})
+    with cuda.capture(stream) as graph:
+        output = streams.begin(fixed).result().fill_(7)
+    assert (output == 7).all()
+    outputs = [torch.empty_like(output) for _ in range(3)]
+    contents = [arguments(seed=seed)._replace(reduce=reduce) for seed in range(3)]
+    cuda.delays(seed=1, microseconds=500)
+    with cuda.use(stream):
+        for content, result in zip(contents, outputs, strict=True):
+            for name in names:
+                cuda.copy(getattr(fixed, name), getattr(content, name))
+            graph.launch(stream)
+            cuda.copy(result, output)
+    cuda.synchronize(stream)
+    for content, result in zip(contents, outputs, strict=True):
+        weights = {name: getattr(given, name) for name in ("gate_up_proj", "down_proj")}
+        assert torch.equal(result, expected(content._replace(**weights)))
+    graph.destroy()
+
+
+def test_a_graph_shares_no_memory_with_calls_outside_of_it(cuda, stream):
+    """Its launches come in any order, on any stream, with other calls."""
+    given, other, elsewhere = arguments(seed=0), arguments(seed=1), cuda.stream()
+    with cuda.use(stream):
+        cuda.block(stream)
+        before = streams.begin(other).result()
+    with cuda.capture(elsewhere) as graph:
+        first = streams.begin(given).result()
+        second = streams.begin(other).result()
+    for _ in range(3):
+        graph.launch(elsewhere)
+    cuda.synchronize(elsewhere)
+    assert torch.equal(first, expected(given)) and torch.equal(second, expected(other))
+    graph.launch(elsewhere)
+    assert torch.equal(run(cuda, cuda.stream(), given), expected(given))
+    cuda.unblock(stream)
+    streams.synchronize()
+    assert torch.equal(before, expected(other))
+    graph.destroy()
+
+
+def test_memory_and_weights_live_as_long_as_the_graph(cuda, stream):
+    streams.synchronize()
+    ktops.empty_cache()
+    assert cuda.pinned_bytes() == 0
+    given = arguments()
+    weights = weakref.ref(given.down_proj)
+    with cuda.capture(stream) as graph:
+        output = streams.begin(given).result()
+    exact = expected(given)
+    fixed = given[:3]
+    del given
+    streams.synchronize()
+    ktops.empty_cache()
+    gc.collect()
+    assert weights() is not None and cuda.pinned_bytes() > 0
+    graph.launch(stream)
+    graph.destroy()
+    cuda.synchronize(stream)
+    assert torch.equal(output, exact) and len(fixed) == 3
+    cuda.functions.fake_wait_for_destructors()
+    with cuda.capture(stream) as graph:
+        held = cuda.pinned_bytes()
+        streams.begin(arguments()).result()
+    assert cuda.pinned_bytes() == held
+    graph.destroy()
+    cuda.functions.fake_wait_for_destructors()
+    ktops.empty_cache()
+    gc.collect()
+    assert weights() is None and cuda.pinned_bytes() == 0
+
+
+def test_begin_and_result_belong_to_the_same_capture(cuda, stream):
+    given = arguments()
+    with cuda.use(stream):
+        before = streams.begin(given)
+    with cuda.capture(stream) as graph:
+        captured = streams.begin(given)
+        with pytest.raises(RuntimeError, match="result of a call before a capture must be used before it"):
+            before.result()
+    with cuda.use(stream), pytest.raises(RuntimeError, match="captured must be used in the same capture"):
+        captured.result()
+    with cuda.capture(stream) as other:
+        with pytest.raises(RuntimeError, match="captured must be used in the same capture"):
+            captured.result()
+        streams.begin(given).result()
+    with cuda.use(stream):
+        output = before.result()
+    graph.launch(stream)
+    del captured
+    graph.launch(stream)
+    cuda.synchronize(stream)
+    assert torch.equal(output, expected(given))
+    for one in (graph, other):
+        one.destroy()
+
+
+def test_an_error_of_the_cpu_in_a_launch(cuda, stream):
+    """Every launch may fail."""
+    with cuda.capture(stream) as graph:
+        output = streams.begin(failing()).result()
+    for _ in range(2):
+        output.zero_()
+        graph.launch(stream)
+        with pytest.raises(RuntimeError, match="an earlier call failed on the CPU"):
+            streams.synchronize()
+        assert output.isnan().all()
+    graph.destroy()
+
+
+@pytest.mark.parametrize(
+    "function", ["cudaUserObjectCreate", "cudaGraphRetainUserObject", "cudaLaunchHostFunc"]
+)
+def test_an_error_of_cuda_in_a_capture_leaves_nothing(cuda, stream, function):
+    streams.synchronize()
+    ktops.empty_cache()
+    given = arguments()
+    weights = weakref.ref(given.down_proj)
+    with cuda.capture(stream) as graph:
+        cuda.fail(function)
+        with pytest.raises(RuntimeError, match=f"kt: {function} failed: invalid argument"):
+            streams.begin(given)
+        output = streams.begin(given).result()
+    graph.launch(stream)
+    cuda.synchronize(stream)
+    assert torch.equal(output, expected(given))
+    del given
+    graph.destroy()
+    cuda.functions.fake_wait_for_destructors()
+    ktops.empty_cache()
+    gc.collect()
+    assert cuda.pinned_bytes() == 0 and weights() is None
+
+
+def test_a_capture_that_something_else_invalidates(cuda, stream):
+    failed = pytest.raises(RuntimeError, match="cudaStreamEndCapture failed with status 901")
+    with failed, cuda.capture(stream):
+        assert cuda.functions.cudaDeviceSynchronize() == 900
+        with pytest.raises(RuntimeError, match="capture that an earlier error has invalidated"):
+            streams.begin(arguments())
+    assert torch.equal(run(cuda, stream, arguments()), expected(arguments()))

@@ -1,0 +1,210 @@
+"""``ktops.devices.streams``: what kt::moe_fwd enqueues on a stream, and when it is computed."""
+
+import gc
+import weakref
+
+import pytest
+import torch
+from stream_calls import SIZES, arguments, expected, failing, run
+
+import ktops
+from ktops.devices import streams
+from ktops.testing import fake_cuda
+from ktops.testing.compare import threads
+from ktops.testing.inputs import moe_inputs, op_arguments
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float64, torch.float16]
+
+
+@pytest.mark.parametrize("reduce", [True, False])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("num_tokens", [0, 1, 33])
+def test_equals_the_operator_bitwise(cuda, stream, num_tokens, dtype, reduce):
+    options = {"dtype": dtype, "lora_rank": 4, "bias": True, "invalid_ids": True, "ids_dtype": torch.int32}
+    given = arguments(T=num_tokens, **options)._replace(reduce=reduce)
+    assert torch.equal(run(cuda, stream, given), expected(given))
+
+
+def test_weights_in_a_format_and_tensors_that_are_not_contiguous(cuda, stream):
+    inputs = moe_inputs(**SIZES | {"H": 64, "I": 64}, dtype=torch.bfloat16, weights_dtype=torch.float32)
+    for name in ("gate_up_proj", "down_proj"):
+        inputs[name] = ktops.quantize(inputs[name], "int4", group_size=32)
+    for name in ("hidden_states", "topk_ids", "topk_weights"):
+        inputs[name] = inputs[name].mT.contiguous().mT
+    given = op_arguments(inputs)
+    assert torch.equal(run(cuda, stream, given), expected(given))
+
+
+def test_python_waits_for_nothing(cuda, stream):
+    """Begin and result return while the stream is blocked; the values at the time of the copies count."""
+    given, later = arguments(seed=0), arguments(seed=1)
+    with cuda.use(stream):
+        cuda.block(stream)
+        output = streams.begin(given).result().fill_(7)
+        given.hidden_states.copy_(later.hidden_states)
+    assert (output == 7).all()
+    cuda.unblock(stream)
+    cuda.synchronize(stream)
+    assert torch.equal(output, expected(given))
+
+
+def test_calls_may_end_in_any_order(cuda, stream):
+    given = [arguments(seed=seed) for seed in range(4)]
+    with cuda.use(stream):
+        calls = [streams.begin(one) for one in given]
+        outputs = {i: calls[i].result() for i in (2, 0, 3, 1)}
+    cuda.synchronize(stream)
+    assert all(torch.equal(outputs[i], expected(one)) for i, one in enumerate(given))
+
+
+def test_default_streams_of_two_devices_have_memory_of_their_own(cuda):
+    """Their handles are equal, but not their order."""
+    first, second = fake_cuda.Stream(0, device=0), fake_cuda.Stream(0, device=1)
+    given = [arguments(seed=seed) for seed in range(2)]
+    with cuda.use(first):
+        cuda.block(first)
+        late = streams.begin(given[0]).result()
+    assert torch.equal(run(cuda, second, given[1]), expected(given[1]))
+    cuda.unblock(first)
+    streams.synchronize()
+    assert torch.equal(late, expected(given[0]))
+
+
+def test_errors_of_arguments_are_those_of_the_operator(cuda, stream):
+    good = arguments()
+    cases = [
+        {"topk_ids": good.topk_ids[:-1]},
+        {"topk_ids": good.topk_ids.to(torch.int16)},
+        {"hidden_states": good.hidden_states[0]},
+        {"topk_weights": good.topk_weights.long()},
+        {"down_proj": good.down_proj[:, :, :-1]},
+        {"activation": "unknown"},
+        {"compute": "int8"},
+    ]
+    for case in cases:
+        given = good._replace(**case)
+        with pytest.raises(RuntimeError, match=r"^kt::moe_fwd: ") as of_operator:
+            torch.ops.kt.moe_fwd(*given)
+        enqueued = [cuda.calls(name) for name in ("cudaMemcpyAsync", "cudaLaunchHostFunc")]
+        with pytest.raises(RuntimeError) as of_stream, cuda.use(stream):
+            streams.begin(given)
+        assert str(of_stream.value) == str(of_operator.value)
+        assert enqueued == [cuda.calls(name) for name in ("cudaMemcpyAsync", "cudaLaunchHostFunc")]
+
+
+def test_misuse_of_the_operators(cuda, stream):
+    given, output = arguments(), torch.empty(5, 40)
+    with pytest.raises(RuntimeError, match=r"moe_fwd_begin: hidden_states must be contiguous"):
+        torch.ops.kt.moe_fwd_begin(*given._replace(hidden_states=torch.zeros(40, 5).mT), stream.handle)
+    call = torch.ops.kt.moe_fwd_begin(*given, stream.handle)
+    with pytest.raises(RuntimeError, match=r"output must have 800 bytes, got 400"):
+        torch.ops.kt.moe_fwd_end(call, output[:, :20].contiguous())
+    torch.ops.kt.moe_fwd_end(call, output)
+    with pytest.raises(RuntimeError, match=rf"call must be one that began and did not end, got {call}$"):
+        torch.ops.kt.moe_fwd_end(call, output)
+    torch.ops.kt.moe_fwd_end(call, None)
+    cuda.synchronize(stream)
+    assert torch.equal(output, expected(given))
+
+
+@pytest.mark.parametrize("function", ["cudaHostAlloc", "cudaMemcpyAsync", "cudaLaunchHostFunc"])
+def test_an_error_of_cuda_names_the_function(cuda, stream, function):
+    ktops.empty_cache()
+    given = arguments()
+    with cuda.use(stream):
+        cuda.fail(function)
+        with pytest.raises(RuntimeError, match=f"kt: {function} failed: invalid argument"):
+            streams.begin(given)
+        if function != "cudaHostAlloc":
+            call = streams.begin(given)
+            cuda.fail(function)
+            with pytest.raises(RuntimeError, match=f"kt: {function} failed: invalid argument"):
+                call.result()
+    assert torch.equal(run(cuda, stream, given), expected(given))
+
+
+def test_an_error_of_the_cpu_reaches_a_later_call(cuda, stream):
+    with pytest.raises(RuntimeError, match="out of memory"):
+        expected(failing())
+    output = run(cuda, stream, failing())
+    assert output.isnan().all()
+    with pytest.raises(
+        RuntimeError, match="an earlier call failed on the CPU, and its result is NaN: kt: out of"
+    ):
+        streams.begin(arguments())
+    assert torch.equal(run(cuda, stream, arguments()), expected(arguments()))
+    run(cuda, stream, failing())
+    with pytest.raises(RuntimeError, match="an earlier call failed on the CPU"):
+        streams.synchronize()
+
+
+def test_a_result_that_nobody_uses(cuda, stream):
+    """The call is computed, its memory reused."""
+    ktops.empty_cache()
+    with cuda.use(stream):
+        streams.begin(arguments())
+        streams.begin(arguments())
+        cuda.synchronize(stream)
+    streams.synchronize()
+    held = ktops.memory_stats()["bytes_staged"]
+    run(cuda, stream, arguments())
+    assert ktops.memory_stats()["bytes_staged"] == held > 0
+
+
+def test_memory_is_kept_counted_and_released(cuda, stream):
+    ktops.empty_cache()
+    assert ktops.memory_stats()["bytes_staged"] == cuda.pinned_bytes() == 0
+    given = arguments()
+    run(cuda, stream, given)
+    held, allocations = cuda.pinned_bytes(), cuda.calls("cudaHostAlloc")
+    assert ktops.memory_stats()["bytes_staged"] == held >= 2 * given.hidden_states.nbytes
+    with cuda.use(stream):
+        for _ in range(5):
+            streams.begin(given).result()
+    cuda.block(stream)
+    with cuda.use(stream):
+        streams.begin(given).result()
+    assert cuda.calls("cudaHostAlloc") == allocations
+    cuda.unblock(stream)
+    ktops.empty_cache()
+    assert ktops.memory_stats()["bytes_staged"] == cuda.pinned_bytes() == 0
+
+
+def test_finished_calls_release_their_weights(cuda, stream):
+    given = arguments()
+    alive = weakref.ref(given.down_proj)
+    run(cuda, stream, given)
+    del given
+    streams.synchronize()
+    gc.collect()
+    assert alive() is None
+
+
+def test_torchs_number_of_threads_applies(cuda, stream):
+    """The kernels take as many threads as Python's thread would, also after the number was changed."""
+    given = arguments(T=64, H=256, I=256, E=8)
+    for count in (1, 2, 1):
+        with threads(count), ktops.profile() as profile:
+            assert torch.equal(run(cuda, stream, given), expected(given))
+        assert {step.op for step in profile.steps} == {"moe_fwd"}
+
+
+@pytest.mark.parametrize("version", [12000, 13000])
+def test_versions_of_cuda(version):
+    """The function that describes a capture has another name and signature since CUDA 13."""
+    with fake_cuda.installed(fake_cuda.library(version)) as cuda:
+        stream, given = cuda.stream(), arguments()
+        with cuda.capture(stream) as graph:
+            output = streams.begin(given).result()
+        graph.launch(stream)
+        cuda.synchronize(stream)
+        assert torch.equal(output, expected(given))
+        graph.destroy()
+
+
+def test_a_library_without_the_functions(tmp_path):
+    with pytest.raises(RuntimeError, match=r"kt: could not load the CUDA runtime: .*missing"):
+        torch.ops.kt.load_cuda(str(tmp_path / "missing.so"))
+    with pytest.raises(RuntimeError, match="kt: no CUDA runtime in this process has cudaGetDevice"):
+        torch.ops.kt.load_cuda("libc.so.6")
+    assert not streams.available("xpu")

@@ -1,32 +1,31 @@
 """ExpertsWrapper: the part of KTMoEWrapper that both modes share."""
 
-import functools
-import os
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 import ktops
 from ktops._warn import warn_once
+from ktops.compat.calls import Call, in_host_memory
+from ktops.compat.masks import SkippedExperts
 from ktops.compat.methods import Method
 from ktops.compat.weights import expert_order, from_checkpoint, from_tensors
+from ktops.devices import streams
 from ktops.formats import ExpertWeight
 from ktops.ops.activation import ExpertFunction
+from ktops.ops.arguments import MoeArguments
+from ktops.ops.moe_sft import in_format
 
 COMPUTE_DTYPE = torch.bfloat16
 
-
-@functools.cache
-def worker() -> ThreadPoolExecutor:
-    """Returns the single thread that runs submitted work, in the order of submission."""
-    return ThreadPoolExecutor(max_workers=1, thread_name_prefix="ktops-compat")
-
-
-os.register_at_fork(after_in_child=worker.cache_clear)
+_NOT_GIVEN: dict[str, Any] = dict.fromkeys(MoeArguments._fields) | {
+    "gate_up_scaling": 1.0,
+    "down_scaling": 1.0,
+}
 
 
 def expect_shape(name: str, tensor: Tensor, shape: Sequence[int | str]) -> None:
@@ -37,15 +36,6 @@ def expect_shape(name: str, tensor: Tensor, shape: Sequence[int | str]) -> None:
     ):
         wanted = ", ".join(str(size) for size in shape)
         raise ValueError(f"KTMoEWrapper: {name} must have shape [{wanted}], got {sizes}")
-
-
-def on_stream(cuda_stream, device: torch.device) -> AbstractContextManager:
-    """Makes copies to and from the device use a stream, given as a Stream, its address, or None."""
-    if cuda_stream is None or device.type != "cuda":
-        return nullcontext()
-    if not isinstance(cuda_stream, torch.cuda.Stream):
-        cuda_stream = torch.cuda.ExternalStream(cuda_stream, device=device)
-    return torch.cuda.stream(cuda_stream)
 
 
 class ExpertsWrapper:
@@ -89,7 +79,7 @@ class ExpertsWrapper:
         self._check_sizes(numa_nodes)
         self._storage = storage
         self.group_size = group_size if storage.group_size is None else storage.group_size
-        self.gpu_experts_mask = _mask(gpu_experts_mask, num_gpu_experts, num_experts)
+        self._skipped = SkippedExperts(_mask(gpu_experts_mask, num_gpu_experts, num_experts))
         self.gate_up_proj: Tensor | ExpertWeight | None = None
         self.down_proj: Tensor | ExpertWeight | None = None
 
@@ -115,6 +105,11 @@ class ExpertsWrapper:
                 f"KTMoEWrapper: ktops computes with torch's {torch.get_num_threads()} threads, "
                 f"not with cpuinfer_threads={self.cpuinfer_threads}: call torch.set_num_threads"
             )
+
+    @property
+    def gpu_experts_mask(self) -> Tensor:
+        """The experts that are computed elsewhere, bool [E]. Change it in place."""
+        return self._skipped.mask
 
     @property
     def num_gpu_experts(self) -> int:
@@ -190,17 +185,43 @@ class ExpertsWrapper:
                 "KTMoEWrapper: weights not loaded: call load_weights() or load_weights_from_tensors() first"
             )
 
-    def _routes(self, num_tokens: int, topk_ids: Tensor, topk_weights: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns CPU copies: int64 topk_ids, -1 for experts computed elsewhere, and float32 topk_weights."""
+    def _tokens(
+        self, hidden_states: Tensor, topk_ids: Tensor, topk_weights: Tensor, *, on_host: bool
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Returns hidden_states [T, H], topk_ids without experts computed elsewhere, and topk_weights.
+
+        Args:
+            on_host: whether to return copies in host memory; otherwise they stay on their device.
+        """
+        device, copy = hidden_states.device, hidden_states.is_cpu
+        x = hidden_states.detach().reshape(-1, self.hidden_size)
         for name, tensor in (("topk_ids", topk_ids), ("topk_weights", topk_weights)):
-            expect_shape(name, tensor, [num_tokens, self.num_experts_per_tok])
+            expect_shape(name, tensor, [len(x), self.num_experts_per_tok])
+            if tensor.device != device:
+                raise ValueError(
+                    f"KTMoEWrapper: {name} must be on {device}, the device of hidden_states, "
+                    f"got {tensor.device}"
+                )
         if topk_ids.is_floating_point():
             raise TypeError(f"KTMoEWrapper: topk_ids must be integers, got {topk_ids.dtype}")
-        ids = topk_ids.detach().to("cpu", torch.int64, copy=True)
-        if self.gpu_experts_mask.any():
-            known = (ids >= 0) & (ids < self.num_experts)
-            ids = ids.masked_fill(self.gpu_experts_mask[ids.where(known, 0)], -1)
-        return ids, topk_weights.detach().to("cpu", torch.float32, copy=True)
+        ids_dtype = topk_ids.dtype if topk_ids.dtype in (torch.int32, torch.int64) else torch.int64
+        tokens = [
+            x.to(COMPUTE_DTYPE, copy=copy),
+            topk_ids.detach().to(ids_dtype, copy=copy),
+            topk_weights.detach().to(torch.float32, copy=copy),
+        ]
+        x, ids, weights = in_host_memory(tokens) if on_host else tokens
+        return x, self._skipped.remove(ids), weights
+
+    def _begin(self, submit: Callable[..., Future], x: Tensor, ids: Tensor, weights: Tensor, **lora) -> Call:
+        """Starts a forward for inference, in stream order where that is possible, or else by ``submit``."""
+        if streams.available(x.device.type):
+            return streams.begin(self._arguments(x, ids, weights, **lora))
+        return submit(self._infer, x, ids, weights, **lora)
+
+    @torch.no_grad()
+    def _infer(self, hidden_states: Tensor, ids: Tensor, weights: Tensor, **lora) -> Tensor:
+        return self._run(hidden_states, ids, weights, **lora)
 
     def _run(self, hidden_states: Tensor, ids: Tensor, weights: Tensor, **lora) -> Tensor:
         assert self.gate_up_proj is not None and self.down_proj is not None
@@ -214,6 +235,17 @@ class ExpertsWrapper:
             **self.function._asdict(),
             **lora,
         )
+
+    def _arguments(self, hidden_states: Tensor, ids: Tensor, weights: Tensor, **lora) -> MoeArguments:
+        """Returns the arguments with which :meth:`_run` calls kt::moe_fwd."""
+        given: dict[str, Any] = {"hidden_states": hidden_states, "topk_ids": ids, "topk_weights": weights}
+        for prefix, weight in (("gate_up", self.gate_up_proj), ("down", self.down_proj)):
+            assert weight is not None
+            names = (f"{prefix}_{part}" for part in ("proj", "scale", "zero", "format", "group_size"))
+            given |= zip(names, in_format(weight), strict=True)
+        sizes = {"num_experts": self.num_experts, "intermediate_size": self.moe_intermediate_size}
+        options = {"compute": self.compute, "reduce": True, **self.function._asdict()}
+        return MoeArguments(**_NOT_GIVEN | given | sizes | options | lora)
 
 
 def _mask(gpu_experts_mask: Tensor | None, num_gpu_experts: int, num_experts: int) -> Tensor:

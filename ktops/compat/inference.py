@@ -1,22 +1,35 @@
-"""KTMoEWrapper in mode "inference": synchronous or background forward, and deferred experts."""
+"""KTMoEWrapper in mode "inference": forwards, at once or submitted, and deferred experts."""
 
+import functools
 import weakref
 from concurrent.futures import Future
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ktops._warn import warn_once
 from ktops.compat import gpu_buffers
-from ktops.compat.experts import COMPUTE_DTYPE, ExpertsWrapper, expect_shape, on_stream, worker
+from ktops.compat.calls import Call, captured, now, on_stream, worker
+from ktops.compat.experts import ExpertsWrapper, expect_shape
+from ktops.compat.masks import entries
+from ktops.devices import streams
+from ktops.devices.transfer import upload
+
+
+class Deferred(NamedTuple):
+    """A call whose result the next layer adds to its output."""
+
+    call: Call
+    num_tokens: int
+    captured: bool  # by a CUDA graph
 
 
 class InferenceWrapper(ExpertsWrapper):
     """The class that ``KTMoEWrapper(mode="inference")`` creates.
 
     With ``max_deferred_experts_per_token`` = d > 0, up to d routes of each token, those with the smallest
-    weights, are computed in the background, and the next layer adds them to its output; see
+    weights, are computed after the others, and the next layer adds them to its output; see
     :meth:`select_deferred_experts`. The next layer is the wrapper with the next larger layer_idx, created
     after this one.
     """
@@ -33,9 +46,9 @@ class InferenceWrapper(ExpertsWrapper):
                 "KTMoEWrapper: max_deferred_experts_per_token must not be negative, got "
                 f"{max_deferred_experts_per_token}"
             )
-        self._pending: Future | None = None
+        self._pending: list[Call] | None = None
         self._writes: list[Future] = []
-        self._deferred: tuple[int, Future] | None = None
+        self._deferred: Deferred | None = None
         self._previous = self._next = lambda: None
         self._follow(max((i for i in self._latest if i < self.layer_idx), default=None))
         self._latest[self.layer_idx] = self
@@ -55,30 +68,40 @@ class InferenceWrapper(ExpertsWrapper):
         all routes to an expert that these select for any token, because its weights are read anyway.
         """
         protected_k = max(0, min(protected_k, expert_ids.shape[1]))
-        known = (expert_ids >= 0) & (expert_ids < self.num_experts)
-        ids = expert_ids.where(known, self.num_experts)
-        protected = torch.zeros(self.num_experts + 1, dtype=torch.bool, device=ids.device)
-        protected[ids.gather(1, expert_scores.topk(protected_k, dim=1).indices)] = True
+        ids = entries(expert_ids, self.num_experts).long()
+        protected = ids.new_zeros(self.num_experts + 1, dtype=torch.bool)
+        chosen = ids.gather(1, expert_scores.topk(protected_k, dim=1).indices)
+        protected.scatter_(0, chosen.flatten(), True)
         immediate = protected[ids]
-        return expert_ids.where(immediate, -1), expert_ids.where(~immediate & known, -1)
+        elsewhere = immediate | (ids == self.num_experts)
+        return expert_ids.masked_fill(~immediate, -1), expert_ids.masked_fill(elsewhere, -1)
 
     def submit_forward(
         self, hidden_states: Tensor, topk_ids: Tensor, topk_weights: Tensor, cuda_stream=None
     ) -> None:
-        """Starts :meth:`forward` in the background; :meth:`sync_forward` returns its result."""
-        self._pending = self._start(hidden_states, topk_ids, topk_weights, cuda_stream, worker().submit)
+        """Starts :meth:`forward`; :meth:`sync_forward` returns its result.
+
+        With hidden_states on a CUDA device, work is enqueued on the stream, and a CUDA graph may capture it.
+        Otherwise it runs in the background, on copies of the arguments.
+        """
+        self._start(worker().submit, hidden_states, topk_ids, topk_weights, cuda_stream)
 
     def sync_forward(self, hidden_states: Tensor, cuda_stream=None) -> Tensor:
         """Returns the output of the last submitted forward, as :meth:`forward` returns it.
 
+        Args:
+            hidden_states: a tensor with the dtype and device of the output.
+            cuda_stream: the stream that may use the output next; not necessarily that of submit_forward.
+
         Raises:
-            RuntimeError: no forward was submitted.
+            RuntimeError: no forward was submitted, or a CUDA graph captures only one of the two calls.
         """
         if self._pending is None:
             raise RuntimeError("KTMoEWrapper: no pending forward: call submit_forward() first")
-        pending, self._pending = self._pending, None
+        calls, self._pending = self._pending, None
         with on_stream(cuda_stream, hidden_states.device):
-            return pending.result().to(hidden_states)
+            output = functools.reduce(torch.add, [call.result() for call in calls])
+            return upload(output, hidden_states.device).to(hidden_states.dtype)
 
     def forward(
         self, hidden_states: Tensor, topk_ids: Tensor, topk_weights: Tensor, cuda_stream=None
@@ -90,17 +113,17 @@ class InferenceWrapper(ExpertsWrapper):
             topk_ids: [T, num_experts_per_tok], physical ids; ids outside [0, E), and those in
                 gpu_experts_mask, contribute nothing.
             topk_weights: [T, num_experts_per_tok].
-            cuda_stream: a stream or its address, for copies to and from a CUDA device.
+            cuda_stream: a stream or its address; None for the current one. Python does not wait for it.
 
         Returns:
             [T, H] with the dtype and device of hidden_states.
 
         Raises:
-            RuntimeError: no weights are loaded, or the previous layer deferred experts for a different
-                number of tokens.
-            ValueError: a wrong shape.
+            RuntimeError: no weights are loaded, the previous layer deferred experts for a different number of
+                tokens or in another CUDA graph, or an earlier forward on a CUDA device failed.
+            ValueError: a wrong shape or device.
         """
-        self._pending = self._start(hidden_states, topk_ids, topk_weights, cuda_stream, _now)
+        self._start(now, hidden_states, topk_ids, topk_weights, cuda_stream)
         return self.sync_forward(hidden_states, cuda_stream)
 
     def submit_write_weight_scale_to_buffer(
@@ -142,64 +165,44 @@ class InferenceWrapper(ExpertsWrapper):
         while self._writes:
             self._writes.pop(0).result()
 
-    def _start(self, hidden_states, topk_ids, topk_weights, cuda_stream, submit) -> Future:
-        x, ids, weights = self._inputs(hidden_states, topk_ids, topk_weights, cuda_stream)
-        before = self._take_deferred(len(x))
-        if not self.max_deferred_experts_per_token:
-            return submit(self._compute, x, ids, weights, before)
-        protected_k = self.num_experts_per_tok - self.max_deferred_experts_per_token
-        ids, deferred = self.select_deferred_experts(ids, weights, protected_k)
-        output = submit(self._compute, x, ids, weights, before)
-        self._defer(x, deferred, weights)
-        return output
-
-    def _inputs(self, hidden_states: Tensor, topk_ids: Tensor, topk_weights: Tensor, cuda_stream):
-        """Returns copies of hidden_states [T, H], topk_ids and topk_weights in CPU memory."""
+    def _start(self, submit, hidden_states, topk_ids, topk_weights, cuda_stream) -> None:
         self._check_loaded()
         if hidden_states.dim() < 2 or hidden_states.shape[-1] != self.hidden_size:
             expect_shape("hidden_states", hidden_states, ["num_tokens", self.hidden_size])
-        x = hidden_states.detach().reshape(-1, self.hidden_size)
-        if x.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-            raise RuntimeError(
-                "KTMoEWrapper: a CUDA graph cannot capture experts that the CPU computes: start the server "
-                "with --disable-cuda-graph"
-            )
-        with on_stream(cuda_stream, x.device):
-            x = x.to("cpu", COMPUTE_DTYPE, copy=True)
-            return x, *self._routes(len(x), topk_ids, topk_weights)
+        device = hidden_states.device
+        with on_stream(cuda_stream, device):
+            on_host = not streams.available(device.type)
+            x, ids, weights = self._tokens(hidden_states, topk_ids, topk_weights, on_host=on_host)
+            before, deferred = self._take_deferred(x), None
+            if self.max_deferred_experts_per_token:
+                protected_k = self.num_experts_per_tok - self.max_deferred_experts_per_token
+                ids, deferred = self.select_deferred_experts(ids, weights, protected_k)
+            self._pending = [self._begin(submit, x, ids, weights), *before]
+            if deferred is not None:
+                self._defer(x, self._begin(worker().submit, x, deferred, weights))
 
-    @torch.no_grad()
-    def _compute(self, x: Tensor, ids: Tensor, weights: Tensor, before: Future | None) -> Tensor:
-        earlier = None if before is None else before.result()
-        output = self._run(x, ids, weights)
-        return output if earlier is None else output + earlier
-
-    def _defer(self, x: Tensor, ids: Tensor, weights: Tensor) -> None:
+    def _defer(self, x: Tensor, call: Call) -> None:
         if self._deferred is not None:
             warn_once(
                 f"KTMoEWrapper: the experts that layer {self.layer_idx} deferred were never added. Set "
                 "max_deferred_experts_per_token=0 for the last layer of a model"
             )
-        self._deferred = None
-        if (ids >= 0).any():
-            self._deferred = len(x), worker().submit(self._compute, x, ids, weights, None)
+        self._deferred = Deferred(call, len(x), captured(x.device))
 
-    def _take_deferred(self, num_tokens: int) -> Future | None:
-        """Returns what the previous layer deferred."""
+    def _take_deferred(self, x: Tensor) -> list[Call]:
+        """Returns what the previous layer deferred, one call or none."""
         previous = self._previous()
         if previous is None or previous._deferred is None:
-            return None
-        (expected, future), previous._deferred = previous._deferred, None
-        if expected != num_tokens:
+            return []
+        deferred, previous._deferred = previous._deferred, None
+        if deferred.num_tokens != len(x):
             raise RuntimeError(
-                f"KTMoEWrapper: layer {previous.layer_idx} deferred experts of {expected} tokens, "
-                f"but layer {self.layer_idx} got {num_tokens} tokens"
+                f"KTMoEWrapper: layer {previous.layer_idx} deferred experts of {deferred.num_tokens} tokens, "
+                f"but layer {self.layer_idx} got {len(x)} tokens"
             )
-        return future
-
-
-def _now(compute, *args) -> Future:
-    """Like the submit method of an executor, but runs in this thread."""
-    future: Future = Future()
-    future.set_result(compute(*args))
-    return future
+        if deferred.captured != captured(x.device):
+            raise RuntimeError(
+                f"KTMoEWrapper: a CUDA graph captures only one of layer {previous.layer_idx}, which deferred "
+                f"experts, and layer {self.layer_idx}, which adds them"
+            )
+        return [deferred.call]

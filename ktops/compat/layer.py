@@ -77,8 +77,7 @@ class AdaptedExperts(StaysOnCPU, KTExperts):
         if self.adapters is not None and not any(layer.disable_adapters for layer in self.switches):
             params, scaling = self.adapters
             given |= lora.arguments(dict(params), scaling)
-        inputs = (tensor.cpu() for tensor in (hidden_states, top_k_index, top_k_weights))
-        return super().forward(*inputs, **given).to(hidden_states.device)
+        return super().forward(hidden_states, top_k_index, top_k_weights, **given)
 
 
 class MoELayer(nn.Module):

@@ -1,7 +1,58 @@
-"""Chooses the experts that a server keeps on the GPU."""
+"""The experts that a server keeps on its GPU: which to choose, and routes without them."""
 
 import torch
 from torch import Tensor
+
+from ktops.compat.calls import captured
+from ktops.devices.transfer import PINNED
+
+_read_by_graphs: list[Tensor] = []
+"""Masks in pinned memory. A CUDA graph reads that of its layer at each launch, and may outlive the layer."""
+
+
+def entries(ids: Tensor, num_experts: int) -> Tensor:
+    """Returns the index of each id in a tensor of num_experts + 1 entries, the last for unknown ids."""
+    return ids.clamp(-1, num_experts).remainder(num_experts + 1)
+
+
+class SkippedExperts:
+    """The experts of a layer that are computed elsewhere.
+
+    Args:
+        mask: bool [E] in host memory.
+    """
+
+    def __init__(self, mask: Tensor) -> None:
+        with torch.inference_mode(False):
+            self._skipped = torch.cat([mask, mask.new_ones(1)])
+        self.mask = self._skipped[:-1]
+        """bool [E]; a change in place takes effect with the next call, or the next launch of a graph."""
+        self._is_pinned = False
+
+    def remove(self, ids: Tensor) -> Tensor:
+        """Returns ids with -1 for these experts and unknown ones; waits for no device.
+
+        Raises:
+            RuntimeError: a CUDA graph captures the first call for a device.
+        """
+        in_graph = captured(ids.device)
+        if ids.device.type in PINNED and not self._is_pinned:
+            self._pin(in_graph)
+        if not in_graph and not self.mask.any():
+            return ids
+        # Once a copy with non_blocking returns, it has read its source only if that is not pinned.
+        source = self._skipped if in_graph else self._skipped.clone()
+        skipped = source.to(ids.device, non_blocking=True, copy=True)
+        return ids.masked_fill(skipped[entries(ids, len(self.mask))], -1)
+
+    def _pin(self, in_graph: bool) -> None:
+        """Moves the mask to pinned memory, from which a graph can copy it."""
+        if in_graph:
+            raise RuntimeError("KTMoEWrapper: call the layer once before a CUDA graph captures it")
+        self._skipped = self._skipped.pin_memory()
+        self.mask.data = self._skipped[:-1]
+        self._is_pinned = True
+        _read_by_graphs.append(self._skipped)
 
 
 def generate_gpu_experts_masks(activation_freq: Tensor, num_gpu_experts: int) -> Tensor:

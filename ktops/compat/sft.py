@@ -2,15 +2,21 @@
 
 import math
 from collections import deque
+from collections.abc import Sequence
 from concurrent.futures import Future
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from ktops._warn import warn_once
 from ktops.compat import lora
-from ktops.compat.experts import COMPUTE_DTYPE, ExpertsWrapper, expect_shape, on_stream, worker
+from ktops.compat.calls import Call, captured, in_host_memory, on_stream, worker
+from ktops.compat.experts import COMPUTE_DTYPE, ExpertsWrapper, expect_shape
 from ktops.compat.methods import Method
+from ktops.devices import streams
+from ktops.devices.transfer import upload
+from ktops.ops.check_devices import LORA
 
 LORA_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
@@ -60,9 +66,10 @@ class SFTWrapper(ExpertsWrapper):
             setattr(self, f"grad_{name}", None)
         self._joint: tuple[Tensor, ...] | None = None
         self._joint_of: tuple[int, ...] = ()
+        self._in_graph = False
         self._forwards: deque[Forward] = deque(maxlen=max_cache_depth)
         self._pending: Future | None = None
-        self._pending_inference: tuple[Future, Tensor, torch.Size] | None = None
+        self._pending_inference: tuple[Call, Tensor, torch.Size] | None = None
         self._pending_backward: tuple[Future, float, torch.device | None] | None = None
 
     def init_lora_weights(
@@ -145,6 +152,12 @@ class SFTWrapper(ExpertsWrapper):
         tensors = [getattr(self, name).detach() for name in lora.NAMES]
         versions = tuple(0 if tensor.is_inference() else tensor._version for tensor in tensors)
         if self._joint is None or versions != self._joint_of:
+            if self._in_graph:
+                warn_once(
+                    "KTMoEWrapper: adapters have changed since a CUDA graph captured a forward. The graph "
+                    "uses some of the old ones: capture it again"
+                )
+                self._in_graph = False
             joint = *lora.join(*tensors[:4]), *tensors[4:]
             self._joint, self._joint_of = joint, versions
         return self._joint
@@ -153,25 +166,24 @@ class SFTWrapper(ExpertsWrapper):
         """Returns (hidden_states, expert_ids, weights, adapters...) on the CPU, the first three as copies."""
         self._check_loaded()
         expect_shape("hidden_states", hidden_states, ["num_tokens", self.hidden_size])
-        x = hidden_states.detach().to("cpu", COMPUTE_DTYPE, copy=True)
-        return x, *self._routes(len(x), expert_ids, weights), *self._adapters()
+        return *self._tokens(hidden_states, expert_ids, weights, on_host=True), *self._adapters()
+
+    def _lora_options(self, adapters: Sequence[Tensor]) -> dict[str, Any]:
+        if not adapters:
+            return {}
+        options: dict[str, Any] = dict(zip(LORA, adapters, strict=True))
+        return options | {"gate_up_scaling": self.lora_scaling, "down_scaling": self.lora_scaling}
 
     def _compute(self, save: bool, x: Tensor, ids: Tensor, weights: Tensor, *adapters: Tensor) -> Forward:
         with torch.set_grad_enabled(save):
             x, weights, *leaves = (tensor.detach().requires_grad_(save) for tensor in (x, weights, *adapters))
-            options: dict[str, Tensor | float] = {}
-            if leaves:
-                names = ("gate_up_lora_A", "gate_up_lora_B", "down_lora_A", "down_lora_B")
-                options |= zip(names, leaves, strict=True)
-                options |= {"gate_up_scaling": self.lora_scaling, "down_scaling": self.lora_scaling}
-            output = self._run(x, ids, weights, **options)
+            output = self._run(x, ids, weights, **self._lora_options(leaves))
         return Forward(output, x, weights, tuple(leaves))
 
     def _finish(self, forward: Forward, output_device: torch.device | None) -> Tensor:
         if forward.output.requires_grad:
             self._forwards.append(forward)
-        output = forward.output.detach()
-        return output if output_device is None else output.to(output_device)
+        return on_device(forward.output.detach(), output_device)
 
     def forward(
         self,
@@ -218,36 +230,44 @@ class SFTWrapper(ExpertsWrapper):
     def submit_forward_inference(
         self, hidden_states: Tensor, topk_ids: Tensor, topk_weights: Tensor, cuda_stream=None
     ) -> None:
-        """Starts a forward without backward in the background, as servers of adapters call it.
+        """Starts a forward without backward, as servers of adapters call it.
+
+        With hidden_states on a CUDA device, work is enqueued on the stream, and a CUDA graph may capture it;
+        the graph keeps the adapters of that time. Otherwise it runs in the background.
 
         Args:
             hidden_states: [..., H], on any device, like the next two arguments.
             topk_ids, topk_weights: [T, num_experts_per_tok].
-            cuda_stream: a stream or its address, for copies from a CUDA device.
+            cuda_stream: a stream or its address; None for the current one.
 
         Raises:
             RuntimeError, ValueError: as :meth:`forward`.
         """
-        with on_stream(cuda_stream, hidden_states.device):
-            rows = hidden_states.reshape(-1, hidden_states.shape[-1])
-            inputs = self._inputs(rows, topk_ids, topk_weights)
-        like = hidden_states.new_empty(0)
-        self._pending_inference = worker().submit(self._compute, False, *inputs), like, hidden_states.shape
+        self._check_loaded()
+        device = hidden_states.device
+        rows = hidden_states.reshape(-1, hidden_states.shape[-1])
+        expect_shape("hidden_states", rows, ["num_tokens", self.hidden_size])
+        with on_stream(cuda_stream, device):
+            on_host = not streams.available(device.type)
+            tokens = self._tokens(rows, topk_ids, topk_weights, on_host=on_host)
+            call = self._begin(worker().submit, *tokens, **self._lora_options(self._adapters()))
+            self._in_graph |= captured(device)
+        self._pending_inference = call, hidden_states.new_empty(0), hidden_states.shape
 
     def sync_forward_inference(self, cuda_stream=None) -> Tensor:
         """Returns the last submitted output, with the shape, dtype and device of its hidden_states.
 
         Args:
-            cuda_stream: a stream or its address, for the copy to a CUDA device.
+            cuda_stream: the stream that may use the output next; not necessarily that of the submission.
 
         Raises:
-            RuntimeError: no such forward was submitted.
+            RuntimeError: no such forward was submitted, or a CUDA graph captures only one of the two calls.
         """
         if self._pending_inference is None:
             raise RuntimeError("KTMoEWrapper: no pending forward: call submit_forward_inference() first")
-        (future, like, shape), self._pending_inference = self._pending_inference, None
+        (call, like, shape), self._pending_inference = self._pending_inference, None
         with on_stream(cuda_stream, like.device):
-            return future.result().output.to(like).reshape(shape)
+            return upload(call.result(), like.device).to(like.dtype).reshape(shape)
 
     def backward(
         self,
@@ -275,7 +295,7 @@ class SFTWrapper(ExpertsWrapper):
                 is kept.
         """
         last = self._last_forward(grad_output, optimizer_grad_scale)
-        return self._publish(gradients(last, grad_output), optimizer_grad_scale, output_device)
+        return self._publish(gradients(last, grad_on_host(grad_output)), optimizer_grad_scale, output_device)
 
     def submit_backward_async(
         self,
@@ -285,7 +305,7 @@ class SFTWrapper(ExpertsWrapper):
     ) -> None:
         """Starts :meth:`backward` in the background; :meth:`sync_backward` writes and returns its results."""
         last = self._last_forward(grad_output, optimizer_grad_scale)
-        future = worker().submit(gradients, last, grad_output.detach().clone())
+        future = worker().submit(gradients, last, grad_on_host(grad_output))
         self._pending_backward = future, optimizer_grad_scale, output_device
 
     def sync_backward(self) -> tuple[Tensor, Tensor]:
@@ -327,9 +347,7 @@ class SFTWrapper(ExpertsWrapper):
         if adapters:
             for name, gradient in zip(lora.NAMES, (*lora.split(*adapters[:2]), *adapters[2:]), strict=True):
                 self._write(name, gradient * scale)
-        if output_device is not None:
-            return grad_input.to(output_device), grad_weights.to(output_device)
-        return grad_input, grad_weights
+        return on_device(grad_input, output_device), on_device(grad_weights, output_device)
 
     def _write(self, name: str, gradient: Tensor) -> None:
         adapter, grad = getattr(self, name), getattr(self, f"grad_{name}")
@@ -341,10 +359,21 @@ class SFTWrapper(ExpertsWrapper):
             adapter.grad = grad
 
 
+def grad_on_host(grad_output: Tensor) -> Tensor:
+    """Returns a copy in host memory, in the dtype of the computation."""
+    grad_output = grad_output.detach().to(COMPUTE_DTYPE, copy=grad_output.is_cpu)
+    return in_host_memory([grad_output])[0]
+
+
 def gradients(last: Forward, grad_output: Tensor) -> tuple[Tensor, ...]:
-    """Returns (grad_input, grad_weights, gradients of the op's LoRA tensors...)."""
+    """Returns (grad_input, grad_weights, gradients of the op's LoRA tensors...), all in host memory."""
     leaves = last.hidden_states, last.weights, *last.adapters
-    return torch.autograd.grad(last.output, leaves, grad_output.detach().to("cpu", COMPUTE_DTYPE))
+    return torch.autograd.grad(last.output, leaves, grad_output)
+
+
+def on_device(result: Tensor, device: torch.device | str | None) -> Tensor:
+    """Returns a result, which is in host memory, on a device; None leaves it there."""
+    return result if device is None else upload(result, torch.device(device))
 
 
 def _check_adapter(name: str, tensor: Tensor, shape: list[int]) -> None:

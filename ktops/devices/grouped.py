@@ -13,31 +13,31 @@ ALIGNMENT = 16
 """Bytes to which grouped_mm requires the rows of its operands to be aligned."""
 
 
-class Groups(NamedTuple):
+class Segments(NamedTuple):
     """Rows sorted by expert, as a slice of all positions.
 
     Attributes:
-        bounds: on the host; group g has the rows from bounds[g] to bounds[g + 1].
+        bounds: on the host; segment g has the rows from bounds[g] to bounds[g + 1].
         ends: bounds[1:] as int32 on the device.
     """
 
     bounds: list[int]
     ends: Tensor
 
-    def slice(self, first: int, last: int) -> tuple[slice, "Groups"]:
-        """Returns the groups that have rows in [first, last), and these rows as groups that begin at 0."""
+    def between(self, first: int, last: int) -> tuple[slice, "Segments"]:
+        """Returns which segments have rows in [first, last), and these rows as segments from 0 on."""
         begin, end = bisect_right(self.bounds, first) - 1, bisect_left(self.bounds, last)
         bounds = [min(max(bound, first), last) - first for bound in self.bounds[begin : end + 1]]
         ends = self.ends[begin:end].clamp(max=last) - first
-        return slice(begin, end), Groups(bounds, ends)
+        return slice(begin, end), Segments(bounds, ends)
 
     def of_rows(self) -> Tensor:
-        """Returns the group of every row."""
+        """Returns the segment of every row."""
         rows = torch.arange(self.bounds[-1], dtype=torch.int32, device=self.ends.device)
         return torch.bucketize(rows, self.ends, right=True)
 
     def multiply(self, rows: Tensor, weight: Tensor) -> Tensor:
-        """Multiplies the rows of each group by the transpose of its weight, [R, K], [G, N, K] -> [R, N].
+        """Multiplies the rows of each segment by the transpose of its weight, [R, K], [G, N, K] -> [R, N].
 
         Returns:
             Sums in float32 (float64 for float64). They were rounded to the dtype of the operands if the
@@ -58,12 +58,12 @@ class Routes(NamedTuple):
     Attributes:
         order: [T·K] routes sorted by expert, those with ids outside [0, E) last.
         experts: the experts that have routes, on the host.
-        groups: the positions of each of them in ``order``.
+        segments: the positions of each of them in ``order``.
     """
 
     order: Tensor
     experts: list[int]
-    groups: Groups
+    segments: Segments
 
     @classmethod
     def sort(cls, topk_ids: Tensor, num_experts: int) -> "Routes":
@@ -77,7 +77,7 @@ class Routes(NamedTuple):
         experts = [e for e in range(num_experts) if bounds[e] < bounds[e + 1]]
         ends = [bounds[e + 1] for e in experts]
         on_device = upload(torch.tensor(ends, dtype=torch.int32, device="cpu"), order.device)
-        return cls(order, experts, Groups([0, *ends], on_device))
+        return cls(order, experts, Segments([0, *ends], on_device))
 
 
 def accumulator(dtype: torch.dtype) -> torch.dtype:

@@ -1,4 +1,4 @@
-"""kt::moe_fwd_streamed on an accelerator: the experts are copied there in pieces and multiplied there.
+"""kt::moe_fwd_streamed on an accelerator: the experts are copied there in portions and multiplied there.
 
 A call moves the offsets of the experts' routes, int32 [E + 1], down, and up, of each expert that has routes,
 its weights, biases and LoRA factors, once, and 4 bytes. Tokens, routes, the output and LoRA factors that are
@@ -11,9 +11,9 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from ktops.devices.grouped import Groups, Routes, accumulator
+from ktops.devices.grouped import Routes, Segments, accumulator
 from ktops.devices.kernels import BACKENDS
-from ktops.devices.pieces import Pieces
+from ktops.devices.portions import Portions
 from ktops.formats import Codes, get_format
 from ktops.ops.activation import gate
 from ktops.ops.arguments import TENSORS, MoeArguments
@@ -28,7 +28,7 @@ DENSE = "dense"
 def moe_fwd_streamed(*args) -> Tensor:
     """``kt::moe_fwd_streamed`` with hidden_states on an accelerator."""
     check_devices(torch.ops.kt.moe_fwd_streamed.default, *args)
-    *shared, piece_bytes = args
+    *shared, portion_bytes = args
     arguments = MoeArguments(*shared)
     _check(arguments)
     hidden_states, (num_tokens, top_k) = arguments.hidden_states, arguments.topk_ids.shape
@@ -36,9 +36,9 @@ def moe_fwd_streamed(*args) -> Tensor:
     shape = num_tokens if arguments.reduce else num_tokens * top_k, hidden_states.shape[1]
     dtype = accumulator(hidden_states.dtype) if arguments.reduce else hidden_states.dtype
     output = hidden_states.new_zeros(shape, dtype=dtype)
-    for groups, order, y in _outputs(arguments, routes, piece_bytes):
+    for segments, order, y in _outputs(arguments, routes, portion_bytes):
         if arguments.reduce:
-            _add(output, arguments, groups, order, y)
+            _add(output, arguments, segments, order, y)
         else:
             output[order] = y.to(dtype)
     return output.to(hidden_states.dtype) if arguments.reduce else output.unflatten(0, (num_tokens, top_k))
@@ -70,61 +70,63 @@ def _check(arguments: MoeArguments) -> None:
         )
 
 
-def _add(output: Tensor, arguments: MoeArguments, groups: Groups, order: Tensor, y: Tensor) -> None:
+def _add(output: Tensor, arguments: MoeArguments, segments: Segments, order: Tensor, y: Tensor) -> None:
     """Adds the weighted rows to those of their tokens.
 
     An expert's rows are added at once, because the order in which repeated rows are added would be random.
     """
     tokens = order // arguments.topk_ids.shape[1]
     y *= arguments.topk_weights.reshape(-1)[order, None]
-    for begin, end in pairwise(groups.bounds):
+    for begin, end in pairwise(segments.bounds):
         output.index_add_(0, tokens[begin:end], y[begin:end])
 
 
 def _outputs(
-    arguments: MoeArguments, routes: Routes, piece_bytes: int
-) -> Iterator[tuple[Groups, Tensor, Tensor]]:
-    """Yields groups, routes [R] and outputs [R, H] of the experts, some rows at a time."""
+    arguments: MoeArguments, routes: Routes, portion_bytes: int
+) -> Iterator[tuple[Segments, Tensor, Tensor]]:
+    """Yields segments, routes [R] and outputs [R, H] of the experts, some rows at a time."""
     if not routes.experts:
         return
     copied, there = _by_place(arguments)
-    capacity = max(1, min(piece_bytes // _bytes_of_an_expert(arguments, copied), len(routes.experts)))
-    with Pieces(copied, capacity, arguments.hidden_states.device) as pieces:
+    capacity = max(1, min(portion_bytes // _bytes_of_an_expert(arguments, copied), len(routes.experts)))
+    with Portions(copied, capacity, arguments.hidden_states.device) as portions:
         for begin in range(0, len(routes.experts), capacity):
             experts = routes.experts[begin : begin + capacity]
-            with pieces.on_device(experts) as piece:
+            with portions.on_device(experts) as portion:
                 rest = {name: torch.stack([tensor[e] for e in experts]) for name, tensor in there.items()}
-                weights = _decoded(arguments, piece | rest)
-                rows = max(1, piece_bytes // _bytes_of_a_row(arguments))
-                yield from _outputs_of_piece(arguments, routes, weights, begin, rows)
+                weights = _decoded(arguments, portion | rest)
+                rows = max(1, portion_bytes // _bytes_of_a_row(arguments))
+                yield from _outputs_of_portion(arguments, routes, weights, begin, rows)
                 del weights
 
 
-def _outputs_of_piece(
+def _outputs_of_portion(
     arguments: MoeArguments, routes: Routes, weights: dict[str, Tensor], begin: int, most_rows: int
-) -> Iterator[tuple[Groups, Tensor, Tensor]]:
-    """Runs the experts of a piece, the first of which is group ``begin``."""
-    first, last = (routes.groups.bounds[group] for group in (begin, begin + len(weights["gate_up_proj"])))
+) -> Iterator[tuple[Segments, Tensor, Tensor]]:
+    """Runs the experts of a portion, the first of which is segment ``begin``."""
+    first, last = (routes.segments.bounds[at] for at in (begin, begin + len(weights["gate_up_proj"])))
     for row in range(first, last, most_rows):
         end = min(row + most_rows, last)
-        which, groups = routes.groups.slice(row, end)
+        which, segments = routes.segments.between(row, end)
         own = {name: w[which.start - begin : which.stop - begin] for name, w in weights.items()}
         order = routes.order[row:end]
         x = arguments.hidden_states[order // arguments.topk_ids.shape[1]]
-        gate_up = _project(x, own, "gate_up", arguments.gate_up_scaling, groups)
+        gate_up = _project(x, own, "gate_up", arguments.gate_up_scaling, segments)
         h, _ = gate(arguments.activation, arguments.activation_args, arguments.gating, gate_up)
-        yield groups, order, _project(h.to(x.dtype), own, "down", arguments.down_scaling, groups)
+        yield segments, order, _project(h.to(x.dtype), own, "down", arguments.down_scaling, segments)
 
 
-def _project(rows: Tensor, weights: dict[str, Tensor], prefix: str, scaling: float, groups: Groups) -> Tensor:
+def _project(
+    rows: Tensor, weights: dict[str, Tensor], prefix: str, scaling: float, segments: Segments
+) -> Tensor:
     """Returns x W^T + b + s (x A^T) B^T, unrounded."""
     bias, a, b = (weights.get(f"{prefix}_{name}") for name in ("bias", "lora_A", "lora_B"))
-    product = groups.multiply(rows, weights[f"{prefix}_proj"])
+    product = segments.multiply(rows, weights[f"{prefix}_proj"])
     if a is not None and b is not None:
-        low_rank = groups.multiply(rows, a.to(rows.dtype)).to(rows.dtype)
-        product.add_(groups.multiply(low_rank, b.to(rows.dtype)), alpha=scaling)
+        low_rank = segments.multiply(rows, a.to(rows.dtype)).to(rows.dtype)
+        product.add_(segments.multiply(low_rank, b.to(rows.dtype)), alpha=scaling)
     if bias is not None:
-        product += bias[groups.of_rows()]
+        product += bias[segments.of_rows()]
     return product
 
 
@@ -143,7 +145,7 @@ def _transposed(arguments: MoeArguments) -> list[str]:
 
 
 def _decoded(arguments: MoeArguments, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Returns the tensors of a piece with its weights [G, out, in] in the dtype of hidden_states."""
+    """Returns the tensors of a portion with its weights [G, out, in] in the dtype of hidden_states."""
     a, (_, hidden_size) = arguments, arguments.hidden_states.shape
     for prefix, name, group_size, columns in (
         ("gate_up", a.gate_up_format, a.gate_up_group_size, hidden_size),
@@ -158,7 +160,7 @@ def _decoded(arguments: MoeArguments, tensors: dict[str, Tensor]) -> dict[str, T
 
 
 def _bytes_of_an_expert(arguments: MoeArguments, copied: dict[str, Tensor]) -> int:
-    """Returns the bytes that an expert takes in a piece; weights in a format are decoded through float32."""
+    """Returns the bytes of an expert in a portion, with the float32 that weights in a format become."""
     (_, hidden_size), size = arguments.hidden_states.shape, arguments.intermediate_size
     nbytes = sum(tensor[0].nbytes for tensor in copied.values())
     for name, elements in (

@@ -21,8 +21,6 @@ from ktops.ops.moe_fwd import empty_output
 
 _TOKENS = ("hidden_states", "topk_ids", "topk_weights")
 
-register_pinned(torch.ops.kt.staged_bytes, torch.ops.kt.empty_stream_cache)
-
 
 class Streams(Protocol):
     """The streams of a type of device, as PyTorch knows them."""
@@ -32,6 +30,9 @@ class Streams(Protocol):
 
     def address(self, stream: Any) -> int:
         """Returns the stream's handle in the CUDA runtime."""
+
+    def at(self, address: int, device: torch.device) -> Any:
+        """Returns the stream of a device with this handle."""
 
     def capturing(self) -> bool:
         """Returns whether the current stream is captured."""
@@ -52,6 +53,11 @@ class CudaStreams:
     def address(self, stream: torch.cuda.Stream) -> int:
         return stream.cuda_stream
 
+    def at(self, address: int, device: torch.device) -> torch.cuda.Stream:
+        if not address:
+            return torch.cuda.default_stream(device)
+        return torch.cuda.ExternalStream(address, device=device)
+
     def capturing(self) -> bool:
         return torch.cuda.is_current_stream_capturing()
 
@@ -67,6 +73,8 @@ class CudaStreams:
 
 STREAMS: dict[str, Streams] = {"cuda": CudaStreams()}
 """device type -> its streams."""
+
+register_pinned(torch.ops.kt.staged_bytes, torch.ops.kt.empty_stream_cache)
 
 
 @functools.lru_cache(maxsize=1)

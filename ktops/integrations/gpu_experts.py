@@ -9,6 +9,9 @@ from torch import Tensor, nn
 from ktops.integrations.swap import require_experts
 from ktops.integrations.transformers.architectures import Unsupported, operands
 
+CAPABILITY = (8, 0)
+"""The compute capability that grouped_mm needs."""
+
 
 @contextmanager
 def count_routes(model: nn.Module) -> Iterator[Tensor]:
@@ -51,6 +54,15 @@ def count_routes(model: nn.Module) -> Iterator[Tensor]:
     finally:
         for hook in hooks:
             hook.remove()
+
+
+def require_grouped_mm(device: torch.device) -> None:
+    """Raises ValueError if torch has no grouped_mm for a device."""
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) < CAPABILITY:
+        raise ValueError(
+            f"offload_experts: num_gpu_experts must be 0 on {torch.cuda.get_device_name(device)}, because "
+            f"torch's grouped_mm needs compute capability {'.'.join(map(str, CAPABILITY))}"
+        )
 
 
 def choose(

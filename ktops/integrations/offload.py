@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ktops._display import format_bytes
 from ktops.devices.accelerator import find_accelerator, require_room
 from ktops.integrations import peft
-from ktops.integrations.gpu_experts import bytes_of_copies, choose
+from ktops.integrations.gpu_experts import bytes_of_copies, choose, require_grouped_mm
 from ktops.integrations.swap import require_experts
 from ktops.integrations.transformers.architectures import operands
 from ktops.integrations.transformers.coverage import experts_outside_op
@@ -101,6 +101,8 @@ def offload_experts(
     chosen = choose(model, names, num_gpu_experts, gpu_experts_mask)
     copied = sum(bytes_of_copies(model.get_submodule(name), mask) for name, mask in chosen.items())
     number = sum(int(mask.sum()) for mask in chosen.values())
+    if number:
+        require_grouped_mm(device)
     require_room(
         device,
         sum(tensor.nbytes for tensor in moving if tensor.device != device) + copied,

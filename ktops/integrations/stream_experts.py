@@ -13,7 +13,7 @@ def stream_experts(model: nn.Module, min_tokens: int | None) -> list[str]:
     """Computes the experts of large batches on the accelerator that the hidden states are on.
 
     In evaluation mode and without gradients, a layer that gets at least ``min_tokens`` tokens copies the
-    experts that have tokens to the accelerator, in pieces, multiplies there, and keeps none of them. With
+    experts that have tokens to the accelerator, in portions, multiplies there, and keeps none of them. With
     fewer tokens, in training mode and with gradients, experts run on the CPU as before. Nothing changes
     where hidden states are on the CPU.
 

@@ -1,6 +1,6 @@
 """Copies of some experts of a layer on an accelerator, which computes their share of the layer."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -101,15 +101,15 @@ class DeviceExperts(nn.Module):
         slots, order = self.slots_of(ids).flatten().sort(stable=True)
         ends = torch.searchsorted(slots, torch.arange(len(self.experts), device=slots.device), right=True)
         absent = (slots == len(self.experts))[:, None]
-        groups = _Groups(slots.clamp(max=len(self.experts) - 1), ends.int(), absent)
-        # grouped_mm leaves rows without an expert undefined, in forward and in backward
+        groups = _Groups(slots.clamp(max=len(self.experts) - 1), ends.int())
+        # grouped_mm leaves rows of absent experts undefined, in forward and in backward
         x = rows[order // ids.shape[1]].masked_fill(absent, 0)
         gate_up = self._project(x, "gate_up", groups, options)
         h, _ = gate(*function, gate_up)
-        y = self._project(h.to(rows.dtype), "down", groups, options)
+        y = self._project(h.to(rows.dtype), "down", groups, options).masked_fill(absent, 0)
         if post_expert_norm is not None:
-            y = post_expert_norm(y)
-        y = y.masked_fill(absent, 0)[order.argsort()].view(*ids.shape, -1)
+            y = post_expert_norm(y).masked_fill(absent, 0)
+        y = y[order.argsort()].view(*ids.shape, -1)
         return (y.float() * weights[..., None].float()).sum(1)
 
     def _project(self, rows: Tensor, prefix: str, groups: "_Groups", lora: dict[str, Any]) -> Tensor:
@@ -128,21 +128,20 @@ class DeviceExperts(nn.Module):
         return product
 
 
-class _Groups:
+class _Groups(NamedTuple):
     """Rows sorted by slot.
 
     Attributes:
         slots: [S], of each row.
         ends: [G], int32, the end of each slot's rows.
-        absent: [S, 1], which rows have no expert here; they are the last.
     """
 
-    def __init__(self, slots: Tensor, ends: Tensor, absent: Tensor) -> None:
-        self.slots, self.ends, self.absent = slots, ends, absent
+    slots: Tensor
+    ends: Tensor
 
     def multiply(self, rows: Tensor, weight: Tensor) -> Tensor:
-        """Multiplies each row by its slot's weight, [S, K], [G, N, K] -> [S, N]; 0 for absent ones."""
-        return F.grouped_mm(rows, weight.mT, offs=self.ends).masked_fill(self.absent, 0)
+        """Multiplies each row by its slot's weight, [S, K], [G, N, K] -> [S, N]."""
+        return F.grouped_mm(rows, weight.mT, offs=self.ends)
 
 
 def copy_to_device(experts: nn.Module, chosen: Tensor, layout: Layout, device: torch.device) -> None:

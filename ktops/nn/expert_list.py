@@ -160,12 +160,13 @@ class KTExpert(nn.Module):
         return _run(hidden_states, ids, weights, packed, [self])
 
     def call_projections(self, hidden_states: Tensor) -> Tensor:
-        """Runs the expert without the op."""
+        """Runs the expert without the op, where its weights are; returns the result where the rows were."""
         *first, down = self.projections()
-        hidden = getattr(self, self.activation_attribute)(first[0](hidden_states))
+        rows = hidden_states.to(next(self.parameters()).device)
+        hidden = getattr(self, self.activation_attribute)(first[0](rows))
         if len(first) == 2:
-            hidden = hidden * first[1](hidden_states)
-        return down(self.dropout(hidden) if self.drops() else hidden)
+            hidden = hidden * first[1](rows)
+        return down(self.dropout(hidden) if self.drops() else hidden).to(hidden_states.device)
 
     def __getstate__(self) -> dict:
         return {**self.__dict__, "packed": None}

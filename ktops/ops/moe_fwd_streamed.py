@@ -11,8 +11,8 @@ from ktops.ops.arguments import MoeArguments
 from ktops.ops.check_devices import check_devices
 from ktops.ops.moe_fwd import base_flops, empty_output, lora_flops
 
-PIECE_BYTES = 128 << 20
-"""Bytes of weights that are copied at a time. A piece holds at least one expert."""
+PORTION_BYTES = 128 << 20
+"""Bytes of weights that are copied at a time. A portion holds at least one expert."""
 
 _ARGUMENTS = (
     str(torch.ops.kt.moe_fwd.default._schema).removeprefix("kt::moe_fwd(").removesuffix(") -> Tensor")
@@ -20,7 +20,7 @@ _ARGUMENTS = (
 
 torch.library.define(
     "kt::moe_fwd_streamed",
-    f"({_ARGUMENTS}, int piece_bytes) -> Tensor",
+    f"({_ARGUMENTS}, int portion_bytes) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag, torch.Tag.cudagraph_unsafe),
 )
 

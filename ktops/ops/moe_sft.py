@@ -12,7 +12,7 @@ from ktops.ops.activation import activation_arguments
 from ktops.ops.arguments import ATTRIBUTES, FORWARD, GRADIENTS, TENSORS, MoeArguments, pick
 from ktops.ops.check_devices import check_devices
 from ktops.ops.moe_fwd import base_flops, empty_output, lora_flops
-from ktops.ops.moe_fwd_streamed import PIECE_BYTES
+from ktops.ops.moe_fwd_streamed import PORTION_BYTES
 
 _tensors = pick(*TENSORS)
 _attributes = pick(*ATTRIBUTES)
@@ -114,8 +114,10 @@ def _backward_flops(*args, out_shape=None, **kwargs) -> int:
     return flops + (gate_up if save == "recompute" else 0)
 
 
-def in_format(weight: ExpertWeight) -> tuple[Tensor, Tensor | None, Tensor | None, str, int]:
+def in_format(weight: Tensor | ExpertWeight) -> tuple[Tensor, Tensor | None, Tensor | None, str, int]:
     """Returns (weight, scale, zero, format, group_size), the operators' arguments for one projection."""
+    if not isinstance(weight, ExpertWeight):
+        return weight, *_DENSE
     return *weight.codes, weight.format, weight.group_size
 
 
@@ -242,7 +244,7 @@ def moe_sft(
         and not hidden_states.is_cpu
         and hidden_states.shape[0] >= stream_min_tokens
     ):
-        return torch.ops.kt.moe_fwd_streamed(*arguments, PIECE_BYTES)
+        return torch.ops.kt.moe_fwd_streamed(*arguments, PORTION_BYTES)
     if torch.compiler.is_compiling():
         return torch.ops.kt.moe_fwd(*arguments)
     with torch._C._AutoDispatchBelowAutograd():  # no gradient to refuse; autograd takes longer than the op

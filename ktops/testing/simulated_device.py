@@ -106,7 +106,8 @@ class SimulatedTensor(Tensor):
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]  # as in torch's own
 
     @staticmethod
-    def __new__(cls, data: Tensor) -> "SimulatedTensor":
+    def __new__(cls, data: Tensor, requires_grad: bool = False) -> "SimulatedTensor":
+        data = _host(data)
         tensor = Tensor._make_wrapper_subclass(
             cls,
             data.shape,
@@ -114,6 +115,7 @@ class SimulatedTensor(Tensor):
             storage_offset=data.storage_offset(),
             dtype=data.dtype,
             device=device(),
+            requires_grad=requires_grad,
         )
         tensor.data_on_host = data
         return tensor

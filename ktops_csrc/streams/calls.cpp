@@ -45,6 +45,8 @@ private:
 
 namespace {
 
+Stream const kPerThreadStream = reinterpret_cast<Stream>(2);  // another stream in every thread, which has no name here
+
 std::atomic<Calls*> current_calls{nullptr};
 
 // A child has neither CUDA nor the worker. Its parent's calls are left alone.
@@ -67,6 +69,7 @@ void Calls::load(const std::string& path) {
 Calls* Calls::current() { return current_calls; }
 
 Block Calls::stage(Stream stream, size_t bytes) {
+    if (stream == kPerThreadStream) throw std::runtime_error("kt::moe_fwd: stream must not be cudaStreamPerThread");
     return staging_.take({runtime_->current_device(), stream, runtime_->capture(stream)}, bytes);
 }
 

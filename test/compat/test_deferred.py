@@ -8,7 +8,7 @@ import torch
 from tiny_layer import SIZES, TOKENS, assert_close, inputs, make, reference
 
 from ktops._warn import warn_once
-from ktops.compat.experts import worker
+from ktops.compat.calls import worker
 from ktops.testing.budgets import forward_budget
 
 pytestmark = pytest.mark.usefixtures("single_thread")

@@ -13,8 +13,10 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
 from stream_calls import arguments
 
+import ktops
 from ktops.devices import streams
 from ktops.testing import fake_cuda
 from ktops.testing.fake_cuda import FakeCuda, Stream
@@ -91,11 +93,24 @@ def other_thread(cuda: FakeCuda, stream: Stream) -> None:
     started.wait()
 
 
+def forked(cuda: FakeCuda, stream: Stream) -> None:
+    """A child inherits a call, and neither CUDA nor the thread that computes."""
+    cuda.block(stream)
+    calls.append(begin())
+    if not os.fork():
+        calls.clear()
+        ktops.empty_cache()
+        assert ktops.memory_stats()["bytes_pinned"] == 0
+        sys.exit(torch.ops.kt.moe_fwd(*arguments()).isnan().sum().item())
+    _, status = os.wait()
+    assert status == 0
+
+
 calls: list = []
 
 CASES = (
     *((stage, "drain") for stage in (begun, ended, computing, computed, collected, captured, other_thread)),
-    *((stage, "leave") for stage in (computing, captured)),
+    *((stage, "leave") for stage in (computing, captured, forked)),
 )
 """Stages, and whether CUDA, after Python is gone, executes all that is enqueued ("drain")."""
 

@@ -144,8 +144,11 @@ class FakeCuda:
     def address(self, stream: Stream) -> int:
         return stream.handle
 
+    def at(self, address: int, device: torch.device) -> Stream:
+        return Stream(address, device.index or 0)
+
     def capturing(self) -> bool:
-        return getattr(self._thread, "capturing", False)
+        return bool(self.functions.fake_is_captured(self.pointer(self.current(torch.device("cpu")))))
 
     @contextlib.contextmanager
     def use(self, stream: Stream) -> Iterator[None]:
@@ -186,11 +189,9 @@ class FakeCuda:
         graph, captured = Graph(self), ctypes.c_void_p()
         with self.use(stream):
             self.call("cudaStreamBeginCapture", self.pointer(stream), _CAPTURE_MODE_GLOBAL)
-            self._thread.capturing = True
             try:
                 yield graph
             finally:
-                self._thread.capturing = False
                 self.call("cudaStreamEndCapture", self.pointer(stream), ctypes.byref(captured))
         graph.instantiate(captured)
 

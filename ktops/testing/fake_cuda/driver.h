@@ -2,6 +2,7 @@
 
 // The state of the fake driver.
 
+#include <algorithm>
 #include <map>
 #include <memory>
 #include <set>
@@ -13,7 +14,7 @@
 namespace fake {
 
 constexpr int kSuccess = 0, kInvalidValue = 1, kInvalidDevice = 101, kCaptureUnsupported = 900,
-              kCaptureInvalidated = 901;
+              kCaptureInvalidated = 901, kCaptureUnjoined = 904, kCaptureIsolation = 905;
 constexpr int kCaptureNone = 0, kCaptureActive = 1, kCaptureInvalid = 2;
 constexpr int kModeGlobal = 0, kModeRelaxed = 2;
 constexpr int kHostToDevice = 1, kDeviceToHost = 2;
@@ -25,6 +26,11 @@ struct UserObject {
     void* object;
     HostFunction destroy;
     unsigned references;
+};
+
+struct Event : Counter {
+    unsigned long long capture_id = 0;  // 0 if it was recorded outside of captures
+    Order order;
 };
 
 // A graph, or one that can be launched.
@@ -82,10 +88,23 @@ struct Driver {
             if (stream->invalidated) return kCaptureInvalidated;
             if (stream->captured) {
                 stream->captured->nodes.push_back(std::move(operation));
+                stream->order[stream] = stream->captured->nodes.size();
                 return kSuccess;
             }
         }
         stream->push(std::move(operation));
+        return kSuccess;
+    }
+
+    // Orders what a stream captures next after an event of the same capture, which the stream becomes part of.
+    int join(Stream* stream, const Event& event) {
+        const auto same = [&](const Stream* other) { return other->captured && other->capture_id == event.capture_id; };
+        const auto found = std::find_if(streams.begin(), streams.end(), same);
+        if (found == streams.end() || (stream->captured && !same(stream))) return kCaptureIsolation;
+        stream->captured = (*found)->captured;
+        stream->capture_id = event.capture_id;
+        stream->capture_mode = (*found)->capture_mode;
+        for (const auto& [other, count] : event.order) stream->order[other] = std::max(stream->order[other], count);
         return kSuccess;
     }
 

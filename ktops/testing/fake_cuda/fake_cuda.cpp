@@ -200,24 +200,43 @@ int cudaLaunchHostFunc(void* handle, HostFunction function, void* argument) {
                             }}));
 }
 
+int fake_is_captured(void* handle) {
+    Stream* stream = driver().find(handle);
+    std::lock_guard<std::mutex> lock(driver().mutex);
+    return stream->captured != nullptr;
+}
+
 int cudaEventCreate(void** event) {
     FAKE_ENTER();
-    *event = new Counter;
+    *event = new Event;
     return kSuccess;
 }
 
-int cudaEventRecord(void* event, void* handle) {
+int cudaEventRecord(void* handle, void* on) {
     FAKE_ENTER();
-    auto* counter = static_cast<Counter*>(event);
-    const uint64_t n = ++counter->expected;
-    return result(driver().enqueue(driver().find(handle), {[counter, n] { counter->reach(n); }}));
+    auto* event = static_cast<Event*>(handle);
+    Stream* stream = driver().find(on);
+    {
+        std::lock_guard<std::mutex> lock(driver().mutex);
+        event->capture_id = stream->captured ? stream->capture_id : 0;
+        event->order = stream->order;
+        if (stream->captured) return kSuccess;
+    }
+    const uint64_t n = ++event->expected;
+    return result(driver().enqueue(stream, {[event, n] { event->reach(n); }}));
 }
 
-int cudaStreamWaitEvent(void* handle, void* event, unsigned) {
+int cudaStreamWaitEvent(void* on, void* handle, unsigned) {
     FAKE_ENTER();
-    auto* counter = static_cast<Counter*>(event);
-    const uint64_t n = counter->expected;
-    return result(driver().enqueue(driver().find(handle), {[counter, n] { counter->wait(n); }}));
+    auto* event = static_cast<Event*>(handle);
+    Stream* stream = driver().find(on);
+    {
+        std::lock_guard<std::mutex> lock(driver().mutex);
+        if (event->capture_id) return result(driver().join(stream, *event));
+        if (stream->captured) return result(kCaptureIsolation);
+    }
+    const uint64_t n = event->expected;
+    return result(driver().enqueue(stream, {[event, n] { event->wait(n); }}));
 }
 
 }  // extern "C"

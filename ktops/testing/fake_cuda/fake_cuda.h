@@ -22,6 +22,8 @@ void fake_block(void* stream);
 void fake_unblock(void* stream);
 // Returns once all objects that belonged to destroyed graphs are destroyed, too.
 void fake_wait_for_destructors();
+// 1 while the stream is captured.
+int fake_is_captured(void* stream);
 // Has everything that is enqueued executed when the process exits. CUDA may do so.
 void fake_drain_at_exit();
 

@@ -80,17 +80,23 @@ int cudaStreamEndCapture(void* handle, void** graph) {
     FAKE_ENTER();
     Stream* stream = driver().find(handle);
     Graph* captured = nullptr;
-    bool invalidated = false;
+    int status = kSuccess;
     {
         std::lock_guard<std::mutex> lock(driver().mutex);
-        if (!stream->captured) return result(kInvalidValue);
-        std::swap(captured, stream->captured);
-        std::swap(invalidated, stream->invalidated);
+        captured = stream->captured;
+        if (!captured) return result(kInvalidValue);
+        Order joined = stream->order;
+        for (Stream* other : driver().streams) {
+            if (other->captured != captured) continue;
+            if (joined[other] < other->order[other]) status = kCaptureUnjoined;
+            if (other->invalidated) status = kCaptureInvalidated;
+            other->leave_capture();
+        }
         driver().graphs.insert(captured);
     }
-    *graph = invalidated ? nullptr : captured;
-    if (invalidated) driver().destroy(captured);
-    return result(invalidated ? kCaptureInvalidated : kSuccess);
+    *graph = status ? nullptr : captured;
+    if (status) driver().destroy(captured);
+    return result(status);
 }
 
 int cudaGraphInstantiate(void** exec, void* graph, uint64_t) {

@@ -10,6 +10,7 @@
 #include <cstdlib>
 #include <deque>
 #include <functional>
+#include <map>
 #include <mutex>
 #include <random>
 #include <string>
@@ -80,6 +81,10 @@ private:
 };
 
 struct Graph;
+class Stream;
+
+// How many operations of each captured stream come first.
+using Order = std::map<const Stream*, size_t>;
 
 class Stream {
 public:
@@ -103,9 +108,16 @@ public:
         });
     }
 
+    void leave_capture() {
+        captured = nullptr;
+        order.clear();
+        invalidated = false;
+    }
+
     const int device;
     Counter unblocked;
-    Graph* captured = nullptr;  // guarded by the driver, like the next three
+    Graph* captured = nullptr;  // guarded by the driver, like the next four
+    Order order;                // of what is captured next
     unsigned long long capture_id = 0;
     int capture_mode = 0;
     bool invalidated = false;

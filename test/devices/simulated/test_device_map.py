@@ -11,7 +11,10 @@ from ktops.devices import accelerator
 from ktops.testing.budgets import gradient_budget, relative_error
 from ktops.testing.simulated_device import traffic
 
+LAYERS, TOKENS, HIDDEN = 2, 2 * 12, 32
+
 pytestmark = pytest.mark.usefixtures("enabled", "single_thread")
+one = pytest.mark.parametrize("folder", ["qwen3_moe"], indirect=True)
 
 
 @pytest.fixture(params=["qwen3_moe", "deepseek_v3", "gpt_oss"])
@@ -57,6 +60,22 @@ def test_loads_as_on_the_cpu(device, saved, folder, given):
     assert relative_error(actual.cpu(), wanted) < gradient_budget(torch.float32, inner_size=64)
 
 
+@one
+def test_layers_that_accelerate_dispatches(device, saved, folder):
+    """As with several devices: it moves the weights of a layer for each forward, but not its experts."""
+    device_map = layer_map(device) | {"model.layers.1": "cpu"}
+    model = load(saved, device_map=device_map, quantization_config=ktops.KTConfig())
+    assert set(model.hf_device_map.values()) == {str(device), "cpu"}
+    experts = [name for name, tensor in model.named_buffers() if tensor.device.type == "cpu"]
+    assert len(experts) == 4 and model.model.layers[1].self_attn.q_proj.weight.is_meta
+    with torch.no_grad(), traffic() as moved:
+        actual = model(**batch(folder, device)).logits
+        wanted = load(saved)(**batch(folder, torch.device("cpu"))).logits
+    assert relative_error(actual.cpu(), wanted) < gradient_budget(torch.float32, inner_size=64)
+    layer = sum(p.nbytes for name, p in model.model.layers[0].named_parameters() if ".experts." not in name)
+    assert moved["up"] < layer + LAYERS * 4 * TOKENS * HIDDEN + 1000
+
+
 def test_trains_generates_and_saves(device, saved, folder, tmp_path):
     model = load(saved, device_map=str(device), quantization_config=ktops.KTConfig("int8"))
     prompt = batch(folder, device)["input_ids"]
@@ -71,6 +90,7 @@ def test_trains_generates_and_saves(device, saved, folder, tmp_path):
     assert all(torch.equal(actual[name], value) for name, value in expected.items())
 
 
+@one
 def test_without_a_config_is_an_error_before_loading(device, saved):
     message = (
         r"device_map must not name simgpu:0: .*quantization_config=ktops\.KTConfig\(\)\. Or load without "
@@ -83,6 +103,7 @@ def test_without_a_config_is_an_error_before_loading(device, saved):
     ktops.offload_experts(load(saved), device)
 
 
+@one
 def test_no_room(device, saved, monkeypatch):
     monkeypatch.setattr(accelerator, "free_memory", lambda device: 40_000)
     message = "from_pretrained: .* without its experts needs .* KiB on simgpu:0, which has 39.1 KiB free"
@@ -91,6 +112,7 @@ def test_no_room(device, saved, monkeypatch):
     assert not loading
 
 
+@one
 def test_default_device(device, saved):
     with device:
         model = load(saved, quantization_config=ktops.KTConfig("int8"))

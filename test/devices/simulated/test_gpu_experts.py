@@ -7,14 +7,17 @@ import pytest
 import torch
 from model_runs import MODEL_BUDGET
 from simulated.offloaded import batch, loss_and_gradients, model_on_cpu, on_cpu, with_adapters
+from torch import nn
 
 import ktops
 from ktops.compat import generate_gpu_experts_masks
 from ktops.devices import accelerator
+from ktops.integrations.gpu_experts import require_grouped_mm
 from ktops.nn import experts
 from ktops.nn.find import find_experts
 from ktops.ops import moe_sft
-from ktops.testing.budgets import relative_error
+from ktops.testing.budgets import model_budget, relative_error
+from ktops.testing.inputs import moe_inputs
 from ktops.testing.simulated_device import traffic
 
 LAYERS, EXPERTS = 2, 6
@@ -24,8 +27,10 @@ pytestmark = pytest.mark.usefixtures("enabled", "single_thread")
 
 
 def frozen(model):
+    """Freezes the weights of experts, but not the norms that follow them."""
     for module in find_experts(model).values():
-        module.requires_grad_(False)
+        for weight in module.parameters(recurse=False):
+            weight.requires_grad_(False)
     return model
 
 
@@ -95,6 +100,61 @@ def test_most_used(device):
     assert counts[mask].min() >= counts[~mask].max() > 0
     assert ktops.offload_experts(model, device, gpu_experts_mask=mask).copies == 4
     assert relative_error(logits(model, "qwen3_moe"), expected) < MODEL_BUDGET
+
+
+class Poisoned(torch.autograd.Function):
+    """grouped_mm as on a GPU, where rows after the last group are undefined, in backward as well."""
+
+    grouped_mm = staticmethod(torch.nn.functional.grouped_mm)
+
+    @staticmethod
+    def forward(ctx, rows, weight, ends):
+        ctx.save_for_backward(rows, weight, ends)
+        return Poisoned.poison(Poisoned.grouped_mm(rows, weight, offs=ends), ends)
+
+    @staticmethod
+    def backward(ctx, grad):
+        rows, weight, ends = ctx.saved_tensors
+        with torch.enable_grad():
+            rows, weight = rows.detach().requires_grad_(), weight.detach().requires_grad_()
+            product = Poisoned.grouped_mm(rows, weight, offs=ends)
+        in_groups = torch.arange(len(rows), device=rows.device)[:, None] < ends[-1]
+        of_rows, of_weight = torch.autograd.grad(product, (rows, weight), grad.where(in_groups, 0))
+        return Poisoned.poison(of_rows, ends), of_weight, None
+
+    @staticmethod
+    def poison(rows, ends):
+        return rows.where(torch.arange(len(rows), device=rows.device)[:, None] < ends[-1], torch.nan)
+
+
+@pytest.mark.parametrize(("folder", "prepare"), [("gpt_oss", with_adapters), ("muse_spark", frozen)])
+def test_rows_of_other_experts_are_not_used(device, monkeypatch, folder, prepare):
+    model = prepare(model_on_cpu(folder))
+    expected = loss_and_gradients(model, folder)
+    ktops.offload_experts(model, device, gpu_experts_mask=MASK)
+    monkeypatch.setattr(
+        torch.nn.functional, "grouped_mm", lambda rows, weight, offs: Poisoned.apply(rows, weight, offs)
+    )
+    require_close(loss_and_gradients(model, folder), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("num_tokens", [0, 1, 9])
+def test_layer(device, dtype, num_tokens):
+    """With ids outside [0, E), and a norm that maps zeros to others."""
+    norm = nn.LayerNorm(64, dtype=dtype)
+    nn.init.normal_(norm.bias)
+    layer = nn.Module()
+    layer.experts = ktops.nn.KTExperts(4, 64, 32, bias=True, post_expert_norm=norm, dtype=dtype)
+    given = moe_inputs(T=num_tokens, H=64, I=32, E=4, K=2, dtype=dtype, invalid_ids=num_tokens > 0)
+    routes = [given[name] for name in ("hidden_states", "topk_ids", "topk_weights")]
+    with torch.no_grad():
+        expected = layer.experts(*routes)
+        ktops.offload_experts(layer, device, 2)
+        actual = layer.experts(*(tensor.to(device) for tensor in routes))
+    assert actual.dtype == dtype and actual.shape == expected.shape
+    if num_tokens:
+        assert relative_error(actual.cpu(), expected) < model_budget(dtype, inner_size=64, num_operations=2)
 
 
 def test_generates(device):
@@ -183,6 +243,13 @@ def test_experts_that_cannot_be_split(device):
         ktops.count_routes(model_on_cpu("dbrx")),
     ):
         pass
+
+
+def test_an_old_gpu_is_an_error(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
+    with pytest.raises(ValueError, match=r"must be 0 on Tesla T4, .* needs compute capability 8\.0"):
+        require_grouped_mm(torch.device("cuda"))
 
 
 def test_no_room_for_copies(device, monkeypatch):

@@ -1,4 +1,4 @@
-"""kt::moe_fwd_streamed: the experts are copied to the device in pieces and multiplied there."""
+"""kt::moe_fwd_streamed: the experts are copied to the device in portions and multiplied there."""
 
 import re
 import weakref
@@ -13,7 +13,7 @@ from torch._subclasses import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from ktops import reference
-from ktops.devices import grouped, pieces, staging, transfer
+from ktops.devices import grouped, portions, staging, transfer
 from ktops.formats import get_format
 from ktops.ops.arguments import TENSORS
 from ktops.ops.check_devices import LORA
@@ -35,30 +35,30 @@ def many(**options) -> dict:
     return inputs(**{**SIZES, **options})
 
 
-def streamed(given: dict, piece_bytes: int, *names: str) -> torch.Tensor:
+def streamed(given: dict, portion_bytes: int, *names: str) -> torch.Tensor:
     """Runs the operator with tokens, routes and the named tensors on the device; returns a CPU tensor."""
     arguments = op_arguments(on_device(given, *names))
-    output = torch.ops.kt.moe_fwd_streamed(*arguments, piece_bytes)
+    output = torch.ops.kt.moe_fwd_streamed(*arguments, portion_bytes)
     assert output.device == arguments.hidden_states.device
     return output.cpu()
 
 
-def check(given: dict, piece_bytes: int, *names: str) -> None:
+def check(given: dict, portion_bytes: int, *names: str) -> None:
     expected = reference.moe_fwd(op_arguments(upcast(densified(given))))
     dtype, size = given["hidden_states"].dtype, max(given["down_proj"].shape[1:])
-    assert relative_error(streamed(given, piece_bytes, *names), expected) <= forward_budget(dtype, size)
+    assert relative_error(streamed(given, portion_bytes, *names), expected) <= forward_budget(dtype, size)
 
 
-PIECES = [1, 60_000, 1 << 30]
-"""Bytes of pieces: one expert and one row at a time, several of each, and everything at once."""
+PORTIONS = [1, 60_000, 1 << 30]
+"""Bytes of portions: one expert and one row at a time, several of each, and everything at once."""
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_dense(device, dtype):
     given = many(dtype=dtype)
     grad_output = torch.zeros_like(given["hidden_states"])
-    for piece_bytes in PIECES:
-        assert_matches_reference({"output": streamed(given, piece_bytes)}, given, grad_output)
+    for portion_bytes in PORTIONS:
+        assert_matches_reference({"output": streamed(given, portion_bytes)}, given, grad_output)
 
 
 @pytest.mark.parametrize("name,group_size", variants(256))
@@ -80,8 +80,8 @@ def test_activations(device, case):
 @pytest.mark.parametrize("ids_dtype", [torch.int32, torch.int64])
 def test_routes(device, routing, ids_dtype):
     given = many(routing=routing, ids_dtype=ids_dtype, invalid_ids=True)
-    for piece_bytes in PIECES:
-        check(given, piece_bytes)
+    for portion_bytes in PORTIONS:
+        check(given, portion_bytes)
 
 
 @pytest.mark.parametrize("moved", [(), LORA, LORA[::3]], ids=["host", "device", "some"])
@@ -114,21 +114,44 @@ def test_grouped_mm(device, monkeypatch, lora_rank, each, transposed):
     given = many(dtype=torch.bfloat16, lora_rank=lora_rank, invalid_ids=True)
     if transposed:
         given |= {name: given[name].mT.contiguous().mT for name in ("gate_up_proj", "down_proj")}
-    for piece_bytes in PIECES:
-        check(given, piece_bytes)
+    for portion_bytes in PORTIONS:
+        check(given, portion_bytes)
     assert calls and len(calls) % each == 0
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_products_with_float32_results(device, monkeypatch, dtype):
+    """As on a GPU without grouped kernels."""
+    results = []
+
+    def mm(rows, weight, *, out_dtype):
+        operands = (x.data_on_host.to("meta") for x in (rows, weight))
+        results.append(aten_mm(*operands, out_dtype=out_dtype))
+        return torch.bmm(rows[None].to(out_dtype), weight[None].to(out_dtype))[0]
+
+    aten_mm = torch.ops.aten.mm
+    monkeypatch.setattr(grouped, "has_grouped_mm", lambda rows, weight: False)
+    monkeypatch.setattr(grouped, "_is_nvidia", lambda device: True)
+    monkeypatch.setattr(grouped.torch, "mm", mm)
+    check(many(dtype=dtype, invalid_ids=True), 60_000)
+    assert results and all(result.dtype == torch.float32 for result in results)
+
+
+def test_integers_are_decoded(device):
+    given = with_formats(many())
+    assert torch.equal(streamed(given | {"compute": "int8"}, 60_000), streamed(given, 60_000))
+
+
 def test_through_pinned_memory(device, monkeypatch):
-    """As on a GPU, whose copies overlap with its work; ``test_pieces.py`` checks their order."""
+    """As on a GPU, whose copies overlap with its work; ``test_portions.py`` checks their order."""
     pinned = []
-    for module in (pieces, transfer):
+    for module in (portions, transfer):
         monkeypatch.setattr(module, "PINNED", (device.type,))
         monkeypatch.setattr(module, "staging", staging.Staging())
     monkeypatch.setattr(staging, "pinned", lambda n: pinned.append(n) or torch.empty(n, dtype=torch.uint8))
     World(monkeypatch, 0)
-    for piece_bytes in PIECES:
-        check(with_formats(many(invalid_ids=True)), piece_bytes)
+    for portion_bytes in PORTIONS:
+        check(with_formats(many(invalid_ids=True)), portion_bytes)
     assert pinned
 
 
@@ -142,9 +165,10 @@ def with_formats(given: dict) -> dict:
 
 @pytest.mark.parametrize("change", [dict, with_formats])
 @pytest.mark.parametrize("moved", [(), LORA], ids=["host", "device"])
-@pytest.mark.parametrize("routing", ["random", "empty_experts", "one_expert"])
-@pytest.mark.parametrize("piece_bytes", PIECES)
-def test_traffic(device, change, moved, routing, piece_bytes):
+@pytest.mark.parametrize(
+    "routing,portion_bytes", [("random", 1), ("random", 1 << 30), ("empty_experts", 60_000)]
+)
+def test_traffic(device, change, moved, routing, portion_bytes):
     """Experts with tokens go up once, each with 4 bytes of offset; the offsets of all come down."""
     given = change(many(routing=routing, lora_dtype=torch.bfloat16))
     arguments = op_arguments(on_device(given, *moved))
@@ -152,7 +176,7 @@ def test_traffic(device, change, moved, routing, piece_bytes):
     of_experts = [x for x in tensors if x is not None and x.device.type == "cpu"]
     used = len(given["topk_ids"].unique())
     with traffic() as moves:
-        torch.ops.kt.moe_fwd_streamed(*arguments, piece_bytes)
+        torch.ops.kt.moe_fwd_streamed(*arguments, portion_bytes)
     assert moves["down"] == 4 * (SIZES["E"] + 1) and moves["copies_down"] == 1
     assert moves["up"] == used * (4 + sum(x[0].nbytes for x in of_experts))
 
@@ -187,7 +211,7 @@ def memory_on_the_device(monkeypatch) -> Iterator[list[int]]:
 
 @pytest.mark.parametrize("name", ["dense", "uint4", "fp8_e4m3", "mxfp4", "q4_k"])
 def test_memory_on_the_device(device, monkeypatch, name):
-    """Two pieces, and what decoding takes, not the layer."""
+    """Two portions, and what decoding takes, not the layer."""
     given = inputs(T=2, H=256, I=256, E=24, K=24, dtype=torch.bfloat16, lora_rank=0, bias=False)
     expert = 3 * 256 * 256 * 2
     if name != "dense":
@@ -195,10 +219,10 @@ def test_memory_on_the_device(device, monkeypatch, name):
         for weight in ("gate_up_proj", "down_proj"):
             given[weight] = random_weight(given[weight].float(), name, get_format(name).default_group_size)
     arguments = op_arguments(on_device(given))
-    piece_bytes = 2 * expert
+    portion_bytes = 2 * expert
     with memory_on_the_device(monkeypatch) as used:
-        torch.ops.kt.moe_fwd_streamed(*arguments, piece_bytes)
-    assert piece_bytes < max(used) < (2.2 if name == "dense" else 3) * piece_bytes
+        torch.ops.kt.moe_fwd_streamed(*arguments, portion_bytes)
+    assert portion_bytes < max(used) < (2.2 if name == "dense" else 3) * portion_bytes
 
 
 @pytest.mark.parametrize("argument", EXPERTS)

@@ -6,6 +6,8 @@ import pickle
 import pytest
 import torch
 from model_runs import MODEL_BUDGET
+from moe_blocks import InferBlock, LoopBlock
+from peft import LoraConfig, inject_adapter_in_model
 from simulated.offloaded import batch, loss_and_gradients, model_on_cpu, on_cpu, with_adapters
 from torch import nn
 
@@ -102,6 +104,28 @@ def test_experts_stay_when_the_model_moves(device, copied):
     assert model.lm_head.weight is model.get_input_embeddings().weight
     model.cpu()
     assert len(on_cpu(model)) == len({**dict(model.named_parameters()), **dict(model.named_buffers())})
+
+
+@pytest.mark.parametrize("block", [LoopBlock, InferBlock])
+@pytest.mark.parametrize("kind", ["list", "adapted list", "int8"])
+def test_blocks_that_iterate(device, block, kind):
+    """A block runs one op per expert; experts with adapters run in CPU memory without the op."""
+    torch.manual_seed(0)
+    model = nn.Sequential(block())
+    x = torch.randn(7, 32)
+    if kind == "int8":
+        ktops.quantize_experts(model, "int8", show_progress=False)
+    else:
+        ktops.swap_experts(model)
+    expected = model(x).detach(), model.eval()(x).detach()
+    ktops.offload_experts(model.train(), device)
+    if kind == "adapted list":
+        inject_adapter_in_model(LoraConfig(r=2, target_modules=["0.experts.1.up_proj"]), model)
+        model.to(device)
+    actual = model(x.to(device)).detach(), model.eval()(x.to(device)).detach()
+    assert all(".experts." in name or ".stacked." in name for name in on_cpu(model)) and on_cpu(model)
+    for value, wanted in zip(actual, expected, strict=True):
+        assert value.device == device and relative_error(value.cpu(), wanted) < MODEL_BUDGET
 
 
 def test_experts_in_a_format(device):

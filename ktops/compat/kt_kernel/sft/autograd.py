@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ktops.compat.sft import Forward, SFTWrapper, gradients
+from ktops.compat.sft import Forward, SFTWrapper, grad_on_host, gradients, on_device
 
 
 class KTMoEFunction(torch.autograd.Function):
@@ -50,16 +50,18 @@ class KTMoEFunction(torch.autograd.Function):
         result = wrapper._compute(training, *inputs)
         ctx.wrapper, ctx.result, ctx.train_lora = wrapper, result, train_lora
         ctx.like = hidden_states.new_empty(0), topk_weights.new_empty(0), hidden_states.shape
-        return result.output.detach().to(hidden_states).reshape(hidden_states.shape)
+        output = on_device(result.output.detach(), hidden_states.device)
+        return output.to(hidden_states.dtype).reshape(hidden_states.shape)
 
     @staticmethod
     def backward(ctx, grad_output: Tensor):
         result: Forward = ctx.result
         if not result.output.requires_grad:
             raise RuntimeError("KTMoEFunction: no forward to differentiate: call apply with training=True")
-        found = gradients(result, grad_output.reshape(result.output.shape))
+        found = gradients(result, grad_on_host(grad_output.reshape(result.output.shape)))
         if not ctx.train_lora:
             found = found[:2]
-        grad_input, grad_weights = ctx.wrapper._publish(found, 1.0, None)
         like, like_weights, shape = ctx.like
-        return grad_input.to(like).reshape(shape), None, grad_weights.to(like_weights), *[None] * 13
+        grad_input, grad_weights = ctx.wrapper._publish(found, 1.0, like.device)
+        grad_input, grad_weights = grad_input.to(like.dtype), grad_weights.to(like_weights.dtype)
+        return grad_input.reshape(shape), None, grad_weights, *[None] * 13

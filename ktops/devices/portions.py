@@ -1,7 +1,7 @@
-"""Copies of consecutive experts to an accelerator, piece by piece.
+"""Copies of consecutive experts to an accelerator, portion by portion.
 
-Memory on the device is that of two pieces. Where copies can overlap with other work, a piece is copied in a
-stream of its own while the previous one is in use.
+Memory on the device is that of two portions. Where copies can overlap with other work, a portion is copied
+in a stream of its own while the previous one is in use.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,10 +19,10 @@ from ktops.devices.transfer import PINNED, recorded, staging
 
 @dataclass
 class Buffer:
-    """Memory for a piece.
+    """Memory for a portion.
 
     Attributes:
-        tensors: on the device, by name, with the size of the largest piece.
+        tensors: on the device, by name, with the size of the largest portion.
         blocks: pinned memory for the same, where the device needs it.
         free_after: the event after which the device no longer reads ``tensors``.
     """
@@ -32,18 +32,18 @@ class Buffer:
     free_after: torch.Event | None = None
 
 
-class Pieces:
+class Portions:
     """A context that copies experts to the device.
 
     Args:
         weights: tensors [E, ...] in CPU memory by name.
-        capacity: the most experts in a piece.
+        capacity: the most experts in a portion.
         device: an accelerator.
 
     Example:
-        >>> with Pieces({"down_proj": down_proj}, 2, device) as pieces:
-        ...     with pieces.on_device([4, 5]) as piece:
-        ...         piece["down_proj"].shape
+        >>> with Portions({"down_proj": down_proj}, 2, device) as portions:
+        ...     with portions.on_device([4, 5]) as portion:
+        ...         portion["down_proj"].shape
         torch.Size([2, 64, 32])
     """
 
@@ -62,7 +62,7 @@ class Pieces:
             }
         )
 
-    def __enter__(self) -> "Pieces":
+    def __enter__(self) -> "Portions":
         if self.overlaps:
             self._copies = torch.Stream(self.device)
             for buffer in self._buffers:
@@ -83,27 +83,27 @@ class Pieces:
         """Lends the tensors of these experts [G, ...]; what uses them is enqueued inside the context."""
         buffer = self._buffers.pop(0)
         self._buffers.append(buffer)
-        piece = {name: tensor[: len(experts)] for name, tensor in buffer.tensors.items()}
+        portion = {name: tensor[: len(experts)] for name, tensor in buffer.tensors.items()}
         if self.overlaps:
-            self._copy_in_stream(buffer, piece, experts)
+            self._copy_in_stream(buffer, portion, experts)
         else:
-            for name, target in piece.items():
+            for name, target in portion.items():
                 copy_experts(self.weights[name], experts, target)
-        yield piece
+        yield portion
         if self.overlaps:
             buffer.free_after = recorded(self.device)
 
-    def _copy_in_stream(self, buffer: Buffer, piece: dict[str, Tensor], experts: Sequence[int]) -> None:
+    def _copy_in_stream(self, buffer: Buffer, portion: dict[str, Tensor], experts: Sequence[int]) -> None:
         for block in buffer.blocks.values():
             if block.free_after is not None:
                 block.free_after.synchronize()
-        staged = {name: buffer.blocks[name].view(target) for name, target in piece.items()}
+        staged = {name: buffer.blocks[name].view(target) for name, target in portion.items()}
         for name, target in staged.items():
             copy_experts(self.weights[name], experts, target)
         assert buffer.free_after is not None
         self._copies.wait_event(buffer.free_after)
         with self._copies:
-            for name, target in piece.items():
+            for name, target in portion.items():
                 target.copy_(staged[name], non_blocking=True)
             copied = recorded(self.device)
         for block in buffer.blocks.values():

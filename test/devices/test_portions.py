@@ -1,11 +1,11 @@
-"""Pieces of experts are copied in a stream of their own, in an order that any timing respects."""
+"""Portions of experts are copied in a stream of their own, in an order that any timing respects."""
 
 import pytest
 import torch
 from streams import World
 
-from ktops.devices import pieces, staging, transfer
-from ktops.devices.pieces import Pieces
+from ktops.devices import portions, staging, transfer
+from ktops.devices.portions import Portions
 from ktops.devices.staging import Staging
 
 E = 7
@@ -13,9 +13,9 @@ E = 7
 
 @pytest.fixture
 def cpu_as_accelerator(monkeypatch):
-    monkeypatch.setattr(pieces, "PINNED", ("cpu",))
+    monkeypatch.setattr(portions, "PINNED", ("cpu",))
     monkeypatch.setattr(transfer, "PINNED", ("cpu",))
-    monkeypatch.setattr(pieces, "staging", Staging())
+    monkeypatch.setattr(portions, "staging", Staging())
     monkeypatch.setattr(staging, "pinned", lambda nbytes: torch.empty(nbytes, dtype=torch.uint8))
 
 
@@ -24,13 +24,13 @@ def weights() -> dict[str, torch.Tensor]:
 
 
 def run(world: World, given: dict[str, torch.Tensor], stop: bool) -> None:
-    """Uses random pieces in the main stream, then memory that was theirs."""
+    """Uses random portions in the main stream, then memory that was theirs."""
     memory: dict[int, torch.Tensor] = {}
-    with Pieces(given, 3, torch.device("cpu")) as copies:
+    with Portions(given, 3, torch.device("cpu")) as copies:
         for _ in range(world.random.randint(1, 6)):
             experts = sorted(world.random.sample(range(E), world.random.randint(1, 3)))
-            with copies.on_device(experts) as piece:
-                for name, tensor in piece.items():
+            with copies.on_device(experts) as portion:
+                for name, tensor in portion.items():
                     world.access(world.main, tensor, False)
                     assert torch.equal(tensor, given[name][experts])
                     memory[tensor.data_ptr()] = tensor
@@ -45,7 +45,7 @@ def test_any_timing(cpu_as_accelerator, monkeypatch, stop):
     given = weights()
     for seed in range(100):
         with monkeypatch.context() as patch, World(patch, seed) as world:
-            patch.setattr(pieces, "staging", Staging())
+            patch.setattr(portions, "staging", Staging())
             for _ in range(3):
                 run(world, given, stop)
 
@@ -54,9 +54,9 @@ def test_staging_is_reused(cpu_as_accelerator, monkeypatch):
     given = weights()
     with monkeypatch.context() as patch, World(patch, 0):
         for _ in range(20):
-            with Pieces(given, 3, torch.device("cpu")) as copies, copies.on_device([1, 2]):
+            with Portions(given, 3, torch.device("cpu")) as copies, copies.on_device([1, 2]):
                 pass
-        blocks = pieces.staging._idle
+        blocks = portions.staging._idle
     assert 4 <= len(blocks) < 20
 
 
@@ -69,7 +69,7 @@ def test_error(cpu_as_accelerator, monkeypatch, after):
     """Memory may be reused after an error, even one between copies and their event."""
     given = weights()
     with monkeypatch.context() as patch, World(patch, 0) as world:
-        recorded = pieces.recorded
+        recorded = portions.recorded
 
         def record(device: torch.device) -> torch.Event:
             if world.current is not world.main:
@@ -77,12 +77,12 @@ def test_error(cpu_as_accelerator, monkeypatch, after):
             return recorded(device)
 
         if after == "copies":
-            patch.setattr(pieces, "recorded", record)
-        copies = Pieces(given, 3, torch.device("cpu"))
+            patch.setattr(portions, "recorded", record)
+        copies = Portions(given, 3, torch.device("cpu"))
         with pytest.raises(Stop), copies, copies.on_device([0, 4]):
             raise Stop
         for buffer in copies._buffers:
             for name, tensor in buffer.tensors.items():
                 world.access(world.main, tensor, True)
                 world.access(world.host, buffer.blocks[name].data, True)
-        assert len(pieces.staging._idle) == 4
+        assert len(portions.staging._idle) == 4

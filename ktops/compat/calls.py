@@ -1,0 +1,63 @@
+"""Calls that run in the order of a CUDA stream, or else in a background thread on copies in host memory."""
+
+import functools
+import os
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor
+
+from ktops.devices import streams
+from ktops.devices.transfer import download
+
+Call = Future[Tensor] | streams.Pending
+"""A call that has begun. Its ``result()`` is on the device of the stream, or in host memory."""
+
+
+@functools.cache
+def worker() -> ThreadPoolExecutor:
+    """Returns the single thread that runs submitted work, in the order of submission."""
+    return ThreadPoolExecutor(max_workers=1, thread_name_prefix="ktops-compat")
+
+
+os.register_at_fork(after_in_child=worker.cache_clear)
+
+
+def now(compute, *args) -> Future:
+    """Like the submit method of an executor, but runs in this thread."""
+    future: Future = Future()
+    future.set_result(compute(*args))
+    return future
+
+
+def on_stream(cuda_stream, device: torch.device) -> AbstractContextManager:
+    """Makes a stream of the device, given as a Stream, its address, or None, the current one."""
+    known = streams.STREAMS.get(device.type)
+    if cuda_stream is None or known is None:
+        return nullcontext()
+    if isinstance(cuda_stream, int):
+        current = known.current(device)
+        cuda_stream = current if known.address(current) == cuda_stream else known.at(cuda_stream, device)
+    return known.use(cuda_stream)
+
+
+def captured(device: torch.device) -> bool:
+    """Returns whether a CUDA graph captures the current stream of the device."""
+    known = streams.STREAMS.get(device.type)
+    return known is not None and known.capturing()
+
+
+def in_host_memory(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Returns copies of tensors on a device; waits for them. Tensors in host memory are returned as they are.
+
+    Raises:
+        RuntimeError: a CUDA graph is being captured.
+    """
+    if captured(tensors[0].device):
+        raise RuntimeError(
+            "KTMoEWrapper: a CUDA graph can capture only forwards for inference, and only if they can be "
+            "computed in stream order (a warning says why not): start the server with --disable-cuda-graph"
+        )
+    return download(tensors)

@@ -9,6 +9,7 @@ import torch
 from stream_calls import arguments, expected
 from tiny_models import tiny_batch, tiny_model
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 
 import ktops
 from ktops.devices import kernels, pending, streams
@@ -137,20 +138,35 @@ def test_code_that_circumvents_the_dispatcher_gets_an_error(call):
         call().untyped_storage().tolist()
 
 
-def test_a_use_on_another_stream_waits_for_the_call(cuda, stream):
+@pytest.mark.parametrize("first_use", ["here", "elsewhere"])
+def test_a_use_on_another_stream_waits_for_the_call(cuda, stream, first_use):
     """Whether it is the first use or not."""
-    other, given = cuda.stream(), arguments()
-    first, second = torch.empty(5, 40), torch.empty(5, 40)
+    elsewhere, given, result = cuda.stream(), arguments(), torch.zeros(5, 40)
     with cuda.use(stream):
         cuda.block(stream)
         call = streams.begin(given)
         output = PendingTensor(call, call.output)
-    with cuda.use(other):
-        cuda.copy(first, output.collected)
-        cuda.copy(second, output.view(-1).collected.view(5, 40))
+        if first_use == "here":
+            cuda.copy(torch.zeros(5, 40), output.collected)
+    with cuda.use(elsewhere):
+        cuda.copy(result, output.view(-1).collected)
+    assert not result.any()
     cuda.unblock(stream)
-    cuda.synchronize(other)
-    assert torch.equal(first, expected(given)) and torch.equal(second, expected(given))
+    cuda.synchronize(elsewhere)
+    assert torch.equal(result, expected(given))
+
+
+def test_output_of_a_checkpointed_function(call):
+    """The forward of reentrant checkpointing runs without gradients, and its output gets some."""
+
+    def function(x):
+        return x * 2 if torch.is_grad_enabled() else call()
+
+    x = torch.ones(5, 40, requires_grad=True)
+    output = checkpoint(function, x, use_reentrant=True)
+    assert torch.equal(output.detach() * 1, expected(arguments()))
+    (output * 3).sum().backward()
+    assert torch.equal(x.grad, torch.full((5, 40), 6.0))
 
 
 def test_an_output_that_is_dropped(call, cuda):

@@ -3,6 +3,7 @@
 import every_model
 import pytest
 import torch
+from model_runs import MODEL_BUDGET
 from simulated.offloaded import batch, loss_and_gradients, on_cpu, with_adapters
 from transformers import AutoModelForCausalLM
 
@@ -88,6 +89,16 @@ def test_trains_generates_and_saves(device, saved, folder, tmp_path):
     expected, actual = (loss_and_gradients(each, folder) for each in models)
     assert actual.keys() == expected.keys() and len(actual) > 4
     assert all(torch.equal(actual[name], value) for name, value in expected.items())
+
+
+def test_to_does_not_move_experts(device, saved, folder):
+    model = with_adapters(load(saved, quantization_config=ktops.KTConfig()).train())
+    expected = loss_and_gradients(model, folder)
+    model.to(device)
+    assert all(".experts." in name for name in on_cpu(model)) and on_cpu(model)
+    actual = loss_and_gradients(model, folder)
+    assert actual.keys() == expected.keys()
+    assert all(relative_error(actual[name], value) < MODEL_BUDGET for name, value in expected.items())
 
 
 @one

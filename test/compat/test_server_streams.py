@@ -210,3 +210,129 @@ def test_graphs_of_several_batch_sizes(cuda, device, dual):
         assert torch.equal(device.read(result), exact)
     for graph, *_ in graphs.values():
         graph.destroy()
+
+
+def test_all_may_be_deferred(cuda, device):
+    layers, main = model((3, 0)), cuda.stream()
+    x, routes = inputs(layers[0])[0], all_routes(layers)
+    exact = expected(layers, x, routes)
+    with cuda.use(main):
+        first, *_ = routes = [tuple(map(device.tensor, route)) for route in routes]
+        x = device.tensor(x)
+        early = layers[0].forward(x, *first)
+        output = x + early + layers[1].forward(x + early, *routes[1])
+    cuda.synchronize(main)
+    assert not device.read(early).any() and torch.equal(device.read(output), exact)
+
+
+def test_another_number_of_tokens(cuda, device):
+    first, second = model((1, 0))
+    first.forward(*map(device.tensor, inputs(first)))
+    with pytest.raises(RuntimeError, match="layer 0 deferred experts of 7 tokens, but layer 1 got 3 tokens"):
+        second.submit_forward(*map(device.tensor, inputs(second, 3)))
+    with on_host():
+        exact = second.forward(*inputs(second, 3))
+    main = cuda.stream()
+    output = second.forward(*map(device.tensor, inputs(second, 3)), main.handle)
+    cuda.synchronize(main)
+    assert torch.equal(device.read(output), exact)
+
+
+def test_a_submission_may_be_dropped(cuda, device):
+    (wrapper,), main = model((0,)), cuda.stream()
+    with on_host():
+        exact = wrapper.forward(*inputs(wrapper))
+    for seed in (1, 2, 0):
+        wrapper.submit_forward(*map(device.tensor, inputs(wrapper, seed=seed)), main.handle)
+    output = wrapper.sync_forward(torch.empty(0, dtype=torch.bfloat16), main.handle)
+    cuda.synchronize(main)
+    assert torch.equal(device.read(output), exact)
+
+
+def test_what_belongs_together_stays_in_one_graph(cuda, device):
+    (first, second), main = model((1, 0)), cuda.stream()
+    routed = [tuple(map(device.tensor, inputs(wrapper))) for wrapper in (first, second)]
+    message = (
+        "a CUDA graph captures only one of layer 0, which deferred experts, and layer 1, which adds them"
+    )
+    with cuda.capture(main) as graph:
+        first.forward(*routed[0])
+    graph.destroy()
+    with cuda.use(main), pytest.raises(RuntimeError, match=message):
+        second.forward(*routed[1])
+    first.forward(*routed[0])
+    with cuda.capture(main) as graph:
+        with pytest.raises(RuntimeError, match=message):
+            second.forward(*routed[1])
+        second.submit_forward(*routed[1])
+    graph.destroy()
+    with cuda.use(main), pytest.raises(RuntimeError, match="must be used in the same capture"):
+        second.sync_forward(routed[1][0])
+    with on_host():
+        exact = second.forward(*inputs(second))
+    output = second.forward(*routed[1], main.handle)
+    cuda.synchronize(main)
+    assert torch.equal(device.read(output), exact)
+
+
+def test_a_graph_cannot_capture_copies_that_python_waits_for(cuda, monkeypatch):
+    (wrapper,), training = model((0,)), make("AMXBF16_SFT_SkipLoRA")
+    with cuda.capture(cuda.stream()) as graph:
+        with pytest.raises(RuntimeError, match="a CUDA graph can capture only forwards for inference"):
+            training.forward(*inputs(training))
+        monkeypatch.setattr(streams, "available", lambda kind: False)
+        with pytest.raises(RuntimeError, match="start the server with --disable-cuda-graph"):
+            wrapper.forward(*inputs(wrapper))
+    graph.destroy()
+
+
+def test_graphs_copy_the_mask_from_pinned_memory(cuda, device, monkeypatch):
+    """Which the first call allocates, because a capture must not."""
+    monkeypatch.setattr("ktops.compat.masks.PINNED", ("cpu",))
+    pinned = []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda mask: pinned.append(mask.clone()) or pinned[-1])
+    (wrapper,), main = model((0,)), cuda.stream()
+    routed, mask = tuple(map(device.tensor, inputs(wrapper))), wrapper.gpu_experts_mask
+    with cuda.capture(main) as graph, pytest.raises(RuntimeError, match="call the layer once before"):
+        wrapper.forward(*routed)
+    graph.destroy()
+    wrapper.forward(*routed, main.handle)
+    with cuda.capture(main) as graph:
+        output = wrapper.forward(*routed)
+    mask.copy_(MASK)
+    graph.launch(main)
+    cuda.synchronize(main)
+    with on_host():
+        exact = wrapper.forward(*inputs(wrapper))
+    assert torch.equal(device.read(output), exact) and wrapper.gpu_experts_mask is mask
+    assert len(pinned) == 1 and torch.equal(pinned[0][:-1], MASK)
+    graph.destroy()
+
+
+def test_adapters_in_a_graph(cuda, device):
+    wrapper, main = make("AMXBF16_SFT", num_gpu_experts=1), cuda.stream()
+    factors = adapters(wrapper)
+    wrapper.init_lora_weights(**factors)
+    fixed = tuple(map(device.tensor, inputs(wrapper)))
+    with cuda.capture(main) as graph:
+        wrapper.submit_forward_inference(*fixed)
+        output = wrapper.sync_forward_inference()
+    for seed in (1, 2):
+        with cuda.use(main):
+            for tensor, value in zip(fixed, inputs(wrapper, seed=seed), strict=True):
+                tensor.copy_(device.tensor(value))
+            graph.launch(main)
+        cuda.synchronize(main)
+        with on_host():
+            exact = wrapper.forward(*inputs(wrapper, seed=seed), save_for_backward=False)
+        assert torch.equal(device.read(output), exact)
+    graph.destroy()
+    factors["up_lora_b"].zero_()
+    warn_once.cache_clear()
+    with pytest.warns(UserWarning, match="adapters have changed since a CUDA graph captured"):
+        wrapper.submit_forward_inference(*fixed, main.handle)
+    output = wrapper.sync_forward_inference(main.handle)
+    cuda.synchronize(main)
+    with on_host():
+        exact = wrapper.forward(*inputs(wrapper, seed=2), save_for_backward=False)
+    assert torch.equal(device.read(output), exact)

@@ -6,7 +6,8 @@ Builds the extension in place and needs what the tests need, with a torch for CU
     python test/devices/run_on_gpu.py
 
 Prints a line per check, the reasons of failures, and Markdown tables with the figures for
-docs/performance.md. Words select checks: ``run_on_gpu.py graphs models``.
+docs/performance.md. Words select checks: ``run_on_gpu.py graphs models``. The GPU is the first of
+CUDA_VISIBLE_DEVICES.
 
 Exit status: 0 if every check passed, 1 if not or if the time was up, 2 without a GPU that torch can use.
 """
@@ -33,11 +34,11 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("words", nargs="*", metavar="WORD", help="run only checks with one of these words")
-    parser.add_argument("--device", type=int, default=0, metavar="INDEX", help="of the GPU (default: 0)")
     parser.add_argument("--minutes", type=float, default=6, help="begin no check later (default: 6)")
     options = parser.parse_args()
     clock = time.perf_counter
     deadline = clock() + 60 * options.minutes
+    os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
     if not torch.cuda.is_available() or torch.version.cuda is None:
         print(f"torch {torch.__version__} finds no CUDA device: nothing was tested", file=sys.stderr)
         return 2
@@ -48,7 +49,7 @@ def main() -> int:
     sys.path[:0] = [str(ROOT), str(ROOT / "test/integrations")]
     from gpu.runtime import Cuda
 
-    return run(Cuda(options.device, clock), options.words, clock, deadline)
+    return run(Cuda(clock), options.words, clock, deadline)
 
 
 def run(runtime, words: list[str], clock: Callable[[], float], deadline: float = math.inf) -> int:

@@ -110,7 +110,7 @@ class CudaGraph:
 
     def __init__(self, function: Callable[[], Tensor]) -> None:
         self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph):
+        with torch.cuda.graph(self._graph, stream=torch.cuda.current_stream()):
             self.output = function()
 
     def launch(self) -> None:
@@ -127,11 +127,10 @@ class Cuda:
     features = frozenset({"tensors", "streams", "traffic"})
     sizes = FULL
 
-    def __init__(self, index: int, clock: Callable[[], float]) -> None:
+    def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock
-        self.device = torch.device("cuda", index)
-        torch.cuda.set_device(index)
-        properties = torch.cuda.get_device_properties(index)
+        self.device = torch.device("cuda", 0)
+        properties = torch.cuda.get_device_properties(self.device)
         self.name = f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB"
 
     def synchronize(self) -> None:

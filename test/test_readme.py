@@ -19,9 +19,10 @@ EXAMPLES = dict(
     re.findall(r"^<!-- example: (\w+) -->\n```python\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
 )
 OPS = (
-    "moe_fwd", "moe_fwd_streamed", "moe_sft_fwd", "moe_sft_bwd", "cpu_capability", "cpu_capabilities",
-    "cpu_refusals", "set_cpu_capability", "measure_peak", "sum_words", "set_profiling", "profiling",
-    "profiled_steps", "paths", "force_path", "empty_cache", "memory_stats", "dequantize",
+    "moe_fwd", "moe_fwd_streamed", "moe_fwd_begin", "moe_fwd_end", "moe_sft_fwd", "moe_sft_bwd",
+    "cpu_capability", "cpu_capabilities", "cpu_refusals", "set_cpu_capability", "measure_peak", "sum_words",
+    "set_profiling", "profiling", "profiled_steps", "paths", "force_path", "empty_cache", "memory_stats",
+    "load_cuda", "synchronize_streams", "stop_streams", "empty_stream_cache", "staged_bytes", "dequantize",
 )  # fmt: skip
 
 

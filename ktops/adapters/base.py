@@ -10,8 +10,8 @@ from ktops.adapters.errors import AdapterError
 from ktops.checkpoints.model_names import ModelNames, empty_model
 from ktops.checkpoints.names import layer_number
 from ktops.checkpoints.quantization_config import CONFIG, read_json
-from ktops.nn.experts import declared_gating
 from ktops.nn.find import find_experts, has_stacks
+from ktops.nn.layout import declared_gating
 from ktops.ops.activation import UNGATED, ExpertFunction
 
 PROJECTION_NAMES = ("gate_proj", "up_proj", "down_proj")

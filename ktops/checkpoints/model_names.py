@@ -22,8 +22,8 @@ from ktops.checkpoints.names import (
 )
 from ktops.checkpoints.quantization_config import without_quantization
 from ktops.nn.expert_sequence import KTExpertSequence
-from ktops.nn.experts import declared_gating
 from ktops.nn.find import find_experts
+from ktops.nn.layout import declared_gating
 from ktops.ops.activation import CONCATENATED, INTERLEAVED
 
 if TYPE_CHECKING:

@@ -14,7 +14,8 @@ from ktops.integrations.swap import exchange_stacked, listed_experts, require_ex
 from ktops.integrations.transformers.architectures import Unsupported
 from ktops.integrations.transformers.outside import describe_replacement
 from ktops.nn.expert_list import interception
-from ktops.nn.experts import KTExperts, Layout
+from ktops.nn.experts import KTExperts
+from ktops.nn.layout import Layout
 from ktops.ops.activation import ExpertFunction
 
 

@@ -7,8 +7,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ktops.formats import ExpertWeight
-from ktops.nn.experts import Layout
 from ktops.nn.host_memory import ON_DEVICE
+from ktops.nn.layout import Layout
 from ktops.ops.activation import ExpertFunction, gate
 
 RANK_MULTIPLE = 8

@@ -3,7 +3,7 @@
 import math
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,14 +11,12 @@ from torch import Tensor, nn
 from ktops.devices.pending import moe_sft_pending
 from ktops.formats import ExpertWeight
 from ktops.nn.host_memory import ON_DEVICE
+from ktops.nn.layout import Layout
 from ktops.nn.streaming import check_min_tokens, streaming_threshold
 from ktops.ops import moe_sft
 from ktops.ops.activation import (
     ACTIVATIONS,
-    CONCATENATED,
     GATINGS,
-    INTERLEAVED,
-    UNGATED,
     ExpertFunction,
     activation_arguments,
 )
@@ -75,45 +73,6 @@ def run_experts(
     if on_device is not None:
         output = output + on_device(rows, every, weights, post_expert_norm=post_expert_norm, **options)
     return output.to(hidden_states.dtype).reshape(hidden_states.shape)
-
-
-class Layout(NamedTuple):
-    """What an experts module, of ktops or of transformers, computes and how it stores its weights.
-
-    Attributes:
-        function: the activation and the order of gate and up.
-        transposed: whether the weights are stored as [E, in, out].
-        post_expert_norm: whether a module of this name follows every expert.
-    """
-
-    function: ExpertFunction
-    transposed: bool = False
-    post_expert_norm: bool = False
-
-    def weights(self, experts: Any) -> tuple[Tensor | ExpertWeight, Tensor | ExpertWeight]:
-        """Returns the weights as [E, out, in], views if they are stored transposed."""
-        first, down = getattr(experts, self.function.first_name), experts.down_proj
-        return (first.mT, down.mT) if self.transposed else (first, down)
-
-    def norm(self, experts: Any) -> nn.Module | None:
-        """Returns the module that follows every expert, None without one."""
-        return experts.post_expert_norm if self.post_expert_norm else None
-
-    def biases(self, experts: Any) -> tuple[nn.Parameter | None, nn.Parameter | None]:
-        """Returns the biases of both projections; None without biases."""
-        first = self.function.first_name
-        return getattr(experts, f"{first}_bias", None), getattr(experts, "down_proj_bias", None)
-
-
-def declared_gating(experts: Any) -> str:
-    """Returns the gating that an experts module of transformers declares; see :func:`ktops.moe_sft`.
-
-    GPT-OSS interleaves gate and up, but declares it only since transformers 5.7.
-    """
-    if not getattr(experts, "has_gate", True):
-        return UNGATED
-    interleaved = any(kind.__name__ == "GptOssExperts" for kind in type(experts).__mro__)
-    return CONCATENATED if getattr(experts, "is_concatenated", not interleaved) else INTERLEAVED
 
 
 class KTExperts(nn.Module):

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 from tiny_adapters import Updates, base_model
 
-from ktops.nn.experts import declared_gating
+from ktops.nn.layout import declared_gating
 
 
 def _read(path: Path) -> tuple[dict, dict[str, torch.Tensor]]:

@@ -21,7 +21,7 @@ from tiny_models import ARCHITECTURES, tiny_batch, tiny_model
 
 import ktops
 from ktops.integrations.peft import _lora_arguments, expert_target_parameters
-from ktops.nn.experts import Layout
+from ktops.nn.layout import Layout
 from ktops.ops.activation import ExpertFunction
 from ktops.testing.budgets import forward_budget, relative_error
 from ktops.testing.counts import counted

@@ -15,7 +15,8 @@ from torch.nn import functional as F
 
 from ktops.checkpoints.activations import BY_CLASS
 from ktops.formats import ExpertWeight
-from ktops.nn.experts import DTYPES, KTExperts, Layout, declared_gating
+from ktops.nn.experts import DTYPES, KTExperts
+from ktops.nn.layout import Layout, declared_gating
 from ktops.ops.activation import UNGATED, ExpertFunction
 
 

@@ -7,8 +7,9 @@ from torch import Tensor, nn
 
 from ktops._warn import warn_once
 from ktops.integrations.transformers.architectures import Unsupported, class_name, operands
-from ktops.nn.experts import KTExperts, Layout, run_experts
+from ktops.nn.experts import KTExperts, run_experts
 from ktops.nn.host_memory import ON_DEVICE
+from ktops.nn.layout import Layout
 from ktops.nn.streaming import streaming_threshold
 
 NAME = "ktops"

@@ -22,7 +22,8 @@ from ktops.integrations.transformers.architectures import (
     require_weights,
 )
 from ktops.nn.expert_list import KTExpert, KTExpertList, differentiable, interception
-from ktops.nn.experts import DTYPES, KTExperts, Layout, run_experts
+from ktops.nn.experts import DTYPES, KTExperts, run_experts
+from ktops.nn.layout import Layout
 from ktops.nn.streaming import streaming_threshold
 from ktops.ops.activation import ExpertFunction
 

@@ -13,7 +13,7 @@ from ktops.compat.layer import Adapters, experts_of
 from ktops.testing.simulated_device import traffic
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "compat"))
-from tiny_layer import ALPHA, RANK, SIZES, TOKENS, adapters, inputs, make  # noqa: E402
+from tiny_layer import ALPHA, RANK, SIZES, TOKENS, adapters, inputs, make
 
 pytestmark = pytest.mark.usefixtures("single_thread")
 

@@ -19,7 +19,9 @@ from ktops.devices.pending import moe_sft_pending
 SLEEP_CYCLES = 200_000_000
 """About 0.1 s of a GPU."""
 
-ROUNDS = 9
+FEWEST_ROUNDS, ROUNDS = 3, 9
+LONG = 1.0
+"""Seconds after which a median is taken of fewer rounds."""
 
 
 class Sizes(NamedTuple):
@@ -137,14 +139,15 @@ class Cuda:
         torch.cuda.synchronize(self.device)
 
     def seconds(self, function: Callable[[], Any]) -> float:
-        times = []
-        for _ in range(ROUNDS + 1):
+        times: list[float] = []
+        function()
+        while len(times) < FEWEST_ROUNDS or (len(times) < ROUNDS and sum(times) < LONG):
             self.synchronize()
             begin = self._clock()
             function()
             self.synchronize()
             times.append(self._clock() - begin)
-        return statistics.median(times[1:])
+        return statistics.median(times)
 
     @contextmanager
     def traffic(self) -> Iterator[Counter[str]]:

@@ -31,6 +31,9 @@ class DeviceExperts(nn.Module):
     slots: Tensor
     """[E + 1], each expert's place among the chosen ones, G for others; the last for ids outside [0, E)."""
 
+    every_slot: Tensor
+    """[G], 0 to G - 1."""
+
     gate_up_proj: Tensor
     down_proj: Tensor
     gate_up_bias: Tensor | None
@@ -41,8 +44,10 @@ class DeviceExperts(nn.Module):
         self.experts: list[int] = chosen.nonzero().flatten().tolist()
         self.layout = layout
         slots = torch.full((len(chosen) + 1,), len(self.experts), device="cpu")
-        slots[self.experts] = torch.arange(len(self.experts), device="cpu")
+        every_slot = torch.arange(len(self.experts), device="cpu")
+        slots[self.experts] = every_slot
         self._set("slots", slots.to(device))
+        self._set("every_slot", every_slot.to(device))
 
     def _set(self, name: str, tensor: Tensor | None) -> None:
         self.register_buffer(name, tensor, persistent=False)
@@ -70,7 +75,7 @@ class DeviceExperts(nn.Module):
     def slots_of(self, ids: Tensor) -> Tensor:
         """Returns the slots of ids [T, K], G for experts that are not here."""
         num_experts = len(self.slots) - 1
-        return self.slots[ids.where((ids >= 0) & (ids < num_experts), num_experts)]
+        return self.slots[ids.masked_fill((ids < 0) | (ids >= num_experts), num_experts)]
 
     def others(self, ids: Tensor) -> Tensor:
         """Returns ids [T, K] with -1 in place of experts that are here."""
@@ -99,7 +104,7 @@ class DeviceExperts(nn.Module):
             return torch.zeros_like(rows, dtype=torch.float32)
         function = ExpertFunction(activation, activation_args, gating)
         slots, order = self.slots_of(ids).flatten().sort(stable=True)
-        ends = torch.searchsorted(slots, torch.arange(len(self.experts), device=slots.device), right=True)
+        ends = torch.searchsorted(slots, self.every_slot, right=True)
         absent = (slots == len(self.experts))[:, None]
         groups = _Groups(slots.clamp(max=len(self.experts) - 1), ends.int())
         # grouped_mm leaves rows of absent experts undefined, in forward and in backward

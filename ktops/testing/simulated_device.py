@@ -42,6 +42,8 @@ def register() -> None:
     library.fallback(torch.library.fallthrough_kernel, "AutocastPrivateUse1")
     aten = torch.library.Library("aten", "IMPL")
     aten.impl("linear", _autocast_linear, "AutocastPrivateUse1")
+    for overload in ("arange", "arange.start", "arange.start_step"):
+        aten.impl(overload, _arange, "PrivateUse1")
     _libraries.extend((library, aten))
 
 
@@ -160,7 +162,7 @@ def _from_data(constructor: Callable[..., Tensor]) -> Callable[..., Tensor]:
         target = torch.empty(0).device if device is None else torch.device(device)
         if target.type != NAME:
             return constructor(data, device=device, **options)
-        return constructor(data, device="cpu", **options).to(target)
+        return constructor(tree_map(_host, data), device="cpu", **options).to(target)
 
     return construct
 
@@ -219,6 +221,11 @@ def _copy_into(target: Tensor, source: Tensor, non_blocking: bool = False) -> Te
     return target
 
 
+def _arange(*args, device: torch.device, **options) -> Tensor:
+    """The operator, whose own kernel resizes an empty tensor, which the wrapper would not follow."""
+    return SimulatedTensor(torch.arange(*args, device="cpu", **options))
+
+
 def _histc(counted: Tensor, *args, **kwargs) -> Tensor:
     """The operator for integers, which only the CPU does not have."""
     return SimulatedTensor(torch.histc(_host(counted).float(), *args, **kwargs).to(counted.dtype))
@@ -234,4 +241,5 @@ _OWN: dict[torch._ops.OpOverload, Callable] = {
     torch.ops.aten._to_copy.default: _to_copy,
     torch.ops.aten.copy_.default: _copy_into,
     torch.ops.aten.histc.default: _histc,
+    torch.ops.aten._conj.default: lambda tensor: SimulatedTensor(_host(tensor).conj_physical()),
 }

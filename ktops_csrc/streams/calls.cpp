@@ -200,9 +200,9 @@ void Calls::synchronize() {
 }
 
 void Calls::release() {
+    if (staging_.bytes()) staging_.synchronize();  // finishes calls
     destroy_finished();
     staging_.release();
-    destroy_finished();
 }
 
 void Calls::stop() { worker_.stop(); }

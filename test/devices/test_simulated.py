@@ -12,7 +12,7 @@ import ktops
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
-HELPERS = ROOT / "test/integrations", ROOT / "test/cli"
+HELPERS = [ROOT / "test" / folder for folder in ("integrations", "cli", "checkpoints")]
 
 OP_TESTS = (
     "test_moe_sft.py",

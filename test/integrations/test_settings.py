@@ -57,6 +57,7 @@ ERRORS = [
     ({"use_kt": True, "kt_backend": "AMXINT8", "kt_expert_weight_format": "fp8"}, "contradicts kt_backend"),
     ({"use_kt": True, "kt_num_threads": 0}, "kt_num_threads must be a positive integer, got 0"),
     ({"use_kt": True, "kt_num_threads": "many"}, "kt_num_threads must be a positive integer, got 'many'"),
+    ({"use_kt": True, "kt_num_gpu_experts": -1}, "kt_num_gpu_experts must be a number of experts, got -1"),
     ({"use_kt": True, "kt_weight_path": "absent"}, "kt_weight_path must name a checkpoint.*, got 'absent'"),
     ({"use_kt": True, "kt_train_mode": "full"}, "kt_train_mode must be lora, got 'full'"),
     *(({"use_kt": True, key: 1}, f"{key} must be absent, got 1") for key in REFUSED),

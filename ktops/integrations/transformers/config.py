@@ -14,7 +14,9 @@ class KTConfig(QuantizationConfigMixin):
 
     If another library has quantized the other tensors too, its quantizer loads those and ktops loads the
     experts. If that quantizer can decode (FP8, compressed-tensors), the other weights become dense, in the
-    model's dtype, because they are used on the CPU.
+    model's dtype, so that they can be used on the CPU.
+
+    With a ``device_map``, the other weights are loaded to its devices; experts always to CPU memory.
 
     Args:
         weight_format: one of ``ktops.formats.names()``; None keeps the checkpoint's formats.

@@ -33,7 +33,7 @@ class PlainQuantizer(HfQuantizer):
 def other_quantizer(config) -> HfQuantizer:
     """Returns transformers' quantizer for a quantization_config, the dict from config.json or an object.
 
-    If it can, the quantizer decodes the weights while loading them, because they are used on the CPU.
+    If it can, the quantizer decodes the weights while loading them, so that they can be used on the CPU.
 
     Raises:
         ValueError, ImportError, RuntimeError: transformers does not know the method, or it needs a library.

@@ -3,8 +3,11 @@
 import every_model
 import pytest
 import torch
+import transformers
 from model_runs import MODEL_BUDGET
 from simulated.offloaded import batch, loss_and_gradients, on_cpu, with_adapters
+from test_quantizer import write_fp8
+from tiny_models import tiny_config
 from transformers import AutoModelForCausalLM
 
 import ktops
@@ -59,6 +62,21 @@ def test_loads_as_on_the_cpu(device, saved, folder, given):
         actual = model(**batch(folder, device)).logits
         wanted = expected(**batch(folder, torch.device("cpu"))).logits
     assert relative_error(actual.cpu(), wanted) < gradient_budget(torch.float32, inner_size=64)
+
+
+def test_fp8_outside_the_experts(device, tmp_path):
+    """The codes go to the device and are decoded there."""
+    config = tiny_config("qwen3_moe", hidden_size=128, moe_intermediate_size=128, head_dim=32)
+    write_fp8(transformers.Qwen3MoeForCausalLM(config).eval(), tmp_path)
+    options = {"quantization_config": ktops.KTConfig(), "dtype": torch.float32}
+    expected = load(tmp_path, **options)
+    with traffic() as loading:
+        model = load(tmp_path, device_map=str(device), **options)
+    assert loading["up"] < sum(parameter.nbytes for parameter in model.parameters()) / 2
+    tokens = torch.arange(8)[None]
+    with torch.no_grad():
+        actual, wanted = model(tokens.to(device)).logits, expected(tokens).logits
+    assert relative_error(actual.cpu(), wanted) < MODEL_BUDGET
 
 
 @one

@@ -5,6 +5,7 @@ import pickle
 
 import pytest
 import torch
+import vision_models
 from model_runs import MODEL_BUDGET
 from moe_blocks import InferBlock, LoopBlock
 from peft import LoraConfig, inject_adapter_in_model
@@ -58,7 +59,10 @@ def test_trains_adapters_as_on_the_cpu(device, folder):
     require_equal(loss_and_gradients(model, folder), expected)
 
 
-@pytest.mark.parametrize("folder", [*FOLDERS, "dbrx", "jetmoe", "muse_spark", "switch_transformers"])
+OTHERS = ["deepseek_v2", "dbrx", "jetmoe", "llama4", "muse_spark", "switch_transformers"]
+
+
+@pytest.mark.parametrize("folder", [*FOLDERS, *OTHERS])
 def test_trains_all_weights_as_on_the_cpu(device, folder):
     model = model_on_cpu(folder)
     expected = loss_and_gradients(model, folder)
@@ -105,6 +109,18 @@ def test_experts_stay_when_the_model_moves(device, copied):
     assert model.lm_head.weight is model.get_input_embeddings().weight
     model.cpu()
     assert len(on_cpu(model)) == len({**dict(model.named_parameters()), **dict(model.named_buffers())})
+
+
+@torch.no_grad()
+def test_vision_model(device):
+    model = vision_models.vision_model("qwen3_vl_moe").eval()
+    model.set_experts_implementation("ktops")
+    inputs = vision_models.image_batch(model)
+    expected = model(**inputs).logits
+    ktops.offload_experts(model, device)
+    assert on_cpu(model) == experts_names(model)
+    actual = model(**{name: tensor.to(device) for name, tensor in inputs.items()}).logits
+    assert relative_error(actual.cpu(), expected) < MODEL_BUDGET
 
 
 @pytest.mark.parametrize("block", [LoopBlock, InferBlock])

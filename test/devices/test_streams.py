@@ -202,16 +202,16 @@ def test_finished_calls_release_their_weights(cuda, stream):
 
 
 def test_torchs_number_of_threads_applies(cuda, stream):
-    """Also when it is raised after the worker has used threads."""
-    given = arguments(T=64, H=256, I=256)
+    """If it is raised after the worker has used threads, a new worker with as many takes over."""
+    given, present = arguments(T=64, H=256, I=256), []
     with threads(1):
         exact = expected(given)
-    numbers = []
     for count in (2, 3):
         with threads(count), ktops.profile() as profile:
             assert torch.equal(run(cuda, stream, given), exact)
-        numbers.append(len(os.listdir("/proc/self/task")))
-    assert numbers[1] > numbers[0] and {step.op for step in profile.steps} == {"moe_fwd"}
+        present.append(set(os.listdir("/proc/self/task")))
+    assert len(present[1] - present[0]) >= 3
+    assert {step.op for step in profile.steps} == {"moe_fwd"}
 
 
 def test_cuda_12():

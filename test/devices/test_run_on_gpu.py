@@ -12,7 +12,7 @@ import pytest
 import run_on_gpu
 import torch
 from gpu.checks import CHECKS, Check, run_checks, tables
-from gpu.runtime import count_copies
+from gpu.runtime import Cuda, count_copies
 from gpu_runtimes import InOrder
 
 from ktops.devices import streams
@@ -59,6 +59,17 @@ def test_failures_and_the_end_of_the_time(runtime):
     assert (first.result, first.seconds, second.seconds, late.result) == ("fail", 1.0, 3.0, "not run")
     assert "ValueError: wrong" in first.error and first.line().startswith("FAIL ")
     assert tables([first, late]) == "\n| figure |\n| --- |\n| 1 |"
+
+
+def test_long_calls_have_fewer_rounds(monkeypatch):
+    monkeypatch.setattr(Cuda, "__init__", lambda self, clock: setattr(self, "_clock", clock))
+    monkeypatch.setattr(Cuda, "synchronize", lambda self: None)
+    calls = []
+    for step, rounds in ((0.1, 9), (0.3, 4), (60.0, 3)):
+        clock = itertools.count(step=step).__next__
+        assert Cuda(clock).seconds(lambda: calls.append(None)) == pytest.approx(step)
+        assert len(calls) == rounds + 1
+        calls.clear()
 
 
 def test_copies_in_a_trace():

@@ -229,9 +229,9 @@ def test_no_experts_that_ktops_runs(device):
 def test_a_model_that_was_moved_whole(device):
     """Its experts run there, as transformers' own; the warning and the error say what would leave them."""
     model = model_on_cpu("qwen3_moe").to(device)
-    with pytest.warns(UserWarning, match=r"its weights are on simgpu, not in CPU memory, .* ktops.offload_ex"):
+    with pytest.warns(UserWarning, match=r"its weights are on simgpu, not in CPU memory, .* ktops.offload"):
         model(**batch("qwen3_moe", device))
-    with pytest.raises(ValueError, match=r"runs none .* weights are on simgpu, .* a move by ktops.offload_exp"):
+    with pytest.raises(ValueError, match=r"runs none .* weights are on simgpu, .* by ktops.offload"):
         ktops.offload_experts(model, device)
 
 

@@ -10,6 +10,7 @@ from stream_calls import SIZES, arguments, expected, failing, run
 
 import ktops
 from ktops.devices import streams
+from ktops.ops.arguments import TENSORS
 from ktops.testing import fake_cuda
 from ktops.testing.compare import threads
 from ktops.testing.inputs import moe_inputs, op_arguments
@@ -130,14 +131,23 @@ def test_an_error_of_cuda_names_the_function(cuda, stream, function):
 def test_an_error_of_the_cpu_reaches_a_later_call(cuda, stream):
     with pytest.raises(RuntimeError, match="out of memory"):
         expected(failing())
-    output = run(cuda, stream, failing())
-    assert output.isnan().all()
+
+    def run_failing() -> torch.Tensor:
+        """Enqueues the whole call before it fails, or else its own end would raise."""
+        cuda.block(stream)
+        with cuda.use(stream):
+            output = streams.begin(failing()).result()
+        cuda.unblock(stream)
+        cuda.synchronize(stream)
+        return output
+
+    assert run_failing().isnan().all()
     with pytest.raises(
         RuntimeError, match="an earlier call failed on the CPU, and its result is NaN: kt: out of"
     ):
         streams.begin(arguments())
     assert torch.equal(run(cuda, stream, arguments()), expected(arguments()))
-    run(cuda, stream, failing())
+    run_failing()
     with pytest.raises(RuntimeError, match="an earlier call failed on the CPU"):
         streams.synchronize()
 
@@ -191,27 +201,49 @@ def test_memory_is_kept_counted_and_released(cuda, stream):
     assert ktops.memory_stats()["bytes_pinned"] == cuda.pinned_bytes() == 0
 
 
-def test_finished_calls_release_their_weights(cuda, stream):
-    given = arguments()
-    alive = weakref.ref(given.down_proj)
-    run(cuda, stream, given)
-    del given
-    streams.synchronize()
+def watched(tensor: torch.Tensor) -> tuple[torch.Tensor, weakref.ref]:
+    """Returns a copy of a tensor, and a reference that dies with its memory."""
+    array = tensor.contiguous().view(torch.uint8).numpy().copy()
+    return torch.from_numpy(array).view(tensor.dtype).view(tensor.shape), weakref.ref(array)
+
+
+def test_a_call_keeps_the_memory_of_its_experts_until_it_is_computed(cuda, stream):
+    """Even if a weight gets other memory meanwhile, or is deleted; and no longer, without another call."""
+    inputs = moe_inputs(**SIZES | {"H": 64, "I": 64}, bias=True, lora_rank=4)
+    for name in ("gate_up_proj", "down_proj"):
+        inputs[name] = ktops.quantize(inputs[name], "uint4", group_size=32)
+    given = op_arguments(inputs)
+    exact, memory = expected(given), {}
+    for name in TENSORS[3:]:
+        copy, memory[name] = watched(getattr(given, name))
+        given = given._replace(**{name: copy})
+    with cuda.use(stream):
+        cuda.block(stream)
+        output = streams.begin(given).result()
+        streams.begin(arguments()).result()
+    for name in memory:
+        getattr(given, name).data = torch.empty(0)
+    del given, copy
     gc.collect()
-    assert alive() is None
+    assert [name for name, array in memory.items() if array() is None] == []
+    cuda.unblock(stream)
+    cuda.synchronize(stream)
+    gc.collect()
+    assert torch.equal(output, exact)
+    assert [name for name, array in memory.items() if array() is not None] == []
 
 
 def test_torchs_number_of_threads_applies(cuda, stream):
-    """Also when it is raised after the worker has used threads."""
-    given = arguments(T=64, H=256, I=256)
+    """If it is raised after the worker has used threads, a new worker with as many takes over."""
+    given, present = arguments(T=64, H=256, I=256), []
     with threads(1):
         exact = expected(given)
-    numbers = []
     for count in (2, 3):
         with threads(count), ktops.profile() as profile:
             assert torch.equal(run(cuda, stream, given), exact)
-        numbers.append(len(os.listdir("/proc/self/task")))
-    assert numbers[1] > numbers[0] and {step.op for step in profile.steps} == {"moe_fwd"}
+        present.append(set(os.listdir("/proc/self/task")))
+    assert len(present[1] - present[0]) >= 3
+    assert {step.op for step in profile.steps} == {"moe_fwd"}
 
 
 def test_cuda_12():

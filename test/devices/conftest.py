@@ -8,7 +8,8 @@ import pytest
 
 from ktops.testing import fake_cuda
 
-sys.path.append(str(Path(__file__).parents[1] / "integrations"))
+ROOT = Path(__file__).parents[2]
+sys.path += [str(ROOT), str(ROOT / "test/integrations")]
 
 collect_ignore = [] if os.environ.get("KTOPS_SIMULATED") else ["simulated"]
 

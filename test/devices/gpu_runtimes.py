@@ -64,6 +64,7 @@ class InOrder(WithoutClock):
 
     def __init__(self, cuda: FakeCuda) -> None:
         self.cuda = cuda
+        cuda.operators_wait = True
         self.stream = cuda.stream
         self.address = cuda.address
         self.copy = cuda.copy
@@ -91,10 +92,12 @@ class InOrder(WithoutClock):
     def busy(self) -> Iterator[Callable[[], bool]]:
         stream = self.cuda.current(self.device)
         self.cuda.block(stream)
+        self.cuda.operators_wait = False
         try:
             yield lambda: True  # a call that waits would never return
         finally:
             self.cuda.unblock(stream)
+            self.cuda.operators_wait = True
 
     def capture(self, function: Callable[[], Tensor]) -> "CapturedByFake":
         return CapturedByFake(self.cuda, function)
@@ -105,8 +108,10 @@ class CapturedByFake:
 
     def __init__(self, cuda: FakeCuda, function: Callable[[], Tensor]) -> None:
         self._cuda, stream = cuda, cuda.current(InOrder.device)
+        cuda.operators_wait = False
         with cuda.capture(stream) as graph:
             self.output = function()
+        cuda.operators_wait = True
         self._graph: Graph = graph
 
     def launch(self) -> None:

@@ -134,11 +134,11 @@ def without_room() -> dict:
     }
 
 
-def wrapper(given: dict, **options) -> KTMoEWrapper:
+def wrapper(given: dict, layer_idx: int = 0, **options) -> KTMoEWrapper:
     """Returns KTMoEWrapper with the weights of a layer in bfloat16."""
     num_experts, hidden_size, intermediate_size = given["down_proj"].shape
     made = KTMoEWrapper(
-        layer_idx=0,
+        layer_idx=layer_idx,
         num_experts=num_experts,
         num_experts_per_tok=given["topk_ids"].shape[1],
         hidden_size=hidden_size,
@@ -182,3 +182,18 @@ def kt_moe_wrapper(runtime: Runtime) -> None:
             runtime.synchronize()
             require_close(graph.output)
         graph.destroy()
+
+
+@check("KTMoEWrapper: experts deferred to the next layer", "streams")
+@torch.no_grad()
+def deferred_experts(runtime: Runtime) -> None:
+    given = small(T=1, dtype=torch.bfloat16, weights_dtype=torch.float32)
+    layers = wrapper(given, 0, max_deferred_experts_per_token=1), wrapper(given, 1)
+    expected = ktops.moe_sft(**given).double()
+    stream = runtime.stream()
+    with runtime.use(stream):
+        tokens = [given[name].to(runtime.device, copy=True) for name in TOKENS]
+        first, last = (layer.forward(*tokens, runtime.address(stream)).cpu().double() for layer in layers)
+    assert relative_error(first, expected) > 0.1, "nothing was deferred"
+    error = relative_error(first + last, 2 * expected)
+    assert error <= 2 * forward_budget(torch.bfloat16), f"relative error {error:.1e}"

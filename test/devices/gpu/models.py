@@ -53,6 +53,25 @@ def trains(runtime: Runtime) -> None:
             assert error < MODEL_BUDGET, f"{architecture}, {name}: relative error {error:.1e}"
 
 
+@check("models: training with checkpoints of both kinds", "tensors")
+def trains_with_checkpoints(runtime: Runtime) -> None:
+    model = adapted("qwen3_moe")
+    ktops.offload_experts(model, runtime.device)
+    batch = on(runtime.device, tiny_batch())
+    expected = {name: value.clone() for name, value in loss_and_gradients(model, batch).items()}
+    for options in (
+        {"use_reentrant": True},
+        {"use_reentrant": False},
+        {"use_reentrant": False, "context_fn": ktops.checkpoint_context_fn},
+    ):
+        model.enable_input_require_grads()
+        model.gradient_checkpointing_enable(options)
+        for name, value in loss_and_gradients(model, batch).items():
+            error = relative_error(value.cpu(), expected[name].cpu())
+            assert error < MODEL_BUDGET, f"{options}, {name}: relative error {error:.1e}"
+        model.gradient_checkpointing_disable()
+
+
 @check("models: generation with a cache", "tensors")
 @torch.no_grad()
 def generates(runtime: Runtime) -> None:

@@ -4,8 +4,9 @@ from collections.abc import Iterator
 
 import torch
 from gpu.checks import Row, check
-from gpu.inputs import on_device, small
+from gpu.inputs import TOKENS, on_device, small
 from gpu.runtime import Runtime
+from torch import nn
 from torch._dynamo.utils import counters
 
 import ktops
@@ -73,6 +74,20 @@ def compiled(runtime: Runtime) -> Iterator[Row]:
     assert all(given[name].grad.isfinite().all() for name in LORA)
     skipped = counters["inductor"]["cudagraph_skips"] - before
     yield {"torch.compile": 'mode="reduce-overhead"', "graphs skipped": skipped}
+
+
+@check("operators: autocast and a scaled loss", "tensors")
+def autocast(runtime: Runtime) -> None:
+    kind, given = runtime.device.type, on_device(small(), runtime.device)
+    x, ids, weights = (given[name] for name in TOKENS)
+    before, experts = nn.Linear(64, 64).to(runtime.device), ktops.nn.KTExperts(4, 64, 32)
+    with torch.autocast(kind, dtype=torch.bfloat16):
+        tokens = before(x)
+        output = experts(tokens, ids, weights)
+    assert tokens.dtype == output.dtype == torch.bfloat16 and output.device.type == kind
+    torch.amp.GradScaler(kind, init_scale=16.0).scale(output.float().sum()).backward()
+    for parameter in (*before.parameters(), *experts.parameters()):
+        assert parameter.grad.device == parameter.device and parameter.grad.isfinite().all()
 
 
 @check("traffic: one copy each way", "tensors", "traffic")

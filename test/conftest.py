@@ -1,8 +1,12 @@
 """Fixtures shared by several folders."""
 
+import os
 import sys
 
 import pytest
+
+# Read when torch is first imported. Threads that spin while they wait take the cores of other processes.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 
 @pytest.fixture

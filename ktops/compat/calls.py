@@ -33,13 +33,19 @@ def now(compute, *args) -> Future:
 
 
 def on_stream(cuda_stream, device: torch.device) -> AbstractContextManager:
-    """Makes a stream of the device, given as a Stream, its address, or None, the current one."""
+    """Makes a stream and its device the current ones.
+
+    Args:
+        cuda_stream: a stream of the device, its address, or None for the device's current one.
+    """
     known = streams.STREAMS.get(device.type)
-    if cuda_stream is None or known is None:
+    if known is None:
         return nullcontext()
-    if isinstance(cuda_stream, int):
-        current = known.current(device)
-        cuda_stream = current if known.address(current) == cuda_stream else known.at(cuda_stream, device)
+    current = known.current(device)
+    if cuda_stream is None or cuda_stream == known.address(current):
+        cuda_stream = current
+    elif isinstance(cuda_stream, int):
+        cuda_stream = known.at(cuda_stream, device)
     return known.use(cuda_stream)
 
 

@@ -108,8 +108,13 @@ class ExpertsWrapper:
 
     @property
     def gpu_experts_mask(self) -> Tensor:
-        """The experts that are computed elsewhere, bool [E]. Change it in place."""
+        """The experts that are computed elsewhere, bool [E]; may be changed in place or assigned."""
         return self._skipped.mask
+
+    @gpu_experts_mask.setter
+    def gpu_experts_mask(self, mask: Tensor) -> None:
+        expect_shape("gpu_experts_mask", mask, [self.num_experts])
+        self._skipped.mask.copy_(mask)
 
     @property
     def num_gpu_experts(self) -> int:

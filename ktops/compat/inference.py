@@ -73,8 +73,8 @@ class InferenceWrapper(ExpertsWrapper):
         chosen = ids.gather(1, expert_scores.topk(protected_k, dim=1).indices)
         protected.scatter_(0, chosen.flatten(), True)
         immediate = protected[ids]
-        elsewhere = immediate | (ids == self.num_experts)
-        return expert_ids.masked_fill(~immediate, -1), expert_ids.masked_fill(elsewhere, -1)
+        not_deferred = immediate | (ids == self.num_experts)
+        return expert_ids.masked_fill(~immediate, -1), expert_ids.masked_fill(not_deferred, -1)
 
     def submit_forward(
         self, hidden_states: Tensor, topk_ids: Tensor, topk_weights: Tensor, cuda_stream=None

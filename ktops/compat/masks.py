@@ -33,14 +33,14 @@ class SkippedExperts:
         """Returns ids with -1 for these experts and unknown ones; waits for no device.
 
         Raises:
-            RuntimeError: a CUDA graph captures the first call for a device.
+            RuntimeError: a CUDA graph captures the first call.
         """
         in_graph = captured(ids.device)
         if ids.device.type in PINNED and not self._is_pinned:
             self._pin(in_graph)
         if not in_graph and not self.mask.any():
             return ids
-        # Once a copy with non_blocking returns, it has read its source only if that is not pinned.
+        # A copy with non_blocking reads pinned memory in stream order, and other memory before it returns.
         source = self._skipped if in_graph else self._skipped.clone()
         skipped = source.to(ids.device, non_blocking=True, copy=True)
         return ids.masked_fill(skipped[entries(ids, len(self.mask))], -1)

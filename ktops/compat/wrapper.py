@@ -136,7 +136,7 @@ class KTMoEWrapper:
 
     @staticmethod
     def set_capture_batch_sizes(capture_bs: list[int]) -> None:
-        """Stores batch sizes for :meth:`get_capture_batch_sizes`; there are no buffers to allocate."""
+        """Stores batch sizes for :meth:`get_capture_batch_sizes`. Captures take the memory they need."""
         if any(size < 1 for size in capture_bs):
             raise ValueError(f"KTMoEWrapper: capture_bs must be positive, got {capture_bs}")
         KTMoEWrapper._capture_batch_sizes = list(capture_bs)

@@ -1,7 +1,9 @@
 """Tensors whose first use collects what the CPU computes for them."""
 
+import functools
 import threading
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -82,9 +84,10 @@ class PendingTensor(Tensor):
         if _is_view(func):
             source, *rest = args
             views = func(source._data, *rest, **kwargs)
+            if isinstance(views, Tensor):
+                return PendingTensor(source._call, views)
             return tree_map_only(Tensor, lambda view: PendingTensor(source._call, view), views)
-        plain = tree_map_only(PendingTensor, lambda pending: pending.collected, (args, kwargs))
-        result = func(*plain[0], **plain[1])
+        result = func(*map(_plain, args), **{name: _plain(value) for name, value in kwargs.items()})
         if torch.Tag.inplace_view in func.tags:
             return return_and_correct_aliasing(func, args, kwargs, result)
         return result
@@ -99,6 +102,16 @@ class PendingTensor(Tensor):
         return PendingTensor(None, inner_tensors["collected"])
 
 
+def _plain(argument: Any) -> Any:
+    """Returns an argument of an operator with plain tensors, also in lists, in place of pending ones."""
+    if isinstance(argument, PendingTensor):
+        return argument.collected
+    if isinstance(argument, (list, tuple)):
+        return tree_map_only(PendingTensor, _plain, argument)
+    return argument
+
+
+@functools.cache
 def _is_view(func: torch._ops.OpOverload) -> bool:
     """Returns whether an operator returns views of its first argument and changes nothing."""
     arguments = func._schema.arguments

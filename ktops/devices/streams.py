@@ -110,16 +110,16 @@ def available(device_type: str) -> bool:
 
 
 class Pending:
-    """A call that has begun."""
+    """A call that has begun. If it is dropped, its result is not copied to the device."""
 
-    def __init__(self, streams: Streams, stream: Any, call: int, output: Tensor) -> None:
+    def __init__(self, call: int, streams: Streams, stream: Any, arguments: MoeArguments) -> None:
+        self._call: int | None = call
         self._streams = streams
         self._stream = stream
-        self._call: int | None = call
         self._lock = threading.Lock()
         self.captured = streams.capturing()
         """Whether the call is part of a capture."""
-        self.output = output
+        self.output = empty_output(arguments)
         """The tensor that :meth:`result` fills."""
 
     def result(self) -> Tensor:
@@ -165,7 +165,7 @@ def begin(arguments: MoeArguments) -> Pending:
     with streams.use(stream), torch._C._AutoDispatchBelowAutograd():
         tokens = (getattr(arguments, name).contiguous() for name in _TOKENS)
         call = torch.ops.kt.moe_fwd_begin(*tokens, *arguments[len(_TOKENS) :], streams.address(stream))
-        return Pending(streams, stream, call, empty_output(arguments))
+        return Pending(call, streams, stream, arguments)
 
 
 def synchronize() -> None:

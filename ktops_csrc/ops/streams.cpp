@@ -3,6 +3,7 @@
 #include <memory>
 #include <stdexcept>
 #include <utility>
+#include <vector>
 
 #include "dispatch/table.h"
 #include "ops/moe_arguments.h"
@@ -13,20 +14,36 @@ namespace {
 
 using streams::Calls;
 
+// Another tensor with the same memory, which it keeps even if the given one gets other memory (weight.data = ...).
+// Python does not know it, so that any thread may destroy it.
+Tensor alias(const Tensor& tensor) {
+    AtenTensorHandle handle = nullptr;
+    const auto sizes = tensor.sizes(), strides = tensor.strides();
+    TORCH_ERROR_CODE_CHECK(
+        aoti_torch__reinterpret_tensor(tensor.get(), tensor.dim(), sizes.data(), strides.data(), 0, &handle));
+    return Tensor(handle);
+}
+
 class MoeForward : public streams::Work {
 public:
-    MoeForward(MoeArguments arguments, void* output) : arguments_(std::move(arguments)), output_(output) {
-        arguments_.problem.inference = true;
+    MoeForward(const MoeArguments& arguments, const std::vector<OptionalTensor>& experts, void* output)
+        : problem_(arguments.problem), dtype_(arguments.dtype), output_(output) {
+        problem_.inference = true;
+        for (const OptionalTensor& tensor : experts) {
+            if (tensor) experts_.push_back(alias(*tensor));
+        }
     }
 
     void run() override {
         const profile::Call call("moe_fwd");
-        dispatch::current().kernels(arguments_.dtype).forward(arguments_.problem, {output_, nullptr, nullptr, nullptr});
+        dispatch::current().kernels(dtype_).forward(problem_, {output_, nullptr, nullptr, nullptr});
     }
 
 private:
-    MoeArguments arguments_;
+    Problem problem_;
+    DType dtype_;
     void* output_;
+    std::vector<Tensor> experts_;  // the memory that the problem points to
 };
 
 Calls& loaded(const char* op) {
@@ -75,7 +92,11 @@ int64_t moe_fwd_begin(KT_MOE_ARGUMENTS(KT_PARAMETER), int64_t stream) {
     topk_ids = ids.copy(block);
     topk_weights = weights.copy(block);
     const streams::Result result{block.data() + weights.end(), result_bytes};
-    auto work = std::make_unique<MoeForward>(MoeArguments("kt::moe_fwd", KT_MOE_ARGUMENTS(KT_NAME)), result.host);
+    const MoeArguments arguments("kt::moe_fwd", KT_MOE_ARGUMENTS(KT_NAME));
+    const std::vector<OptionalTensor> experts = {gate_up_proj,   down_proj,      gate_up_scale, gate_up_zero,
+                                                 down_scale,     down_zero,      gate_up_bias,  down_bias,
+                                                 gate_up_lora_A, gate_up_lora_B, down_lora_A,   down_lora_B};
+    auto work = std::make_unique<MoeForward>(arguments, experts, result.host);
     const auto inputs = {x.input(block), ids.input(block), weights.input(block)};
     return calls.begin(std::move(block), inputs, result, std::move(work),
                        static_cast<int>(torch::stable::get_num_threads()));

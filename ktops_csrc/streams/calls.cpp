@@ -25,7 +25,10 @@ public:
             throw;
         }
     }
-    void finished() override { leave(); }
+    void finished() override {
+        if (!captured()) work_.reset();  // the weights, which a model that is deleted meanwhile no longer has
+        leave();
+    }
 
     void enter() { users_.fetch_add(1, std::memory_order_relaxed); }
     void leave() {
@@ -197,9 +200,9 @@ void Calls::synchronize() {
 }
 
 void Calls::release() {
+    if (staging_.bytes()) staging_.synchronize();  // finishes calls
     destroy_finished();
     staging_.release();
-    destroy_finished();
 }
 
 void Calls::stop() { worker_.stop(); }

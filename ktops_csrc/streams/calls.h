@@ -21,7 +21,7 @@
 
 namespace kt::streams {
 
-// What a call computes. Constructed and destroyed on threads of Python, since it may hold tensors.
+// What a call computes. Destroyed on any thread: that of the worker, or for captured calls one of Python's.
 class Work {
 public:
     virtual ~Work() = default;

@@ -146,6 +146,15 @@ def test_streams_are_those_of_the_arguments(cuda, device):
     assert torch.equal(device.read(later), exact)
 
 
+def test_streams_by_their_address(monkeypatch):
+    """PyTorch would take 0 for no address, and return any stream."""
+    monkeypatch.setattr(torch.cuda, "default_stream", lambda device: f"default of {device}")
+    monkeypatch.setattr(torch.cuda, "ExternalStream", lambda address, device: f"{address} of {device}")
+    cuda = streams.CudaStreams()
+    assert cuda.at(0, torch.device("cuda:1")) == "default of cuda:1"
+    assert cuda.at(64, torch.device("cuda:1")) == "64 of cuda:1"
+
+
 def test_layers_begin_before_others_are_collected(cuda, device):
     layers, main = model(), cuda.stream()
     routed = [inputs(wrapper, seed=wrapper.layer_idx) for wrapper in layers]
@@ -210,6 +219,14 @@ def test_graphs_of_several_batch_sizes(cuda, device, dual):
         assert torch.equal(device.read(result), exact)
     for graph, *_ in graphs.values():
         graph.destroy()
+
+
+def test_captures_notice_work_that_no_stream_waits_for(cuda, device):
+    main, side, x = cuda.stream(), cuda.stream(), device.tensor(torch.ones(3))
+    message = "cudaStreamEndCapture failed with status 904"
+    with pytest.raises(RuntimeError, match=message), cuda.capture(main), cuda.use(side):
+        cuda.wait(main, x)
+        x.sin()
 
 
 def test_all_may_be_deferred(cuda, device):

@@ -208,6 +208,10 @@ def test_the_mask_may_change_later():
     assert_matches(wrapper, routed)
     wrapper.gpu_experts_mask.fill_(True)
     assert not wrapper.forward(*routed).any()
+    wrapper.gpu_experts_mask = torch.zeros(E)
+    assert_matches(wrapper, routed)
+    with pytest.raises(ValueError, match=r"gpu_experts_mask must have shape \[4\], got \[3\]"):
+        wrapper.gpu_experts_mask = torch.zeros(3)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])

@@ -169,6 +169,16 @@ def test_output_of_a_checkpointed_function(call):
     assert torch.equal(x.grad, torch.full((5, 40), 6.0))
 
 
+@pytest.mark.parametrize("begun_in", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("used_in", [torch.enable_grad, torch.no_grad, torch.inference_mode])
+def test_modes_of_autograd(call, begun_in, used_in):
+    with begun_in():
+        output = call()
+    with used_in():
+        assert torch.equal(output + 1, expected(arguments()) + 1)
+    assert output.is_inference() == (begun_in is torch.inference_mode) and not output.requires_grad
+
+
 def test_an_output_that_is_dropped(call, cuda):
     before = cuda.calls("cudaLaunchHostFunc")
     call()

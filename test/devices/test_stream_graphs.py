@@ -39,9 +39,10 @@ def test_a_graph_shares_no_memory_with_calls_outside_of_it(cuda, stream):
     """Its launches come in any order, on any stream, with other calls."""
     given, other, elsewhere = arguments(seed=0), arguments(seed=1), cuda.stream()
     with cuda.use(stream):
+        call = streams.begin(other)
         cuda.block(stream)
-        before = streams.begin(other).result()
-    with cuda.capture(elsewhere) as graph:
+        before = call.result()
+    with cuda.capture(stream) as graph:
         first = streams.begin(given).result()
         second = streams.begin(other).result()
     for _ in range(3):

@@ -10,6 +10,7 @@ from stream_calls import SIZES, arguments, expected, failing, run
 
 import ktops
 from ktops.devices import streams
+from ktops.ops.arguments import TENSORS
 from ktops.testing import fake_cuda
 from ktops.testing.compare import threads
 from ktops.testing.inputs import moe_inputs, op_arguments
@@ -63,8 +64,9 @@ def test_default_streams_of_two_devices_have_memory_of_their_own(cuda):
     first, second = fake_cuda.Stream(0, device=0), fake_cuda.Stream(0, device=1)
     given = [arguments(seed=seed) for seed in range(2)]
     with cuda.use(first):
+        call = streams.begin(given[0])
         cuda.block(first)
-        late = streams.begin(given[0]).result()
+        late = call.result()
     assert torch.equal(run(cuda, second, given[1]), expected(given[1]))
     cuda.unblock(first)
     streams.synchronize()
@@ -129,14 +131,23 @@ def test_an_error_of_cuda_names_the_function(cuda, stream, function):
 def test_an_error_of_the_cpu_reaches_a_later_call(cuda, stream):
     with pytest.raises(RuntimeError, match="out of memory"):
         expected(failing())
-    output = run(cuda, stream, failing())
-    assert output.isnan().all()
+
+    def run_failing() -> torch.Tensor:
+        """Enqueues the whole call before it fails, or else its own end would raise."""
+        cuda.block(stream)
+        with cuda.use(stream):
+            output = streams.begin(failing()).result()
+        cuda.unblock(stream)
+        cuda.synchronize(stream)
+        return output
+
+    assert run_failing().isnan().all()
     with pytest.raises(
         RuntimeError, match="an earlier call failed on the CPU, and its result is NaN: kt: out of"
     ):
         streams.begin(arguments())
     assert torch.equal(run(cuda, stream, arguments()), expected(arguments()))
-    run(cuda, stream, failing())
+    run_failing()
     with pytest.raises(RuntimeError, match="an earlier call failed on the CPU"):
         streams.synchronize()
 
@@ -152,6 +163,23 @@ def test_a_result_that_nobody_uses(cuda, stream):
     held = ktops.memory_stats()["bytes_pinned"]
     run(cuda, stream, arguments())
     assert ktops.memory_stats()["bytes_pinned"] == held > 0
+
+
+def test_no_memory_on_the_device(cuda, stream, monkeypatch):
+    """The call is given up."""
+
+    def no_memory(arguments):
+        raise torch.OutOfMemoryError("no memory")
+
+    ktops.empty_cache()
+    with monkeypatch.context() as patched, cuda.use(stream):
+        patched.setattr(streams, "empty_output", no_memory)
+        with pytest.raises(torch.OutOfMemoryError):
+            streams.begin(arguments())
+    cuda.synchronize(stream)
+    streams.synchronize()
+    ktops.empty_cache()
+    assert cuda.pinned_bytes() == 0
 
 
 def test_memory_is_kept_counted_and_released(cuda, stream):
@@ -173,26 +201,48 @@ def test_memory_is_kept_counted_and_released(cuda, stream):
     assert ktops.memory_stats()["bytes_pinned"] == cuda.pinned_bytes() == 0
 
 
-def test_finished_calls_release_their_weights(cuda, stream):
-    given = arguments()
-    alive = weakref.ref(given.down_proj)
-    run(cuda, stream, given)
-    del given
-    streams.synchronize()
+def watched(tensor: torch.Tensor) -> tuple[torch.Tensor, weakref.ref]:
+    """Returns a copy of a tensor, and a reference that dies with its memory."""
+    array = tensor.contiguous().view(torch.uint8).numpy().copy()
+    return torch.from_numpy(array).view(tensor.dtype).view(tensor.shape), weakref.ref(array)
+
+
+def test_a_call_keeps_the_memory_of_its_experts_until_it_is_computed(cuda, stream):
+    """Even if a weight gets other memory meanwhile, or is deleted; and no longer, without another call."""
+    inputs = moe_inputs(**SIZES | {"H": 64, "I": 64}, bias=True, lora_rank=4)
+    for name in ("gate_up_proj", "down_proj"):
+        inputs[name] = ktops.quantize(inputs[name], "uint4", group_size=32)
+    given = op_arguments(inputs)
+    exact, memory = expected(given), {}
+    for name in TENSORS[3:]:
+        copy, memory[name] = watched(getattr(given, name))
+        given = given._replace(**{name: copy})
+    with cuda.use(stream):
+        cuda.block(stream)
+        output = streams.begin(given).result()
+        streams.begin(arguments()).result()
+    for name in memory:
+        getattr(given, name).data = torch.empty(0)
+    del given, copy
     gc.collect()
-    assert alive() is None
+    assert [name for name, array in memory.items() if array() is None] == []
+    cuda.unblock(stream)
+    cuda.synchronize(stream)
+    gc.collect()
+    assert torch.equal(output, exact)
+    assert [name for name, array in memory.items() if array() is not None] == []
 
 
 def test_torchs_number_of_threads_applies(cuda, stream):
-    """Also when it is changed after the first call: then the worker gets the threads that are missing."""
-    given = arguments(T=64, H=256, I=256)
+    """If it is raised after the worker has used threads, a new worker with as many takes over."""
+    given, present = arguments(T=64, H=256, I=256), []
     with threads(1):
         exact = expected(given)
-        assert torch.equal(run(cuda, stream, given), exact)
-        before = len(os.listdir("/proc/self/task"))
-    with threads(3), ktops.profile() as profile:
-        assert torch.equal(run(cuda, stream, given), exact)
-        assert len(os.listdir("/proc/self/task")) == before + 2
+    for count in (2, 3):
+        with threads(count), ktops.profile() as profile:
+            assert torch.equal(run(cuda, stream, given), exact)
+        present.append(set(os.listdir("/proc/self/task")))
+    assert len(present[1] - present[0]) >= 3
     assert {step.op for step in profile.steps} == {"moe_fwd"}
 
 
@@ -213,4 +263,14 @@ def test_a_library_without_the_functions(tmp_path):
         torch.ops.kt.load_cuda(str(tmp_path / "missing.so"))
     with pytest.raises(RuntimeError, match="kt: no CUDA runtime in this process has cudaGetDevice"):
         torch.ops.kt.load_cuda("libc.so.6")
-    assert not streams.available("xpu")
+
+
+def test_without_the_runtime_there_is_a_warning(monkeypatch):
+    def load():
+        raise RuntimeError("kt: no CUDA runtime in this process has cudaGetDevice")
+
+    monkeypatch.setattr(streams, "load", load)
+    reason = "Python waits for the experts, which cannot be computed in stream order: kt: no CUDA runtime"
+    with pytest.warns(UserWarning, match=reason):
+        assert not streams.available.__wrapped__("cuda")
+    assert not streams.available("xpu") and not streams.available("cpu")

@@ -86,7 +86,7 @@ class OperatorsInOrder(TorchDispatchMode):
 
     def _garbage(self, like: Tensor) -> Tensor:
         tensor = torch.empty_strided(like.size(), like.stride(), dtype=like.dtype, device="cpu")
-        tensor.untyped_storage().fill_(_GARBAGE)  # type: ignore[attr-defined]  # which its stub lacks
+        ctypes.memset(tensor.data_ptr(), _GARBAGE, tensor.untyped_storage().nbytes())
         return self._own(tensor)
 
     def _enqueue(self, execute: Callable[[], object]) -> None:

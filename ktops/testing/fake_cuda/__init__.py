@@ -240,11 +240,13 @@ def installed(path: Path | None = None) -> Iterator[FakeCuda]:
     try:
         yield cuda
     finally:
+        del streams.STREAMS["cpu"]
+        cuda.delays(0, 0)
         for stream in cuda.streams:
             cuda.unblock(stream)
-        torch.ops.kt.synchronize_streams()
-        cuda.functions.fake_wait_for_destructors()
-        torch.ops.kt.empty_stream_cache()
-        del streams.STREAMS["cpu"]
-        cuda.kept.clear()
-        cuda.delays(0, 0)
+        try:
+            torch.ops.kt.synchronize_streams()
+        finally:
+            cuda.functions.fake_wait_for_destructors()
+            torch.ops.kt.empty_stream_cache()
+            cuda.kept.clear()

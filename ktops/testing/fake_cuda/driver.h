@@ -28,14 +28,16 @@ struct UserObject {
     unsigned references;
 };
 
-struct Event : Counter {
-    unsigned long long capture_id = 0;  // 0 if it was recorded outside of captures
+struct Event {
+    std::shared_ptr<Counter> count = std::make_shared<Counter>();  // which enqueued work may need for longer
+    unsigned long long capture_id = 0;                             // 0 if it was recorded outside of captures
     Order order;
 };
 
 // A graph, or one that can be launched.
 struct Graph {
     std::vector<Operation> nodes;
+    std::vector<const Stream*> captured_on;  // for each node
     std::vector<UserObject*> objects;
     std::shared_ptr<Counter> launches;  // of one that can be launched
 };
@@ -73,6 +75,11 @@ struct Driver {
         return stream;
     }
 
+    const char* pinned_block(const void* data) {
+        const auto after = pinned.upper_bound(static_cast<char*>(const_cast<void*>(data)));
+        return after == pinned.begin() ? nullptr : std::prev(after)->first;
+    }
+
     bool is_pinned(const void* data, size_t bytes) {
         const char* begin = static_cast<const char*>(data);
         for (const auto& [block, size] : pinned) {
@@ -81,14 +88,26 @@ struct Driver {
         return false;
     }
 
+    // Launches execute nodes one after the other, whatever their order.
+    void check_order(const Graph& graph, Stream* stream, const Operation& operation) {
+        if (!operation.pinned) return;
+        for (size_t i = 0; i < graph.nodes.size(); ++i) {
+            const void* other = graph.nodes[i].pinned;
+            if (!other || pinned_block(other) != pinned_block(operation.pinned)) continue;
+            if (stream->order[graph.captured_on[i]] <= i) misuse("a graph uses pinned memory without order");
+        }
+    }
+
     // Adds an operation to the stream, or to the graph that it is captured into.
     int enqueue(Stream* stream, Operation operation) {
         {
             std::lock_guard<std::mutex> lock(mutex);
             if (stream->invalidated) return kCaptureInvalidated;
-            if (stream->captured) {
-                stream->captured->nodes.push_back(std::move(operation));
-                stream->order[stream] = stream->captured->nodes.size();
+            if (Graph* graph = stream->captured) {
+                check_order(*graph, stream, operation);
+                graph->nodes.push_back(std::move(operation));
+                graph->captured_on.push_back(stream);
+                stream->order[stream] = graph->nodes.size();
                 return kSuccess;
             }
         }

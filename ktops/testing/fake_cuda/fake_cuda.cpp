@@ -1,7 +1,8 @@
 // The functions of the CUDA runtime that ktops uses, without a GPU. A stream is a thread that executes copies, host
 // functions and events in order, each after a random delay. "Device memory" is any memory that cudaHostAlloc did not
 // return. What CUDA forbids or leaves undefined is an error of its function, or ends the process with a line on stderr:
-// a function of CUDA called by a host function, pinned memory released while enqueued work or a graph uses it.
+// a function of CUDA called by a host function, pinned memory released while enqueued work or a graph uses it, or used
+// without order in a graph.
 
 #include "fake_cuda.h"
 
@@ -212,6 +213,19 @@ int cudaEventCreate(void** event) {
     return kSuccess;
 }
 
+int cudaEventCreateWithFlags(void** event, unsigned flags) {
+    FAKE_ENTER();
+    if (flags != 2) return result(kInvalidValue);
+    *event = new Event;
+    return kSuccess;
+}
+
+int cudaEventDestroy(void* event) {
+    FAKE_ENTER();
+    delete static_cast<Event*>(event);
+    return kSuccess;
+}
+
 int cudaEventRecord(void* handle, void* on) {
     FAKE_ENTER();
     auto* event = static_cast<Event*>(handle);
@@ -222,8 +236,8 @@ int cudaEventRecord(void* handle, void* on) {
         event->order = stream->order;
         if (stream->captured) return kSuccess;
     }
-    const uint64_t n = ++event->expected;
-    return result(driver().enqueue(stream, {[event, n] { event->reach(n); }}));
+    const uint64_t n = ++event->count->expected;
+    return result(driver().enqueue(stream, {[count = event->count, n] { count->reach(n); }}));
 }
 
 int cudaStreamWaitEvent(void* on, void* handle, unsigned) {
@@ -235,8 +249,8 @@ int cudaStreamWaitEvent(void* on, void* handle, unsigned) {
         if (event->capture_id) return result(driver().join(stream, *event));
         if (stream->captured) return result(kCaptureIsolation);
     }
-    const uint64_t n = event->expected;
-    return result(driver().enqueue(stream, {[event, n] { event->wait(n); }}));
+    const uint64_t n = event->count->expected;
+    return result(driver().enqueue(stream, {[count = event->count, n] { count->wait(n); }}));
 }
 
 }  // extern "C"

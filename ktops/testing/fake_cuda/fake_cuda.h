@@ -33,6 +33,8 @@ int cudaStreamCreate(void** stream);
 int cudaStreamSynchronize(void* stream);
 int cudaMemcpyAsync(void* to, const void* from, size_t bytes, int kind, void* stream);
 int cudaEventCreate(void** event);
+int cudaEventCreateWithFlags(void** event, unsigned flags);
+int cudaEventDestroy(void* event);
 int cudaEventRecord(void* event, void* stream);
 int cudaStreamWaitEvent(void* stream, void* event, unsigned flags);
 int cudaStreamBeginCapture(void* stream, int mode);

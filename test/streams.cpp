@@ -1,7 +1,7 @@
 // Runs calls of ktops_csrc/streams on the streams of fake_cuda, from several threads that stand for Python's.
 // Arguments: INTERLEAVINGS. Every thread has a stream, on which it computes call after call with the same device
 // memory. The "CPU part" is 2 x + 1. Exit status 1: a wrong result; 2: a missing or unexpected error; 3: memory is
-// left.
+// left; 4: the streams, or the calls of a graph, have shared no memory.
 
 #include "../ktops/testing/fake_cuda/fake_cuda.h"
 
@@ -20,7 +20,7 @@ namespace {
 using kt::streams::Block;
 using kt::streams::Calls;
 
-constexpr int kThreads = 3;
+constexpr int kThreads = 6;
 constexpr int kMostCalls = 4;
 constexpr int kDeviceToDevice = 3;
 constexpr int kLaunches = 3;
@@ -123,13 +123,16 @@ void interleave(Calls& calls, const std::array<void*, kThreads>& streams, unsign
     }
 }
 
-// A graph of a call, launched with other inputs, then destroyed while its last launch is executed.
+// A graph of two calls, launched with other inputs, then destroyed while its last launch is executed.
 void replay(Calls& calls, void* stream, unsigned seed) {
     fake_set_delays(seed, 200);
-    std::vector<int64_t> x(100), y(100), result(100);
+    std::vector<int64_t> x(100), y(100), z(100);
     void *graph = nullptr, *exec = nullptr;
     cudaStreamBeginCapture(stream, 0);
     calls.end(begin(calls, stream, x), y.data(), y.size() * sizeof(int64_t));
+    const int64_t held = fake_pinned_bytes();
+    calls.end(begin(calls, stream, y), z.data(), z.size() * sizeof(int64_t));
+    if (fake_pinned_bytes() != held) std::_Exit(4);
     if (cudaStreamEndCapture(stream, &graph) || cudaGraphInstantiate(&exec, graph, 0)) std::_Exit(2);
     cudaGraphDestroy(graph);
     std::vector<std::vector<int64_t>> given(kLaunches), results(kLaunches, y);
@@ -137,12 +140,12 @@ void replay(Calls& calls, void* stream, unsigned seed) {
         given[launch].assign(100, 10 * launch);
         copy(x, given[launch], stream);
         cudaGraphLaunch(exec, stream);
-        copy(results[launch], y, stream);
+        copy(results[launch], z, stream);
     }
     cudaGraphExecDestroy(exec);
     calls.synchronize();
     for (int launch = 0; launch < kLaunches; ++launch) {
-        if (results[launch] != std::vector<int64_t>(100, 20 * launch + 1)) std::_Exit(1);
+        if (results[launch] != std::vector<int64_t>(100, 40 * launch + 3)) std::_Exit(1);
     }
 }
 
@@ -172,6 +175,7 @@ int main(int, char** argv) {
         if (seed % 50 == 0) replay(calls, streams[0], seed);
         if (seed == 0) expect_failure(calls, streams[1]);
     }
+    if (!fake_calls("cudaStreamWaitEvent")) return 4;
     fake_set_delays(0, 0);
     fake_wait_for_destructors();
     calls.release();

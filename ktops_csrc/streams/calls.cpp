@@ -84,6 +84,7 @@ int64_t Calls::begin(Block block, std::initializer_list<Input> inputs, Result re
     Call* call = new Call(*this, std::move(block), result, std::move(work));
     try {
         if (place.captured()) runtime_->keep_with_graph(place.capture.graph, call, forget);
+        call->block.begin();
         for (const Input& input : inputs) runtime_->copy_to_host(input.host, input.device, input.bytes, place.stream);
         runtime_->call_in_order(place.stream, submit, call);
     } catch (...) {
@@ -132,11 +133,11 @@ void Calls::collect(Call* call, void* output) {
     }
     try {
         runtime_->copy_to_device(output, call->result.host, call->result.bytes, stream);
+        call->block.give_back();
     } catch (...) {
         drop(call);
         throw;
     }
-    if (!captured) call->block.give_back();
     call->leave();
 }
 
@@ -144,6 +145,7 @@ void Calls::abandon(int64_t number) {
     std::lock_guard<std::mutex> lock(mutex_);
     const auto found = begun_.find(number);
     if (found == begun_.end()) return;
+    found->second->block.over_when_destroyed();  // the call outlives its computation
     drop(found->second);
     begun_.erase(found);
 }

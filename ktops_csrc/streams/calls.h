@@ -49,7 +49,7 @@ public:
     static void load(const std::string& path);
     static Calls* current();  // null before load()
 
-    // Pinned memory for a call on the stream of the current device.
+    // Pinned memory for a call on the stream, which is one of the current device.
     Block stage(Stream stream, size_t bytes);
     // Enqueues a call and returns its number. The inputs' host memory and the result's are in the block.
     int64_t begin(Block block, std::initializer_list<Input> inputs, Result result, std::unique_ptr<Work> work,

@@ -11,6 +11,7 @@ namespace {
 constexpr int kHostToDevice = 1, kDeviceToHost = 2;
 constexpr int kCaptureNone = 0, kCaptureActive = 1;
 constexpr int kCaptureModeRelaxed = 2;
+constexpr unsigned kEventDisableTiming = 2;
 constexpr unsigned kHostAllocPortable = 1;
 constexpr unsigned kUserObjectNoDestructorSync = 1;
 constexpr unsigned kGraphUserObjectMove = 1;
@@ -43,6 +44,10 @@ Runtime::Runtime(const std::string& path) {
     require(library, "cudaDeviceSynchronize", cuda_.DeviceSynchronize);
     require(library, "cudaMemcpyAsync", cuda_.MemcpyAsync);
     require(library, "cudaLaunchHostFunc", cuda_.LaunchHostFunc);
+    require(library, "cudaEventCreateWithFlags", cuda_.EventCreateWithFlags);
+    require(library, "cudaEventDestroy", cuda_.EventDestroy);
+    require(library, "cudaEventRecord", cuda_.EventRecord);
+    require(library, "cudaStreamWaitEvent", cuda_.StreamWaitEvent);
     require(library, "cudaHostAlloc", cuda_.HostAlloc);
     require(library, "cudaFreeHost", cuda_.FreeHost);
     require(library, "cudaThreadExchangeStreamCaptureMode", cuda_.ThreadExchangeStreamCaptureMode);
@@ -97,6 +102,20 @@ void Runtime::copy_to_device(void* device, const void* host, size_t bytes, Strea
 
 void Runtime::call_in_order(Stream stream, HostFunction function, void* argument) const {
     check("cudaLaunchHostFunc", cuda_.LaunchHostFunc(stream, function, argument));
+}
+
+Event Runtime::create_event() const {
+    Event event = nullptr;
+    check("cudaEventCreateWithFlags", cuda_.EventCreateWithFlags(&event, kEventDisableTiming));
+    return event;
+}
+
+void Runtime::destroy(Event event) const { check("cudaEventDestroy", cuda_.EventDestroy(event)); }
+
+void Runtime::record(Event event, Stream stream) const { check("cudaEventRecord", cuda_.EventRecord(event, stream)); }
+
+void Runtime::wait(Stream stream, Event event) const {
+    check("cudaStreamWaitEvent", cuda_.StreamWaitEvent(stream, event, 0));
 }
 
 void Runtime::keep_with_graph(Graph graph, void* object, HostFunction destroy) const {

@@ -10,6 +10,7 @@ namespace kt::streams {
 
 using Stream = void*;  // cudaStream_t
 using Graph = void*;   // cudaGraph_t
+using Event = void*;   // cudaEvent_t
 using HostFunction = void (*)(void*);
 
 // The capture that a stream is part of. id and graph are 0 if there is none.
@@ -33,6 +34,13 @@ public:
     // `function` must call neither CUDA nor Python.
     void call_in_order(Stream stream, HostFunction function, void* argument) const;
 
+    // An event of the current device, for order only. What a stream does after wait() comes after what another one was
+    // given before record(), or, if both are captured, in their graph.
+    Event create_event() const;
+    void destroy(Event event) const;
+    void record(Event event, Stream stream) const;
+    void wait(Stream stream, Event event) const;
+
     // Has `destroy` called with the object, on a thread of CUDA, when the graph and all that was made from it are gone;
     // at once if this throws.
     void keep_with_graph(Graph graph, void* object, HostFunction destroy) const;
@@ -53,6 +61,10 @@ private:
         int (*DeviceSynchronize)();
         int (*MemcpyAsync)(void*, const void*, size_t, int kind, Stream);
         int (*LaunchHostFunc)(Stream, HostFunction, void*);
+        int (*EventCreateWithFlags)(Event*, unsigned flags);
+        int (*EventDestroy)(Event);
+        int (*EventRecord)(Event, Stream);
+        int (*StreamWaitEvent)(Stream, Event, unsigned flags);
         int (*HostAlloc)(void**, size_t, unsigned flags);
         int (*FreeHost)(void*);
         int (*ThreadExchangeStreamCaptureMode)(int*);

@@ -2,7 +2,7 @@
 
 // Pinned memory for copies to and from a device.
 
-#include <map>
+#include <memory>
 #include <mutex>
 #include <set>
 #include <vector>
@@ -18,65 +18,85 @@ struct Place {
     Capture capture;  // of the stream at that time
 
     bool captured() const { return capture.graph != nullptr; }
-    bool operator<(const Place& other) const {
-        return device != other.device ? device < other.device : stream < other.stream;
-    }
+};
+
+// What comes before another use of memory: nothing, all that its stream was given, or what led to its event.
+enum class After { kNothing, kStream, kEvent };
+
+// Pinned memory of a device.
+struct Memory {
+    int device = 0;
+    size_t bytes = 0;
+    char* data = nullptr;
+    Event event = nullptr;
+
+    After after = After::kNothing;  // the block's while lent, like the next one
+    Stream stream = nullptr;
+
+    bool lent = false;
+    int holders = 0;       // a block, or all those of a capture
+    uint64_t capture = 0;  // of the holders
+    uint64_t turn = 0;     // orders returns
 };
 
 class Staging;
 
-// A block lent to one call.
+// Memory lent to one call.
 class Block {
 public:
     Block() = default;
-    Block(Staging* staging, const Place& place, char* data, size_t bytes)
-        : staging_(staging), place_(place), data_(data), bytes_(bytes) {}
+    Block(Staging* staging, Memory* memory, const Place& place) : staging_(staging), memory_(memory), place_(place) {}
     Block(Block&& other) noexcept { *this = static_cast<Block&&>(other); }
     Block& operator=(Block&& other) noexcept;
-    ~Block() { give_back(); }
+    ~Block();
 
-    char* data() const { return data_; }
+    char* data() const { return memory_->data; }
     const Place& place() const { return place_; }
-    // Call it when nothing that is enqueued after this moment uses the block.
+
+    // Call it before work that uses the block is enqueued, which waits for the work of earlier calls.
+    void begin();
+    // Call it when all of that work is enqueued. In a capture, the graph keeps the memory until the block is destroyed.
     void give_back();
+    // Instead of give_back: all of that work will be over when the block is destroyed.
+    void over_when_destroyed() { memory_->after = After::kNothing; }
 
 private:
     Staging* staging_ = nullptr;
+    Memory* memory_ = nullptr;
     Place place_;
-    char* data_ = nullptr;
-    size_t bytes_ = 0;
+    bool lent_ = true;
 };
 
-// The blocks of the process. One that was given back is reused on its own stream at once, because work that still uses
-// it comes first there. Blocks of captured calls belong to no stream: a graph may be launched on any.
+// The pinned memory of the process. Memory that was given back is used again at once: on the same stream, where earlier
+// work comes first, or on another one of the device, which waits for the event of its return. A graph may be launched
+// at any time, so memory that it uses serves only calls of its own capture while one of its blocks is there.
 class Staging {
 public:
     explicit Staging(const Runtime& runtime) : runtime_(runtime) {}
 
-    // Returns a block of at least `bytes`, aligned to a page.
+    // Returns a block of at least `bytes`, aligned to a page. The device must be the current one.
     Block take(const Place& place, size_t bytes);
 
     // Waits for the devices that were used.
     void synchronize();
-    // Releases all blocks that are not lent, after the work that uses them.
+    // Releases all memory that no block holds, after the work that uses it.
     void release();
-    // Bytes of all blocks.
+    // Bytes of all memory.
     size_t bytes() const;
 
 private:
     friend class Block;
-    struct Memory {
-        char* data;
-        size_t bytes;
-    };
-    void give_back(const Place& place, Memory memory);
-    static Memory pick(std::vector<Memory>& from, size_t bytes);
+    Memory* pick(const Place& place, size_t bytes) const;
+    std::unique_ptr<Memory> allocate(int device, size_t bytes) const;
+    Block lend(Memory& memory, const Place& place);
+    void give_back(Memory& memory);
+    void leave(Memory& memory, bool lent);
 
     const Runtime& runtime_;
     mutable std::mutex mutex_;
-    std::map<Place, std::vector<Memory>> of_streams_;
-    std::vector<Memory> of_no_stream_;
+    std::vector<std::unique_ptr<Memory>> memory_;
     std::set<int> devices_;
+    uint64_t turns_ = 0;
     size_t bytes_ = 0;
 };
 

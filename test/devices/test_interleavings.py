@@ -65,7 +65,7 @@ def interleave(cuda: FakeCuda, on: list[Stream], seed: int) -> list[Program]:
     cuda.delays(seed, choose.choice([0, 20, 100]))
     cuda.functions.fake_serialize_host_functions(seed % 2)
     programs = [Program(cuda, stream, choose.choice(TOKENS)) for stream in on]
-    for _ in range(8):
+    for _ in range(12):
         program = choose.choice(programs)
         step = choose.random()
         if step < 0.5 or not program.open:
@@ -83,7 +83,7 @@ def interleave(cuda: FakeCuda, on: list[Stream], seed: int) -> list[Program]:
 
 
 def test_random_interleavings(cuda, single_thread):
-    on, compared = [cuda.stream() for _ in range(3)], 0
+    on, compared, waits = [cuda.stream() for _ in range(6)], 0, cuda.calls("cudaStreamWaitEvent")
     for seed in range(INTERLEAVINGS):
         programs = interleave(cuda, on, seed)
         streams.synchronize()
@@ -92,6 +92,7 @@ def test_random_interleavings(cuda, single_thread):
             compared += 1
         cuda.kept.clear()
     assert compared > 3 * INTERLEAVINGS
+    assert cuda.calls("cudaStreamWaitEvent") > waits + INTERLEAVINGS
 
 
 def builds_with(flag: str, folder: Path) -> bool:

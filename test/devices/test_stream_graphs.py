@@ -1,13 +1,16 @@
 """Calls that a CUDA graph captures are computed at each launch, from what its input tensors hold then."""
 
 import gc
+from collections.abc import Callable
 
 import pytest
 import torch
 from stream_calls import arguments, expected, failing, run, watched
+from torch import Tensor
 
 import ktops
 from ktops.devices import streams
+from ktops.ops.arguments import MoeArguments
 
 
 @pytest.mark.parametrize("reduce", [True, False])
@@ -88,6 +91,98 @@ def test_memory_and_weights_live_as_long_as_the_graph(cuda, stream):
     assert weights() is None and cuda.pinned_bytes() == 0
 
 
+def chain(x: Tensor, layers: list[MoeArguments], layer: Callable[[MoeArguments], Tensor]) -> Tensor:
+    for given in layers:
+        x = layer(given._replace(hidden_states=x))
+    return x
+
+
+@pytest.mark.parametrize("forked", [False, True], ids=["one", "forked"])
+def test_layers_of_a_graph_share_memory(cuda, stream, forked):
+    """On one stream, or each on a stream of its own, as SGLang does."""
+    ktops.empty_cache()
+    layers = [arguments(seed=seed) for seed in range(20)]
+    x = torch.zeros_like(layers[0].hidden_states)
+
+    def layer(given: MoeArguments) -> Tensor:
+        if not forked:
+            return streams.begin(given).result()
+        with cuda.use(side := cuda.stream()):
+            cuda.wait(stream, given.hidden_states)
+            output = streams.begin(given).result()
+        cuda.wait(side, output)
+        return output
+
+    with cuda.capture(stream) as graph:
+        first = streams.begin(layers[0]._replace(hidden_states=x)).result()
+        held = cuda.pinned_bytes()
+        output = chain(first, layers[1:], layer)
+    assert cuda.pinned_bytes() == held > 0
+    cuda.delays(seed=1, microseconds=50)
+    for seed in range(3):
+        new = arguments(seed=seed).hidden_states
+        with cuda.use(stream):
+            cuda.copy(x, new)
+            graph.launch(stream)
+        cuda.synchronize(stream)
+        assert torch.equal(output, chain(new, layers, expected))
+    ktops.empty_cache()
+    assert cuda.pinned_bytes() == held
+    graph.destroy()
+    cuda.functions.fake_wait_for_destructors()
+    ktops.empty_cache()
+    assert cuda.pinned_bytes() == 0
+
+
+def test_branches_of_a_graph_share_memory(cuda, stream):
+    """A branch waits for another one that has ended; calls in flight have memory of their own."""
+    ktops.empty_cache()
+    given, outputs, held = [arguments(seed=seed) for seed in range(4)], [], []
+    sides = [cuda.stream() for _ in range(4)]
+    with cuda.capture(stream) as graph:
+        for side in sides:
+            with cuda.use(side):
+                cuda.wait(stream, given[0].hidden_states)
+        for pair in (0, 2):
+            calls = []
+            for i in (pair, pair + 1):
+                with cuda.use(sides[i]):
+                    calls.append(streams.begin(given[i]))
+            outputs += [call.result() for call in calls]
+            held.append(cuda.pinned_bytes())
+    assert held[1] == held[0] > 0
+    graph.launch(stream)
+    cuda.synchronize(stream)
+    assert all(torch.equal(output, expected(one)) for output, one in zip(outputs, given, strict=True))
+    graph.destroy()
+
+
+def test_graphs_share_no_memory(cuda, stream):
+    """Neither with each other, nor with what was captured and destroyed while they are launched."""
+    ktops.empty_cache()
+    given, graphs, outputs = [arguments(seed=seed) for seed in range(3)], [], []
+    for one in given:
+        with cuda.capture(stream) as graph:
+            outputs.append([streams.begin(one).result() for _ in range(2)])
+        graphs.append(graph)
+        held = cuda.pinned_bytes() // len(graphs)
+    assert cuda.pinned_bytes() == 3 * held > 0
+    on = [cuda.stream() for _ in given]
+    for seed in range(20):
+        cuda.delays(seed, microseconds=100)
+        for graph, side in zip(graphs, on, strict=True):
+            graph.launch(side)
+        output = run(cuda, stream, given[seed % 3])
+        streams.synchronize()
+        assert torch.equal(output, expected(given[seed % 3]))
+        for results, one in zip(outputs, given, strict=True):
+            assert all(torch.equal(result.clone(), expected(one)) for result in results)
+            for result in results:
+                result.zero_()
+    for graph in graphs:
+        graph.destroy()
+
+
 def test_begin_and_result_belong_to_the_same_capture(cuda, stream):
     given = arguments()
     with cuda.use(stream):
@@ -127,7 +222,8 @@ def test_an_error_of_the_cpu_in_a_launch(cuda, stream):
 
 
 @pytest.mark.parametrize(
-    "function", ["cudaUserObjectCreate", "cudaGraphRetainUserObject", "cudaLaunchHostFunc"]
+    "function",
+    ["cudaUserObjectCreate", "cudaGraphRetainUserObject", "cudaLaunchHostFunc", "cudaEventRecord"],
 )
 def test_an_error_of_cuda_in_a_capture_leaves_nothing(cuda, stream, function):
     streams.synchronize()
@@ -138,7 +234,7 @@ def test_an_error_of_cuda_in_a_capture_leaves_nothing(cuda, stream, function):
     with cuda.capture(stream) as graph:
         cuda.fail(function)
         with pytest.raises(RuntimeError, match=f"kt: {function} failed: invalid argument"):
-            streams.begin(given)
+            streams.begin(given).result()
         output = streams.begin(given).result()
     graph.launch(stream)
     cuda.synchronize(stream)

@@ -111,7 +111,9 @@ def test_misuse_of_the_operators(cuda, stream):
     assert torch.equal(output, expected(given))
 
 
-@pytest.mark.parametrize("function", ["cudaHostAlloc", "cudaMemcpyAsync", "cudaLaunchHostFunc"])
+@pytest.mark.parametrize(
+    "function", ["cudaEventCreateWithFlags", "cudaHostAlloc", "cudaMemcpyAsync", "cudaLaunchHostFunc"]
+)
 def test_an_error_of_cuda_names_the_function(cuda, stream, function):
     ktops.empty_cache()
     given = arguments()
@@ -119,7 +121,7 @@ def test_an_error_of_cuda_names_the_function(cuda, stream, function):
         cuda.fail(function)
         with pytest.raises(RuntimeError, match=f"kt: {function} failed: invalid argument"):
             streams.begin(given)
-        if function != "cudaHostAlloc":
+        if function in ("cudaMemcpyAsync", "cudaLaunchHostFunc"):
             call = streams.begin(given)
             cuda.fail(function)
             with pytest.raises(RuntimeError, match=f"kt: {function} failed: invalid argument"):
@@ -159,9 +161,10 @@ def test_a_result_that_nobody_uses(cuda, stream):
         streams.begin(arguments())
         cuda.synchronize(stream)
     streams.synchronize()
-    held = ktops.memory_stats()["bytes_pinned"]
-    run(cuda, stream, arguments())
+    held, waits = ktops.memory_stats()["bytes_pinned"], cuda.calls("cudaStreamWaitEvent")
+    run(cuda, cuda.stream(), arguments())
     assert ktops.memory_stats()["bytes_pinned"] == held > 0
+    assert cuda.calls("cudaStreamWaitEvent") == waits
 
 
 def test_no_memory_on_the_device(cuda, stream, monkeypatch):
@@ -181,9 +184,95 @@ def test_no_memory_on_the_device(cuda, stream, monkeypatch):
     assert cuda.pinned_bytes() == 0
 
 
+def test_streams_share_memory(cuda):
+    """At most four blocks are kept, whatever the number of streams; a stream does not wait for itself."""
+    given = [arguments(seed=seed, T=33) for seed in range(40)]
+    allocations, waits = cuda.calls("cudaHostAlloc"), cuda.calls("cudaStreamWaitEvent")
+    outputs = []
+    for one in given:
+        with cuda.use(cuda.stream()):
+            outputs += [streams.begin(one).result() for _ in range(2)]
+    assert cuda.calls("cudaHostAlloc") == allocations + 4
+    assert cuda.calls("cudaStreamWaitEvent") == waits + 36
+    streams.synchronize()
+    assert all(torch.equal(output, expected(given[i // 2])) for i, output in enumerate(outputs))
+
+
+def test_a_stream_waits_for_the_memory_of_another(cuda):
+    first, *others, last = (cuda.stream() for _ in range(5))
+    given = [arguments(seed=seed) for seed in range(2)]
+    with cuda.use(first):
+        call = streams.begin(given[0])
+        cuda.synchronize(first)
+        cuda.block(first)
+        output = call.result()
+    for stream in others:
+        run(cuda, stream, given[0])
+    with cuda.use(last):
+        later = streams.begin(given[1]).result().fill_(7)
+    for stream in others:
+        run(cuda, stream, given[0])
+    assert (later == 7).all()
+    cuda.unblock(first)
+    streams.synchronize()
+    assert torch.equal(output, expected(given[0])) and torch.equal(later, expected(given[1]))
+
+
+def test_calls_in_flight_have_memory_of_their_own(cuda):
+    """However many there are."""
+    given, calls = [arguments(seed=seed) for seed in range(6)], []
+    for one in given:
+        with cuda.use(cuda.stream()):
+            calls.append(streams.begin(one))
+    outputs = [call.result() for call in calls]
+    streams.synchronize()
+    assert all(torch.equal(output, expected(one)) for output, one in zip(outputs, given, strict=True))
+
+
+def test_an_error_of_cuda_where_memory_is_shared(cuda):
+    given, *others, stream = arguments(), *(cuda.stream() for _ in range(5))
+    for one in others:
+        run(cuda, one, given)
+    held = cuda.pinned_bytes()
+    cuda.fail("cudaStreamWaitEvent")
+    with (
+        cuda.use(stream),
+        pytest.raises(RuntimeError, match="kt: cudaStreamWaitEvent failed: invalid argument"),
+    ):
+        streams.begin(given)
+    assert torch.equal(run(cuda, stream, given), expected(given))
+    assert cuda.pinned_bytes() == held
+
+
+def test_memory_without_an_event_stays_with_its_stream(cuda, stream):
+    """Nothing tells other streams when it is free."""
+    given = arguments()
+    cuda.fail("cudaEventRecord")
+    with cuda.use(stream), pytest.raises(RuntimeError, match="kt: cudaEventRecord failed: invalid argument"):
+        streams.begin(given).result()
+    calls = []
+    for _ in range(3):
+        with cuda.use(cuda.stream()):
+            calls.append(streams.begin(given))
+    held = cuda.pinned_bytes()
+    assert torch.equal(run(cuda, cuda.stream(), given), expected(given))
+    assert cuda.pinned_bytes() == held + held // 4
+    assert torch.equal(run(cuda, stream, given), expected(given))
+    assert cuda.pinned_bytes() == held + held // 4
+
+
+def test_an_error_at_the_end_of_a_test_leaves_nothing():
+    with pytest.raises(RuntimeError, match="failed on the CPU"), fake_cuda.installed() as cuda:
+        cuda.block(stream := cuda.stream())
+        with cuda.use(stream):
+            streams.begin(failing()).result()
+    assert "cpu" not in streams.STREAMS and cuda.pinned_bytes() == 0
+
+
 def test_memory_is_kept_counted_and_released(cuda, stream):
     ktops.empty_cache()
     assert ktops.memory_stats()["bytes_pinned"] == cuda.pinned_bytes() == 0
+    created, destroyed = cuda.calls("cudaEventCreateWithFlags"), cuda.calls("cudaEventDestroy")
     given = arguments()
     run(cuda, stream, given)
     held, allocations = cuda.pinned_bytes(), cuda.calls("cudaHostAlloc")
@@ -198,6 +287,7 @@ def test_memory_is_kept_counted_and_released(cuda, stream):
     cuda.unblock(stream)
     ktops.empty_cache()
     assert ktops.memory_stats()["bytes_pinned"] == cuda.pinned_bytes() == 0
+    assert cuda.calls("cudaEventDestroy") == destroyed + cuda.calls("cudaEventCreateWithFlags") - created
 
 
 def test_a_call_keeps_the_memory_of_its_experts_until_it_is_computed(cuda, stream):

@@ -1,6 +1,6 @@
 """Calls in the order of a stream: Python goes on, CUDA graphs, pinned memory, errors, KTMoEWrapper."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from gpu.checks import Row, check
@@ -67,15 +67,23 @@ def pinned_memory(runtime: Runtime) -> None:
     assert ktops.memory_stats()["bytes_pinned"] == 0
 
 
+def twice(moe_sft: Callable[..., Tensor], given: dict) -> Tensor:
+    """Returns the output of a layer for its own output."""
+    return moe_sft(**given | {"hidden_states": moe_sft(**given)})
+
+
 @check("CUDA graphs: each launch computes from what its inputs hold", "streams")
 @torch.no_grad()
 def graphs(runtime: Runtime) -> None:
     given = small(dtype=torch.bfloat16)
+    runtime.reset()
     with runtime.use(runtime.stream()):
         fixed = on_device(given, runtime.device)
         runtime.moe_sft(**fixed)
         runtime.synchronize()
-        graph = runtime.capture(lambda: runtime.moe_sft(**fixed))
+        held = ktops.memory_stats()["bytes_pinned"]
+        graph = runtime.capture(lambda: twice(runtime.moe_sft, fixed))
+        assert ktops.memory_stats()["bytes_pinned"] == 2 * held, "calls of a graph share memory"
         for seed in range(3):
             tokens = small(dtype=torch.bfloat16, seed=seed)
             for name in TOKENS:
@@ -83,7 +91,7 @@ def graphs(runtime: Runtime) -> None:
             graph.launch()
             runtime.moe_sft(**fixed)  # a call outside uses other memory
             runtime.synchronize()
-            expected = ktops.moe_sft(**given | {name: tokens[name] for name in TOKENS})
+            expected = twice(ktops.moe_sft, given | {name: tokens[name] for name in TOKENS})
             assert torch.equal(graph.output.cpu(), expected), f"launch {seed}"
         graph.destroy()
 

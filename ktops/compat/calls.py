@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ktops.devices import streams
+from ktops.devices.streams import captured
 from ktops.devices.transfer import download
 
 Call = Future[Tensor] | streams.Pending
@@ -47,12 +48,6 @@ def on_stream(cuda_stream, device: torch.device) -> AbstractContextManager:
     elif isinstance(cuda_stream, int):
         cuda_stream = known.at(cuda_stream, device)
     return known.use(cuda_stream)
-
-
-def captured(device: torch.device) -> bool:
-    """Returns whether a CUDA graph captures the current stream of the device."""
-    known = streams.STREAMS.get(device.type)
-    return known is not None and known.capturing()
 
 
 def in_host_memory(tensors: Sequence[Tensor]) -> list[Tensor]:

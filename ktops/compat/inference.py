@@ -10,10 +10,11 @@ from torch import Tensor
 
 from ktops._warn import warn_once
 from ktops.compat import gpu_buffers
-from ktops.compat.calls import Call, captured, now, on_stream, worker
+from ktops.compat.calls import Call, now, on_stream, worker
 from ktops.compat.experts import ExpertsWrapper, expect_shape
 from ktops.compat.masks import entries
 from ktops.devices import streams
+from ktops.devices.streams import captured
 from ktops.devices.transfer import upload
 
 

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ktops.compat.calls import captured
+from ktops.devices.streams import captured
 from ktops.devices.transfer import PINNED
 
 _read_by_graphs: list[Tensor] = []

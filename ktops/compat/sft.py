@@ -11,10 +11,11 @@ from torch import Tensor, nn
 
 from ktops._warn import warn_once
 from ktops.compat import lora
-from ktops.compat.calls import Call, captured, in_host_memory, on_stream, worker
+from ktops.compat.calls import Call, in_host_memory, on_stream, worker
 from ktops.compat.experts import COMPUTE_DTYPE, ExpertsWrapper, expect_shape
 from ktops.compat.methods import Method
 from ktops.devices import streams
+from ktops.devices.streams import captured
 from ktops.devices.transfer import upload
 from ktops.ops.check_devices import LORA
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from ktops.devices.grouped import Routes, Segments, accumulator
 from ktops.devices.kernels import BACKENDS
 from ktops.devices.portions import Portions
+from ktops.devices.streams import captured
 from ktops.formats import Codes, get_format
 from ktops.ops.activation import gate
 from ktops.ops.arguments import TENSORS, MoeArguments
@@ -63,7 +64,7 @@ def _check(arguments: MoeArguments) -> None:
                 f"kt::moe_fwd_streamed: {name} must have as many rows as hidden_states, {num_tokens}, "
                 f"got {len(getattr(arguments, name))}"
             )
-    if arguments.hidden_states.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+    if captured(arguments.hidden_states.device):
         raise RuntimeError(
             "kt::moe_fwd_streamed cannot be captured in a CUDA graph, because the host decides which experts "
             "it copies: capture fewer tokens than stream_min_tokens"

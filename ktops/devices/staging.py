@@ -21,6 +21,12 @@ def pinned(nbytes: int) -> Tensor:
     return torch.empty(nbytes, dtype=torch.uint8, device="cpu", pin_memory=True)
 
 
+def return_pinned() -> None:
+    """Returns the pinned memory that PyTorch keeps to the system."""
+    if hasattr(torch.accelerator, "empty_host_cache"):  # versions without it keep the memory
+        torch.accelerator.empty_host_cache()
+
+
 @dataclass(eq=False)
 class Block:
     """Pinned bytes, and the event after which they may be written again."""
@@ -77,10 +83,14 @@ class Staging:
         return self._bytes
 
     def release(self) -> None:
-        """Releases the blocks that no thread uses, after the copies that read them."""
+        """Returns the blocks that no thread uses to the system, after the copies that read them."""
         with self._lock:
             idle, self._idle = self._idle, []
             self._bytes -= sum(block.data.nbytes for block in idle)
         for block in idle:
             if block.free_after is not None:
                 block.free_after.synchronize()
+        if any(block.data.is_pinned() for block in idle):
+            idle.clear()
+            del block
+            return_pinned()

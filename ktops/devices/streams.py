@@ -77,6 +77,12 @@ STREAMS: dict[str, Streams] = {"cuda": CudaStreams()}
 register_pinned(torch.ops.kt.staged_bytes, torch.ops.kt.empty_stream_cache)
 
 
+def captured(device: torch.device) -> bool:
+    """Returns whether a CUDA graph captures the current stream of the device."""
+    known = STREAMS.get(device.type)
+    return known is not None and known.capturing()
+
+
 @functools.lru_cache(maxsize=1)
 def load(library: str = "") -> None:
     """Starts to use the CUDA runtime in this process, or, for tests, another library with its functions.

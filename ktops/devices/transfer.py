@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from ktops.devices.staging import Staging
+from ktops.devices.streams import captured
 from ktops.ops.memory import register_pinned
 
 PINNED = ("cuda", "xpu")
@@ -17,18 +18,26 @@ register_pinned(staging.bytes, staging.release)
 
 
 def download(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Returns copies in CPU memory, contiguous and complete. Each tensor is moved by a single copy."""
+    """Returns copies in CPU memory, contiguous and complete. Each tensor is moved by a single copy.
+
+    Raises:
+        RuntimeError: a CUDA graph is being captured.
+    """
     if not tensors:
         return []
     device = tensors[0].device
     if device.type not in PINNED:
         return [tensor.contiguous().to("cpu") for tensor in tensors]
+    if captured(device):
+        raise RuntimeError(
+            "ktops: a CUDA graph can capture experts only without gradients, with LoRA factors in CPU memory "
+            "and where they can be computed in stream order (or else a warning says why not)"
+        )
+    tensors = [tensor.contiguous() for tensor in tensors]
     with ExitStack() as stack:
-        views = []
-        for tensor in tensors:
-            block = stack.enter_context(staging.block(tensor.nbytes))
-            views.append(block.view(tensor))
-            views[-1].copy_(tensor.contiguous(), non_blocking=True)
+        blocks = [stack.enter_context(staging.block(tensor.nbytes)) for tensor in tensors]
+        copies = zip(blocks, tensors, strict=True)  # after all that may fail for want of memory
+        views = [block.view(tensor).copy_(tensor, non_blocking=True) for block, tensor in copies]
         recorded(device).synchronize()
         return [view.clone() for view in views]
 

@@ -86,7 +86,7 @@ def choose(
     if masks is not None:
         return _checked(known, number, masks)
     most = min(known.values(), default=0)
-    if not 0 <= number <= most:
+    if number not in range(most + 1):
         raise ValueError(
             f"offload_experts: num_gpu_experts must be from 0 to {most}, the experts of a layer, got {number}"
         )
@@ -96,6 +96,7 @@ def choose(
 def _checked(sizes: dict[str, int], number: int, masks: Tensor | Sequence[Tensor]) -> dict[str, Tensor]:
     if number:
         raise ValueError(f"offload_experts: num_gpu_experts must be 0 with gpu_experts_mask, got {number}")
+    masks = [torch.as_tensor(mask, device="cpu") for mask in masks]
     if len(masks) != len(sizes):
         raise ValueError(
             f"offload_experts: gpu_experts_mask must have a row for each of {len(sizes)} layers with "
@@ -107,7 +108,7 @@ def _checked(sizes: dict[str, int], number: int, masks: Tensor | Sequence[Tensor
                 f"offload_experts: gpu_experts_mask must be bool [{size}] for {name}, got {mask.dtype} "
                 f"{list(mask.shape)}"
             )
-    return {name: mask.cpu() for name, mask in zip(sizes, masks, strict=True)}
+    return dict(zip(sizes, masks, strict=True))
 
 
 def bytes_of_copies(experts: nn.Module, chosen: Tensor) -> int:

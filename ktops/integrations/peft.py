@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ktops._warn import warn_once
+from ktops.devices import streams
 from ktops.formats import ExpertWeight
 from ktops.integrations.replacements import Replacements
 from ktops.integrations.transformers.experts import layout_in_op
@@ -222,12 +223,14 @@ def _apply(wrapper: "ParamWrapper", fn: Convert, recurse: bool = True) -> nn.Mod
 def _merge(wrapper: "ParamWrapper", *args, **kwargs) -> None:
     """``ParamWrapper.merge``, which raises for weights in a format, because they cannot hold the sum."""
     _require_dense(wrapper, "merged")
+    streams.synchronize()  # calls that are enqueued still read the weights
     _replaced.original["merge"](wrapper, *args, **kwargs)
     refresh(wrapper.get_base_layer())
 
 
 def _unmerge(wrapper: "ParamWrapper") -> None:
     """``ParamWrapper.unmerge``."""
+    streams.synchronize()
     _replaced.original["unmerge"](wrapper)
     refresh(wrapper.get_base_layer())
 

@@ -115,6 +115,7 @@ class KTExperts(nn.Module):
 
     down_proj: nn.Parameter | ExpertWeight
     down_proj_bias: nn.Parameter | None
+    stream_min_tokens: int | None = None  # also of modules that were pickled without it
 
     def __init__(
         self,

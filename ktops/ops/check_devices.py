@@ -29,8 +29,10 @@ def check_devices(op: torch._ops.OpOverload, *args) -> None:
         allowed = [cpu, own] if name in either else [own] if name in ROUTES else [cpu]
         if device not in allowed:
             places = " or ".join(dict.fromkeys(map(str, allowed)))
+            experts = name not in (*ROUTES, *LORA, "hidden_states")
+            advice = ". Move models by ktops.offload_experts, which leaves experts there" if experts else ""
             raise RuntimeError(
-                f"{op._schema.name}: {name} must be on {places} ({first} is on {own}), got {device}"
+                f"{op._schema.name}: {name} must be on {places} ({first} is on {own}), got {device}{advice}"
             )
 
 

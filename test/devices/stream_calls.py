@@ -1,5 +1,7 @@
 """Calls of kt::moe_fwd on streams of CUDA that need no GPU."""
 
+import weakref
+
 import torch
 from torch import Tensor
 
@@ -19,6 +21,12 @@ def arguments(seed: int = 0, **options) -> MoeArguments:
 
 def expected(given: MoeArguments) -> Tensor:
     return torch.ops.kt.moe_fwd(*given)
+
+
+def watched(tensor: Tensor) -> tuple[Tensor, weakref.ref]:
+    """Returns a copy of a tensor, and a reference that dies with its memory."""
+    array = tensor.contiguous().view(torch.uint8).numpy().copy()
+    return torch.from_numpy(array).view(tensor.dtype).view(tensor.shape), weakref.ref(array)
 
 
 def run(cuda: FakeCuda, stream: Stream, given: MoeArguments) -> Tensor:

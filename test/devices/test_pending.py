@@ -6,6 +6,7 @@ import pickle
 
 import pytest
 import torch
+from peft_models import adapted
 from stream_calls import arguments, expected
 from tiny_models import tiny_batch, tiny_model
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -226,6 +227,29 @@ def test_shared_experts_run_meanwhile(call, cuda, stream, monkeypatch, enabled, 
     assert torch.equal(output, exact)
     layers = sum(event == "begin" for event in events)
     assert layers and events == order * layers
+
+
+@pytest.mark.parametrize("merged", [False, True])
+def test_merging_adapters_waits_for_calls(cuda, stream, enabled, monkeypatch, merged):
+    """They still read the weights that it changes in place."""
+    model = adapted("qwen3_moe").eval()
+    experts = model.get_base_model().model.layers[0].mlp.experts
+    ids = torch.tensor([[0, 1], [2, 3], [1, 0]])
+    given = torch.randn(3, experts.get_base_layer().down_proj.shape[1]), ids, torch.rand(3, 2)
+    if merged:
+        model.merge_adapter()
+    with torch.no_grad():
+        exact = experts(*given)
+    synchronize = streams.synchronize
+    monkeypatch.setattr(streams, "synchronize", lambda: (cuda.unblock(stream), synchronize()))
+    monkeypatch.setattr(ktops.nn.experts, "moe_sft", pending.moe_sft_pending)
+    with torch.no_grad(), cuda.use(stream), OnStreams([]):
+        cuda.block(stream)
+        output = experts(*given).collected
+    model.unmerge_adapter() if merged else model.merge_adapter()
+    cuda.unblock(stream)
+    cuda.synchronize(stream)
+    assert torch.equal(output, exact)
 
 
 def test_the_kernel_for_cuda_enqueues(cuda, stream, monkeypatch):

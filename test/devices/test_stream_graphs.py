@@ -1,11 +1,10 @@
 """Calls that a CUDA graph captures are computed at each launch, from what its input tensors hold then."""
 
 import gc
-import weakref
 
 import pytest
 import torch
-from stream_calls import arguments, expected, failing, run
+from stream_calls import arguments, expected, failing, run, watched
 
 import ktops
 from ktops.devices import streams
@@ -62,12 +61,13 @@ def test_memory_and_weights_live_as_long_as_the_graph(cuda, stream):
     ktops.empty_cache()
     assert cuda.pinned_bytes() == 0
     given = arguments()
-    weights = weakref.ref(given.down_proj)
+    down_proj, weights = watched(given.down_proj)
+    given = given._replace(down_proj=down_proj)
     with cuda.capture(stream) as graph:
         output = streams.begin(given).result()
     exact = expected(given)
     fixed = given[:3]
-    del given
+    del given, down_proj
     streams.synchronize()
     ktops.empty_cache()
     gc.collect()
@@ -133,7 +133,8 @@ def test_an_error_of_cuda_in_a_capture_leaves_nothing(cuda, stream, function):
     streams.synchronize()
     ktops.empty_cache()
     given = arguments()
-    weights = weakref.ref(given.down_proj)
+    down_proj, weights = watched(given.down_proj)
+    given = given._replace(down_proj=down_proj)
     with cuda.capture(stream) as graph:
         cuda.fail(function)
         with pytest.raises(RuntimeError, match=f"kt: {function} failed: invalid argument"):
@@ -142,7 +143,7 @@ def test_an_error_of_cuda_in_a_capture_leaves_nothing(cuda, stream, function):
     graph.launch(stream)
     cuda.synchronize(stream)
     assert torch.equal(output, expected(given))
-    del given
+    del given, down_proj
     graph.destroy()
     cuda.functions.fake_wait_for_destructors()
     ktops.empty_cache()

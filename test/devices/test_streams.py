@@ -2,11 +2,10 @@
 
 import gc
 import os
-import weakref
 
 import pytest
 import torch
-from stream_calls import SIZES, arguments, expected, failing, run
+from stream_calls import SIZES, arguments, expected, failing, run, watched
 
 import ktops
 from ktops.devices import streams
@@ -199,12 +198,6 @@ def test_memory_is_kept_counted_and_released(cuda, stream):
     cuda.unblock(stream)
     ktops.empty_cache()
     assert ktops.memory_stats()["bytes_pinned"] == cuda.pinned_bytes() == 0
-
-
-def watched(tensor: torch.Tensor) -> tuple[torch.Tensor, weakref.ref]:
-    """Returns a copy of a tensor, and a reference that dies with its memory."""
-    array = tensor.contiguous().view(torch.uint8).numpy().copy()
-    return torch.from_numpy(array).view(tensor.dtype).view(tensor.shape), weakref.ref(array)
 
 
 def test_a_call_keeps_the_memory_of_its_experts_until_it_is_computed(cuda, stream):

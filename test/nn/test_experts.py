@@ -113,6 +113,14 @@ def test_copies_are_independent(clone):
     assert not torch.equal(copied(*arguments), experts(*arguments))
 
 
+def test_a_module_pickled_before_streaming():
+    experts, arguments = make(), inputs()
+    del experts.__dict__["stream_min_tokens"]
+    loaded = pickle.loads(pickle.dumps(experts))
+    assert torch.equal(loaded(*arguments), make()(*arguments)) and "stream" not in repr(loaded)
+    assert loaded.options["stream_min_tokens"] is None
+
+
 def test_state_dict_round_trip():
     experts, other = make(), KTExperts(E, H, I)
     other.load_state_dict(experts.state_dict())

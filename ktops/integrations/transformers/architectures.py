@@ -224,4 +224,7 @@ def require_weights(
             f"{expected} and [E, H, I]"
         )
     if gate_up_proj.device.type != "cpu":
-        raise Unsupported(f"its weights are on {gate_up_proj.device.type}")
+        raise Unsupported(
+            f"its weights are on {gate_up_proj.device.type}, not in CPU memory, where a move by "
+            "ktops.offload_experts leaves them"
+        )

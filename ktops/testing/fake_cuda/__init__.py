@@ -243,6 +243,7 @@ def installed(path: Path | None = None) -> Iterator[FakeCuda]:
         for stream in cuda.streams:
             cuda.unblock(stream)
         torch.ops.kt.synchronize_streams()
+        cuda.functions.fake_wait_for_destructors()
         torch.ops.kt.empty_stream_cache()
         del streams.STREAMS["cpu"]
         cuda.kept.clear()

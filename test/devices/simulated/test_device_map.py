@@ -38,6 +38,11 @@ def load(path, **options):
     )
 
 
+@torch.no_grad()
+def logits(model, folder: str) -> torch.Tensor:
+    return model(**batch(folder, model.device)).logits.cpu()
+
+
 def layer_map(device) -> dict:
     """Returns a device map with an entry per layer, as people write them, and the experts on the CPU."""
     layers = {f"model.layers.{i}": str(device) for i in range(2)}
@@ -58,10 +63,10 @@ def test_loads_as_on_the_cpu(device, saved, folder, given):
     on_device = sum(tensor.nbytes for name, tensor in tensors.items() if name not in staying)
     assert loading["down"] == 0 and loading["up"] <= 1.01 * on_device
     assert not hasattr(model, "hf_device_map")
-    with torch.no_grad():
-        actual = model(**batch(folder, device)).logits
-        wanted = expected(**batch(folder, torch.device("cpu"))).logits
-    assert relative_error(actual.cpu(), wanted) < gradient_budget(torch.float32, inner_size=64)
+    wanted = logits(expected, folder)
+    assert relative_error(logits(model, folder), wanted) < gradient_budget(torch.float32, inner_size=64)
+    assert ktops.offload_experts(model, device, 1).copies == LAYERS and on_cpu(model) == staying
+    assert relative_error(logits(model, folder), wanted) < MODEL_BUDGET
 
 
 def test_fp8_outside_the_experts(device, tmp_path):
@@ -87,10 +92,10 @@ def test_layers_that_accelerate_dispatches(device, saved, folder):
     assert set(model.hf_device_map.values()) == {str(device), "cpu"}
     experts = [name for name, tensor in model.named_buffers() if tensor.device.type == "cpu"]
     assert len(experts) == 4 and model.model.layers[1].self_attn.q_proj.weight.is_meta
-    with torch.no_grad(), traffic() as moved:
-        actual = model(**batch(folder, device)).logits
-        wanted = load(saved)(**batch(folder, torch.device("cpu"))).logits
-    assert relative_error(actual.cpu(), wanted) < gradient_budget(torch.float32, inner_size=64)
+    with traffic() as moved:
+        actual = logits(model, folder)
+    wanted = logits(load(saved), folder)
+    assert relative_error(actual, wanted) < gradient_budget(torch.float32, inner_size=64)
     layer = sum(p.nbytes for name, p in model.model.layers[0].named_parameters() if ".experts." not in name)
     assert moved["up"] < layer + LAYERS * 4 * TOKENS * HIDDEN + 1000
 

@@ -224,6 +224,9 @@ def test_trainable_experts_are_an_error(device):
             {"gpu_experts_mask": MASK, "num_gpu_experts": 1},
             "num_gpu_experts must be 0 with gpu_experts_mask, got 1",
         ),
+        ({"gpu_experts_mask": [[True, False]] * 2}, "must be bool [6] for model.layers.0.mlp.experts, got"),
+        ({"num_gpu_experts": 2.5}, "num_gpu_experts must be from 0 to 6, the experts of a layer, got 2.5"),
+        ({"num_gpu_experts": None}, "num_gpu_experts must be from 0 to 6, the experts of a layer, got None"),
     ],
 )
 def test_wrong_choice(device, options, message):

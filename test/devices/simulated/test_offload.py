@@ -226,6 +226,15 @@ def test_no_experts_that_ktops_runs(device):
     assert model.device.type == "cpu"
 
 
+def test_a_model_that_was_moved_whole(device):
+    """Its experts run there, as transformers' own; the warning and the error say what would leave them."""
+    model = model_on_cpu("qwen3_moe").to(device)
+    with pytest.warns(UserWarning, match=r"its weights are on simgpu, not in CPU memory, .* ktops.offload"):
+        model(**batch("qwen3_moe", device))
+    with pytest.raises(ValueError, match=r"runs none .* weights are on simgpu, .* by ktops.offload"):
+        ktops.offload_experts(model, device)
+
+
 def test_experts_that_ktops_does_not_run_move(device):
     model = model_on_cpu("qwen3_moe")
     experts = model.model.layers[1].mlp.experts

@@ -4,6 +4,7 @@ The simulated device has no streams, so its copies up are delayed here until the
 """
 
 import threading
+import weakref
 from typing import ClassVar
 
 import pytest
@@ -11,9 +12,10 @@ import torch
 from simulated.conftest import inputs, on_device
 
 import ktops
-from ktops.devices import staging, transfer
+from ktops.devices import staging, streams, transfer
 from ktops.ops.check_devices import LORA
 from ktops.testing.inputs import require_grad
+from ktops.testing.simulated_device import traffic
 
 
 class Event:
@@ -97,6 +99,48 @@ def test_statistics_and_release(pinned):
     ktops.empty_cache()
     assert ktops.memory_stats()["bytes_pinned"] == 0
     assert all(event.done for event in Event.waiting), "released only after the copies that read it"
+
+
+def test_released_blocks_do_not_stay_in_torchs_cache(pinned, monkeypatch):
+    ktops.moe_sft(**on_device(inputs()))
+    memory = [weakref.ref(block.data) for block in transfer.staging._idle]
+    alive = []
+
+    def empty_host_cache() -> None:
+        alive.extend(data() is not None for data in memory)
+
+    monkeypatch.setattr(torch.Tensor, "is_pinned", lambda tensor: True)
+    monkeypatch.setattr(torch.accelerator, "empty_host_cache", empty_host_cache)
+    ktops.empty_cache()
+    assert alive == [False] * len(pinned)
+
+
+def test_no_copy_begins_without_memory_for_all(pinned, device, monkeypatch):
+    """Or else its block would be reused while the device writes to it."""
+    tensors, allocate = [torch.ones(4096).to(device), torch.ones(8192).to(device)], staging.pinned
+
+    def fail_for_the_second(nbytes: int) -> torch.Tensor:
+        if pinned:
+            raise RuntimeError("no memory")
+        return allocate(nbytes)
+
+    monkeypatch.setattr(staging, "pinned", fail_for_the_second)
+    with traffic() as moved, pytest.raises(RuntimeError, match="no memory"):
+        transfer.download(tensors)
+    assert pinned == [16384] and not moved
+
+
+class Captured:
+    def capturing(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize("names", [(), LORA])
+def test_copies_down_in_a_capture_are_an_error(pinned, device, monkeypatch, names):
+    """Waiting for them would invalidate the capture."""
+    monkeypatch.setitem(streams.STREAMS, device.type, Captured())
+    with pytest.raises(RuntimeError, match="graph can capture experts only without gradients, with LoRA fac"):
+        ktops.moe_sft(**require_grad(on_device(inputs(), *names), "hidden_states"))
 
 
 def test_threads_do_not_share_a_block(pinned):

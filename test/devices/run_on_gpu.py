@@ -34,7 +34,7 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("words", nargs="*", metavar="WORD", help="run only checks with one of these words")
-    parser.add_argument("--minutes", type=float, default=6, help="begin no check later (default: 6)")
+    parser.add_argument("--minutes", type=float, default=5, help="begin no check later (default: 5)")
     options = parser.parse_args()
     clock = time.perf_counter
     deadline = clock() + 60 * options.minutes

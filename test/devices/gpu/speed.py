@@ -15,6 +15,9 @@ from ktops.testing.inputs import require_grad
 SLOWDOWN = 1.25
 """How much longer a layer may take than the longer of its two parts and its copies; they share memory."""
 
+MANY = 100
+"""Products of which the time of one is taken, since launching a single one takes as long."""
+
 LAUNCHES = 1e-4
 """Seconds that it may take besides, to launch kernels and host functions."""
 
@@ -71,24 +74,24 @@ def training_step(given: dict, rank: int = 16):
 def overlap(runtime: Runtime) -> Iterator[Row]:
     """The order of DeepSeek: routed experts, then shared experts, then their sum."""
     for count in runtime.sizes.tokens:
-        given = layer(runtime, count)
-        moved = on_device(given, runtime.device)
+        moved = on_device(layer(runtime, count), runtime.device)
         x = moved["hidden_states"]
         weight = torch.eye(x.shape[1], dtype=x.dtype, device="cpu").to(runtime.device)
-        one_product = runtime.seconds(lambda x=x, weight=weight: x @ weight)
-        alone = runtime.seconds(lambda moved=moved: runtime.moe_sft(**moved))
-        products = max(1, round(alone / one_product))
 
-        def shared(x: Tensor = x, weight: Tensor = weight, products: int = products) -> Tensor:
+        def shared(products: int, x: Tensor = x, weight: Tensor = weight) -> Tensor:
             for _ in range(products):
                 x = x @ weight
             return x
 
-        def layer_of_both(moved: dict = moved, shared=shared) -> Tensor:
-            routed = runtime.begin(**moved)
-            return shared() + routed
+        alone = runtime.seconds(lambda moved=moved: runtime.moe_sft(**moved))
+        one_product = runtime.seconds(lambda shared=shared: shared(MANY)) / MANY
+        products = max(1, round(alone / one_product))
 
-        device = runtime.seconds(shared)
+        def layer_of_both(moved: dict = moved, shared=shared, products: int = products) -> Tensor:
+            routed = runtime.begin(**moved)
+            return shared(products) + routed
+
+        device = runtime.seconds(lambda shared=shared, products=products: shared(products))
         both = runtime.seconds(layer_of_both)
         copied = sum(copy_seconds(runtime, x.nbytes))
         yield {

@@ -192,7 +192,9 @@ def test_errors(device):
         ktops.stream_experts(nn.ModuleDict({"experts": stacked()}), 0)
     with pytest.raises(ValueError, match="KTExperts: stream_min_tokens must be positive or None, got -1"):
         KTExperts(E, H, I, stream_min_tokens=-1)
-    with pytest.raises(ValueError, match=r"must have Mixture-of-Experts layers .* got Linear"):
+    with pytest.raises(
+        ValueError, match="stream_experts: model must have Mixture-of-Experts layers, got Linear"
+    ):
         ktops.stream_experts(nn.Linear(2, 2), 8)
 
 
@@ -204,7 +206,9 @@ def test_experts_outside_the_op_are_named(device):
     ):
         assert ktops.stream_experts(model, 8) == ["a.experts"]
     del model["a"]
-    with pytest.raises(ValueError, match=r"that run through ktops, got ModuleDict with none\. b\.experts: "):
+    with pytest.raises(
+        ValueError, match="stream_experts: ktops runs none of the experts of ModuleDict: torch"
+    ):
         ktops.stream_experts(model, 8)
 
 

@@ -294,12 +294,16 @@ class KTExperts(nn.Module):
 
         Args:
             hidden_states: [T, H] or with more leading dimensions; any floating dtype, cast to the weights'.
+                May be on an accelerator, and the routes with it.
             top_k_index: [T, K], int32 or int64; ids outside [0, E) contribute nothing.
             top_k_weights: [T, K].
             lora: the LoRA arguments of :func:`ktops.moe_sft`: gate_up_lora_A, gate_up_scaling, ...
 
         Returns:
-            A tensor with the shape and dtype of hidden_states.
+            A tensor with the shape, dtype and device of hidden_states.
+
+        Raises:
+            RuntimeError: a wrong shape, dtype or device, as in :func:`ktops.moe_sft`.
         """
         layout = self.layout
         gate_up_proj, down_proj = layout.weights(self)

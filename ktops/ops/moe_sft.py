@@ -67,11 +67,10 @@ def _gradient_like(name: str, tensor: Tensor, grad_output: Tensor) -> Tensor:
 def _setup_context(ctx, inputs, output) -> None:
     ctx.set_materialize_grads(False)
     _, gate_up, xa, ha, *host = output
-    tensors = _tensors(inputs)
-    if host[0] is not None:
-        tensors = (*host, *tensors[len(host) :])
-    ctx.mark_non_differentiable(*(result for result in output[1:] if result is not None))
-    ctx.save_for_backward(*tensors, gate_up, xa, ha)
+    if host[0] is None:
+        host = []
+    ctx.mark_non_differentiable(gate_up, xa, ha, *host)
+    ctx.save_for_backward(*host, *_tensors(inputs)[len(host) :], gate_up, xa, ha)
     ctx.attributes = _attributes(inputs)
 
 
@@ -150,7 +149,7 @@ def moe_sft(
     compute: str = "auto",
     stream_min_tokens: int | None = None,
 ) -> Tensor:
-    """Computes the routed experts of a Mixture-of-Experts layer on the CPU, with optional LoRA.
+    """Computes the routed experts of a Mixture-of-Experts layer, in CPU memory, with optional LoRA.
 
     Differentiable. T tokens, K = top_k, E experts, H hidden_size, I intermediate_size, r LoRA rank. For token
     t and slot j, with e = topk_ids[t, j]::
@@ -198,6 +197,9 @@ def moe_sft(
 
     Raises:
         RuntimeError: if an argument has the wrong shape, dtype, device or value. The message names it.
+
+    hidden_states may be on an accelerator, with topk_ids and topk_weights; the result and their gradients are
+    there, too. All other tensors must be in CPU memory, but LoRA tensors may also be on that device.
 
     Tensors may have any strides. Weights stored as [E, in, out] are given as views, ``weight.mT``; their
     gradients have the same layout. Biases and LoRA tensors may have any of the four dtypes. Each gradient

@@ -1,19 +1,50 @@
 """Inputs on the simulated device, and the same on the CPU."""
 
 import pytest
+from accelerate.state import AcceleratorState, PartialState
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from ktops.ops.check_devices import TOKENS
 from ktops.testing import simulated_device
 from ktops.testing.inputs import moe_inputs
 
 simulated_device.register()
 
-TOKENS = ("hidden_states", "topk_ids", "topk_weights")
 SIZES = {"T": 5, "H": 64, "I": 32, "E": 4, "K": 2}
 
 
 @pytest.fixture
 def device():
     return simulated_device.device()
+
+
+@pytest.fixture
+def trainers_use(monkeypatch):
+    """``trainers_use(device)`` has the next Trainer choose a device."""
+
+    def forget():
+        AcceleratorState._reset_state()
+        PartialState._reset_state()
+
+    def use(device) -> None:
+        forget()
+        monkeypatch.setenv("ACCELERATE_TORCH_DEVICE", str(device))
+
+    yield use
+    forget()
+
+
+class Calls(TorchDispatchMode):
+    """Records the names of the kt operators that run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "kt":
+            self.names.append(func._schema.name.removeprefix("kt::"))
+        return func(*args, **(kwargs or {}))
 
 
 def inputs(**options) -> dict:

@@ -6,7 +6,15 @@ import re
 import pytest
 import torch
 from model_runs import MODEL_BUDGET
-from simulated.offloaded import batch, loss_and_gradients, model_on_cpu, on_cpu, with_adapters
+from simulated.offloaded import (
+    batch,
+    logits,
+    loss_and_gradients,
+    model_on_cpu,
+    on_cpu,
+    require_close,
+    with_adapters,
+)
 from torch import nn
 
 import ktops
@@ -32,17 +40,6 @@ def frozen(model):
         for weight in module.parameters(recurse=False):
             weight.requires_grad_(False)
     return model
-
-
-def require_close(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
-    assert actual.keys() == expected.keys() and len(actual) > 1
-    for name, value in expected.items():
-        assert relative_error(actual[name], value) < MODEL_BUDGET, name
-
-
-@torch.no_grad()
-def logits(model, folder: str) -> torch.Tensor:
-    return model(**batch(folder, model.device)).logits.cpu()
 
 
 @pytest.mark.parametrize("folder", ["qwen3_moe", "deepseek_v3", "gpt_oss", "muse_spark", "longcat_flash"])

@@ -26,7 +26,7 @@ def tokens(count: int, *shape: int) -> tuple[torch.Tensor, ...]:
 
 
 def run(module: nn.Module, given: tuple[torch.Tensor, ...], device, **lora) -> list[str]:
-    """Runs a module with tokens on the device; returns the operators that ran, after a comparison with the CPU."""
+    """Compares a module with the CPU, with tokens on the device; returns the operators that ran there."""
     expected = module(*given, **lora)
     with Calls() as calls:
         actual = module(*(x.to(device) for x in given), **lora)

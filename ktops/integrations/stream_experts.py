@@ -5,7 +5,7 @@ import warnings
 from torch import nn
 
 from ktops.integrations.swap import experts_in_op
-from ktops.nn.streaming import check_min_tokens
+from ktops.ops.moe_fwd_streamed import check_min_tokens
 
 
 def stream_experts(model: nn.Module, min_tokens: int | None) -> list[str]:

@@ -12,7 +12,7 @@ from ktops.devices.pending import moe_sft_pending
 from ktops.formats import ExpertWeight
 from ktops.nn.host_memory import ON_DEVICE
 from ktops.nn.layout import Layout
-from ktops.nn.streaming import check_min_tokens, streaming_threshold
+from ktops.nn.streaming import streaming_threshold
 from ktops.ops import moe_sft
 from ktops.ops.activation import (
     ACTIVATIONS,
@@ -20,6 +20,7 @@ from ktops.ops.activation import (
     ExpertFunction,
     activation_arguments,
 )
+from ktops.ops.moe_fwd_streamed import check_min_tokens
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 """Supported dtypes of the experts' weights."""

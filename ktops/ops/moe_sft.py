@@ -12,7 +12,7 @@ from ktops.ops.activation import activation_arguments
 from ktops.ops.arguments import ATTRIBUTES, FORWARD, GRADIENTS, TENSORS, MoeArguments, pick
 from ktops.ops.check_devices import check_devices
 from ktops.ops.moe_fwd import base_flops, empty_output, lora_flops
-from ktops.ops.moe_fwd_streamed import PORTION_BYTES
+from ktops.ops.moe_fwd_streamed import PORTION_BYTES, check_min_tokens
 
 _tensors = pick(*TENSORS)
 _attributes = pick(*ATTRIBUTES)
@@ -197,6 +197,7 @@ def moe_sft(
 
     Raises:
         RuntimeError: if an argument has the wrong shape, dtype, device or value. The message names it.
+        ValueError: stream_min_tokens is not positive.
 
     hidden_states may be on an accelerator, with topk_ids and topk_weights; the result and their gradients are
     there, too. All other tensors must be in CPU memory, but LoRA tensors may also be on that device.
@@ -214,6 +215,8 @@ def moe_sft(
         >>> y = ktops.moe_sft(x, ids, w, torch.randn(E, 2 * I, H), torch.randn(E, H, I))
         >>> y.sum().backward()
     """
+    if stream_min_tokens is not None:
+        check_min_tokens("moe_sft", "stream_min_tokens", stream_min_tokens)
     if topk_weights is None:
         topk_weights = _no_weights(hidden_states, topk_ids, reduce)
     gate_up, gate_up_scale, gate_up_zero, gate_up_format, gate_up_group_size = gate_up_proj, *_DENSE

@@ -178,6 +178,8 @@ def test_errors(device):
         ktops.stream_experts(nn.ModuleDict({"experts": stacked()}), 0)
     with pytest.raises(ValueError, match="KTExperts: stream_min_tokens must be positive or None, got -1"):
         KTExperts(E, H, I, stream_min_tokens=-1)
+    with pytest.raises(ValueError, match="moe_sft: stream_min_tokens must be positive or None, got 0"):
+        ktops.moe_sft(**inputs(), stream_min_tokens=0)
     with pytest.raises(
         ValueError, match="stream_experts: model must have Mixture-of-Experts layers, got Linear"
     ):

@@ -21,7 +21,7 @@ def find_accelerator(device: torch.device | str | int, caller: str) -> torch.dev
     """
     try:
         found = torch.device(device)
-    except RuntimeError:
+    except (RuntimeError, TypeError):
         raise ValueError(f"{caller}: device must be an accelerator such as cuda, got {device!r}") from None
     here = torch.accelerator.current_accelerator(check_available=True)
     if here is None or found.type != here.type:

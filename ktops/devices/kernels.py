@@ -69,3 +69,6 @@ def _device_of_gradient(name: str, arguments: MoeArguments, grad_output: Tensor)
 
 for _kernel in (moe_fwd, moe_sft_fwd, moe_sft_bwd):
     torch.library.impl(f"kt::{_kernel.__name__}", BACKENDS)(_kernel)
+    # Inductor would capture the operators because of their outputs, but training waits for the device, and
+    # experts that are not parameters would be copied before every launch. C++ can give tags since torch 2.12.
+    getattr(torch.ops.kt, _kernel.__name__).default.tags.append(torch.Tag.cudagraph_unsafe)

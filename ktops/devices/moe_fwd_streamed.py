@@ -46,24 +46,18 @@ def moe_fwd_streamed(*args) -> Tensor:
 
 
 def _check(arguments: MoeArguments) -> None:
-    """Raises what kt::moe_fwd raises for such arguments, which it gets without tokens.
+    """Raises what kt::moe_fwd raises for such arguments, which it gets without tokens if their shapes fit.
 
     Also raises RuntimeError during the capture of a CUDA graph.
     """
-    values = arguments._asdict()
+    values, (rows, ids, weights, *_) = arguments._asdict(), arguments
+    fit = rows.dim() == ids.dim() == 2 and ids.shape == weights.shape and len(ids) == len(rows)
     for name in TENSORS:
         tensor = values[name]
         if tensor is not None and not tensor.is_cpu:
-            shape = tensor.shape if name in PER_EXPERT else (0, *tensor.shape[1:])
+            shape = (0, *tensor.shape[1:]) if fit and name not in PER_EXPERT else tensor.shape
             values[name] = torch.empty((), dtype=tensor.dtype, device="cpu").expand(shape)
     torch.ops.kt.moe_fwd(*values.values())
-    num_tokens = len(arguments.hidden_states)
-    for name in ROUTES:
-        if len(getattr(arguments, name)) != num_tokens:
-            raise RuntimeError(
-                f"kt::moe_fwd_streamed: {name} must have as many rows as hidden_states, {num_tokens}, "
-                f"got {len(getattr(arguments, name))}"
-            )
     if captured(arguments.hidden_states.device):
         raise RuntimeError(
             "kt::moe_fwd_streamed cannot be captured in a CUDA graph, because the host decides which experts "

@@ -78,6 +78,14 @@ class PendingTensor(Tensor):
             self._call.result()
         return self._data
 
+    @property
+    def data(self) -> Tensor:
+        return self.detach()
+
+    @data.setter
+    def data(self, other: Tensor) -> None:
+        torch.ops.aten.set_(self, other)
+
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}

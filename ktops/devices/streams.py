@@ -82,6 +82,9 @@ def captured(device: torch.device) -> bool:
     return known is not None and known.capturing()
 
 
+_loading = threading.Lock()
+
+
 @functools.lru_cache(maxsize=1)
 def load(library: str = "") -> None:
     """Starts to use the CUDA runtime in this process, or, for tests, another library with its functions.
@@ -107,7 +110,8 @@ def available(device_type: str) -> bool:
     if device_type != "cuda":
         return False
     try:
-        load()
+        with _loading:
+            load()
     except RuntimeError as error:
         warn_once(f"ktops: Python waits for the experts, which cannot be computed in stream order: {error}")
         return False

@@ -76,6 +76,11 @@ def transpose_in_place(y):
     return y
 
 
+def assign_data(y):
+    y.data = torch.ones(3)
+    return y * 2
+
+
 def gradient_of_other(y):
     other = torch.ones(40, requires_grad=True)
     (y * other).sum().backward()
@@ -105,6 +110,7 @@ USES = {
     "metadata in place": transpose_in_place,
     "rows": lambda y: torch.stack(list(y)[::2]),
     "data": lambda y: y.data * 1,
+    "other data": assign_data,
     "parameter": lambda y: torch.nn.Parameter(y).detach() * 1,
     "gradient of others": gradient_of_other,
     "its own gradient": gradient_of_itself,

@@ -1,7 +1,10 @@
 """``ktops.devices.streams``: what kt::moe_fwd enqueues on a stream, and when it is computed."""
 
+import functools
 import gc
 import os
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -249,6 +252,28 @@ def test_cuda_12():
         cuda.synchronize(stream)
         assert torch.equal(output, expected(given))
         graph.destroy()
+
+
+def test_threads_load_the_runtime_once(monkeypatch):
+    """Or else calls that began after the first time could not end."""
+    second, loads = threading.Event(), []
+
+    @functools.lru_cache(maxsize=1)
+    def load() -> None:
+        loads.append(threading.get_ident())
+        second.wait()
+
+    def ask() -> bool:
+        return streams.available.__wrapped__("cuda")
+
+    def ask_meanwhile() -> bool:
+        second.set()
+        return ask()
+
+    monkeypatch.setattr(streams, "load", load)
+    with ThreadPoolExecutor(2) as pool:
+        answers = [pool.submit(ask), pool.submit(ask_meanwhile)]
+    assert all(answer.result() for answer in answers) and len(loads) == 1
 
 
 def test_a_library_without_the_functions(tmp_path):

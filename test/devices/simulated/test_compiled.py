@@ -25,6 +25,12 @@ def layer(hidden_states, **options):
     return 2 * ktops.moe_sft(hidden_states.sin(), **options)
 
 
+@pytest.mark.parametrize("op", ["moe_fwd", "moe_sft_fwd", "moe_sft_bwd", "moe_fwd_streamed"])
+def test_compiled_cuda_graphs_do_not_contain_the_operators(op):
+    """With ``mode="reduce-overhead"``, Inductor splits a graph around operators with this tag."""
+    assert torch.Tag.cudagraph_unsafe in getattr(torch.ops.kt, op).default.tags
+
+
 @pytest.mark.parametrize("dynamic", [False, True])
 @pytest.mark.parametrize("training", [False, True])
 def test_compiled_equals_eager(device, training, dynamic):

@@ -235,9 +235,11 @@ def test_experts_on_the_device_are_an_error(device, argument):
 @pytest.mark.parametrize(
     "options,message",
     [
-        ({"topk_ids": torch.zeros(9, 2).long()}, "topk_ids must have as many rows as hidden_states, 12"),
-        ({"topk_weights": torch.zeros(13, 2)}, "topk_weights must have as many rows as hidden_states, 12"),
-        ({"topk_weights": torch.zeros(12, 3)}, "topk_weights must have shape"),
+        ({"topk_ids": torch.zeros(9, 2).long()}, "must have shape [num_tokens=12, top_k], got [9, 2]"),
+        ({"topk_ids": torch.zeros(12).long()}, "topk_ids must have shape [num_tokens=12, top_k], got [12]"),
+        ({"topk_weights": torch.zeros(13, 2)}, "must have shape [num_tokens=12, top_k=2], got [13, 2]"),
+        ({"topk_weights": torch.zeros(12, 3)}, "must have shape [num_tokens=12, top_k=2], got [12, 3]"),
+        ({"hidden_states": torch.zeros(64)}, "must have shape [num_tokens, hidden_size], got [64]"),
         ({"hidden_states": torch.zeros(12, 63)}, "gate_up_proj must have shape"),
         ({"gate_up_lora_A": torch.zeros(6, 3, 63)}, "gate_up_lora_A must have shape"),
         ({"activation": "tanh"}, "activation must be one of"),

@@ -202,6 +202,7 @@ def test_no_room(device, monkeypatch):
         ("cpu", "device must be an accelerator of this machine"),
         ("simgpu:1", "device must be simgpu:0 to simgpu:0, got simgpu:1"),
         ("gpu", "device must be an accelerator such as cuda, got 'gpu'"),
+        (None, "device must be an accelerator such as cuda, got None"),
     ],
 )
 def test_no_such_device(named, message):

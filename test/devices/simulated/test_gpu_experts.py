@@ -146,7 +146,10 @@ def test_layer(device, dtype, num_tokens):
     given = moe_inputs(T=num_tokens, H=64, I=32, E=4, K=2, dtype=dtype, invalid_ids=num_tokens > 0)
     routes = [given[name] for name in ("hidden_states", "topk_ids", "topk_weights")]
     with torch.no_grad():
-        expected = layer.experts(*routes)
+        with ktops.count_routes(layer) as counts:
+            expected = layer.experts(routes[0], top_k_index=routes[1], top_k_weights=routes[2])
+        known = routes[1][(routes[1] >= 0) & (routes[1] < 4)]
+        assert torch.equal(counts[0], known.bincount(minlength=4))
         ktops.offload_experts(layer, device, 2)
         actual = layer.experts(*(tensor.to(device) for tensor in routes))
     assert actual.dtype == dtype and actual.shape == expected.shape

@@ -1,6 +1,7 @@
 """Inputs on the simulated device, and the same on the CPU."""
 
 import pytest
+import torch
 from accelerate.state import AcceleratorState, PartialState
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -56,3 +57,10 @@ def on_device(given: dict, *names: str) -> dict:
     """Returns the same arguments with tokens and routes, and the tensors of these names, on the device."""
     moved = {name: given[name].detach().to(simulated_device.device()) for name in (*TOKENS, *names)}
     return {name: moved.get(name, value) for name, value in given.items()}
+
+
+def fake(x):
+    """Returns a fake tensor, not of the simulated device's own class; to be called in a FakeTensorMode."""
+    if not torch.is_tensor(x):
+        return x
+    return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device)

@@ -301,7 +301,8 @@ class KTExperts(nn.Module):
             lora: the LoRA arguments of :func:`ktops.moe_sft`: gate_up_lora_A, gate_up_scaling, ...
 
         Returns:
-            A tensor with the shape, dtype and device of hidden_states.
+            A tensor with the shape, dtype and device of hidden_states. On CUDA, without gradients, it is
+            pending: its first use collects the result, in stream order; see ``docs/devices.md``.
 
         Raises:
             RuntimeError: a wrong shape, dtype or device, as in :func:`ktops.moe_sft`.

@@ -1,4 +1,4 @@
-"""Calls that run in the order of a CUDA stream, or else in a background thread on copies in host memory."""
+"""Calls that run in the order of a CUDA stream, or else in a background thread on copies in CPU memory."""
 
 import functools
 import os
@@ -14,7 +14,7 @@ from ktops.devices.streams import captured
 from ktops.devices.transfer import download
 
 Call = Future[Tensor] | streams.Pending
-"""A call that has begun. Its ``result()`` is on the device of the stream, or in host memory."""
+"""A call that has begun. Its ``result()`` is on the device of the stream, or in CPU memory."""
 
 
 @functools.cache
@@ -51,7 +51,7 @@ def on_stream(cuda_stream, device: torch.device) -> AbstractContextManager:
 
 
 def in_host_memory(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Returns copies of tensors on a device; waits for them. Tensors in host memory are returned as they are.
+    """Returns copies of tensors on a device; waits for them. Tensors in CPU memory are returned as they are.
 
     Raises:
         RuntimeError: a CUDA graph is being captured.

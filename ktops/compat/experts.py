@@ -196,7 +196,7 @@ class ExpertsWrapper:
         """Returns hidden_states [T, H], topk_ids without experts computed elsewhere, and topk_weights.
 
         Args:
-            on_host: whether to return copies in host memory; otherwise they stay on their device.
+            on_host: whether to return copies in CPU memory; otherwise they stay on their device.
         """
         device, copy = hidden_states.device, hidden_states.is_cpu
         x = hidden_states.detach().reshape(-1, self.hidden_size)

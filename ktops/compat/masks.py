@@ -19,7 +19,7 @@ class SkippedExperts:
     """The experts of a layer that are computed elsewhere.
 
     Args:
-        mask: bool [E] in host memory.
+        mask: bool [E] in CPU memory.
     """
 
     def __init__(self, mask: Tensor) -> None:

@@ -361,19 +361,19 @@ class SFTWrapper(ExpertsWrapper):
 
 
 def grad_on_host(grad_output: Tensor) -> Tensor:
-    """Returns a copy in host memory, in the dtype of the computation."""
+    """Returns a copy in CPU memory, in the dtype of the computation."""
     grad_output = grad_output.detach().to(COMPUTE_DTYPE, copy=grad_output.is_cpu)
     return in_host_memory([grad_output])[0]
 
 
 def gradients(last: Forward, grad_output: Tensor) -> tuple[Tensor, ...]:
-    """Returns (grad_input, grad_weights, gradients of the op's LoRA tensors...), all in host memory."""
+    """Returns (grad_input, grad_weights, gradients of the op's LoRA tensors...), all in CPU memory."""
     leaves = last.hidden_states, last.weights, *last.adapters
     return torch.autograd.grad(last.output, leaves, grad_output)
 
 
 def on_device(result: Tensor, device: torch.device | str | None) -> Tensor:
-    """Returns a result, which is in host memory, on a device; None leaves it there."""
+    """Returns a result, which is in CPU memory, on a device; None leaves it there."""
     return result if device is None else upload(result, torch.device(device))
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from ktops.devices import pending, streams
 from ktops.devices.transfer import download, upload
 from ktops.ops.arguments import GRADIENTS, MoeArguments
-from ktops.ops.check_devices import LORA, ROUTES, check_devices
+from ktops.ops.check_devices import LORA, TOKENS, check_devices
 
 BACKENDS = ("cuda", "xpu", "privateuseone")
 """The accelerators, by the names that torch.library takes."""
@@ -24,11 +24,7 @@ _FROM_DEVICE = ("hidden_states", "topk_weights")
 def in_host_memory(arguments: MoeArguments) -> MoeArguments:
     """Returns the arguments with copies in CPU memory in place of tensors on another device."""
     values = arguments._asdict()
-    moved = [
-        name
-        for name in ("hidden_states", *ROUTES, *LORA)
-        if values[name] is not None and not values[name].is_cpu
-    ]
+    moved = [name for name in (*TOKENS, *LORA) if values[name] is not None and not values[name].is_cpu]
     copies = download([values[name] for name in moved])
     return MoeArguments(**values | dict(zip(moved, copies, strict=True)))
 

@@ -18,9 +18,9 @@ from ktops.devices.streams import captured
 from ktops.formats import Codes, get_format
 from ktops.ops.activation import gate
 from ktops.ops.arguments import TENSORS, MoeArguments
-from ktops.ops.check_devices import ROUTES, check_devices
+from ktops.ops.check_devices import TOKENS, check_devices
 
-PER_EXPERT = tuple(name for name in TENSORS if name not in ("hidden_states", *ROUTES))
+PER_EXPERT = tuple(name for name in TENSORS if name not in TOKENS)
 """The arguments with a first dimension of experts."""
 
 DENSE = "dense"

@@ -16,10 +16,9 @@ from torch import Tensor
 
 from ktops._warn import warn_once
 from ktops.ops.arguments import MoeArguments
+from ktops.ops.check_devices import TOKENS
 from ktops.ops.memory import register_pinned
 from ktops.ops.moe_fwd import empty_output
-
-_TOKENS = ("hidden_states", "topk_ids", "topk_weights")
 
 
 class Streams(Protocol):
@@ -173,8 +172,8 @@ def begin(arguments: MoeArguments) -> Pending:
     streams = STREAMS[device.type]
     stream = streams.current(device)
     with streams.use(stream), torch._C._AutoDispatchBelowAutograd():
-        tokens = (getattr(arguments, name).contiguous() for name in _TOKENS)
-        call = torch.ops.kt.moe_fwd_begin(*tokens, *arguments[len(_TOKENS) :], streams.address(stream))
+        tokens = (getattr(arguments, name).contiguous() for name in TOKENS)
+        call = torch.ops.kt.moe_fwd_begin(*tokens, *arguments[len(TOKENS) :], streams.address(stream))
         return Pending(call, streams, stream, arguments)
 
 
@@ -183,5 +182,11 @@ def synchronize() -> None:
 
     Raises:
         RuntimeError: one of them failed on the CPU; its output is NaN.
+
+    Example:
+        >>> with torch.no_grad():
+        ...     output = experts(hidden_states, ids, weights)
+        ...     ktops.devices.streams.synchronize()  # the call has read the weights
+        ...     experts.down_proj.mul_(0.5)
     """
     torch.ops.kt.synchronize_streams()

@@ -41,12 +41,15 @@ def count_routes(model: nn.Module) -> Iterator[Tensor]:
         raise ValueError(f"count_routes: all layers must have as many experts that take routes, got {sizes}")
     counts = torch.zeros(len(sizes), num_experts, dtype=torch.int64, device="cpu")
 
-    def count(row: Tensor, args: tuple) -> None:
-        ids = args[1].detach().flatten().cpu()
+    def count(row: Tensor, args: tuple, kwargs: dict) -> None:
+        ids = args[1] if len(args) > 1 else kwargs["top_k_index"]
+        ids = ids.detach().flatten().cpu()
         row += ids[(ids >= 0) & (ids < len(row))].bincount(minlength=len(row))
 
     hooks = [
-        module.register_forward_pre_hook(lambda _, args, row=row: count(row, args))
+        module.register_forward_pre_hook(
+            lambda _, args, kwargs, row=row: count(row, args, kwargs), with_kwargs=True
+        )
         for module, row in zip(found.values(), counts, strict=True)
     ]
     try:

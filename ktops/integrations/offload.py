@@ -12,9 +12,8 @@ from ktops._display import format_bytes
 from ktops.devices.accelerator import find_accelerator, require_room
 from ktops.integrations import peft
 from ktops.integrations.gpu_experts import bytes_of_copies, choose, require_grouped_mm
-from ktops.integrations.swap import require_experts
+from ktops.integrations.swap import experts_in_op
 from ktops.integrations.transformers.architectures import operands
-from ktops.integrations.transformers.coverage import experts_outside_op
 from ktops.integrations.transformers.outside import ForwardReplacement
 from ktops.nn.device_experts import copy_to_device
 from ktops.nn.host_memory import MOVES, ON_DEVICE, keep_in_host_memory
@@ -95,7 +94,7 @@ def offload_experts(
     """
     device = find_accelerator(device, "offload_experts")
     _require_placeable(model)
-    names, outside = _experts_in_op(model)
+    names, outside = experts_in_op(model, "offload_experts")
     staying = {id(tensor) for name in names for tensor in _tensors_of_experts(model, name)}
     moving = [tensor for tensor in _tensors(model) if id(tensor) not in staying]
     chosen = choose(model, names, num_gpu_experts, gpu_experts_mask)
@@ -139,19 +138,6 @@ def _require_placeable(model: nn.Module) -> None:
                 f"offload_experts: model must be in CPU memory, but accelerate has put it on {devices} "
                 "(hf_device_map). Load it without device_map"
             )
-
-
-def _experts_in_op(model: nn.Module) -> tuple[list[str], dict[str, str]]:
-    """Returns the names of the experts modules that the op runs, and name -> reason of the others."""
-    found = require_experts(model, "offload_experts")
-    _, outside = experts_outside_op(model)
-    names = [name for name in found if name not in outside]
-    if not names:
-        raise ValueError(
-            f"offload_experts: ktops runs none of the experts of {type(model).__name__}: "
-            f"{'; '.join(sorted(set(outside.values())))}. docs/models.md lists the models that it supports"
-        )
-    return names, outside
 
 
 def _parts(experts: nn.Module) -> list[nn.Module]:

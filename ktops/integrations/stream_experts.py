@@ -4,9 +4,8 @@ import warnings
 
 from torch import nn
 
-from ktops.integrations.transformers.coverage import experts_outside_op
-from ktops.nn.find import find_experts
-from ktops.nn.streaming import check_min_tokens
+from ktops.integrations.swap import experts_in_op
+from ktops.ops.moe_fwd_streamed import check_min_tokens
 
 
 def stream_experts(model: nn.Module, min_tokens: int | None) -> list[str]:
@@ -36,19 +35,12 @@ def stream_experts(model: nn.Module, min_tokens: int | None) -> list[str]:
         ['model.layers.0.mlp.experts', 'model.layers.1.mlp.experts']
     """
     check_min_tokens("stream_experts", "min_tokens", min_tokens)
-    found = find_experts(model)
-    _, reasons = experts_outside_op(model)
-    text = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
-    names = [name for name in found if name not in reasons]
-    if not names:
-        raise ValueError(
-            "stream_experts: model must have Mixture-of-Experts layers that run through ktops, got "
-            f"{type(model).__name__} with none. {text}".rstrip()
-        )
-    if reasons:
+    names, outside = experts_in_op(model, "stream_experts")
+    if outside:
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in outside.items())
         warnings.warn(
-            f"stream_experts: experts that do not run through ktops are unchanged: {text}", stacklevel=2
+            f"stream_experts: experts that do not run through ktops are unchanged: {reasons}", stacklevel=2
         )
     for name in names:
-        found[name].stream_min_tokens = min_tokens  # type: ignore[assignment]  # no tensor, no module
+        model.get_submodule(name).stream_min_tokens = min_tokens  # type: ignore[assignment]  # no tensor, no module
     return names

@@ -19,6 +19,7 @@ from ktops.integrations.transformers.architectures import (
     require_activation,
     require_weights,
 )
+from ktops.integrations.transformers.coverage import experts_outside_op
 from ktops.nn.expert_list import (
     ACTIVATION_NAMES,
     PROJECTION_NAMES,
@@ -130,6 +131,23 @@ def require_experts(model: nn.Module, function: str) -> dict[str, nn.Module]:
             "docs/models.md lists the models that ktops supports."
         )
     return found
+
+
+def experts_in_op(model: nn.Module, function: str) -> tuple[list[str], dict[str, str]]:
+    """Returns the names of the experts modules that the op runs, and name -> reason of the others.
+
+    Raises:
+        ValueError: it runs none; the message begins with the name of the calling function.
+    """
+    found = require_experts(model, function)
+    _, outside_op = experts_outside_op(model)
+    names = [name for name in found if name not in outside_op]
+    if not names:
+        raise ValueError(
+            f"{function}: ktops runs none of the experts of {type(model).__name__}: "
+            f"{'; '.join(sorted(set(outside_op.values())))}. docs/models.md lists the models that it supports"
+        )
+    return names, outside_op
 
 
 def _replacement(module: nn.Module, save: str) -> nn.Module:

@@ -6,13 +6,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ktops.devices.grouped import ALIGNMENT
 from ktops.formats import ExpertWeight
 from ktops.nn.host_memory import ON_DEVICE
 from ktops.nn.layout import Layout
 from ktops.ops.activation import ExpertFunction, gate
 
-RANK_MULTIPLE = 8
-"""grouped_mm needs rows of a multiple of 16 bytes; products with LoRA factors have rows of r numbers."""
+RANK_MULTIPLE = ALIGNMENT // 2
+"""Factors are padded to such ranks, whose rows are aligned in every dtype that the op supports."""
 
 
 class DeviceExperts(nn.Module):

@@ -12,7 +12,7 @@ from ktops.devices.pending import moe_sft_pending
 from ktops.formats import ExpertWeight
 from ktops.nn.host_memory import ON_DEVICE
 from ktops.nn.layout import Layout
-from ktops.nn.streaming import check_min_tokens, streaming_threshold
+from ktops.nn.streaming import streaming_threshold
 from ktops.ops import moe_sft
 from ktops.ops.activation import (
     ACTIVATIONS,
@@ -20,6 +20,7 @@ from ktops.ops.activation import (
     ExpertFunction,
     activation_arguments,
 )
+from ktops.ops.moe_fwd_streamed import check_min_tokens
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 """Supported dtypes of the experts' weights."""
@@ -294,12 +295,17 @@ class KTExperts(nn.Module):
 
         Args:
             hidden_states: [T, H] or with more leading dimensions; any floating dtype, cast to the weights'.
+                May be on an accelerator, and the routes with it.
             top_k_index: [T, K], int32 or int64; ids outside [0, E) contribute nothing.
             top_k_weights: [T, K].
             lora: the LoRA arguments of :func:`ktops.moe_sft`: gate_up_lora_A, gate_up_scaling, ...
 
         Returns:
-            A tensor with the shape and dtype of hidden_states.
+            A tensor with the shape, dtype and device of hidden_states. On CUDA, without gradients, it is
+            pending: its first use collects the result, in stream order; see ``docs/devices.md``.
+
+        Raises:
+            RuntimeError: a wrong shape, dtype or device, as in :func:`ktops.moe_sft`.
         """
         layout = self.layout
         gate_up_proj, down_proj = layout.weights(self)

@@ -13,9 +13,3 @@ def streaming_threshold(experts: Any, hidden_states: Tensor) -> int | None:
     if hidden_states.is_cpu or experts.training:
         return None
     return getattr(experts, "stream_min_tokens", None)
-
-
-def check_min_tokens(caller: str, argument: str, value: int | None) -> None:
-    """Raises ValueError, with the caller and the argument, unless the value is None or positive."""
-    if value is not None and value < 1:
-        raise ValueError(f"{caller}: {argument} must be positive or None, got {value}")

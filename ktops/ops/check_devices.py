@@ -6,6 +6,9 @@ from torch import Tensor
 ROUTES = ("topk_ids", "topk_weights")
 """Arguments of forward that must be on the device of hidden_states."""
 
+TOKENS = ("hidden_states", *ROUTES)
+"""Arguments that describe the tokens of a call; all others belong to the experts."""
+
 LORA = ("gate_up_lora_A", "gate_up_lora_B", "down_lora_A", "down_lora_B")
 """Arguments that may be on the device of the call or in CPU memory, in backward as well as in forward."""
 
@@ -24,12 +27,12 @@ def check_devices(op: torch._ops.OpOverload, *args) -> None:
     is_backward = "grad_output" in devices
     first = "grad_output" if is_backward else "hidden_states"
     own, cpu = devices.pop(first), torch.device("cpu")
-    either = ("hidden_states", *ROUTES, *LORA) if is_backward else LORA
+    either = (*TOKENS, *LORA) if is_backward else LORA
     for name, device in devices.items():
         allowed = [cpu, own] if name in either else [own] if name in ROUTES else [cpu]
         if device not in allowed:
             places = " or ".join(dict.fromkeys(map(str, allowed)))
-            experts = name not in (*ROUTES, *LORA, "hidden_states")
+            experts = name not in (*TOKENS, *LORA)
             advice = ". Move models by ktops.offload_experts, which leaves experts there" if experts else ""
             raise RuntimeError(
                 f"{op._schema.name}: {name} must be on {places} ({first} is on {own}), got {device}{advice}"

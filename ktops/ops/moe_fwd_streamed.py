@@ -14,6 +14,13 @@ from ktops.ops.moe_fwd import base_flops, empty_output, lora_flops
 PORTION_BYTES = 128 << 20
 """Bytes of weights that are copied at a time. A portion holds at least one expert."""
 
+
+def check_min_tokens(caller: str, argument: str, value: int | None) -> None:
+    """Raises ValueError, with the caller and the argument, unless the value is None or positive."""
+    if value is not None and value < 1:
+        raise ValueError(f"{caller}: {argument} must be positive or None, got {value}")
+
+
 _ARGUMENTS = (
     str(torch.ops.kt.moe_fwd.default._schema).removeprefix("kt::moe_fwd(").removesuffix(") -> Tensor")
 )

@@ -12,7 +12,7 @@ from ktops.ops.activation import activation_arguments
 from ktops.ops.arguments import ATTRIBUTES, FORWARD, GRADIENTS, TENSORS, MoeArguments, pick
 from ktops.ops.check_devices import check_devices
 from ktops.ops.moe_fwd import base_flops, empty_output, lora_flops
-from ktops.ops.moe_fwd_streamed import PORTION_BYTES
+from ktops.ops.moe_fwd_streamed import PORTION_BYTES, check_min_tokens
 
 _tensors = pick(*TENSORS)
 _attributes = pick(*ATTRIBUTES)
@@ -67,11 +67,10 @@ def _gradient_like(name: str, tensor: Tensor, grad_output: Tensor) -> Tensor:
 def _setup_context(ctx, inputs, output) -> None:
     ctx.set_materialize_grads(False)
     _, gate_up, xa, ha, *host = output
-    tensors = _tensors(inputs)
-    if host[0] is not None:
-        tensors = (*host, *tensors[len(host) :])
-    ctx.mark_non_differentiable(*(result for result in output[1:] if result is not None))
-    ctx.save_for_backward(*tensors, gate_up, xa, ha)
+    if host[0] is None:
+        host = []
+    ctx.mark_non_differentiable(gate_up, xa, ha, *host)
+    ctx.save_for_backward(*host, *_tensors(inputs)[len(host) :], gate_up, xa, ha)
     ctx.attributes = _attributes(inputs)
 
 
@@ -150,7 +149,7 @@ def moe_sft(
     compute: str = "auto",
     stream_min_tokens: int | None = None,
 ) -> Tensor:
-    """Computes the routed experts of a Mixture-of-Experts layer on the CPU, with optional LoRA.
+    """Computes the routed experts of a Mixture-of-Experts layer, in CPU memory, with optional LoRA.
 
     Differentiable. T tokens, K = top_k, E experts, H hidden_size, I intermediate_size, r LoRA rank. For token
     t and slot j, with e = topk_ids[t, j]::
@@ -198,6 +197,10 @@ def moe_sft(
 
     Raises:
         RuntimeError: if an argument has the wrong shape, dtype, device or value. The message names it.
+        ValueError: stream_min_tokens is not positive.
+
+    hidden_states may be on an accelerator, with topk_ids and topk_weights; the result and their gradients are
+    there, too. All other tensors must be in CPU memory, but LoRA tensors may also be on that device.
 
     Tensors may have any strides. Weights stored as [E, in, out] are given as views, ``weight.mT``; their
     gradients have the same layout. Biases and LoRA tensors may have any of the four dtypes. Each gradient
@@ -212,6 +215,8 @@ def moe_sft(
         >>> y = ktops.moe_sft(x, ids, w, torch.randn(E, 2 * I, H), torch.randn(E, H, I))
         >>> y.sum().backward()
     """
+    if stream_min_tokens is not None:
+        check_min_tokens("moe_sft", "stream_min_tokens", stream_min_tokens)
     if topk_weights is None:
         topk_weights = _no_weights(hidden_states, topk_ids, reduce)
     gate_up, gate_up_scale, gate_up_zero, gate_up_format, gate_up_group_size = gate_up_proj, *_DENSE

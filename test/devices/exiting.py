@@ -3,6 +3,7 @@
 Prints a line for each: STAGE, WAY, the exit status, and as a literal what was written to stderr.
 """
 
+import atexit
 import contextlib
 import ctypes
 import os
@@ -77,7 +78,7 @@ def captured(cuda: FakeCuda, stream: Stream) -> None:
 
 
 def other_thread(cuda: FakeCuda, stream: Stream) -> None:
-    """A thread of Python begins calls until it is told not to."""
+    """A thread of Python begins calls until it is told not to. Python itself does not wait for it."""
 
     def work() -> None:
         try:
@@ -89,7 +90,8 @@ def other_thread(cuda: FakeCuda, stream: Stream) -> None:
             assert str(error) == "kt::moe_fwd: Python is exiting"
 
     started = threading.Event()
-    threading.Thread(target=work, daemon=True).start()
+    threads.append(threading.Thread(target=work, daemon=True))
+    threads[0].start()
     started.wait()
 
 
@@ -107,6 +109,15 @@ def forked(cuda: FakeCuda, stream: Stream) -> None:
 
 
 calls: list = []
+threads: list[threading.Thread] = []
+
+
+@atexit.register  # before the hook of ktops, so that it runs after it
+def join() -> None:
+    """Waits for threads: Python ends one that is inside PyTorch with a crash, without ktops too."""
+    for thread in threads:
+        thread.join()
+
 
 CASES = (
     *((stage, "drain") for stage in (begun, ended, computing, computed, collected, captured, other_thread)),

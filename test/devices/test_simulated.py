@@ -12,7 +12,7 @@ import ktops
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
-HELPERS = [ROOT / "test" / folder for folder in ("integrations", "cli", "checkpoints")]
+HELPERS = [ROOT / "test" / folder for folder in ("integrations", "cli", "checkpoints", "compat")]
 
 OP_TESTS = (
     "test_moe_sft.py",
@@ -23,8 +23,9 @@ OP_TESTS = (
     "test_determinism.py",
     "test_formats.py::test_a_format_and_a_group_size_for_each_projection",
 )
-ONLY_ON_THE_CPU = "fake_results or compiled or without_a_copy"
-"""Tests that move tensors themselves or count what the CPU does; ``simulated`` has their counterparts."""
+ONLY_ON_THE_CPU = "fake_results or compiled or without_a_copy or wide_slabs or many_terms"
+"""Tests that move tensors themselves or count what the CPU does, whose counterparts are in ``simulated``, and
+large sizes at which kernels, but not devices, compute in another way."""
 
 
 def run(folder: Path, *arguments: str) -> dict[str, int]:

@@ -45,7 +45,7 @@ class OperatorsInOrder(TorchDispatchMode):
         return self._own(host.clone())
 
     def read(self, tensor: Tensor) -> Tensor:
-        """Returns a copy in host memory of what a tensor holds now."""
+        """Returns a copy in CPU memory of what a tensor holds now."""
         with torch._C._DisableTorchDispatch():
             return tensor.clone()
 

@@ -5,9 +5,9 @@ import functools
 import torch
 from gpu.runtime import Runtime
 
+from ktops.ops.check_devices import TOKENS
 from ktops.testing.inputs import moe_inputs
 
-TOKENS = ("hidden_states", "topk_ids", "topk_weights")
 SMALL = {"T": 33, "H": 64, "I": 32, "E": 4, "K": 2}
 
 

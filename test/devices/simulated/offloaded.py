@@ -2,6 +2,7 @@
 
 import every_model
 import torch
+from model_runs import MODEL_BUDGET
 from model_support import SWAPPED
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft_models import randomize
@@ -10,6 +11,7 @@ from torch import nn
 import ktops
 from ktops.integrations.peft import expert_target_parameters
 from ktops.testing import simulated_device
+from ktops.testing.budgets import relative_error
 
 CPU = torch.device("cpu")
 
@@ -46,6 +48,18 @@ def loss_and_gradients(model: nn.Module, folder: str) -> dict[str, torch.Tensor]
     found = {name: tensor.detach().cpu() for name, tensor in ({"loss": loss} | named).items()}
     model.zero_grad(set_to_none=True)
     return found
+
+
+def require_close(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    assert actual.keys() == expected.keys() and len(actual) > 1
+    for name, value in expected.items():
+        assert relative_error(actual[name], value) < MODEL_BUDGET, name
+
+
+@torch.no_grad()
+def logits(model: nn.Module, folder: str) -> torch.Tensor:
+    """Returns logits, computed on the model's device, on the CPU."""
+    return model(**batch(folder, model.device)).logits.cpu()
 
 
 def on_cpu(model: nn.Module) -> set[str]:

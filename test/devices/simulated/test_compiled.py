@@ -3,7 +3,7 @@
 import pytest
 import torch
 from functorch.compile import make_boxed_func
-from simulated.conftest import TOKENS, inputs, on_device
+from simulated.conftest import TOKENS, fake, inputs, on_device
 from torch._dynamo.backends.common import aot_autograd
 from torch._subclasses import FakeTensorMode
 
@@ -62,14 +62,8 @@ def test_opcheck(device, op):
     torch.library.opcheck(getattr(torch.ops.kt, op).default, arguments, test_utils=tests)
 
 
-def fake(given: dict) -> dict:
-    """Returns fake tensors in place of tensors, not of the simulated device's own class."""
-    return {
-        name: torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device)
-        if torch.is_tensor(x)
-        else x
-        for name, x in given.items()
-    }
+def all_fake(given: dict) -> dict:
+    return {name: fake(value) for name, value in given.items()}
 
 
 def description(results) -> list:
@@ -88,14 +82,14 @@ def test_fake_kernels_describe_the_real_ones(device, moved):
         return description([torch.ops.kt.moe_fwd(*arguments), *forward, *backward])
 
     with FakeTensorMode():
-        fake_results = results(fake(given))
+        fake_results = results(all_fake(given))
     assert fake_results == results(given)
 
 
 def test_fake_kernels_refuse_what_the_real_ones_refuse(device):
     given = on_device(inputs(), "down_proj")
     with FakeTensorMode(), pytest.raises(RuntimeError, match="down_proj must be on cpu"):
-        ktops.moe_sft(**fake(given))
+        ktops.moe_sft(**all_fake(given))
 
 
 def test_the_graph_has_one_operator_each_way(device):
@@ -108,7 +102,7 @@ def test_the_graph_has_one_operator_each_way(device):
 
     backend = aot_autograd(fw_compiler=record, bw_compiler=record)
     with FakeTensorMode():
-        given = require_grad(fake(on_device(inputs())), *TRAINED)
+        given = require_grad(all_fake(on_device(inputs())), *TRAINED)
         torch.compile(layer, fullgraph=True, backend=backend)(**given).sum().backward()
         assert all(given[name].grad.device == given[name].device for name in TRAINED)
     names = [[str(node.target) for node in graph if "getitem" not in node.name] for graph in graphs]

@@ -5,7 +5,7 @@ import pytest
 import torch
 import transformers
 from model_runs import MODEL_BUDGET
-from simulated.offloaded import batch, loss_and_gradients, on_cpu, with_adapters
+from simulated.offloaded import batch, logits, loss_and_gradients, on_cpu, require_close, with_adapters
 from test_quantizer import write_fp8
 from tiny_models import tiny_config
 from transformers import AutoModelForCausalLM
@@ -36,11 +36,6 @@ def load(path, **options):
     return AutoModelForCausalLM.from_pretrained(
         path, experts_implementation="ktops", attn_implementation="eager", **options
     )
-
-
-@torch.no_grad()
-def logits(model, folder: str) -> torch.Tensor:
-    return model(**batch(folder, model.device)).logits.cpu()
 
 
 def layer_map(device) -> dict:
@@ -119,9 +114,7 @@ def test_to_does_not_move_experts(device, saved, folder):
     expected = loss_and_gradients(model, folder)
     model.to(device)
     assert all(".experts." in name for name in on_cpu(model)) and on_cpu(model)
-    actual = loss_and_gradients(model, folder)
-    assert actual.keys() == expected.keys()
-    assert all(relative_error(actual[name], value) < MODEL_BUDGET for name, value in expected.items())
+    require_close(loss_and_gradients(model, folder), expected)
 
 
 @one

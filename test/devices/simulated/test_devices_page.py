@@ -7,7 +7,6 @@ from pathlib import Path
 import every_model
 import pytest
 import torch
-from accelerate.state import AcceleratorState, PartialState
 from simulated.conftest import on_device
 from simulated.offloaded import on_cpu
 from transformers import BatchEncoding
@@ -40,21 +39,10 @@ class Tokenizer:
         return " ".join(map(str, ids.tolist()))
 
 
-@pytest.fixture
-def trainer_on_device(device, monkeypatch):
-    def forget() -> None:
-        AcceleratorState._reset_state()
-        PartialState._reset_state()
-
-    forget()
-    monkeypatch.setenv("ACCELERATE_TORCH_DEVICE", str(device))
-    yield
-    forget()
-
-
-def test_examples_in_order(enabled, single_thread, device, trainer_on_device, tmp_path, monkeypatch, capsys):
+def test_examples_in_order(enabled, single_thread, device, trainers_use, tmp_path, monkeypatch, capsys):
     """Training lasts for two steps here, without what transformers allows only on known devices."""
     monkeypatch.chdir(tmp_path)
+    trainers_use(device)
     every_model.tiny_model("qwen3_moe", num_experts=8).to(torch.bfloat16).save_pretrained("model")
     row = {name: tensor[0] for name, tensor in every_model.tiny_batch("qwen3_moe").items()}
     names = {"path": "model", "tokenizer": Tokenizer(), "dataset": [row] * 16}

@@ -4,25 +4,13 @@ import itertools
 
 import pytest
 import run_on_gpu
-from accelerate.state import AcceleratorState, PartialState
 from gpu_runtimes import Simulated
 
 pytestmark = pytest.mark.usefixtures("enabled", "single_thread")
 
 
-@pytest.fixture
-def device_of_trainers(device, monkeypatch):
-    def forget():
-        AcceleratorState._reset_state()
-        PartialState._reset_state()
-
-    forget()
-    monkeypatch.setenv("ACCELERATE_TORCH_DEVICE", str(device))
-    yield
-    forget()
-
-
-def test_every_check_passes(device_of_trainers, capsys):
+def test_every_check_passes(device, trainers_use, capsys):
+    trainers_use(device)
     status = run_on_gpu.run(Simulated(), [], itertools.count().__next__)
     printed = capsys.readouterr().out
     assert status == 0, printed

@@ -6,7 +6,15 @@ import re
 import pytest
 import torch
 from model_runs import MODEL_BUDGET
-from simulated.offloaded import batch, loss_and_gradients, model_on_cpu, on_cpu, with_adapters
+from simulated.offloaded import (
+    batch,
+    logits,
+    loss_and_gradients,
+    model_on_cpu,
+    on_cpu,
+    require_close,
+    with_adapters,
+)
 from torch import nn
 
 import ktops
@@ -32,17 +40,6 @@ def frozen(model):
         for weight in module.parameters(recurse=False):
             weight.requires_grad_(False)
     return model
-
-
-def require_close(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
-    assert actual.keys() == expected.keys() and len(actual) > 1
-    for name, value in expected.items():
-        assert relative_error(actual[name], value) < MODEL_BUDGET, name
-
-
-@torch.no_grad()
-def logits(model, folder: str) -> torch.Tensor:
-    return model(**batch(folder, model.device)).logits.cpu()
 
 
 @pytest.mark.parametrize("folder", ["qwen3_moe", "deepseek_v3", "gpt_oss", "muse_spark", "longcat_flash"])
@@ -149,7 +146,10 @@ def test_layer(device, dtype, num_tokens):
     given = moe_inputs(T=num_tokens, H=64, I=32, E=4, K=2, dtype=dtype, invalid_ids=num_tokens > 0)
     routes = [given[name] for name in ("hidden_states", "topk_ids", "topk_weights")]
     with torch.no_grad():
-        expected = layer.experts(*routes)
+        with ktops.count_routes(layer) as counts:
+            expected = layer.experts(routes[0], top_k_index=routes[1], top_k_weights=routes[2])
+        known = routes[1][(routes[1] >= 0) & (routes[1] < 4)]
+        assert torch.equal(counts[0], known.bincount(minlength=4))
         ktops.offload_experts(layer, device, 2)
         actual = layer.experts(*(tensor.to(device) for tensor in routes))
     assert actual.dtype == dtype and actual.shape == expected.shape

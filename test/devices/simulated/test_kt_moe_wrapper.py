@@ -1,19 +1,14 @@
 """KTMoEWrapper with tokens on a device: results of the CPU, each tensor copied once."""
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
+from tiny_layer import ALPHA, RANK, SIZES, TOKENS, adapters, inputs, make
 from torch import nn
 
 from ktops.compat import lora
 from ktops.compat.kt_kernel.sft.autograd import KTMoEFunction
 from ktops.compat.layer import Adapters, experts_of
 from ktops.testing.simulated_device import traffic
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "compat"))
-from tiny_layer import ALPHA, RANK, SIZES, TOKENS, adapters, inputs, make
 
 pytestmark = pytest.mark.usefixtures("single_thread")
 

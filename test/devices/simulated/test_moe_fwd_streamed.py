@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from simulated.conftest import inputs, on_device
+from simulated.conftest import fake, inputs, on_device
 from streams import World
 from torch._subclasses import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
@@ -257,13 +257,6 @@ def test_no_gradient(device):
     output = torch.ops.kt.moe_fwd_streamed(*op_arguments(given), 1)
     with pytest.raises(RuntimeError, match="moe_fwd_streamed is for inference and has no gradient"):
         output.sum().backward()
-
-
-def fake(x):
-    """Returns a fake tensor in place of a tensor, not of the simulated device's own class."""
-    if not torch.is_tensor(x):
-        return x
-    return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device)
 
 
 @pytest.mark.parametrize("reduce", [True, False])

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState, PartialState
 from peft_models import adapted
 from simulated.offloaded import on_cpu
 from test_trainer import adapters, losses, trainer
@@ -14,24 +13,18 @@ pytestmark = pytest.mark.usefixtures("enabled", "single_thread")
 
 
 @pytest.fixture
-def train(tmp_path, monkeypatch):
+def train(tmp_path, trainers_use):
     """``train(model, device)`` trains for three steps on a device; returns the Trainer."""
 
-    def forget_device():
-        AcceleratorState._reset_state()
-        PartialState._reset_state()
-
     def train(model, device: torch.device):
-        forget_device()
-        monkeypatch.setenv("ACCELERATE_TORCH_DEVICE", str(device))
+        trainers_use(device)
         options = {"max_steps": 3, "save_strategy": "steps", "save_steps": 2, "dataloader_pin_memory": False}
         run = trainer(tmp_path / device.type, model, use_cpu=device.type == "cpu", **options)
         assert run.args.device == device
         run.train()
         return run
 
-    yield train
-    forget_device()
+    return train
 
 
 def test_trains_as_on_the_cpu(device, train, tmp_path):

@@ -5,8 +5,7 @@ import re
 
 import pytest
 import torch
-from simulated.conftest import SIZES, TOKENS, inputs, on_device
-from torch.utils._python_dispatch import TorchDispatchMode
+from simulated.conftest import SIZES, TOKENS, Calls, inputs, on_device
 from torch.utils.checkpoint import checkpoint
 
 import ktops
@@ -159,19 +158,6 @@ def test_backward_takes_tokens_from_either(device):
         for name, value, wanted in zip(GRADIENTS, actual, expected, strict=True):
             assert (value.device == device) == (name in ("hidden_states", "topk_weights")), name
             assert torch.equal(value.cpu(), wanted), name
-
-
-class Calls(TorchDispatchMode):
-    """Counts the kt operators that run."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: list[str] = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func.namespace == "kt":
-            self.names.append(func._schema.name.removeprefix("kt::"))
-        return func(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize(

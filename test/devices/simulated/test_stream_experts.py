@@ -5,10 +5,9 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from simulated.conftest import TOKENS, inputs, on_device
+from simulated.conftest import TOKENS, Calls, inputs, on_device
 from torch import nn
 from torch._dynamo.testing import AotEagerAndRecordGraphs
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import ktops
 from ktops.nn import KTExpertList, KTExperts, KTExpertSequence
@@ -20,19 +19,6 @@ pytestmark = pytest.mark.usefixtures("single_thread")
 E, H, I, K = 4, 64, 32, 2  # noqa: E741
 
 
-class Operators(TorchDispatchMode):
-    """Records the names of the kt operators that run."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: list[str] = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func.namespace == "kt":
-            self.names.append(func._schema.name.removeprefix("kt::"))
-        return func(*args, **(kwargs or {}))
-
-
 def tokens(count: int, *shape: int) -> tuple[torch.Tensor, ...]:
     given = inputs(T=count)
     x, ids, weights = (given[name] for name in TOKENS)
@@ -40,16 +26,16 @@ def tokens(count: int, *shape: int) -> tuple[torch.Tensor, ...]:
 
 
 def run(module: nn.Module, given: tuple[torch.Tensor, ...], device, **lora) -> list[str]:
-    """Runs a module with tokens on the device; returns the operators after comparing with the CPU."""
+    """Compares a module with the CPU, with tokens on the device; returns the operators that ran there."""
     expected = module(*given, **lora)
-    with Operators() as operators:
+    with Calls() as calls:
         actual = module(*(x.to(device) for x in given), **lora)
     assert actual.device == device and actual.shape == expected.shape
-    if operators.names == ["moe_fwd_streamed"]:
+    if calls.names == ["moe_fwd_streamed"]:
         assert relative_error(actual.cpu(), expected) <= forward_budget(torch.float32)
     else:
         assert torch.equal(actual.cpu(), expected)
-    return operators.names
+    return calls.names
 
 
 @torch.no_grad()
@@ -72,9 +58,9 @@ def test_tokens_are_counted_over_all_dimensions(device):
 def test_no_effect_on_the_cpu(device):
     given = inputs(T=8)
     expected = ktops.moe_sft(**given)
-    with Operators() as operators:
+    with Calls() as calls:
         assert torch.equal(ktops.moe_sft(**given, stream_min_tokens=1), expected)
-    assert operators.names == ["moe_fwd"]
+    assert calls.names == ["moe_fwd"]
 
 
 def test_with_gradients_the_experts_stay_on_the_cpu(device):
@@ -83,19 +69,19 @@ def test_with_gradients_the_experts_stay_on_the_cpu(device):
     results = []
     for options in ({}, {"stream_min_tokens": 1}):
         leaves = require_grad(on_device(given), *names)
-        with Operators() as operators:
+        with Calls() as calls:
             output = ktops.moe_sft(**leaves, **options)
             results.append([output, *torch.autograd.grad(output.sum(), [leaves[name] for name in names])])
-        assert operators.names == ["moe_sft_fwd", "moe_sft_bwd"]
+        assert calls.names == ["moe_sft_fwd", "moe_sft_bwd"]
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
 @torch.no_grad()
 def test_routes_without_weights(device):
     given = on_device(inputs(T=8)) | {"topk_weights": None, "reduce": False}
-    with Operators() as operators:
+    with Calls() as calls:
         output = ktops.moe_sft(**given, stream_min_tokens=8)
-    assert operators.names == ["moe_fwd_streamed"] and output.shape == (8, K, H)
+    assert calls.names == ["moe_fwd_streamed"] and output.shape == (8, K, H)
     expected = ktops.moe_sft(**inputs(T=8) | {"topk_weights": None, "reduce": False})
     assert relative_error(output.cpu(), expected) <= forward_budget(torch.float32)
 
@@ -192,7 +178,11 @@ def test_errors(device):
         ktops.stream_experts(nn.ModuleDict({"experts": stacked()}), 0)
     with pytest.raises(ValueError, match="KTExperts: stream_min_tokens must be positive or None, got -1"):
         KTExperts(E, H, I, stream_min_tokens=-1)
-    with pytest.raises(ValueError, match=r"must have Mixture-of-Experts layers .* got Linear"):
+    with pytest.raises(ValueError, match="moe_sft: stream_min_tokens must be positive or None, got 0"):
+        ktops.moe_sft(**inputs(), stream_min_tokens=0)
+    with pytest.raises(
+        ValueError, match="stream_experts: model must have Mixture-of-Experts layers, got Linear"
+    ):
         ktops.stream_experts(nn.Linear(2, 2), 8)
 
 
@@ -204,7 +194,9 @@ def test_experts_outside_the_op_are_named(device):
     ):
         assert ktops.stream_experts(model, 8) == ["a.experts"]
     del model["a"]
-    with pytest.raises(ValueError, match=r"that run through ktops, got ModuleDict with none\. b\.experts: "):
+    with pytest.raises(
+        ValueError, match="stream_experts: ktops runs none of the experts of ModuleDict: torch"
+    ):
         ktops.stream_experts(model, 8)
 
 

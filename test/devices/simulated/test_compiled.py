@@ -101,7 +101,8 @@ def test_the_graph_has_one_operator_each_way(device):
         return make_boxed_func(graph.forward)
 
     backend = aot_autograd(fw_compiler=record, bw_compiler=record)
-    with FakeTensorMode():
+    # A FakeTensorMode is not made for the engine's second thread, that of the device.
+    with FakeTensorMode(), torch.autograd.set_multithreading_enabled(False):
         given = require_grad(all_fake(on_device(inputs())), *TRAINED)
         torch.compile(layer, fullgraph=True, backend=backend)(**given).sum().backward()
         assert all(given[name].grad.device == given[name].device for name in TRAINED)

@@ -12,8 +12,8 @@ from ktops._warn import warn_once
 from ktops.compat import gpu_buffers
 from ktops.compat.calls import Call, now, on_stream, worker
 from ktops.compat.experts import ExpertsWrapper, expect_shape
-from ktops.compat.masks import entries
 from ktops.devices import streams
+from ktops.devices.grouped import clamp_ids
 from ktops.devices.streams import captured
 from ktops.devices.transfer import upload
 
@@ -69,7 +69,7 @@ class InferenceWrapper(ExpertsWrapper):
         all routes to an expert that these select for any token, because its weights are read anyway.
         """
         protected_k = max(0, min(protected_k, expert_ids.shape[1]))
-        ids = entries(expert_ids, self.num_experts).long()
+        ids = clamp_ids(expert_ids, self.num_experts).long()
         protected = ids.new_zeros(self.num_experts + 1, dtype=torch.bool)
         chosen = ids.gather(1, expert_scores.topk(protected_k, dim=1).indices)
         protected.scatter_(0, chosen.flatten(), True)

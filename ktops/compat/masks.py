@@ -3,16 +3,12 @@
 import torch
 from torch import Tensor
 
+from ktops.devices.grouped import clamp_ids
 from ktops.devices.streams import captured
 from ktops.devices.transfer import PINNED
 
 _read_by_graphs: list[Tensor] = []
 """Masks in pinned memory. A CUDA graph reads that of its layer at each launch, and may outlive the layer."""
-
-
-def entries(ids: Tensor, num_experts: int) -> Tensor:
-    """Returns the index of each id in a tensor of num_experts + 1 entries, the last for unknown ids."""
-    return ids.clamp(-1, num_experts).remainder(num_experts + 1)
 
 
 class SkippedExperts:
@@ -43,7 +39,7 @@ class SkippedExperts:
         # A copy with non_blocking reads pinned memory in stream order, and other memory before it returns.
         source = self._skipped if in_graph else self._skipped.clone()
         skipped = source.to(ids.device, non_blocking=True, copy=True)
-        return ids.masked_fill(skipped[entries(ids, len(self.mask))], -1)
+        return ids.masked_fill(skipped[clamp_ids(ids, len(self.mask))], -1)
 
     def _pin(self, in_graph: bool) -> None:
         """Moves the mask to pinned memory, from which a graph can copy it."""

@@ -68,9 +68,7 @@ class Routes(NamedTuple):
     @classmethod
     def sort(cls, topk_ids: Tensor, num_experts: int) -> "Routes":
         """Sorts the routes. Waits for the device, since the host must know which weights to copy."""
-        ids = topk_ids.reshape(-1)
-        ids = torch.where((ids >= 0) & (ids < num_experts), ids, num_experts)
-        ids, order = ids.sort(stable=True)
+        ids, order = clamp_ids(topk_ids.reshape(-1), num_experts).sort(stable=True)
         every = torch.arange(num_experts + 1, dtype=ids.dtype, device=ids.device)
         (offsets,) = download([torch.searchsorted(ids, every, out_int32=True)])
         bounds = offsets.tolist()
@@ -78,6 +76,11 @@ class Routes(NamedTuple):
         ends = [bounds[e + 1] for e in experts]
         on_device = upload(torch.tensor(ends, dtype=torch.int32, device="cpu"), order.device)
         return cls(order, experts, Segments([0, *ends], on_device))
+
+
+def clamp_ids(ids: Tensor, num_experts: int) -> Tensor:
+    """Returns ids with num_experts in place of those outside [0, num_experts); waits for no device."""
+    return ids.masked_fill((ids < 0) | (ids >= num_experts), num_experts)
 
 
 def accumulator(dtype: torch.dtype) -> torch.dtype:

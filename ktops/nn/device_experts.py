@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ktops.devices.grouped import ALIGNMENT
+from ktops.devices.grouped import ALIGNMENT, clamp_ids
 from ktops.formats import ExpertWeight
 from ktops.nn.host_memory import ON_DEVICE
 from ktops.nn.layout import Layout
@@ -75,8 +75,7 @@ class DeviceExperts(nn.Module):
 
     def slots_of(self, ids: Tensor) -> Tensor:
         """Returns the slots of ids [T, K], G for experts that are not here."""
-        num_experts = len(self.slots) - 1
-        return self.slots[ids.masked_fill((ids < 0) | (ids >= num_experts), num_experts)]
+        return self.slots[clamp_ids(ids, len(self.slots) - 1)]
 
     def others(self, ids: Tensor) -> Tensor:
         """Returns ids [T, K] with -1 in place of experts that are here."""

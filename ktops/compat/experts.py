@@ -17,15 +17,9 @@ from ktops.compat.weights import expert_order, from_checkpoint, from_tensors
 from ktops.devices import streams
 from ktops.formats import ExpertWeight
 from ktops.ops.activation import ExpertFunction
-from ktops.ops.arguments import MoeArguments
-from ktops.ops.moe_sft import in_format
+from ktops.ops.moe_sft import moe_arguments
 
 COMPUTE_DTYPE = torch.bfloat16
-
-_NOT_GIVEN: dict[str, Any] = dict.fromkeys(MoeArguments._fields) | {
-    "gate_up_scaling": 1.0,
-    "down_scaling": 1.0,
-}
 
 
 def expect_shape(name: str, tensor: Tensor, shape: Sequence[int | str]) -> None:
@@ -221,7 +215,7 @@ class ExpertsWrapper:
     def _begin(self, submit: Callable[..., Future], x: Tensor, ids: Tensor, weights: Tensor, **lora) -> Call:
         """Starts a forward for inference, in stream order where that is possible, or else by ``submit``."""
         if streams.available(x.device.type):
-            return streams.begin(self._arguments(x, ids, weights, **lora))
+            return streams.begin(moe_arguments(**self._arguments(x, ids, weights, **lora)))
         return submit(self._infer, x, ids, weights, **lora)
 
     @torch.no_grad()
@@ -229,28 +223,20 @@ class ExpertsWrapper:
         return self._run(hidden_states, ids, weights, **lora)
 
     def _run(self, hidden_states: Tensor, ids: Tensor, weights: Tensor, **lora) -> Tensor:
-        assert self.gate_up_proj is not None and self.down_proj is not None
-        return ktops.moe_sft(
-            hidden_states,
-            ids,
-            weights,
-            self.gate_up_proj,
-            self.down_proj,
-            compute=self.compute,
+        return ktops.moe_sft(**self._arguments(hidden_states, ids, weights, **lora))
+
+    def _arguments(self, hidden_states: Tensor, ids: Tensor, weights: Tensor, **lora) -> dict[str, Any]:
+        """Returns the keyword arguments of ``ktops.moe_sft``."""
+        return {
+            "hidden_states": hidden_states,
+            "topk_ids": ids,
+            "topk_weights": weights,
+            "gate_up_proj": self.gate_up_proj,
+            "down_proj": self.down_proj,
+            "compute": self.compute,
             **self.function._asdict(),
             **lora,
-        )
-
-    def _arguments(self, hidden_states: Tensor, ids: Tensor, weights: Tensor, **lora) -> MoeArguments:
-        """Returns the arguments with which :meth:`_run` calls kt::moe_fwd."""
-        given: dict[str, Any] = {"hidden_states": hidden_states, "topk_ids": ids, "topk_weights": weights}
-        for prefix, weight in (("gate_up", self.gate_up_proj), ("down", self.down_proj)):
-            assert weight is not None
-            names = (f"{prefix}_{part}" for part in ("proj", "scale", "zero", "format", "group_size"))
-            given |= zip(names, in_format(weight), strict=True)
-        sizes = {"num_experts": self.num_experts, "intermediate_size": self.moe_intermediate_size}
-        options = {"compute": self.compute, "reduce": True, **self.function._asdict()}
-        return MoeArguments(**_NOT_GIVEN | given | sizes | options | lora)
+        }
 
 
 def _mask(gpu_experts_mask: Tensor | None, num_gpu_experts: int, num_experts: int) -> Tensor:

@@ -57,7 +57,11 @@ def lora_flops(shapes: MoeArguments) -> int:
     return num_tokens * top_k * flops
 
 
+def forward_flops(shapes: MoeArguments) -> int:
+    """Returns the FLOPs of a forward: of the base weights and of both adapters."""
+    return sum(base_flops(shapes)) + lora_flops(shapes)
+
+
 @register_flop_formula(torch.ops.kt.moe_fwd)
 def _flops(*args, out_shape=None, **kwargs) -> int:
-    shapes = MoeArguments(*args)
-    return sum(base_flops(shapes)) + lora_flops(shapes)
+    return forward_flops(MoeArguments(*args))

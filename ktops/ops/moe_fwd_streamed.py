@@ -9,7 +9,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from ktops.ops.arguments import MoeArguments
 from ktops.ops.check_devices import check_devices
-from ktops.ops.moe_fwd import base_flops, empty_output, lora_flops
+from ktops.ops.moe_fwd import empty_output, forward_flops
 
 PORTION_BYTES = 128 << 20
 """Bytes of weights that are copied at a time. A portion holds at least one expert."""
@@ -49,5 +49,4 @@ torch.library.register_autograd("kt::moe_fwd_streamed", _backward)
 @register_flop_formula(torch.ops.kt.moe_fwd_streamed)
 def _flops(*args, out_shape=None, **kwargs) -> int:
     *shared, _ = args
-    shapes = MoeArguments(*shared)
-    return sum(base_flops(shapes)) + lora_flops(shapes)
+    return forward_flops(MoeArguments(*shared))

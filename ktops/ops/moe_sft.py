@@ -1,6 +1,8 @@
 """kt::moe_sft_fwd and kt::moe_sft_bwd: one MoE layer, differentiable."""
 
+import inspect
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,7 +13,7 @@ from ktops.formats.expert_weight import ExpertWeight
 from ktops.ops.activation import activation_arguments
 from ktops.ops.arguments import ATTRIBUTES, FORWARD, GRADIENTS, TENSORS, MoeArguments, pick
 from ktops.ops.check_devices import check_devices
-from ktops.ops.moe_fwd import base_flops, empty_output, lora_flops
+from ktops.ops.moe_fwd import base_flops, empty_output, forward_flops, lora_flops
 from ktops.ops.moe_fwd_streamed import PORTION_BYTES, check_min_tokens
 
 _tensors = pick(*TENSORS)
@@ -95,8 +97,7 @@ torch.library.register_autograd("kt::moe_sft_bwd", _double_backward)
 @register_flop_formula(torch.ops.kt.moe_sft_fwd)
 def _forward_flops(*args, out_shape=None, **kwargs) -> int:
     *shared, _ = args
-    shapes = MoeArguments(*shared)
-    return sum(base_flops(shapes)) + lora_flops(shapes)
+    return forward_flops(MoeArguments(*shared))
 
 
 @register_flop_formula(torch.ops.kt.moe_sft_bwd)
@@ -254,6 +255,34 @@ def moe_sft(
         return torch.ops.kt.moe_fwd(*arguments)
     with torch._C._AutoDispatchBelowAutograd():  # no gradient to refuse; autograd takes longer than the op
         return torch.ops.kt.moe_fwd(*arguments)
+
+
+_NOT_GIVEN: dict[str, Any] = dict.fromkeys(MoeArguments._fields) | {
+    name: parameter.default
+    for name, parameter in inspect.signature(moe_sft).parameters.items()
+    if name in MoeArguments._fields and parameter.default is not parameter.empty
+}
+
+
+def moe_arguments(**given: Any) -> MoeArguments:
+    """Converts keyword arguments of :func:`moe_sft` to the operators' arguments, with the same defaults.
+
+    ``given`` may also contain arguments that only the operators have, such as "num_experts"; they take
+    precedence.
+
+    Example:
+        >>> torch.ops.kt.moe_sft_fwd(*moe_arguments(**inputs, activation="gelu"), "recompute")
+    """
+    values = _NOT_GIVEN | {
+        "num_experts": given["gate_up_proj"].shape[0],
+        "intermediate_size": given["down_proj"].shape[-1],
+    }
+    for prefix in ("gate_up", "down"):
+        names = (f"{prefix}_{part}" for part in ("proj", "scale", "zero", "format", "group_size"))
+        values |= zip(names, in_format(given[f"{prefix}_proj"]), strict=True)
+    values |= {name: value for name, value in given.items() if not isinstance(value, ExpertWeight)}
+    values["activation_args"] = activation_arguments(values["activation"], values["activation_args"])
+    return MoeArguments(**values)
 
 
 def checkpoint_context_fn():

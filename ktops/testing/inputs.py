@@ -1,22 +1,14 @@
 """Random, reproducible inputs for ktops.moe_sft, with edge cases on request."""
 
-import inspect
-
 import torch
 from torch import Tensor
 
 from ktops.formats import ExpertWeight, get_format
-from ktops.ops.activation import ExpertFunction, activation_arguments
+from ktops.ops.activation import ExpertFunction
 from ktops.ops.arguments import GRADIENTS, MoeArguments
-from ktops.ops.moe_sft import in_format, moe_sft
+from ktops.ops.moe_sft import moe_arguments
 
 ROUTINGS = ("random", "skewed", "one_expert", "empty_experts", "repeated")
-
-_NOT_GIVEN = dict.fromkeys(MoeArguments._fields) | {
-    name: parameter.default
-    for name, parameter in inspect.signature(moe_sft).parameters.items()
-    if name in MoeArguments._fields and parameter.default is not parameter.empty
-}
 
 
 def route(num_tokens: int, num_experts: int, top_k: int, routing: str, generator: torch.Generator) -> Tensor:
@@ -173,21 +165,9 @@ def require_grad(inputs: dict, *names: str) -> dict:
 def op_arguments(inputs: dict, **options) -> MoeArguments:
     """Converts keyword arguments of ktops.moe_sft to the operators' arguments, with the same defaults.
 
-    ``inputs`` and ``options`` may also contain arguments that only the operators have, such as "num_experts".
+    ``options`` replace the operators' arguments, such as "num_experts" or the codes of a format.
 
     Example:
         >>> torch.ops.kt.moe_sft_fwd(*op_arguments(inputs, activation="gelu"), "recompute")
     """
-    given: dict = {
-        "num_experts": inputs["gate_up_proj"].shape[0],
-        "intermediate_size": inputs["down_proj"].shape[-1],
-    }
-    for prefix in ("gate_up", "down"):
-        given |= {f"{prefix}_format": "dense", f"{prefix}_group_size": 0}
-        weight = inputs[f"{prefix}_proj"]
-        if isinstance(weight, ExpertWeight):
-            names = (f"{prefix}_{name}" for name in ("proj", "scale", "zero", "format", "group_size"))
-            inputs = {**inputs, **dict(zip(names, in_format(weight), strict=True))}
-    arguments = MoeArguments(**_NOT_GIVEN | given | inputs | options)
-    args = activation_arguments(arguments.activation, arguments.activation_args)
-    return arguments._replace(activation_args=args)
+    return moe_arguments(**inputs)._replace(**options)

@@ -1,5 +1,6 @@
 """Provides the experts of a projection [E, N, K] one by one, from files or memory, or quantized."""
 
+import copy
 import ctypes
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
@@ -12,6 +13,7 @@ from ktops._display import Step, no_step
 from ktops.checkpoints.errors import CheckpointError
 from ktops.checkpoints.matrix import Field, Matrix
 from ktops.checkpoints.view import View
+from ktops.checkpoints.windows import fit_windows, map_windows
 from ktops.formats import Codes, ExpertWeight, get_format
 from ktops.formats.format import stacked
 
@@ -83,9 +85,20 @@ class StoredExperts(Experts):
 
     Attributes:
         scheme: name of the checkpoint's storage scheme.
+        mmap: whether :meth:`read` also maps experts that are scattered over a file; see :meth:`in_place`.
     """
 
     scheme: str
+    mmap = False
+
+    def in_place(self) -> "StoredExperts":
+        """Returns these experts, to be used where they lie in the files if at all possible.
+
+        The tensors then have gaps between the experts, and may begin at any address.
+        """
+        made = copy.copy(self)
+        made.mmap = True
+        return made
 
     @property
     @abstractmethod
@@ -161,15 +174,28 @@ class FileExperts(StoredExperts):
     def mapped(self) -> int:
         """Number of bytes that :meth:`read` maps."""
         columns = zip(*(self._fields(index) for index in range(len(self))), strict=True)
-        wholes = (_whole(experts) for experts in columns if experts[0] is not None)
-        return sum(whole.nbytes for whole in wholes if whole is not None)
+        views = (self._views(experts) for experts in columns if experts[0] is not None)
+        return sum(view.nbytes for found in views for view in found or ())
+
+    def _views(self, experts: Sequence[list[Field]]) -> list[View] | None:
+        """Returns what to map: one view of all experts, or of each with ``mmap``; None to read them."""
+        whole = contiguous([field.view for fields in experts for field in fields])
+        if whole is not None:
+            return [whole]
+        if not self.mmap:
+            return None
+        found = (contiguous([field.view for field in fields]) for fields in experts)
+        views = [view for view in found if view is not None]
+        return views if len(views) == len(experts) and fit_windows(views) else None
 
     def _read_tensor(self, experts: Sequence[list[Field]], step: Step) -> Tensor:
-        whole = _whole(experts)
+        views = self._views(experts)
         shape = (len(experts), *_stacked_shape(experts[0]))
-        if whole is not None:
+        if views is not None:
             step(len(experts))
-            return whole.viewed(whole.dtype, *shape).map()
+            if len(views) == 1:
+                return views[0].viewed(views[0].dtype, *shape).map()
+            return map_windows(views, shape[1:])
         out = torch.empty(shape, dtype=experts[0][0].dtype)
         for tensor, fields in zip(out, experts, strict=True):
             _read_stacked(fields, tensor)
@@ -192,10 +218,6 @@ def _read_stacked(fields: list[Field], out: Tensor | None = None) -> Tensor:
         field.read_into(out[row : row + field.shape[0]])
         row += field.shape[0]
     return out
-
-
-def _whole(experts: Sequence[list[Field]]) -> View | None:
-    return contiguous([field.view for fields in experts for field in fields])
 
 
 def contiguous(views: list[View | None]) -> View | None:

@@ -254,6 +254,14 @@ def finetune(
             rich_help_panel=_FORMAT,
         ),
     ] = None,
+    mmap: Annotated[
+        bool,
+        typer.Option(
+            "--mmap",
+            help="Use the experts where they lie in the files, as far as possible, without a copy in memory.",
+            rich_help_panel=_FORMAT,
+        ),
+    ] = False,
     pretrain_steps: Annotated[
         int | None,
         typer.Option(help="Pretraining steps of the small model. (default: 450)", rich_help_panel=_TRAINING),

@@ -98,6 +98,8 @@ class ExpertsOptions(Protocol):
     @property
     def experts_path(self) -> str | None: ...
     @property
+    def mmap(self) -> bool: ...
+    @property
     def weight_format(self) -> str | None: ...
     @property
     def group_size(self) -> int | None: ...
@@ -122,7 +124,9 @@ def load_base(directory: str, dtype, options: ExpertsOptions, show_progress: boo
     if options.experts_path is not None:
         backend = Backend(weight_format, options.group_size)
         method = options.quantize_method or "rtn"
-        experts = Settings(backend, weight_path=Path(options.experts_path), method=method)
+        experts = Settings(backend, weight_path=Path(options.experts_path), method=method, mmap=options.mmap)
+    elif options.mmap:
+        experts = Settings(Backend(None), mmap=True)
     elif weight_format is not None:
         quantize_loaded = not _reads_experts(directory, options)
         if not quantize_loaded:

@@ -261,6 +261,7 @@ def _record(model, base: str, directory: Path, options: Options, input_ids: list
         group_size=options.group_size,
         quantize_method=options.quantize_method,
         experts_path=options.experts_path,
+        mmap=options.mmap,
     )
     tokens = torch.tensor([input_ids])
     verify.write(record, tokens, verify.logits(model, tokens), scratch / "record.json")

@@ -114,6 +114,25 @@ def run_convert(
     convert(options, Console(highlight=False))
 
 
+def run_chat(given: dict[str, Any]) -> None:
+    """Runs `ktops chat` with the options given on the command line.
+
+    Raises:
+        UserError, Interrupted: see chat.chat.
+    """
+    require_packages("accelerate", "peft", "psutil", "safetensors", "tokenizers", "transformers")
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    from transformers.utils.logging import disable_progress_bar, set_verbosity_error
+
+    from ktops.cli.chat.run import ChatOptions, chat
+
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|peft")
+    set_verbosity_error()
+    disable_progress_bar()
+    chat(ChatOptions.of(given))
+
+
 def run_export(
     adapters: list[Path], destination: Path, layout: str, base: Path | None, weights: str | None
 ) -> None:

@@ -15,8 +15,8 @@ from ktops.cli.finetune import options as options_file
 from ktops.cli.finetune import run_directory
 from ktops.cli.finetune.dataset_info import INFO
 from ktops.cli.finetune.datasets import with_absolute_paths
-from ktops.cli.finetune.models import find_model
 from ktops.cli.finetune.options import Options
+from ktops.cli.models import find_model
 from ktops.cli.packages import require_packages
 
 

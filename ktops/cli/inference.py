@@ -13,7 +13,8 @@ from ktops._display import format_bytes
 from ktops.cli import trained
 from ktops.cli.errors import UserError
 from ktops.cli.finetune.measure import count_weights
-from ktops.cli.finetune.models import (
+from ktops.cli.finetune.options import flag, require_settings
+from ktops.cli.models import (
     check_directory,
     find_model,
     load_base,
@@ -21,7 +22,6 @@ from ktops.cli.finetune.models import (
     place,
     require_device,
 )
-from ktops.cli.finetune.options import flag, require_settings
 from ktops.formats import ExpertWeight
 from ktops.integrations.settings import set_num_threads
 from ktops.integrations.transformers.coverage import experts_outside_op
@@ -67,14 +67,14 @@ class Loaded:
     Attributes:
         model: in evaluation mode; with an adapter, a PeftModel.
         tokenizer: its tokenizer.
-        seconds: how long it took to load both.
         trained_by_ktops: whether `ktops finetune` wrote the adapter.
+        seconds: how long it took to load both.
     """
 
     model: Any
     tokenizer: Any
-    seconds: float
-    trained_by_ktops: bool = False
+    trained_by_ktops: bool
+    seconds: float = 0.0
 
 
 def load(options: LoadOptions, say: Say) -> Loaded:
@@ -91,6 +91,14 @@ def load(options: LoadOptions, say: Say) -> Loaded:
             an option has a value that they do not support.
     """
     begin = time.perf_counter()
+    try:
+        loaded = _load(options, say)
+    except UserError as error:
+        raise UserError(str(error).replace("--model: ", "MODEL: ", 1)) from None
+    return replace(loaded, seconds=time.perf_counter() - begin)
+
+
+def _load(options: LoadOptions, say: Say) -> Loaded:
     options, adapter = resolve(options, say)
     _check(options, adapter)
     if options.num_threads is not None:
@@ -107,8 +115,7 @@ def load(options: LoadOptions, say: Say) -> Loaded:
     gc.collect()
     for report in filter(None, (quantized, placed)):
         say(str(report))
-    by_ktops = adapter is not None and adapter.options is not None
-    return Loaded(model, tokenizer, time.perf_counter() - begin, by_ktops)
+    return Loaded(model, tokenizer, adapter is not None and adapter.options is not None)
 
 
 def resolve(options: LoadOptions, say: Say) -> tuple[LoadOptions, trained.Trained | None]:

@@ -272,12 +272,7 @@ class Typist:
 
 def test_ctrl_c_in_a_terminal(chat_model, tmp_path):
     """It stops an answer, and the next prompt is answered with what has been computed; twice, it ends."""
-    environment = {
-        **os.environ,
-        "XDG_STATE_HOME": str(tmp_path),
-        "TERM": "dumb",
-        "PYTHONPATH": os.pathsep.join(sys.path),
-    }
+    changes = {"XDG_STATE_HOME": str(tmp_path), "TERM": "dumb", "PYTHONPATH": os.pathsep.join(sys.path)}
     typist = Typist(
         "-m", "ktops.cli.main", "chat", chat_model, "--dtype", "f32", "--temperature", 0,
         "--max-new-tokens", 90_000, environment={**os.environ, **changes},

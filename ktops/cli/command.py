@@ -15,8 +15,8 @@ from ktops.cli.finetune import options as options_file
 from ktops.cli.finetune import run_directory
 from ktops.cli.finetune.dataset_info import INFO
 from ktops.cli.finetune.datasets import with_absolute_paths
-from ktops.cli.finetune.models import find_model
 from ktops.cli.finetune.options import Options
+from ktops.cli.models import find_model
 from ktops.cli.packages import require_packages
 
 
@@ -112,6 +112,25 @@ def run_convert(
 
     options = Options(source, destination, weight_format, group_size, method, overwrite)
     convert(options, Console(highlight=False))
+
+
+def run_chat(given: dict[str, Any]) -> None:
+    """Runs `ktops chat` with the options given on the command line.
+
+    Raises:
+        UserError, Interrupted: see chat.chat.
+    """
+    require_packages("accelerate", "peft", "psutil", "safetensors", "tokenizers", "transformers")
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    from transformers.utils.logging import disable_progress_bar, set_verbosity_error
+
+    from ktops.cli.chat.run import ChatOptions, chat
+
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|peft")
+    set_verbosity_error()
+    disable_progress_bar()
+    chat(ChatOptions.of(given))
 
 
 def run_export(

@@ -108,9 +108,9 @@ def tensors(config: dict) -> dict[str, Spec]:
             specs[f"{name}_scale_inv"] = Spec(scales, blocks, SCALES)
         elif method == "mxfp4" and _MXFP4.search(name):
             experts, columns, rows = shape
-            blocks = columns // MXFP4_BLOCK
-            specs[f"{name}_blocks"] = Spec(torch.uint8, (experts, rows, blocks, MXFP4_BLOCK // 2), BYTES)
-            specs[f"{name}_scales"] = Spec(torch.uint8, (experts, rows, blocks), EXPONENTS)
+            scaled = (experts, rows, columns // MXFP4_BLOCK)
+            specs[f"{name}_blocks"] = Spec(torch.uint8, (*scaled, MXFP4_BLOCK // 2), BYTES)
+            specs[f"{name}_scales"] = Spec(torch.uint8, scaled, EXPONENTS)
         else:
             specs[name] = spec
     return specs

@@ -2,7 +2,7 @@
 
 import ctypes
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 
 import torch
@@ -275,14 +275,19 @@ class Requantized(Experts):
         return self.known.quantize(floats, self.group_size, self.method)
 
 
-def float_rows(experts: Experts, index: int) -> Iterator[Tensor]:
-    """Yields the weights of an expert in float32, some rows at a time; equal shapes give equal pieces."""
+def float_rows(experts: Experts, index: int, ranges: Iterable[range] | None = None) -> Iterator[Tensor]:
+    """Yields the weights of an expert in float32, some rows at a time; equal shapes give equal pieces.
+
+    Args:
+        ranges: the rows, from multiples of 128 on. Default: all.
+    """
     codes, (_, rows, columns) = experts.expert(index), experts.shape
     known, chunk = get_format(experts.format), max(1, CHUNK_WEIGHTS // (128 * columns)) * 128
-    for row in range(0, rows, chunk):
-        require_not_stopped()
-        part = codes.map(partial(_rows, begin=row, end=min(rows, row + chunk), rows=rows))
-        yield known.dequantize(part, columns, experts.group_size)
+    for wanted in [range(rows)] if ranges is None else ranges:
+        for row in range(wanted.start, wanted.stop, chunk):
+            require_not_stopped()
+            part = codes.map(partial(_rows, begin=row, end=min(wanted.stop, row + chunk), rows=rows))
+            yield known.dequantize(part, columns, experts.group_size)
 
 
 def give_back_freed_memory() -> None:

@@ -130,13 +130,19 @@ class CheckpointWriter:
             return [file["checksum"] for file in files] == list(checksums)
 
     @property
+    def nbytes(self) -> int:
+        """Size of the files with weights that are finished, in bytes."""
+        files = [*self._progress["layers"].values(), *self._progress["tensors"].values()]
+        return sum(file["bytes"] for file in files)
+
+    @property
     def finished_layers(self) -> list[str]:
         """The names of the layers written so far."""
         return list(self._progress["layers"])
 
     def has(self, name: str) -> bool:
         """True if the experts with this name have been written."""
-        return name in self._progress["layers"]
+        return self.is_complete or name in self._progress["layers"]
 
     def layer_file(self, name: str) -> Path:
         """Returns the complete file with the experts of this name."""

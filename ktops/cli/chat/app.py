@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from ktops.cli.finetune.app import GROUP_SIZE, METHOD
+from ktops.cli.finetune.app import GROUP_SIZE, METHOD, MMAP
 
 _MODEL = "Model"
 _ANSWERS = "Answers"
@@ -45,6 +45,7 @@ def chat(
             rich_help_panel=_MODEL,
         ),
     ] = None,
+    mmap: Annotated[bool, typer.Option("--mmap", help=MMAP, rich_help_panel=_MODEL)] = False,
     dtype: Annotated[
         str | None,
         typer.Option(

@@ -27,7 +27,7 @@ from bench.arguments import Parser, positive
 from bench.models import layout
 from bench.models.tokenizer import make_tokenizer
 from ktops._display import Step, format_bytes, progress
-from ktops.checkpoints.writer import SafetensorsStream
+from ktops.checkpoints.stream import SafetensorsStream
 
 SHARD_SIZE = "5GB"
 _BLOCK = 1 << 24

@@ -120,17 +120,35 @@ def run_chat(given: dict[str, Any]) -> None:
     Raises:
         UserError, Interrupted: see chat.chat.
     """
+    _prepare_inference()
+    from ktops.cli.chat.run import ChatOptions, chat
+
+    chat(ChatOptions.of(given))
+
+
+def run_serve(given: dict[str, Any], arguments: list[str]) -> None:
+    """Runs `ktops serve` with the options given on the command line, and those of ``transformers serve``.
+
+    Raises:
+        UserError: see serve.serve.
+    """
+    _prepare_inference()
+    from ktops.cli.inference import LoadOptions
+    from ktops.cli.serve import serve
+
+    serve(LoadOptions.of(given), arguments)
+
+
+def _prepare_inference() -> None:
+    """Checks for the packages that load a model, keeps them offline, and silences them."""
     require_packages("accelerate", "peft", "psutil", "safetensors", "tokenizers", "transformers")
     os.environ["HF_HUB_OFFLINE"] = "1"
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
-    from ktops.cli.chat.run import ChatOptions, chat
-
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|peft")
     set_verbosity_error()
     disable_progress_bar()
-    chat(ChatOptions.of(given))
 
 
 def run_export(

@@ -3,7 +3,8 @@
 import json
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -123,7 +124,8 @@ def run_chat(given: dict[str, Any]) -> None:
     _prepare_inference()
     from ktops.cli.chat.run import ChatOptions, chat
 
-    chat(ChatOptions.of(given))
+    with _model_as_argument():
+        chat(ChatOptions.of(given))
 
 
 def run_serve(given: dict[str, Any], arguments: list[str]) -> None:
@@ -136,7 +138,17 @@ def run_serve(given: dict[str, Any], arguments: list[str]) -> None:
     from ktops.cli.inference import LoadOptions
     from ktops.cli.serve import serve
 
-    serve(LoadOptions.of(given), arguments)
+    with _model_as_argument():
+        serve(LoadOptions.of(given), arguments)
+
+
+@contextmanager
+def _model_as_argument() -> Iterator[None]:
+    """Names the model in messages as commands do that take it as an argument, not as an option."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(str(error).replace("--model: ", "MODEL: ", 1)) from None
 
 
 def _prepare_inference() -> None:

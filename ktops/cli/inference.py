@@ -80,7 +80,7 @@ class Loaded:
     model: Any
     tokenizer: Any
     trained_by_ktops: bool
-    seconds: float = 0.0
+    seconds: float
 
 
 def load(options: LoadOptions, say: Say) -> Loaded:
@@ -97,14 +97,6 @@ def load(options: LoadOptions, say: Say) -> Loaded:
             an option has a value that they do not support.
     """
     begin = time.perf_counter()
-    try:
-        loaded = _load(options, say)
-    except UserError as error:
-        raise UserError(str(error).replace("--model: ", "MODEL: ", 1)) from None
-    return replace(loaded, seconds=time.perf_counter() - begin)
-
-
-def _load(options: LoadOptions, say: Say) -> Loaded:
     options, adapter = prepare(options, say)
     tokenizer = load_tokenizer(options.model)
     model, quantized = load_base(options.model, DTYPES[options.dtype or "bf16"], options, show_progress=True)
@@ -112,7 +104,8 @@ def _load(options: LoadOptions, say: Say) -> Loaded:
     placed = place(model, options)
     for report in filter(None, (quantized, placed)):
         say(str(report))
-    return Loaded(model, tokenizer, adapter is not None and adapter.options is not None)
+    by_ktops = adapter is not None and adapter.options is not None
+    return Loaded(model, tokenizer, by_ktops, time.perf_counter() - begin)
 
 
 def prepare(options: LoadOptions, say: Say) -> tuple[LoadOptions, trained.Trained | None]:

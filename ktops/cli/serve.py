@@ -78,8 +78,9 @@ def enable() -> None:
 
 
 def disable() -> None:
-    """Restores transformers' own methods."""
+    """Undoes :func:`enable` and :func:`serve`."""
     _replaced.restore()
+    _asked.clear()
 
 
 def _validate_args(manager) -> None:

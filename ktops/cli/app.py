@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 import ktops
-from ktops.cli.chat.app import chat
+from ktops.cli.chat.app import chat, serve
 from ktops.cli.finetune.app import GROUP_SIZE, METHOD, finetune
 
 app = typer.Typer(
@@ -141,6 +141,7 @@ def merge(
 
 app.command()(finetune)
 app.command()(chat)
+app.command(context_settings={"ignore_unknown_options": True, "allow_extra_args": True})(serve)
 
 
 @app.command(context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})

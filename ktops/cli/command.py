@@ -3,7 +3,8 @@
 import json
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -125,17 +126,46 @@ def run_chat(given: dict[str, Any]) -> None:
     Raises:
         UserError, Interrupted: see chat.chat.
     """
+    _prepare_inference()
+    from ktops.cli.chat.run import ChatOptions, chat
+
+    with _model_as_argument():
+        chat(ChatOptions.of(given))
+
+
+def run_serve(given: dict[str, Any], arguments: list[str]) -> None:
+    """Runs `ktops serve` with the options given on the command line, and those of ``transformers serve``.
+
+    Raises:
+        UserError: see serve.serve.
+    """
+    _prepare_inference()
+    from ktops.cli.inference import LoadOptions
+    from ktops.cli.serve import serve
+
+    with _model_as_argument():
+        serve(LoadOptions.of(given), arguments)
+
+
+@contextmanager
+def _model_as_argument() -> Iterator[None]:
+    """Names the model in messages as commands do that take it as an argument, not as an option."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(str(error).replace("--model: ", "MODEL: ", 1)) from None
+
+
+def _prepare_inference() -> None:
+    """Checks for the packages that load a model, keeps them offline, and silences them."""
     require_packages("accelerate", "peft", "psutil", "safetensors", "tokenizers", "transformers")
     os.environ["HF_HUB_OFFLINE"] = "1"
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
-    from ktops.cli.chat.run import ChatOptions, chat
-
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|peft")
     set_verbosity_error()
     disable_progress_bar()
-    chat(ChatOptions.of(given))
 
 
 def run_export(

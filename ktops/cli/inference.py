@@ -1,11 +1,10 @@
 """Loads a model to answer with: from its directory, with an adapter, with the experts in a weight format."""
 
-import gc
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -25,6 +24,8 @@ from ktops.cli.models import (
 from ktops.formats import ExpertWeight
 from ktops.integrations.settings import set_num_threads
 from ktops.integrations.transformers.coverage import experts_outside_op
+
+Options = TypeVar("Options", bound="LoadOptions")
 
 Say = Callable[[str], object]
 """Takes a line for the user."""
@@ -61,6 +62,11 @@ class LoadOptions:
 
     experts_implementation = "ktops"
 
+    @classmethod
+    def of(cls: type[Options], given: Mapping[str, Any]) -> Options:
+        """Returns the options with these names; other names are ignored."""
+        return cls(**{field.name: given[field.name] for field in fields(cls) if field.name in given})
+
 
 @dataclass(frozen=True)
 class Loaded:
@@ -76,7 +82,7 @@ class Loaded:
     model: Any
     tokenizer: Any
     trained_by_ktops: bool
-    seconds: float = 0.0
+    seconds: float
 
 
 def load(options: LoadOptions, say: Say) -> Loaded:
@@ -93,31 +99,41 @@ def load(options: LoadOptions, say: Say) -> Loaded:
             an option has a value that they do not support.
     """
     begin = time.perf_counter()
-    try:
-        loaded = _load(options, say)
-    except UserError as error:
-        raise UserError(str(error).replace("--model: ", "MODEL: ", 1)) from None
-    return replace(loaded, seconds=time.perf_counter() - begin)
+    options, adapter = prepare(options, say)
+    tokenizer = load_tokenizer(options.model)
+    model, quantized = load_base(options.model, DTYPES[options.dtype or "bf16"], options, show_progress=True)
+    model = finish(model, options.model, adapter, say)
+    placed = place(model, options)
+    for report in filter(None, (quantized, placed)):
+        say(str(report))
+    by_ktops = adapter is not None and adapter.options is not None
+    return Loaded(model, tokenizer, by_ktops, time.perf_counter() - begin)
 
 
-def _load(options: LoadOptions, say: Say) -> Loaded:
+def prepare(options: LoadOptions, say: Say) -> tuple[LoadOptions, trained.Trained | None]:
+    """Does what comes before loading: :func:`resolve`, :func:`check`, and the number of threads."""
     options, adapter = resolve(options, say)
-    _check(options, adapter)
+    check(options, adapter)
     if options.num_threads is not None:
         cores = set_num_threads(options.num_threads)
         if cores < options.num_threads:
             say(f"--num-threads {options.num_threads}: this machine has {cores} cores, so {cores} threads")
-    tokenizer = load_tokenizer(options.model)
-    model, quantized = load_base(options.model, DTYPES[options.dtype or "bf16"], options, show_progress=True)
+    return options, adapter
+
+
+def finish(model, directory: str, adapter: trained.Trained | None, say: Say):
+    """Does what comes after loading the base model.
+
+    Returns:
+        The model in evaluation mode; with an adapter, a PeftModel.
+
+    Raises:
+        UserError: PEFT cannot load the adapter, or ktops would run none of the experts.
+    """
     if adapter is not None:
-        model = _with_adapter(model, adapter)
-    placed = place(model, options)
-    _require_ktops(model, options.model, say)
-    model.eval()
-    gc.collect()
-    for report in filter(None, (quantized, placed)):
-        say(str(report))
-    return Loaded(model, tokenizer, adapter is not None and adapter.options is not None)
+        model = with_adapter(model, adapter)
+    require_ktops(model, directory, say)
+    return model.eval()
 
 
 def resolve(options: LoadOptions, say: Say) -> tuple[LoadOptions, trained.Trained | None]:
@@ -174,8 +190,12 @@ def _flags(values: dict[str, Any]) -> str:
     return " ".join(f"{flag(name)} {value}" for name, value in values.items()) or "the model's own experts"
 
 
-def _check(options: LoadOptions, adapter: trained.Trained | None) -> None:
-    """Checks what can be checked before anything is loaded."""
+def check(options: LoadOptions, adapter: trained.Trained | None) -> None:
+    """Checks what can be checked before anything is loaded.
+
+    Raises:
+        UserError: see :func:`load`.
+    """
     check_directory(options.model)
     require_device(options.device)
     if options.num_gpu_experts and options.device == "cpu":
@@ -201,7 +221,7 @@ def _check(options: LoadOptions, adapter: trained.Trained | None) -> None:
         trained.require_fit(adapter, options.model)
 
 
-def _with_adapter(model, adapter: trained.Trained):
+def with_adapter(model, adapter: trained.Trained):
     """Returns the model with an adapter, in a PeftModel.
 
     Raises:
@@ -215,7 +235,7 @@ def _with_adapter(model, adapter: trained.Trained):
         raise UserError(f"--adapter: {adapter.path} cannot be loaded: {error}") from None
 
 
-def _require_ktops(model, directory: str, say: Say) -> None:
+def require_ktops(model, directory: str, say: Say) -> None:
     """Raises UserError if ktops runs none of the experts; says which it does not run."""
     found, outside = experts_outside_op(model)
     reasons = "; ".join(sorted(set(outside.values())))

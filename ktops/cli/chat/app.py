@@ -1,4 +1,4 @@
-"""Declares `ktops chat` and its options."""
+"""Declares `ktops chat` and `ktops serve`, and their options."""
 
 from pathlib import Path
 from typing import Annotated
@@ -11,41 +11,54 @@ _MODEL = "Model"
 _ANSWERS = "Answers"
 
 
+_Model = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL",
+        help="Hugging Face model directory, or the directory of an adapter, which names its model.",
+    ),
+]
+_Adapter = Annotated[
+    str | None,
+    typer.Option(metavar="DIR", help="LoRA adapter from PEFT or ktops finetune.", rich_help_panel=_MODEL),
+]
+_WeightFormat = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME",
+        help="Quantize the experts to this format, such as int4, int8 or q4_k. (default: as the adapter "
+        "was trained; else the model's own)",
+        rich_help_panel=_MODEL,
+    ),
+]
+_GroupSize = Annotated[int | None, typer.Option(help=GROUP_SIZE, rich_help_panel=_MODEL)]
+_QuantizeMethod = Annotated[
+    str | None, typer.Option(metavar="rtn|mse|hqq", help=METHOD, rich_help_panel=_MODEL)
+]
+_ExpertsPath = Annotated[
+    str | None,
+    typer.Option(
+        metavar="PATH",
+        help="Directory or GGUF file to load the experts from, instead of MODEL.",
+        rich_help_panel=_MODEL,
+    ),
+]
+_Mmap = Annotated[bool, typer.Option("--mmap", help=MMAP, rich_help_panel=_MODEL)]
+_NumThreads = Annotated[
+    int | None,
+    typer.Option(help="CPU threads, at most one per core. (default: PyTorch's)", rich_help_panel=_MODEL),
+]
+
+
 def chat(
     ctx: typer.Context,
-    model: Annotated[
-        str,
-        typer.Argument(
-            metavar="MODEL",
-            help="Hugging Face model directory, or the directory of an adapter, which names its model.",
-        ),
-    ],
-    adapter: Annotated[
-        str | None,
-        typer.Option(metavar="DIR", help="LoRA adapter from PEFT or ktops finetune.", rich_help_panel=_MODEL),
-    ] = None,
-    weight_format: Annotated[
-        str | None,
-        typer.Option(
-            metavar="NAME",
-            help="Quantize the experts to this format, such as int4, int8 or q4_k. (default: as the adapter "
-            "was trained; else the model's own)",
-            rich_help_panel=_MODEL,
-        ),
-    ] = None,
-    group_size: Annotated[int | None, typer.Option(help=GROUP_SIZE, rich_help_panel=_MODEL)] = None,
-    quantize_method: Annotated[
-        str | None, typer.Option(metavar="rtn|mse|hqq", help=METHOD, rich_help_panel=_MODEL)
-    ] = None,
-    experts_path: Annotated[
-        str | None,
-        typer.Option(
-            metavar="PATH",
-            help="Directory or GGUF file to load the experts from, instead of MODEL.",
-            rich_help_panel=_MODEL,
-        ),
-    ] = None,
-    mmap: Annotated[bool, typer.Option("--mmap", help=MMAP, rich_help_panel=_MODEL)] = False,
+    model: _Model,
+    adapter: _Adapter = None,
+    weight_format: _WeightFormat = None,
+    group_size: _GroupSize = None,
+    quantize_method: _QuantizeMethod = None,
+    experts_path: _ExpertsPath = None,
+    mmap: _Mmap = False,
     dtype: Annotated[
         str | None,
         typer.Option(
@@ -69,10 +82,8 @@ def chat(
             rich_help_panel=_MODEL,
         ),
     ] = 0,
-    num_threads: Annotated[
-        int | None,
-        typer.Option(help="CPU threads, at most one per core. (default: PyTorch's)", rich_help_panel=_MODEL),
-    ] = None,
+    num_threads: _Mmap = Annotated[bool, typer.Option("--mmap", help=MMAP, rich_help_panel=_MODEL)]
+_NumThreads = None,
     prompt: Annotated[
         str | None, typer.Option(metavar="TEXT", help="Answer this, and end.", rich_help_panel=_ANSWERS)
     ] = None,
@@ -139,3 +150,25 @@ def chat(
     from ktops.cli.command import run_chat
 
     run_chat(ctx.params)
+
+
+def serve(
+    ctx: typer.Context,
+    model: _Model,
+    adapter: _Adapter = None,
+    weight_format: _WeightFormat = None,
+    group_size: _GroupSize = None,
+    quantize_method: _QuantizeMethod = None,
+    experts_path: _ExpertsPath = None,
+    mmap: _Mmap = False,
+    num_threads: _Mmap = Annotated[bool, typer.Option("--mmap", help=MMAP, rich_help_panel=_MODEL)]
+_NumThreads = None,
+) -> None:
+    """Answer over HTTP, by OpenAI's interface: the server of transformers, with experts on the CPU.
+
+    Other options, after MODEL, are those of `transformers serve`, such as --port 8000. Clients name the model
+    as this command does.
+    """
+    from ktops.cli.command import run_serve
+
+    run_serve(ctx.params, ctx.args)

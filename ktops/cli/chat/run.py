@@ -1,10 +1,8 @@
 """`ktops chat`: loads a model and answers prompts, in a terminal or one from a file or a pipe."""
 
 import sys
-from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import transformers
 from rich.console import Console
@@ -37,11 +35,6 @@ class ChatOptions(LoadOptions):
     top_p: float | None = None
     seed: int | None = None
     metrics: Path | None = None
-
-    @classmethod
-    def of(cls, given: Mapping[str, Any]) -> "ChatOptions":
-        """Returns the options with these names."""
-        return cls(**{field.name: given[field.name] for field in fields(cls) if field.name in given})
 
 
 def chat(options: ChatOptions) -> None:

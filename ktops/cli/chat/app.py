@@ -82,8 +82,7 @@ def chat(
             rich_help_panel=_MODEL,
         ),
     ] = 0,
-    num_threads: _Mmap = Annotated[bool, typer.Option("--mmap", help=MMAP, rich_help_panel=_MODEL)]
-_NumThreads = None,
+    num_threads: _NumThreads = None,
     prompt: Annotated[
         str | None, typer.Option(metavar="TEXT", help="Answer this, and end.", rich_help_panel=_ANSWERS)
     ] = None,
@@ -161,8 +160,7 @@ def serve(
     quantize_method: _QuantizeMethod = None,
     experts_path: _ExpertsPath = None,
     mmap: _Mmap = False,
-    num_threads: _Mmap = Annotated[bool, typer.Option("--mmap", help=MMAP, rich_help_panel=_MODEL)]
-_NumThreads = None,
+    num_threads: _NumThreads = None,
 ) -> None:
     """Answer over HTTP, by OpenAI's interface: the server of transformers, with experts on the CPU.
 

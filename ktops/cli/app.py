@@ -6,11 +6,12 @@ from typing import Annotated
 import typer
 
 import ktops
+from ktops.cli.chat.app import chat, serve
 from ktops.cli.finetune.app import GROUP_SIZE, METHOD, finetune
 
 app = typer.Typer(
     name="ktops",
-    help="Fine-tune and convert Mixture-of-Experts language models on the CPU.",
+    help="Fine-tune, convert and talk to Mixture-of-Experts language models on the CPU.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -129,6 +130,8 @@ def merge(
 
 
 app.command()(finetune)
+app.command()(chat)
+app.command(context_settings={"ignore_unknown_options": True, "allow_extra_args": True})(serve)
 
 
 @app.command(context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 import ktops
 from ktops.checkpoints import CheckpointError, CheckpointWriter, open_checkpoint
-from ktops.cli.finetune.models import load_model
+from ktops.cli.models import load_model
 from ktops.formats.error import relative_error
 
 ARGUMENTS = ("--format", "int4", "--group-size", 32, "--method", "mse")

@@ -112,7 +112,7 @@ import resource, sys, torch, transformers
 from types import SimpleNamespace
 import ktops
 from ktops.cli.errors import UserError
-from ktops.cli.finetune.models import load_base
+from ktops.cli.models import load_base
 from ktops.formats import ExpertWeight
 
 torch.set_num_threads(1)

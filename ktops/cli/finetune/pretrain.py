@@ -10,10 +10,10 @@ import transformers
 
 from ktops.cli.finetune import demo_model, metrics, run_directory, training
 from ktops.cli.finetune.measure import peak_rss_bytes
-from ktops.cli.finetune.models import place
 from ktops.cli.finetune.options import Options
 from ktops.cli.finetune.progress import ProgressCallback
 from ktops.cli.finetune.report import Report
+from ktops.cli.models import place
 
 LEARNING_RATE = 3e-3
 WARM_UP = 0.05

@@ -19,11 +19,11 @@ from ktops.cli.finetune import options as options_file
 from ktops.cli.finetune.datasets import load_examples
 from ktops.cli.finetune.encoding import Encoded, encode, encode_question, prepare_tokenizer
 from ktops.cli.finetune.layouts import Example, from_alpaca
-from ktops.cli.finetune.models import check_directory, load_base, load_tokenizer, place, require_device
 from ktops.cli.finetune.options import Options
 from ktops.cli.finetune.plot import plot_loss
 from ktops.cli.finetune.progress import ProgressCallback
 from ktops.cli.finetune.report import Report
+from ktops.cli.models import check_directory, load_base, load_tokenizer, place, require_device
 from ktops.integrations.settings import set_num_threads
 
 NEW_TOKENS = 40

@@ -1,13 +1,14 @@
 """Whole models at their real size: ``python -m bench.models COMMAND ... (--help for its options)``.
 
-make      write a model with random weights, as it would be published
+make   write a model with random weights, as it would be published
+step   compare a training step with the sum of its parts
 """
 
 import sys
 
-from bench.models import make
+from bench.models import make, step
 
-COMMANDS = {"make": make.main}
+COMMANDS = {"make": make.main, "step": step.main}
 
 
 def main(argv: list[str]) -> int:

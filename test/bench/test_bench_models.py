@@ -6,12 +6,14 @@ import re
 import pytest
 import torch
 from safetensors import safe_open
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, FineGrainedFP8Config
 
 import ktops
 from bench.models import __main__ as models
-from bench.models import layout
+from bench.models import finetune, layout, step
 from bench.models.make import make
+from ktops.cli.finetune import demo_model
 
 SMALL = {
     "vocab_size": 304, "hidden_size": 64, "intermediate_size": 96, "moe_intermediate_size": 32,
@@ -191,3 +193,33 @@ def test_bad_input(options, message, tmp_path, capsys):
     assert models.main(["make", *options, str(tmp_path)]) == 2
     error = capsys.readouterr().err
     assert re.fullmatch(f"error: .*{message}.*\n", error)
+
+
+@pytest.mark.parametrize("name", ["deepseek-v2-lite", "qwen3-30b-a3b"])
+def test_the_matrix_products_of_a_step(name, tmp_path):
+    """A model without experts has these FLOPs, and attention's masked half, by PyTorch's count."""
+    dense = {"first_k_dense_replace": 2, "mlp_only_layers": [0, 1]}
+    make(tiny(name) | dense, tmp_path / "made")
+    flops = step.matrix_products(tmp_path / "made", 24, rank=0)
+    model = load(tmp_path / "made", attn_implementation="eager").requires_grad_(False)
+    embeddings = model.get_input_embeddings()(torch.arange(24)[None]).requires_grad_()
+    with FlopCounterMode(display=False) as counter:
+        model(inputs_embeds=embeddings).logits.sum().backward()
+    assert counter.get_total_flops() == flops["linear"] + flops["head"] + 2 * flops["attention"]
+    with_rank = step.matrix_products(tmp_path / "made", 24, rank=3)
+    size = sum(sum(m.weight.shape) for n, m in model.named_modules() if re.search(r"attn.*_proj", n))
+    assert with_rank == flops | {"adapters": 6 * 24 * 3 * size}
+
+
+def test_a_step_is_compared_with_its_parts(tmp_path):
+    """The first step, and the product after it, do not count."""
+    ops = {"moe_sft_fwd": {"calls": 8, "seconds": 4.0}, "moe_sft_bwd": {"calls": 8, "seconds": 8.0}}
+    metrics = {"steps": [{"seconds": s} for s in (99.0, 10.0, 12.0, 11.0)], "kt_time": {"ops": ops}}
+    large = 2 * 4096**3
+    run = finetune.Run(metrics, [99.0, 1.0, 2.0, 3.0])
+    row = step.figures(run, {"linear": large, "head": large / 4})
+    assert row == {"step": 11.0, "kt ops": 3.0, "linear": 2.0, "head": 0.5, "step / parts": 2.0}
+    finetune.write_data(tmp_path / "data.jsonl", 100, 3)
+    texts = [json.loads(line)["text"] for line in (tmp_path / "data.jsonl").read_text().splitlines()]
+    assert len(set(texts)) == 3
+    assert all(len(ids) >= 100 for ids in demo_model.make_tokenizer()[1](texts)["input_ids"])

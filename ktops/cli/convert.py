@@ -192,8 +192,8 @@ def _write(
             raise
         lacking = format_bytes(needed - writer.nbytes)
         raise UserError(
-            f"{error.filename or writer.partial}: {error.strerror}: {lacking} more are needed. {writer.partial} "
-            "keeps what is finished: run the same command again to continue"
+            f"{error.filename or writer.partial}: {error.strerror}: {lacking} more are needed. "
+            f"{writer.partial} keeps what is finished: run the same command again to continue"
         ) from None
 
 

@@ -7,8 +7,8 @@ import pty
 import re
 import select
 import shutil
+import signal
 import sys
-import time
 
 import pytest
 import torch
@@ -241,60 +241,64 @@ def test_a_model_without_experts(ktops_command, tokenizer, tmp_path):
 
 
 class Typist:
-    """Types into a command that runs in a terminal of its own."""
+    """Types into a command that runs in a terminal of its own; ends the command with the block."""
 
     def __init__(self, *command: object, environment: dict[str, str]) -> None:
         self.pid, self.terminal = pty.fork()
         if self.pid == 0:
             os.execve(sys.executable, [sys.executable, *map(str, command)], environment)
-        self.shown = ""
+        self.shown, self.ended = "", False
+
+    def __enter__(self) -> "Typist":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if not self.ended:
+            os.kill(self.pid, signal.SIGKILL)
+            os.waitpid(self.pid, 0)
+        os.close(self.terminal)
 
     def type(self, text: str) -> None:
         os.write(self.terminal, text.encode())
 
-    def expect(self, pattern: str) -> str:
-        """Waits until something new is shown; returns it, with what was shown before."""
-        deadline = time.monotonic() + 120
+    def expect(self, pattern: str) -> None:
+        """Waits until the pattern is shown, after what was expected before."""
         while not (found := re.search(pattern, self.shown)):
-            ready, _, _ = select.select([self.terminal], [], [], deadline - time.monotonic())
-            try:
-                data = os.read(self.terminal, 4096) if ready else b""
-            except OSError:
-                data = b""
-            assert data, f"{pattern!r} is not in:\n{self.shown}"
-            self.shown += data.decode(errors="replace")
-        before, self.shown = self.shown[: found.end()], self.shown[found.end() :]
-        return before
+            assert select.select([self.terminal], [], [], 120)[0], f"{pattern!r} is not in:\n{self.shown}"
+            self.shown += os.read(self.terminal, 4096).decode(errors="replace")
+        self.shown = self.shown[found.end() :]
 
     def status(self) -> int:
-        return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+        """Waits for the end of the command."""
+        status = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+        self.ended = True
+        return status
 
 
 def test_ctrl_c_in_a_terminal(chat_model, tmp_path):
     """It stops an answer, and the next prompt is answered with what has been computed; twice, it ends."""
     changes = {"XDG_STATE_HOME": str(tmp_path), "TERM": "dumb", "PYTHONPATH": os.pathsep.join(sys.path)}
-    typist = Typist(
-        "-m", "ktops.cli.main", "chat", chat_model, "--dtype", "f32", "--temperature", 0,
-        "--max-new-tokens", 90_000, environment={**os.environ, **changes},
-    )  # fmt: skip
-    typist.expect(">>> ")
-    for known in ("", r" \(\d+ known\)"):
-        typist.type(QUESTION + "\n")
-        typist.expect(re.escape(QUESTION) + r"\s+\S")
-        typist.type("\x03")
-        typist.expect(rf"prompt \d+ tokens{known}.*answer \d+.*, interrupted; memory")
+    command = ("-m", "ktops.cli.main", "chat", chat_model, "--dtype", "f32", "--temperature", 0)
+    endless = ("--max-new-tokens", 90_000)
+    with Typist(*command, *endless, environment={**os.environ, **changes}) as typist:
         typist.expect(">>> ")
-    typist.type("/clear\n")
-    typist.expect("a new conversation")
-    typist.expect(">>> ")
-    typist.type('"""Two\nlines"""\n')
-    typist.expect(r"lines\"\"\"\s+\S")
-    typist.type("\x03")
-    typist.expect("interrupted; memory")
-    typist.expect(">>> ")
-    typist.type("\x03")
-    typist.expect("Ctrl-C again, Ctrl-D or /exit ends")
-    typist.expect(">>> ")
-    typist.type("\x03")
-    assert typist.status() == 0
-    assert (tmp_path / "ktops" / "chat_history").read_text().split("\n") == [QUESTION, QUESTION, "/clear", ""]
+        for known in ("", r" \(\d+ known\)"):
+            typist.type(QUESTION + "\n")
+            typist.expect(re.escape(QUESTION) + r"\s+\S")
+            typist.type("\x03")
+            typist.expect(rf"prompt \d+ tokens{known}.*answer \d+.*, interrupted; memory")
+            typist.expect(">>> ")
+        typist.type("/clear\n")
+        typist.expect("a new conversation")
+        typist.expect(">>> ")
+        typist.type('"""Two\nlines"""\n')
+        typist.expect(r"lines\"\"\"\s+\S")
+        typist.type("\x03")
+        typist.expect("interrupted; memory")
+        typist.expect(">>> ")
+        typist.type("\x03")
+        typist.expect("Ctrl-C again, Ctrl-D or /exit ends")
+        typist.expect(">>> ")
+        typist.type("\x03")
+        assert typist.status() == 0
+    assert (tmp_path / "ktops" / "chat_history").read_text() == f"{QUESTION}\n{QUESTION}\n/clear\n"

@@ -101,6 +101,8 @@ def run_convert(
     group_size: int | None,
     method: str | None,
     overwrite: bool,
+    report: str,
+    num_threads: int | None,
 ) -> None:
     """Converts a checkpoint.
 
@@ -109,9 +111,12 @@ def run_convert(
     """
     require_packages("safetensors")
     options_file.require_settings("--format", weight_format, group_size, method)
+    from ktops.cli.conversion_report import EXTENTS
     from ktops.cli.convert import Options, convert
 
-    options = Options(source, destination, weight_format, group_size, method, overwrite)
+    if report not in EXTENTS:
+        raise UserError(f"--report must be one of {', '.join(EXTENTS)}, got {report!r}")
+    options = Options(source, destination, weight_format, group_size, method, overwrite, report, num_threads)
     convert(options, Console(highlight=False))
 
 

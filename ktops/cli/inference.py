@@ -43,6 +43,7 @@ class LoadOptions:
         adapter: directory of an adapter for the model.
         experts_path, weight_format, group_size, quantize_method: as for `ktops finetune`. If none is given,
             an adapter of `ktops finetune` gets the experts that it was trained on.
+        mmap: as for `ktops finetune`.
         dtype: "bf16" or "f32"; None for that of the adapter's training, or else bf16.
         device, num_gpu_experts, num_threads: as for `ktops finetune`.
     """
@@ -53,6 +54,7 @@ class LoadOptions:
     weight_format: str | None = None
     group_size: int | None = None
     quantize_method: str | None = None
+    mmap: bool = False
     dtype: str | None = None
     device: str = "cpu"
     num_gpu_experts: int = 0
@@ -207,6 +209,8 @@ def check(options: LoadOptions, adapter: trained.Trained | None) -> None:
             raise UserError(f"{flag(name)} must be at least {least}, got {value}")
     if options.experts_path is not None and not Path(options.experts_path).exists():
         raise UserError(f"--experts-path: no such file or directory: {options.experts_path}")
+    if options.mmap and options.weight_format is not None:
+        raise UserError("--mmap uses the experts as the files hold them; leave out --weight-format")
     if options.weight_format is not None:
         require_settings(
             "--weight-format", options.weight_format, options.group_size, options.quantize_method

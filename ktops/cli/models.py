@@ -98,6 +98,8 @@ class ExpertsOptions(Protocol):
     @property
     def experts_path(self) -> str | None: ...
     @property
+    def mmap(self) -> bool: ...
+    @property
     def weight_format(self) -> str | None: ...
     @property
     def group_size(self) -> int | None: ...
@@ -140,12 +142,13 @@ def load_base(directory: str, dtype, options: ExpertsOptions, show_progress: boo
 def experts_settings(options: ExpertsOptions) -> Settings | None:
     """Returns where to load the experts from, and in which format; None for the model's own, as they are."""
     path = options.experts_path
-    if path is None and options.weight_format is None:
+    if path is None and options.weight_format is None and not options.mmap:
         return None
     return Settings(
         Backend(options.weight_format, options.group_size),
         weight_path=None if path is None else Path(path),
         method=options.quantize_method or "rtn",
+        mmap=options.mmap,
     )
 
 
@@ -212,6 +215,7 @@ def load_model(
 
     import ktops
     from ktops.checkpoints.config import is_ktops, quantization_of
+    from ktops.integrations.transformers.attention import use_attention
     from ktops.integrations.transformers.loaded import require_loaded
 
     ktops.enable()
@@ -239,6 +243,7 @@ def load_model(
             **loader,
         )
         require_loaded(model, info["missing_keys"], info["unexpected_keys"], heads=True)
+        use_attention(model)
     except (ValueError, KeyError, OSError, RuntimeError, ImportError) as error:
         raise UserError(f"--model: {directory} cannot be loaded: {error}") from None
     return model

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from ktops.cli.finetune.app import GROUP_SIZE, METHOD
+from ktops.cli.finetune.app import GROUP_SIZE, METHOD, MMAP
 
 _MODEL = "Model"
 _ANSWERS = "Answers"
@@ -43,6 +43,7 @@ _ExpertsPath = Annotated[
         rich_help_panel=_MODEL,
     ),
 ]
+_Mmap = Annotated[bool, typer.Option("--mmap", help=MMAP, rich_help_panel=_MODEL)]
 _NumThreads = Annotated[
     int | None,
     typer.Option(help="CPU threads, at most one per core. (default: PyTorch's)", rich_help_panel=_MODEL),
@@ -57,6 +58,7 @@ def chat(
     group_size: _GroupSize = None,
     quantize_method: _QuantizeMethod = None,
     experts_path: _ExpertsPath = None,
+    mmap: _Mmap = False,
     dtype: Annotated[
         str | None,
         typer.Option(
@@ -157,6 +159,7 @@ def serve(
     group_size: _GroupSize = None,
     quantize_method: _QuantizeMethod = None,
     experts_path: _ExpertsPath = None,
+    mmap: _Mmap = False,
     num_threads: _NumThreads = None,
 ) -> None:
     """Answer over HTTP, by OpenAI's interface: the server of transformers, with experts on the CPU.

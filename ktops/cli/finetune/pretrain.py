@@ -67,7 +67,7 @@ def base_model(options: Options, directory: Path, report: Report, resume_command
     demo_model.save(model, tokenizer, base)
     result = {
         "steps": metrics.training_log(trainer),
-        "tokens_per_second": round(timer.tokens / timer.seconds, 1) if timer.seconds else None,
+        **timer.summary(),
         "kt_time": kt.summary(timer.seconds),
         "peak_rss_bytes": peak_rss_bytes(),
     }

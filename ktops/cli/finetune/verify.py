@@ -34,6 +34,7 @@ class Record:
     group_size: int | None = None
     quantize_method: str | None = None
     experts_path: str | None = None
+    mmap: bool = False
 
 
 @torch.no_grad()

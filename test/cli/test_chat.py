@@ -10,6 +10,7 @@ import shutil
 import signal
 import sys
 
+import gguf
 import pytest
 import torch
 from model_files import save_model
@@ -181,6 +182,48 @@ def test_an_adapter_on_a_converted_model(ktops_command, chat_model, adapter, tmp
     assert "was trained on" not in err
 
 
+def test_experts_in_a_gguf_file(ktops_command, chat_model, tokenizer, tmp_path):
+    """Beside the Hugging Face directory; the answer is that of the decoded weights in eager experts."""
+    model, writer = plain(chat_model), gguf.GGUFWriter(tmp_path / "experts.gguf", "qwen3moe")
+    for number, layer in enumerate(model.model.layers):
+        experts = layer.mlp.experts
+        gate, up = experts.gate_up_proj.data.chunk(2, dim=1)
+        kinds = gguf.GGMLQuantizationType.Q8_0, gguf.GGMLQuantizationType.F16
+        for name, weight, kind in (
+            ("gate", gate, kinds[0]),
+            ("up", up, kinds[0]),
+            ("down", experts.down_proj.data, kinds[1]),
+        ):
+            blocks = gguf.quantize(weight.numpy(), kind)
+            writer.add_tensor(f"blk.{number}.ffn_{name}_exps.weight", blocks, raw_dtype=kind)
+            weight.copy_(torch.from_numpy(gguf.dequantize(blocks, kind)))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    expected = generated(model, tokenizer)
+    options = ("--experts-path", "experts.gguf", "--prompt", QUESTION)
+    status, out, err = ktops_command("chat", chat_model, *options, *GREEDY)
+    assert (status, out) == (0, expected + "\n")
+    assert "experts in q8_0, fp16 (" in err
+
+
+def test_linear_layers_in_int8(ktops_command, chat_model, adapter, tokenizer, tmp_path):
+    """As the options say, or as the adapter was trained."""
+    ktops.enable()
+    model = plain(chat_model, "ktops")
+    ktops.quantize_linear(model, "int8")
+    expected = generated(model, tokenizer)
+    options = ("--prompt", QUESTION, *GREEDY)
+    status, out, err = ktops_command("chat", chat_model, "--linear-format", "int8", *options)
+    assert (status, out) == (0, expected + "\n")
+    assert re.search(r"\d+ linear layers: .* in int8", err)
+    adapter(tmp_path / "out", linear_format="int8")
+    status, _, err = ktops_command("chat", "out", *options)
+    assert status == 0 and "--linear-format int8, as the adapter was trained" in err
+    assert re.search(r"\d+ linear layers: .* in int8", err)
+
+
 @pytest.fixture
 def nothing_is_loaded(monkeypatch):
     monkeypatch.setattr(inference, "load_base", lambda *_, **__: pytest.fail("loaded"))
@@ -195,6 +238,7 @@ def nothing_is_loaded(monkeypatch):
         (["{model}", "--experts-path", "e.gguf"], r"--experts-path: no such file or directory: .*e\.gguf"),
         (["{model}", "--weight-format", "int5"], r"--weight-format int5: "),
         (["{model}", "--group-size", "32"], r"--group-size and --quantize-method need --weight-format"),
+        (["{model}", "--linear-format", "int4"], r"--linear-format must be int8, got 'int4'"),
         (["{model}", "--dtype", "f16"], r"--dtype must be bf16 or f32, got 'f16'"),
         (["{model}", "--device", "tpu"], r"--device"),
         (["{model}", "--num-gpu-experts", "1"], r"--num-gpu-experts needs --device"),

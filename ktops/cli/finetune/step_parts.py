@@ -67,7 +67,7 @@ class Watch:
         self._hooks: list[RemovableHandle] = []
         get_base_model = getattr(model, "get_base_model", None)
         self._model: Any = model if get_base_model is None else get_base_model()
-        self._loss = self._model.loss_function
+        self._loss: Any = self._model.loss_function
         for module, part in _parts(self._model, isinstance(self._loss, ChunkedLoss)):
             self._watch(module, part)
         self._model.loss_function = self._timed_loss

@@ -75,6 +75,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             for grad, part in zip(sums, found, strict=True):
                 if part is not None:
                     grad += part
+            del logits  # before the next chunk has its own
         rounded = iter([grad.to(p.dtype) for grad, p in zip(sums, trained, strict=True)])
         ctx.grads = [grad_hidden if needs_hidden else None]
         ctx.grads += [next(rounded) if needed else None for needed in needs]

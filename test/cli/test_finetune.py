@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from ktops.cli.errors import UserError
 from ktops.cli.finetune import corpus, verify
 from ktops.cli.finetune.models import load_model
+from ktops.cli.finetune.step_parts import PARTS
 
 STEPS = 16
 
@@ -43,12 +44,17 @@ def expected_adapter(model_directory, rank: int) -> dict[str, torch.Size]:
 
 
 def test_own_model_and_data(finetune, model_directory, tmp_path):
-    status, out, err = finetune("--max-steps", STEPS, "--output-dir", "out")
+    status, out, err = finetune("--max-steps", STEPS, "--output-dir", "out", "--gradient-checkpointing")
     assert (status, err) == (0, "")
     assert "reloaded in a fresh process" in out
     metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
     assert [entry["step"] for entry in metrics["steps"]] == list(range(1, STEPS + 1))
     assert all(entry["seconds"] > 0 and entry["tokens"] > 0 for entry in metrics["steps"])
+    assert all(
+        sum(entry["parts"].values()) == pytest.approx(entry["seconds"], abs=0.001)
+        for entry in metrics["steps"]
+    )
+    assert all(metrics["step_time"][part]["seconds"] > 0 for part in PARTS if part != "other matrices")
     assert metrics["held_out"]["after"]["loss"] < metrics["held_out"]["before"]["loss"] - 0.5
     assert metrics["tokens_per_second"] > 0 and metrics["peak_rss_bytes"] > 0
     assert 0 < metrics["kt_time"]["share"] < 1

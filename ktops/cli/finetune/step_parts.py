@@ -80,7 +80,8 @@ class Watch:
     def _timed_loss(self, *args, **kwargs) -> Tensor:
         with self.clock.during("loss"):
             loss = self._loss(*args, **kwargs)
-        self._on_gradient(loss, "loss")
+        if not isinstance(self._loss, ChunkedLoss):  # which has computed its gradients
+            self._on_gradient(loss, "loss")
         return loss
 
     def _watch(self, module: nn.Module, part: str) -> None:

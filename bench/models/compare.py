@@ -6,8 +6,8 @@ Example:
 Answers: the engine of `ktops chat` and llama.cpp, with the same experts in a GGUF file of a model as wide as
 --like (a Qwen3-MoE). The other matrices are in bfloat16 in both, unless --others quantizes llama.cpp's and
 --linear-format those of ktops. The logits after the prompt are compared first. Training: steps of `ktops
-finetune` with and without ktops; without, it is PEFT on transformers' grouped_mm. The files are made in FOLDER,
-unless they are there.
+finetune` with and without ktops; without, it is PEFT on transformers' grouped_mm. The files are made in
+FOLDER, unless they are there.
 """
 
 import argparse

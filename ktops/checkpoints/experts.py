@@ -234,17 +234,16 @@ class Requantized(Experts):
 
     def expert(self, index: int) -> Codes:
         try:
-            made = [self._quantized(floats) for floats in float_rows(self.source, index)]
+            made = [
+                self.known.quantize(floats, self.group_size, self.method)
+                for floats in float_rows(self.source, index)
+            ]
         except ValueError as error:
             raise CheckpointError(f"{self.source.name(index)}: {error}") from None
         tensors = zip(*made, strict=True)
         codes = Codes._make(None if parts[0] is None else torch.cat(parts) for parts in tensors)
         give_back_freed_memory()
         return codes
-
-    def _quantized(self, floats: Tensor) -> Codes:
-        self.known.require_finite(floats)
-        return self.known.quantize(floats, self.group_size, self.method)
 
 
 def float_rows(experts: Experts, index: int) -> Iterator[Tensor]:

@@ -49,6 +49,7 @@ class Format(ABC):
         has_scale, has_zero: which tensors the format has in addition to the weight.
         default_group_size: the group size if none is given.
         written: whether weights can be quantized to it, or only read.
+        has_quantizer: whether ``kt::quantize`` has kernels for it.
     """
 
     name: str
@@ -59,6 +60,7 @@ class Format(ABC):
     has_zero = False
     default_group_size = 0
     written = True
+    has_quantizer = False
 
     @abstractmethod
     def row_elements(self, columns: int) -> int:
@@ -69,8 +71,45 @@ class Format(ABC):
         """
 
     @abstractmethod
+    def quantize_reference(self, weight: Tensor, group_size: int, method: str) -> Codes:
+        """Quantizes float32 weights [..., N, K] with one of ``methods``, on their device.
+
+        The kernels must return the same bits. The scale of weights that are not finite is not either.
+        """
+
     def quantize(self, weight: Tensor, group_size: int, method: str) -> Codes:
-        """Quantizes float32 weights [..., N, K] with one of ``methods``."""
+        """Quantizes weights [..., N, K] of any floating-point dtype with one of ``methods``.
+
+        On the CPU, kernels read the weights in their dtype, with any strides, on PyTorch's threads.
+
+        Raises:
+            ValueError: weights are NaN or infinite, or too large for the scales.
+        """
+        if self.has_quantizer and weight.device.type == "cpu":
+            native = weight if weight.dtype in FLOAT_SCALES else weight.float()
+            matrices = native.reshape(-1, *native.shape[-2:])
+            codes = Codes(*torch.ops.kt.quantize(matrices, self.name, group_size, method))
+            codes = codes.map(lambda tensor: tensor.view(*weight.shape[:-2], *tensor.shape[1:]))
+        else:
+            codes = self.quantize_reference(weight.float(), group_size, method)
+        if not self.has_finite_scales(codes):
+            self.require_finite(weight)
+            low, high = weight.aminmax()
+            raise ValueError(
+                f"format {self.name!r} needs finite weights, with {self.scale_limit}; "
+                f"got weights from {low:.3g} to {high:.3g}"
+            )
+        return codes
+
+    @property
+    def scale_limit(self) -> str:
+        return "ranges of groups up to the largest float32"
+
+    def has_finite_scales(self, codes: Codes) -> bool:
+        """True unless a weight was not finite, or too large for the scales."""
+        scale = codes.scale
+        assert scale is not None
+        return bool((scale != NAN_EXPONENT if scale.dtype == torch.uint8 else scale.isfinite()).all())
 
     def require_finite(self, weight: Tensor) -> None:
         """Raises ValueError if a weight is NaN or infinite, which codes and scales cannot hold."""
@@ -107,7 +146,7 @@ class Format(ABC):
         return FLOAT_SCALES
 
     def check_written(self) -> None:
-        """Raises ValueError if the format is read-only, ImportError if quantizing needs a missing package."""
+        """Raises ValueError if the format is read-only."""
         return
 
     def has_group_size(self, group_size: int) -> bool:
@@ -142,13 +181,15 @@ class Format(ABC):
 
         Raises:
             ValueError: also if the format can only be read, or cannot store such rows.
-        ImportError: as for :meth:`check_written`.
         """
         group_size = self.check_settings(group_size, method)
         self.row_elements(columns)
         self.check_written()
         return group_size
 
+
+NAN_EXPONENT = 255
+"""The scale of a group without a finite one, in formats whose scales are exponents."""
 
 FLOAT_SCALES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -167,6 +208,11 @@ def expect(name: str, tensor: Tensor | None, dtypes: tuple[torch.dtype, ...], sh
 def num_groups(columns: int, group_size: int) -> int:
     """Returns the number of groups in a row; the last one may be shorter."""
     return 1 if group_size == 0 else -(-columns // group_size)
+
+
+def scale_dtype(group_size: int) -> torch.dtype:
+    """Returns float32 for the scale of a row; bfloat16 for those of groups, which take noticeable memory."""
+    return torch.float32 if group_size == 0 else torch.bfloat16
 
 
 def in_groups(weight: Tensor, group_size: int) -> Tensor:

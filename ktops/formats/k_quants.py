@@ -17,7 +17,9 @@ from torch import Tensor
 
 from ktops.formats.format import Codes
 from ktops.formats.gguf_blocks import BLOCKS, GgufBlocks
-from ktops.formats.integer import NUM_FITS, divide, fit, shrinking
+from ktops.formats.integer import NUM_FITS, fit
+from ktops.formats.rounding import divide, shrinking
+from ktops.formats.sums import ordered_sum
 
 NUM_RANGES = 10
 """Number of ranges "mse" starts from, evenly spaced from the full range down to the fraction ``smallest``."""
@@ -75,23 +77,18 @@ class KQuant(GgufBlocks):
         super().__init__(name, *BLOCKS[name])
         self.layout = layout
 
-    def check_written(self) -> None:
-        """Checks nothing, because quantizing does not need the gguf package."""
-
-    def quantize(self, weight: Tensor, group_size: int, method: str) -> Codes:
+    def quantize_reference(self, weight: Tensor, group_size: int, method: str) -> Codes:
         rows = *weight.shape[:-1], self.row_elements(weight.shape[-1])
         groups = weight.reshape(-1, self.block // self.layout.group, self.layout.group)
         blocks = [self._blocks(chunk, method) for chunk in groups.split(CHUNK_BLOCKS)]
         return Codes(torch.cat(blocks).view(rows))
 
+    @property
+    def scale_limit(self) -> str:
+        return f"group scales up to {self.layout.most} times the largest float16, 65504"
+
     def _blocks(self, groups: Tensor, method: str) -> Tensor:
         scales = rounded(*ranges(groups, self.layout), self.layout)
-        if not bool((scales.d.isfinite() & scales.dmin.isfinite()).all()):
-            low, high = groups.aminmax()
-            raise ValueError(
-                f"format {self.name!r} needs finite weights, with group scales up to {self.layout.most} "
-                f"times the largest float16, 65504; got weights from {low:.3g} to {high:.3g}"
-            )
         if method == "mse":
             scales = least_error(groups, scales, self.layout)
         codes = codes_of(groups, scales.step, scales.offset, self.layout) - self.layout.low
@@ -132,15 +129,14 @@ def codes_of(groups: Tensor, step: Tensor, offset: Tensor, layout: Layout) -> Te
 def squared_error(groups: Tensor, step: Tensor, offset: Tensor, layout: Layout) -> Tensor:
     """Returns the squared error of each group, [blocks, groups, 1]."""
     codes = codes_of(groups, step, offset, layout)
-    return codes.mul_(step).sub_(offset).sub_(groups).square_().sum(-1, keepdim=True)
+    return ordered_sum(codes.mul_(step).sub_(offset).sub_(groups).square_())
 
 
 def least_error(groups: Tensor, start: Scales, layout: Layout) -> Scales:
     """Returns the best scales found; no block is worse than with the initial scales."""
     found = neighbors(groups, rounded(*search(groups, layout), layout), layout)
     errors = (
-        squared_error(groups, scales.step, scales.offset, layout).sum(1, keepdim=True)
-        for scales in (found, start)
+        ordered_sum(squared_error(groups, scales.step, scales.offset, layout).mT) for scales in (found, start)
     )
     better = torch.lt(*errors)
     return Scales(*(torch.where(better, new, old) for new, old in zip(found, start, strict=True)))
@@ -155,7 +151,7 @@ def search(groups: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
             error = squared_error(groups, *trial, layout)
             better = error < least
             best = torch.where(better, trial[0], best[0]), torch.where(better, trial[1], best[1])
-            least = torch.minimum(error, least)
+            least = torch.where(better, error, least)
     return best
 
 
@@ -194,7 +190,7 @@ def neighbors(groups: Tensor, scales: Scales, layout: Layout) -> Scales:
                 scale=torch.where(better, trial.scale, best.scale),
                 minimum=torch.where(better, trial.minimum, best.minimum),
             )
-            least = torch.minimum(error, least)
+            least = torch.where(better, error, least)
     return best
 
 

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <limits>
 
+#include "ops/launch.h"
 #include "ops/weight_argument.h"
 
 namespace kt::ops {
@@ -87,21 +88,12 @@ void check_int8(const Checker& check, const WeightNames& names, const WeightTens
                (weight.is_dense() ? "dense" : format_of(weight).name) + "', got 'int8'");
 }
 
-// Runs on PyTorch's threads, so torch.set_num_threads applies.
-void launch(int64_t n, void (*body)(void* context), void* context) {
-    if (n <= 1) return body(context);
-    torch::stable::parallel_for(0, n, 1, [&](int64_t begin, int64_t end) {
-        for (int64_t i = begin; i < end; ++i) body(context);
-    });
-}
-
 // Returns how many threads the work is worth: waking one up costs about as much as kFlopsAThread FLOPs, or that many
 // bytes of weights if they are used once.
 int useful_threads(const Problem& p) {
     constexpr int64_t kFlopsAThread = 1 << 19;
     const int64_t flops = 6 * p.num_tokens * p.top_k * p.hidden_size * p.intermediate_size;
-    const auto available = static_cast<int64_t>(torch::stable::get_num_threads());
-    return static_cast<int>(larger(1, smaller(available, flops / kFlopsAThread)));
+    return useful_threads(flops, kFlopsAThread);
 }
 
 // Checks a pair of LoRA factors, A [E, r, in] and B [E, out, r], and returns r, or 0 without them.

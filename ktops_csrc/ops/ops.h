@@ -43,6 +43,9 @@ Gradients moe_sft_bwd(Tensor grad_output, KT_MOE_ARGUMENTS(KT_PARAMETER), std::s
 Tensor dequantize(Tensor weight, OptionalTensor scale, OptionalTensor zero, std::string weight_format,
                   int64_t group_size, int64_t columns);
 
+std::tuple<Tensor, OptionalTensor, OptionalTensor> quantize(Tensor weight, std::string weight_format,
+                                                            int64_t group_size, std::string method);
+
 std::string cpu_capability();
 std::string cpu_capabilities();
 std::string cpu_refusals();

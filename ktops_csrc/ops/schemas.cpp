@@ -43,6 +43,10 @@ STABLE_TORCH_LIBRARY(kt, m) {
     m.def("dequantize(Tensor weight, Tensor? scale, Tensor? zero, str weight_format, int group_size, int columns) "
           "-> Tensor");
 
+    // weights [E, N, K] -> their codes [E, N, ...], scales and zero points in a format; method is "rtn", "mse" or "hqq"
+    m.def("quantize(Tensor weight, str weight_format, int group_size, str method) -> "
+          "(Tensor weight, Tensor? scale, Tensor? zero)");
+
     // the ISA whose kernels are in use; "name=0|1,..." for every compiled ISA, 1 if this CPU can run it; choose an ISA
     m.def("cpu_capability() -> str");
     m.def("cpu_capabilities() -> str");
@@ -88,6 +92,7 @@ STABLE_TORCH_LIBRARY_IMPL(kt, CPU, m) {
     m.impl("moe_sft_fwd", TORCH_BOX(&kt::ops::moe_sft_fwd));
     m.impl("moe_sft_bwd", TORCH_BOX(&kt::ops::moe_sft_bwd));
     m.impl("dequantize", TORCH_BOX(&kt::ops::dequantize));
+    m.impl("quantize", TORCH_BOX(&kt::ops::quantize));
     m.impl("sum_words", TORCH_BOX(&kt::ops::sum_words));
 }
 

@@ -20,6 +20,12 @@ STABLE_TORCH_LIBRARY(kt, m) {
     m.def("moe_fwd_begin(" KT_MOE_SCHEMA ", int stream) -> int call");
     m.def("moe_fwd_end(int call, Tensor(a!)? output) -> ()");
 
+    // the same for experts whose arguments are checked once, and held until they are released; the tokens given to
+    // prepare_moe are only checked
+    m.def("prepare_moe(" KT_MOE_SCHEMA ") -> int experts");
+    m.def("moe_fwd_prepared(Tensor hidden_states, Tensor topk_ids, Tensor topk_weights, int experts) -> Tensor");
+    m.def("release_moe(int experts) -> ()");
+
     // -> output [T, H]; saved tensors, one row per position: gate_up [R, 2I] (or [0, 2I] for "recompute"),
     //    x A1^T [R, r1], h A2^T [R, r2]; copies in CPU memory of what was on another device, None on the CPU
     m.def("moe_sft_fwd(" KT_MOE_SCHEMA ", str save) -> (Tensor output, Tensor saved_gate_up, "
@@ -81,6 +87,8 @@ STABLE_TORCH_LIBRARY(kt, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(kt, CPU, m) {
     m.impl("moe_fwd", TORCH_BOX(&kt::ops::moe_fwd));
+    m.impl("prepare_moe", TORCH_BOX(&kt::ops::prepare_moe));
+    m.impl("moe_fwd_prepared", TORCH_BOX(&kt::ops::moe_fwd_prepared));
     m.impl("moe_sft_fwd", TORCH_BOX(&kt::ops::moe_sft_fwd));
     m.impl("moe_sft_bwd", TORCH_BOX(&kt::ops::moe_sft_bwd));
     m.impl("dequantize", TORCH_BOX(&kt::ops::dequantize));
@@ -98,6 +106,7 @@ STABLE_TORCH_LIBRARY_IMPL(kt, CompositeExplicitAutograd, m) {
     m.impl("memory_stats", TORCH_BOX(&kt::ops::memory_stats));
     m.impl("moe_fwd_begin", TORCH_BOX(&kt::ops::moe_fwd_begin));
     m.impl("moe_fwd_end", TORCH_BOX(&kt::ops::moe_fwd_end));
+    m.impl("release_moe", TORCH_BOX(&kt::ops::release_moe));
     m.impl("load_cuda", TORCH_BOX(&kt::ops::load_cuda));
     m.impl("synchronize_streams", TORCH_BOX(&kt::ops::synchronize_streams));
     m.impl("stop_streams", TORCH_BOX(&kt::ops::stop_streams));

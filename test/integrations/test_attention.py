@@ -48,9 +48,7 @@ def tensors(key_dim: int, value_dim: int) -> list[torch.Tensor]:
         (2, KEY_HEADS, TOKENS, value_dim),
         (HEADS,),
     )
-    return [
-        torch.randn(shape, generator=generator, dtype=torch.float64).requires_grad_() for shape in shapes
-    ]
+    return [torch.randn(shape, generator=generator, dtype=torch.float64).requires_grad_() for shape in shapes]
 
 
 def explicit(query, key, value, sinks, mask: torch.Tensor, scaling: float) -> torch.Tensor:
@@ -66,7 +64,11 @@ def explicit(query, key, value, sinks, mask: torch.Tensor, scaling: float) -> to
 def masks() -> dict[str, torch.Tensor | None]:
     causal = torch.ones(TOKENS, TOKENS, dtype=torch.bool).tril()
     padded = causal & (torch.arange(TOKENS) > torch.tensor([[0], [3]])[..., None])
-    return {"causal": None, "window": (causal & causal.triu(-2)).view(1, 1, TOKENS, TOKENS), "padded": padded[:, None]}
+    return {
+        "causal": None,
+        "window": (causal & causal.triu(-2)).view(1, 1, TOKENS, TOKENS),
+        "padded": padded[:, None],
+    }
 
 
 @pytest.mark.parametrize("sinks", [False, True])
@@ -234,4 +236,6 @@ def test_what_it_does_not_compute_is_an_error(arguments, message):
 def test_dropout_warns():
     query, key, value, _ = tensors(8, 8)
     with pytest.warns(UserWarning, match="attention with dropout by explicit matrices"):
-        attention_forward(SimpleNamespace(num_key_value_groups=2), query, key, value, None, dropout=math.ulp(1))
+        attention_forward(
+            SimpleNamespace(num_key_value_groups=2), query, key, value, None, dropout=math.ulp(1)
+        )

@@ -4,7 +4,8 @@ import functools
 import inspect
 import re
 import sys
-from typing import cast
+from collections.abc import Hashable
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -25,10 +26,10 @@ _NOT_COMPUTED = ("softcap", "sinks", "indices")
 
 
 def use_attention(model: nn.Module) -> str | None:
-    """Switches a model of transformers to ``attn_implementation="ktops"``, which computes the same as its own.
+    """Switches a model of transformers to ``attn_implementation="ktops"``, which computes the same.
 
-    On the CPU, no [T, T] matrix of scores exists then, and no product with keys that a block of queries does
-    not see. This changes nothing for models on a GPU, except that they take packed sequences.
+    On the CPU, no [T, T] matrix of scores exists then, and blocks of queries are not multiplied with keys
+    that none of them sees. On a GPU, the model runs "sdpa", and takes packed sequences.
 
     Returns:
         Why the model keeps its own attention, or None.
@@ -39,7 +40,7 @@ def use_attention(model: nn.Module) -> str | None:
     """
     reason = why_not(model)
     if reason is None:
-        model.set_attn_implementation(NAME)
+        cast(Any, model).set_attn_implementation(NAME)
     return reason
 
 
@@ -53,14 +54,14 @@ def why_not(model: nn.Module) -> str | None:
     if implementation not in ("sdpa", "eager", NAME):
         return f'it was loaded with attn_implementation="{implementation}"'
     for part in (part for part in model.modules() if isinstance(part, PreTrainedModel)):
-        reason = _why_not(type(part))
+        reason = _why_not_class(cast(Hashable, type(part)))
         if reason is not None:
             return reason
     return None
 
 
 @functools.cache
-def _why_not(model_class) -> str | None:
+def _why_not_class(model_class: Any) -> str | None:
     if not model_class._can_set_attn_implementation():
         return f"{model_class.__name__} does not use transformers' attention interface"
     if not (model_class._supports_sdpa or model_class._supports_flash_attn):
@@ -114,25 +115,17 @@ def attention_forward(
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     if is_causal is None:
         is_causal = getattr(module, "is_causal", True)
-    lengths = _lengths(query, key, cu_seq_lens_q, cu_seq_lens_k)
     arguments = {"dropout": dropout, "scaling": scaling, "is_causal": is_causal, **kwargs}
-    if len(lengths) == 1:
-        return _attend(module, query, key, value, attention_mask, s_aux, arguments)[..., :width], None
-    if kwargs.get("position_bias") is not None:
-        raise ValueError(f"{type(module).__name__}: packed sequences cannot be combined with position_bias")
-    sequences = zip(*(tensor.split(lengths, dim=2) for tensor in (query, key, value)), strict=True)
-    masks = _diagonal(attention_mask, lengths)
-    outputs = [
-        _attend(module, *sequence, mask, s_aux, arguments)
-        for sequence, mask in zip(sequences, masks, strict=True)
-    ]
-    return torch.cat(outputs, dim=1)[..., :width], None
+    tensors = (query, key, value, attention_mask, s_aux)
+    if cu_seq_lens_q is None:
+        output = _attend(module, *tensors, arguments)
+    else:
+        output = _attend_packed(module, *tensors, arguments, cu_seq_lens_q, cu_seq_lens_k)
+    return output[..., :width], None
 
 
-def _lengths(query: Tensor, key: Tensor, starts: Tensor | None, key_starts: Tensor | None) -> list[int]:
-    """Returns the lengths of packed sequences; without packing, that of all queries."""
-    if starts is None:
-        return [query.shape[2]]
+def _lengths(query: Tensor, key: Tensor, starts: Tensor, key_starts: Tensor | None) -> list[int]:
+    """Returns the lengths of packed sequences."""
     if key_starts is not None and key_starts is not starts and not torch.equal(starts, key_starts):
         raise ValueError("cu_seq_lens_q and cu_seq_lens_k differ, but each sequence attends to itself")
     lengths = starts.diff().tolist()
@@ -144,8 +137,23 @@ def _lengths(query: Tensor, key: Tensor, starts: Tensor | None, key_starts: Tens
     return lengths
 
 
+@torch.compiler.disable  # else it would be compiled again for other lengths
+def _attend_packed(
+    module, query, key, value, mask: Tensor | None, sinks, arguments: dict, starts: Tensor, key_starts
+) -> Tensor:
+    if arguments.get("position_bias") is not None:
+        raise ValueError(f"{type(module).__name__}: packed sequences cannot be combined with position_bias")
+    lengths = _lengths(query, key, starts, key_starts)
+    queries, keys, values = (tensor.split(lengths, dim=2) for tensor in (query, key, value))
+    outputs = [
+        _attend(module, *sequence, sinks, arguments)
+        for sequence in zip(queries, keys, values, _diagonal(mask, lengths), strict=True)
+    ]
+    return torch.cat(outputs, dim=1)
+
+
 def _diagonal(mask: Tensor | None, lengths: list[int]) -> list[Tensor | None]:
-    """Returns the part of a mask for each sequence."""
+    """Returns the part of a mask for each sequence of a row."""
     if mask is None:
         return [None] * len(lengths)
     rows = mask.split(lengths, dim=2)

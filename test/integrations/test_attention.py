@@ -192,6 +192,8 @@ def test_attention_that_depends_on_its_name_is_left_alone():
     model = tiny_model("deepseek_v32")
     assert "something else for each" in use_attention(model)
     assert model.config._attn_implementation == "sdpa"
+    with pytest.raises(ValueError, match="something else for each"):
+        model.set_attn_implementation("ktops")
     assert "an attention of its own" in use_attention(tiny_model("deepseek_v4"))
     assert use_attention(torch.nn.Linear(1, 1)) == "it is not a model of transformers"
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from ktops._warn import warn_once
+from ktops.integrations.replacements import Replacements
 
 NAME = "ktops"
 """The name of the implementation: ``attn_implementation=NAME``."""
@@ -20,6 +21,8 @@ QUERY_BLOCK = 512
 """With a mask, that many queries at a time multiply the keys that any of them sees, on the CPU."""
 
 _COMPARED = re.compile(r"_attn_implementation\s*(==|!=|in\b|not in\b)")
+
+_replaced = Replacements()
 
 _NOT_COMPUTED = ("softcap", "sinks", "indices")
 """Arguments of some models' attention that SDPA does not have; transformers' sdpa would ignore some."""
@@ -224,19 +227,34 @@ def _seen(mask: Tensor) -> slice:
     return slice(0, 1) if not len(keys) else slice(int(keys[0]), int(keys[-1]) + 1)
 
 
-def enable() -> None:
-    """Registers "ktops" as an attention implementation, with the masks of "sdpa"."""
-    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
+def _get_correct_attn_implementation(model: Any, requested_attention: str | None, *args, **kwargs) -> str:
+    """``PreTrainedModel.get_correct_attn_implementation``, which accepts every registered name."""
+    reason = _why_not_class(cast(Hashable, type(model))) if requested_attention == NAME else None
+    if reason is not None:
+        raise ValueError(f'attn_implementation="{NAME}": {reason}')
+    return _replaced.original["get_correct_attn_implementation"](model, requested_attention, *args, **kwargs)
+
+
+def _registries() -> list:
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-    ALL_ATTENTION_FUNCTIONS.register(NAME, attention_forward)
-    ALL_MASK_ATTENTION_FUNCTIONS.register(NAME, sdpa_mask)
+    return [ALL_ATTENTION_FUNCTIONS, ALL_MASK_ATTENTION_FUNCTIONS]
+
+
+def enable() -> None:
+    """Registers "ktops" with the masks of "sdpa"; a second call does nothing."""
+    from transformers import PreTrainedModel
+    from transformers.masking_utils import sdpa_mask
+
+    for registry, function in zip(_registries(), (attention_forward, sdpa_mask), strict=True):
+        registry.register(NAME, function)
+    if not _replaced:
+        _replaced.install(PreTrainedModel, get_correct_attn_implementation=_get_correct_attn_implementation)
 
 
 def disable() -> None:
     """Unregisters the implementation. Models still set to it raise in forward."""
-    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
-    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-
-    for registry in (ALL_ATTENTION_FUNCTIONS, ALL_MASK_ATTENTION_FUNCTIONS):
+    for registry in _registries():
         registry._global_mapping.pop(NAME, None)
+    _replaced.restore()

@@ -276,12 +276,11 @@ def test_bad_sources(convert, model_directory, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_formats_of_gguf_without_its_package(convert, tmp_path, monkeypatch):
+def test_formats_of_gguf_need_no_package(convert, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "gguf", None)
-    status, out, err = convert("out", "--format", "q4_0")
-    assert (status, out) == (1, "") and "Traceback" not in err
-    assert "need the gguf package: pip install 'ktops[formats]'" in " ".join(err.split())
-    assert not list(tmp_path.glob("out*"))
+    status, _, err = convert("out", "--format", "q4_0")
+    assert status == 0, err
+    assert (tmp_path / "out" / "config.json").exists()
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,16 @@ Sources: OCP Microscaling Formats (MX) 1.0; DeepSeek-V3's checkpoints for the 12
 import torch
 from torch import Tensor
 
-from ktops.formats.format import FLOAT_SCALES, Codes, Format, expect, in_groups, num_groups, spread
+from ktops.formats.format import (
+    FLOAT_SCALES,
+    NAN_EXPONENT,
+    Codes,
+    Format,
+    expect,
+    in_groups,
+    num_groups,
+    spread,
+)
 from ktops.formats.integer import pack_nibbles, unpack_nibbles
 
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
@@ -24,7 +33,7 @@ E2M1_MAX_EXPONENT = 2
 
 class Fp8(Format):
     name, dtype = "fp8_e4m3", torch.float8_e4m3fn
-    has_scale = True
+    has_scale = has_quantizer = True
     group_sizes = (0, 128)
     default_group_size = 128
 
@@ -45,7 +54,7 @@ class Fp8(Format):
             return
         super().check(codes, shape, group_size)
 
-    def quantize(self, weight: Tensor, group_size: int, method: str) -> Codes:
+    def quantize_reference(self, weight: Tensor, group_size: int, method: str) -> Codes:
         rows, columns = weight.shape[-2:]
         if group_size == 0:
             largest = weight.abs().amax(-1, keepdim=True)
@@ -72,7 +81,7 @@ class Fp8(Format):
 class Microscaling(Format):
     """Groups of 32 columns, each scaled by a power of two."""
 
-    has_scale = True
+    has_scale = has_quantizer = True
     group_sizes = (32,)
     default_group_size = 32
     max_exponent: int
@@ -93,8 +102,8 @@ class Microscaling(Format):
         groups = in_groups(weight, 32)
         largest = groups.abs().amax(-1)
         exponent = torch.where(largest == 0, -127, torch.frexp(largest).exponent - 1 - self.max_exponent)
-        exponent = exponent.clamp(-127, 127)
-        return torch.ldexp(groups, -exponent[..., None]).flatten(-2), (exponent + 127).to(torch.uint8)
+        scale = torch.where(largest.isfinite(), exponent.clamp(-127, 127) + 127, NAN_EXPONENT)
+        return (groups * exponents(254 - scale)[..., None]).flatten(-2), scale.to(torch.uint8)
 
 
 def e2m1(codes: Tensor, columns: int) -> Tensor:
@@ -106,13 +115,13 @@ def e2m1(codes: Tensor, columns: int) -> Tensor:
 def exponents(scale: Tensor) -> Tensor:
     """Converts uint8 scales to float32 2^(scale - 127); 255 is NaN."""
     powers = torch.exp2(scale.double() - 127).float()
-    return torch.where(scale == 255, torch.nan, powers)
+    return torch.where(scale == NAN_EXPONENT, torch.nan, powers)
 
 
 class MxFp8(Microscaling):
     name, dtype, max_exponent = "mxfp8", torch.float8_e4m3fn, FP8_MAX_EXPONENT
 
-    def quantize(self, weight: Tensor, group_size: int, method: str) -> Codes:
+    def quantize_reference(self, weight: Tensor, group_size: int, method: str) -> Codes:
         scaled, scale = self._scaled(weight)
         return Codes(scaled.clamp(-FP8_MAX, FP8_MAX).to(self.dtype), scale)
 
@@ -127,7 +136,7 @@ class MxFp4(Microscaling):
     def row_elements(self, columns: int) -> int:
         return super().row_elements(columns) // 2
 
-    def quantize(self, weight: Tensor, group_size: int, method: str) -> Codes:
+    def quantize_reference(self, weight: Tensor, group_size: int, method: str) -> Codes:
         scaled, scale = self._scaled(weight)
         levels = torch.tensor(E2M1)
         codes = torch.bucketize(scaled.abs(), (levels[1:] + levels[:-1]) / 2)

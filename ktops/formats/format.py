@@ -49,6 +49,7 @@ class Format(ABC):
         has_scale, has_zero: which tensors the format has in addition to the weight.
         default_group_size: the group size if none is given.
         written: whether weights can be quantized to it, or only read.
+        has_quantizer: whether ``kt::quantize`` has kernels for it.
     """
 
     name: str
@@ -59,6 +60,7 @@ class Format(ABC):
     has_zero = False
     default_group_size = 0
     written = True
+    has_quantizer = False
 
     @abstractmethod
     def row_elements(self, columns: int) -> int:
@@ -69,13 +71,42 @@ class Format(ABC):
         """
 
     @abstractmethod
-    def quantize(self, weight: Tensor, group_size: int, method: str) -> Codes:
-        """Quantizes float32 weights [..., N, K] with one of ``methods``."""
+    def quantize_reference(self, weight: Tensor, group_size: int, method: str) -> Codes:
+        """Quantizes float32 weights [..., N, K] with one of ``methods``, on their device.
 
-    def require_finite(self, weight: Tensor) -> None:
-        """Raises ValueError if a weight is NaN or infinite, which codes and scales cannot hold."""
-        if not bool(weight.isfinite().all()):
-            raise ValueError(f"format {self.name!r} needs finite weights, got NaN or infinity")
+        The kernels must return the same bits. Where a weight is NaN or infinite, its scale must not be finite.
+        """
+
+    def quantize(self, weight: Tensor, group_size: int, method: str) -> Codes:
+        """Quantizes weights [..., N, K] of any floating-point dtype with one of ``methods``.
+
+        On the CPU, kernels read the weights in their dtype, and only rows must be contiguous.
+
+        Raises:
+            ValueError: weights are NaN or infinite, or too large for the scales.
+        """
+        if self.has_quantizer and weight.device.type == "cpu":
+            native = weight if weight.dtype in FLOAT_SCALES else weight.float()
+            matrices = native.reshape(-1, *native.shape[-2:])
+            codes = Codes(*torch.ops.kt.quantize(matrices, self.name, group_size, method))
+            codes = codes.map(lambda tensor: tensor.view(*weight.shape[:-2], *tensor.shape[1:]))
+        else:
+            codes = self.quantize_reference(weight.float(), group_size, method)
+        if not self.has_finite_scales(codes):
+            self.require_finite(weight)
+            low, high = weight.aminmax()
+            raise ValueError(
+                f"format {self.name!r} needs finite weights, with {self.scale_limit}; "
+                f"got weights from {low:.3g} to {high:.3g}"
+            )
+        return codes
+
+    scale_limit = "group ranges up to the largest float32"
+
+    def has_finite_scales(self, codes: Codes) -> bool:
+        scale = codes.scale
+        assert scale is not None
+        return bool((scale != NAN_EXPONENT if scale.dtype == torch.uint8 else scale.isfinite()).all())
 
     @abstractmethod
     def dequantize(self, codes: Codes, columns: int, group_size: int) -> Tensor:
@@ -150,6 +181,9 @@ class Format(ABC):
         return group_size
 
 
+NAN_EXPONENT = 255
+"""The scale of a group without a finite one, in formats whose scales are exponents."""
+
 FLOAT_SCALES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -167,6 +201,11 @@ def expect(name: str, tensor: Tensor | None, dtypes: tuple[torch.dtype, ...], sh
 def num_groups(columns: int, group_size: int) -> int:
     """Returns the number of groups in a row; the last one may be shorter."""
     return 1 if group_size == 0 else -(-columns // group_size)
+
+
+def scale_dtype(group_size: int) -> torch.dtype:
+    """Returns float32 for the scale of a row; bfloat16 for those of groups, which take noticeable memory."""
+    return torch.float32 if group_size == 0 else torch.bfloat16
 
 
 def in_groups(weight: Tensor, group_size: int) -> Tensor:

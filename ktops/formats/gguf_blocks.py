@@ -37,7 +37,11 @@ class GgufBlocks(Format):
             )
         return columns // self.block * self.block_bytes
 
-    def quantize(self, weight: Tensor, group_size: int, method: str) -> Codes:
+    def has_finite_scales(self, codes: Codes) -> bool:
+        return True
+
+    def quantize_reference(self, weight: Tensor, group_size: int, method: str) -> Codes:
+        self.require_finite(weight)
         gguf = _gguf()
         return Codes(torch.from_numpy(gguf.quants.quantize(weight.contiguous().numpy(), self._type(gguf))))
 

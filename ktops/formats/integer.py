@@ -14,7 +14,10 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from ktops.formats.format import METHODS, Codes, Format, in_groups, spread
+from ktops.formats.format import METHODS, Codes, Format, in_groups, scale_dtype, spread
+from ktops.formats.half_quadratic import half_quadratic_zero
+from ktops.formats.rounding import divide, round_to, shrinking
+from ktops.formats.sums import ordered_mean, ordered_sum
 
 
 def pack_nibbles(codes: Tensor) -> Tensor:
@@ -28,21 +31,11 @@ def unpack_nibbles(packed: Tensor, columns: int) -> Tensor:
     return torch.stack([packed & 15, packed >> 4], dim=-1).flatten(-2)[..., :columns]
 
 
-def divide(weight: Tensor, scale: Tensor) -> Tensor:
-    """Returns weight / scale, and 0 where the scale is 0."""
-    return weight / torch.where(scale == 0, torch.inf, scale)
-
-
-def round_to(weight: Tensor, scale: Tensor, low: int, high: int) -> Tensor:
-    """Returns the integers in [low, high] nearest to weight / scale, and 0 where the scale is 0."""
-    return divide(weight, scale).round_().clamp_(low, high)
-
-
 class Symmetric(Format):
     """Integers in [-high - 1, high] times a scale."""
 
     methods = ("rtn", "mse")
-    has_scale = True
+    has_scale = has_quantizer = True
     group_sizes = (0, -1)
     high: int
     smallest: float
@@ -63,7 +56,7 @@ class Symmetric(Format):
             torch.div(groups, torch.where(scale == 0, 1, scale), out=integers).round_()
             for sign, low in ((1, -self.high - 1), (-1, -self.high)):  # -scale reverses the range
                 torch.clamp(integers, low, low + 2 * self.high + 1, out=errors).mul_(scale).sub_(groups)
-                error = errors.square_().sum(-1, keepdim=True)
+                error = ordered_sum(errors.square_())
                 better = error < least
                 best, least = torch.where(better, sign * scale, best), torch.where(better, error, least)
         return (best,)
@@ -93,22 +86,13 @@ def in_chunks(search: Callable[..., tuple[Tensor, ...]], groups: Tensor, *others
     return [torch.cat(parts).view(*groups.shape[:-1], 1) for parts in results]
 
 
-def shrinking(steps: int, smallest: float) -> list[float]:
-    return [1 - step * (1 - smallest) / steps for step in range(steps)]
-
-
-def scale_dtype(group_size: int) -> torch.dtype:
-    """Returns float32 for the scale of a row; bfloat16 for those of groups, which take noticeable memory."""
-    return torch.float32 if group_size == 0 else torch.bfloat16
-
-
 class Int8(Symmetric):
     name, dtype, high, smallest = "int8", torch.int8, 127, 0.9
 
     def row_elements(self, columns: int) -> int:
         return columns
 
-    def quantize(self, weight: Tensor, group_size: int, method: str) -> Codes:
+    def quantize_reference(self, weight: Tensor, group_size: int, method: str) -> Codes:
         integers, scale = self._integers(weight, group_size, method)
         return Codes(integers.to(torch.int8), scale)
 
@@ -124,7 +108,7 @@ class Int4(Symmetric):
     def row_elements(self, columns: int) -> int:
         return -(-columns // 2)
 
-    def quantize(self, weight: Tensor, group_size: int, method: str) -> Codes:
+    def quantize_reference(self, weight: Tensor, group_size: int, method: str) -> Codes:
         integers, scale = self._integers(weight, group_size, method)
         return Codes(pack_nibbles(integers + 8), scale)
 
@@ -139,14 +123,14 @@ class UInt4(Format):
 
     name, dtype, smallest = "uint4", torch.uint8, 0.4
     methods = METHODS
-    has_scale = has_zero = True
+    has_scale = has_zero = has_quantizer = True
     group_sizes = (0, -1)
     default_group_size = 128
 
     def row_elements(self, columns: int) -> int:
         return -(-columns // 2)
 
-    def quantize(self, weight: Tensor, group_size: int, method: str) -> Codes:
+    def quantize_reference(self, weight: Tensor, group_size: int, method: str) -> Codes:
         groups = in_groups(weight, group_size)
         low, high = (
             bound.clamp(*limit)
@@ -158,7 +142,7 @@ class UInt4(Format):
         else:
             scale, zero = affine(low, high, dtype)
         if method == "hqq":
-            zero = _half_quadratic_zero(groups, scale.float(), -divide(low, scale.float())).half()
+            zero = half_quadratic_zero(groups, scale.float(), 0 - divide(low, scale.float())).half()
         codes = round_to(groups + scale.float() * zero.float(), scale.float(), 0, 15)
         codes = codes.flatten(-2)[..., : weight.shape[-1]]
         return Codes(pack_nibbles(codes), scale.squeeze(-1), zero.squeeze(-1))
@@ -204,40 +188,24 @@ def _search(groups: Tensor, low: Tensor, high: Tensor, dtype: torch.dtype) -> tu
 
 
 def fit(groups: Tensor, codes: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns the least-squares scale and zero point for codes; keeps the scale if all codes are equal."""
-    mean, center = groups.mean(-1, keepdim=True), codes.mean(-1, keepdim=True)
-    centered = codes - center
-    squares = centered.square().sum(-1, keepdim=True)
-    fitted = divide((centered * (groups - mean)).sum(-1, keepdim=True), squares)
+    """Returns the least-squares scale and zero point for codes; keeps the scale if all codes are equal.
+
+    Sums of integers and of their squares are exact in float32.
+    """
+    mean, total = ordered_mean(groups), ordered_sum(codes)
+    center = total / groups.shape[-1]
+    squares = ordered_sum(codes.square()) - total * center
+    fitted = divide(ordered_sum(codes * (groups - mean)), squares)
     scale = torch.where(fitted == 0, scale, fitted)
     return scale, center - divide(mean, scale)
 
 
 def _squared_error(groups: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
-    return _restored(groups, scale.float(), zero.float()).sub_(groups).square_().sum(-1, keepdim=True)
+    return ordered_sum(_restored(groups, scale.float(), zero.float()).sub_(groups).square_())
 
 
 def _restored(groups: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
     return round_to(groups + scale * zero, scale, 0, 15).sub_(zero).mul_(scale)
-
-
-def _half_quadratic_zero(groups: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
-    """Minimizes sum |error|^0.7 over the zero point by half-quadratic splitting (Badri and Shaji, 2023).
-
-    Alternates between shrinking the error and taking the mean that fits it, with a growing penalty beta.
-    """
-    power, beta, growth = 0.7, 10.0, 1.01
-    best, least = zero, torch.full_like(zero, torch.inf)
-    for _ in range(20):
-        codes = round_to(groups + scale * zero, scale, 0, 15)
-        error = groups - (codes - zero) * scale
-        size = error.abs()
-        norm = size.pow(power).sum(-1, keepdim=True)
-        best, least = torch.where(norm < least, zero, best), torch.minimum(norm, least)
-        shrunken = error.sign() * (size - size.clamp_min(1e-8).pow(power - 1) / beta).clamp_min(0)
-        zero = torch.where(scale == 0, zero, codes - (groups - shrunken) / scale).mean(-1, keepdim=True)
-        beta *= growth
-    return best
 
 
 FORMATS = (Int8(), Int4(), UInt4())

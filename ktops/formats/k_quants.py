@@ -17,7 +17,9 @@ from torch import Tensor
 
 from ktops.formats.format import Codes
 from ktops.formats.gguf_blocks import BLOCKS, GgufBlocks
-from ktops.formats.integer import NUM_FITS, divide, fit, shrinking
+from ktops.formats.integer import NUM_FITS, fit
+from ktops.formats.rounding import divide, shrinking
+from ktops.formats.sums import ordered_sum
 
 NUM_RANGES = 10
 """Number of ranges "mse" starts from, evenly spaced from the full range down to the fraction ``smallest``."""
@@ -35,6 +37,7 @@ class Layout:
         low, high: the smallest and the largest code.
         most: the largest integer scale or minimum; scales are in [-most, most] if codes are signed.
         smallest: the smallest fraction of a group's range worth trying.
+        halves: offsets of d and dmin in a block.
         pack: (codes - low, :class:`Scales`) -> the parts of the blocks, uint8 [blocks, ...], in order.
     """
 
@@ -43,6 +46,7 @@ class Layout:
     high: int
     most: int
     smallest: float
+    halves: tuple[int, ...]
     pack: Callable[[Tensor, "Scales"], tuple[Tensor, ...]]
 
     @property
@@ -70,6 +74,7 @@ class Scales(NamedTuple):
 
 class KQuant(GgufBlocks):
     methods = ("rtn", "mse")
+    has_quantizer = True
 
     def __init__(self, name: str, layout: Layout) -> None:
         super().__init__(name, *BLOCKS[name])
@@ -78,20 +83,25 @@ class KQuant(GgufBlocks):
     def check_written(self) -> None:
         """Checks nothing, because quantizing does not need the gguf package."""
 
-    def quantize(self, weight: Tensor, group_size: int, method: str) -> Codes:
+    def quantize_reference(self, weight: Tensor, group_size: int, method: str) -> Codes:
         rows = *weight.shape[:-1], self.row_elements(weight.shape[-1])
         groups = weight.reshape(-1, self.block // self.layout.group, self.layout.group)
         blocks = [self._blocks(chunk, method) for chunk in groups.split(CHUNK_BLOCKS)]
         return Codes(torch.cat(blocks).view(rows))
 
+    def has_finite_scales(self, codes: Codes) -> bool:
+        blocks = codes.weight.unflatten(-1, (-1, self.block_bytes))
+        return all(
+            bool(blocks[..., place : place + 2].contiguous().view(torch.float16).isfinite().all())
+            for place in self.layout.halves
+        )
+
+    @property
+    def scale_limit(self) -> str:
+        return f"group scales up to {self.layout.most} times the largest float16, 65504"
+
     def _blocks(self, groups: Tensor, method: str) -> Tensor:
         scales = rounded(*ranges(groups, self.layout), self.layout)
-        if not bool((scales.d.isfinite() & scales.dmin.isfinite()).all()):
-            low, high = groups.aminmax()
-            raise ValueError(
-                f"format {self.name!r} needs finite weights, with group scales up to {self.layout.most} "
-                f"times the largest float16, 65504; got weights from {low:.3g} to {high:.3g}"
-            )
         if method == "mse":
             scales = least_error(groups, scales, self.layout)
         codes = codes_of(groups, scales.step, scales.offset, self.layout) - self.layout.low
@@ -132,14 +142,14 @@ def codes_of(groups: Tensor, step: Tensor, offset: Tensor, layout: Layout) -> Te
 def squared_error(groups: Tensor, step: Tensor, offset: Tensor, layout: Layout) -> Tensor:
     """Returns the squared error of each group, [blocks, groups, 1]."""
     codes = codes_of(groups, step, offset, layout)
-    return codes.mul_(step).sub_(offset).sub_(groups).square_().sum(-1, keepdim=True)
+    return ordered_sum(codes.mul_(step).sub_(offset).sub_(groups).square_())
 
 
 def least_error(groups: Tensor, start: Scales, layout: Layout) -> Scales:
     """Returns the best scales found; no block is worse than with the initial scales."""
     found = neighbors(groups, rounded(*search(groups, layout), layout), layout)
     errors = (
-        squared_error(groups, scales.step, scales.offset, layout).sum(1, keepdim=True)
+        ordered_sum(squared_error(groups, scales.step, scales.offset, layout).mT)
         for scales in (found, start)
     )
     better = torch.lt(*errors)
@@ -155,7 +165,7 @@ def search(groups: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
             error = squared_error(groups, *trial, layout)
             better = error < least
             best = torch.where(better, trial[0], best[0]), torch.where(better, trial[1], best[1])
-            least = torch.minimum(error, least)
+            least = torch.where(better, error, least)
     return best
 
 
@@ -194,7 +204,7 @@ def neighbors(groups: Tensor, scales: Scales, layout: Layout) -> Scales:
                 scale=torch.where(better, trial.scale, best.scale),
                 minimum=torch.where(better, trial.minimum, best.minimum),
             )
-            least = torch.minimum(error, least)
+            least = torch.where(better, error, least)
     return best
 
 
@@ -255,11 +265,11 @@ def pack_q6(codes: Tensor, scales: Scales) -> tuple[Tensor, ...]:
 
 
 LAYOUTS = {
-    "q2_k": Layout(16, 0, 3, 15, 0.5, pack_q2),
-    "q3_k": Layout(16, -4, 3, 31, 0.5, pack_q3),
-    "q4_k": Layout(32, 0, 15, 63, 0.5, pack_q4),
-    "q5_k": Layout(32, 0, 31, 63, 0.7, pack_q5),
-    "q6_k": Layout(16, -32, 31, 127, 0.8, pack_q6),
+    "q2_k": Layout(16, 0, 3, 15, 0.5, (80, 82), pack_q2),
+    "q3_k": Layout(16, -4, 3, 31, 0.5, (108,), pack_q3),
+    "q4_k": Layout(32, 0, 15, 63, 0.5, (0, 2), pack_q4),
+    "q5_k": Layout(32, 0, 31, 63, 0.7, (0, 2), pack_q5),
+    "q6_k": Layout(16, -32, 31, 127, 0.8, (208,), pack_q6),
 }
 
 FORMATS = tuple(KQuant(name, layout) for name, layout in LAYOUTS.items())

@@ -15,10 +15,10 @@ class Plain(Format):
     def row_elements(self, columns: int) -> int:
         return columns
 
-    def require_finite(self, weight: Tensor) -> None:
-        pass
+    def has_finite_scales(self, codes: Codes) -> bool:
+        return True
 
-    def quantize(self, weight: Tensor, group_size: int, method: str) -> Codes:
+    def quantize_reference(self, weight: Tensor, group_size: int, method: str) -> Codes:
         return Codes(weight.to(self.dtype))
 
     def dequantize(self, codes: Codes, columns: int, group_size: int) -> Tensor:

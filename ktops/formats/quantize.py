@@ -48,11 +48,9 @@ def quantize(
     try:
         known = get_format(format)
         group_size = known.check_quantizable(weight.shape[-1], group_size, method)
-        known.require_finite(weight)
+        codes = known.quantize(weight, group_size, method)
     except ValueError as error:
         raise ValueError(f"quantize: {error}") from None
-    experts = (known.quantize(expert.float(), group_size, method) for expert in weight)
-    codes = stacked(experts, len(weight))
     dtype = weight.dtype if weight.dtype in COMPUTE_DTYPES else torch.bfloat16
     return ExpertWeight(format, weight.shape, *codes, group_size=group_size, dtype=dtype)
 

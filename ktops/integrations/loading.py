@@ -4,12 +4,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ktops._display import format_bytes, progress
+from ktops._warn import warn_once
 from ktops.checkpoints.errors import CheckpointError
+from ktops.checkpoints.experts import Experts, Held, Requantized, StoredExperts, float_rows
 from ktops.checkpoints.layer import PROJECTIONS, Layer
+from ktops.formats import ExpertWeight
+from ktops.formats.error import RelativeError
 from ktops.formats.expert_weight import COMPUTE_DTYPES
+from ktops.integrations.quantization_report import DTYPE_NAMES, QuantizationReport, QuantizedLayer
 from ktops.integrations.swap import exchange_stacked, listed_experts, require_experts
 from ktops.integrations.transformers.architectures import Unsupported
 from ktops.integrations.transformers.outside import describe_replacement
@@ -64,6 +69,7 @@ class LoadReport:
         schemes: how the checkpoint stores the experts -> number of layers.
         nbytes: size of the experts in bytes.
         mapped: how many of these bytes are memory-mapped from the files of the checkpoint.
+        quantization: sizes and errors of the layers that ktops has quantized; None if there are none.
     """
 
     layers: tuple[str, ...]
@@ -71,6 +77,7 @@ class LoadReport:
     schemes: dict[str, int]
     nbytes: int
     mapped: int
+    quantization: QuantizationReport | None = None
 
     def __str__(self) -> str:
         formats = ", ".join(
@@ -95,22 +102,25 @@ def load_layers(
     Args:
         modules: the experts of the model by name.
         layers: the layers of the checkpoint, by the same names.
-        options: weight_format, group_size and method, as in :func:`ktops.load_experts`.
+        options: weight_format, group_size, method and mmap, as in :func:`ktops.load_experts`.
 
     Raises:
         CheckpointError, ValueError: as in :func:`ktops.load_experts`.
     """
-    dtype = _compute_dtype(model)
-    plan = []
+    dtype, plan = _compute_dtype(model), []
+    quantization = {name: value for name, value in options.items() if name != "mmap"}
+    mmap = options.get("mmap", False)
     for name, module in modules.items():
         layer = layers[name].ordered(_function(module).gating)
         _check_fit(layer, name, module)
         try:
-            both = layer.experts(**options)
+            both = layer.experts(**quantization)
         except CheckpointError:
             raise
         except ValueError as error:
             raise ValueError(f"load_experts: {layer.name}: {error}") from None
+        if mmap:
+            both = _in_place(layer, both)
         plan.append((name, module, layer, both))
     made = {}
     total = 2 * sum(layer.num_experts for _, _, layer, _ in plan)
@@ -123,7 +133,32 @@ def load_layers(
             made[name].train(module.training)
     for name, module in modules.items():
         exchange_stacked(model, module, made[name])
+    if mmap:
+        _warn_if_read(plan)
     return _report(plan, made)
+
+
+def _in_place(layer: Layer, both: tuple[Experts, Experts]) -> tuple[Experts, Experts]:
+    for experts in both:
+        if not isinstance(experts, StoredExperts):
+            raise ValueError(
+                f"load_experts: mmap needs experts in the format of the files, but weight_format is "
+                f"{experts.format!r} and {layer.name} has {' and '.join(dict.fromkeys(layer.formats))}"
+            )
+    gate_up, down = (experts.in_place() for experts in both if isinstance(experts, StoredExperts))
+    return gate_up, down
+
+
+def _warn_if_read(plan: list) -> None:
+    """Warns of layers that mmap has not mapped."""
+    layers = [layer for _, _, layer, both in plan if not all(experts.mapped for experts in both)]
+    if layers:
+        warn_once(
+            f"ktops: mmap: the experts of {len(layers)} of {len(plan)} layers are read into memory instead, "
+            f"such as {layers[0].name}. To be mapped, gate and up must follow each other in the file, all "
+            "experts of a layer must begin at the same place within a page, and their bytes must be those of "
+            "a format. ktops convert writes files that are always mapped"
+        )
 
 
 def experts_modules(model: nn.Module) -> dict[str, nn.Module]:
@@ -262,4 +297,31 @@ def _report(plan: list, made: dict[str, KTExperts]) -> LoadReport:
         schemes[layer.scheme] = schemes.get(layer.scheme, 0) + 1
         nbytes += sum(weight.nbytes for weight in experts.layout.weights(experts))
         mapped += sum(experts.mapped for experts in both)
-    return LoadReport(tuple(made), formats, schemes, nbytes, mapped)
+    return LoadReport(tuple(made), formats, schemes, nbytes, mapped, _quantization(plan, made))
+
+
+def _quantization(plan: list, made: dict[str, KTExperts]) -> QuantizationReport | None:
+    """Returns the report on the layers that were quantized while loading, with the errors of one expert."""
+    found = [(name, both) for name, _, _, both in plan if any(isinstance(e, Requantized) for e in both)]
+    if not found:
+        return None
+    layers = []
+    for name, both in found:
+        weights = made[name].layout.weights(made[name])
+        gate_up_error, down_error = (_error_of_first(*pair) for pair in zip(both, weights, strict=True))
+        before = sum(weight.shape.numel() * weight.dtype.itemsize for weight in weights)
+        after = sum(weight.nbytes for weight in weights)
+        layers.append(QuantizedLayer(name, gate_up_error, down_error, before, after))
+    first = next(experts for experts in found[0][1] if isinstance(experts, Requantized))
+    return QuantizationReport(
+        first.format, first.group_size, first.method, DTYPE_NAMES[weights[0].dtype], tuple(layers)
+    )
+
+
+def _error_of_first(experts: Experts, made: Tensor | ExpertWeight) -> float:
+    """Returns the :class:`RelativeError` of the first expert of a projection."""
+    error = RelativeError()
+    if isinstance(experts, Requantized) and isinstance(made, ExpertWeight):
+        for actual, expected in zip(float_rows(Held(made), 0), float_rows(experts.source, 0), strict=True):
+            error.add(actual, expected)
+    return error.value

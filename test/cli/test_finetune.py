@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from ktops.cli.errors import UserError
 from ktops.cli.finetune import corpus, verify
-from ktops.cli.finetune.models import load_model
+from ktops.cli.models import load_model
 
 STEPS = 16
 

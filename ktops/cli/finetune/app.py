@@ -12,6 +12,7 @@ _TRAINING = "Training"
 _RUN = "Run"
 
 GROUP_SIZE = "Weights per scale; 0 for one scale per row. (default: depends on the format)"
+MMAP = "Use the experts where they lie in the files, as far as possible, without a copy in memory."
 METHOD = "How to choose the scales. (default: rtn, round to nearest)"
 
 
@@ -193,6 +194,15 @@ def finetune(
             rich_help_panel=_TRAINING,
         ),
     ] = False,
+    packing: Annotated[
+        bool,
+        typer.Option(
+            "--packing/--no-packing",
+            help="Compute the examples of a batch one after the other, without padding, "
+            "if the layers of the model can keep them apart.",
+            rich_help_panel=_TRAINING,
+        ),
+    ] = True,
     dtype: Annotated[
         str,
         typer.Option(
@@ -254,6 +264,7 @@ def finetune(
             rich_help_panel=_FORMAT,
         ),
     ] = None,
+    mmap: Annotated[bool, typer.Option("--mmap", help=MMAP, rich_help_panel=_FORMAT)] = False,
     pretrain_steps: Annotated[
         int | None,
         typer.Option(help="Pretraining steps of the small model. (default: 450)", rich_help_panel=_TRAINING),

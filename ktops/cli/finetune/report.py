@@ -68,6 +68,10 @@ class Report:
             self.line(str(placed))
         self.line(f"{len(split.train):,} examples, {len(split.held_out):,} held out")
 
+    def packing(self, padded: str | None) -> None:
+        how = "packed, without padding" if padded is None else f"padded: {padded}"
+        self.line(f"the examples of a batch are {how}")
+
     def result(self, before: dict | None, after: dict | None, samples: list[dict]) -> None:
         if before is None or after is None:
             return
@@ -86,10 +90,14 @@ class Report:
             self.console.print()
 
     def cost(self, metrics: dict) -> None:
-        kt = metrics["kt_time"]
-        share = f"{kt['share']:.0%} of the training time inside kt ops" if kt else "no steps left to train"
         peak = format_bytes(metrics["peak_rss_bytes"])
-        self.line(f"{metrics['tokens_per_second'] or 0:,.0f} tokens/s, peak memory {peak}, {share}")
+        if metrics["step_time"] is None:
+            self.line(f"peak memory {peak}, no steps left to train")
+            return
+        share = f"{metrics['kt_time']['share']:.0%} of the training time inside kt ops"
+        self.line(f"{metrics['tokens_per_second']:,.0f} tokens/s, peak memory {peak}, {share}")
+        parts = ", ".join(f"{name} {part['share']:.0%}" for name, part in metrics["step_time"].items())
+        self.line(f"{metrics['padding_per_second']:,.0f} tokens/s of padding; time of a step: {parts}")
 
     def reload(self, reload: dict, directory: Path) -> None:
         if reload["max_abs_difference"] == 0:

@@ -1,0 +1,22 @@
+"""Whole models at their real size: ``python -m bench.models COMMAND ... (--help for its options)``.
+
+make   write a model with random weights, as it would be published
+step   compare a training step with the sum of its parts
+"""
+
+import sys
+
+from bench.models import make, step
+
+COMMANDS = {"make": make.main, "step": step.main}
+
+
+def main(argv: list[str]) -> int:
+    if not argv or argv[0] not in COMMANDS:
+        print(__doc__, end="")
+        return 0 if argv and argv[0] in ("-h", "--help") else 2
+    return COMMANDS[argv[0]](argv[1:])
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

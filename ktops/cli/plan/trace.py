@@ -8,6 +8,7 @@ import weakref
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +22,24 @@ TEMPORARY = "temporary"
 LOGITS = "logits and loss"
 """Kinds of tensors that are known when they are created: those as wide as the vocabulary, and the others."""
 
+HEAP_BYTES = 32 << 20
+"""From this size on, glibc maps an allocation by itself, and unmaps it when it is freed."""
+
+
+@dataclass(frozen=True)
+class Traced:
+    """What a command allocates besides the weights.
+
+    Attributes:
+        parts: bytes by kind when they are the most together.
+        in_heap: bytes of them in tensors that malloc does not map one by one.
+        experts: (number of experts, experts per token) of every call of ktops' operators.
+    """
+
+    parts: dict[str, int]
+    in_heap: int
+    experts: tuple[tuple[int, int], ...]
+
 
 class MemoryTrace(TorchDispatchMode):
     """Counts the bytes of the storages that operators create while it is entered.
@@ -31,6 +50,7 @@ class MemoryTrace(TorchDispatchMode):
     Attributes:
         live: bytes that exist now, by kind.
         peak: bytes by kind when they were the most together, since :meth:`reset_peak`.
+        peak_in_heap: bytes of tensors at that time that are smaller than those malloc maps one by one.
         scratch: the most bytes of scratch memory that a call of ktops' operators needs.
         experts: (number of experts, experts per token) of every call of ktops' operators.
     """
@@ -41,12 +61,13 @@ class MemoryTrace(TorchDispatchMode):
         self._held = {tensor.untyped_storage()._cdata for tensor in (*model.parameters(), *model.buffers())}
         self.live: Counter[str] = Counter()
         self.peak: Counter[str] = Counter()
+        self.in_heap = self.peak_in_heap = 0
         self.scratch = 0
         self.experts: list[tuple[int, int]] = []
         self._kinds: dict[int, str] = {}
 
     def reset_peak(self) -> None:
-        self.peak = Counter(self.live)
+        self.peak, self.peak_in_heap = Counter(self.live), self.in_heap
 
     def set_kind(self, kind: str, tensors: Iterable[Tensor]) -> None:
         """Sets the kind of temporary tensors; those of another kind keep it."""
@@ -69,7 +90,10 @@ class MemoryTrace(TorchDispatchMode):
             yield
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        out = function(*args, **(kwargs or {}))
+        if function is torch.ops.aten.nonzero.default:
+            out = args[0].new_empty(args[0].numel(), args[0].dim(), dtype=torch.long)
+        else:
+            out = function(*args, **(kwargs or {}))
         for leaf in tree_iter(out):
             if isinstance(leaf, Tensor):
                 self._add(leaf)
@@ -86,12 +110,14 @@ class MemoryTrace(TorchDispatchMode):
         kind = LOGITS if wide else TEMPORARY
         self._kinds[key] = kind
         self.live[kind] += nbytes
+        self.in_heap += nbytes if nbytes < HEAP_BYTES else 0
         weakref.finalize(storage, self._remove, key, nbytes)
         if self.live.total() > self.peak.total():
-            self.peak = Counter(self.live)
+            self.reset_peak()
 
     def _remove(self, key: int, nbytes: int) -> None:
         self.live[self._kinds.pop(key)] -= nbytes
+        self.in_heap -= nbytes if nbytes < HEAP_BYTES else 0
 
     def _add_call(self, function, args: tuple) -> None:
         if function not in SCRATCH_COLUMNS:
@@ -120,8 +146,28 @@ The rest of a workspace does not grow with the number of tokens; see ``ktops_csr
 """
 
 
-def make_fake(model: nn.Module, mode: FakeTensorMode) -> None:
-    """Replaces the parameters and buffers of a model on the meta device by fake ones on the CPU."""
+class Untraceable(Exception):
+    """A model cannot run on tensors without data; the message says why."""
+
+
+@contextmanager
+def fake(model: nn.Module) -> Iterator[None]:
+    """Makes a model on the meta device, and tensors created in the block, fake ones on the CPU.
+
+    Raises:
+        Untraceable: what runs in the block failed.
+    """
+    mode = FakeTensorMode()
+    _make_fake(model, mode)
+    with mode:
+        try:
+            yield
+        except Exception as error:
+            reason = str(error).split("\n")[0]
+            raise Untraceable(f"{type(error).__name__}: {reason}") from error
+
+
+def _make_fake(model: nn.Module, mode: FakeTensorMode) -> None:
     made: dict[int, Tensor] = {}
     with mode:
         for module in model.modules():

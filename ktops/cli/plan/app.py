@@ -28,9 +28,7 @@ def plan(
     dtype: Annotated[
         str, typer.Option(metavar="bf16|f32", help="Dtype of other weights and activations.")
     ] = "bf16",
-    batch_size: Annotated[
-        int, typer.Option(help="Sequences per batch.", rich_help_panel=_TRAINING)
-    ] = 4,
+    batch_size: Annotated[int, typer.Option(help="Sequences per batch.", rich_help_panel=_TRAINING)] = 4,
     max_length: Annotated[
         int, typer.Option(help="Tokens of each sequence.", rich_help_panel=_TRAINING)
     ] = 1024,
@@ -50,9 +48,7 @@ def plan(
     optimizer: Annotated[
         str, typer.Option(metavar="NAME", help="As for ktops finetune.", rich_help_panel=_TRAINING)
     ] = "adamw_torch_fused",
-    context: Annotated[
-        int, typer.Option(help="Tokens of a conversation.", rich_help_panel=_CHAT)
-    ] = 4096,
+    context: Annotated[int, typer.Option(help="Tokens of a conversation.", rich_help_panel=_CHAT)] = 4096,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Show what fine-tuning a model and talking to it need in memory, before anything is loaded.

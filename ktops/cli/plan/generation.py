@@ -22,7 +22,9 @@ def trace_generation(model: nn.Module, context: int) -> Traced:
         with trace:
             ids = torch.zeros(1, context, dtype=torch.long)
             output = model.eval()(input_ids=ids, use_cache=True, logits_to_keep=1)
-            output.logits = None
+            past = output.past_key_values
+            del output
             cache = trace.live.total() - ids.nbytes
+            del past
     parts = Counter({CACHE: cache, PROMPT: trace.peak.total() - cache, "scratch": trace.scratch})
     return Traced(dict(parts), trace.peak_in_heap, tuple(trace.experts))

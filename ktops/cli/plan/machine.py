@@ -37,9 +37,7 @@ class _Files:
     cache: tuple[str, ...]
 
 
-_V1 = _Files(
-    "memory.limit_in_bytes", "memory.usage_in_bytes", ("total_inactive_file", "total_active_file")
-)
+_V1 = _Files("memory.limit_in_bytes", "memory.usage_in_bytes", ("total_inactive_file", "total_active_file"))
 _V2 = _Files("memory.max", "memory.current", ("inactive_file", "active_file"))
 
 
@@ -71,7 +69,7 @@ def _from_psutil() -> Memory:
 
 
 def _limits(root: Path) -> Iterator[tuple[int, int]]:
-    """Yields the limit of every cgroup of this process and its parents, and what it uses besides page cache."""
+    """Yields the limit of each cgroup of this process, and what it uses besides page cache."""
     for mount, path, files in _cgroups(root):
         folder = mount / path.lstrip("/")
         if not folder.is_dir():  # a container sees its own cgroup as the root, but may be told another path
@@ -101,14 +99,15 @@ def _cgroups(root: Path) -> Iterator[tuple[Path, str, _Files]]:
 
 def _limit(folder: Path, files: _Files) -> tuple[int, int] | None:
     try:
-        limit = (folder / files.limit).read_text().strip()
+        text = (folder / files.limit).read_text().strip()
+        limit = None if text == "max" else int(text)
         usage = int((folder / files.usage).read_text())
         counters = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
     except (OSError, ValueError):
         return None
-    if limit == "max":
+    if limit is None:
         return None
-    return int(limit), usage - sum(int(counters.get(name, 0)) for name in files.cache)
+    return limit, usage - sum(int(counters.get(name, 0)) for name in files.cache)
 
 
 def anonymous_bytes() -> int:

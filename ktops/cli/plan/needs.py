@@ -4,6 +4,7 @@ import platform
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
 from ktops._display import format_bytes
 from ktops.cli.finetune.options import Options, flag
@@ -19,8 +20,12 @@ SMALLER = ("int8", "int4")
 KEPT = 0.5
 """What glibc's malloc keeps beside tensors in its heap, as a fraction of them.
 
-A freed block does not fit an aligned one of the same size again; ``python -m bench.plan`` measures it.
+A freed block is too small for an aligned one of the same size; ``python -m bench.plan`` measures it.
 """
+
+
+RUNNING = 64 << 20
+"""What the libraries allocate when they run: threads, primitives of oneDNN, leftovers of loading."""
 
 
 @dataclass(frozen=True)
@@ -127,7 +132,7 @@ class Planner:
             found = self._changed(change, needs)
             if found.needs.fits(self.memory):
                 return found
-        together: dict = {}
+        together: dict[str, Any] = {}
         for kind in changes:
             together |= kind[-1] if kind else {}
             if together:
@@ -136,20 +141,20 @@ class Planner:
                     return found
         return None
 
-    def _formats(self) -> Iterator[dict]:
+    def _formats(self) -> Iterator[dict[str, Any]]:
         now = self.weights
         for name in SMALLER:
-            change = {"weight_format": name, "group_size": None, "mmap": False}
+            change: dict[str, Any] = {"weight_format": name, "group_size": None, "mmap": False}
             if self._weights_with(replace(self.options, **change)).experts < now.experts:
                 yield change
 
-    def _batches(self) -> Iterator[dict]:
+    def _batches(self) -> Iterator[dict[str, Any]]:
         size = self.options.batch_size or 1
         while size > 1:
             size //= 2
             yield {"batch_size": size}
 
-    def _checkpointing(self) -> Iterator[dict]:
+    def _checkpointing(self) -> Iterator[dict[str, Any]]:
         if not self.options.gradient_checkpointing:
             yield {"gradient_checkpointing": True}
 
@@ -191,7 +196,7 @@ def _needs(weights: Weights, traced: Traced) -> Needs:
         "other weights": weights.others - weights.others_mapped,
         **traced.parts,
         FREED: round(freed),
-        LIBRARIES: anonymous_bytes(),
+        LIBRARIES: anonymous_bytes() + RUNNING,
     }
     mapped = {experts: weights.experts_mapped, "other weights": weights.others_mapped}
     return Needs({k: n for k, n in parts.items() if n}, {k: n for k, n in mapped.items() if n})

@@ -80,7 +80,9 @@ def _table(planner: Planner) -> Table:
     for _ in columns:
         table.add_column(justify="right")
     table.add_row(
-        "  memory", f"finetune, {options.batch_size} x {options.max_length}", f"chat, {planner.context:,} tokens"
+        "  memory",
+        f"finetune, {options.batch_size} x {options.max_length}",
+        f"chat, {planner.context:,} tokens",
     )
     for kind in ("parts", "mapped"):
         found = [getattr(needs, kind) for needs in columns]

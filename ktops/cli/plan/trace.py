@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -57,7 +58,7 @@ class MemoryTrace(TorchDispatchMode):
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        self.vocab_size: int = model.config.get_text_config().vocab_size
+        self.vocab_size = cast(Any, model.config).get_text_config().vocab_size
         self._held = {tensor.untyped_storage()._cdata for tensor in (*model.parameters(), *model.buffers())}
         self.live: Counter[str] = Counter()
         self.peak: Counter[str] = Counter()
@@ -140,7 +141,7 @@ SCRATCH_COLUMNS = {
     torch.ops.kt.moe_sft_fwd.default: (0, lambda call: call.intermediate_size),
     torch.ops.kt.moe_sft_bwd.default: (1, lambda call: call.gate_up_rows + _ranks(call)),
 }
-"""Operator -> the position of its first common argument, and what a route occupies of its workspace, in elements.
+"""Operator -> position of its first common argument, and what a route occupies of its workspace, in elements.
 
 The rest of a workspace does not grow with the number of tokens; see ``ktops_csrc/moe``.
 """
@@ -171,7 +172,7 @@ def _make_fake(model: nn.Module, mode: FakeTensorMode) -> None:
     made: dict[int, Tensor] = {}
     with mode:
         for module in model.modules():
-            for tensors in (module._parameters, module._buffers):
+            for tensors in cast("list[dict[str, Tensor | None]]", [module._parameters, module._buffers]):
                 for name, tensor in tensors.items():
                     if tensor is not None:
                         tensors[name] = made.setdefault(id(tensor), _fake(tensor))

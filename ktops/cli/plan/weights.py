@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from ktops.cli.errors import UserError
 from ktops.cli.finetune.options import Options
@@ -42,7 +43,7 @@ class Weights:
     disk: int
 
 
-def build(path: str, dtype: torch.dtype) -> nn.Module:
+def build(path: str, dtype: torch.dtype) -> PreTrainedModel:
     """Returns the causal language model of a config, on the meta device, with its experts run by ktops.
 
     Args:
@@ -58,6 +59,8 @@ def build(path: str, dtype: torch.dtype) -> nn.Module:
     import ktops
     from ktops.integrations.transformers.attention import use_attention
 
+    if not Path(path).is_file() and not (Path(path) / "config.json").is_file():
+        raise UserError(f"MODEL: no such file, or no config.json in it: {path}")
     ktops.enable()
     try:
         config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
@@ -69,7 +72,7 @@ def build(path: str, dtype: torch.dtype) -> nn.Module:
     return model
 
 
-def count(model: nn.Module, path: str, options: Options) -> Weights:
+def count(model: PreTrainedModel, path: str, options: Options) -> Weights:
     """Counts the weights of a model from :func:`build`.
 
     Args:
@@ -85,7 +88,7 @@ def count(model: nn.Module, path: str, options: Options) -> Weights:
     inside = {id(p) for module in experts.values() for p in module.parameters()}
     others = sum(p.nbytes for p in model.parameters() if id(p) not in inside)
     files = _Files(path, options.experts_path)
-    stored = files.experts(options)
+    stored = files.experts(options, dtype)
     if stored is None:
         name = options.weight_format or _native(model, dtype)
         size = options.group_size
@@ -154,7 +157,7 @@ def _biases(experts: dict[str, nn.Module]) -> int:
     )
 
 
-def _native(model: nn.Module, dtype: torch.dtype) -> str:
+def _native(model: PreTrainedModel, dtype: torch.dtype) -> str:
     """Returns the format of the experts that config.json tells of."""
     from ktops.checkpoints.config import quantization_of
 
@@ -164,13 +167,13 @@ def _native(model: nn.Module, dtype: torch.dtype) -> str:
     method = quantization.get("quant_method")
     if method not in NATIVE:
         raise UserError(
-            f"MODEL: config.json says {method or quantization}, and no weights are there to show their sizes. "
-            "Name the format with --weight-format"
+            f"MODEL: config.json says that the weights are in {method or quantization}, and no files are "
+            "there to show their sizes. Name a format: --weight-format"
         )
     return NATIVE[method]
 
 
-def _parameters(model: nn.Module) -> dict[str, int]:
+def _parameters(model: PreTrainedModel) -> dict[str, int]:
     """Returns the number of weights by part, each counted once."""
     counts = dict.fromkeys(("experts", "attention", "embeddings", "other"), 0)
     experts = tuple(f"{name}." for name in _experts(model))
@@ -182,9 +185,14 @@ def _parameters(model: nn.Module) -> dict[str, int]:
         elif id(parameter) in outside:
             part = "embeddings"
         else:
-            part = "attention" if "attn" in name or "attention" in name else "other"
+            part = "attention" if _is_in_attention(name) else "other"
         counts[part] += parameter.numel()
     return counts
+
+
+def _is_in_attention(name: str) -> bool:
+    modules = (module for module in name.split(".") if "norm" not in module)
+    return any("attn" in module or "attention" in module for module in modules)
 
 
 class _Files:
@@ -213,7 +221,7 @@ class _Files:
             return 0
         return sum(view.nbytes for view in self.own.other_tensors().values() if view.dtype == dtype)
 
-    def experts(self, options: Options) -> tuple[str, int, int] | None:
+    def experts(self, options: Options, dtype: torch.dtype) -> tuple[str, int, int] | None:
         """Returns their format in memory, bytes, and bytes mapped; None if the files do not have them so."""
         from ktops.checkpoints import CheckpointError
 
@@ -228,6 +236,10 @@ class _Files:
             raise UserError(str(error)) from None
         if not both or not all(hasattr(experts, "nbytes") for experts in both):
             return None
-        name = " and ".join(dict.fromkeys(experts.format for experts in both))
+        formats = dict.fromkeys(experts.format for experts in both)
+        if options.weight_format is None and not options.mmap and set(formats) <= set(PLAIN.values()):
+            if set(formats) != {PLAIN[dtype]}:
+                return None
+        name = " and ".join(formats)
         nbytes = sum(experts.nbytes for experts in both)
         return name, nbytes, nbytes if options.mmap else sum(experts.mapped for experts in both)

@@ -6,8 +6,9 @@
 
 Copying reads the source in blocks of 16 MiB, writes as many bytes as the result has, and waits until they are
 on the disk, with the same number of threads. Copying and converting take turns; each line is the median of
---rounds. CPU is the time of all threads, which other processes disturb less. Before each turn, the pages of
-the source are dropped (--warm: read) and what is being written is waited for. The result is deleted.
+--rounds. CPU is the time of all threads, which other processes disturb less; the bytes after it are the rise
+of resident memory. Before each turn, the pages of the source are dropped (--warm: read) and what is being
+written is waited for. The result is deleted.
 """
 
 import argparse
@@ -25,6 +26,7 @@ from typing import NamedTuple
 
 from rich.console import Console
 
+from bench.memory import reset_peak, resident_bytes
 from ktops._display import format_bytes
 from ktops._workers import Workers
 from ktops.cli.conversion_report import EXTENTS
@@ -33,17 +35,19 @@ from ktops.cli.convert import Options, convert
 BLOCK = 1 << 24
 
 
-class Times(NamedTuple):
-    """Seconds of one run."""
+class Cost(NamedTuple):
+    """Seconds of one run, and the bytes by which resident memory rose meanwhile."""
 
     wall: float
     cpu: float
+    memory: int
 
 
-def timed(function: Callable[[], object]) -> Times:
-    wall, cpu = time.monotonic(), time.process_time()
+def measured(function: Callable[[], object]) -> Cost:
+    reset_peak()
+    memory, wall, cpu = resident_bytes(), time.monotonic(), time.process_time()
     function()
-    return Times(time.monotonic() - wall, time.process_time() - cpu)
+    return Cost(time.monotonic() - wall, time.process_time() - cpu, resident_bytes(peak=True) - memory)
 
 
 def sources(folder: Path) -> list[Path]:
@@ -89,10 +93,8 @@ def copy(files: list[Path], nbytes: int, path: Path, num_threads: int) -> None:
     path.unlink()
 
 
-def compare(
-    options: Options, rounds: int, threads: int, *, warm: bool
-) -> tuple[list[Times], list[Times], int]:
-    """Returns the times of copying and of converting in turns, and the size of the result."""
+def compare(options: Options, rounds: int, threads: int, *, warm: bool) -> tuple[list[Cost], list[Cost], int]:
+    """Returns the costs of copying and of converting in turns, and the size of the result."""
     files, copies, conversions = sources(options.source), [], []
     console = Console(file=io.StringIO())
     convert(options, console)
@@ -101,11 +103,15 @@ def compare(
         shutil.rmtree(options.destination)
         prepare(files, warm=warm)
         target = options.destination.with_name(options.destination.name + ".copy")
-        copies.append(timed(partial(copy, files, nbytes, target, threads)))
+        copies.append(measured(partial(copy, files, nbytes, target, threads)))
         prepare(files, warm=warm)
-        conversions.append(timed(partial(convert, options, console)))
+        conversions.append(measured(partial(convert, options, console)))
     shutil.rmtree(options.destination)
     return copies, conversions, nbytes
+
+
+def _described(cost: Cost) -> str:
+    return f"{cost.wall:.2f} s (CPU {cost.cpu:.2f}, {format_bytes(cost.memory)})"
 
 
 def main() -> int:
@@ -132,12 +138,11 @@ def main() -> int:
         )
         copies, conversions, nbytes = compare(options, args.rounds, threads, warm=args.warm)
         ratios = [made.wall / copied.wall for copied, made in zip(copies, conversions, strict=True)]
-        copied, made = (Times(*map(median, zip(*times, strict=True))) for times in (copies, conversions))
+        copied, made = (Cost(*map(median, zip(*costs, strict=True))) for costs in (copies, conversions))
         print(
             f"{args.format} report={report} threads={threads}: {format_bytes(size)} -> "
-            f"{format_bytes(nbytes)}, copying {copied.wall:.2f} s (CPU {copied.cpu:.2f}), converting "
-            f"{made.wall:.2f} s (CPU {made.cpu:.2f}), ratio {median(ratios):.2f} ({min(ratios):.2f} to "
-            f"{max(ratios):.2f})",
+            f"{format_bytes(nbytes)}, copying {_described(copied)}, converting {_described(made)}, "
+            f"ratio {median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})",
             flush=True,
         )
     return 0

@@ -28,7 +28,19 @@ TOP_LEVEL = {
 MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 80
 
-CSRC_LAYERS = ("ops", "streams", "dispatch", "moe", "gemm", "weights", "formats", "isa", "parallel", "core")
+CSRC_LAYERS = (
+    "ops",
+    "streams",
+    "dispatch",
+    "quantize",
+    "moe",
+    "gemm",
+    "weights",
+    "formats",
+    "isa",
+    "parallel",
+    "core",
+)
 """A folder of ktops_csrc includes only files from itself and the folders after it."""
 
 FLOORS = (

@@ -1,14 +1,15 @@
 """Whole models at their real size: ``python -m bench.models COMMAND ... (--help for its options)``.
 
-make   write a model with random weights, as it would be published
-step   compare a training step with the sum of its parts
+make     write a model with random weights, as it would be published
+step     compare a training step with the sum of its parts
+compare  compare answers with llama.cpp, and training with PEFT on transformers' grouped_mm
 """
 
 import sys
 
-from bench.models import make, step
+from bench.models import compare, make, step
 
-COMMANDS = {"make": make.main, "step": step.main}
+COMMANDS = {"make": make.main, "step": step.main, "compare": compare.main}
 
 
 def main(argv: list[str]) -> int:

@@ -94,11 +94,11 @@ def _write_tensor(
         step(piece.nbytes)
 
 
-def _write(folder: Path, config: dict, seed: int, shard_size: str) -> None:
+def _write(folder: Path, config: dict, specs: dict[str, layout.Spec], seed: int, shard_size: str) -> None:
     from huggingface_hub import split_torch_state_dict_into_shards
     from transformers import AutoConfig, GenerationConfig
 
-    specs, values = layout.tensors(config), _Values(config, seed)
+    values = _Values(config, seed)
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     GenerationConfig.from_model_config(AutoConfig.from_pretrained(folder)).save_pretrained(folder)
     make_tokenizer(config).save_pretrained(folder)
@@ -116,7 +116,9 @@ def _write(folder: Path, config: dict, seed: int, shard_size: str) -> None:
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
 
 
-def make(config: dict, out: Path, *, seed: int = 0, shard_size: str = SHARD_SIZE) -> None:
+def make(
+    config: dict, out: Path, *, seed: int = 0, shard_size: str = SHARD_SIZE, experts: bool = True
+) -> None:
     """Writes the model directory. Until it is complete, its name ends in ``.partial``. A failure deletes it.
 
     Args:
@@ -124,6 +126,7 @@ def make(config: dict, out: Path, *, seed: int = 0, shard_size: str = SHARD_SIZE
         out: the directory to create.
         seed: of the random numbers.
         shard_size: maximum size of a file, such as "5GB".
+        experts: False leaves the routed experts out; they are elsewhere, for example in a GGUF file.
 
     Raises:
         FileExistsError: out exists, or an interrupted run's directory.
@@ -132,9 +135,12 @@ def make(config: dict, out: Path, *, seed: int = 0, shard_size: str = SHARD_SIZE
     for path in (out, partial):
         if path.exists():
             raise FileExistsError(f"{path}: already exists. Pass another path, or delete it")
+    specs = layout.tensors(config)
+    if not experts:
+        specs = {name: spec for name, spec in specs.items() if ".experts." not in name}
     partial.mkdir(parents=True)
     try:
-        _write(partial, config, seed, shard_size)
+        _write(partial, config, specs, seed, shard_size)
     except BaseException:
         shutil.rmtree(partial)
         raise

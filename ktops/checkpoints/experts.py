@@ -16,9 +16,10 @@ from ktops.checkpoints.matrix import Field, Matrix
 from ktops.checkpoints.view import View
 from ktops.checkpoints.windows import fit_windows, map_windows
 from ktops.formats import Codes, ExpertWeight, get_format
+from ktops.formats.plain import PLAIN
 
 CHUNK_WEIGHTS = 1 << 18
-"""Number of weights held as floats at a time during quantization, rounded to blocks of 128 rows."""
+"""Number of weights decoded and quantized at a time, rounded to blocks of 128 rows."""
 
 
 class Experts(ABC):
@@ -83,6 +84,7 @@ class Experts(ABC):
         with Workers() as workers:
             for _ in workers.in_order(partial(fill, index) for index in range(len(self))):
                 step(1)
+        give_back_freed_memory()
         return self._weight(codes, dtype)
 
     def _weight(self, codes: Codes, dtype: torch.dtype) -> ExpertWeight:
@@ -284,17 +286,24 @@ class Requantized(Experts):
 
     def expert(self, index: int) -> Codes:
         try:
-            made = [self._quantized(floats) for floats in float_rows(self.source, index)]
+            made = [
+                self.known.quantize(rows, self.group_size, self.method)
+                for rows in _rows_of(self.source, index)
+            ]
         except ValueError as error:
             raise CheckpointError(f"{self.source.name(index)}: {error}") from None
         tensors = zip(*made, strict=True)
-        codes = Codes._make(None if parts[0] is None else torch.cat(parts) for parts in tensors)
-        give_back_freed_memory()
-        return codes
+        return Codes._make(None if rows[0] is None else torch.cat(rows) for rows in tensors)
 
-    def _quantized(self, floats: Tensor) -> Codes:
-        self.known.require_finite(floats)
-        return self.known.quantize(floats, self.group_size, self.method)
+
+def _rows_of(experts: Experts, index: int) -> Iterator[Tensor]:
+    """Yields the weights of an expert, some rows at a time: in their dtype or, for codes, in float32."""
+    if experts.format in PLAIN.values():
+        for rows in experts.expert(index).weight.split(_chunk_rows(experts.shape[-1])):
+            require_not_stopped()
+            yield rows
+    else:
+        yield from float_rows(experts, index)
 
 
 def float_rows(experts: Experts, index: int, ranges: Iterable[range] | None = None) -> Iterator[Tensor]:
@@ -304,12 +313,17 @@ def float_rows(experts: Experts, index: int, ranges: Iterable[range] | None = No
         ranges: the rows, from multiples of 128 on. Default: all.
     """
     codes, (_, rows, columns) = experts.expert(index), experts.shape
-    known, chunk = get_format(experts.format), max(1, CHUNK_WEIGHTS // (128 * columns)) * 128
+    chunk = _chunk_rows(columns)
     for wanted in [range(rows)] if ranges is None else ranges:
         for row in range(wanted.start, wanted.stop, chunk):
             require_not_stopped()
             part = codes.map(partial(_rows, begin=row, end=min(wanted.stop, row + chunk), rows=rows))
-            yield known.dequantize(part, columns, experts.group_size)
+            made = part.map(lambda tensor: tensor[None].contiguous())
+            yield torch.ops.kt.dequantize(*made, experts.format, experts.group_size, columns)[0]
+
+
+def _chunk_rows(columns: int) -> int:
+    return max(1, CHUNK_WEIGHTS // (128 * columns)) * 128
 
 
 def give_back_freed_memory() -> None:

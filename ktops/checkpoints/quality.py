@@ -12,7 +12,7 @@ from torch import Tensor
 from ktops._workers import Workers
 from ktops.checkpoints.activations import BY_HIDDEN_ACT
 from ktops.checkpoints.errors import CheckpointError
-from ktops.checkpoints.experts import float_rows, give_back_freed_memory
+from ktops.checkpoints.experts import float_rows
 from ktops.checkpoints.layer import PROJECTIONS, Layer
 from ktops.formats.error import RelativeError
 from ktops.ops.activation import INTERLEAVED, UNGATED, ExpertFunction, gate
@@ -212,7 +212,6 @@ class _Pair:
                 made, expected = (gate(*self.function, gate_up)[0] for gate_up in (made, expected))
         if self.function is not None:
             errors["output"].add(made, expected)
-        give_back_freed_memory()
         return errors
 
     def _pieces(self, name: str, index: int) -> Iterator[tuple[Tensor, Tensor]]:

@@ -23,7 +23,7 @@ from ktops._version import __version__
 from ktops._workers import Workers
 from ktops.checkpoints.checkpoint import CONFIG, INDEX, MANIFEST, PROGRESS, VERSION
 from ktops.checkpoints.errors import CheckpointError
-from ktops.checkpoints.experts import Experts
+from ktops.checkpoints.experts import Experts, give_back_freed_memory
 from ktops.checkpoints.new_file import LazyTensor, NewFile, NewLayer, Task, layer_file, tensor_file
 from ktops.checkpoints.stream import sync, temporary_path, write_json
 from ktops.checkpoints.view import View
@@ -47,6 +47,7 @@ class CheckpointWriter:
             do not depend on it.
 
     Attributes:
+        is_resumed: it continues an interrupted writer with these settings.
         is_complete: an interrupted writer with these settings had written everything; only :meth:`finish`
             remains to be called.
 
@@ -78,10 +79,12 @@ class CheckpointWriter:
             raise CheckpointError(f"{self.path}: already exists. Pass another path, or overwrite=True")
         self.partial = self.partial_path(self.path)
         self.settings = json.loads(json.dumps({"version": VERSION, **(settings or {})}))
-        self.is_complete = self._is_complete()
+        self.is_complete = self.is_resumed = self._is_complete()
         if self.is_complete:
             return
-        self._progress = self._resume() or {"settings": self.settings, "layers": {}, "tensors": {}}
+        resumed = self._resume()
+        self.is_resumed = resumed is not None
+        self._progress = resumed or {"settings": self.settings, "layers": {}, "tensors": {}}
         self.partial.mkdir(parents=True, exist_ok=True)
         write_json(self.partial / PROGRESS, self._progress)
 
@@ -256,6 +259,7 @@ class CheckpointWriter:
                         done = 0
                         if written is not None:
                             written(file.name)
+                        give_back_freed_memory()
             except BaseException:
                 workers.stop()
                 for file in unfinished:

@@ -87,7 +87,7 @@ def convert(options: Options, console: Console) -> dict:
         done = sum(writer.has(part.name) for part in parts)
         if done:
             console.print(f"  continuing: {done} of {len(parts)} layers are written and verified")
-        elif interrupted:
+        elif interrupted and not writer.is_resumed:
             console.print(f"  {partial} is damaged, or the options or the source changed: starting over")
         if not writer.is_complete:
             settings = _described(options, parts)

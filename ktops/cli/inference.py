@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 import torch
 
+import ktops
 from ktops._display import format_bytes
 from ktops.cli import trained
 from ktops.cli.errors import UserError
@@ -23,6 +24,7 @@ from ktops.cli.models import (
 )
 from ktops.cli.plan.run import check_chat
 from ktops.formats import ExpertWeight
+from ktops.integrations.linear_format import LINEAR_FORMATS
 from ktops.integrations.settings import set_num_threads
 from ktops.integrations.transformers.coverage import experts_outside_op
 
@@ -45,6 +47,7 @@ class LoadOptions:
         experts_path, weight_format, group_size, quantize_method: as for `ktops finetune`. If none is given,
             an adapter of `ktops finetune` gets the experts that it was trained on.
         mmap: as for `ktops finetune`.
+        linear_format: of linear layers outside the experts, as for :func:`ktops.quantize_linear`.
         dtype: "bf16" or "f32"; None for that of the adapter's training, or else bf16.
         device, num_gpu_experts, num_threads, force: as for `ktops finetune`.
     """
@@ -56,6 +59,7 @@ class LoadOptions:
     group_size: int | None = None
     quantize_method: str | None = None
     mmap: bool = False
+    linear_format: str | None = None
     dtype: str | None = None
     device: str = "cpu"
     num_gpu_experts: int = 0
@@ -105,7 +109,7 @@ def load(options: LoadOptions, say: Say) -> Loaded:
     tokenizer = load_tokenizer(options.model)
     check_chat(options.model, options.dtype or "bf16", options, options.force, say)
     model, quantized = load_base(options.model, DTYPES[options.dtype or "bf16"], options, show_progress=True)
-    model = finish(model, options.model, adapter, say)
+    model = finish(model, options, adapter, say)
     placed = place(model, options)
     for report in filter(None, (quantized, placed)):
         say(str(report))
@@ -124,7 +128,7 @@ def prepare(options: LoadOptions, say: Say) -> tuple[LoadOptions, trained.Traine
     return options, adapter
 
 
-def finish(model, directory: str, adapter: trained.Trained | None, say: Say):
+def finish(model, options: LoadOptions, adapter: trained.Trained | None, say: Say):
     """Does what comes after loading the base model.
 
     Returns:
@@ -133,9 +137,11 @@ def finish(model, directory: str, adapter: trained.Trained | None, say: Say):
     Raises:
         UserError: PEFT cannot load the adapter, or ktops would run none of the experts.
     """
+    require_ktops(model, options.model, say)
+    if options.linear_format is not None:
+        say(str(_quantize_linear(model, options.linear_format)))
     if adapter is not None:
         model = with_adapter(model, adapter)
-    require_ktops(model, directory, say)
     return model.eval()
 
 
@@ -175,22 +181,23 @@ def _as_trained(options: LoadOptions, adapter: trained.Trained, say: Say) -> Loa
         say(f"the adapter was trained on {adapter.base}, not on {options.model}")
     if adapter.options is None:
         return options
-    given = {name: value for name in trained.RECORDED if (value := getattr(options, name)) is not None}
-    recorded = adapter.experts
-    dtype = options.dtype or adapter.options.get("dtype")
-    if given or not recorded:
+    changes: dict[str, Any] = {"dtype": options.dtype or adapter.options.get("dtype")}
+    is_base = Path(adapter.options["model"] or adapter.base).resolve() == Path(options.model)
+    for names in (trained.EXPERTS, trained.LINEAR):
+        given = {name: value for name in names if (value := getattr(options, name)) is not None}
+        recorded = adapter.recorded(names)
         if given and given != recorded:
             say(f"the adapter was trained with {_flags(recorded)}, not with {_flags(given)}")
-        return replace(options, dtype=dtype)
-    if Path(adapter.options["model"] or adapter.base).resolve() != Path(options.model):
-        say(f"the adapter was trained with {_flags(recorded)}; {options.model} keeps its own experts")
-        return replace(options, dtype=dtype)
-    say(f"{_flags(recorded)}, as the adapter was trained")
-    return replace(options, dtype=dtype, **recorded)
+        elif recorded and not given and is_base:
+            say(f"{_flags(recorded)}, as the adapter was trained")
+            changes |= recorded
+        elif recorded and not given:
+            say(f"the adapter was trained with {_flags(recorded)}; {options.model} keeps its own weights")
+    return replace(options, **changes)
 
 
 def _flags(values: dict[str, Any]) -> str:
-    return " ".join(f"{flag(name)} {value}" for name, value in values.items()) or "the model's own experts"
+    return " ".join(f"{flag(name)} {value}" for name, value in values.items()) or "the model's own weights"
 
 
 def check(options: LoadOptions, adapter: trained.Trained | None) -> None:
@@ -220,8 +227,24 @@ def check(options: LoadOptions, adapter: trained.Trained | None) -> None:
         )
     elif options.group_size is not None or options.quantize_method is not None:
         raise UserError("--group-size and --quantize-method need --weight-format")
+    if options.linear_format not in (None, *LINEAR_FORMATS):
+        raise UserError(
+            f"--linear-format must be {' or '.join(LINEAR_FORMATS)}, got {options.linear_format!r}"
+        )
     if adapter is not None:
         trained.require_fit(adapter, options.model)
+
+
+def _quantize_linear(model, linear_format: str):
+    """Converts the linear layers outside the experts.
+
+    Raises:
+        UserError: the format cannot hold them.
+    """
+    try:
+        return ktops.quantize_linear(model, linear_format)
+    except ValueError as error:
+        raise UserError(f"--linear-format {linear_format}: {error}") from None
 
 
 def with_adapter(model, adapter: trained.Trained):

@@ -2,6 +2,7 @@
 
 import sys
 from contextvars import ContextVar
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from ktops.checkpoints.config import quantization_of
@@ -117,7 +118,7 @@ def _load_model(manager, name: str, *args, **kwargs):
         model = _replaced.original["_load_model"](manager, base, *args, **kwargs)
     finally:
         _experts.reset(token)
-    return inference.finish(model, base, adapter, _say)
+    return inference.finish(model, replace(options, model=base), adapter, _say)
 
 
 def _experts_config(manager, base: str, options: LoadOptions) -> "KTConfig | None":

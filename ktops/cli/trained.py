@@ -11,8 +11,11 @@ from ktops.checkpoints.errors import CheckpointError
 from ktops.cli.errors import UserError
 from ktops.cli.finetune import options as finetune_options
 
-RECORDED = ("experts_path", "weight_format", "group_size", "quantize_method")
+EXPERTS = ("experts_path", "weight_format", "group_size", "quantize_method")
 """Options of `ktops finetune` that change the experts an adapter was trained on."""
+
+LINEAR = ("linear_format",)
+"""Those that change its linear layers."""
 
 
 @dataclass(frozen=True)
@@ -29,11 +32,10 @@ class Trained:
     base: str
     options: dict[str, Any] | None
 
-    @property
-    def experts(self) -> dict[str, Any]:
-        """Those of RECORDED that were given."""
+    def recorded(self, names: tuple[str, ...]) -> dict[str, Any]:
+        """Returns those of the options that were given."""
         options = self.options or {}
-        return {name: options[name] for name in RECORDED if options.get(name) is not None}
+        return {name: options[name] for name in names if options.get(name) is not None}
 
 
 def is_adapter(path: str | Path) -> bool:

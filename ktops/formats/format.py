@@ -74,13 +74,13 @@ class Format(ABC):
     def quantize_reference(self, weight: Tensor, group_size: int, method: str) -> Codes:
         """Quantizes float32 weights [..., N, K] with one of ``methods``, on their device.
 
-        The kernels must return the same bits. Where a weight is NaN or infinite, its scale must not be finite.
+        The kernels must return the same bits. The scale of weights that are not finite is not either.
         """
 
     def quantize(self, weight: Tensor, group_size: int, method: str) -> Codes:
         """Quantizes weights [..., N, K] of any floating-point dtype with one of ``methods``.
 
-        On the CPU, kernels read the weights in their dtype, and only rows must be contiguous.
+        On the CPU, kernels read the weights in their dtype, with any strides, on PyTorch's threads.
 
         Raises:
             ValueError: weights are NaN or infinite, or too large for the scales.
@@ -101,12 +101,20 @@ class Format(ABC):
             )
         return codes
 
-    scale_limit = "group ranges up to the largest float32"
+    @property
+    def scale_limit(self) -> str:
+        return "ranges of groups up to the largest float32"
 
     def has_finite_scales(self, codes: Codes) -> bool:
+        """True unless a weight was not finite, or too large for the scales."""
         scale = codes.scale
         assert scale is not None
         return bool((scale != NAN_EXPONENT if scale.dtype == torch.uint8 else scale.isfinite()).all())
+
+    def require_finite(self, weight: Tensor) -> None:
+        """Raises ValueError if a weight is NaN or infinite, which codes and scales cannot hold."""
+        if not bool(weight.isfinite().all()):
+            raise ValueError(f"format {self.name!r} needs finite weights, got NaN or infinity")
 
     @abstractmethod
     def dequantize(self, codes: Codes, columns: int, group_size: int) -> Tensor:
@@ -138,7 +146,7 @@ class Format(ABC):
         return FLOAT_SCALES
 
     def check_written(self) -> None:
-        """Raises ValueError if the format is read-only, ImportError if quantizing needs a missing package."""
+        """Raises ValueError if the format is read-only."""
         return
 
     def has_group_size(self, group_size: int) -> bool:
@@ -173,7 +181,6 @@ class Format(ABC):
 
         Raises:
             ValueError: also if the format can only be read, or cannot store such rows.
-        ImportError: as for :meth:`check_written`.
         """
         group_size = self.check_settings(group_size, method)
         self.row_elements(columns)

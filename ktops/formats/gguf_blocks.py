@@ -1,7 +1,7 @@
 """The block formats of ggml, as GGUF files store them: weight uint8 [..., N, K / block * bytes].
 
 The blocks contain the scales. The `gguf` package defines decoding (`gguf_decode.py`), and also quantization
-except for the k-quants (`k_quants.py`).
+except for the k-quants (`k_quants.py`); the kernels do not need it.
 """
 
 import torch
@@ -18,12 +18,20 @@ BLOCKS = {
 """Format -> (weights, bytes) per block."""
 
 
+HALVES = {
+    "q8_0": (0,), "q4_0": (0,), "q4_1": (0, 2), "q5_0": (0,), "q5_1": (0, 2),
+    "q2_k": (80, 82), "q3_k": (108,), "q4_k": (0, 2), "q5_k": (0, 2), "q6_k": (208,),
+    "iq4_nl": (0,), "iq4_xs": (0,),
+}  # fmt: skip
+"""Format -> the offsets of the float16 numbers, d and then dmin, in a block."""
+
 READ_ONLY = ("iq4_nl", "iq4_xs")
 """Formats that neither the gguf package nor ktops can quantize to."""
 
 
 class GgufBlocks(Format):
     dtype = torch.uint8
+    has_quantizer = True
 
     def __init__(self, name: str, block: int, block_bytes: int) -> None:
         self.name, self.block, self.block_bytes = name, block, block_bytes
@@ -38,12 +46,22 @@ class GgufBlocks(Format):
         return columns // self.block * self.block_bytes
 
     def has_finite_scales(self, codes: Codes) -> bool:
-        return True
+        blocks = codes.weight.unflatten(-1, (-1, self.block_bytes))
+        return all(
+            bool(blocks[..., place : place + 2].contiguous().view(torch.float16).isfinite().all())
+            for place in HALVES[self.name]
+        )
+
+    @property
+    def scale_limit(self) -> str:
+        return "scales and minima of blocks up to the largest float16, 65504"
 
     def quantize_reference(self, weight: Tensor, group_size: int, method: str) -> Codes:
+        import gguf
+
         self.require_finite(weight)
-        gguf = _gguf()
-        return Codes(torch.from_numpy(gguf.quants.quantize(weight.contiguous().numpy(), self._type(gguf))))
+        kind = gguf.GGMLQuantizationType[self.name.upper()]
+        return Codes(torch.from_numpy(gguf.quants.quantize(weight.contiguous().numpy(), kind)))
 
     def check_written(self) -> None:
         if not self.written:
@@ -51,24 +69,10 @@ class GgufBlocks(Format):
                 f"format {self.name!r} can be read but not written. Convert with llama.cpp, or use "
                 "q4_k (blocks of 256) or q4_0 (blocks of 32)"
             )
-        _gguf()
 
     def dequantize(self, codes: Codes, columns: int, group_size: int) -> Tensor:
         blocks = codes.weight.reshape(-1, self.block_bytes)
         return DECODERS[self.name](blocks).view(*codes.weight.shape[:-1], columns)
-
-    def _type(self, gguf):
-        return gguf.GGMLQuantizationType[self.name.upper()]
-
-
-def _gguf():
-    try:
-        import gguf
-    except ImportError as error:
-        raise ImportError(
-            "ktops: GGUF formats need the gguf package: pip install 'ktops[formats]'"
-        ) from error
-    return gguf
 
 
 FORMATS = tuple(GgufBlocks(name, *sizes) for name, sizes in BLOCKS.items() if not name.endswith("_k"))

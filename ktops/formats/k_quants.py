@@ -37,7 +37,6 @@ class Layout:
         low, high: the smallest and the largest code.
         most: the largest integer scale or minimum; scales are in [-most, most] if codes are signed.
         smallest: the smallest fraction of a group's range worth trying.
-        halves: offsets of d and dmin in a block.
         pack: (codes - low, :class:`Scales`) -> the parts of the blocks, uint8 [blocks, ...], in order.
     """
 
@@ -46,7 +45,6 @@ class Layout:
     high: int
     most: int
     smallest: float
-    halves: tuple[int, ...]
     pack: Callable[[Tensor, "Scales"], tuple[Tensor, ...]]
 
     @property
@@ -74,27 +72,16 @@ class Scales(NamedTuple):
 
 class KQuant(GgufBlocks):
     methods = ("rtn", "mse")
-    has_quantizer = True
 
     def __init__(self, name: str, layout: Layout) -> None:
         super().__init__(name, *BLOCKS[name])
         self.layout = layout
-
-    def check_written(self) -> None:
-        """Checks nothing, because quantizing does not need the gguf package."""
 
     def quantize_reference(self, weight: Tensor, group_size: int, method: str) -> Codes:
         rows = *weight.shape[:-1], self.row_elements(weight.shape[-1])
         groups = weight.reshape(-1, self.block // self.layout.group, self.layout.group)
         blocks = [self._blocks(chunk, method) for chunk in groups.split(CHUNK_BLOCKS)]
         return Codes(torch.cat(blocks).view(rows))
-
-    def has_finite_scales(self, codes: Codes) -> bool:
-        blocks = codes.weight.unflatten(-1, (-1, self.block_bytes))
-        return all(
-            bool(blocks[..., place : place + 2].contiguous().view(torch.float16).isfinite().all())
-            for place in self.layout.halves
-        )
 
     @property
     def scale_limit(self) -> str:
@@ -149,8 +136,7 @@ def least_error(groups: Tensor, start: Scales, layout: Layout) -> Scales:
     """Returns the best scales found; no block is worse than with the initial scales."""
     found = neighbors(groups, rounded(*search(groups, layout), layout), layout)
     errors = (
-        ordered_sum(squared_error(groups, scales.step, scales.offset, layout).mT)
-        for scales in (found, start)
+        ordered_sum(squared_error(groups, scales.step, scales.offset, layout).mT) for scales in (found, start)
     )
     better = torch.lt(*errors)
     return Scales(*(torch.where(better, new, old) for new, old in zip(found, start, strict=True)))
@@ -265,11 +251,11 @@ def pack_q6(codes: Tensor, scales: Scales) -> tuple[Tensor, ...]:
 
 
 LAYOUTS = {
-    "q2_k": Layout(16, 0, 3, 15, 0.5, (80, 82), pack_q2),
-    "q3_k": Layout(16, -4, 3, 31, 0.5, (108,), pack_q3),
-    "q4_k": Layout(32, 0, 15, 63, 0.5, (0, 2), pack_q4),
-    "q5_k": Layout(32, 0, 31, 63, 0.7, (0, 2), pack_q5),
-    "q6_k": Layout(16, -32, 31, 127, 0.8, (208,), pack_q6),
+    "q2_k": Layout(16, 0, 3, 15, 0.5, pack_q2),
+    "q3_k": Layout(16, -4, 3, 31, 0.5, pack_q3),
+    "q4_k": Layout(32, 0, 15, 63, 0.5, pack_q4),
+    "q5_k": Layout(32, 0, 31, 63, 0.7, pack_q5),
+    "q6_k": Layout(16, -32, 31, 127, 0.8, pack_q6),
 }
 
 FORMATS = tuple(KQuant(name, layout) for name, layout in LAYOUTS.items())

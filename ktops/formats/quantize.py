@@ -32,7 +32,6 @@ def quantize(
         ValueError: unknown format, or one that cannot be written, does not support the group size or the
             method, or cannot hold rows of K columns, weights of that size, or NaN and infinity.
         TypeError: weight does not have a floating-point dtype.
-        ImportError: the format needs the gguf package, which is not installed.
 
     Example:
         >>> weight = ktops.quantize(torch.randn(8, 64, 128), "int4", group_size=32)
@@ -48,7 +47,8 @@ def quantize(
     try:
         known = get_format(format)
         group_size = known.check_quantizable(weight.shape[-1], group_size, method)
-        codes = known.quantize(weight, group_size, method)
+        experts = (known.quantize(expert, group_size, method) for expert in weight)
+        codes = stacked(experts, len(weight))
     except ValueError as error:
         raise ValueError(f"quantize: {error}") from None
     dtype = weight.dtype if weight.dtype in COMPUTE_DTYPES else torch.bfloat16

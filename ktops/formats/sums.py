@@ -12,7 +12,9 @@ def ordered_sum(numbers: Tensor) -> Tensor:
     Segments of 16 consecutive numbers are added to 0 one by one, then neighboring sums in pairs, until one is
     left.
     """
-    segments = torch.nn.functional.pad(numbers, (0, -numbers.shape[-1] % SEGMENT)).unflatten(-1, (-1, SEGMENT))
+    segments = torch.nn.functional.pad(numbers, (0, -numbers.shape[-1] % SEGMENT)).unflatten(
+        -1, (-1, SEGMENT)
+    )
     total = torch.zeros_like(segments[..., 0])
     for part in segments.unbind(-1):
         total += part

@@ -65,7 +65,7 @@ class ChunkedLoss:
         get_base_model = getattr(model, "get_base_model", None)
         self.model: Any = model if get_base_model is None else get_base_model()
         self.backbone = _backbone(self.model)
-        self._own = getattr(self.model, "loss_function", None)
+        self._own: Any = getattr(self.model, "loss_function", None)
         self._output: Any = None
         self._expected = False
         self._hooks: list[RemovableHandle] = []
@@ -161,7 +161,7 @@ class ChunkedLoss:
         return [p for module in outside for p in module.parameters() if p.requires_grad]
 
     def _logits(self, output, hidden_states: Tensor) -> Tensor:
-        """Returns the logits [N, V] of N tokens: the model's own forward after a backbone with that output."""
+        """Returns logits [N, V]: the model's own forward after a backbone with that output."""
         hidden_states = hidden_states[None]
         with _returning(self.backbone, _with_hidden_states(output, hidden_states)):
             return self.model.forward(inputs_embeds=hidden_states, use_cache=False).logits[0]

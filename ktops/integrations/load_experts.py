@@ -56,7 +56,6 @@ def load_experts(
             experts of a layer are missing, or if several match; the message lists them.
         ValueError: the model has no experts, ktops cannot compute or load them, or the format cannot hold
             them.
-        ImportError: quantizing to the format needs the gguf package, which is not installed.
 
     Example:
         >>> fp8 = FineGrainedFP8Config(dequantize=True)

@@ -58,7 +58,6 @@ def quantize_experts(
         ValueError: the model has no experts, the op does not support them, the format cannot hold them, or
             their weights are not finite; or the format, method or group size is unknown. The message names
             the layers and reasons; the model is unchanged.
-        ImportError: the format needs the gguf package, which is not installed.
 
     Example:
         >>> model = AutoModelForCausalLM.from_pretrained(path, dtype="bfloat16")

@@ -25,6 +25,11 @@ const FormatTable& format_table(FormatId format) { return avx512_bf16::format_ta
 
 namespace kt {
 
+// Quantizing uses no instructions beyond those of avx512.
+namespace avx512 {
+void quantize(const QuantizeProblem& problem);
+}
+
 const IsaRow amx_bf16_row = {
     "amx_bf16",
     cpu::has_amx_bf16,
@@ -34,6 +39,7 @@ const IsaRow amx_bf16_row = {
     {forward_float64, backward_float64, amx_bf16::peak_float32},
     amx_bf16::peak_int8_tiles,
     amx_bf16::decode_rows,
+    avx512::quantize,
     cpu::tiles_refused,
 };
 

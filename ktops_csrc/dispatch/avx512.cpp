@@ -9,6 +9,7 @@
 #include "isa/simd_avx512-inl.h"
 #include "moe/backward-inl.h"
 #include "moe/forward-inl.h"
+#include "quantize/quantize-inl.h"
 #include "weights/decode-inl.h"
 
 #pragma GCC pop_options
@@ -24,6 +25,7 @@ const IsaRow avx512_row = {
     {forward_float64, backward_float64, avx512::peak_float32},
     avx512::peak_int8,
     avx512::decode_rows,
+    avx512::quantize,
 };
 
 }  // namespace kt

@@ -17,6 +17,11 @@
 
 namespace kt {
 
+// Quantizing uses no instructions beyond those of avx512.
+namespace avx512 {
+void quantize(const QuantizeProblem& problem);
+}
+
 const IsaRow avx512_bf16_row = {
     "avx512_bf16",
     cpu::has_avx512_bf16,
@@ -26,6 +31,7 @@ const IsaRow avx512_bf16_row = {
     {forward_float64, backward_float64, avx512_bf16::peak_float32},
     avx512_bf16::peak_int8,
     avx512_bf16::decode_rows,
+    avx512::quantize,
 };
 
 }  // namespace kt

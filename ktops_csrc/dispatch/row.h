@@ -26,5 +26,6 @@
 #include "moe/routing.h"
 #include "parallel/profile.h"
 #include "parallel/schedule.h"
+#include "quantize/problem.h"
 #include "weights/format.h"
 #include "weights/format_table.h"

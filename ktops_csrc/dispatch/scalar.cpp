@@ -9,6 +9,7 @@
 #include "isa/simd_generic-inl.h"
 #include "moe/backward-inl.h"
 #include "moe/forward-inl.h"
+#include "quantize/quantize-inl.h"
 #include "weights/decode-inl.h"
 
 namespace kt {
@@ -27,6 +28,7 @@ const IsaRow scalar_row = {
     {forward_float64, backward_float64, scalar::peak_float32},
     scalar::peak_int8,
     scalar::decode_rows,
+    scalar::quantize,
 };
 
 }  // namespace kt

@@ -5,6 +5,7 @@
 #include <string>
 
 #include "moe/problem.h"
+#include "quantize/problem.h"
 
 namespace kt {
 
@@ -22,6 +23,7 @@ struct IsaRow {
     double (*peak_int8)(int64_t iterations);
     // Decodes rows [row, row + n) of expert e of a weight in a format, `columns` floats each.
     void (*decode_rows)(const WeightTensor&, int64_t e, int64_t row, int64_t n, float* out);
+    void (*quantize)(const QuantizeProblem&);
     // The reason why the operating system forbids what the CPU supports; empty if it does not.
     std::string (*refused)() = nullptr;
 

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <limits>
 
+#include "ops/launch.h"
 #include "ops/weight_argument.h"
 
 namespace kt::ops {
@@ -87,21 +88,12 @@ void check_int8(const Checker& check, const WeightNames& names, const WeightTens
                (weight.is_dense() ? "dense" : format_of(weight).name) + "', got 'int8'");
 }
 
-// Runs on PyTorch's threads, so torch.set_num_threads applies.
-void launch(int64_t n, void (*body)(void* context), void* context) {
-    if (n <= 1) return body(context);
-    torch::stable::parallel_for(0, n, 1, [&](int64_t begin, int64_t end) {
-        for (int64_t i = begin; i < end; ++i) body(context);
-    });
-}
-
 // Returns how many threads the work is worth: waking one up costs about as much as kFlopsAThread FLOPs, or that many
 // bytes of weights if they are used once.
 int useful_threads(const Problem& p) {
     constexpr int64_t kFlopsAThread = 1 << 19;
     const int64_t flops = 6 * p.num_tokens * p.top_k * p.hidden_size * p.intermediate_size;
-    const auto available = static_cast<int64_t>(torch::stable::get_num_threads());
-    return static_cast<int>(larger(1, smaller(available, flops / kFlopsAThread)));
+    return useful_threads(flops, kFlopsAThread);
 }
 
 // Checks a pair of LoRA factors, A [E, r, in] and B [E, out, r], and returns r, or 0 without them.
@@ -121,9 +113,43 @@ int64_t lora_rank(const Checker& check, const char* a_name, const OptionalTensor
 
 }  // namespace
 
+Tokens::Tokens(const Checker& check, const Tensor& hidden_states, const Tensor& topk_ids, const Tensor& topk_weights,
+               const Problem& experts)
+    : problem(experts), hidden_states(hidden_states), topk_ids(topk_ids), topk_weights(topk_weights) {
+    Problem& p = problem;
+    check.shape("hidden_states", hidden_states, {{"num_tokens"}, {"hidden_size"}});
+    dtype = check.floating("hidden_states", hidden_states);
+    p.num_tokens = hidden_states.size(0);
+    p.hidden_size = hidden_states.size(1);
+    check.shape("topk_ids", topk_ids, {{"num_tokens", p.num_tokens}, {"top_k"}});
+    p.ids_are_int64 = check.is_int64_ids("topk_ids", topk_ids);
+    p.top_k = topk_ids.size(1);
+    check.shape("topk_weights", topk_weights, {{"num_tokens", p.num_tokens}, {"top_k", p.top_k}});
+    p.topk_weights = strided(topk_weights, check.floating("topk_weights", topk_weights));
+    check.require(p.num_tokens * p.top_k <= std::numeric_limits<int32_t>::max(),
+                  "topk_ids must have at most 2^31 - 1 elements, got shape ", topk_ids);
+}
+
+void Tokens::point_to_tokens() {
+    Problem& p = problem;
+    hidden_states = as_contiguous(hidden_states);
+    p.hidden_states = hidden_states.const_data_ptr();
+    p.topk_ids = topk_ids.const_data_ptr();
+    p.ids_stride[0] = topk_ids.stride(0);
+    p.ids_stride[1] = topk_ids.stride(1);
+    p.num_threads = useful_threads(p);
+    p.launch = launch;
+    p.forced_path = forced_path();
+}
+
+Tensor Tokens::empty_output() const {
+    const Problem& p = problem;
+    const int64_t size[] = {p.num_tokens, p.reduce ? p.hidden_size : p.top_k, p.hidden_size};
+    return torch::stable::empty({size, size_t{p.reduce ? 2u : 3u}}, hidden_states.scalar_type());
+}
+
 MoeArguments::MoeArguments(const char* op, KT_MOE_ARGUMENTS(KT_PARAMETER))
-    : topk_ids(topk_ids),
-      topk_weights(topk_weights),
+    : Tokens(Checker(op), hidden_states, topk_ids, topk_weights),
       gate_up_proj(gate_up_proj),
       down_proj(down_proj),
       gate_up_bias(gate_up_bias),
@@ -134,18 +160,6 @@ MoeArguments::MoeArguments(const char* op, KT_MOE_ARGUMENTS(KT_PARAMETER))
       down_lora_B(down_lora_B) {
     const Checker check(op);
     Problem& p = problem;
-
-    check.shape("hidden_states", hidden_states, {{"num_tokens"}, {"hidden_size"}});
-    dtype = check.floating("hidden_states", hidden_states);
-    p.num_tokens = hidden_states.size(0);
-    p.hidden_size = hidden_states.size(1);
-    check.shape("topk_ids", topk_ids, {{"num_tokens", p.num_tokens}, {"top_k"}});
-    p.ids_are_int64 = check.is_int64_ids("topk_ids", topk_ids);
-    p.top_k = topk_ids.size(1);
-    check.shape("topk_weights", topk_weights, {{"num_tokens", p.num_tokens}, {"top_k", p.top_k}});
-    const DType weights_dtype = check.floating("topk_weights", topk_weights);
-    check.require(p.num_tokens * p.top_k <= std::numeric_limits<int32_t>::max(),
-                  "topk_ids must have at most 2^31 - 1 elements, got shape ", topk_ids);
 
     p.compute = parse_compute(check, compute);
     check.require(num_experts > 0, "num_experts must be at least 1, got ", num_experts, " (gate_up_proj has shape ",
@@ -179,25 +193,17 @@ MoeArguments::MoeArguments(const char* op, KT_MOE_ARGUMENTS(KT_PARAMETER))
     check.finite("down_scaling", down_scaling);
     parse_activation(check, activation, activation_args, p);
 
-    this->hidden_states = as_contiguous(hidden_states);
-    point_to_tensors(check, weights_dtype);
+    point_to_tensors(check);
     p.gate_up_scaling = gate_up_scaling;
     p.down_scaling = down_scaling;
-    p.num_threads = useful_threads(p);
-    p.launch = launch;
-    p.forced_path = forced_path();
+    point_to_tokens();
 }
 
-void MoeArguments::point_to_tensors(const Checker& check, DType weights_dtype) {
+void MoeArguments::point_to_tensors(const Checker& check) {
     Problem& p = problem;
     auto view = [&](const char* name, const OptionalTensor& t) {
         return t ? strided(*t, check.floating(name, *t)) : StridedTensor{};
     };
-    p.hidden_states = hidden_states.const_data_ptr();
-    p.topk_ids = topk_ids.const_data_ptr();
-    p.ids_stride[0] = topk_ids.stride(0);
-    p.ids_stride[1] = topk_ids.stride(1);
-    p.topk_weights = strided(topk_weights, weights_dtype);
     p.gate_up_bias = view("gate_up_bias", gate_up_bias);
     p.down_bias = view("down_bias", down_bias);
     p.gate_up_lora_A = view("gate_up_lora_A", gate_up_lora_A);
@@ -208,11 +214,6 @@ void MoeArguments::point_to_tensors(const Checker& check, DType weights_dtype) {
 
 int64_t MoeArguments::gate_up_columns() const {
     return (problem.gating == Gating::kNone ? 1 : 2) * problem.intermediate_size;
-}
-
-Tensor MoeArguments::empty_output() const {
-    const Problem& p = problem;
-    return p.reduce ? empty({p.num_tokens, p.hidden_size}) : empty({p.num_tokens, p.top_k, p.hidden_size});
 }
 
 Tensor MoeArguments::empty(std::initializer_list<int64_t> size) const {

@@ -28,6 +28,10 @@ Tensor moe_fwd(KT_MOE_ARGUMENTS(KT_PARAMETER));
 int64_t moe_fwd_begin(KT_MOE_ARGUMENTS(KT_PARAMETER), int64_t stream);
 void moe_fwd_end(int64_t call, OptionalTensor output);
 
+int64_t prepare_moe(KT_MOE_ARGUMENTS(KT_PARAMETER));
+Tensor moe_fwd_prepared(Tensor hidden_states, Tensor topk_ids, Tensor topk_weights, int64_t experts);
+void release_moe(int64_t experts);
+
 using ForwardResults = std::tuple<Tensor, Tensor, Tensor, Tensor, OptionalTensor, OptionalTensor, OptionalTensor>;
 ForwardResults moe_sft_fwd(KT_MOE_ARGUMENTS(KT_PARAMETER), std::string save);
 
@@ -38,6 +42,9 @@ Gradients moe_sft_bwd(Tensor grad_output, KT_MOE_ARGUMENTS(KT_PARAMETER), std::s
 
 Tensor dequantize(Tensor weight, OptionalTensor scale, OptionalTensor zero, std::string weight_format,
                   int64_t group_size, int64_t columns);
+
+std::tuple<Tensor, OptionalTensor, OptionalTensor> quantize(Tensor weight, std::string weight_format,
+                                                            int64_t group_size, std::string method);
 
 std::string cpu_capability();
 std::string cpu_capabilities();

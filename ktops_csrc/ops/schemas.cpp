@@ -20,6 +20,12 @@ STABLE_TORCH_LIBRARY(kt, m) {
     m.def("moe_fwd_begin(" KT_MOE_SCHEMA ", int stream) -> int call");
     m.def("moe_fwd_end(int call, Tensor(a!)? output) -> ()");
 
+    // the same for experts whose arguments are checked once, and held until they are released; the tokens given to
+    // prepare_moe are only checked
+    m.def("prepare_moe(" KT_MOE_SCHEMA ") -> int experts");
+    m.def("moe_fwd_prepared(Tensor hidden_states, Tensor topk_ids, Tensor topk_weights, int experts) -> Tensor");
+    m.def("release_moe(int experts) -> ()");
+
     // -> output [T, H]; saved tensors, one row per position: gate_up [R, 2I] (or [0, 2I] for "recompute"),
     //    x A1^T [R, r1], h A2^T [R, r2]; copies in CPU memory of what was on another device, None on the CPU
     m.def("moe_sft_fwd(" KT_MOE_SCHEMA ", str save) -> (Tensor output, Tensor saved_gate_up, "
@@ -36,6 +42,10 @@ STABLE_TORCH_LIBRARY(kt, m) {
     // weights [E, N, ...] in a format -> float32 [E, N, columns]
     m.def("dequantize(Tensor weight, Tensor? scale, Tensor? zero, str weight_format, int group_size, int columns) "
           "-> Tensor");
+
+    // weights [E, N, K] -> their codes [E, N, ...], scales and zero points in a format; method is "rtn", "mse" or "hqq"
+    m.def("quantize(Tensor weight, str weight_format, int group_size, str method) -> "
+          "(Tensor weight, Tensor? scale, Tensor? zero)");
 
     // the ISA whose kernels are in use; "name=0|1,..." for every compiled ISA, 1 if this CPU can run it; choose an ISA
     m.def("cpu_capability() -> str");
@@ -77,9 +87,12 @@ STABLE_TORCH_LIBRARY(kt, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(kt, CPU, m) {
     m.impl("moe_fwd", TORCH_BOX(&kt::ops::moe_fwd));
+    m.impl("prepare_moe", TORCH_BOX(&kt::ops::prepare_moe));
+    m.impl("moe_fwd_prepared", TORCH_BOX(&kt::ops::moe_fwd_prepared));
     m.impl("moe_sft_fwd", TORCH_BOX(&kt::ops::moe_sft_fwd));
     m.impl("moe_sft_bwd", TORCH_BOX(&kt::ops::moe_sft_bwd));
     m.impl("dequantize", TORCH_BOX(&kt::ops::dequantize));
+    m.impl("quantize", TORCH_BOX(&kt::ops::quantize));
     m.impl("sum_words", TORCH_BOX(&kt::ops::sum_words));
 }
 
@@ -93,6 +106,7 @@ STABLE_TORCH_LIBRARY_IMPL(kt, CompositeExplicitAutograd, m) {
     m.impl("memory_stats", TORCH_BOX(&kt::ops::memory_stats));
     m.impl("moe_fwd_begin", TORCH_BOX(&kt::ops::moe_fwd_begin));
     m.impl("moe_fwd_end", TORCH_BOX(&kt::ops::moe_fwd_end));
+    m.impl("release_moe", TORCH_BOX(&kt::ops::release_moe));
     m.impl("load_cuda", TORCH_BOX(&kt::ops::load_cuda));
     m.impl("synchronize_streams", TORCH_BOX(&kt::ops::synchronize_streams));
     m.impl("stop_streams", TORCH_BOX(&kt::ops::stop_streams));

@@ -3,52 +3,8 @@
 namespace kt::ops {
 namespace {
 
-ScalarType scalar_type(Element element) {
-    switch (element) {
-        case Element::kBFloat16:
-            return ScalarType::BFloat16;
-        case Element::kFloat16:
-            return ScalarType::Half;
-        case Element::kFloat32:
-            return ScalarType::Float;
-        case Element::kInt8:
-            return ScalarType::Char;
-        case Element::kUInt8:
-            return ScalarType::Byte;
-        case Element::kFloat8:
-            return ScalarType::Float8_e4m3fn;
-    }
-    return ScalarType::Undefined;
-}
-
 int64_t element_bytes(Element element) {
     return element == Element::kFloat32 ? 4 : element == Element::kBFloat16 || element == Element::kFloat16 ? 2 : 1;
-}
-
-// Elements of the weight tensor per row.
-Size row_size(const Checker& check, const WeightNames& names, const Format& format) {
-    const int64_t columns = names.columns.value;
-    if (format.block == 1) return names.columns;
-    if (format.block == 2) return {"columns/2", ceil_div(columns, 2)};
-    check.require(columns % format.block == 0, names.weight, " in format '", format.name,
-                  "' must have rows of a multiple of ", format.block, " weights, got ", columns);
-    return {"row_bytes", columns / format.block * format.bytes};
-}
-
-void check_group_size(const Checker& check, const WeightNames& names, const Format& format, int64_t group_size) {
-    const auto require = [&](bool condition, const char* must) {
-        check.require(condition, names.group_size, must, " for ", names.format, " '", format.name, "', got ",
-                      group_size);
-    };
-    if (format.scales == Scales::kNone) {
-        require(group_size == 0, " must be 0");
-    } else if (format.scales == Scales::kFloats) {
-        require(group_size >= 0 && group_size % kExponentGroup == 0, " must be 0 or a multiple of 32");
-    } else {
-        require(group_size == kExponentGroup, " must be 32");
-        check.require(names.columns.value % kExponentGroup == 0, names.weight, " in format '", format.name,
-                      "' must have rows of a multiple of 32 weights, got ", names.columns.value);
-    }
 }
 
 // Checks values of groups, [E, rows, groups], or with row blocks [E, ceil(rows / group_size), groups].
@@ -83,6 +39,49 @@ GroupValues group_values(const Checker& check, const WeightNames& names, const c
 }
 
 }  // namespace
+
+ScalarType scalar_type(Element element) {
+    switch (element) {
+        case Element::kBFloat16:
+            return ScalarType::BFloat16;
+        case Element::kFloat16:
+            return ScalarType::Half;
+        case Element::kFloat32:
+            return ScalarType::Float;
+        case Element::kInt8:
+            return ScalarType::Char;
+        case Element::kUInt8:
+            return ScalarType::Byte;
+        case Element::kFloat8:
+            return ScalarType::Float8_e4m3fn;
+    }
+    return ScalarType::Undefined;
+}
+
+Size row_size(const Checker& check, const WeightNames& names, const Format& format) {
+    const int64_t columns = names.columns.value;
+    if (format.block == 1) return names.columns;
+    if (format.block == 2) return {"columns/2", ceil_div(columns, 2)};
+    check.require(columns % format.block == 0, names.weight, " in format '", format.name,
+                  "' must have rows of a multiple of ", format.block, " weights, got ", columns);
+    return {"row_bytes", columns / format.block * format.bytes};
+}
+
+void check_group_size(const Checker& check, const WeightNames& names, const Format& format, int64_t group_size) {
+    const auto require = [&](bool condition, const char* must) {
+        check.require(condition, names.group_size, must, " for ", names.format, " '", format.name, "', got ",
+                      group_size);
+    };
+    if (format.scales == Scales::kNone) {
+        require(group_size == 0, " must be 0");
+    } else if (format.scales == Scales::kFloats) {
+        require(group_size >= 0 && group_size % kExponentGroup == 0, " must be 0 or a multiple of 32");
+    } else {
+        require(group_size == kExponentGroup, " must be 32");
+        check.require(names.columns.value % kExponentGroup == 0, names.weight, " in format '", format.name,
+                      "' must have rows of a multiple of 32 weights, got ", names.columns.value);
+    }
+}
 
 const Format* find_format(const Checker& check, const WeightNames& names, const std::string& name) {
     if (name == "dense") return nullptr;

@@ -16,6 +16,11 @@ struct WeightNames {
 // Returns the format of this name, null for "dense".
 const Format* find_format(const Checker& check, const WeightNames& names, const std::string& name);
 
+// The dtype of a format's weight tensor, and the elements of a row of it.
+ScalarType scalar_type(Element element);
+Size row_size(const Checker& check, const WeightNames& names, const Format& format);
+void check_group_size(const Checker& check, const WeightNames& names, const Format& format, int64_t group_size);
+
 // Checks a weight in a format and returns a view. The tensors must outlive it.
 WeightTensor weight_argument(const Checker& check, const WeightNames& names, const Format& format, int64_t group_size,
                              const Tensor& weight, const OptionalTensor& scale, const OptionalTensor& zero);

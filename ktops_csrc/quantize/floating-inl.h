@@ -64,8 +64,7 @@ private:
             }
         }
         const int64_t blocks = ceil_div(p_.rows, p_.row_scale ? 1 : kRows);
-        float* scale =
-            static_cast<float*>(p_.scale) + (e * blocks + row / (p_.row_scale ? 1 : kRows)) * groups_;
+        float* scale = static_cast<float*>(p_.scale) + (e * blocks + row / (p_.row_scale ? 1 : kRows)) * groups_;
         for (int64_t g = 0; g < groups_; ++g) scale[g] = bit_cast<float>(largest[g]) / kFp8Max;
         for (int64_t i = 0; i < n; ++i) {
             if (n > 1) load_row(p_, e, row + i, room_, x);

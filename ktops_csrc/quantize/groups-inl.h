@@ -74,6 +74,14 @@ inline void load_row(const QuantizeProblem& p, int64_t e, int64_t row, int64_t r
 struct Range {
     float low = 0, high = 0, largest = 0;
 };
+inline Range of_lanes(VecF low, VecF high) {
+    Range range{low[0], high[0], 0};
+    for (int i = 1; i < kLanes<float>; ++i) {
+        range.low = low[i] < range.low ? low[i] : range.low;
+        range.high = high[i] > range.high ? high[i] : range.high;
+    }
+    return range;
+}
 inline int32_t largest_lane(VecI32 v) {
     int32_t lanes[kLanes<float>], most = 0;
     std::memcpy(lanes, &v, sizeof(v));
@@ -96,12 +104,8 @@ inline Range range_of(const float* x, int64_t n) {
         low = v < low ? v : low;
         high = v > high ? v : high;
     }
-    Range range;
+    Range range = of_lanes(low, high);
     range.largest = largest_magnitude(x, n);
-    for (int i = 0; i < kLanes<float>; ++i) {
-        range.low = low[i] < range.low ? low[i] : range.low;
-        range.high = high[i] > range.high ? high[i] : range.high;
-    }
     return range;
 }
 
@@ -197,6 +201,8 @@ inline void fit(const Lanes& lanes, VecF mean, VecF& scale, VecF& zero, F code) 
 }
 
 // Returns the float32 nearest to the fraction of a range that a search tries in a step.
-inline float shrunk(int step, int steps, double smallest) { return static_cast<float>(1 - step * (1 - smallest) / steps); }
+inline float shrunk(int step, int steps, double smallest) {
+    return static_cast<float>(1 - step * (1 - smallest) / steps);
+}
 
 }  // namespace kt::KT_ISA

@@ -146,9 +146,10 @@ struct Affine {
             most = Larger()(most, magnitude(x));
         }
         LaneScales best = of_range(low, high);
-        best = p.method == Method::kMse ? least_error(lanes, low, high, best)
-                                        : LaneScales{best.scale, from_float16(to_float16(half_quadratic_zero(
-                                                                     lanes, best.scale, 0.0f - quotient(low, best.scale))))};
+        best = p.method == Method::kMse
+                   ? least_error(lanes, low, high, best)
+                   : LaneScales{best.scale, from_float16(to_float16(half_quadratic_zero(
+                                                lanes, best.scale, 0.0f - quotient(low, best.scale))))};
         best.scale = most < 0x7f800000 ? best.scale : bit_cast<VecF>(most);
         return best;
     }

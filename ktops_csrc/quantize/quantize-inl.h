@@ -7,6 +7,7 @@
 #include "core/workspace.h"
 #include "parallel/schedule.h"
 #include "quantize/floating-inl.h"
+#include "quantize/gguf_blocks-inl.h"
 #include "quantize/integer-inl.h"
 #include "quantize/k_quants-inl.h"
 #include "quantize/problem.h"
@@ -30,7 +31,7 @@ inline void quantize_rows(const QuantizeProblem& p) {
     schedule.run<NoRegion>(p.num_threads, p.launch);
 }
 
-inline void quantize(const QuantizeProblem& p) {
+void quantize(const QuantizeProblem& p) {
     switch (p.format) {
         case FormatId::int8:
             return quantize_rows<IntegerRows<Symmetric<127>>>(p);
@@ -44,6 +45,16 @@ inline void quantize(const QuantizeProblem& p) {
             return quantize_rows<MicroscalingRows<false>>(p);
         case FormatId::mxfp4:
             return quantize_rows<MicroscalingRows<true>>(p);
+        case FormatId::q4_0:
+            return quantize_rows<GgufRows<UnsignedBlock<4, false>>>(p);
+        case FormatId::q4_1:
+            return quantize_rows<GgufRows<UnsignedBlock<4, true>>>(p);
+        case FormatId::q5_0:
+            return quantize_rows<GgufRows<UnsignedBlock<5, false>>>(p);
+        case FormatId::q5_1:
+            return quantize_rows<GgufRows<UnsignedBlock<5, true>>>(p);
+        case FormatId::q8_0:
+            return quantize_rows<GgufRows<SignedBlock>>(p);
         case FormatId::q2_k:
             return quantize_rows<KQuantRows<Q2K>>(p);
         case FormatId::q3_k:

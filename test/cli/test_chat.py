@@ -7,9 +7,10 @@ import pty
 import re
 import select
 import shutil
+import signal
 import sys
-import time
 
+import gguf
 import pytest
 import torch
 from model_files import save_model
@@ -181,6 +182,48 @@ def test_an_adapter_on_a_converted_model(ktops_command, chat_model, adapter, tmp
     assert "was trained on" not in err
 
 
+def test_experts_in_a_gguf_file(ktops_command, chat_model, tokenizer, tmp_path):
+    """Beside the Hugging Face directory; the answer is that of the decoded weights in eager experts."""
+    model, writer = plain(chat_model), gguf.GGUFWriter(tmp_path / "experts.gguf", "qwen3moe")
+    for number, layer in enumerate(model.model.layers):
+        experts = layer.mlp.experts
+        gate, up = experts.gate_up_proj.data.chunk(2, dim=1)
+        kinds = gguf.GGMLQuantizationType.Q8_0, gguf.GGMLQuantizationType.F16
+        for name, weight, kind in (
+            ("gate", gate, kinds[0]),
+            ("up", up, kinds[0]),
+            ("down", experts.down_proj.data, kinds[1]),
+        ):
+            blocks = gguf.quantize(weight.numpy(), kind)
+            writer.add_tensor(f"blk.{number}.ffn_{name}_exps.weight", blocks, raw_dtype=kind)
+            weight.copy_(torch.from_numpy(gguf.dequantize(blocks, kind)))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    expected = generated(model, tokenizer)
+    options = ("--experts-path", "experts.gguf", "--prompt", QUESTION)
+    status, out, err = ktops_command("chat", chat_model, *options, *GREEDY)
+    assert (status, out) == (0, expected + "\n")
+    assert "experts in q8_0, fp16 (" in err
+
+
+def test_linear_layers_in_int8(ktops_command, chat_model, adapter, tokenizer, tmp_path):
+    """As the options say, or as the adapter was trained."""
+    ktops.enable()
+    model = plain(chat_model, "ktops")
+    ktops.quantize_linear(model, "int8")
+    expected = generated(model, tokenizer)
+    options = ("--prompt", QUESTION, *GREEDY)
+    status, out, err = ktops_command("chat", chat_model, "--linear-format", "int8", *options)
+    assert (status, out) == (0, expected + "\n")
+    assert re.search(r"\d+ linear layers: .* in int8", err)
+    adapter(tmp_path / "out", linear_format="int8")
+    status, _, err = ktops_command("chat", "out", *options)
+    assert status == 0 and "--linear-format int8, as the adapter was trained" in err
+    assert re.search(r"\d+ linear layers: .* in int8", err)
+
+
 @pytest.fixture
 def nothing_is_loaded(monkeypatch):
     monkeypatch.setattr(inference, "load_base", lambda *_, **__: pytest.fail("loaded"))
@@ -195,6 +238,7 @@ def nothing_is_loaded(monkeypatch):
         (["{model}", "--experts-path", "e.gguf"], r"--experts-path: no such file or directory: .*e\.gguf"),
         (["{model}", "--weight-format", "int5"], r"--weight-format int5: "),
         (["{model}", "--group-size", "32"], r"--group-size and --quantize-method need --weight-format"),
+        (["{model}", "--linear-format", "int4"], r"--linear-format must be int8, got 'int4'"),
         (["{model}", "--dtype", "f16"], r"--dtype must be bf16 or f32, got 'f16'"),
         (["{model}", "--device", "tpu"], r"--device"),
         (["{model}", "--num-gpu-experts", "1"], r"--num-gpu-experts needs --device"),
@@ -241,60 +285,64 @@ def test_a_model_without_experts(ktops_command, tokenizer, tmp_path):
 
 
 class Typist:
-    """Types into a command that runs in a terminal of its own."""
+    """Types into a command that runs in a terminal of its own; ends the command with the block."""
 
     def __init__(self, *command: object, environment: dict[str, str]) -> None:
         self.pid, self.terminal = pty.fork()
         if self.pid == 0:
             os.execve(sys.executable, [sys.executable, *map(str, command)], environment)
-        self.shown = ""
+        self.shown, self.ended = "", False
+
+    def __enter__(self) -> "Typist":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if not self.ended:
+            os.kill(self.pid, signal.SIGKILL)
+            os.waitpid(self.pid, 0)
+        os.close(self.terminal)
 
     def type(self, text: str) -> None:
         os.write(self.terminal, text.encode())
 
-    def expect(self, pattern: str) -> str:
-        """Waits until something new is shown; returns it, with what was shown before."""
-        deadline = time.monotonic() + 120
+    def expect(self, pattern: str) -> None:
+        """Waits until the pattern is shown, after what was expected before."""
         while not (found := re.search(pattern, self.shown)):
-            ready, _, _ = select.select([self.terminal], [], [], deadline - time.monotonic())
-            try:
-                data = os.read(self.terminal, 4096) if ready else b""
-            except OSError:
-                data = b""
-            assert data, f"{pattern!r} is not in:\n{self.shown}"
-            self.shown += data.decode(errors="replace")
-        before, self.shown = self.shown[: found.end()], self.shown[found.end() :]
-        return before
+            assert select.select([self.terminal], [], [], 120)[0], f"{pattern!r} is not in:\n{self.shown}"
+            self.shown += os.read(self.terminal, 4096).decode(errors="replace")
+        self.shown = self.shown[found.end() :]
 
     def status(self) -> int:
-        return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+        """Waits for the end of the command."""
+        status = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+        self.ended = True
+        return status
 
 
 def test_ctrl_c_in_a_terminal(chat_model, tmp_path):
     """It stops an answer, and the next prompt is answered with what has been computed; twice, it ends."""
     changes = {"XDG_STATE_HOME": str(tmp_path), "TERM": "dumb", "PYTHONPATH": os.pathsep.join(sys.path)}
-    typist = Typist(
-        "-m", "ktops.cli.main", "chat", chat_model, "--dtype", "f32", "--temperature", 0,
-        "--max-new-tokens", 90_000, environment={**os.environ, **changes},
-    )  # fmt: skip
-    typist.expect(">>> ")
-    for known in ("", r" \(\d+ known\)"):
-        typist.type(QUESTION + "\n")
-        typist.expect(re.escape(QUESTION) + r"\s+\S")
-        typist.type("\x03")
-        typist.expect(rf"prompt \d+ tokens{known}.*answer \d+.*, interrupted; memory")
+    command = ("-m", "ktops.cli.main", "chat", chat_model, "--dtype", "f32", "--temperature", 0)
+    endless = ("--max-new-tokens", 90_000)
+    with Typist(*command, *endless, environment={**os.environ, **changes}) as typist:
         typist.expect(">>> ")
-    typist.type("/clear\n")
-    typist.expect("a new conversation")
-    typist.expect(">>> ")
-    typist.type('"""Two\nlines"""\n')
-    typist.expect(r"lines\"\"\"\s+\S")
-    typist.type("\x03")
-    typist.expect("interrupted; memory")
-    typist.expect(">>> ")
-    typist.type("\x03")
-    typist.expect("Ctrl-C again, Ctrl-D or /exit ends")
-    typist.expect(">>> ")
-    typist.type("\x03")
-    assert typist.status() == 0
-    assert (tmp_path / "ktops" / "chat_history").read_text().split("\n") == [QUESTION, QUESTION, "/clear", ""]
+        for known in ("", r" \(\d+ known\)"):
+            typist.type(QUESTION + "\n")
+            typist.expect(re.escape(QUESTION) + r"\s+\S")
+            typist.type("\x03")
+            typist.expect(rf"prompt \d+ tokens{known}.*answer \d+.*, interrupted; memory")
+            typist.expect(">>> ")
+        typist.type("/clear\n")
+        typist.expect("a new conversation")
+        typist.expect(">>> ")
+        typist.type('"""Two\nlines"""\n')
+        typist.expect(r"lines\"\"\"\s+\S")
+        typist.type("\x03")
+        typist.expect("interrupted; memory")
+        typist.expect(">>> ")
+        typist.type("\x03")
+        typist.expect("Ctrl-C again, Ctrl-D or /exit ends")
+        typist.expect(">>> ")
+        typist.type("\x03")
+        assert typist.status() == 0
+    assert (tmp_path / "ktops" / "chat_history").read_text() == f"{QUESTION}\n{QUESTION}\n/clear\n"

@@ -27,7 +27,7 @@ class Toy(Format):
     def row_elements(self, columns: int) -> int:
         return columns
 
-    def quantize(self, weight: Tensor, group_size: int, method: str) -> Codes:
+    def quantize_reference(self, weight: Tensor, group_size: int, method: str) -> Codes:
         groups = in_groups(weight, group_size)
         scale = groups.abs().amax(-1, keepdim=True) / 100
         codes = (groups / scale + 100).round().to(torch.uint8).flatten(-2)

@@ -44,6 +44,14 @@ _ExpertsPath = Annotated[
     ),
 ]
 _Mmap = Annotated[bool, typer.Option("--mmap", help=MMAP, rich_help_panel=_MODEL)]
+_LinearFormat = Annotated[
+    str | None,
+    typer.Option(
+        metavar="int8",
+        help="Quantize the linear layers outside the experts too. (default: as the adapter was trained)",
+        rich_help_panel=_MODEL,
+    ),
+]
 _NumThreads = Annotated[
     int | None,
     typer.Option(help="CPU threads, at most one per core. (default: PyTorch's)", rich_help_panel=_MODEL),
@@ -58,6 +66,7 @@ def chat(
     group_size: _GroupSize = None,
     quantize_method: _QuantizeMethod = None,
     experts_path: _ExpertsPath = None,
+    linear_format: _LinearFormat = None,
     mmap: _Mmap = False,
     dtype: Annotated[
         str | None,
@@ -160,6 +169,7 @@ def serve(
     group_size: _GroupSize = None,
     quantize_method: _QuantizeMethod = None,
     experts_path: _ExpertsPath = None,
+    linear_format: _LinearFormat = None,
     mmap: _Mmap = False,
     num_threads: _NumThreads = None,
 ) -> None:

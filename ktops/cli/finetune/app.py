@@ -191,7 +191,7 @@ def finetune(
         bool,
         typer.Option(
             "--gradient-checkpointing/--no-gradient-checkpointing",
-            help="Compute activations again in backward, to save memory.",
+            help="Compute activations again in backward, except those of experts, to save memory.",
             rich_help_panel=_TRAINING,
         ),
     ] = False,

@@ -235,7 +235,7 @@ def _training_arguments(options: Options, directory: Path, num_examples: int):
         per_device_eval_batch_size=options.eval_batch_size or options.batch_size,
         gradient_accumulation_steps=options.gradient_accumulation_steps,
         gradient_checkpointing=options.gradient_checkpointing,
-        gradient_checkpointing_kwargs={"use_reentrant": False},
+        gradient_checkpointing_kwargs={"use_reentrant": False, "context_fn": ktops.checkpoint_context_fn},
         **evaluation,
     )
 

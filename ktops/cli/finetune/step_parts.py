@@ -67,7 +67,7 @@ class Watch:
         self._hooks: list[RemovableHandle] = []
         get_base_model = getattr(model, "get_base_model", None)
         self._model: Any = model if get_base_model is None else get_base_model()
-        self._loss = self._model.loss_function
+        self._loss: Any = self._model.loss_function
         for module, part in _parts(self._model, isinstance(self._loss, ChunkedLoss)):
             self._watch(module, part)
         self._model.loss_function = self._timed_loss
@@ -80,7 +80,8 @@ class Watch:
     def _timed_loss(self, *args, **kwargs) -> Tensor:
         with self.clock.during("loss"):
             loss = self._loss(*args, **kwargs)
-        self._on_gradient(loss, "loss")
+        if not isinstance(self._loss, ChunkedLoss):  # which has computed its gradients
+            self._on_gradient(loss, "loss")
         return loss
 
     def _watch(self, module: nn.Module, part: str) -> None:

@@ -12,6 +12,7 @@ from torch._subclasses.fake_tensor import is_fake
 from torch.nn.functional import pad
 
 from ktops._warn import warn_once
+from ktops.integrations.transformers.single_query import attend_single
 
 NAME = "ktops"
 """The name of the implementation: ``attn_implementation=NAME``."""
@@ -168,6 +169,8 @@ def _attend(module, query, key, value, mask: Tensor | None, sinks: Tensor | None
 def _attend_block(module, query, key, value, mask: Tensor | None, sinks: Tensor | None, arguments) -> Tensor:
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+    if _is_single(query, arguments):
+        return attend_single(query, key, value, mask, sinks, arguments["scaling"])
     causal = arguments["is_causal"] and mask is None and query.shape[2] > 1
     if sinks is not None:
         query, key, value, mask = _with_sinks(query, key, value, mask, sinks, arguments["scaling"], causal)
@@ -176,6 +179,16 @@ def _attend_block(module, query, key, value, mask: Tensor | None, sinks: Tensor 
         query, key, value = (_widen(tensor, width) for tensor in (query, key, value))
     output, _ = sdpa_attention_forward(module, query, key, value, mask, **arguments)
     return output[:, 1:] if sinks is not None and causal else output
+
+
+def _is_single(query: Tensor, arguments: dict) -> bool:
+    """Returns whether this is a step of decoding on the CPU."""
+    return (
+        query.shape[2] == 1
+        and query.device.type == "cpu"
+        and not arguments["dropout"]
+        and arguments.get("position_bias") is None
+    )
 
 
 def _with_sinks(query, key, value, mask: Tensor | None, sinks: Tensor, scaling: float, causal: bool):

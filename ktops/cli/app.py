@@ -8,6 +8,7 @@ import typer
 import ktops
 from ktops.cli.chat.app import chat, serve
 from ktops.cli.finetune.app import GROUP_SIZE, METHOD, finetune
+from ktops.cli.plan.app import plan
 
 app = typer.Typer(
     name="ktops",
@@ -140,6 +141,7 @@ def merge(
 
 
 app.command()(finetune)
+app.command()(plan)
 app.command()(chat)
 app.command(context_settings={"ignore_unknown_options": True, "allow_extra_args": True})(serve)
 

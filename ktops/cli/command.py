@@ -50,6 +50,7 @@ def _run_finetune(given: dict[str, Any], folders: list[Path], notes: Sequence[st
     output_dir, resume, overwrite = (
         given.pop("output_dir", None), given.pop("resume", False), given.pop("overwrite", False)
     )  # fmt: skip
+    force = given.pop("force", False)
     output_dir = None if output_dir is None else Path(output_dir)
     os.environ["HF_HUB_OFFLINE"] = "1"
     _find_files(given, folders)
@@ -74,7 +75,7 @@ def _run_finetune(given: dict[str, Any], folders: list[Path], notes: Sequence[st
     for note in notes:
         console.print(f"  {note}", soft_wrap=True)
     try:
-        finetune(options, directory, console, overwrite=overwrite)
+        finetune(options, directory, console, overwrite=overwrite, force=force)
     except KeyboardInterrupt:
         raise Interrupted("Interrupted.") from None
 
@@ -118,6 +119,23 @@ def run_convert(
         raise UserError(f"--report must be one of {', '.join(EXTENTS)}, got {report!r}")
     options = Options(source, destination, weight_format, group_size, method, overwrite, report, num_threads)
     convert(options, Console(highlight=False))
+
+
+def run_plan(given: dict[str, Any]) -> None:
+    """Runs `ktops plan` with its arguments.
+
+    Raises:
+        UserError: see plan.run.plan.
+    """
+    _prepare_inference()
+    context, as_json = given.pop("context"), given.pop("json")
+    if context < 1:
+        raise UserError(f"--context must be positive, got {context}")
+    given["model"] = find_model(given["model"])
+    from ktops.cli.plan.run import plan
+
+    with _model_as_argument():
+        plan(options_file.complete(Options(data="", **given)), context, as_json)
 
 
 def run_chat(given: dict[str, Any]) -> None:

@@ -22,6 +22,7 @@ from ktops.cli.models import (
     place,
     require_device,
 )
+from ktops.cli.plan.run import check_chat
 from ktops.formats import ExpertWeight
 from ktops.integrations.linear_format import LINEAR_FORMATS
 from ktops.integrations.settings import set_num_threads
@@ -48,7 +49,7 @@ class LoadOptions:
         mmap: as for `ktops finetune`.
         linear_format: of linear layers outside the experts, as for :func:`ktops.quantize_linear`.
         dtype: "bf16" or "f32"; None for that of the adapter's training, or else bf16.
-        device, num_gpu_experts, num_threads: as for `ktops finetune`.
+        device, num_gpu_experts, num_threads, force: as for `ktops finetune`.
     """
 
     model: str
@@ -63,6 +64,7 @@ class LoadOptions:
     device: str = "cpu"
     num_gpu_experts: int = 0
     num_threads: int | None = None
+    force: bool = False
 
     experts_implementation = "ktops"
 
@@ -105,6 +107,7 @@ def load(options: LoadOptions, say: Say) -> Loaded:
     begin = time.perf_counter()
     options, adapter = prepare(options, say)
     tokenizer = load_tokenizer(options.model)
+    check_chat(options.model, options.dtype or "bf16", options, options.force, say)
     model, quantized = load_base(options.model, DTYPES[options.dtype or "bf16"], options, show_progress=True)
     model = finish(model, options, adapter, say)
     placed = place(model, options)

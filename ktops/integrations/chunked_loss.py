@@ -83,11 +83,7 @@ class ChunkedLoss:
         tokens = torch.arange(1, 1 + _PROBE_TOKENS, device=self.model.get_input_embeddings().weight.device)
         inputs = {"input_ids": tokens[None], "labels": tokens[None].masked_fill(tokens < 3, -100)}
         own = self._probe(inputs)
-        self.model.loss_function = self
-        self._hooks = [
-            self.model.register_forward_pre_hook(self._begin, with_kwargs=True),
-            self.backbone.register_forward_hook(self._capture),
-        ]
+        self.replace()
         try:
             reason = _disagreement(self._probe(inputs), own)
         except Exception as error:
@@ -95,6 +91,14 @@ class ChunkedLoss:
         if reason is not None:
             self.remove()
         return reason
+
+    def replace(self) -> None:
+        """Takes the place of the model's own loss, untried."""
+        self.model.loss_function = self
+        self._hooks = [
+            self.model.register_forward_pre_hook(self._begin, with_kwargs=True),
+            self.backbone.register_forward_hook(self._capture),
+        ]
 
     def remove(self) -> None:
         """Gives the model its own loss back."""

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from ktops.cli.finetune.app import GROUP_SIZE, METHOD, MMAP
+from ktops.cli.finetune.app import FORCE, GROUP_SIZE, METHOD, MMAP
 
 _MODEL = "Model"
 _ANSWERS = "Answers"
@@ -92,6 +92,7 @@ def chat(
         ),
     ] = 0,
     num_threads: _NumThreads = None,
+    force: Annotated[bool, typer.Option("--force", help=FORCE, rich_help_panel=_MODEL)] = False,
     prompt: Annotated[
         str | None, typer.Option(metavar="TEXT", help="Answer this, and end.", rich_help_panel=_ANSWERS)
     ] = None,

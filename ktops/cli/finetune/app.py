@@ -11,6 +11,7 @@ _LORA = "Adapter"
 _TRAINING = "Training"
 _RUN = "Run"
 
+FORCE = "Try even if the plan says that the memory is not enough."
 GROUP_SIZE = "Weights per scale; 0 for one scale per row. (default: depends on the format)"
 MMAP = "Use the experts where they lie in the files, as far as possible, without a copy in memory."
 METHOD = "How to choose the scales. (default: rtn, round to nearest)"
@@ -290,6 +291,7 @@ def finetune(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace the run in --output-dir.", rich_help_panel=_RUN)
     ] = False,
+    force: Annotated[bool, typer.Option("--force", help=FORCE, rich_help_panel=_RUN)] = False,
     logging_steps: Annotated[
         int | None,
         typer.Option(

@@ -24,6 +24,7 @@ from ktops.cli.finetune.plot import plot_loss
 from ktops.cli.finetune.progress import ProgressCallback
 from ktops.cli.finetune.report import Report
 from ktops.cli.models import check_directory, load_base, load_tokenizer, place, require_device
+from ktops.cli.plan.run import check_finetune
 from ktops.integrations.settings import set_num_threads
 
 NEW_TOKENS = 40
@@ -39,14 +40,17 @@ class Split:
     samples: list[tuple[str, list[int]]]
 
 
-def finetune(options: Options, directory: Path, console: Console, overwrite: bool = False) -> dict:
+def finetune(
+    options: Options, directory: Path, console: Console, overwrite: bool = False, force: bool = False
+) -> dict:
     """Runs `ktops finetune` in a directory from run_directory.choose, continuing any run in it.
 
     Returns:
         The contents of metrics.json.
 
     Raises:
-        UserError: something is wrong with the model, the data, or the reloaded adapter.
+        UserError: something is wrong with the model, the data, or the reloaded adapter; or the memory is not
+            enough, unless ``force``.
         Interrupted: Ctrl-C; a checkpoint has been saved.
     """
     report = Report(console)
@@ -61,6 +65,8 @@ def finetune(options: Options, directory: Path, console: Console, overwrite: boo
     else:
         base, pretraining = options.model, None
         tokenizer, split = _user_data(base, options, report)
+        longest = max(len(example["input_ids"]) for example in split.train)
+        check_finetune(options, longest, force, report.line)
 
     transformers.set_seed(options.seed)
     model, quantized = load_base(base, options.torch_dtype, options, show_progress=True)

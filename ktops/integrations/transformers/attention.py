@@ -9,6 +9,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import is_fake
 from torch.nn.functional import pad
 
 from ktops._warn import warn_once
@@ -231,6 +232,7 @@ def _divides(query: Tensor, mask: Tensor, arguments: dict) -> bool:
         and mask.dtype == torch.bool
         and arguments.get("position_bias") is None
         and not torch.compiler.is_compiling()
+        and not is_fake(mask)
     )
 
 

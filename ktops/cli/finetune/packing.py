@@ -39,9 +39,11 @@ def why_padded(model) -> str | None:
         return f'its attention is "{config._attn_implementation}", which does not keep them apart'
     if getattr(config, "attention_chunk_size", None) or "chunked_attention" in _layer_types(config):
         return "its attention works in chunks, which would begin at the row, not at each sequence"
-    if not _are_apart(base):
-        return "its layers carry a state from one sequence into the next"
-    return None
+    try:
+        apart = _are_apart(base)
+    except Exception as error:
+        return f"{type(base).__name__} does not take packed sequences: {error}"
+    return None if apart else "its layers carry a state from one sequence into the next"
 
 
 def _layer_types(config) -> list[str]:

@@ -14,6 +14,7 @@ from ktops.cli.finetune.encoding import IGNORED
 from ktops.cli.finetune.interrupt import StopOnInterrupt
 from ktops.cli.finetune.measure import KtTime, StepTimer
 from ktops.cli.finetune.options import Options
+from ktops.cli.finetune.packing import PackingCollator
 from ktops.cli.finetune.progress import ProgressCallback
 
 
@@ -76,10 +77,21 @@ class BatchOrder(torch.utils.data.Sampler):
 
 
 class _Trainer(Trainer):
+    train_collator: PackingCollator | None = None
+    """Of training, if it is not that of evaluation, which needs the examples apart."""
+
     def _get_train_sampler(self, train_dataset=None):
         dataset = self.train_dataset if train_dataset is None else train_dataset
         lengths = [len(example["input_ids"]) for example in dataset]
         return BatchOrder(lengths, self.args.train_batch_size, self.args.seed)
+
+    def get_train_dataloader(self):
+        evaluation = self.data_collator
+        self.data_collator = self.train_collator or evaluation
+        try:
+            return super().get_train_dataloader()
+        finally:
+            self.data_collator = evaluation
 
 
 def make_trainer(
@@ -89,6 +101,7 @@ def make_trainer(
     held_out: list[dict],
     args: TrainingArguments,
     progress: ProgressCallback,
+    packed: bool = False,
 ) -> tuple[Trainer, StepTimer, KtTime]:
     """Returns a Trainer for examples from encoding.encode, and the callbacks that measure it."""
     timer, kt = StepTimer(), KtTime()
@@ -103,6 +116,8 @@ def make_trainer(
         compute_metrics=_count_right,
         callbacks=[timer, kt, progress],
     )
+    if packed:
+        trainer.train_collator = PackingCollator()
     trainer.remove_callback(PrinterCallback)
     return trainer, timer, kt
 

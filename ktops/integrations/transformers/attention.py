@@ -116,17 +116,18 @@ def attention_forward(
     if is_causal is None:
         is_causal = getattr(module, "is_causal", True)
     lengths = _lengths(query, key, cu_seq_lens_q, cu_seq_lens_k)
-    if len(lengths) > 1 and kwargs.get("position_bias") is not None:
-        raise ValueError(f"{type(module).__name__}: packed sequences cannot be combined with position_bias")
     arguments = {"dropout": dropout, "scaling": scaling, "is_causal": is_causal, **kwargs}
+    if len(lengths) == 1:
+        return _attend(module, query, key, value, attention_mask, s_aux, arguments)[..., :width], None
+    if kwargs.get("position_bias") is not None:
+        raise ValueError(f"{type(module).__name__}: packed sequences cannot be combined with position_bias")
     sequences = zip(*(tensor.split(lengths, dim=2) for tensor in (query, key, value)), strict=True)
     masks = _diagonal(attention_mask, lengths)
     outputs = [
         _attend(module, *sequence, mask, s_aux, arguments)
         for sequence, mask in zip(sequences, masks, strict=True)
     ]
-    output = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
-    return output[..., :width], None
+    return torch.cat(outputs, dim=1)[..., :width], None
 
 
 def _lengths(query: Tensor, key: Tensor, starts: Tensor | None, key_starts: Tensor | None) -> list[int]:
@@ -146,8 +147,8 @@ def _lengths(query: Tensor, key: Tensor, starts: Tensor | None, key_starts: Tens
 
 def _diagonal(mask: Tensor | None, lengths: list[int]) -> list[Tensor | None]:
     """Returns the part of a mask for each sequence."""
-    if mask is None or len(lengths) == 1:
-        return [mask] * len(lengths)
+    if mask is None:
+        return [None] * len(lengths)
     rows = mask.split(lengths, dim=2)
     return [row.split(lengths, dim=3)[i] for i, row in enumerate(rows)]
 
@@ -172,8 +173,9 @@ def _attend_block(module, query, key, value, mask: Tensor | None, sinks: Tensor 
     causal = arguments["is_causal"] and mask is None and query.shape[2] > 1
     if sinks is not None:
         query, key, value, mask = _with_sinks(query, key, value, mask, sinks, arguments["scaling"], causal)
-    width = max(query.shape[-1], value.shape[-1])
-    query, key, value = (_widen(tensor, width) for tensor in (query, key, value))
+    if query.shape[2] > 1:
+        width = max(query.shape[-1], value.shape[-1])
+        query, key, value = (_widen(tensor, width) for tensor in (query, key, value))
     output, _ = sdpa_attention_forward(module, query, key, value, mask, **arguments)
     return output[:, 1:] if sinks is not None and causal else output
 

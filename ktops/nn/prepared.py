@@ -54,6 +54,7 @@ def forward_prepared(
         or torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack()
         or torch._C._get_tracing_state() is not None
+        or torch._C._are_functorch_transforms_active()
         or experts.transposed
         or experts.post_expert_norm is not None
         or ON_DEVICE in experts._modules

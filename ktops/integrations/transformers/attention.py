@@ -13,6 +13,13 @@ from torch._subclasses.fake_tensor import is_fake
 from torch.nn.functional import pad
 
 from ktops._warn import warn_once
+from ktops.integrations.transformers.latent_attention import (
+    attend_latents,
+    can_absorb,
+    defer_expansion,
+    expand,
+    is_latent,
+)
 from ktops.integrations.transformers.single_query import attend_single
 from ktops.integrations.replacements import Replacements
 
@@ -46,6 +53,7 @@ def use_attention(model: nn.Module) -> str | None:
     reason = why_not(model)
     if reason is None:
         cast(Any, model).set_attn_implementation(NAME)
+        defer_expansion(model, NAME)
     return reason
 
 
@@ -116,8 +124,12 @@ def attention_forward(
             )
     if dropout and query.device.type == "cpu":
         warn_once("ktops: SDPA computes attention with dropout by explicit matrices on the CPU")
-    width = value.shape[-1]
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if is_latent(module, query, key, value):
+        if _is_single(query, dropout, kwargs) and s_aux is None and can_absorb(module, query):
+            return attend_latents(module, query, key, value, attention_mask, scaling), None
+        key, value = expand(module, key, value)
+    width = value.shape[-1]
     if is_causal is None:
         is_causal = getattr(module, "is_causal", True)
     arguments = {"dropout": dropout, "scaling": scaling, "is_causal": is_causal, **kwargs}
@@ -180,7 +192,7 @@ def _attend(module, query, key, value, mask: Tensor | None, sinks: Tensor | None
 def _attend_block(module, query, key, value, mask: Tensor | None, sinks: Tensor | None, arguments) -> Tensor:
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-    if _is_single(query, arguments):
+    if _is_single(query, arguments["dropout"], arguments):
         return attend_single(query, key, value, mask, sinks, arguments["scaling"])
     causal = arguments["is_causal"] and mask is None and query.shape[2] > 1
     if sinks is not None:
@@ -192,14 +204,10 @@ def _attend_block(module, query, key, value, mask: Tensor | None, sinks: Tensor 
     return output[:, 1:] if sinks is not None and causal else output
 
 
-def _is_single(query: Tensor, arguments: dict) -> bool:
+def _is_single(query: Tensor, dropout: float, others: dict) -> bool:
     """Returns whether this is a step of decoding on the CPU."""
-    return (
-        query.shape[2] == 1
-        and query.device.type == "cpu"
-        and not arguments["dropout"]
-        and arguments.get("position_bias") is None
-    )
+    is_plain = not dropout and others.get("position_bias") is None
+    return query.shape[2] == 1 and query.device.type == "cpu" and is_plain
 
 
 def _with_sinks(query, key, value, mask: Tensor | None, sinks: Tensor, scaling: float, causal: bool):

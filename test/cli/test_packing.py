@@ -4,13 +4,13 @@ import io
 
 import pytest
 import torch
+from ktops.cli.finetune.models import load_model
 from rich.console import Console
 
 from ktops.cli.finetune import training
 from ktops.cli.finetune.corpus import instructions
 from ktops.cli.finetune.encoding import encode, prepare_tokenizer
 from ktops.cli.finetune.layouts import PlainText, from_alpaca
-from ktops.cli.finetune.models import load_model
 from ktops.cli.finetune.options import Options
 from ktops.cli.finetune.packing import PackingCollator
 from ktops.cli.finetune.progress import ProgressCallback

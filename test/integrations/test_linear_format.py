@@ -3,7 +3,7 @@
 import peft
 import pytest
 import torch
-from tiny_models import ARCHITECTURES, tiny_model
+from tiny_models import tiny_model
 from torch import nn
 
 import ktops

@@ -13,6 +13,7 @@ from torch._subclasses.fake_tensor import is_fake
 from torch.nn.functional import pad
 
 from ktops._warn import warn_once
+from ktops.integrations.replacements import Replacements
 from ktops.integrations.transformers.latent_attention import (
     attend_latents,
     can_absorb,
@@ -21,7 +22,6 @@ from ktops.integrations.transformers.latent_attention import (
     is_latent,
 )
 from ktops.integrations.transformers.single_query import attend_single
-from ktops.integrations.replacements import Replacements
 
 NAME = "ktops"
 """The name of the implementation: ``attn_implementation=NAME``."""

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import sys
 from pathlib import Path
 
 import gguf
@@ -178,13 +177,6 @@ def test_bad_sources(convert, model_directory, tmp_path):
     err = refused("nan")
     assert "experts.3.up_proj" in err and "needs finite weights, got NaN or infinity" in err
     assert not (tmp_path / "out").exists()
-
-
-def test_formats_of_gguf_need_no_package(convert, tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "gguf", None)
-    status, _, err = convert("out", "--format", "q4_0")
-    assert status == 0, err
-    assert (tmp_path / "out" / "config.json").exists()
 
 
 @pytest.mark.parametrize(

@@ -4,12 +4,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ktops._display import format_bytes, progress
 from ktops.checkpoints.errors import CheckpointError
+from ktops.checkpoints.experts import Experts, Held, Requantized, float_rows
 from ktops.checkpoints.layer import PROJECTIONS, Layer
+from ktops.formats import ExpertWeight
+from ktops.formats.error import RelativeError
 from ktops.formats.expert_weight import COMPUTE_DTYPES
+from ktops.integrations.quantization_report import DTYPE_NAMES, QuantizationReport, QuantizedLayer
 from ktops.integrations.swap import exchange_stacked, listed_experts, require_experts
 from ktops.integrations.transformers.architectures import Unsupported
 from ktops.integrations.transformers.outside import describe_replacement
@@ -64,6 +68,7 @@ class LoadReport:
         schemes: how the checkpoint stores the experts -> number of layers.
         nbytes: size of the experts in bytes.
         mapped: how many of these bytes are memory-mapped from the files of the checkpoint.
+        quantization: sizes and errors of the layers that ktops has quantized; None if there are none.
     """
 
     layers: tuple[str, ...]
@@ -71,6 +76,7 @@ class LoadReport:
     schemes: dict[str, int]
     nbytes: int
     mapped: int
+    quantization: QuantizationReport | None = None
 
     def __str__(self) -> str:
         formats = ", ".join(
@@ -262,4 +268,31 @@ def _report(plan: list, made: dict[str, KTExperts]) -> LoadReport:
         schemes[layer.scheme] = schemes.get(layer.scheme, 0) + 1
         nbytes += sum(weight.nbytes for weight in experts.layout.weights(experts))
         mapped += sum(experts.mapped for experts in both)
-    return LoadReport(tuple(made), formats, schemes, nbytes, mapped)
+    return LoadReport(tuple(made), formats, schemes, nbytes, mapped, _quantization(plan, made))
+
+
+def _quantization(plan: list, made: dict[str, KTExperts]) -> QuantizationReport | None:
+    """Returns the report on the layers that were quantized while loading, with the errors of one expert."""
+    found = [(name, both) for name, _, _, both in plan if any(isinstance(e, Requantized) for e in both)]
+    if not found:
+        return None
+    layers = []
+    for name, both in found:
+        weights = made[name].layout.weights(made[name])
+        gate_up_error, down_error = (_error_of_first(*pair) for pair in zip(both, weights, strict=True))
+        before = sum(weight.shape.numel() * weight.dtype.itemsize for weight in weights)
+        after = sum(weight.nbytes for weight in weights)
+        layers.append(QuantizedLayer(name, gate_up_error, down_error, before, after))
+    first = next(experts for experts in found[0][1] if isinstance(experts, Requantized))
+    return QuantizationReport(
+        first.format, first.group_size, first.method, DTYPE_NAMES[weights[0].dtype], tuple(layers)
+    )
+
+
+def _error_of_first(experts: Experts, made: Tensor | ExpertWeight) -> float:
+    """Returns the :class:`RelativeError` of the first expert of a projection."""
+    error = RelativeError()
+    if isinstance(experts, Requantized) and isinstance(made, ExpertWeight):
+        for actual, expected in zip(float_rows(Held(made), 0), float_rows(experts.source, 0), strict=True):
+            error.add(actual, expected)
+    return error.value

@@ -7,11 +7,12 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from ktops._display import format_bytes, progress
+from ktops._display import progress
 from ktops.formats import ExpertWeight, get_format, quantize
 from ktops.formats.error import relative_error
 from ktops.formats.plain import PLAIN
 from ktops.integrations import peft
+from ktops.integrations.quantization_report import DTYPE_NAMES, QuantizationReport, QuantizedLayer
 from ktops.integrations.swap import (
     Unsupported,
     exchange_stacked,
@@ -23,69 +24,6 @@ from ktops.integrations.swap import (
 from ktops.integrations.transformers.saving import enable_saving
 from ktops.nn.expert_list import stacked_copy
 from ktops.nn.experts import KTExperts
-
-DTYPE_NAMES = {torch.bfloat16: "bf16", torch.float16: "f16", torch.float32: "f32", torch.float64: "f64"}
-
-
-@dataclass(frozen=True)
-class QuantizedLayer:
-    """The result for the experts of one layer.
-
-    Attributes:
-        name: the name of the experts module.
-        gate_up_error, down_error: ``||dequantized - w|| / ||w||`` of its weights.
-        bytes_before, bytes_after: size of gate_up_proj and down_proj together.
-    """
-
-    name: str
-    gate_up_error: float
-    down_error: float
-    bytes_before: int
-    bytes_after: int
-
-
-@dataclass(frozen=True)
-class QuantizationReport:
-    """The result of :func:`quantize_experts`; ``str()`` summarizes it in one line.
-
-    Attributes:
-        weight_format, group_size, method: as requested, or the format's default.
-        dtype: the original dtype of the weights, "bf16", "f16", "f32" or "f64".
-        layers: one entry per experts module, in model order.
-    """
-
-    weight_format: str
-    group_size: int
-    method: str
-    dtype: str
-    layers: tuple[QuantizedLayer, ...]
-
-    @property
-    def bytes_before(self) -> int:
-        return sum(layer.bytes_before for layer in self.layers)
-
-    @property
-    def bytes_after(self) -> int:
-        return sum(layer.bytes_after for layer in self.layers)
-
-    @property
-    def ratio(self) -> float:
-        """How many times smaller the experts have become."""
-        return self.bytes_before / self.bytes_after
-
-    @property
-    def relative_error(self) -> float:
-        """The root mean square of the errors of all weights."""
-        errors = [error for layer in self.layers for error in (layer.gate_up_error, layer.down_error)]
-        return (sum(error**2 for error in errors) / len(errors)) ** 0.5
-
-    def __str__(self) -> str:
-        group = f", group {self.group_size}" if self.group_size else ""
-        return (
-            f"experts: {format_bytes(self.bytes_after)} in {self.weight_format}{group} "
-            f"({self.dtype}: {format_bytes(self.bytes_before)}, {self.ratio:.2f} times smaller), "
-            f"relative error {self.relative_error:.2g}"
-        )
 
 
 @torch.no_grad()

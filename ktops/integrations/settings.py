@@ -5,6 +5,7 @@ One table for every place that reads them: YAML files of LLaMA-Factory under ``k
 """
 
 import difflib
+import functools
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -113,6 +114,7 @@ class Settings:
         trains_experts: False if ``kt_backend`` ends in _SkipLoRA: the experts get no adapters.
         num_threads: for ``torch.set_num_threads``; None leaves it.
         weight_path: another checkpoint to load the experts from.
+        method: how :func:`ktops.quantize` chooses the scales of experts that ktops quantizes.
         num_gpu_experts: how many experts of each layer an accelerator computes, where the rest of the model
             is on one; without effect elsewhere.
         without_effect: the keys given that have no effect in ktops.
@@ -122,6 +124,7 @@ class Settings:
     trains_experts: bool = True
     num_threads: int | None = None
     weight_path: Path | None = None
+    method: str = "rtn"
     num_gpu_experts: int = 0
     without_effect: tuple[str, ...] = ()
 
@@ -140,10 +143,11 @@ class Settings:
         from ktops.integrations.transformers.config import KTConfig
 
         wanted = self.backend.format
+        made = functools.partial(KTConfig, *self.backend[:2], self.method)
         if self.weight_path is not None:
             path, stored = str(self.weight_path), _stored(self.weight_path)
             if wanted is not None and stored <= DENSE:
-                return KTConfig(*self.backend[:2], experts_path=path)
+                return made(experts_path=path)
             if wanted not in (None, *stored):
                 warn_once(
                     f"kt_weight_path {path} has its experts in {' and '.join(sorted(stored))}. They stay so, "
@@ -152,7 +156,7 @@ class Settings:
             return KTConfig(experts_path=path)
         if quantization is None and (wanted is None or wanted in DENSE):
             return None
-        return KTConfig(*self.backend[:2])
+        return made()
 
 
 def _stored(path: Path) -> set[str]:

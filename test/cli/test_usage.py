@@ -81,7 +81,10 @@ def test_wrong_usage_has_status_2(ktops_command, arguments):
             ["--weight-format", "int4", "--experts-implementation", "eager"],
             "--weight-format needs --experts-implementation ktops, got eager",
         ),
-        (["--weight-format", "q4_0"], "--weight-format q4_0: quantize_experts: 2 of 2 experts modules"),
+        (
+            ["--weight-format", "q4_0"],
+            "--weight-format q4_0: model.layers.0.mlp.experts: format 'q4_0' needs rows of a multiple of 32",
+        ),
     ],
 )
 def test_bad_options(refused, arguments, message):

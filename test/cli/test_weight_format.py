@@ -3,6 +3,8 @@
 import json
 import re
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -103,3 +105,61 @@ def test_attention_that_is_quantized_too(
     assert metrics["held_out"]["after"]["loss"] < metrics["held_out"]["before"]["loss"]
     calls = {name: op["calls"] for name, op in metrics["kt_time"]["ops"].items()}
     assert calls == {"moe_sft_fwd": 6, "moe_sft_bwd": 6, "moe_fwd": 0}
+
+
+LOAD = """
+import resource, sys, torch, transformers
+from types import SimpleNamespace
+import ktops
+from ktops.cli.errors import UserError
+from ktops.cli.finetune.models import load_base
+from ktops.formats import ExpertWeight
+
+torch.set_num_threads(1)
+
+def load(directory, weight_format):
+    options = SimpleNamespace(
+        experts_path=None, weight_format=weight_format, group_size=None, quantize_method=None,
+        experts_implementation="ktops",
+    )
+    model, _ = load_base(directory, torch.bfloat16, options)
+    formats = {module.format for module in model.modules() if isinstance(module, ExpertWeight)}
+    return formats, model(torch.tensor([[1, 2, 3]])).logits.isfinite().all().item()
+
+small, wide, limit, weight_format = sys.argv[1:]
+load(small, "int8")
+with open("/proc/self/status") as file:
+    (used,) = [int(line.split()[1]) << 10 for line in file if line.startswith("VmData")]
+resource.setrlimit(resource.RLIMIT_DATA, (used + int(limit),) * 2)
+try:
+    print(*load(wide, weight_format or None))
+except (UserError, MemoryError) as error:
+    print("out of", "memory" in str(error) and "memory")
+"""
+
+
+@pytest.fixture(scope="module")
+def wide_model(tokenizer, tmp_path_factory):
+    directory = tmp_path_factory.mktemp("wide") / "model"
+    save_model(
+        directory, tokenizer, hidden_size=256, moe_intermediate_size=256, num_experts=64, num_hidden_layers=4
+    )
+    return directory
+
+
+@pytest.mark.parametrize(("weight_format", "printed"), [("", "out of memory"), ("int4", "{'int4'} True")])
+def test_dense_experts_never_exist(model_directory, wide_model, tmp_path, weight_format, printed):
+    """Memory is limited to less than the dense experts take in bfloat16, beyond what a small model needs and
+    the file, which transformers maps writable."""
+    limit = 4 * 64 * 3 * 256 * 256 * 2 * 3 // 4 + (wide_model / "model.safetensors").stat().st_size
+    command = [sys.executable, "-c", LOAD, model_directory, wide_model, str(limit), weight_format]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert (result.returncode, result.stdout) == (0, f"{printed}\n"), result.stderr
+
+
+def test_experts_of_another_format(ktops_command, model_directory, data_file):
+    assert ktops_command("convert", model_directory, "converted", "--format", "int8")[0] == 0
+    status, _, err = ktops_command(
+        "finetune", "--model", "converted", "--data", data_file, "--weight-format", "int4"
+    )
+    assert status == 1 and "converted are already quantized, to int8. Leave the option out" in err

@@ -4,8 +4,8 @@ import json
 from pathlib import Path
 from typing import Protocol
 
+from ktops.checkpoints.experts import Requantized
 from ktops.cli.errors import UserError
-from ktops.formats import ExpertWeight
 from ktops.formats.plain import PLAIN
 from ktops.integrations.settings import Backend, Settings
 
@@ -108,33 +108,76 @@ class ExpertsOptions(Protocol):
 def load_base(directory: str, dtype, options: ExpertsOptions, show_progress: bool = False):
     """Loads the causal language model in a directory, with its experts as the options say.
 
+    Experts that ktops quantizes are read from the files one by one, so the dense ones are never all in
+    memory, except in models whose experts only :func:`ktops.swap_experts` replaces.
+
     Returns:
-        The model, and the QuantizationReport of its experts if ktops has quantized them after loading.
+        The model, and the QuantizationReport of its experts if ktops has quantized them.
 
     Raises:
-        UserError: see :func:`load_model` and :func:`quantize_experts`.
+        UserError: the files do not fit the options, or see :func:`load_model` and :func:`quantize_experts`.
     """
-    weight_format = options.weight_format
+    weight_format, experts = options.weight_format, None
+    quantize_loaded = False
+    if options.experts_path is not None:
+        backend = Backend(weight_format, options.group_size)
+        method = options.quantize_method or "rtn"
+        experts = Settings(backend, weight_path=Path(options.experts_path), method=method)
+    elif weight_format is not None:
+        quantize_loaded = not _reads_experts(directory, options)
+        if not quantize_loaded:
+            backend = Backend(weight_format, options.group_size)
+            experts = Settings(backend, method=options.quantize_method or "rtn")
     model = load_model(
         directory,
         dtype,
         options.experts_implementation,
-        keep_format=weight_format is None,
-        experts=_experts_elsewhere(options),
+        keep_format=not quantize_loaded,
+        experts=experts,
     )
-    stored = {module.format for module in model.modules() if isinstance(module, ExpertWeight)}
-    if options.experts_path is not None or (stored or {PLAIN[dtype]}) == {weight_format}:
-        return model, None
-    return model, quantize_experts(
-        model, weight_format, options.group_size, options.quantize_method, show_progress
-    )
+    if quantize_loaded:
+        return model, quantize_experts(
+            model, weight_format, options.group_size, options.quantize_method, show_progress
+        )
+    report = getattr(getattr(model, "hf_quantizer", None), "report", None)
+    return model, None if report is None else report.quantization
 
 
-def _experts_elsewhere(options: ExpertsOptions) -> Settings | None:
-    if options.experts_path is None:
-        return None
-    backend = Backend(options.weight_format, options.group_size)
-    return Settings(backend, weight_path=Path(options.experts_path))
+def _reads_experts(directory: str, options: ExpertsOptions) -> bool:
+    """Checks that the format can hold the experts of a directory; False if ktops cannot load them.
+
+    Raises:
+        UserError: it cannot, or the experts are already quantized to another one by ktops.
+    """
+    from ktops.checkpoints import CheckpointError, open_checkpoint
+    from ktops.checkpoints.config import is_ktops, quantization_of
+    from ktops.integrations.loading import functions_of
+    from ktops.integrations.transformers.architectures import Unsupported
+
+    assert options.weight_format is not None
+    checkpoint = open_checkpoint(directory)
+    try:
+        functions_of({} if checkpoint.names is None else checkpoint.names.modules)
+    except Unsupported:
+        return False
+    converted = is_ktops(quantization_of(checkpoint.config))
+    for layer in checkpoint.layers:
+        try:
+            found = layer.experts(
+                options.weight_format,
+                group_size=options.group_size,
+                method=options.quantize_method or "rtn",
+            )
+        except (CheckpointError, ImportError, ValueError) as error:
+            raise UserError(f"--weight-format {options.weight_format}: {layer.name}: {error}") from None
+        changed = [experts.source for experts in found if isinstance(experts, Requantized)]
+        if converted and any(source.format not in PLAIN.values() for source in changed):
+            group = f", group {changed[0].group_size}" if changed[0].group_size else ""
+            raise UserError(
+                f"--weight-format {options.weight_format}: the experts in {directory} are already quantized, "
+                f"to {changed[0].format}{group}. Leave the option out, or name the original model"
+            )
+    return True
 
 
 def load_model(

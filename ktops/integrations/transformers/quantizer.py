@@ -22,7 +22,7 @@ from ktops.checkpoints.config import needs_quantizer
 from ktops.checkpoints.match import match_layers
 from ktops.formats import ExpertWeight
 from ktops.integrations import peft
-from ktops.integrations.loading import PendingExperts, experts_modules, load_layers
+from ktops.integrations.loading import LoadReport, PendingExperts, experts_modules, load_layers
 from ktops.integrations.swap import exchange
 from ktops.integrations.transformers.config import KTConfig
 from ktops.integrations.transformers.loaded import adjusted, require_loaded
@@ -45,7 +45,10 @@ class KTQuantizer(HfQuantizer):
 
     Attributes:
         other: the quantizer of all tensors except the experts; a :class:`PlainQuantizer` if they are plain.
+        report: the :class:`ktops.integrations.loading.LoadReport`, once the experts are loaded.
     """
+
+    report: LoadReport | None = None
 
     def __init__(self, quantization_config: KTConfig, **_) -> None:
         super().__init__(quantization_config, pre_quantized=True)
@@ -142,7 +145,7 @@ class KTQuantizer(HfQuantizer):
             open_checkpoint(self._path), model, modules, prefix=asked.prefix, conversions=self._conversions
         )
         options = {name: getattr(asked, name) for name in ("weight_format", "group_size", "method")}
-        load_layers(model, modules, layers, options)
+        self.report = load_layers(model, modules, layers, options)
         peft.enable_if_installed()
         attach(model)
         return model

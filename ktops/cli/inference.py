@@ -107,7 +107,6 @@ def load(options: LoadOptions, say: Say) -> Loaded:
     begin = time.perf_counter()
     options, adapter = prepare(options, say)
     tokenizer = load_tokenizer(options.model)
-    check_chat(options.model, options.dtype or "bf16", options, options.force, say)
     model, quantized = load_base(options.model, DTYPES[options.dtype or "bf16"], options, show_progress=True)
     model = finish(model, options, adapter, say)
     placed = place(model, options)
@@ -118,9 +117,10 @@ def load(options: LoadOptions, say: Say) -> Loaded:
 
 
 def prepare(options: LoadOptions, say: Say) -> tuple[LoadOptions, trained.Trained | None]:
-    """Does what comes before loading: :func:`resolve`, :func:`check`, and the number of threads."""
+    """Does what comes before loading: :func:`resolve`, :func:`check`, the plan of the memory, the threads."""
     options, adapter = resolve(options, say)
     check(options, adapter)
+    check_chat(options.model, options.dtype or "bf16", options, options.force, say)
     if options.num_threads is not None:
         cores = set_num_threads(options.num_threads)
         if cores < options.num_threads:

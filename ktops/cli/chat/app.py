@@ -52,6 +52,7 @@ _LinearFormat = Annotated[
         rich_help_panel=_MODEL,
     ),
 ]
+_Force = Annotated[bool, typer.Option("--force", help=FORCE, rich_help_panel=_MODEL)]
 _NumThreads = Annotated[
     int | None,
     typer.Option(help="CPU threads, at most one per core. (default: PyTorch's)", rich_help_panel=_MODEL),
@@ -92,7 +93,7 @@ def chat(
         ),
     ] = 0,
     num_threads: _NumThreads = None,
-    force: Annotated[bool, typer.Option("--force", help=FORCE, rich_help_panel=_MODEL)] = False,
+    force: _Force = False,
     prompt: Annotated[
         str | None, typer.Option(metavar="TEXT", help="Answer this, and end.", rich_help_panel=_ANSWERS)
     ] = None,
@@ -172,6 +173,7 @@ def serve(
     linear_format: _LinearFormat = None,
     mmap: _Mmap = False,
     num_threads: _NumThreads = None,
+    force: _Force = False,
 ) -> None:
     """Answer over HTTP, by OpenAI's interface: the server of transformers, with experts on the CPU.
 

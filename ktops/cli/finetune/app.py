@@ -193,6 +193,15 @@ def finetune(
             rich_help_panel=_TRAINING,
         ),
     ] = False,
+    packing: Annotated[
+        bool,
+        typer.Option(
+            "--packing/--no-packing",
+            help="Compute the examples of a batch one after the other, without padding, "
+            "if the layers of the model can keep them apart.",
+            rich_help_panel=_TRAINING,
+        ),
+    ] = True,
     dtype: Annotated[
         str,
         typer.Option(

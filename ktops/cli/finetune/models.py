@@ -206,6 +206,7 @@ def load_model(
 
     import ktops
     from ktops.checkpoints.config import is_ktops, quantization_of
+    from ktops.integrations.transformers.attention import use_attention
     from ktops.integrations.transformers.loaded import require_loaded
 
     ktops.enable()
@@ -233,6 +234,7 @@ def load_model(
             **loader,
         )
         require_loaded(model, info["missing_keys"], info["unexpected_keys"], heads=True)
+        use_attention(model)
     except (ValueError, KeyError, OSError, RuntimeError, ImportError) as error:
         raise UserError(f"--model: {directory} cannot be loaded: {error}") from None
     return model

@@ -48,6 +48,7 @@ class Options:
     eval_batch_size: int | None = None
     gradient_accumulation_steps: int = 1
     gradient_checkpointing: bool = False
+    packing: bool = True
     max_length: int = 1024
     dtype: str = "bf16"
     device: str = "cpu"

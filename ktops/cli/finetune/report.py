@@ -68,6 +68,10 @@ class Report:
             self.line(str(placed))
         self.line(f"{len(split.train):,} examples, {len(split.held_out):,} held out")
 
+    def packing(self, padded: str | None) -> None:
+        how = "packed, without padding" if padded is None else f"padded: {padded}"
+        self.line(f"the examples of a batch are {how}")
+
     def result(self, before: dict | None, after: dict | None, samples: list[dict]) -> None:
         if before is None or after is None:
             return

@@ -14,7 +14,7 @@ from rich.console import Console
 
 import ktops
 from ktops.cli.errors import UserError
-from ktops.cli.finetune import corpus, lora, metrics, pretrain, run_directory, training, verify
+from ktops.cli.finetune import corpus, lora, metrics, packing, pretrain, run_directory, training, verify
 from ktops.cli.finetune import options as options_file
 from ktops.cli.finetune.datasets import load_examples
 from ktops.cli.finetune.encoding import Encoded, encode, encode_question, prepare_tokenizer
@@ -71,6 +71,8 @@ def finetune(options: Options, directory: Path, console: Console, overwrite: boo
     if options.model is not None:
         _begin(directory, options, overwrite)
     report.model(model, options, split, quantized, placed)
+    padded = packing.why_padded(model) if options.packing else "--no-packing"
+    report.packing(padded)
     trainer, timer, kt = training.make_trainer(
         model,
         tokenizer,
@@ -78,6 +80,7 @@ def finetune(options: Options, directory: Path, console: Console, overwrite: boo
         split.held_out,
         _training_arguments(options, directory, len(split.train)),
         ProgressCallback(console, "fine-tuning", options.logging_steps),
+        packed=padded is None,
     )
     before = training.evaluate(trainer)
     samples = [{"prompt": text, "before": _sample(model, tokenizer, ids)} for text, ids in split.samples]

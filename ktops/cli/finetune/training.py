@@ -13,6 +13,7 @@ from ktops.cli.finetune import run_directory
 from ktops.cli.finetune.encoding import IGNORED
 from ktops.cli.finetune.interrupt import StopOnInterrupt
 from ktops.cli.finetune.options import Options
+from ktops.cli.finetune.packing import PackingCollator
 from ktops.cli.finetune.progress import ProgressCallback
 from ktops.cli.finetune.timing import KtTime, StepTimer
 from ktops.integrations.chunked_loss import ChunkedLoss, chunk_loss
@@ -78,6 +79,8 @@ class BatchOrder(torch.utils.data.Sampler):
 class _Trainer(Trainer):
     timer: StepTimer
     chunked: ChunkedLoss
+    train_collator: PackingCollator | None = None
+    """Of training, if it is not that of evaluation, which needs the examples apart."""
 
     def _get_train_sampler(self, train_dataset=None):
         dataset = self.train_dataset if train_dataset is None else train_dataset
@@ -99,6 +102,14 @@ class _Trainer(Trainer):
         loss, logits, labels = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
         return loss, self.chunked.predictions if self.chunked.reason is None else logits.argmax(-1), labels
 
+    def get_train_dataloader(self):
+        evaluation = self.data_collator
+        self.data_collator = self.train_collator or evaluation
+        try:
+            return super().get_train_dataloader()
+        finally:
+            self.data_collator = evaluation
+
 
 def make_trainer(
     model,
@@ -107,6 +118,7 @@ def make_trainer(
     held_out: list[dict],
     args: TrainingArguments,
     progress: ProgressCallback,
+    packed: bool = False,
 ) -> tuple[Trainer, StepTimer, KtTime]:
     """Returns a Trainer for examples from encoding.encode, and the callbacks that measure it."""
     timer = StepTimer()
@@ -121,6 +133,8 @@ def make_trainer(
         compute_metrics=_count_right,
         callbacks=[timer, kt, progress],
     )
+    if packed:
+        trainer.train_collator = PackingCollator()
     trainer.remove_callback(PrinterCallback)
     trainer.timer, trainer.chunked = timer, chunk_loss(model)
     return trainer, timer, kt

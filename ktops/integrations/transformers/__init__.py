@@ -20,8 +20,9 @@ def enable() -> None:
     """
     for registry in _registries():
         registry.register(NAME, experts_forward)
-    from ktops.integrations.transformers import auto, pretrained
+    from ktops.integrations.transformers import attention, auto, pretrained
 
+    attention.enable()
     auto.enable()
     pretrained.enable()
 
@@ -30,8 +31,9 @@ def disable() -> None:
     """Unregisters the implementation."""
     for registry in _registries():
         registry._global_mapping.pop(NAME, None)
-    from ktops.integrations.transformers import auto, pretrained
+    from ktops.integrations.transformers import attention, auto, pretrained
 
+    attention.disable()
     auto.disable()
     pretrained.disable()
     warn_once.cache_clear()

@@ -2,14 +2,15 @@
 
 make     write a model with random weights, as it would be published
 step     compare a training step with the sum of its parts
+table    what real models need on disk and in memory
 compare  compare answers with llama.cpp, and training with PEFT on transformers' grouped_mm
 """
 
 import sys
 
-from bench.models import compare, make, step
+from bench.models import compare, make, step, table
 
-COMMANDS = {"make": make.main, "step": step.main, "compare": compare.main}
+COMMANDS = {"make": make.main, "step": step.main, "compare": compare.main, "table": table.main}
 
 
 def main(argv: list[str]) -> int:

@@ -9,6 +9,7 @@ anonymous, the highest while it ran; files, the highest of mapped files, librari
 Exit status: that of the command, or 1 if the plan is off by more than a tenth.
 """
 
+import json
 import re
 import subprocess
 import sys
@@ -59,7 +60,12 @@ def measure(*arguments: object) -> Usage:
     found = re.search(r"plan: .*?; memory ([\d.]+) (\w+)", output)
     if found is None:
         raise ValueError(f"no plan in the output of {arguments[0]}:\n{output}")
-    return Usage(process.returncode, float(found[1]) * UNITS[found[2]], anonymous, files, output)
+    planned = float(found[1]) * UNITS[found[2]]
+    written = re.search(r"adapter, metrics.json and loss.png: (.*)", output)
+    if written is not None:  # with more digits
+        metrics = json.loads(Path(written[1], "metrics.json").read_text(encoding="utf-8"))
+        planned = metrics["plan"]["anonymous_bytes"] / 2**20
+    return Usage(process.returncode, planned, anonymous, files, output)
 
 
 def _resident(pid: int) -> dict[str, float]:

@@ -4,8 +4,8 @@
     python -m bench.models table --write    put it into docs/models.md
     python -m bench.models table gpt-oss-20b qwen3-30b-a3b
 
-Computed as by `ktops plan`, from the configs next to this file. Disk: of the directory that ktops convert writes,
-other weights in bfloat16. Memory: mapped files included, Python and its libraries not.
+Computed as by `ktops plan`, from the configs next to this file. Disk: of the directory that ktops convert
+writes, other weights in bfloat16. Memory: mapped files included, Python and its libraries not.
 """
 
 import argparse
@@ -43,7 +43,7 @@ def rows(name: str) -> list[str]:
     size = f"{sum(counts.values()) / 1e9:.1f} B, {plan.active_parameters / 1e9:.1f} B active"
     native = plan.weights.experts_format
     made = []
-    for weight_format in [native] * (native not in FORMATS) + list(FORMATS):
+    for weight_format in (native, *(name for name in FORMATS if name != native)):
         options = plan.options
         if weight_format != native:
             options = replace(options, weight_format=weight_format)

@@ -58,7 +58,7 @@ def test_finetune(name, model, tmp_path):
 def test_chat(model):
     directory, _ = model
     usage = measure(
-        "chat", directory, "--no-chat-template", "--prompt", "Hello " * 200, "--max-new-tokens", 2
+        "chat", directory, "--no-chat-template", "--prompt", "Hello " * 1000, "--max-new-tokens", 2
     )
     assert usage.status == 0, usage.output
     assert usage.ratio == pytest.approx(1, abs=0.1), usage

@@ -17,8 +17,8 @@ from ktops.cli.plan.weights import Weights, build, count
 SMALLER = ("int8", "int4")
 """Formats that are proposed for the experts, the more exact first."""
 
-KEPT = 0.5
-"""What glibc's malloc keeps beside tensors in its heap, as a fraction of them.
+KEPT = 0.45
+"""What glibc's malloc keeps beside the most tensors that its heap has held, as a fraction of them.
 
 A freed block is too small for an aligned one of the same size; ``python -m bench.plan`` measures it.
 """
@@ -190,7 +190,9 @@ class Planner:
 
 
 def _needs(weights: Weights, traced: Traced) -> Needs:
-    freed = KEPT * traced.in_heap if platform.libc_ver()[0] == "glibc" else 0
+    freed = (1 + KEPT) * traced.most_in_heap - traced.in_heap
+    if platform.libc_ver()[0] != "glibc":
+        freed = 0
     experts = f"experts in {weights.experts_format}"
     parts = {
         experts: weights.experts - weights.experts_mapped,

@@ -76,13 +76,18 @@ def _take_turns(args: argparse.Namespace, ours: Worker, theirs: Worker, scratch:
         raise ValueError(f"logits differ: their cosine is {cosine:.3f}, and must be at least {_SIMILAR}")
     samples: dict[str, list[dict]] = {"ktops": [], "llama.cpp": []}
     for number in range(args.rounds):
-        say(f"round {number + 1} of {args.rounds}")
-        samples["ktops"].append(ours.ask("answer", text=prompt["text"], new_tokens=args.answer))
-        samples["llama.cpp"].append(theirs.ask("answer", prompt=prompt["tokens"], new_tokens=args.answer))
+        replies = {
+            "ktops": ours.ask("answer", text=prompt["text"], new_tokens=args.answer),
+            "llama.cpp": theirs.ask("answer", prompt=prompt["tokens"], new_tokens=args.answer),
+        }
+        for name, reply in replies.items():
+            samples[name].append(reply)
+            seconds = f"prompt {reply['prompt_seconds']:.2f} s, answer {reply['answer_seconds']:.2f} s"
+            say(f"round {number + 1} of {args.rounds}, {name}: {seconds}, CPU {reply['cpu_seconds']:.2f} s")
     sizes = f"{args.layers} layers, {args.prompt} tokens of prompt, {args.answer} of answer"
     print(f"{sizes}; cosine of the logits {cosine:.4f}")
     figures = {name: speeds(replies, args.prompt, args.answer) for name, replies in samples.items()}
-    print_ratios(figures, ("prompt tokens/s", "answer tokens/s"))
+    print_table(figures, ("prompt tokens/s", "answer tokens/s"))
 
 
 def speeds(replies: list[dict], prompt: int, answer: int) -> tuple[float, float]:
@@ -92,7 +97,7 @@ def speeds(replies: list[dict], prompt: int, answer: int) -> tuple[float, float]
     return prompt / prompts, (answer - 1) / answers
 
 
-def print_ratios(figures: Mapping[str, tuple[float, ...]], columns: tuple[str, ...]) -> None:
+def print_table(figures: Mapping[str, tuple[float, ...]], columns: tuple[str, ...]) -> None:
     """Prints a line for each contestant, and the ratio of the first to the second."""
     print(f"{'':12}" + "".join(f"{column:>18}" for column in columns))
     for name, row in figures.items():
@@ -112,7 +117,7 @@ def _training(args: argparse.Namespace) -> None:
             seconds[name] += run.step_seconds
     print(f"training, {args.training_tokens} tokens a step, {args.training_layers} layers")
     figures = {name: (args.training_tokens / statistics.median(steps),) for name, steps in seconds.items()}
-    print_ratios(figures, ("tokens/s",))
+    print_table(figures, ("tokens/s",))
 
 
 def parse_arguments(argv: list[str]) -> argparse.Namespace:

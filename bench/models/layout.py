@@ -87,7 +87,8 @@ def changed_config(config: dict, layers: int | None = None, dtype: str | None = 
         changed.pop("quantization_config", None)
         changed.pop("expert_dtype", None)
     if dtype == "fp8":
-        changed.setdefault("quantization_config", {**FP8, "modules_to_not_convert": ["lm_head"]})
+        routers = [f"model.layers.{layer}.mlp.gate" for layer in range(changed["num_hidden_layers"])]
+        changed.setdefault("quantization_config", {**FP8, "modules_to_not_convert": ["lm_head", *routers]})
     return changed
 
 

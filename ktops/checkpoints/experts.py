@@ -19,7 +19,10 @@ from ktops.formats import Codes, ExpertWeight, get_format
 from ktops.formats.plain import PLAIN
 
 CHUNK_WEIGHTS = 1 << 18
-"""Number of weights decoded and quantized at a time, rounded to blocks of 128 rows."""
+"""Number of weights held as floats at a time, rounded to blocks of 128 rows."""
+
+QUANTIZED_WEIGHTS = 1 << 21
+"""Number of weights quantized at a time without decoding them, likewise; conversions can stop in between."""
 
 
 class Experts(ABC):
@@ -299,7 +302,7 @@ class Requantized(Experts):
 def _rows_of(experts: Experts, index: int) -> Iterator[Tensor]:
     """Yields the weights of an expert, some rows at a time: in their dtype or, for codes, in float32."""
     if experts.format in PLAIN.values():
-        for rows in experts.expert(index).weight.split(_chunk_rows(experts.shape[-1])):
+        for rows in experts.expert(index).weight.split(_num_rows(QUANTIZED_WEIGHTS, experts.shape[-1])):
             require_not_stopped()
             yield rows
     else:
@@ -313,7 +316,7 @@ def float_rows(experts: Experts, index: int, ranges: Iterable[range] | None = No
         ranges: the rows, from multiples of 128 on. Default: all.
     """
     codes, (_, rows, columns) = experts.expert(index), experts.shape
-    chunk = _chunk_rows(columns)
+    chunk = _num_rows(CHUNK_WEIGHTS, columns)
     for wanted in [range(rows)] if ranges is None else ranges:
         for row in range(wanted.start, wanted.stop, chunk):
             require_not_stopped()
@@ -322,8 +325,9 @@ def float_rows(experts: Experts, index: int, ranges: Iterable[range] | None = No
             yield torch.ops.kt.dequantize(*made, experts.format, experts.group_size, columns)[0]
 
 
-def _chunk_rows(columns: int) -> int:
-    return max(1, CHUNK_WEIGHTS // (128 * columns)) * 128
+def _num_rows(weights: int, columns: int) -> int:
+    """Returns the multiple of 128 rows that has about so many weights."""
+    return max(1, weights // (128 * columns)) * 128
 
 
 def give_back_freed_memory() -> None:

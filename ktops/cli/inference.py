@@ -138,10 +138,10 @@ def finish(model, options: LoadOptions, adapter: trained.Trained | None, say: Sa
         UserError: PEFT cannot load the adapter, or ktops would run none of the experts.
     """
     require_ktops(model, options.model, say)
-    if options.linear_format is not None:
-        say(str(_quantize_linear(model, options.linear_format)))
     if adapter is not None:
         model = with_adapter(model, adapter)
+    if options.linear_format is not None:
+        say(str(_quantize_linear(model, options.linear_format)))
     return model.eval()
 
 

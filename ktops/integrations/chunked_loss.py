@@ -40,6 +40,8 @@ def chunk_loss(model: nn.Module) -> "ChunkedLoss":
         >>> Trainer(model, ...).train()
     """
     loss = ChunkedLoss(model)
+    if isinstance(getattr(loss.model, "loss_function", None), ChunkedLoss):
+        return loss.model.loss_function
     loss.reason = loss.install()
     if loss.reason is not None:
         warn_once(
@@ -153,6 +155,8 @@ class ChunkedLoss:
         else:
             loss, guesses = evaluate_cross_entropy(logits_of, hidden_states, targets[rows], vocab_size)
             self.predictions = torch.zeros_like(targets).index_copy_(0, rows, guesses).view(labels.shape)
+        if isinstance(num_items_in_batch, Tensor):
+            num_items_in_batch = num_items_in_batch.to(loss.device)
         return loss / (len(rows) if num_items_in_batch is None else num_items_in_batch)
 
     def _trainable(self) -> list[nn.Parameter]:

@@ -14,8 +14,9 @@ from ktops.nn.int8_linear import COLUMNS, Int8Linear
 
 LINEAR_FORMATS = ("int8",)
 
-_ROUTER = re.compile(r"(^|_)(gate|router)$")
-"""Names of linear layers that choose experts or weigh them: small, and rounding could change the choice."""
+_KEPT = re.compile(r"(^|_)(gate|router)$|^kv_b_proj$")
+"""Names of linear layers that stay as they are. Routers are small, and rounding could change their choice;
+latent attention multiplies by the transpose of kv_b_proj when it decodes."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ def quantize_linear(model: nn.Module, linear_format: str = "int8") -> LinearRepo
     """Converts the linear layers of attention, dense MLPs, shared experts and the head, in place.
 
     Each becomes a :class:`ktops.nn.Int8Linear`, one after another, so that the dense weights of all are never
-    held twice. They are frozen. Routed experts, routers, embeddings, and layers with rows of no multiple of
+    held twice. They are frozen. Routed experts, routers, embeddings, the ``kv_b_proj`` of latent attention, and layers with rows of no multiple of
     16 weights stay as they are, and so do adapters of PEFT; new adapters can be added before or after. A head
     that shares the weights of the embeddings gets its own, in int8.
 
@@ -94,5 +95,5 @@ def _linear_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
         if f"{name}.".startswith(experts) or f"{name}.".startswith(adapters):
             continue
         for child, layer in module._modules.items():
-            if type(layer) is nn.Linear and not layer.in_features % COLUMNS and not _ROUTER.search(child):
+            if type(layer) is nn.Linear and not layer.in_features % COLUMNS and not _KEPT.search(child):
                 yield prefix + child, module, child

@@ -25,6 +25,7 @@ from ktops.integrations.replacements import Replacements
 from ktops.integrations.transformers.experts import layout_in_op
 from ktops.nn.device_experts import refresh
 from ktops.nn.host_memory import Convert, is_kept, staying
+from ktops.nn.int8_linear import Int8Linear
 from ktops.nn.layout import Layout
 
 if TYPE_CHECKING:
@@ -249,12 +250,19 @@ def _unload_and_optionally_merge(tuner, merge: bool = True, *args, **kwargs) -> 
 
 
 def _require_mergeable(tuner, adapter_names: list[str] | None) -> None:
-    from peft.tuners.lora.layer import ParamWrapper
+    from peft.tuners.lora.layer import LoraLayer, ParamWrapper
 
     names = set(tuner.active_adapters if adapter_names is None else adapter_names)
-    for module in tuner.model.modules():
-        if isinstance(module, ParamWrapper) and names.intersection(module.lora_A):
+    for path, module in tuner.model.named_modules():
+        if not isinstance(module, LoraLayer) or not names.intersection(module.lora_A):
+            continue
+        if isinstance(module, ParamWrapper):
             _require_dense(module, "merged")
+        elif isinstance(module.get_base_layer(), Int8Linear):
+            raise NotImplementedError(
+                f"ktops: LoRA on {path.rpartition('.')[2]} in int8 cannot be merged. To do that, load the "
+                "adapter into a model without --linear-format"
+            )
 
 
 def _require_dense(wrapper: "ParamWrapper", what: str) -> None:

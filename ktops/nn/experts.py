@@ -12,6 +12,7 @@ from ktops.devices.pending import moe_sft_pending
 from ktops.formats import ExpertWeight
 from ktops.nn.host_memory import ON_DEVICE
 from ktops.nn.layout import Layout
+from ktops.nn.prepared import PREPARED, forward_prepared
 from ktops.nn.streaming import streaming_threshold
 from ktops.ops import moe_sft
 from ktops.ops.activation import (
@@ -307,6 +308,9 @@ class KTExperts(nn.Module):
         Raises:
             RuntimeError: a wrong shape, dtype or device, as in :func:`ktops.moe_sft`.
         """
+        output = None if lora else forward_prepared(self, hidden_states, top_k_index, top_k_weights)
+        if output is not None:
+            return output
         layout = self.layout
         gate_up_proj, down_proj = layout.weights(self)
         gate_up_bias, down_bias = layout.biases(self)
@@ -327,6 +331,10 @@ class KTExperts(nn.Module):
             on_device=self._modules.get(ON_DEVICE),
             **lora,
         )
+
+    def _apply(self, fn, recurse: bool = True):
+        self.__dict__.pop(PREPARED, None)
+        return super()._apply(fn, recurse)
 
     def extra_repr(self) -> str:
         text = (

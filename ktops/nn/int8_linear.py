@@ -54,7 +54,8 @@ class _Product(torch.autograd.Function):
     def backward(ctx, grad_product: Tensor) -> tuple[Tensor, None, None]:
         qweight, scale = ctx.saved_tensors
         scaled = grad_product * scale
-        sums = scaled.new_zeros(scaled.shape[0], qweight.shape[1], dtype=torch.float32)
+        dtype = torch.promote_types(scaled.dtype, torch.float32)
+        sums = scaled.new_zeros(scaled.shape[0], qweight.shape[1], dtype=dtype)
         for part, weight in _chunks(qweight, scaled.dtype):
             sums += scaled[:, part] @ weight
         return sums.to(scaled.dtype), None, None
@@ -63,8 +64,8 @@ class _Product(torch.autograd.Function):
 class Int8Linear(nn.Linear):
     """``y = x W^T + b`` with W as int8 codes and a scale for each row, half as large as in bfloat16.
 
-    W is frozen, and there is no ``weight``: merging an adapter, and anything else that needs the dense
-    weights, fails instead of using the codes as weights. Inputs get gradients, so adapters of PEFT on this
+    W is frozen, and ``weight`` is None: merging an adapter, and anything else that needs the dense weights,
+    fails instead of using the codes as weights. Inputs get gradients, so adapters of PEFT on this
     layer, which takes it for an ``nn.Linear``, and on earlier ones can be trained.
 
     Up to 7 rows in bfloat16 on the CPU are multiplied with codes as they are; for others, the weights are
@@ -89,6 +90,7 @@ class Int8Linear(nn.Linear):
         self.out_features, self.in_features = qweight.shape
         self.register_buffer("qweight", qweight)
         self.register_buffer("scale", scale)
+        self.register_parameter("weight", None)
         self.register_parameter("bias", bias)
 
     @classmethod

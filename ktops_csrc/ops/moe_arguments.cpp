@@ -90,7 +90,7 @@ void check_int8(const Checker& check, const WeightNames& names, const WeightTens
 
 // Returns how many threads the work is worth: waking one up costs about as much as kFlopsAThread FLOPs, or that many
 // bytes of weights if they are used once.
-int useful_threads(const Problem& p) {
+int threads_for(const Problem& p) {
     constexpr int64_t kFlopsAThread = 1 << 19;
     const int64_t flops = 6 * p.num_tokens * p.top_k * p.hidden_size * p.intermediate_size;
     return useful_threads(flops, kFlopsAThread);
@@ -137,7 +137,7 @@ void Tokens::point_to_tokens() {
     p.topk_ids = topk_ids.const_data_ptr();
     p.ids_stride[0] = topk_ids.stride(0);
     p.ids_stride[1] = topk_ids.stride(1);
-    p.num_threads = useful_threads(p);
+    p.num_threads = threads_for(p);
     p.launch = launch;
     p.forced_path = forced_path();
 }

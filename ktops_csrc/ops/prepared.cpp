@@ -108,9 +108,8 @@ public:
         return found->second;
     }
 
-    // Destroys what is released without the lock, because tensors may need that of Python.
     void remove(int64_t experts) {
-        std::shared_ptr<const Prepared> released;
+        std::shared_ptr<const Prepared> released;  // destroyed without the lock, because tensors may need Python's
         const std::lock_guard<std::mutex> lock(mutex_);
         const auto found = prepared_.find(experts);
         if (found == prepared_.end()) return;

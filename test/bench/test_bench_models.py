@@ -167,6 +167,9 @@ def test_layers_do_not_depend_on_their_number(tmp_path):
     )
     assert torch.equal(one, two)
     assert not torch.equal(one, other)
+    names = [f"model.layers.0.mlp.experts.{expert}.up_proj.weight" for expert in range(8)]
+    with safe_open(tmp_path / "one" / "model.safetensors", "pt") as opened:
+        assert len({tuple(opened.get_tensor(name).flatten().tolist()) for name in names}) == 8
 
 
 def test_a_failure_leaves_nothing(tmp_path, monkeypatch):

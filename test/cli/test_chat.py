@@ -178,7 +178,7 @@ def test_an_adapter_on_a_converted_model(ktops_command, chat_model, adapter, tmp
     assert ktops_command("convert", chat_model, "converted", "--format", "int8")[0] == 0
     status, _, err = ktops_command("chat", "converted", "--adapter", "out", "--prompt", QUESTION, *GREEDY)
     assert status == 0 and "experts in int8 (" in err
-    assert re.search(r"was trained with --weight-format int4; .*converted keeps its own experts", err)
+    assert re.search(r"was trained with --weight-format int4; .*converted keeps its own weights", err)
     assert "was trained on" not in err
 
 
@@ -282,6 +282,21 @@ def test_a_model_without_experts(ktops_command, tokenizer, tmp_path):
     status, out, err = ktops_command("chat", "dense", "--prompt", QUESTION)
     assert (status, out) == (1, "")
     assert re.search("MODEL: ktops runs no experts of .*dense: it has no Mixture-of-Experts layers", err)
+
+
+def test_figures_that_cannot_be_written(ktops_command, chat_model, tmp_path, monkeypatch):
+    """The answer is shown, and an older file is left as it was."""
+    (tmp_path / "figures.json").write_text("{}")
+
+    def refuse(self, target):
+        raise OSError(28, "No space left on device", str(self))
+
+    monkeypatch.setattr("pathlib.Path.replace", refuse)
+    options = ("--prompt", QUESTION, *GREEDY, "--metrics", "figures.json")
+    status, out, err = ktops_command("chat", chat_model, *options)
+    assert status == 1 and out.strip()
+    assert "--metrics: figures.json.partial: No space left on device" in err
+    assert (tmp_path / "figures.json").read_text() == "{}"
 
 
 class Typist:

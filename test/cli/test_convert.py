@@ -4,6 +4,7 @@ import errno
 import itertools
 import json
 import os
+import re
 import shutil
 import signal
 import sys
@@ -154,7 +155,7 @@ def test_stopped_while_threads_write(convert, monkeypatch, tmp_path, cause):
     assert not any(thread.name.startswith("ktops_") for thread in threading.enumerate())
     assert not list((tmp_path / "out.partial").glob("*.tmp"))
     status, out, _ = convert("out", *ARGUMENTS)
-    assert status == 0 and "continuing: 1 of 2 layers are written and verified" in out
+    assert status == 0 and re.search("continuing: [12] of 2 layers are written and verified", out)
     assert convert("whole", *ARGUMENTS)[0] == 0
     assert files(tmp_path / "out") == files(tmp_path / "whole")
 

@@ -17,9 +17,7 @@ class Time:
 
     def __init__(self):
         self.now = 0.0
-
-    def perf_counter(self) -> float:
-        return self.now
+        self.perf_counter = lambda: self.now
 
 
 @pytest.fixture

@@ -238,6 +238,7 @@ def _interruptible(stream: _Stream) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
         stream.stopped = True
         stream.end()
     finally:

@@ -9,6 +9,7 @@ import torch
 
 import ktops
 from ktops.cli.chat.conversation import Answer
+from ktops.cli.errors import UserError
 from ktops.cli.finetune.measure import count_weights, peak_rss_bytes
 from ktops.cli.inference import Loaded, LoadOptions
 from ktops.cli.versions import versions
@@ -40,13 +41,20 @@ class Metrics:
         }
 
     def add(self, answer: Answer) -> None:
-        """Adds an answer, and replaces the file."""
+        """Adds an answer, and replaces the file.
+
+        Raises:
+            UserError: the file cannot be written.
+        """
         self.answers.append(answer)
         if self.file is None:
             return
         partial = self.file.with_name(self.file.name + ".partial")
-        partial.write_text(json.dumps(self._collect(), indent=2) + "\n", encoding="utf-8")
-        partial.replace(self.file)
+        try:
+            partial.write_text(json.dumps(self._collect(), indent=2) + "\n", encoding="utf-8")
+            partial.replace(self.file)
+        except OSError as error:
+            raise UserError(f"--metrics: {error.filename}: {error.strerror}") from None
 
     def _collect(self) -> dict:
         return {

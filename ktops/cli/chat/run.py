@@ -1,5 +1,6 @@
 """`ktops chat`: loads a model and answers prompts, in a terminal or one from a file or a pipe."""
 
+import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,10 +53,16 @@ def chat(options: ChatOptions) -> None:
     _check(options)
     prompt = _only_prompt(options)
     try:
-        loaded = inference.load(options, say)
-        conversation = _conversation(options, loaded, say)
+        _run(options, prompt, say)
     except KeyboardInterrupt:
         raise Interrupted("Interrupted.") from None
+    except BrokenPipeError:  # who reads the answer has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _run(options: ChatOptions, prompt: str | None, say: inference.Say) -> None:
+    loaded = inference.load(options, say)
+    conversation = _conversation(options, loaded, say)
     say(f"{inference.describe(loaded.model)}, loaded in {loaded.seconds:.1f} s")
     say(describe(conversation.generation))
     if options.seed is not None:
@@ -148,6 +155,9 @@ def _talk(conversation: Conversation, metrics: Metrics, say: inference.Say) -> N
             prompt = terminal.read()
         except EOFError:
             break
+        except UnicodeDecodeError as error:
+            say(f"the prompt is not UTF-8: {error}")
+            continue
         except KeyboardInterrupt:
             interrupts += 1
             print(file=sys.stderr)

@@ -5,7 +5,7 @@ import math
 import random
 import shlex
 import tempfile
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -61,12 +61,13 @@ def finetune(
     if options.model is None:
         _begin(directory, options, overwrite)
         base, pretraining = pretrain.base_model(options, directory, report, resume_command)
+        planned = None
         tokenizer, split = _encode(_packaged(), base, options, report)
     else:
         base, pretraining = options.model, None
         tokenizer, split = _user_data(base, options, report)
         longest = max(len(example["input_ids"]) for example in split.train)
-        check_finetune(options, longest, force, report.line)
+        planned = check_finetune(options, longest, force, report.line)
 
     transformers.set_seed(options.seed)
     model, quantized = load_base(base, options.torch_dtype, options, show_progress=True)
@@ -104,6 +105,7 @@ def finetune(
         kt,
         held_out={"before": before, "after": after},
         pretraining=pretraining,
+        plan=planned and {**asdict(planned), "anonymous_bytes": planned.anonymous},
         quantization=metrics.quantization(quantized),
         samples=samples,
     )

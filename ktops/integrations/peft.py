@@ -24,8 +24,8 @@ from ktops.formats import ExpertWeight
 from ktops.integrations.replacements import Replacements
 from ktops.integrations.transformers.experts import layout_in_op
 from ktops.nn.device_experts import refresh
-from ktops.nn.int8_linear import Int8Linear
 from ktops.nn.host_memory import Convert, is_kept, staying
+from ktops.nn.int8_linear import Int8Linear
 from ktops.nn.layout import Layout
 
 if TYPE_CHECKING:

@@ -73,12 +73,12 @@ def forward_prepared(
 
 
 def _key(experts: "KTExperts") -> list[Any]:
-    """Returns the dtype of the weights, and all that their arguments are made of, to be compared by identity."""
+    """Returns the dtype of the weights, and what their arguments are made of, to be compared by identity."""
     first = experts.function.first_name
     parameters, modules = experts._parameters, experts._modules
     key: list[Any] = [None, experts.function, experts.compute]
     for name in (first, "down_proj"):
-        weight = modules.get(name)
+        weight: Any = modules.get(name)
         if weight is None:
             weight = parameters[name]
             key.append(weight)

@@ -12,7 +12,9 @@ from ktops.testing.budgets import forward_budget, gradient_budget, relative_erro
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 
 
-def make(dtype: torch.dtype = torch.bfloat16, sizes=(160, 70), bias: bool = False) -> tuple[nn.Linear, Int8Linear]:
+def make(
+    dtype: torch.dtype = torch.bfloat16, sizes=(160, 70), bias: bool = False
+) -> tuple[nn.Linear, Int8Linear]:
     torch.manual_seed(0)
     linear = nn.Linear(*sizes, bias=bias, dtype=dtype)
     return linear, Int8Linear.from_linear(linear)
@@ -62,7 +64,9 @@ def test_codes_are_those_of_the_format():
 def test_is_a_module():
     _, layer = make(bias=True)
     x = torch.randn(3, 160, dtype=torch.bfloat16)
-    other = Int8Linear(torch.zeros_like(layer.qweight), torch.zeros_like(layer.scale), copy.deepcopy(layer.bias))
+    other = Int8Linear(
+        torch.zeros_like(layer.qweight), torch.zeros_like(layer.scale), copy.deepcopy(layer.bias)
+    )
     other.load_state_dict(layer.state_dict())
     assert torch.equal(other(x), layer(x))
     assert torch.equal(copy.deepcopy(layer)(x), layer(x))
@@ -86,7 +90,9 @@ def test_errors():
     with pytest.raises(ValueError, match="Int8Linear: weight must be finite, got NaN or infinity"):
         Int8Linear.from_linear(linear)
     linear.weight = nn.Parameter(torch.zeros(4, 32, dtype=torch.int8), requires_grad=False)
-    with pytest.raises(TypeError, match=r"Int8Linear: weight must have a floating-point dtype, got torch\.int8"):
+    with pytest.raises(
+        TypeError, match=r"Int8Linear: weight must have a floating-point dtype, got torch\.int8"
+    ):
         Int8Linear.from_linear(linear)
 
 

@@ -26,19 +26,25 @@ class ContestError(Exception):
 
 
 class Worker:
-    """A ``python -m bench.worker`` process; send it requests with :meth:`ask`.
+    """A process of ``python -m bench.worker`` or alike; send it requests with :meth:`ask`.
 
     Args:
         python: the interpreter of its environment.
         environment: additional environment variables.
         ktops: the folder from which it imports ktops; default: what its interpreter finds.
         log: the file for its output.
+        module: what it runs, which calls :func:`bench.serving.serve`.
     """
 
     def __init__(
-        self, python: str, environment: dict[str, str], log: Path, ktops: Path | None = None
+        self,
+        python: str,
+        environment: dict[str, str],
+        log: Path,
+        ktops: Path | None = None,
+        module: str = "bench.worker",
     ) -> None:
-        command = [python, "-m", "bench.worker", *(["--ktops", str(ktops)] if ktops else [])]
+        command = [python, "-m", module, *(["--ktops", str(ktops)] if ktops else [])]
         self._log = log
         with log.open("w") as stderr:
             self.process = subprocess.Popen(

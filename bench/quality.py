@@ -84,7 +84,7 @@ def gaussian_layers(seed: int = 0) -> list[Layer]:
 def trained_layers(directory: Path) -> list[Layer]:
     """Returns the layers of a `ktops finetune` model, with the inputs of their experts for some stories."""
     from ktops.cli.finetune import corpus
-    from ktops.cli.finetune.models import load_model, load_tokenizer
+    from ktops.cli.models import load_model, load_tokenizer
     from ktops.nn import KTExperts
 
     model = load_model(str(directory), torch.float32, "ktops")

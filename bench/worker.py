@@ -1,14 +1,11 @@
 """Runs contestants in a process controlled over pipes: ``python -m bench.worker [--ktops FOLDER]``.
 
-A request is one line of JSON on standard input, its reply one line on the original standard output. Anything
-that libraries print goes to standard error. Tensors are passed in files. The requests are the methods of
-:class:`Host`. Needs torch and whatever its contestants import; another environment may lack ktops.
+The requests, as in :mod:`bench.serving`, are the methods of :class:`Host`. Tensors are passed in files. Needs
+torch and whatever its contestants import; another environment may lack ktops.
 """
 
 import argparse
 import importlib
-import json
-import os
 import sys
 import time
 import traceback
@@ -17,10 +14,11 @@ from typing import Any
 
 import torch
 
+from bench import serving
 from bench.layer import Inputs, Layer
 
 
-class Host:
+class Host(serving.Host):
     """Holds a layer and the contestants that share it."""
 
     def load(self, file: str, rank: int, threads: int, contestants: dict[str, dict]) -> dict:
@@ -72,14 +70,6 @@ class Host:
         self.last = None
         return {}
 
-    def handle(self, request: dict) -> dict:
-        """Returns the reply to {"do": method, **arguments}; {"error": ...} if it raised."""
-        try:
-            return getattr(self, request.pop("do"))(**request)
-        except Exception as error:
-            traceback.print_exc()
-            return {"error": f"{type(error).__name__}: {error}".split("\n")[0]}
-
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.worker", description=__doc__)
@@ -91,11 +81,7 @@ def main() -> None:
 
         if not Path(ktops.__file__).is_relative_to(Path(folder).resolve()):
             raise ImportError(f"ktops must come from {folder}, got {ktops.__file__}")
-    replies = os.fdopen(os.dup(1), "w", buffering=1)
-    os.dup2(2, 1)
-    host = Host()
-    for line in sys.stdin:
-        replies.write(json.dumps(host.handle(json.loads(line))) + "\n")
+    serving.serve(Host())
 
 
 if __name__ == "__main__":

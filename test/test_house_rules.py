@@ -54,7 +54,7 @@ FLOORS = (
     ("devices",),
     ("ops",),
     ("formats",),
-    ("_display", "_library", "_version", "_warn"),
+    ("_display", "_library", "_version", "_warn", "_workers"),
     ("_C",),
 )
 """A package of ktops imports only itself and the floors after its own; ``__init__`` is ``import ktops``."""

@@ -10,7 +10,7 @@ from ktops.adapters.config import CONFIG
 from ktops.adapters.directory import new_directory
 from ktops.adapters.errors import AdapterError
 from ktops.adapters.layouts import LAYOUTS, Plan
-from ktops.checkpoints.writer import SafetensorsStream
+from ktops.checkpoints.stream import SafetensorsStream
 
 
 def export_adapter(

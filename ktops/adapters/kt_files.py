@@ -21,8 +21,8 @@ from ktops.adapters.errors import AdapterError
 from ktops.adapters.factors import PROJECTIONS, Factors
 from ktops.adapters.tensors import stacked_factors
 from ktops.checkpoints.quantization_config import read_json
+from ktops.checkpoints.stream import DTYPE_NAMES
 from ktops.checkpoints.view import View
-from ktops.checkpoints.writer import DTYPE_NAMES
 
 FUSED = "fused_expert_lora.safetensors"
 MANIFEST = "kt_adapter_manifest.json"

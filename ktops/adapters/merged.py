@@ -13,10 +13,10 @@ from ktops.checkpoints.checkpoint import Checkpoint
 from ktops.checkpoints.config import CODE_DTYPES, FROM_QUANTIZER
 from ktops.checkpoints.experts import Experts, FileExperts, StoredExperts, float_rows
 from ktops.checkpoints.layer import Layer
+from ktops.checkpoints.new_file import LazyTensor
 from ktops.checkpoints.schemes import is_of_activations, matrices
 from ktops.checkpoints.stacking import in_order
 from ktops.checkpoints.view import View
-from ktops.checkpoints.writer import LazyTensor
 from ktops.formats import Codes
 from ktops.ops.activation import INTERLEAVED, UNGATED
 
@@ -35,6 +35,7 @@ class MergedExperts(Experts):
     def __init__(self, source: StoredExperts, update: Factors | None, gating: str | None = None) -> None:
         self.source, self.update, self.gating = source, update, gating
         self.shape = source.shape
+        self._unread = set(range(len(self)))
 
     @cached_property
     def _factors(self) -> tuple[Tensor, Tensor]:
@@ -47,8 +48,9 @@ class MergedExperts(Experts):
         if self.update is not None:
             a, b = (factor[index] for factor in self._factors)
             weight += (in_order(b, INTERLEAVED) if self.gating == INTERLEAVED else b) @ a
-            if index == len(self) - 1:
-                del self.__dict__["_factors"]
+            self._unread.discard(index)
+            if not self._unread:
+                self.__dict__.pop("_factors", None)
         return Codes(weight)
 
     def name(self, index: int) -> str:

@@ -18,8 +18,8 @@ from ktops.checkpoints.layer import Layer
 from ktops.checkpoints.names import EVERY_EXPERT
 from ktops.checkpoints.schemes import is_of_activations
 from ktops.checkpoints.stacking import in_order
+from ktops.checkpoints.stream import SafetensorsStream
 from ktops.checkpoints.view import View
-from ktops.checkpoints.writer import SafetensorsStream
 from ktops.formats.plain import PLAIN
 from ktops.ops.activation import CONCATENATED, INTERLEAVED, UNGATED
 

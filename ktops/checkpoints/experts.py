@@ -1,22 +1,28 @@
 """Provides the experts of a projection [E, N, K] one by one, from files or memory, or quantized."""
 
+import copy
 import ctypes
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 
 import torch
 from torch import Tensor
 
 from ktops._display import Step, no_step
+from ktops._workers import Workers, require_not_stopped
 from ktops.checkpoints.errors import CheckpointError
 from ktops.checkpoints.matrix import Field, Matrix
 from ktops.checkpoints.view import View
+from ktops.checkpoints.windows import fit_windows, map_windows
 from ktops.formats import Codes, ExpertWeight, get_format
-from ktops.formats.format import stacked
+from ktops.formats.plain import PLAIN
 
 CHUNK_WEIGHTS = 1 << 18
-"""Number of weights held as floats at a time during quantization, rounded to blocks of 128 rows."""
+"""Number of weights held as floats at a time, rounded to blocks of 128 rows."""
+
+QUANTIZED_WEIGHTS = 1 << 21
+"""Number of weights quantized at a time without decoding them, likewise; conversions can stop in between."""
 
 
 class Experts(ABC):
@@ -41,7 +47,20 @@ class Experts(ABC):
 
     @abstractmethod
     def expert(self, index: int) -> Codes:
-        """Returns the tensors of one expert: weight [N, ...], scale and zero [N, G]."""
+        """Returns the tensors of one expert: weight [N, ...], scale and zero [N, G].
+
+        Several threads may ask for different experts at once.
+        """
+
+    @property
+    def stand_in(self) -> Codes:
+        """The tensors of one expert on the meta device: their dtypes and shapes."""
+        return self.expert(0).map(lambda tensor: tensor.to("meta"))
+
+    @property
+    def nbytes(self) -> int:
+        """Size of all experts in memory, in bytes."""
+        return len(self) * sum(tensor.nbytes for tensor in self.stand_in if tensor is not None)
 
     def name(self, index: int) -> str:
         """Returns the name of an expert for error messages."""
@@ -55,12 +74,21 @@ class Experts(ABC):
 
     def read(self, dtype: torch.dtype = torch.bfloat16, step: Step = no_step) -> ExpertWeight:
         """Reads all experts into memory, as an ExpertWeight that computes in dtype."""
-        return self._weight(stacked(self._stepped(step), len(self)), dtype)
+        codes = self.stand_in.map(
+            lambda tensor: torch.empty((len(self), *tensor.shape), dtype=tensor.dtype, device="cpu")
+        )
 
-    def _stepped(self, step: Step) -> Iterator[Codes]:
-        for codes in self:
-            yield codes
-            step(1)
+        def fill(index: int) -> None:
+            for whole, part in zip(codes, self.expert(index), strict=True):
+                if whole is not None:
+                    assert part is not None
+                    whole[index] = part
+
+        with Workers() as workers:
+            for _ in workers.in_order(partial(fill, index) for index in range(len(self))):
+                step(1)
+        give_back_freed_memory()
+        return self._weight(codes, dtype)
 
     def _weight(self, codes: Codes, dtype: torch.dtype) -> ExpertWeight:
         return ExpertWeight(self.format, self.shape, *codes, group_size=self.group_size, dtype=dtype)
@@ -83,14 +111,20 @@ class StoredExperts(Experts):
 
     Attributes:
         scheme: name of the checkpoint's storage scheme.
+        mmap: whether :meth:`read` also maps experts that are scattered over a file; see :meth:`in_place`.
     """
 
     scheme: str
+    mmap = False
 
-    @property
-    @abstractmethod
-    def nbytes(self) -> int:
-        """Size of all experts in memory, in bytes."""
+    def in_place(self) -> "StoredExperts":
+        """Returns these experts, to be used where they lie in the files if at all possible.
+
+        The tensors then have gaps between the experts, and may begin at any address.
+        """
+        made = copy.copy(self)
+        made.mmap = True
+        return made
 
 
 class FileExperts(StoredExperts):
@@ -120,15 +154,16 @@ class FileExperts(StoredExperts):
         self.refusal = next((part.refusal for part in first if part.refusal), None)
         if 0 in self.shape:
             raise CheckpointError(f"{first[0].name}: must not be empty, got shape {list(self.shape)}")
-        codes = Codes._make(fields and self._stand_in(fields) for fields in self._fields(0))
+        codes = self.stand_in.map(lambda tensor: tensor.expand(len(self), *tensor.shape))
         try:
             get_format(self.format).check(codes, torch.Size(self.shape), self.group_size)
         except (ValueError, TypeError) as error:
             raise CheckpointError(f"{first[0].name}: {error}") from None
 
-    def _stand_in(self, fields: list[Field]) -> Tensor:
-        """Returns a meta tensor with the dtype and shape of all experts together."""
-        return torch.empty((len(self), *_stacked_shape(fields)), dtype=fields[0].dtype, device="meta")
+    @property
+    def stand_in(self) -> Codes:
+        """The tensors of one expert on the meta device: their dtypes and shapes."""
+        return Codes._make(fields and _stand_in(fields) for fields in self._fields(0))
 
     def _fields(self, index: int) -> Iterator[list[Field] | None]:
         """Yields the parts of every tensor of the format, in row order; None for one it lacks."""
@@ -140,12 +175,6 @@ class FileExperts(StoredExperts):
 
     def name(self, index: int) -> str:
         return f"expert {index} of {' and '.join(part.name for part in self.experts[index])}"
-
-    @property
-    def nbytes(self) -> int:
-        """Size of all experts in memory, in bytes."""
-        fields = [field for part in self.experts[0] for field in part.fields if field]
-        return len(self) * sum(torch.Size(field.shape).numel() * field.dtype.itemsize for field in fields)
 
     def read(self, dtype: torch.dtype = torch.bfloat16, step: Step = no_step) -> ExpertWeight:
         """Maps all experts or reads them into memory, as an ExpertWeight that computes in dtype."""
@@ -161,20 +190,38 @@ class FileExperts(StoredExperts):
     def mapped(self) -> int:
         """Number of bytes that :meth:`read` maps."""
         columns = zip(*(self._fields(index) for index in range(len(self))), strict=True)
-        wholes = (_whole(experts) for experts in columns if experts[0] is not None)
-        return sum(whole.nbytes for whole in wholes if whole is not None)
+        views = (self._views(experts) for experts in columns if experts[0] is not None)
+        return sum(view.nbytes for found in views for view in found or ())
+
+    def _views(self, experts: Sequence[list[Field]]) -> list[View] | None:
+        """Returns what to map: one view of all experts, or of each with ``mmap``; None to read them."""
+        whole = contiguous([field.view for fields in experts for field in fields])
+        if whole is not None:
+            return [whole]
+        if not self.mmap:
+            return None
+        found = (contiguous([field.view for field in fields]) for fields in experts)
+        views = [view for view in found if view is not None]
+        return views if len(views) == len(experts) and fit_windows(views) else None
 
     def _read_tensor(self, experts: Sequence[list[Field]], step: Step) -> Tensor:
-        whole = _whole(experts)
+        views = self._views(experts)
         shape = (len(experts), *_stacked_shape(experts[0]))
-        if whole is not None:
+        if views is not None:
             step(len(experts))
-            return whole.viewed(whole.dtype, *shape).map()
+            if len(views) == 1:
+                return views[0].viewed(views[0].dtype, *shape).map()
+            return map_windows(views, shape[1:])
         out = torch.empty(shape, dtype=experts[0][0].dtype)
-        for tensor, fields in zip(out, experts, strict=True):
-            _read_stacked(fields, tensor)
-            step(1)
+        tasks = (partial(_read_stacked, *pair) for pair in zip(experts, out, strict=True))
+        with Workers() as workers:
+            for _ in workers.in_order(tasks):
+                step(1)
         return out
+
+
+def _stand_in(fields: list[Field]) -> Tensor:
+    return torch.empty(_stacked_shape(fields), dtype=fields[0].dtype, device="meta")
 
 
 def _stacked_shape(fields: list[Field]) -> tuple[int, ...]:
@@ -192,10 +239,6 @@ def _read_stacked(fields: list[Field], out: Tensor | None = None) -> Tensor:
         field.read_into(out[row : row + field.shape[0]])
         row += field.shape[0]
     return out
-
-
-def _whole(experts: Sequence[list[Field]]) -> View | None:
-    return contiguous([field.view for fields in experts for field in fields])
 
 
 def contiguous(views: list[View | None]) -> View | None:
@@ -232,27 +275,59 @@ class Requantized(Experts):
         self.format, self.shape, self.gating = format, source.shape, source.gating
         self.group_size = self.known.check_quantizable(self.shape[-1], group_size, method)
 
+    @property
+    def stand_in(self) -> Codes:
+        """The tensors of one expert on the meta device: their dtypes and shapes."""
+        _, rows, columns = self.shape
+        dtypes = self.known.quantize(torch.zeros(min(rows, 128), columns), self.group_size, self.method)
+        per_group = self.known.scale_shape(rows, columns, self.group_size)
+        shapes = (rows, self.known.row_elements(columns)), per_group, per_group
+        return Codes._make(
+            tensor if tensor is None else torch.empty(shape, dtype=tensor.dtype, device="meta")
+            for tensor, shape in zip(dtypes, shapes, strict=True)
+        )
+
     def expert(self, index: int) -> Codes:
         try:
             made = [
-                self.known.quantize(floats, self.group_size, self.method)
-                for floats in float_rows(self.source, index)
+                self.known.quantize(rows, self.group_size, self.method)
+                for rows in _rows_of(self.source, index)
             ]
         except ValueError as error:
             raise CheckpointError(f"{self.source.name(index)}: {error}") from None
         tensors = zip(*made, strict=True)
-        codes = Codes._make(None if parts[0] is None else torch.cat(parts) for parts in tensors)
-        give_back_freed_memory()
-        return codes
+        return Codes._make(None if rows[0] is None else torch.cat(rows) for rows in tensors)
 
 
-def float_rows(experts: Experts, index: int) -> Iterator[Tensor]:
-    """Yields the weights of an expert in float32, some rows at a time; equal shapes give equal pieces."""
+def _rows_of(experts: Experts, index: int) -> Iterator[Tensor]:
+    """Yields the weights of an expert, some rows at a time: in their dtype or, for codes, in float32."""
+    if experts.format in PLAIN.values():
+        for rows in experts.expert(index).weight.split(_num_rows(QUANTIZED_WEIGHTS, experts.shape[-1])):
+            require_not_stopped()
+            yield rows
+    else:
+        yield from float_rows(experts, index)
+
+
+def float_rows(experts: Experts, index: int, ranges: Iterable[range] | None = None) -> Iterator[Tensor]:
+    """Yields the weights of an expert in float32, some rows at a time; equal shapes give equal pieces.
+
+    Args:
+        ranges: the rows, from multiples of 128 on. Default: all.
+    """
     codes, (_, rows, columns) = experts.expert(index), experts.shape
-    known, chunk = get_format(experts.format), max(1, CHUNK_WEIGHTS // (128 * columns)) * 128
-    for row in range(0, rows, chunk):
-        part = codes.map(partial(_rows, begin=row, end=min(rows, row + chunk), rows=rows))
-        yield known.dequantize(part, columns, experts.group_size)
+    chunk = _num_rows(CHUNK_WEIGHTS, columns)
+    for wanted in [range(rows)] if ranges is None else ranges:
+        for row in range(wanted.start, wanted.stop, chunk):
+            require_not_stopped()
+            part = codes.map(partial(_rows, begin=row, end=min(wanted.stop, row + chunk), rows=rows))
+            made = part.map(lambda tensor: tensor[None].contiguous())
+            yield torch.ops.kt.dequantize(*made, experts.format, experts.group_size, columns)[0]
+
+
+def _num_rows(weights: int, columns: int) -> int:
+    """Returns the multiple of 128 rows that has about so many weights."""
+    return max(1, weights // (128 * columns)) * 128
 
 
 def give_back_freed_memory() -> None:

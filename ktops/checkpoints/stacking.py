@@ -49,9 +49,8 @@ class Mixed(StoredExperts):
         return f"expert {index} of {' and '.join(part.experts[0][0].name for part in self.parts[index])}"
 
     @property
-    def nbytes(self) -> int:
-        """Size in memory as float32, in bytes."""
-        return 4 * torch.Size(self.shape).numel()
+    def stand_in(self) -> Codes:
+        return Codes(torch.empty(self.shape[1:], device="meta"))
 
 
 class Reordered(StoredExperts):
@@ -68,8 +67,8 @@ class Reordered(StoredExperts):
         self.scheme, self.refusal = source.scheme, source.refusal
 
     @property
-    def nbytes(self) -> int:
-        return self.source.nbytes
+    def stand_in(self) -> Codes:
+        return self.source.stand_in
 
     def expert(self, index: int) -> Codes:
         return self.source.expert(index).map(self._in_order)
@@ -134,8 +133,8 @@ class Stacked(StoredExperts):
         self.scheme = " and ".join(half.scheme for half in halves)
 
     @property
-    def nbytes(self) -> int:
-        return 2 * torch.Size(self.shape).numel()
+    def stand_in(self) -> Codes:
+        return Codes(torch.empty(self.shape[1:], dtype=torch.bfloat16, device="meta"))
 
     def expert(self, index: int) -> Codes:
         return Codes(torch.cat([part.expert(index).weight for part in self.parts]))

@@ -32,7 +32,7 @@ class TensorFile:
             raise CheckpointError(f"{path}: cannot be read: {error}") from None
 
     @cached_property
-    def _descriptor(self) -> int:
+    def descriptor(self) -> int:
         try:
             descriptor = os.open(self.path, os.O_RDONLY)
         except OSError as error:
@@ -44,12 +44,12 @@ class TensorFile:
     def mapped(self) -> mmap.mmap:
         """The whole file, shared with every process that maps it until the memory is written to."""
         flags = mmap.MAP_PRIVATE | MAP_NORESERVE
-        return mmap.mmap(self._descriptor, self.size, flags=flags, prot=mmap.PROT_READ | mmap.PROT_WRITE)
+        return mmap.mmap(self.descriptor, self.size, flags=flags, prot=mmap.PROT_READ | mmap.PROT_WRITE)
 
     def read(self, offset: int, memory: memoryview) -> None:
         """Fills memory with the bytes starting at offset."""
         while memory:
-            count = os.preadv(self._descriptor, [memory], offset)
+            count = os.preadv(self.descriptor, [memory], offset)
             if count == 0:
                 raise CheckpointError(f"{self.path}: truncated: no bytes at {offset}")
             memory, offset = memory[count:], offset + count

@@ -1,4 +1,4 @@
-"""CheckpointWriter: writes a directory that ktops can map, one expert in memory at a time.
+"""CheckpointWriter: writes a directory that ktops can map, one expert per thread in memory at a time.
 
 The directory holds ``experts-00000.safetensors`` and so on, one file per layer, with the keys that
 :class:`ktops.nn.KTExperts` has in a state dict: ``{experts}.gate_up_proj.weight``, ``.scale``, ``.zero`` and
@@ -8,112 +8,29 @@ in ``docs/formats.md``, and do not depend on CPU, NUMA nodes or threads.
 """
 
 import json
-import math
-import os
 import shutil
 import zlib
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from ktops._display import Step, no_step
 from ktops._version import __version__
+from ktops._workers import Workers
 from ktops.checkpoints.checkpoint import CONFIG, INDEX, MANIFEST, PROGRESS, VERSION
 from ktops.checkpoints.errors import CheckpointError
-from ktops.checkpoints.experts import Experts, Held
-from ktops.checkpoints.safetensors_file import DTYPES
+from ktops.checkpoints.experts import Experts, give_back_freed_memory
+from ktops.checkpoints.new_file import LazyTensor, NewFile, NewLayer, Task, layer_file, tensor_file
+from ktops.checkpoints.stream import sync, temporary_path, write_json
 from ktops.checkpoints.view import View
-from ktops.formats import Codes, ExpertWeight
-from ktops.ops.activation import CONCATENATED, ExpertFunction
-
-DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items() if name not in ("F8_E8M0", "F4")}
-
-ALIGNMENT = 64
+from ktops.formats import ExpertWeight
 
 WEIGHTS = {".safetensors", ".gguf", ".bin", ".pt", ".pth", ".onnx", ".h5", ".msgpack"}
 """Suffixes of files with weights."""
-
-
-def extra_state(experts: Experts) -> Tensor:
-    """Returns the extra state of an :class:`ktops.ExpertWeight` for these experts."""
-    layout = {"format": experts.format, "shape": list(experts.shape), "group_size": experts.group_size}
-    return torch.frombuffer(bytearray(json.dumps(layout).encode()), dtype=torch.uint8)
-
-
-@dataclass(frozen=True)
-class LazyTensor:
-    """A tensor that is made when it is written."""
-
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    read: Callable[[], Tensor]
-
-    @property
-    def nbytes(self) -> int:
-        return math.prod(self.shape) * self.dtype.itemsize
-
-
-class SafetensorsStream:
-    """Writes a safetensors file whose tensors may come in any order and in parts.
-
-    Until the file is complete, its name ends in ``.tmp``.
-
-    Args:
-        path: path of the file.
-        tensors: dtype and shape of each tensor, by name.
-        metadata: strings for the header.
-    """
-
-    def __init__(
-        self,
-        path: Path,
-        tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]],
-        metadata: Mapping[str, str] | None = None,
-    ) -> None:
-        self.path, self.temporary = path, path.with_name(path.name + ".tmp")
-        header: dict = {"__metadata__": {"format": "pt", **(metadata or {})}}
-        offsets, position = {}, 0
-        for name, (dtype, shape) in sorted(tensors.items(), key=lambda item: -item[1][0].itemsize):
-            end = position + math.prod(shape) * dtype.itemsize
-            header[name] = {
-                "dtype": DTYPE_NAMES[dtype],
-                "shape": list(shape),
-                "data_offsets": [position, end],
-            }
-            offsets[name], position = position, end
-        text = json.dumps(header, separators=(",", ":")).encode()
-        text += b" " * (-(len(text) + 8) % ALIGNMENT)
-        start = 8 + len(text)
-        self._offsets = {name: start + offset for name, offset in offsets.items()}
-        self._file = open(self.temporary, "wb", buffering=0)  # noqa: SIM115
-        self._write(len(text).to_bytes(8, "little") + text, 0)
-        self._file.truncate(start + position)
-
-    def write(self, name: str, tensor: Tensor, index: int = 0) -> None:
-        """Writes a tensor, or the slice at an index of its first dimension."""
-        data = tensor.contiguous().view(-1).view(torch.uint8).numpy()
-        self._write(memoryview(data), self._offsets[name] + index * data.nbytes)
-
-    def _write(self, data, offset: int) -> None:
-        data = memoryview(data)
-        while data:
-            count = os.pwrite(self._file.fileno(), data, offset)
-            data, offset = data[count:], offset + count
-
-    def __enter__(self) -> "SafetensorsStream":
-        return self
-
-    def __exit__(self, error_type, *_) -> None:
-        if error_type is None:
-            os.fsync(self._file.fileno())
-        self._file.close()
-        if error_type is None:
-            self.temporary.replace(self.path)
-        else:
-            self.temporary.unlink(missing_ok=True)
 
 
 class CheckpointWriter:
@@ -126,6 +43,13 @@ class CheckpointWriter:
         path: the directory to create.
         settings: everything the result depends on, as JSON: source, format, group size.
         overwrite: replace an existing directory.
+        workers: what converts and writes. Default: as many threads as PyTorch has. The bytes that are written
+            do not depend on it.
+
+    Attributes:
+        is_resumed: it continues an interrupted writer with these settings.
+        is_complete: an interrupted writer with these settings had written everything; only :meth:`finish`
+            remains to be called.
 
     Raises:
         CheckpointError: path exists and overwrite is False; or the directory has other contents.
@@ -142,13 +66,25 @@ class CheckpointWriter:
         >>> writer.finish()
     """
 
-    def __init__(self, path: str | Path, settings: dict | None = None, *, overwrite: bool = False) -> None:
-        self.path, self.overwrite = Path(path), overwrite
+    def __init__(
+        self,
+        path: str | Path,
+        settings: dict | None = None,
+        *,
+        overwrite: bool = False,
+        workers: Workers | None = None,
+    ) -> None:
+        self.path, self.overwrite, self._given = Path(path), overwrite, workers
         if self.path.exists() and not overwrite:
             raise CheckpointError(f"{self.path}: already exists. Pass another path, or overwrite=True")
         self.partial = self.partial_path(self.path)
         self.settings = json.loads(json.dumps({"version": VERSION, **(settings or {})}))
-        self._progress = self._resume() or {"settings": self.settings, "layers": {}, "tensors": {}}
+        self.is_complete = self.is_resumed = self._is_complete()
+        if self.is_complete:
+            return
+        resumed = self._resume()
+        self.is_resumed = resumed is not None
+        self._progress = resumed or {"settings": self.settings, "layers": {}, "tensors": {}}
         self.partial.mkdir(parents=True, exist_ok=True)
         write_json(self.partial / PROGRESS, self._progress)
 
@@ -157,25 +93,50 @@ class CheckpointWriter:
         """Returns the path of a directory until it is finished."""
         return path.with_name(path.name + ".partial")
 
+    def _workers(self) -> AbstractContextManager[Workers]:
+        return Workers() if self._given is None else nullcontext(self._given)
+
+    def _is_complete(self) -> bool:
+        """True if an interrupted writer with these settings had only the renaming left to do."""
+        if (self.partial / PROGRESS).exists() or not (self.partial / MANIFEST).is_file():
+            return False
+        try:
+            return json.loads((self.partial / MANIFEST).read_text())["settings"] == self.settings
+        except (OSError, ValueError, KeyError, TypeError):
+            return False
+
     def _resume(self) -> dict | None:
         """Returns an interrupted writer's progress. If it does not match, deletes the files."""
         try:
             progress = json.loads((self.partial / PROGRESS).read_text())
             files = [*progress["layers"].values(), *progress["tensors"].values()]
-            if progress["settings"] == self.settings and all(
-                checksum(self.partial / file["file"]) == file["checksum"] for file in files
-            ):
+            if progress["settings"] == self.settings and self._are_undamaged(files):
+                for leftover in self.partial.glob("*.tmp"):
+                    leftover.unlink()
                 return progress
         except (OSError, ValueError, KeyError, TypeError):
             pass
         if self.partial.exists():
-            if not (self.partial / PROGRESS).exists() and any(self.partial.iterdir()):
+            if not any((self.partial / name).exists() for name in (PROGRESS, MANIFEST)) and any(
+                file != temporary_path(self.partial / PROGRESS) for file in self.partial.iterdir()
+            ):
                 raise CheckpointError(
                     f"{self.partial}: has contents, and {self.path} is written there first. Pass another "
                     "path, or delete it"
                 )
-            shutil.rmtree(self.partial)
+            _delete(self.partial, last=PROGRESS)
         return None
+
+    def _are_undamaged(self, files: list[dict]) -> bool:
+        with self._workers() as workers:
+            checksums = workers.in_order(partial(checksum, self.partial / file["file"]) for file in files)
+            return [file["checksum"] for file in files] == list(checksums)
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the files with weights that are finished, in bytes."""
+        files = [*self._progress["layers"].values(), *self._progress["tensors"].values()]
+        return sum(file["bytes"] for file in files)
 
     @property
     def finished_layers(self) -> list[str]:
@@ -184,7 +145,7 @@ class CheckpointWriter:
 
     def has(self, name: str) -> bool:
         """True if the experts with this name have been written."""
-        return name in self._progress["layers"]
+        return self.is_complete or name in self._progress["layers"]
 
     def layer_file(self, name: str) -> Path:
         """Returns the complete file with the experts of this name."""
@@ -215,53 +176,47 @@ class CheckpointWriter:
         Returns:
             The number of bytes written.
         """
-        gate_up = _experts(gate_up_proj)
-        gating = gating or gate_up.gating or CONCATENATED
-        first_name = ExpertFunction(gating=gating).first_name
-        both = {first_name: gate_up, "down_proj": _experts(down_proj)}
-        biases = {f"{first_name}_bias": gate_up_proj_bias, "down_proj_bias": down_proj_bias}
-        whole = {f"{name}.{key}": bias for key, bias in biases.items() if bias is not None}
-        tensors, firsts = {}, {}
-        for key, experts in both.items():
-            whole[f"{name}.{key}._extra_state"] = extra_state(experts)
-            firsts[key] = experts.expert(0)
-            for kind, tensor in firsts[key]._asdict().items():
-                if tensor is not None:
-                    tensors[f"{name}.{key}.{kind}"] = tensor.dtype, (len(experts), *tensor.shape)
-        tensors |= {key: (tensor.dtype, tuple(tensor.shape)) for key, tensor in whole.items()}
-        path = self.partial / f"experts-{len(self._progress['layers']):05}.safetensors"
-        with SafetensorsStream(path, tensors, {"ktops": __version__, "gating": gating}) as stream:
-            for key, tensor in whole.items():
-                stream.write(key, tensor)
-            for key, experts in both.items():
-                first: Codes | None = firsts.pop(key)
-                for index in range(len(experts)):
-                    codes = experts.expert(index) if first is None else first
-                    first = None
-                    self._write_expert(stream, f"{name}.{key}", index, codes, step)
-        return self._done("layers", name, path, list(tensors))
+        layer = NewLayer(name, gate_up_proj, down_proj, gate_up_proj_bias, down_proj_bias, gating)
+        self.write_layers([layer], step=step)
+        return self._progress["layers"][name]["bytes"]
 
-    @staticmethod
-    def _write_expert(stream: SafetensorsStream, name: str, index: int, codes: Codes, step: Step) -> None:
-        for kind, tensor in codes._asdict().items():
-            if tensor is not None:
-                stream.write(f"{name}.{kind}", tensor, index)
-        step(1)
+    def write_layers(
+        self,
+        layers: Iterable[NewLayer],
+        *,
+        step: Step = no_step,
+        written: Callable[[str], None] | None = None,
+    ) -> None:
+        """Writes the experts of several layers, some experts at a time.
+
+        Args:
+            layers: taken from the iterable when their turn comes.
+            step: as in :meth:`write_layer`.
+            written: called with the name of each layer after it has been written, while later ones are being
+                converted.
+        """
+        self._write(self._layer_files(layers), step, written)
+
+    def _layer_files(self, layers: Iterable[NewLayer]) -> Iterator[NewFile]:
+        for number, layer in enumerate(layers, len(self._progress["layers"])):
+            yield layer_file(self.partial / f"experts-{number:05}.safetensors", layer)
 
     def write_tensors(
         self,
-        tensors: Mapping[str, "View | Tensor | LazyTensor"],
+        tensors: Mapping[str, View | Tensor | LazyTensor],
         *,
         max_bytes: int = 4 << 30,
         step: Step = no_step,
     ) -> None:
-        """Writes the tensors of the model that do not belong to experts, one in memory at a time.
+        """Writes the tensors of the model that do not belong to experts.
 
         Args:
-            tensors: tensors by name: in memory, in files, or made when they are read.
+            tensors: tensors by name: in memory, in files, or made when they are written, one per thread.
             max_bytes: maximum size of a file.
             step: called with 1 for every tensor.
         """
+        if not tensors:
+            return
         files: list[dict[str, View | Tensor | LazyTensor]] = [{}]
         size = 0
         for name, tensor in tensors.items():
@@ -270,22 +225,53 @@ class CheckpointWriter:
                 size = 0
             files[-1][name] = tensor
             size += tensor.nbytes
-        for number, part in enumerate(files):
-            path = self.partial / f"model-{number + 1:05}-of-{len(files):05}.safetensors"
-            if path.name in self._progress["tensors"]:
-                continue
-            kinds = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in part.items()}
-            with SafetensorsStream(path, kinds) as stream:
-                for name, tensor in part.items():
-                    stream.write(name, tensor if isinstance(tensor, Tensor) else tensor.read())
-                    step(1)
-            self._done("tensors", path.name, path, list(part))
+        names = (f"model-{number:05}-of-{len(files):05}" for number in range(1, len(files) + 1))
+        paths = [self.partial / f"{name}.safetensors" for name in names]
+        new = (
+            tensor_file(path, part)
+            for path, part in zip(paths, files, strict=True)
+            if path.name not in self._progress["tensors"]
+        )
+        self._write(new, step)
+
+    def _write(
+        self, files: Iterable[NewFile], step: Step, written: Callable[[str], None] | None = None
+    ) -> None:
+        """Writes files, several at a time, and records them in their order."""
+        unfinished: deque[NewFile] = deque()
+
+        def tasks() -> Iterator[Task]:
+            for file in files:
+                unfinished.append(file)
+                yield from file.tasks
+
+        done = 0
+        with self._workers() as workers:
+            try:
+                for steps in workers.in_order(tasks()):
+                    step(steps)
+                    done += 1
+                    file = unfinished[0]
+                    if done == len(file.tasks):
+                        file.stream.finish()
+                        self._record(file)
+                        unfinished.popleft()
+                        done = 0
+                        if written is not None:
+                            written(file.name)
+                        give_back_freed_memory()
+            except BaseException:
+                workers.stop()
+                for file in unfinished:
+                    file.stream.discard()
+                raise
 
     def copy(self, files: Iterable[Path]) -> None:
         """Copies small files unchanged: configuration, tokenizer, license, but not the source's index."""
         for file in files:
             if file.name not in (INDEX, MANIFEST, PROGRESS):
                 shutil.copyfile(file, self.partial / file.name)
+                sync(self.partial / file.name)
 
     def write_config(self, config: dict) -> None:
         """Writes config.json; see :func:`ktops.checkpoints.converted_config`."""
@@ -297,6 +283,22 @@ class CheckpointWriter:
         Returns:
             The path of the directory.
         """
+        if not self.is_complete:
+            self._write_lists()
+            (self.partial / PROGRESS).unlink()
+            sync(self.partial)
+        old = self.path.with_name(self.path.name + ".old")
+        if self.overwrite and self.path.exists():
+            if old.exists():
+                _delete(old, last=MANIFEST)
+            self.path.replace(old)
+        self.partial.replace(self.path)
+        sync(self.path.parent)
+        if (old / MANIFEST).exists():
+            _delete(old, last=MANIFEST)
+        return self.path
+
+    def _write_lists(self) -> None:
         layers, tensors = self._progress["layers"].values(), self._progress["tensors"].values()
         if tensors:
             files = [*tensors, *layers]
@@ -310,26 +312,16 @@ class CheckpointWriter:
             "files": {file["file"]: file["bytes"] for file in layers},
         }
         write_json(self.partial / MANIFEST, manifest)
-        (self.partial / PROGRESS).unlink(missing_ok=True)
-        if self.overwrite and self.path.exists():
-            old = self.path.with_name(self.path.name + ".old")
-            self.path.replace(old)
-            self.partial.replace(self.path)
-            shutil.rmtree(old)
-        else:
-            self.partial.replace(self.path)
-        return self.path
 
-    def _done(self, kind: str, name: str, path: Path, names: list[str]) -> int:
-        size = path.stat().st_size
-        self._progress[kind][name] = {
+    def _record(self, file: NewFile) -> None:
+        path = file.stream.path
+        self._progress[file.kind][file.name] = {
             "file": path.name,
-            "bytes": size,
+            "bytes": file.stream.nbytes,
             "checksum": checksum(path),
-            "names": names,
+            "names": file.tensors,
         }
         write_json(self.partial / PROGRESS, self._progress)
-        return size
 
 
 def small_files(folder: Path) -> list[Path]:
@@ -354,15 +346,11 @@ def checksum(path: Path) -> int:
     return value
 
 
-def _experts(experts: Experts | ExpertWeight) -> Experts:
-    return Held(experts) if isinstance(experts, ExpertWeight) else experts
-
-
-def write_json(path: Path, value: dict) -> None:
-    """Writes a file that gets its name when it is complete; after an error, there is none."""
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+def _delete(directory: Path, *, last: str) -> None:
+    """Deletes a directory that ktops wrote; the file that identifies it last."""
+    for path in directory.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        elif path.name != last:
+            path.unlink()
+    shutil.rmtree(directory)

@@ -6,11 +6,13 @@ from typing import Annotated
 import typer
 
 import ktops
+from ktops.cli.chat.app import chat, serve
 from ktops.cli.finetune.app import GROUP_SIZE, METHOD, finetune
+from ktops.cli.plan.app import plan
 
 app = typer.Typer(
     name="ktops",
-    help="Fine-tune and convert Mixture-of-Experts language models on the CPU.",
+    help="Fine-tune, convert and talk to Mixture-of-Experts language models on the CPU.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -58,15 +60,25 @@ def convert(
     group_size: Annotated[int | None, typer.Option(help=GROUP_SIZE)] = None,
     method: Annotated[str | None, typer.Option(metavar="rtn|mse|hqq", help=METHOD)] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace DST if ktops wrote it.")] = False,
+    report: Annotated[
+        str,
+        typer.Option(
+            metavar="full|sample|none",
+            help="What to compare with SRC: up to 16 experts of every layer, a part of one, or nothing.",
+        ),
+    ] = "sample",
+    num_threads: Annotated[
+        int | None, typer.Option(min=1, help="Number of threads. (default: one per core)")
+    ] = None,
 ) -> None:
     """Convert the experts of a checkpoint to a weight format, for from_pretrained or ktops.load_experts.
 
-    Holds one expert in memory at a time. DST appears when it is complete. After an interruption, run the same
-    command again to continue.
+    Holds one expert per thread in memory at a time. DST appears when it is complete. After an interruption,
+    run the same command again to continue.
     """
     from ktops.cli.command import run_convert
 
-    run_convert(source, destination, weight_format, group_size, method, overwrite)
+    run_convert(source, destination, weight_format, group_size, method, overwrite, report, num_threads)
 
 
 _ADAPTERS = "Directories of adapters of one model, from PEFT, ktops, kt-kernel, vLLM or SGLang."
@@ -129,6 +141,9 @@ def merge(
 
 
 app.command()(finetune)
+app.command()(plan)
+app.command()(chat)
+app.command(context_settings={"ignore_unknown_options": True, "allow_extra_args": True})(serve)
 
 
 @app.command(context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})

@@ -3,7 +3,8 @@
 import json
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,8 @@ from ktops.cli.finetune import options as options_file
 from ktops.cli.finetune import run_directory
 from ktops.cli.finetune.dataset_info import INFO
 from ktops.cli.finetune.datasets import with_absolute_paths
-from ktops.cli.finetune.models import find_model
 from ktops.cli.finetune.options import Options
+from ktops.cli.models import find_model
 from ktops.cli.packages import require_packages
 
 
@@ -49,6 +50,7 @@ def _run_finetune(given: dict[str, Any], folders: list[Path], notes: Sequence[st
     output_dir, resume, overwrite = (
         given.pop("output_dir", None), given.pop("resume", False), given.pop("overwrite", False)
     )  # fmt: skip
+    force = given.pop("force", False)
     output_dir = None if output_dir is None else Path(output_dir)
     os.environ["HF_HUB_OFFLINE"] = "1"
     _find_files(given, folders)
@@ -73,7 +75,7 @@ def _run_finetune(given: dict[str, Any], folders: list[Path], notes: Sequence[st
     for note in notes:
         console.print(f"  {note}", soft_wrap=True)
     try:
-        finetune(options, directory, console, overwrite=overwrite)
+        finetune(options, directory, console, overwrite=overwrite, force=force)
     except KeyboardInterrupt:
         raise Interrupted("Interrupted.") from None
 
@@ -100,6 +102,8 @@ def run_convert(
     group_size: int | None,
     method: str | None,
     overwrite: bool,
+    report: str,
+    num_threads: int | None,
 ) -> None:
     """Converts a checkpoint.
 
@@ -108,10 +112,78 @@ def run_convert(
     """
     require_packages("safetensors")
     options_file.require_settings("--format", weight_format, group_size, method)
+    from ktops.cli.conversion_report import EXTENTS
     from ktops.cli.convert import Options, convert
 
-    options = Options(source, destination, weight_format, group_size, method, overwrite)
+    if report not in EXTENTS:
+        raise UserError(f"--report must be one of {', '.join(EXTENTS)}, got {report!r}")
+    options = Options(source, destination, weight_format, group_size, method, overwrite, report, num_threads)
     convert(options, Console(highlight=False))
+
+
+def run_plan(given: dict[str, Any]) -> None:
+    """Runs `ktops plan` with its arguments.
+
+    Raises:
+        UserError: see plan.run.plan.
+    """
+    _prepare_inference()
+    context, as_json = given.pop("context"), given.pop("json")
+    if context < 1:
+        raise UserError(f"--context must be positive, got {context}")
+    given["model"] = find_model(given["model"])
+    from ktops.cli.plan.run import plan
+
+    with _model_as_argument():
+        plan(options_file.complete(Options(data="", **given)), context, as_json)
+
+
+def run_chat(given: dict[str, Any]) -> None:
+    """Runs `ktops chat` with the options given on the command line.
+
+    Raises:
+        UserError, Interrupted: see chat.chat.
+    """
+    _prepare_inference()
+    from ktops.cli.chat.run import ChatOptions, chat
+
+    with _model_as_argument():
+        chat(ChatOptions.of(given))
+
+
+def run_serve(given: dict[str, Any], arguments: list[str]) -> None:
+    """Runs `ktops serve` with the options given on the command line, and those of ``transformers serve``.
+
+    Raises:
+        UserError: see serve.serve.
+    """
+    _prepare_inference()
+    from ktops.cli.inference import LoadOptions
+    from ktops.cli.serve import serve
+
+    with _model_as_argument():
+        serve(LoadOptions.of(given), arguments)
+
+
+@contextmanager
+def _model_as_argument() -> Iterator[None]:
+    """Names the model in messages as commands do that take it as an argument, not as an option."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(str(error).replace("--model: ", "MODEL: ", 1)) from None
+
+
+def _prepare_inference() -> None:
+    """Checks for the packages that load a model, keeps them offline, and silences them."""
+    require_packages("accelerate", "peft", "psutil", "safetensors", "tokenizers", "transformers")
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    from transformers.utils.logging import disable_progress_bar, set_verbosity_error
+
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|peft")
+    set_verbosity_error()
+    disable_progress_bar()
 
 
 def run_export(

@@ -1,32 +1,35 @@
 """`ktops convert`: converts experts to a weight format and writes a directory that ktops can map."""
 
+import errno
 import json
-from dataclasses import asdict, dataclass
+import shutil
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from rich.console import Console
 
-import ktops
-from ktops._display import format_bytes, progress
+from ktops._display import Step, format_bytes, progress
+from ktops._workers import Workers
 from ktops.checkpoints import Checkpoint, CheckpointError, CheckpointWriter, Layer, open_checkpoint
 from ktops.checkpoints.checkpoint import MANIFEST
 from ktops.checkpoints.config import converted_config
 from ktops.checkpoints.experts import Experts
 from ktops.checkpoints.layer import PROJECTIONS
-from ktops.checkpoints.quality import Activation, compare, find_activation
+from ktops.checkpoints.new_file import NewLayer
+from ktops.checkpoints.view import View
 from ktops.checkpoints.writer import small_files
+from ktops.cli.conversion_report import REPORT, ConversionReport, show
 from ktops.cli.errors import UserError, told
-from ktops.integrations.loading import functions_of
-from ktops.integrations.transformers.architectures import Unsupported
-from ktops.ops.activation import ExpertFunction
-
-REPORT = "ktops-report.json"
 
 
 @dataclass(frozen=True)
 class Options:
-    """Arguments of the command; group_size defaults to the format's, method to rtn."""
+    """Arguments of the command; group_size defaults to the format's, method to rtn.
+
+    report is one of EXTENTS; num_threads defaults to PyTorch's.
+    """
 
     source: Path
     destination: Path
@@ -34,6 +37,8 @@ class Options:
     group_size: int | None = None
     method: str | None = None
     overwrite: bool = False
+    report: str = "sample"
+    num_threads: int | None = None
 
 
 @dataclass(frozen=True)
@@ -43,6 +48,17 @@ class Part:
     name: str
     layer: Layer
     experts: tuple[Experts, Experts]
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the tensors that are written."""
+        rows = sum(getattr(self.layer, name).shape[1] for name in PROJECTIONS if self.layer.has_bias(name))
+        return sum(experts.nbytes for experts in self.experts) + 4 * self.layer.num_experts * rows
+
+    def to_write(self) -> NewLayer:
+        """Returns what CheckpointWriter writes, with the biases, which are read now."""
+        gate_up_bias, down_bias = (self.layer.bias(name, torch.float32) for name in PROJECTIONS)
+        return NewLayer(self.name, *self.experts, gate_up_bias, down_bias)
 
 
 def convert(options: Options, console: Console) -> dict:
@@ -57,26 +73,32 @@ def convert(options: Options, console: Console) -> dict:
     """
     _require_destination(options)
     again = "Run the same command again to continue."
-    with told(options.destination, (CheckpointError, ImportError), interrupted=again):
+    with (
+        told(options.destination, (CheckpointError, ImportError), interrupted=again),
+        Workers(options.num_threads) as workers,
+    ):
         checkpoint = open_checkpoint(options.source)
         parts = _plan(checkpoint, options)
         partial = CheckpointWriter.partial_path(options.destination)
         interrupted = partial.exists()
         writer = CheckpointWriter(
-            options.destination, _settings(options, checkpoint), overwrite=options.overwrite
+            options.destination, _settings(options, checkpoint), overwrite=options.overwrite, workers=workers
         )
-        done = len(writer.finished_layers)
+        done = sum(writer.has(part.name) for part in parts)
         if done:
             console.print(f"  continuing: {done} of {len(parts)} layers are written and verified")
-        elif interrupted:
+        elif interrupted and not writer.is_resumed:
             console.print(f"  {partial} is damaged, or the options or the source changed: starting over")
-        _, problem = _functions(checkpoint)
-        if problem is not None:
-            console.print(f"  {problem}. from_pretrained will refuse {options.destination}", soft_wrap=True)
-        report = _write(writer, checkpoint, parts, options)
-        writer.finish()
-    _show(report, options, console)
-    return report
+        if not writer.is_complete:
+            settings = _described(options, parts)
+            report = ConversionReport(writer.partial / REPORT, checkpoint, settings, options.report, workers)
+            if report.problem is not None:
+                problem = f"{report.problem}. from_pretrained will refuse {options.destination}"
+                console.print(f"  {problem}", soft_wrap=True)
+            _write(writer, checkpoint, parts, report)
+        contents = json.loads((writer.finish() / REPORT).read_text(encoding="utf-8"))
+    show(contents, options.destination, console)
+    return contents
 
 
 def _require_destination(options: Options) -> None:
@@ -126,94 +148,75 @@ def _settings(options: Options, checkpoint: Checkpoint) -> dict:
     }
 
 
-def _write(writer: CheckpointWriter, checkpoint: Checkpoint, parts: list[Part], options: Options) -> dict:
-    """Runs all steps of a conversion except the last. Returns the report."""
-    file = writer.partial / REPORT
-    measured = json.loads(file.read_text())["layers"] if file.exists() else []
-    layers = {layer["name"]: layer for layer in measured}
-    functions, problem = _functions(checkpoint)
-    activation = _activation(functions, problem, checkpoint.config)
-    others = {} if _is_gguf(checkpoint) else checkpoint.other_tensors()
+def _described(options: Options, parts: list[Part]) -> dict:
+    """Returns what the report says about the conversion; group_size is None if it differs."""
+    sizes = {experts.group_size for part in parts for experts in part.experts}
+    return {
+        "source": options.source.resolve().name,
+        "format": options.weight_format,
+        "group_size": sizes.pop() if len(sizes) == 1 else None,
+        "method": options.method or "rtn",
+    }
+
+
+def result_nbytes(parts: Iterable[Part], others: Iterable[View]) -> int:
+    """Returns how many bytes of tensors a conversion writes; headers and small files come on top of them."""
+    return sum(part.nbytes for part in parts) + sum(view.nbytes for view in others)
+
+
+def _require_space(writer: CheckpointWriter, needed: int) -> None:
+    free = shutil.disk_usage(writer.partial).free
+    if needed > free:
+        raise UserError(
+            f"{writer.path}: {format_bytes(needed)} will be written, but only {format_bytes(free)} are free "
+            "on its disk"
+        )
+
+
+def _write(
+    writer: CheckpointWriter, checkpoint: Checkpoint, parts: list[Part], report: ConversionReport
+) -> None:
+    """Runs all steps of a conversion except the last."""
+    others = _other_tensors(checkpoint)
+    needed = result_nbytes(parts, others.values())
+    _require_space(writer, needed - writer.nbytes)
     left = [part for part in parts if not writer.has(part.name)]
     total = 2 * sum(part.layer.num_experts for part in left) + len(others)
-    with progress("converting", total) as step:
-        for part in parts:
-            if not writer.has(part.name):
-                biases = (part.layer.bias(name, torch.float32) for name in PROJECTIONS)
-                writer.write_layer(part.name, *part.experts, *biases, step=step)
-                layers.pop(part.name, None)
-            if part.name not in layers:
-                (written,) = open_checkpoint(writer.layer_file(part.name)).layers
-                function = _function(part.layer, functions, activation.name)
-                layers[part.name] = asdict(compare(part.name, part.layer, written, function))
-                sizes = {experts.group_size for part in parts for experts in part.experts}
-                size = sizes.pop() if len(sizes) == 1 else None
-                report = _report(options, size, activation, list(layers.values()))
-                file.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-        if others:
-            writer.write_tensors(others, step=step)
-    _copy_files(writer, checkpoint, others)
-    return json.loads(file.read_text())
-
-
-def _functions(checkpoint: Checkpoint) -> tuple[dict[str, ExpertFunction], str | None]:
-    """Returns what the experts compute, by module, and why ktops cannot load them, or None.
-
-    There are no functions if transformers lacks the model, or if ktops cannot load one of them.
-    """
     try:
-        return functions_of({} if checkpoint.names is None else checkpoint.names.modules), None
-    except Unsupported as reason:
-        return {}, str(reason)
+        with progress("converting", total) as step:
+            _write_experts(writer, parts, report, step)
+            writer.write_tensors(others, step=step)
+        _copy_files(writer, checkpoint, others)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        lacking = format_bytes(needed - writer.nbytes)
+        raise UserError(
+            f"{error.filename or writer.partial}: {error.strerror}: {lacking} more are needed. "
+            f"{writer.partial} keeps what is finished: run the same command again to continue"
+        ) from None
 
 
-def _activation(functions: dict[str, ExpertFunction], problem: str | None, config: dict) -> Activation:
-    """Returns the activation for the report, and whether outputs are compared."""
-    if problem is not None:
-        return Activation(None, f"outputs are not compared: {problem}")
-    known = next(iter(functions.values()), None)
-    return find_activation(config) if known is None else Activation(known.activation)
+def _write_experts(writer: CheckpointWriter, parts: list[Part], report: ConversionReport, step: Step) -> None:
+    layers = {part.name: part.layer for part in parts}
+
+    def measure(name: str) -> None:
+        report.add(name, layers[name], writer.layer_file(name))
+
+    for name in layers:
+        if writer.has(name) and not report.has(name):
+            measure(name)
+    new = (part.to_write() for part in parts if not writer.has(part.name))
+    writer.write_layers(new, step=step, written=measure)
 
 
-def _function(layer: Layer, functions: dict[str, ExpertFunction], name: str | None) -> ExpertFunction | None:
-    """Returns what to compare the outputs of a layer with; None without the name of an activation.
-
-    A layer that transformers skips computes what the others do.
-    """
-    if name is None:
-        return None
-    other = next(iter(functions.values()), ExpertFunction(name))
-    return functions.get(layer.module or "", other)._replace(gating=layer.gating)
+def _other_tensors(checkpoint: Checkpoint) -> dict[str, View]:
+    return {} if _is_gguf(checkpoint) else checkpoint.other_tensors()
 
 
 def _is_gguf(checkpoint: Checkpoint) -> bool:
     """True for GGUF files, whose other tensors have ggml's names and blocks, which only ktops reads here."""
     return any(view.file.path.suffix == ".gguf" for view in checkpoint.tensors.values())
-
-
-def _report(options: Options, group_size: int | None, activation: Activation, layers: list[dict]) -> dict:
-    def mean(*names: str) -> float | None:
-        errors = [layer[name] for layer in layers for name in names]
-        if None in errors:
-            return None
-        return (sum(error**2 for error in errors) / len(errors)) ** 0.5
-
-    size, dense = (sum(layer[name] for layer in layers) for name in ("bytes", "bytes_bf16"))
-    return {
-        "ktops": ktops.__version__,
-        "source": options.source.resolve().name,
-        "format": options.weight_format,
-        "group_size": group_size,
-        "method": options.method or "rtn",
-        "bytes": size,
-        "bytes_bf16": dense,
-        "ratio": dense / size,
-        "activation": activation.name,
-        "activation_note": activation.note,
-        "relative_error": mean("gate_up_error", "down_error"),
-        "output_error": mean("output_error"),
-        "layers": layers,
-    }
 
 
 def _copy_files(writer: CheckpointWriter, checkpoint: Checkpoint, others: dict) -> None:
@@ -223,21 +226,3 @@ def _copy_files(writer: CheckpointWriter, checkpoint: Checkpoint, others: dict) 
     writer.copy(path for path in small_files(checkpoint.path) if path.name != REPORT)
     if checkpoint.config:
         writer.write_config(converted_config(checkpoint.config, others))
-
-
-def _show(report: dict, options: Options, console: Console) -> None:
-    group = f", group {report['group_size']}" if report["group_size"] else ""
-    errors = f"relative error of the weights {report['relative_error']:.2g}"
-    if report["output_error"] is not None:
-        worst = max(report["layers"], key=lambda layer: layer["output_error"])
-        errors += f", of the outputs {report['output_error']:.2g} "
-        errors += f"(largest: {worst['output_error']:.2g} in {worst['name']})"
-    if report["activation_note"]:
-        errors += f"; {report['activation_note']}"
-    for line in (
-        f"{len(report['layers'])} layers of experts: {format_bytes(report['bytes'])} in {report['format']}"
-        f"{group} (bf16: {format_bytes(report['bytes_bf16'])}, {report['ratio']:.2f} times smaller)",
-        errors,
-        f"written: {options.destination}; {REPORT} lists the errors of every layer",
-    ):
-        console.print(f"  {line}", soft_wrap=True)

@@ -25,6 +25,11 @@ class RelativeError:
         self.difference += float((actual - expected).square().sum(dtype=torch.float64))
         self.norm += float(expected.square().sum(dtype=torch.float64))
 
+    def include(self, other: "RelativeError") -> None:
+        """Adds what another one has accumulated."""
+        self.difference += other.difference
+        self.norm += other.norm
+
     @property
     def value(self) -> float:
         """The relative error; 0 if nothing differs, otherwise infinite if all expected values are 0."""

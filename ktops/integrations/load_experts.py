@@ -19,6 +19,7 @@ def load_experts(
     group_size: int | None = None,
     method: str = "rtn",
     prefix: str | None = None,
+    mmap: bool = False,
     show_progress: bool = True,
 ) -> LoadReport:
     """Loads a model's experts from a checkpoint.
@@ -40,6 +41,10 @@ def load_experts(
         group_size, method: as in :func:`ktops.quantize`; used only for weights that ktops quantizes.
         prefix: consider only experts whose names in the checkpoint start with this, such as "thinker.model.";
             required if several match.
+        mmap: use experts where they lie in the files, as far as possible, even if their tensors are scattered
+            over a file, as in most published checkpoints. Nothing is copied, processes share the page cache,
+            and the model may be larger than memory, but weights that are not cached are read from the disk
+            when they are used. Layers that cannot be mapped are read, with a warning.
         show_progress: show a bar in a terminal, or a line every ten seconds elsewhere.
 
     Returns:
@@ -60,7 +65,7 @@ def load_experts(
     """
     modules = experts_modules(model)
     layers = match_layers(open_checkpoint(path), model, modules, prefix=prefix)
-    options = {"weight_format": weight_format, "group_size": group_size, "method": method}
+    options = {"weight_format": weight_format, "group_size": group_size, "method": method, "mmap": mmap}
     report = load_layers(model, modules, layers, options, show_progress=show_progress)
     peft.enable_if_installed()
     enable_saving(model)

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from ktops._display import format_bytes, progress
+from ktops._warn import warn_once
 from ktops.checkpoints.errors import CheckpointError
-from ktops.checkpoints.experts import Experts, Held, Requantized, float_rows
+from ktops.checkpoints.experts import Experts, Held, Requantized, StoredExperts, float_rows
 from ktops.checkpoints.layer import PROJECTIONS, Layer
 from ktops.formats import ExpertWeight
 from ktops.formats.error import RelativeError
@@ -101,22 +102,25 @@ def load_layers(
     Args:
         modules: the experts of the model by name.
         layers: the layers of the checkpoint, by the same names.
-        options: weight_format, group_size and method, as in :func:`ktops.load_experts`.
+        options: weight_format, group_size, method and mmap, as in :func:`ktops.load_experts`.
 
     Raises:
         CheckpointError, ValueError: as in :func:`ktops.load_experts`.
     """
-    dtype = _compute_dtype(model)
-    plan = []
+    dtype, plan = _compute_dtype(model), []
+    quantization = {name: value for name, value in options.items() if name != "mmap"}
+    mmap = options.get("mmap", False)
     for name, module in modules.items():
         layer = layers[name].ordered(_function(module).gating)
         _check_fit(layer, name, module)
         try:
-            both = layer.experts(**options)
+            both = layer.experts(**quantization)
         except CheckpointError:
             raise
         except ValueError as error:
             raise ValueError(f"load_experts: {layer.name}: {error}") from None
+        if mmap:
+            both = _in_place(layer, both)
         plan.append((name, module, layer, both))
     made = {}
     total = 2 * sum(layer.num_experts for _, _, layer, _ in plan)
@@ -129,7 +133,32 @@ def load_layers(
             made[name].train(module.training)
     for name, module in modules.items():
         exchange_stacked(model, module, made[name])
+    if mmap:
+        _warn_if_read(plan)
     return _report(plan, made)
+
+
+def _in_place(layer: Layer, both: tuple[Experts, Experts]) -> tuple[Experts, Experts]:
+    for experts in both:
+        if not isinstance(experts, StoredExperts):
+            raise ValueError(
+                f"load_experts: mmap needs experts in the format of the files, but weight_format is "
+                f"{experts.format!r} and {layer.name} has {' and '.join(dict.fromkeys(layer.formats))}"
+            )
+    gate_up, down = (experts.in_place() for experts in both if isinstance(experts, StoredExperts))
+    return gate_up, down
+
+
+def _warn_if_read(plan: list) -> None:
+    """Warns of layers that mmap has not mapped."""
+    layers = [layer for _, _, layer, both in plan if not all(experts.mapped for experts in both)]
+    if layers:
+        warn_once(
+            f"ktops: mmap: the experts of {len(layers)} of {len(plan)} layers are read into memory instead, "
+            f"such as {layers[0].name}. To be mapped, gate and up must follow each other in the file, all "
+            "experts of a layer must begin at the same place within a page, and their bytes must be those of "
+            "a format. ktops convert writes files that are always mapped"
+        )
 
 
 def experts_modules(model: nn.Module) -> dict[str, nn.Module]:

@@ -115,6 +115,7 @@ class Settings:
         num_threads: for ``torch.set_num_threads``; None leaves it.
         weight_path: another checkpoint to load the experts from.
         method: how :func:`ktops.quantize` chooses the scales of experts that ktops quantizes.
+        mmap: whether to use experts where they lie in the files, as in :func:`ktops.load_experts`.
         num_gpu_experts: how many experts of each layer an accelerator computes, where the rest of the model
             is on one; without effect elsewhere.
         without_effect: the keys given that have no effect in ktops.
@@ -125,6 +126,7 @@ class Settings:
     num_threads: int | None = None
     weight_path: Path | None = None
     method: str = "rtn"
+    mmap: bool = False
     num_gpu_experts: int = 0
     without_effect: tuple[str, ...] = ()
 
@@ -143,7 +145,7 @@ class Settings:
         from ktops.integrations.transformers.config import KTConfig
 
         wanted = self.backend.format
-        made = functools.partial(KTConfig, *self.backend[:2], self.method)
+        made = functools.partial(KTConfig, *self.backend[:2], self.method, mmap=self.mmap)
         if self.weight_path is not None:
             path, stored = str(self.weight_path), _stored(self.weight_path)
             if wanted is not None and stored <= DENSE:
@@ -153,8 +155,8 @@ class Settings:
                     f"kt_weight_path {path} has its experts in {' and '.join(sorted(stored))}. They stay so, "
                     f"although kt_backend asks for {wanted}"
                 )
-            return KTConfig(experts_path=path)
-        if quantization is None and (wanted is None or wanted in DENSE):
+            return KTConfig(experts_path=path, mmap=self.mmap)
+        if quantization is None and (wanted is None or wanted in DENSE) and not self.mmap:
             return None
         return made()
 

@@ -16,6 +16,7 @@ from types import ModuleType
 HOOKS = {
     "transformers.modeling_utils": "ktops.integrations.transformers.default:enable",
     "transformers.trainer_callback": "ktops.integrations.training:enable",
+    "transformers.cli.serving.model_manager": "ktops.cli.serve:enable",
     "peft": "ktops.integrations.peft:enable",
     "llamafactory.extras.misc": "ktops.integrations.llamafactory:allow_versions",
     "llamafactory.hparams.parser": "ktops.integrations.llamafactory.arguments:enable",

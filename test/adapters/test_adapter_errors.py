@@ -17,7 +17,7 @@ import ktops
 from ktops.adapters import AdapterError
 from ktops.adapters.directory import LOCK, new_directory
 from ktops.checkpoints import CheckpointError
-from ktops.checkpoints.writer import SafetensorsStream
+from ktops.checkpoints.stream import SafetensorsStream
 
 WEIGHTS = "adapter_model.safetensors"
 FUSED = "fused_expert_lora.safetensors"

@@ -54,7 +54,7 @@ def test_layers_of_a_trained_model(tmp_path):
     from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
     from ktops.cli.finetune import demo_model
-    from ktops.cli.finetune.models import load_model
+    from ktops.cli.models import load_model
 
     tokenizer = demo_model.train_tokenizer(["One day a fox met a hen.", "The hen had two eggs."] * 20, 300)
     model = demo_model.create(tokenizer, torch.float32, "eager")

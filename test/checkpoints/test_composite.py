@@ -15,7 +15,7 @@ from ktops.checkpoints import CheckpointError, open_checkpoint
 from ktops.checkpoints.match import match_layers
 from ktops.checkpoints.names import family
 from ktops.cli.convert import Options, convert
-from ktops.cli.finetune.models import load_model, quantize_experts
+from ktops.cli.models import load_model, quantize_experts
 from ktops.compat import KTMoEWrapper
 from ktops.nn import KTExperts
 

@@ -14,7 +14,7 @@ import ktops
 from ktops.checkpoints import CheckpointError
 from ktops.cli.convert import Options, convert
 from ktops.cli.errors import UserError
-from ktops.cli.finetune.models import load_model, quantize_experts
+from ktops.cli.models import load_model, quantize_experts
 from ktops.nn import KTExperts
 from ktops.testing.budgets import relative_error
 

@@ -17,7 +17,7 @@ from tiny_published import DECODED
 import ktops
 from ktops.cli.convert import Options, convert
 from ktops.cli.errors import UserError
-from ktops.cli.finetune.models import load_model
+from ktops.cli.models import load_model
 from ktops.compat import KTMoEWrapper
 from ktops.nn import KTExperts
 

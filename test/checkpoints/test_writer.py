@@ -1,16 +1,22 @@
 """CheckpointWriter: files are read back byte for byte; after an interruption it continues or starts over."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny_checkpoints import E, H, I, expect_checkpoint, write_per_expert
 from tiny_schemes import SCHEMES, plain
 
 from ktops import quantize
-from ktops.checkpoints import CheckpointError, CheckpointWriter, open_checkpoint
+from ktops._workers import Workers
+from ktops.checkpoints import CheckpointError, CheckpointWriter, new_file, open_checkpoint, stream
+from ktops.checkpoints.experts import Held, Requantized
+from ktops.checkpoints.new_file import NewLayer
+from ktops.checkpoints.safetensors_file import read_views
+from ktops.formats import get_format, names
 
 BIASES = torch.randn(E, 2 * I), torch.randn(E, H)
 
@@ -88,6 +94,62 @@ def test_biases_and_expert_weights(tmp_path):
     assert torch.equal(read.gate_up_proj_bias, BIASES[0]) and torch.equal(read.down_proj_bias, BIASES[1])
 
 
+@pytest.mark.parametrize("weight_format", [None, "int4"])
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.filterwarnings("ignore:ktops. the GPTQ weights were quantized with reordered")
+def test_the_same_bytes_with_several_threads(folders, scheme, weight_format):
+    source, target = folders
+    write_per_expert(source, SCHEMES[scheme][0])
+    checkpoint = open_checkpoint(source)
+    results = []
+    for num_threads in (1, 3):
+        with Workers(num_threads) as workers:
+            writer = CheckpointWriter(target.with_name(f"by-{num_threads}"), workers=workers)
+            layers = (NewLayer(layer.name, *layer.experts(weight_format)) for layer in checkpoint.layers)
+            writer.write_layers(layers)
+            writer.write_tensors(checkpoint.other_tensors(), max_bytes=70)
+            path = writer.finish()
+        results.append({file.name: file.read_bytes() for file in path.iterdir()})
+    assert results[0] == results[1] and len(results[0]) == 6
+
+
+@pytest.mark.parametrize("num_threads", [1, 2])
+def test_large_tensors_are_copied_in_parts(folders, monkeypatch, num_threads):
+    monkeypatch.setattr(stream, "COPIED_BYTES", 100)
+    monkeypatch.setattr(new_file, "COPIED_BYTES", 200)
+    source, target = folders
+    tensors = {"a": torch.randn(9, 50), "b": torch.randn(7).bfloat16(), "empty": torch.empty(0, 3)}
+    save_file(tensors, source / "model.safetensors")
+    steps = []
+    with Workers(num_threads) as workers:
+        writer = CheckpointWriter(target, workers=workers)
+        writer.write_tensors(read_views(source / "model.safetensors"), step=steps.append)
+        writer.finish()
+    written = load_file(target / "model-00001-of-00001.safetensors")
+    assert written.keys() == tensors.keys() and sum(steps) == 3
+    assert all(torch.equal(written[name], tensor) for name, tensor in tensors.items())
+
+
+WRITTEN = [
+    (name, group_size, method)
+    for name in names(written=True)
+    for method in get_format(name).methods
+    for group_size in sorted({get_format(name).default_group_size, 0})
+    if get_format(name).has_group_size(group_size)
+]
+
+
+@pytest.mark.parametrize(("name", "group_size", "method"), WRITTEN)
+def test_dtypes_and_shapes_are_known_before_converting(name, group_size, method):
+    source = Held(quantize(torch.randn(2, 160, 256), "bf16"))
+    experts = Requantized(source, name, group_size, method)
+    codes, expected = experts.expert(1), experts.stand_in
+    for tensor, stand_in in zip(codes, expected, strict=True):
+        assert (tensor is None) == (stand_in is None)
+        assert tensor is None or (tensor.dtype, tensor.shape) == (stand_in.dtype, stand_in.shape)
+    assert experts.nbytes == 2 * sum(tensor.nbytes for tensor in codes if tensor is not None)
+
+
 def test_nothing_is_there_until_it_is_finished(folders):
     source, target = folders
     write_per_expert(source, plain(torch.float32))
@@ -158,6 +220,20 @@ def test_an_error_while_writing_leaves_no_file(folders):
     assert not writer.finished_layers
 
 
+def test_an_error_in_a_thread_leaves_no_file(folders):
+    """The other threads are still writing when the first expert of the second layer fails."""
+    source, target = folders
+    write_per_expert(source, plain(torch.float32), layers=3)
+    with Workers(3) as workers, pytest.raises(KeyError):
+        writer = CheckpointWriter(target, workers=workers)
+        layers = [NewLayer(layer.name, *layer.experts("int8")) for layer in open_checkpoint(source).layers]
+        layers[1].down_proj.expert = lambda index: {}[index]
+        writer.write_layers(layers)
+    names = sorted(file.name for file in writer.partial.iterdir())
+    assert names == ["experts-00000.safetensors", "progress.json"]
+    assert writer.finished_layers == ["model.layers.0.mlp.experts"]
+
+
 def test_a_directory_in_the_way_is_kept(folders):
     source, target = folders
     write_per_expert(source, plain(torch.float32))
@@ -177,6 +253,35 @@ def test_overwrite(folders):
         writer.write_layer(layer.name, *layer.experts("int4", group_size=32))
     writer.finish()
     assert {layer.formats for layer in open_checkpoint(target).layers} == {("int4", "int4")}
+    assert {path.name for path in target.parent.iterdir()} == {"source", "target"}
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_only_the_last_renaming_is_left(folders, monkeypatch, overwrite):
+    """The writer is killed between the two renamings that replace a directory, or before the only one."""
+    source, target = folders
+    write_per_expert(source, plain(torch.float32))
+    if overwrite:
+        convert(source, target, weight_format="int8").finish()
+    settings = {"format": "fp32"}
+    writer = CheckpointWriter(target, settings, overwrite=overwrite)
+    for layer in open_checkpoint(source).layers:
+        writer.write_layer(layer.name, *layer.experts())
+    replace = Path.replace
+
+    def killed(self, other):
+        if self == writer.partial:
+            raise KeyboardInterrupt
+        return replace(self, other)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Path, "replace", killed)
+        writer.finish()
+    assert not target.exists()
+    again = CheckpointWriter(target, settings, overwrite=overwrite)
+    assert again.is_complete and again.has("model.layers.0.mlp.experts")
+    again.finish()
+    assert {layer.formats for layer in open_checkpoint(target).layers} == {("fp32", "fp32")}
     assert {path.name for path in target.parent.iterdir()} == {"source", "target"}
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 
 
-def save_model(directory: Path, tokenizer, **changes: int) -> None:
+def save_model(directory: Path, tokenizer, **changes) -> None:
     """Saves a random Qwen3-MoE model with a changed configuration, and a tokenizer without chat template."""
     from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 

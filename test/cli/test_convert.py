@@ -1,8 +1,14 @@
 """`ktops convert` from a checkpoint to a directory that ktops loads, interrupted or not."""
 
+import errno
+import itertools
 import json
+import os
+import re
 import shutil
+import signal
 import sys
+import threading
 from pathlib import Path
 
 import gguf
@@ -12,8 +18,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import ktops
-from ktops.checkpoints import CheckpointError, CheckpointWriter, open_checkpoint
-from ktops.cli.finetune.models import load_model
+from ktops._workers import require_not_stopped
+from ktops.checkpoints import CheckpointError, new_file, open_checkpoint, writer
+from ktops.cli.models import load_model
 from ktops.formats.error import relative_error
 
 ARGUMENTS = ("--format", "int4", "--group-size", 32, "--method", "mse")
@@ -37,14 +44,14 @@ def stop_after_a_layer(monkeypatch):
 
     The function returns the list of layers written afterward.
     """
-    names, write = [], CheckpointWriter.write_layer
+    names, make = [], new_file.layer_file
     stopping = True
 
-    def write_layer(self, name, *arguments, **options):
+    def layer_file(path, layer):
         if stopping and names:
             raise KeyboardInterrupt
-        names.append(name)
-        return write(self, name, *arguments, **options)
+        names.append(layer.name)
+        return make(path, layer)
 
     def go_on() -> list[str]:
         nonlocal stopping
@@ -52,12 +59,12 @@ def stop_after_a_layer(monkeypatch):
         names.clear()
         return names
 
-    monkeypatch.setattr(CheckpointWriter, "write_layer", write_layer)
+    monkeypatch.setattr(writer, "layer_file", layer_file)
     return go_on
 
 
 def test_what_is_written(convert, model_directory, tmp_path):
-    status, out, err = convert("out", *ARGUMENTS)
+    status, out, err = convert("out", *ARGUMENTS, "--report", "full")
     assert (status, err) == (0, "")
     assert "2 layers of experts: 14.0 KiB in int4, group 32 (bf16: 48.0 KiB, 3.43 times smaller)" in out
     source, checkpoint = open_checkpoint(model_directory), open_checkpoint(tmp_path / "out")
@@ -74,6 +81,7 @@ def test_what_is_written(convert, model_directory, tmp_path):
             assert said[f"{kind}_error"] == pytest.approx(errors[kind])
         assert max(errors.values()) < said["output_error"] < 2.5 * max(errors.values())
         assert said["measured_experts"] == said["num_experts"] == 8
+    assert report["report"] == "full" and report["measured_fraction"] == 1
     assert report["ratio"] == 24 / 7 and 0.05 < report["relative_error"] < 0.15
     assert checkpoint.config == source.config | {"quantization_config": {"loader": "ktops"}}
     for name, view in source.other_tensors().items():
@@ -85,6 +93,93 @@ def test_what_is_written(convert, model_directory, tmp_path):
     with torch.no_grad():
         assert torch.equal(loaded(tokens).logits, model(tokens).logits)
     assert not list(tmp_path.glob("out.*"))
+
+
+@pytest.mark.parametrize("kind", ["full", "none", "sample"])
+def test_reports(convert, model_directory, tmp_path, kind):
+    """The weights do not depend on the report, whose sample is the same for any number of threads."""
+    runs = {}
+    for threads in (1, 3):
+        status, out, _ = convert(f"by-{threads}", *ARGUMENTS, "--report", kind, "--num-threads", threads)
+        assert status == 0
+        runs[threads] = files(tmp_path / f"by-{threads}")
+    assert runs[1] == runs[3]
+    report = json.loads(runs[1].pop("ktops-report.json"))
+    assert (report["report"], len(report["layers"])) == (kind, 2) and report["bytes_bf16"] == 48 << 10
+    assert report["measured_fraction"] == {"full": 1, "none": 0, "sample": 1 / 8}[kind]
+    measured = [layer["measured_experts"] for layer in report["layers"]]
+    assert measured == {"full": [8, 8], "none": [0, 0], "sample": [1, 1]}[kind]
+    errors = [layer[f"{name}_error"] for layer in report["layers"] for name in ("gate_up", "down", "output")]
+    if kind == "none":
+        assert errors == [None] * 6 and "errors are not measured (--report none)" in out
+    else:
+        assert all(0.03 < error < 0.3 for error in errors)
+        assert ("measured on a sample, 12.5% of the weights" in out) == (kind == "sample")
+    assert convert("default", *ARGUMENTS)[0] == 0
+    default = files(tmp_path / "default")
+    assert json.loads(default.pop("ktops-report.json"))["report"] == "sample" and default == runs[1]
+
+
+def test_another_report_keeps_the_layers(convert, stop_after_a_layer, tmp_path):
+    assert convert("out", *ARGUMENTS)[0] == 130
+    written = stop_after_a_layer()
+    assert convert("out", *ARGUMENTS, "--report", "full")[0] == 0
+    assert written == ["model.layers.1.mlp.experts"]
+    assert convert("whole", *ARGUMENTS, "--report", "full")[0] == 0
+    assert files(tmp_path / "out") == files(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("cause", ["Ctrl-C", "disk full"])
+def test_stopped_while_threads_write(convert, monkeypatch, tmp_path, cause):
+    """After the first layer; the threads have ended when the command has."""
+    pwrite, count = os.pwrite, itertools.count()
+
+    def failing(*arguments):
+        if (tmp_path / "out.partial" / "experts-00000.safetensors").exists() and next(count) == 5:
+            if cause == "disk full":
+                raise OSError(errno.ENOSPC, "No space left on device")
+            os.kill(os.getpid(), signal.SIGINT)
+            while True:
+                require_not_stopped()
+        return pwrite(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "pwrite", failing)
+        status, _, err = convert("out", *ARGUMENTS, "--num-threads", 2)
+    if cause == "Ctrl-C":
+        assert (status, err) == (130, "Interrupted. Run the same command again to continue.\n")
+    else:
+        err = " ".join(err.split())
+        assert status == 1 and "No space left on device" in err and "KiB more are needed" in err
+        assert "out.partial keeps what is finished: run the same command again to continue" in err
+    assert not any(thread.name.startswith("ktops_") for thread in threading.enumerate())
+    assert not list((tmp_path / "out.partial").glob("*.tmp"))
+    status, out, _ = convert("out", *ARGUMENTS)
+    assert status == 0 and re.search("continuing: [12] of 2 layers are written and verified", out)
+    assert convert("whole", *ARGUMENTS)[0] == 0
+    assert files(tmp_path / "out") == files(tmp_path / "whole")
+
+
+def test_needs_space(convert, monkeypatch, tmp_path):
+    """The size of the tensors is known before anything is written."""
+    free, usage = [0], shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=free[0]))
+    status, _, err = convert("out", *ARGUMENTS)
+    assert status == 1 and "will be written, but only 0.0 KiB are free on its disk" in " ".join(err.split())
+    assert not (tmp_path / "out").exists()
+    free[0] = 1 << 20
+    assert convert("out", *ARGUMENTS)[0] == 0
+    checkpoint = open_checkpoint(tmp_path / "out")
+    tensors = [
+        *checkpoint.other_tensors().values(),
+        *(t for layer in checkpoint.layers for t in layer.tensors),
+    ]
+    written = sum(view.nbytes for view in tensors if not view.name.endswith("_extra_state"))
+    shutil.rmtree(tmp_path / "out")
+    free[0] = written - 1
+    assert convert("out", *ARGUMENTS)[0] == 1
+    free[0] = written
+    assert convert("out", *ARGUMENTS)[0] == 0
 
 
 def test_interrupted_and_continued(convert, stop_after_a_layer, tmp_path):
@@ -146,6 +241,7 @@ def test_overwrite(convert, tmp_path):
             ["--format", "int4", "--method", "hqq"],
             "--format int4: method must be one of rtn, mse for format 'int4', got",
         ),
+        (["--format", "int4", "--report", "all"], "--report must be one of full, sample, none, got 'all'"),
         (["--format", "mxfp4"], "--format mxfp4: model.layers.0.mlp.experts: format 'mxfp4' needs rows of a"),
     ],
 )
@@ -193,16 +289,16 @@ def test_formats_of_gguf_need_no_package(convert, tmp_path, monkeypatch):
 def test_gguf_files(convert, tmp_path, name, options):
     """Experts come from ggml's blocks, the rest of the model from its Hugging Face directory."""
     rng, kind = numpy.random.default_rng(0), gguf.GGMLQuantizationType.Q8_0
-    writer = gguf.GGUFWriter(tmp_path / "model.gguf", "qwen3moe")
-    writer.add_tensor("token_embd.weight", rng.standard_normal((5, 32)).astype(numpy.float32))
+    file = gguf.GGUFWriter(tmp_path / "model.gguf", "qwen3moe")
+    file.add_tensor("token_embd.weight", rng.standard_normal((5, 32)).astype(numpy.float32))
     dense = {}
     for proj in ("gate", "up", "down"):
         data = gguf.quantize(rng.standard_normal((2, 256, 256)).astype(numpy.float32), kind)
         dense[proj] = torch.from_numpy(gguf.dequantize(data, kind))
-        writer.add_tensor(f"blk.7.ffn_{proj}_exps.weight", data, raw_dtype=kind)
-    for write in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file):
+        file.add_tensor(f"blk.7.ffn_{proj}_exps.weight", data, raw_dtype=kind)
+    for write in (file.write_header_to_file, file.write_kv_data_to_file, file.write_tensors_to_file):
         write()
-    writer.close()
+    file.close()
     assert convert("out", "--format", name, *options, source="model.gguf")[0] == 0
     checkpoint = open_checkpoint(tmp_path / "out")
     (layer,) = checkpoint.layers

@@ -3,7 +3,7 @@
 import pytest
 from huggingface_hub import constants
 
-from ktops.cli.finetune.models import find_model
+from ktops.cli.models import find_model
 
 
 @pytest.fixture

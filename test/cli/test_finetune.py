@@ -8,10 +8,12 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ktops.cli.errors import UserError
 from ktops.cli.finetune import corpus, verify
-from ktops.cli.finetune.models import load_model
+from ktops.cli.finetune.step_parts import PARTS
+from ktops.cli.models import load_model
 
 STEPS = 16
 
@@ -49,6 +51,9 @@ def test_own_model_and_data(finetune, model_directory, tmp_path):
     metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
     assert [entry["step"] for entry in metrics["steps"]] == list(range(1, STEPS + 1))
     assert all(entry["seconds"] > 0 and entry["tokens"] > 0 for entry in metrics["steps"])
+    for entry in metrics["steps"]:
+        assert sum(entry["parts"].values()) == pytest.approx(entry["seconds"], abs=0.001)
+    assert all(metrics["step_time"][part]["seconds"] > 0 for part in PARTS if part != "other matrices")
     assert metrics["held_out"]["after"]["loss"] < metrics["held_out"]["before"]["loss"] - 0.5
     assert metrics["tokens_per_second"] > 0 and metrics["peak_rss_bytes"] > 0
     assert 0 < metrics["kt_time"]["share"] < 1
@@ -62,6 +67,22 @@ def test_own_model_and_data(finetune, model_directory, tmp_path):
     adapter = load_file(tmp_path / "out" / "adapter_model.safetensors")
     assert {name: tensor.shape for name, tensor in adapter.items()} == expected_adapter(model_directory, 4)
     assert all(tensor.abs().sum() > 0 for name, tensor in adapter.items() if "lora_B" in name)
+
+
+class CountForwards(TorchDispatchMode):
+    """Counts the forwards of experts that are computed for training."""
+
+    calls = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.calls += func is torch.ops.kt.moe_sft_fwd.default
+        return func(*args, **(kwargs or {}))
+
+
+def test_checkpointing_computes_experts_once(finetune, reload_here):
+    with CountForwards() as forwards:
+        assert finetune("--max-steps", 3, "--gradient-checkpointing", "--eval-fraction", 0)[0] == 0
+    assert forwards.calls == 3 * 2
 
 
 def test_epochs_f32_accumulation_targets_and_other_experts(finetune, reload_here, tmp_path):

@@ -6,9 +6,9 @@ from peft.tuners.lora.layer import LoraLayer, ParamWrapper
 from rich.console import Console
 
 from ktops.cli.finetune.lora import add_adapters, targets
-from ktops.cli.finetune.models import load_model
 from ktops.cli.finetune.options import Options
 from ktops.cli.finetune.report import Report
+from ktops.cli.models import load_model
 
 
 @pytest.fixture

@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from ktops.cli.finetune.encoding import IGNORED
-from ktops.cli.finetune.measure import KtTime
 from ktops.cli.finetune.plot import running_mean
+from ktops.cli.finetune.step_parts import Clock
+from ktops.cli.finetune.timing import KtTime
 from ktops.cli.finetune.training import BatchOrder, _count_right
 
 
@@ -45,7 +46,7 @@ def test_accuracies_count_answer_tokens_only():
 
 def test_kt_time_counts_calls_during_training_only():
     original = torch.ops.kt.moe_fwd
-    kt = KtTime()
+    kt = KtTime(Clock())
     kt.on_train_begin(None, None, None)
     assert torch.ops.kt.moe_fwd is not original
     with pytest.raises(RuntimeError, match="missing value"):

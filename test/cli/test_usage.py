@@ -77,6 +77,11 @@ def test_wrong_usage_has_status_2(ktops_command, arguments):
             "--weight-format int4: method must be one of rtn, mse for format 'int4', got 'hqq'",
         ),
         (["--group-size", 32], "--group-size needs --weight-format"),
+        (["--mmap", "--weight-format", "int4"], "cannot be combined with --weight-format"),
+        (
+            ["--mmap", "--experts-implementation", "eager"],
+            "--mmap needs --experts-implementation ktops, got eager",
+        ),
         (
             ["--weight-format", "int4", "--experts-implementation", "eager"],
             "--weight-format needs --experts-implementation ktops, got eager",

@@ -11,6 +11,7 @@ import torch
 from model_files import save_model
 from safetensors.torch import load_file, save_file
 
+from ktops.checkpoints import experts
 from ktops.cli.finetune import options as options_file
 from ktops.cli.finetune import run as finetune
 
@@ -32,13 +33,13 @@ def test_training_on_int4(ktops_command, reload_here, model_directory, data_file
     metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
     record = metrics["quantization"]
     assert (record["weight_format"], record["group_size"], record["method"]) == ("int4", 32, "mse")
-    experts = 2 * 8 * 3 * 32 * 16
-    assert record["bytes"] * record["ratio"] == record["bytes_before"] == 2 * experts
+    num_weights = 2 * 8 * 3 * 32 * 16
+    assert record["bytes"] * record["ratio"] == record["bytes_before"] == 2 * num_weights
     assert record["ratio"] == 16 / ((2 * (4 + 16 / 32) + (4 + 16 / 16)) / 3)  # rows of down have 16 weights
     assert [layer["name"] for layer in record["layers"]] == [f"model.layers.{i}.mlp.experts" for i in (0, 1)]
     assert 0.05 < record["relative_error"] < 0.15
     assert f"{record['ratio']:.2f} times smaller" in out and "in int4, group 32 (bf16: 48.0 KiB" in out
-    assert metrics["parameters"] > metrics["trainable_parameters"] + experts
+    assert metrics["parameters"] > metrics["trainable_parameters"] + num_weights
     assert metrics["held_out"]["after"]["loss"] < metrics["held_out"]["before"]["loss"] - 0.5
     assert metrics["reload"]["max_abs_difference"] == 0 < metrics["reload"]["adapter_effect"]
     calls = {name: op["calls"] for name, op in metrics["kt_time"]["ops"].items()}
@@ -112,14 +113,14 @@ import resource, sys, torch, transformers
 from types import SimpleNamespace
 import ktops
 from ktops.cli.errors import UserError
-from ktops.cli.finetune.models import load_base
+from ktops.cli.models import load_base
 from ktops.formats import ExpertWeight
 
 torch.set_num_threads(1)
 
 def load(directory, weight_format):
     options = SimpleNamespace(
-        experts_path=None, weight_format=weight_format, group_size=None, quantize_method=None,
+        experts_path=None, mmap=False, weight_format=weight_format, group_size=None, quantize_method=None,
         experts_implementation="ktops",
     )
     model, _ = load_base(directory, torch.bfloat16, options)
@@ -155,6 +156,28 @@ def test_dense_experts_never_exist(model_directory, wide_model, tmp_path, weight
     command = [sys.executable, "-c", LOAD, model_directory, wide_model, str(limit), weight_format]
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert (result.returncode, result.stdout) == (0, f"{printed}\n"), result.stderr
+
+
+def test_experts_where_they_lie_in_the_files(
+    ktops_command, reload_here, tokenizer, data_file, tmp_path, monkeypatch
+):
+    """The adapter trained on mapped experts is bit for bit that trained on experts in memory."""
+    save_model(
+        tmp_path / "model", tokenizer, hidden_size=128, moe_intermediate_size=32, num_hidden_layers=1,
+        dtype="bfloat16",
+    )  # fmt: skip
+    saved, mapped, map_windows = [], [], experts.map_windows
+    monkeypatch.setattr(experts, "map_windows", lambda *a: mapped.append(a) or map_windows(*a))
+    for options in ([], ["--mmap"]):
+        status, _, err = ktops_command(
+            "finetune", "--model", "model", "--data", data_file, "--max-length", 96, "--max-steps", 2,
+            "--lora-rank", 4, "--eval-fraction", 0, "--output-dir", "out", "--overwrite", *options,
+        )  # fmt: skip
+        assert (status, err) == (0, "")
+        saved.append((tmp_path / "out" / "adapter_model.safetensors").read_bytes())
+    assert saved[0] == saved[1] and len(mapped) == 4  # both projections, in training and when reloading
+    metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert metrics["reload"]["max_abs_difference"] == 0 < metrics["reload"]["adapter_effect"]
 
 
 def test_experts_of_another_format(ktops_command, model_directory, data_file):

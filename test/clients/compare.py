@@ -55,15 +55,16 @@ def example(name: str, replacements: dict[str, str]) -> str:
     return text
 
 
-def run(*command: object, folder: Path, succeeds: bool = True, typed: str = "") -> tuple[str, bool]:
-    """Runs a client's command in a folder; returns (what it printed, whether kt operators ran in it).
+def environment_in(folder: Path) -> tuple[dict[str, str], Path]:
+    """Makes a folder for a client's command.
 
-    ``typed`` is its input.
+    Returns:
+        The environment of the command, and a file that exists after it if kt operators ran in it.
     """
     folder.mkdir(parents=True, exist_ok=True)
     witness = folder / "witness"
     witness.unlink(missing_ok=True)
-    environment = {
+    changes = {
         "PYTHONPATH": str(HERE / "witness"),
         "KT_WITNESS": str(witness),
         "OMP_NUM_THREADS": "1",
@@ -72,10 +73,19 @@ def run(*command: object, folder: Path, succeeds: bool = True, typed: str = "") 
         "CUDA_VISIBLE_DEVICES": "",
         "DO_NOT_TRACK": "1",
     }
+    return {**os.environ, **changes}, witness
+
+
+def run(*command: object, folder: Path, succeeds: bool = True, typed: str = "") -> tuple[str, bool]:
+    """Runs a client's command in a folder; returns (what it printed, whether kt operators ran in it).
+
+    ``typed`` is its input.
+    """
+    environment, witness = environment_in(folder)
     result = subprocess.run(
         [str(part) for part in command],
         cwd=folder,
-        env={**os.environ, **environment},
+        env=environment,
         input=typed,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

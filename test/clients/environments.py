@@ -48,6 +48,7 @@ CLIENTS = {
     "swift": Client(("ms-swift==4.6.0",)),
     "axolotl": Client(("axolotl==0.19.0",)),
     "llama_cpp": Client(("gguf==0.19.0", "peft==0.21.2", "sentencepiece")),
+    "serve": Client(("transformers[serving]==5.24.0", "peft==0.21.2"), extra="cli"),
     "sglang": Client((), alone=("sglang==0.5.23",)),
     "fork": Client(
         (

@@ -20,7 +20,15 @@ def names(model: nn.Module) -> set[str]:
 EXPECTED = {
     "qwen3_moe": {"q_proj", "k_proj", "v_proj", "o_proj", "lm_head"},
     "qwen2_moe": {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "lm_head"},
-    "deepseek_v2": {"q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "o_proj", "up_proj", "lm_head"},
+    "deepseek_v2": {
+        "q_a_proj",
+        "q_b_proj",
+        "kv_a_proj_with_mqa",
+        "o_proj",
+        "gate_proj",
+        "up_proj",
+        "lm_head",
+    },
 }
 
 

@@ -11,7 +11,9 @@ _LORA = "Adapter"
 _TRAINING = "Training"
 _RUN = "Run"
 
+FORCE = "Try even if the plan says that the memory is not enough."
 GROUP_SIZE = "Weights per scale; 0 for one scale per row. (default: depends on the format)"
+MMAP = "Use the experts where they lie in the files, as far as possible, without a copy in memory."
 METHOD = "How to choose the scales. (default: rtn, round to nearest)"
 
 
@@ -189,7 +191,7 @@ def finetune(
         bool,
         typer.Option(
             "--gradient-checkpointing/--no-gradient-checkpointing",
-            help="Compute activations again in backward, to save memory.",
+            help="Compute activations again in backward, except those of experts, to save memory.",
             rich_help_panel=_TRAINING,
         ),
     ] = False,
@@ -263,6 +265,7 @@ def finetune(
             rich_help_panel=_FORMAT,
         ),
     ] = None,
+    mmap: Annotated[bool, typer.Option("--mmap", help=MMAP, rich_help_panel=_FORMAT)] = False,
     pretrain_steps: Annotated[
         int | None,
         typer.Option(help="Pretraining steps of the small model. (default: 450)", rich_help_panel=_TRAINING),
@@ -288,6 +291,7 @@ def finetune(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace the run in --output-dir.", rich_help_panel=_RUN)
     ] = False,
+    force: Annotated[bool, typer.Option("--force", help=FORCE, rich_help_panel=_RUN)] = False,
     logging_steps: Annotated[
         int | None,
         typer.Option(

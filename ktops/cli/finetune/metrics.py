@@ -5,16 +5,17 @@ from dataclasses import asdict
 from pathlib import Path
 
 import ktops
-from ktops.cli.finetune.measure import KtTime, StepTimer, count_weights, peak_rss_bytes
+from ktops.cli.finetune.measure import count_weights, peak_rss_bytes
 from ktops.cli.finetune.options import Options
+from ktops.cli.finetune.timing import KtTime, StepTimer
 from ktops.cli.versions import versions
 from ktops.integrations.quantize_experts import QuantizationReport
 
 
 def training_log(trainer) -> list[dict]:
-    """Returns step, loss, learning_rate, grad_norm, seconds and tokens of every step, including those before
-    a resume."""
-    names = ("step", "loss", "learning_rate", "grad_norm", "seconds", "tokens")
+    """Returns step, loss, learning_rate, grad_norm and what StepTimer measures of every step, including those
+    before a resume."""
+    names = ("step", "loss", "learning_rate", "grad_norm", "seconds", "tokens", "padding", "parts")
     return [
         {name: entry.get(name) for name in names} for entry in trainer.state.log_history if "loss" in entry
     ]
@@ -32,7 +33,7 @@ def evaluations(trainer) -> list[dict]:
 def collect(options: Options, trainer, timer: StepTimer, kt: KtTime, **parts) -> dict:
     """Returns the contents of metrics.json.
 
-    Throughput, peak memory and the share of the kt ops cover this process, so only the steps since the last
+    Throughput, peak memory and the time of each part cover this process, so only the steps since the last
     resume. The losses cover the whole run.
     """
     return {
@@ -43,7 +44,7 @@ def collect(options: Options, trainer, timer: StepTimer, kt: KtTime, **parts) ->
         "trainable_parameters": sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
         "steps": training_log(trainer),
         "evaluations": evaluations(trainer),
-        "tokens_per_second": round(timer.tokens / timer.seconds, 1) if timer.seconds else None,
+        **timer.summary(),
         "kt_time": kt.summary(timer.seconds),
         "peak_rss_bytes": peak_rss_bytes(),
         **parts,

@@ -55,6 +55,7 @@ class Options:
     num_gpu_experts: int = 0
     experts_implementation: str = "ktops"
     experts_path: str | None = None
+    mmap: bool = False
     weight_format: str | None = None
     group_size: int | None = None
     quantize_method: str | None = None
@@ -160,8 +161,8 @@ def _require_model_and_data(options: Options) -> None:
         raise UserError(f"{given} needs {missing}. Without both, ktops creates a small model and its data")
     if options.pretrain_steps is not None and not options.is_demo:
         raise UserError("--pretrain-steps is only for the small model; ktops does not pretrain your --model")
-    for name in ("eval_data", "dataset_dir", "max_samples", "experts_path"):
-        if getattr(options, name) is not None and options.is_demo:
+    for name in ("eval_data", "dataset_dir", "max_samples", "experts_path", "mmap"):
+        if getattr(options, name) not in (None, False) and options.is_demo:
             raise UserError(f"{flag(name)} needs --model and --data")
     given_evaluation = [flag(name) for name in EVALUATION if getattr(options, name)]
     if len(given_evaluation) > 1:
@@ -169,11 +170,15 @@ def _require_model_and_data(options: Options) -> None:
 
 
 def _require_format(options: Options) -> None:
-    for name in ("weight_format", "experts_path"):
-        if getattr(options, name) is not None and options.experts_implementation != "ktops":
+    for name in ("weight_format", "experts_path", "mmap"):
+        if getattr(options, name) not in (None, False) and options.experts_implementation != "ktops":
             raise UserError(
                 f"{flag(name)} needs --experts-implementation ktops, got {options.experts_implementation}"
             )
+    if options.mmap and options.weight_format is not None:
+        raise UserError(
+            "--mmap uses the experts as the files hold them, so it cannot be combined with --weight-format"
+        )
     if options.weight_format is None:
         for name in ("group_size", "quantize_method"):
             if getattr(options, name) is not None:

@@ -1,4 +1,4 @@
-"""Batches without padding: the sequences of a batch follow each other in one row, and do not see each other."""
+"""Batches without padding: examples follow each other in one row, and do not see each other."""
 
 from typing import Any
 
@@ -30,8 +30,8 @@ class PackingCollator:
 def why_padded(model) -> str | None:
     """Returns why sequences cannot be packed for a causal language model; None if they can.
 
-    Three short sequences are tried, with NaN as the embeddings of the second. Where they are packed in
-    effect, the logits of the others stay finite: whatever touches a NaN, is NaN.
+    Three short sequences are tried, with NaN as the embeddings of the second. The logits of the others are
+    finite only if nothing of it reaches them.
     """
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     config = base.config.get_text_config()

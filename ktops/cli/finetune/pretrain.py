@@ -10,10 +10,10 @@ import transformers
 
 from ktops.cli.finetune import demo_model, metrics, run_directory, training
 from ktops.cli.finetune.measure import peak_rss_bytes
-from ktops.cli.finetune.models import place
 from ktops.cli.finetune.options import Options
 from ktops.cli.finetune.progress import ProgressCallback
 from ktops.cli.finetune.report import Report
+from ktops.cli.models import place
 
 LEARNING_RATE = 3e-3
 WARM_UP = 0.05
@@ -67,7 +67,7 @@ def base_model(options: Options, directory: Path, report: Report, resume_command
     demo_model.save(model, tokenizer, base)
     result = {
         "steps": metrics.training_log(trainer),
-        "tokens_per_second": round(timer.tokens / timer.seconds, 1) if timer.seconds else None,
+        **timer.summary(),
         "kt_time": kt.summary(timer.seconds),
         "peak_rss_bytes": peak_rss_bytes(),
     }

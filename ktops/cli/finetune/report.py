@@ -90,10 +90,14 @@ class Report:
             self.console.print()
 
     def cost(self, metrics: dict) -> None:
-        kt = metrics["kt_time"]
-        share = f"{kt['share']:.0%} of the training time inside kt ops" if kt else "no steps left to train"
         peak = format_bytes(metrics["peak_rss_bytes"])
-        self.line(f"{metrics['tokens_per_second'] or 0:,.0f} tokens/s, peak memory {peak}, {share}")
+        if metrics["step_time"] is None:
+            self.line(f"peak memory {peak}, no steps left to train")
+            return
+        share = f"{metrics['kt_time']['share']:.0%} of the training time inside kt ops"
+        self.line(f"{metrics['tokens_per_second']:,.0f} tokens/s, peak memory {peak}, {share}")
+        parts = ", ".join(f"{name} {part['share']:.0%}" for name, part in metrics["step_time"].items())
+        self.line(f"{metrics['padding_per_second']:,.0f} tokens/s of padding; time of a step: {parts}")
 
     def reload(self, reload: dict, directory: Path) -> None:
         if reload["max_abs_difference"] == 0:

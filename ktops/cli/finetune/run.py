@@ -19,11 +19,12 @@ from ktops.cli.finetune import options as options_file
 from ktops.cli.finetune.datasets import load_examples
 from ktops.cli.finetune.encoding import Encoded, encode, encode_question, prepare_tokenizer
 from ktops.cli.finetune.layouts import Example, from_alpaca
-from ktops.cli.finetune.models import check_directory, load_base, load_tokenizer, place, require_device
 from ktops.cli.finetune.options import Options
 from ktops.cli.finetune.plot import plot_loss
 from ktops.cli.finetune.progress import ProgressCallback
 from ktops.cli.finetune.report import Report
+from ktops.cli.models import check_directory, load_base, load_tokenizer, place, require_device
+from ktops.cli.plan.run import check_finetune
 from ktops.integrations.settings import set_num_threads
 
 NEW_TOKENS = 40
@@ -39,14 +40,17 @@ class Split:
     samples: list[tuple[str, list[int]]]
 
 
-def finetune(options: Options, directory: Path, console: Console, overwrite: bool = False) -> dict:
+def finetune(
+    options: Options, directory: Path, console: Console, overwrite: bool = False, force: bool = False
+) -> dict:
     """Runs `ktops finetune` in a directory from run_directory.choose, continuing any run in it.
 
     Returns:
         The contents of metrics.json.
 
     Raises:
-        UserError: something is wrong with the model, the data, or the reloaded adapter.
+        UserError: something is wrong with the model, the data, or the reloaded adapter; or the memory is not
+            enough, unless ``force``.
         Interrupted: Ctrl-C; a checkpoint has been saved.
     """
     report = Report(console)
@@ -61,6 +65,8 @@ def finetune(options: Options, directory: Path, console: Console, overwrite: boo
     else:
         base, pretraining = options.model, None
         tokenizer, split = _user_data(base, options, report)
+        longest = max(len(example["input_ids"]) for example in split.train)
+        check_finetune(options, longest, force, report.line)
 
     transformers.set_seed(options.seed)
     model, quantized = load_base(base, options.torch_dtype, options, show_progress=True)
@@ -229,7 +235,7 @@ def _training_arguments(options: Options, directory: Path, num_examples: int):
         per_device_eval_batch_size=options.eval_batch_size or options.batch_size,
         gradient_accumulation_steps=options.gradient_accumulation_steps,
         gradient_checkpointing=options.gradient_checkpointing,
-        gradient_checkpointing_kwargs={"use_reentrant": False},
+        gradient_checkpointing_kwargs={"use_reentrant": False, "context_fn": ktops.checkpoint_context_fn},
         **evaluation,
     )
 
@@ -264,6 +270,7 @@ def _record(model, base: str, directory: Path, options: Options, input_ids: list
         group_size=options.group_size,
         quantize_method=options.quantize_method,
         experts_path=options.experts_path,
+        mmap=options.mmap,
     )
     tokens = torch.tensor([input_ids])
     verify.write(record, tokens, verify.logits(model, tokens), scratch / "record.json")

@@ -12,10 +12,11 @@ from ktops.cli.errors import Interrupted
 from ktops.cli.finetune import run_directory
 from ktops.cli.finetune.encoding import IGNORED
 from ktops.cli.finetune.interrupt import StopOnInterrupt
-from ktops.cli.finetune.measure import KtTime, StepTimer
 from ktops.cli.finetune.options import Options
 from ktops.cli.finetune.packing import PackingCollator
 from ktops.cli.finetune.progress import ProgressCallback
+from ktops.cli.finetune.timing import KtTime, StepTimer
+from ktops.integrations.chunked_loss import ChunkedLoss, chunk_loss
 
 
 class _Arguments(TrainingArguments):
@@ -34,7 +35,6 @@ def training_arguments(options: Options, directory: Path, max_steps: int, **kwar
         max_steps=max_steps,
         logging_steps=1,
         logging_nan_inf_filter=False,
-        include_num_input_tokens_seen="non_padding",
         save_steps=options.save_steps,
         save_total_limit=options.save_total_limit,
         report_to="none",
@@ -77,6 +77,8 @@ class BatchOrder(torch.utils.data.Sampler):
 
 
 class _Trainer(Trainer):
+    timer: StepTimer
+    chunked: ChunkedLoss
     train_collator: PackingCollator | None = None
     """Of training, if it is not that of evaluation, which needs the examples apart."""
 
@@ -84,6 +86,21 @@ class _Trainer(Trainer):
         dataset = self.train_dataset if train_dataset is None else train_dataset
         lengths = [len(example["input_ids"]) for example in dataset]
         return BatchOrder(lengths, self.args.train_batch_size, self.args.seed)
+
+    def get_batch_samples(self, *args, **kwargs):
+        self.timer.begin()
+        batches, num_items = super().get_batch_samples(*args, **kwargs)
+        self.timer.collected(batches)
+        return batches, num_items
+
+    def _clip_grad_norm(self, model):
+        with self.timer.clock.during("optimizer"):
+            return super()._clip_grad_norm(model)
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        """Returns loss, the most probable tokens [B, T] instead of logits, and labels."""
+        loss, logits, labels = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        return loss, self.chunked.predictions if self.chunked.reason is None else logits.argmax(-1), labels
 
     def get_train_dataloader(self):
         evaluation = self.data_collator
@@ -104,7 +121,8 @@ def make_trainer(
     packed: bool = False,
 ) -> tuple[Trainer, StepTimer, KtTime]:
     """Returns a Trainer for examples from encoding.encode, and the callbacks that measure it."""
-    timer, kt = StepTimer(), KtTime()
+    timer = StepTimer()
+    kt = KtTime(timer.clock)
     trainer = _Trainer(
         model=model,
         args=args,
@@ -112,13 +130,13 @@ def make_trainer(
         eval_dataset=sorted(held_out, key=lambda example: len(example["input_ids"])),
         data_collator=DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=IGNORED),
         processing_class=tokenizer,
-        preprocess_logits_for_metrics=lambda logits, labels: logits.argmax(-1),
         compute_metrics=_count_right,
         callbacks=[timer, kt, progress],
     )
     if packed:
         trainer.train_collator = PackingCollator()
     trainer.remove_callback(PrinterCallback)
+    trainer.timer, trainer.chunked = timer, chunk_loss(model)
     return trainer, timer, kt
 
 

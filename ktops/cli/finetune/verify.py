@@ -34,6 +34,7 @@ class Record:
     group_size: int | None = None
     quantize_method: str | None = None
     experts_path: str | None = None
+    mmap: bool = False
 
 
 @torch.no_grad()
@@ -101,7 +102,7 @@ def check(record: Record) -> dict[str, float]:
     tensors = load_file(record.tensors)
     from peft import PeftModel
 
-    from ktops.cli.finetune.models import load_base, place
+    from ktops.cli.models import load_base, place
 
     torch.set_num_threads(record.num_threads)
     base, _ = load_base(record.base, getattr(torch, record.dtype), record)

@@ -4,13 +4,16 @@ import functools
 import inspect
 import re
 import sys
-from typing import cast
+from collections.abc import Hashable
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import is_fake
 from torch.nn.functional import pad
 
 from ktops._warn import warn_once
+from ktops.integrations.replacements import Replacements
 from ktops.integrations.transformers.latent_attention import (
     attend_latents,
     can_absorb,
@@ -28,15 +31,17 @@ QUERY_BLOCK = 512
 
 _COMPARED = re.compile(r"_attn_implementation\s*(==|!=|in\b|not in\b)")
 
+_replaced = Replacements()
+
 _NOT_COMPUTED = ("softcap", "sinks", "indices")
 """Arguments of some models' attention that SDPA does not have; transformers' sdpa would ignore some."""
 
 
 def use_attention(model: nn.Module) -> str | None:
-    """Switches a model of transformers to ``attn_implementation="ktops"``, which computes the same as its own.
+    """Switches a model of transformers to ``attn_implementation="ktops"``, which computes the same.
 
-    On the CPU, no [T, T] matrix of scores exists then, and no product with keys that a block of queries does
-    not see. This changes nothing for models on a GPU, except that they take packed sequences.
+    On the CPU, no [T, T] matrix of scores exists then, and blocks of queries are not multiplied with keys
+    that none of them sees. On a GPU, the model runs "sdpa", and takes packed sequences.
 
     Returns:
         Why the model keeps its own attention, or None.
@@ -47,7 +52,7 @@ def use_attention(model: nn.Module) -> str | None:
     """
     reason = why_not(model)
     if reason is None:
-        model.set_attn_implementation(NAME)
+        cast(Any, model).set_attn_implementation(NAME)
         defer_expansion(model, NAME)
     return reason
 
@@ -62,14 +67,14 @@ def why_not(model: nn.Module) -> str | None:
     if implementation not in ("sdpa", "eager", NAME):
         return f'it was loaded with attn_implementation="{implementation}"'
     for part in (part for part in model.modules() if isinstance(part, PreTrainedModel)):
-        reason = _why_not(type(part))
+        reason = _why_not_class(cast(Hashable, type(part)))
         if reason is not None:
             return reason
     return None
 
 
 @functools.cache
-def _why_not(model_class) -> str | None:
+def _why_not_class(model_class: Any) -> str | None:
     if not model_class._can_set_attn_implementation():
         return f"{model_class.__name__} does not use transformers' attention interface"
     if not (model_class._supports_sdpa or model_class._supports_flash_attn):
@@ -127,25 +132,17 @@ def attention_forward(
     width = value.shape[-1]
     if is_causal is None:
         is_causal = getattr(module, "is_causal", True)
-    lengths = _lengths(query, key, cu_seq_lens_q, cu_seq_lens_k)
     arguments = {"dropout": dropout, "scaling": scaling, "is_causal": is_causal, **kwargs}
-    if len(lengths) == 1:
-        return _attend(module, query, key, value, attention_mask, s_aux, arguments)[..., :width], None
-    if kwargs.get("position_bias") is not None:
-        raise ValueError(f"{type(module).__name__}: packed sequences cannot be combined with position_bias")
-    sequences = zip(*(tensor.split(lengths, dim=2) for tensor in (query, key, value)), strict=True)
-    masks = _diagonal(attention_mask, lengths)
-    outputs = [
-        _attend(module, *sequence, mask, s_aux, arguments)
-        for sequence, mask in zip(sequences, masks, strict=True)
-    ]
-    return torch.cat(outputs, dim=1)[..., :width], None
+    tensors = (query, key, value, attention_mask, s_aux)
+    if cu_seq_lens_q is None:
+        output = _attend(module, *tensors, arguments)
+    else:
+        output = _attend_packed(module, *tensors, arguments, cu_seq_lens_q, cu_seq_lens_k)
+    return output[..., :width], None
 
 
-def _lengths(query: Tensor, key: Tensor, starts: Tensor | None, key_starts: Tensor | None) -> list[int]:
-    """Returns the lengths of packed sequences; without packing, that of all queries."""
-    if starts is None:
-        return [query.shape[2]]
+def _lengths(query: Tensor, key: Tensor, starts: Tensor, key_starts: Tensor | None) -> list[int]:
+    """Returns the lengths of packed sequences."""
     if key_starts is not None and key_starts is not starts and not torch.equal(starts, key_starts):
         raise ValueError("cu_seq_lens_q and cu_seq_lens_k differ, but each sequence attends to itself")
     lengths = starts.diff().tolist()
@@ -157,8 +154,23 @@ def _lengths(query: Tensor, key: Tensor, starts: Tensor | None, key_starts: Tens
     return lengths
 
 
+@torch.compiler.disable  # else it would be compiled again for other lengths
+def _attend_packed(
+    module, query, key, value, mask: Tensor | None, sinks, arguments: dict, starts: Tensor, key_starts
+) -> Tensor:
+    if arguments.get("position_bias") is not None:
+        raise ValueError(f"{type(module).__name__}: packed sequences cannot be combined with position_bias")
+    lengths = _lengths(query, key, starts, key_starts)
+    queries, keys, values = (tensor.split(lengths, dim=2) for tensor in (query, key, value))
+    outputs = [
+        _attend(module, *sequence, sinks, arguments)
+        for sequence in zip(queries, keys, values, _diagonal(mask, lengths), strict=True)
+    ]
+    return torch.cat(outputs, dim=1)
+
+
 def _diagonal(mask: Tensor | None, lengths: list[int]) -> list[Tensor | None]:
-    """Returns the part of a mask for each sequence."""
+    """Returns the part of a mask for each sequence of a row."""
     if mask is None:
         return [None] * len(lengths)
     rows = mask.split(lengths, dim=2)
@@ -228,6 +240,7 @@ def _divides(query: Tensor, mask: Tensor, arguments: dict) -> bool:
         and mask.dtype == torch.bool
         and arguments.get("position_bias") is None
         and not torch.compiler.is_compiling()
+        and not is_fake(mask)
     )
 
 
@@ -237,19 +250,34 @@ def _seen(mask: Tensor) -> slice:
     return slice(0, 1) if not len(keys) else slice(int(keys[0]), int(keys[-1]) + 1)
 
 
-def enable() -> None:
-    """Registers "ktops" as an attention implementation, with the masks of "sdpa"."""
-    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
+def _get_correct_attn_implementation(model: Any, requested_attention: str | None, *args, **kwargs) -> str:
+    """``PreTrainedModel.get_correct_attn_implementation``, which accepts every registered name."""
+    reason = _why_not_class(cast(Hashable, type(model))) if requested_attention == NAME else None
+    if reason is not None:
+        raise ValueError(f'attn_implementation="{NAME}": {reason}')
+    return _replaced.original["get_correct_attn_implementation"](model, requested_attention, *args, **kwargs)
+
+
+def _registries() -> list:
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-    ALL_ATTENTION_FUNCTIONS.register(NAME, attention_forward)
-    ALL_MASK_ATTENTION_FUNCTIONS.register(NAME, sdpa_mask)
+    return [ALL_ATTENTION_FUNCTIONS, ALL_MASK_ATTENTION_FUNCTIONS]
+
+
+def enable() -> None:
+    """Registers "ktops" with the masks of "sdpa"; a second call does nothing."""
+    from transformers import PreTrainedModel
+    from transformers.masking_utils import sdpa_mask
+
+    for registry, function in zip(_registries(), (attention_forward, sdpa_mask), strict=True):
+        registry.register(NAME, function)
+    if not _replaced:
+        _replaced.install(PreTrainedModel, get_correct_attn_implementation=_get_correct_attn_implementation)
 
 
 def disable() -> None:
     """Unregisters the implementation. Models still set to it raise in forward."""
-    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
-    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-
-    for registry in (ALL_ATTENTION_FUNCTIONS, ALL_MASK_ATTENTION_FUNCTIONS):
+    for registry in _registries():
         registry._global_mapping.pop(NAME, None)
+    _replaced.restore()

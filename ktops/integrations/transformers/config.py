@@ -23,7 +23,7 @@ class KTConfig(QuantizationConfigMixin):
         group_size, method: as in :func:`ktops.quantize`; used only for weights that ktops quantizes.
         experts_path: another checkpoint to load the experts from, a directory or a GGUF file. Default: the
             checkpoint being loaded.
-        prefix: as in :func:`ktops.load_experts`.
+        prefix, mmap: as in :func:`ktops.load_experts`.
         other: the quantization_config of all tensors except the experts. Default: the one in config.json.
 
     Raises:
@@ -43,6 +43,7 @@ class KTConfig(QuantizationConfigMixin):
         method: str = "rtn",
         experts_path: str | None = None,
         prefix: str | None = None,
+        mmap: bool = False,
         other: dict | QuantizationConfigMixin | None = None,
         **given,
     ) -> None:
@@ -51,7 +52,7 @@ class KTConfig(QuantizationConfigMixin):
             raise TypeError(f"KTConfig: unknown arguments {', '.join(sorted(unknown))}")
         self.quant_method = NAME
         self.weight_format, self.group_size, self.method = weight_format, group_size, method
-        self.experts_path, self.prefix, self.other = experts_path, prefix, other
+        self.experts_path, self.prefix, self.mmap, self.other = experts_path, prefix, mmap, other
         try:
             if weight_format is not None:
                 get_format(weight_format).check_settings(group_size, method)
@@ -61,7 +62,7 @@ class KTConfig(QuantizationConfigMixin):
             raise ValueError(f"KTConfig: {error}") from None
 
     def to_dict(self) -> dict:
-        """Returns what config.json stores, without experts_path and prefix: a saved model has its experts."""
+        """Returns what config.json stores, without where and how to find the experts of a saved model."""
         made: dict = {"loader": LOADER}
         if self.weight_format is not None:
             made |= {

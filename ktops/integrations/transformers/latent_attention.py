@@ -2,11 +2,10 @@
 
 transformers caches one latent per token and, in every step, multiplies all of them by ``kv_b_proj`` for the
 keys and values of every head. For a single query the same follows from the latents: the product of a query
-with a key is that of ``W_k^T query`` with the latent, and the sum of values is W_v times the sum of latents.
+with a key is that of ``W_k^T query`` with the latent, and the sum of values is ``W_v`` times the sum of latents.
 """
 
 import functools
-from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -27,15 +26,15 @@ def defer_expansion(model: nn.Module, attention: str) -> None:
             module.__dict__[EXPAND] = functools.partial(_expand_kv, module, attention)
 
 
-def _expand_kv(layer: Any, attention: str, latents: Tensor, rotated: Tensor) -> tuple[Tensor, Tensor]:
+def _expand_kv(layer: nn.Module, attention: str, latents: Tensor, rotated: Tensor) -> tuple[Tensor, Tensor]:
     if layer.config._attn_implementation == attention:
         return latents, rotated
     return getattr(type(layer), EXPAND)(layer, latents, rotated)
 
 
 def is_latent(layer: nn.Module, query: Tensor, key: Tensor, value: Tensor) -> bool:
-    """Returns whether an attention function was given latents and rotated keys, not keys and values."""
-    return EXPAND in layer.__dict__ and key.shape[1] == value.shape[1] == 1 < query.shape[1]
+    """Returns whether an attention function was given latents and rotated keys in place of keys and values."""
+    return EXPAND in layer.__dict__ and (key.shape[1], value.shape[1]) == (1, 1) != query.shape[1:2]
 
 
 def expand(layer: nn.Module, latents: Tensor, rotated: Tensor) -> tuple[Tensor, Tensor]:
@@ -43,10 +42,9 @@ def expand(layer: nn.Module, latents: Tensor, rotated: Tensor) -> tuple[Tensor, 
     return getattr(type(layer), EXPAND)(layer, latents, rotated)
 
 
-def can_absorb(layer: Any, query: Tensor) -> bool:
+def can_absorb(layer: nn.Module, query: Tensor) -> bool:
     """Returns whether :func:`attend_latents` computes the same as with keys and values."""
-    projection = layer.kv_b_proj
-    return query.shape[2] == 1 and is_plain_linear(projection) and projection.bias is None
+    return query.shape[2] == 1 and is_plain_linear(layer.kv_b_proj) and layer.kv_b_proj.bias is None
 
 
 def attend_latents(
@@ -64,12 +62,14 @@ def attend_latents(
     Returns:
         [B, 1, heads, D of values].
     """
-    heads, width = query.shape[1], query.shape[3]
+    batch, heads, _, width = query.shape
     rank, key_width = latents.shape[-1], width - rotated.shape[-1]
-    weight = cast(nn.Linear, layer.kv_b_proj).weight.view(heads, -1, rank)
+    weight = layer.kv_b_proj.weight.view(heads, -1, rank)
     w_k, w_v = weight[:, :key_width], weight[:, key_width:]
-    rows, rotated_rows = query[:, :, 0].transpose(0, 1).split([key_width, width - key_width], dim=-1)
-    rows = torch.bmm(rows, w_k).transpose(0, 1)  # [B, heads, rank]
+    rows, rotated_rows = query.transpose(0, 2)[0].split(
+        [key_width, width - key_width], dim=-1
+    )  # [heads, B, ...]
+    rows = torch.bmm(rows, w_k).transpose(0, 1)
     scores = torch.bmm(rows, latents[:, 0].mT).float()
     scores += torch.bmm(rotated_rows.transpose(0, 1), rotated[:, 0].mT)
     scores *= scaling

@@ -27,8 +27,8 @@ from ktops.adapters.peft_files import FLOATS
 from ktops.checkpoints import CheckpointError
 from ktops.checkpoints.quantization_config import read_json
 from ktops.checkpoints.safetensors_file import read_views
+from ktops.checkpoints.stream import SafetensorsStream, write_json
 from ktops.checkpoints.view import View
-from ktops.checkpoints.writer import SafetensorsStream, write_json
 from ktops.compat.kt_kernel.sft.adaptation import adapters_of, find_wrappers, kt_adapt_peft_lora
 
 PEFT_WEIGHTS = (WEIGHTS, "adapter_model.bin")

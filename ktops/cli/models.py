@@ -98,6 +98,8 @@ class ExpertsOptions(Protocol):
     @property
     def experts_path(self) -> str | None: ...
     @property
+    def mmap(self) -> bool: ...
+    @property
     def weight_format(self) -> str | None: ...
     @property
     def group_size(self) -> int | None: ...
@@ -117,17 +119,11 @@ def load_base(directory: str, dtype, options: ExpertsOptions, show_progress: boo
     Raises:
         UserError: the files do not fit the options, or see :func:`load_model` and :func:`quantize_experts`.
     """
-    weight_format, experts = options.weight_format, None
-    quantize_loaded = False
-    if options.experts_path is not None:
-        backend = Backend(weight_format, options.group_size)
-        method = options.quantize_method or "rtn"
-        experts = Settings(backend, weight_path=Path(options.experts_path), method=method)
-    elif weight_format is not None:
-        quantize_loaded = not _reads_experts(directory, options)
-        if not quantize_loaded:
-            backend = Backend(weight_format, options.group_size)
-            experts = Settings(backend, method=options.quantize_method or "rtn")
+    weight_format = options.weight_format
+    quantize_loaded = (
+        weight_format is not None and options.experts_path is None and not _reads_experts(directory, options)
+    )
+    experts = None if quantize_loaded else experts_settings(options)
     model = load_model(
         directory,
         dtype,
@@ -141,6 +137,19 @@ def load_base(directory: str, dtype, options: ExpertsOptions, show_progress: boo
         )
     report = getattr(getattr(model, "hf_quantizer", None), "report", None)
     return model, None if report is None else report.quantization
+
+
+def experts_settings(options: ExpertsOptions) -> Settings | None:
+    """Returns where to load the experts from, and in which format; None for the model's own, as they are."""
+    path = options.experts_path
+    if path is None and options.weight_format is None and not options.mmap:
+        return None
+    return Settings(
+        Backend(options.weight_format, options.group_size),
+        weight_path=None if path is None else Path(path),
+        method=options.quantize_method or "rtn",
+        mmap=options.mmap,
+    )
 
 
 def _reads_experts(directory: str, options: ExpertsOptions) -> bool:

@@ -1,0 +1,94 @@
+"""Kills `ktops convert` by SIGKILL at random times, continues it, and compares the result.
+
+    python -m bench.kills MODEL --format int4 --group-size 128
+    python -m bench.kills MODEL --kills 30 --seed 1 --format q4_k --method mse
+
+Options that are not listed below are those of `ktops convert`. After every kill, neither the result nor the
+unfinished directory may load unless it is complete, and the next run continues. Whenever a run ends before
+it is killed, its files are compared with those of an undisturbed run, and the conversion begins anew.
+
+Exit status: 1 if something half-written loads, or the files differ.
+"""
+
+import argparse
+import random
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from ktops.checkpoints import CheckpointError, CheckpointWriter, open_checkpoint
+from ktops.checkpoints.writer import checksum
+
+COMMAND = (sys.executable, "-m", "ktops.cli.main", "convert")
+
+
+def checksums(folder: Path) -> dict[str, int]:
+    return {path.name: checksum(path) for path in sorted(folder.iterdir())}
+
+
+def loads(folder: Path) -> bool:
+    try:
+        open_checkpoint(folder)
+    except CheckpointError:
+        return False
+    return True
+
+
+def convert(model: Path, out: Path, options: list[str], seconds: float | None = None) -> bool:
+    """Runs the command; returns whether it ended before it was killed after so many seconds.
+
+    Raises:
+        RuntimeError: the command failed.
+    """
+    command = [*COMMAND, str(model), str(out), *options]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as process:
+        try:
+            _, errors = process.communicate(timeout=seconds)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            return False
+    if process.returncode:
+        raise RuntimeError(errors.decode())
+    return True
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, prog="bench.kills"
+    )
+    parser.add_argument("model", type=Path, help="model directory")
+    parser.add_argument("--kills", type=int, default=10)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, help="directory to write and delete (default: beside the model)")
+    args, options = parser.parse_known_args()
+    out = args.out or args.model.with_name(args.model.name + ".killed")
+    partial = CheckpointWriter.partial_path(out)
+    if out.exists() or partial.exists():
+        parser.error(f"--out: {out} or {partial} already exists")
+    start = time.monotonic()
+    convert(args.model, out, options)
+    seconds, expected = time.monotonic() - start, checksums(out)
+    shutil.rmtree(out)
+    print(f"undisturbed: {seconds:.1f} s, {len(expected)} files", flush=True)
+    moments, kills, compared, wrong = random.Random(args.seed), 0, 0, 0
+    while kills < args.kills or out.exists() or partial.exists():
+        moment = moments.uniform(0, seconds) if kills < args.kills else None
+        ended = convert(args.model, out, options, moment)
+        kills += not ended
+        half_written = [path for path in (out, partial) if loads(path) and checksums(path) != expected]
+        wrong += len(half_written)
+        if not ended:
+            left = sorted(path.name for path in partial.glob("*.safetensors"))
+            print(f"killed after {moment:.2f} s, finished files: {len(left)}", flush=True)
+        if out.exists():
+            compared += 1
+            wrong += checksums(out) != expected
+            shutil.rmtree(out)
+    print(f"{kills} kills, {compared} results compared, {wrong} wrong")
+    return int(wrong > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""`ktops chat`: answers prompts in a terminal."""

@@ -1,0 +1,245 @@
+"""Counts the parameters of a model by part, and the bytes of its weights in memory and on disk."""
+
+import functools
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from ktops.cli.errors import UserError
+from ktops.cli.finetune.options import Options
+from ktops.formats import get_format
+from ktops.formats.plain import PLAIN
+
+ROWS = 128
+"""Rows of a weight that a format encodes together, at most."""
+
+NATIVE = {"fp8": "fp8_e4m3", "mxfp4": "mxfp4"}
+"""quant_method in config.json -> the format in which ktops keeps such experts."""
+
+
+@dataclass(frozen=True)
+class Weights:
+    """The weights of a model.
+
+    Attributes:
+        architecture: the class of transformers.
+        parameters: number of weights of the "experts", of "attention", "embeddings" (and head) and "other".
+        experts_format: the format of the experts in memory.
+        experts, experts_mapped: bytes of the experts in memory, and how many of them are mapped from files.
+        others, others_mapped: the same of all other weights.
+        disk: bytes of the files; without files, of files with the weights in these formats.
+    """
+
+    architecture: str
+    parameters: dict[str, int]
+    experts_format: str
+    experts: int
+    experts_mapped: int
+    others: int
+    others_mapped: int
+    disk: int
+
+
+def build(path: str, dtype: torch.dtype) -> PreTrainedModel:
+    """Returns the causal language model of a config, on the meta device, with its experts run by ktops.
+
+    Args:
+        path: a model directory, or a config.json.
+        dtype: of its weights.
+
+    Raises:
+        UserError: transformers or ktops do not know the model.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.initialization import no_init_weights
+
+    import ktops
+    from ktops.integrations.transformers.attention import use_attention
+
+    if not Path(path).is_file() and not (Path(path) / "config.json").is_file():
+        raise UserError(f"MODEL: no such file, or no config.json in it: {path}")
+    ktops.enable()
+    try:
+        config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+        with torch.device("meta"), no_init_weights():
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype, experts_implementation="ktops")
+    except (ValueError, KeyError, OSError, ImportError) as error:
+        raise UserError(f"MODEL: unsupported architecture or broken config.json in {path}: {error}") from None
+    use_attention(model)
+    return model
+
+
+def count(model: PreTrainedModel, path: str, options: Options) -> Weights:
+    """Counts the weights of a model from :func:`build`.
+
+    Args:
+        path: where it was built from. If there are weights, their files say what can be mapped.
+        options: of `ktops finetune`, those that say how the experts are loaded.
+
+    Raises:
+        UserError: the format cannot hold the experts, or config.json does not say in which one they are.
+    """
+    dtype = next(parameter.dtype for parameter in model.parameters())
+    parameters = _parameters(model)
+    experts = _experts(model)
+    inside = {id(p) for module in experts.values() for p in module.parameters()}
+    others = sum(p.nbytes for p in model.parameters() if id(p) not in inside)
+    files = _Files(path, options.experts_path)
+    stored = files.experts(options, dtype)
+    if stored is None:
+        name = options.weight_format or _native(model, dtype)
+        size = options.group_size
+        nbytes = experts_bytes(model, name, size)
+        stored = name, nbytes, 0
+    name, nbytes, mapped = stored
+    return Weights(
+        architecture=type(model).__name__,
+        parameters=parameters,
+        experts_format=name,
+        experts=nbytes + _biases(experts),
+        experts_mapped=mapped,
+        others=others,
+        others_mapped=min(others, files.others_in(dtype)),
+        disk=files.nbytes or others + nbytes,
+    )
+
+
+def experts_bytes(model: nn.Module, weight_format: str, group_size: int | None) -> int:
+    """Returns the bytes of the experts' matrices in a format.
+
+    Raises:
+        UserError: the format cannot hold them.
+    """
+    from ktops.integrations.loading import PendingExperts
+
+    total = 0
+    for module in _experts(model).values():
+        sizes = PendingExperts(module)
+        rows = sizes.function.rows(sizes.intermediate_size)
+        shapes = (rows, sizes.hidden_size), (sizes.hidden_size, sizes.intermediate_size)
+        total += sizes.num_experts * sum(_matrix_bytes(weight_format, group_size, *shape) for shape in shapes)
+    return total
+
+
+@functools.cache
+def _matrix_bytes(weight_format: str, group_size: int | None, rows: int, columns: int) -> int:
+    known = get_format(weight_format)
+    try:
+        size = known.check_settings(group_size, "rtn")
+        row = known.row_elements(columns) * known.dtype.itemsize
+    except ValueError as error:
+        raise UserError(f"--weight-format {weight_format}: {error}") from None
+    if not known.written:
+        return rows * row
+    codes = known.quantize_reference(torch.ones(ROWS, columns), size, "rtn")
+    per_block = sum(tensor.nbytes for tensor in codes if tensor is not None and tensor is not codes.weight)
+    return rows * row + -(-rows * per_block // ROWS)
+
+
+def _experts(model: nn.Module) -> dict[str, nn.Module]:
+    from ktops.integrations.loading import experts_modules
+
+    try:
+        return experts_modules(model)
+    except ValueError as error:
+        raise UserError(f"MODEL: {error}") from None
+
+
+def _biases(experts: dict[str, nn.Module]) -> int:
+    return sum(
+        parameter.nbytes
+        for module in experts.values()
+        for name, parameter in module.named_parameters()
+        if "bias" in name
+    )
+
+
+def _native(model: PreTrainedModel, dtype: torch.dtype) -> str:
+    """Returns the format of the experts that config.json tells of."""
+    from ktops.checkpoints.config import quantization_of
+
+    quantization = quantization_of(model.config.to_dict())
+    if not quantization:
+        return PLAIN[dtype]
+    method = quantization.get("quant_method")
+    if method not in NATIVE:
+        raise UserError(
+            f"MODEL: config.json says that the weights are in {method or quantization}, and no files are "
+            "there to show their sizes. Name a format: --weight-format"
+        )
+    return NATIVE[method]
+
+
+def _parameters(model: PreTrainedModel) -> dict[str, int]:
+    """Returns the number of weights by part, each counted once."""
+    counts = dict.fromkeys(("experts", "attention", "embeddings", "other"), 0)
+    experts = tuple(f"{name}." for name in _experts(model))
+    ends = [model.get_input_embeddings(), model.get_output_embeddings()]
+    outside = {id(p) for module in ends if module is not None for p in module.parameters()}
+    for name, parameter in model.named_parameters():
+        if name.startswith(experts):
+            part = "experts"
+        elif id(parameter) in outside:
+            part = "embeddings"
+        else:
+            part = "attention" if _is_in_attention(name) else "other"
+        counts[part] += parameter.numel()
+    return counts
+
+
+def _is_in_attention(name: str) -> bool:
+    modules = (module for module in name.split(".") if "norm" not in module)
+    return any("attn" in module or "attention" in module for module in modules)
+
+
+class _Files:
+    """The files of a model's weights, if there are any."""
+
+    def __init__(self, path: str, experts_path: str | None) -> None:
+        from ktops.checkpoints import CheckpointError, open_checkpoint
+
+        folder = Path(path)
+        has_weights = folder.is_dir() and any(folder.glob("*.safetensors"))
+        try:
+            self.own = open_checkpoint(folder) if has_weights else None
+            self.of_experts = self.own if experts_path is None else open_checkpoint(experts_path)
+        except CheckpointError as error:
+            raise UserError(str(error)) from None
+
+    @property
+    def nbytes(self) -> int:
+        both = {id(part): part for part in (self.own, self.of_experts) if part is not None}
+        files = {view.file.path for part in both.values() for view in part.tensors.values()}
+        return sum(file.stat().st_size for file in files)
+
+    def others_in(self, dtype: torch.dtype) -> int:
+        """Returns the bytes of the tensors outside the experts that are mapped: those of the same dtype."""
+        if self.own is None:
+            return 0
+        return sum(view.nbytes for view in self.own.other_tensors().values() if view.dtype == dtype)
+
+    def experts(self, options: Options, dtype: torch.dtype) -> tuple[str, int, int] | None:
+        """Returns their format in memory, bytes, and bytes mapped; None if the files do not have them so."""
+        from ktops.checkpoints import CheckpointError
+
+        layers = [] if self.of_experts is None else self.of_experts.layers
+        try:
+            both = [
+                experts
+                for layer in layers
+                for experts in layer.experts(options.weight_format, group_size=options.group_size)
+            ]
+        except (CheckpointError, ValueError) as error:
+            raise UserError(str(error)) from None
+        if not both or not all(hasattr(experts, "nbytes") for experts in both):
+            return None
+        formats = dict.fromkeys(experts.format for experts in both)
+        if options.weight_format is None and not options.mmap and set(formats) <= set(PLAIN.values()):
+            if set(formats) != {PLAIN[dtype]}:
+                return None
+        name = " and ".join(formats)
+        nbytes = sum(experts.nbytes for experts in both)
+        return name, nbytes, nbytes if options.mmap else sum(experts.mapped for experts in both)

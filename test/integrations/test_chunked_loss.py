@@ -1,0 +1,211 @@
+"""The loss in chunks of tokens against that of the model, and against torch.nn.functional.cross_entropy."""
+
+import peft
+import pytest
+import torch
+from every_model import tiny_batch, tiny_model
+from torch.nn import functional
+from torch.utils.flop_counter import FlopCounterMode
+
+from ktops._warn import warn_once
+from ktops.integrations import cross_entropy
+from ktops.integrations.chunked_loss import chunk_loss
+from ktops.integrations.cross_entropy import chunked_cross_entropy, evaluate_cross_entropy
+from ktops.testing.counts import counted
+
+IGNORED = -100
+
+FOLDERS = (
+    "cohere2_moe",  # multiplies logits, ties the head to the embeddings
+    "deepseek_v2",
+    "gemma4",  # caps logits, shares keys and values between layers
+    "granitemoe",  # divides logits
+    "llama4",  # names no backbone
+    "phimoe",  # has a bias in the head
+    "qwen3_moe",
+    "qwen3_vl_moe",
+)
+ROUTER_LOSS = {"granitemoe", "phimoe", "qwen3_moe"}
+
+
+@pytest.fixture(autouse=True)
+def several_chunks(monkeypatch):
+    monkeypatch.setattr(cross_entropy, "LOGITS_PER_CHUNK", 500)
+    monkeypatch.setattr(cross_entropy, "LOGITS_PER_SOFTMAX", 200)
+
+
+def batch_of(folder: str) -> dict[str, torch.Tensor]:
+    batch = tiny_batch(folder)
+    batch["labels"] = batch["labels"].clone()
+    batch["labels"][0, :5] = IGNORED
+    return batch
+
+
+def step(model, **inputs) -> tuple[float, dict[str, torch.Tensor]]:
+    """Returns the loss and the gradient of every parameter."""
+    model.zero_grad()
+    output = model(**inputs)
+    output.loss.backward()
+    return float(output.loss.detach()), {
+        name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None
+    }
+
+
+def assert_same_step(actual, expected):
+    assert actual[0] == pytest.approx(expected[0], rel=1e-6)
+    assert actual[1].keys() == expected[1].keys()
+    for name, gradient in expected[1].items():
+        torch.testing.assert_close(actual[1][name], gradient, rtol=1e-4, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_step_equals_that_with_all_logits(folder):
+    overrides = {"output_router_logits": True} if folder in ROUTER_LOSS else {}
+    if folder == "phimoe":
+        overrides["lm_head_bias"] = True
+    model = tiny_model(folder, **overrides)
+    if folder == "granitemoe":
+        model.config.logits_scaling = 3.0
+    if folder == "gemma4":
+        model.config.final_logit_softcapping = 2.0
+    batch = batch_of(folder)
+    expected = [step(model, **batch), step(model, **batch, num_items_in_batch=torch.tensor(50))]
+    chunked = chunk_loss(model)
+    assert chunked.reason is None
+    actual = [step(model, **batch), step(model, **batch, num_items_in_batch=torch.tensor(50))]
+    for one, other in zip(actual, expected, strict=True):
+        assert_same_step(one, other)
+
+
+def test_adapters_on_the_head_and_checkpointing():
+    config = peft.LoraConfig(r=2, target_modules=["q_proj", "lm_head"], init_lora_weights=False)
+    model = peft.get_peft_model(tiny_model("qwen3_moe"), config)
+    batch = batch_of("qwen3_moe")
+    expected = step(model, **batch)
+    assert any("lm_head" in name for name in expected[1])
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.enable_input_require_grads()
+    chunk_loss(model)
+    assert_same_step(step(model, **batch), expected)
+
+
+def test_logits_without_labels_and_after_removal():
+    model = tiny_model("qwen3_moe")
+    batch = batch_of("qwen3_moe")
+    expected = model(**batch)
+    chunked = chunk_loss(model)
+    assert chunk_loss(model) is chunked
+    assert model(**batch).logits.shape == (*batch["labels"].shape[:1], 0, expected.logits.shape[-1])
+    assert torch.equal(model(input_ids=batch["input_ids"]).logits, expected.logits)
+    with torch.no_grad():
+        assert model(**batch).loss == pytest.approx(float(expected.loss.detach()), rel=1e-6)
+    has_label = functional.pad(batch["labels"], (0, 1), value=IGNORED)[:, 1:] != IGNORED
+    assert torch.equal(chunked.predictions, expected.logits.argmax(-1) * has_label)
+    chunked.remove()
+    assert torch.equal(model(**batch).logits, expected.logits)
+
+
+def test_another_loss_is_kept():
+    def own_loss(logits, labels, vocab_size, **kwargs):
+        return logits.square().mean()
+
+    model = tiny_model("qwen3_moe")
+    model.loss_function = own_loss
+    warn_once.cache_clear()
+    with pytest.warns(UserWarning, match=r"Qwen3MoeForCausalLM .* all tokens, because its loss is own_loss"):
+        assert chunk_loss(model).reason is not None
+    assert model.loss_function is own_loss
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda output: setattr(output, "loss", output.loss + 1), "in chunks, it would be"),
+        (lambda output: setattr(output, "logits", None), "that fails with AttributeError"),
+    ],
+)
+def test_another_model_keeps_its_loss(change, reason):
+    model = tiny_model("qwen3_moe")
+
+    def other_with_few_logits(module, args, kwargs, output):
+        if output.logits.shape[-2] == 0:
+            change(output)
+        return output
+
+    model.register_forward_hook(other_with_few_logits, with_kwargs=True)
+    batch = batch_of("qwen3_moe")
+    expected = step(model, **batch)
+    warn_once.cache_clear()
+    with pytest.warns(UserWarning, match=reason):
+        chunk_loss(model)
+    assert step(model, **batch)[0] == expected[0]
+
+
+def bfloat16_problem() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Returns hidden states [40, 16], a head [97, 16] and targets [40]."""
+    generator = torch.Generator().manual_seed(0)
+    hidden_states = torch.randn(40, 16, generator=generator).bfloat16()
+    head = torch.randn(97, 16, generator=generator).bfloat16()
+    return hidden_states, head, torch.randint(97, (40,), generator=generator)
+
+
+def test_gradients_are_those_of_cross_entropy_in_bfloat16():
+    hidden_states, head, targets = bfloat16_problem()
+    results = []
+    for loss in (
+        lambda x, w: chunked_cross_entropy(lambda c: functional.linear(c, w), x, targets, 97, [w]),
+        lambda x, w: functional.cross_entropy(functional.linear(x, w).float(), targets, reduction="sum"),
+    ):
+        leaves = [t.clone().requires_grad_() for t in (hidden_states, head)]
+        total = loss(*leaves)
+        (total * 0.25).backward()
+        results.append((total.detach(), *(leaf.grad for leaf in leaves)))
+    (total, *grads), (expected, *expected_grads) = results
+    torch.testing.assert_close(total, expected)
+    for gradient, other in zip(grads, expected_grads, strict=True):
+        error = (gradient - other).float().norm() / other.float().norm()
+        assert error <= torch.finfo(torch.bfloat16).eps
+
+
+def test_predictions_without_gradients():
+    hidden_states, head, targets = bfloat16_problem()
+    logits = functional.linear(hidden_states, head)
+    total, guesses = evaluate_cross_entropy(
+        lambda chunk: functional.linear(chunk, head), hidden_states, targets, 97
+    )
+    assert torch.equal(guesses, logits.argmax(-1))
+    torch.testing.assert_close(total, functional.cross_entropy(logits.float(), targets, reduction="sum"))
+
+
+def test_no_labels_at_all():
+    model = tiny_model("qwen3_moe")
+    batch = tiny_batch("qwen3_moe")
+    batch["labels"] = torch.full_like(batch["labels"], IGNORED)
+    expected = step(model, **batch, num_items_in_batch=7)
+    chunk_loss(model)
+    assert_same_step(step(model, **batch, num_items_in_batch=7), expected)
+
+
+def test_frozen_head_takes_one_product_each_way_of_tokens_with_labels():
+    model = tiny_model("qwen3_moe").requires_grad_(False)
+    model.model.norm.weight.requires_grad_()
+    batch = batch_of("qwen3_moe")
+    chunk_loss(model)
+    with FlopCounterMode(display=False) as counter:
+        model(**batch).loss.backward()
+    labels = int((batch["labels"][:, 1:] != IGNORED).sum())
+    head = model.lm_head.weight.numel()
+    assert sum(counter.get_flop_counts()["Qwen3MoeForCausalLM.lm_head"].values()) == 4 * labels * head
+    assert model.lm_head.weight.grad is None
+
+
+def test_memory_is_that_of_a_chunk():
+    tokens, vocab_size = 64, 5000
+    head, targets = torch.randn(vocab_size, 8), torch.randint(vocab_size, (tokens,))
+    cross_entropy.LOGITS_PER_CHUNK = 4 * vocab_size
+    hidden_states = torch.randn(tokens, 8, requires_grad=True)
+    with counted() as counts:
+        chunked_cross_entropy(
+            lambda chunk: functional.linear(chunk, head), hidden_states, targets, vocab_size
+        ).backward()
+    assert 4 * 4 * vocab_size < counts.peak < 4 * 6 * vocab_size

@@ -44,8 +44,8 @@ class LinearReport:
 def quantize_linear(model: nn.Module, linear_format: str = "int8") -> LinearReport:
     """Converts the linear layers of attention, dense MLPs, shared experts and the head, in place.
 
-    Each becomes a :class:`ktops.nn.Int8Linear`, with frozen weights, one after another, so that only one is in
-    memory twice. Routed experts, routers, embeddings, the ``kv_b_proj`` of latent attention, and layers with
+    Each becomes a :class:`ktops.nn.Int8Linear`, whose weights are frozen, one after another, so that only one
+    is in memory twice. Routed experts, routers, embeddings, the ``kv_b_proj`` of latent attention, and layers with
     rows of no multiple of 16 weights stay as they are, and so do adapters of PEFT; new adapters can be added
     before or after. A head that shares the weights of the embeddings gets its own, in int8.
 

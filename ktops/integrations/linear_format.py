@@ -45,9 +45,9 @@ def quantize_linear(model: nn.Module, linear_format: str = "int8") -> LinearRepo
     """Converts the linear layers of attention, dense MLPs, shared experts and the head, in place.
 
     Each becomes a :class:`ktops.nn.Int8Linear`, whose weights are frozen, one after another, so that only one
-    is in memory twice. Routed experts, routers, embeddings, the ``kv_b_proj`` of latent attention, and layers with
-    rows of no multiple of 16 weights stay as they are, and so do adapters of PEFT; new adapters can be added
-    before or after. A head that shares the weights of the embeddings gets its own, in int8.
+    is in memory twice. Routed experts, routers, embeddings, the ``kv_b_proj`` of latent attention, and layers
+    with rows of no multiple of 16 weights stay as they are, and so do adapters of PEFT; new adapters can be
+    added before or after. A head that shares the weights of the embeddings gets its own, in int8.
 
     Args:
         model: a causal language model or any other module.

@@ -87,11 +87,8 @@ def split_projection(layer: Any, query: Tensor) -> Projection | None:
                 return None
             if b.bias is not None:
                 return None
-            factors = (
-                a.weight.to(query.dtype),
-                b.weight.to(query.dtype).view(query.shape[1], -1, a.out_features),
-            )
-            adapters.append((*factors, linear.scaling[name]))
+            rows = b.weight.view(query.shape[1], -1, a.out_features)
+            adapters.append((a.weight.to(query.dtype), rows.to(query.dtype), linear.scaling[name]))
         linear = linear.base_layer
     if not is_plain_linear(linear) or linear.bias is not None:
         return None

@@ -23,7 +23,14 @@ from ktops.cli.finetune.options import Options
 from ktops.cli.finetune.plot import plot_loss
 from ktops.cli.finetune.progress import ProgressCallback
 from ktops.cli.finetune.report import Report
-from ktops.cli.models import check_directory, load_base, load_tokenizer, place, require_device
+from ktops.cli.models import (
+    check_directory,
+    load_base,
+    load_tokenizer,
+    place,
+    quantize_linear,
+    require_device,
+)
 from ktops.cli.plan.run import check_finetune
 from ktops.integrations.settings import set_num_threads
 
@@ -71,6 +78,8 @@ def finetune(
 
     transformers.set_seed(options.seed)
     model, quantized = load_base(base, options.torch_dtype, options, show_progress=True)
+    if options.linear_format is not None:
+        report.line(str(quantize_linear(model, options.linear_format)))
     model = lora.add_adapters(model, options, report)
     placed = place(model, options)
     if options.experts_implementation == "ktops":
@@ -273,6 +282,7 @@ def _record(model, base: str, directory: Path, options: Options, input_ids: list
         quantize_method=options.quantize_method,
         experts_path=options.experts_path,
         mmap=options.mmap,
+        linear_format=options.linear_format,
     )
     tokens = torch.tensor([input_ids])
     verify.write(record, tokens, verify.logits(model, tokens), scratch / "record.json")

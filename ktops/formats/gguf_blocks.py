@@ -60,9 +60,10 @@ class GgufBlocks(Format):
         import gguf
 
         self.require_finite(weight)
-        positive_zeros = (weight + 0).contiguous().numpy()  # for the sign of a minimum of 0
+        if len(HALVES[self.name]) > 1:
+            weight = weight + 0  # no minimum is -0
         kind = gguf.GGMLQuantizationType[self.name.upper()]
-        return Codes(torch.from_numpy(gguf.quants.quantize(positive_zeros, kind)))
+        return Codes(torch.from_numpy(gguf.quants.quantize(weight.contiguous().numpy(), kind)))
 
     def check_written(self) -> None:
         if not self.written:

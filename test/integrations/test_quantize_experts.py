@@ -107,7 +107,7 @@ def test_weights_beyond_a_scale_of_the_format_change_nothing():
     with torch.no_grad():
         experts["experts"].down_proj[1, 7, 5] = -1e8
     message = refused(experts, "q4_k")
-    assert "experts: down_proj: format 'q4_k' needs finite weights, with group scales" in message
+    assert "experts: down_proj: quantize: format 'q4_k' needs finite weights, with group scales" in message
     assert "got weights from -1e+08 to" in message
 
 

@@ -4,9 +4,9 @@
     python -m bench.kills MODEL --kills 30 --seed 1 --format q4_k --method mse
 
 Each moment is between the begin and the end of writing. After every kill, neither the result nor the
-unfinished directory may load unless it is complete, and the next run continues. Whenever a run ends before it is killed,
-its files are compared with those of an undisturbed run, and the conversion begins anew. Options that are not
-listed below are those of `ktops convert`.
+unfinished directory may load unless it is complete, and the next run continues. Whenever a run ends before
+it is killed, its files are compared with those of an undisturbed run, and the conversion begins anew. Options
+that are not listed below are those of `ktops convert`.
 
 Exit status: 1 if something half-written loads, or the files differ.
 """

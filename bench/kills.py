@@ -3,9 +3,10 @@
     python -m bench.kills MODEL --format int4 --group-size 128
     python -m bench.kills MODEL --kills 30 --seed 1 --format q4_k --method mse
 
-Options that are not listed below are those of `ktops convert`. After every kill, neither the result nor the
+Each moment is between the begin and the end of writing. After every kill, neither the result nor the
 unfinished directory may load unless it is complete, and the next run continues. Whenever a run ends before
-it is killed, its files are compared with those of an undisturbed run, and the conversion begins anew.
+it is killed, its files are compared with those of an undisturbed run, and the conversion begins anew. Options
+that are not listed below are those of `ktops convert`.
 
 Exit status: 1 if something half-written loads, or the files differ.
 """
@@ -19,6 +20,7 @@ import time
 from pathlib import Path
 
 from ktops.checkpoints import CheckpointError, CheckpointWriter, open_checkpoint
+from ktops.checkpoints.checkpoint import PROGRESS
 from ktops.checkpoints.writer import checksum
 
 COMMAND = (sys.executable, "-m", "ktops.cli.main", "convert")
@@ -36,22 +38,37 @@ def loads(folder: Path) -> bool:
     return True
 
 
-def convert(model: Path, out: Path, options: list[str], seconds: float | None = None) -> bool:
-    """Runs the command; returns whether it ended before it was killed after so many seconds.
+def convert(model: Path, out: Path, options: list[str], seconds: float | None = None) -> float | None:
+    """Runs the command; kills it ``seconds`` after it has begun to write.
+
+    Returns:
+        How long it wrote; None if it was killed.
 
     Raises:
         RuntimeError: the command failed.
     """
+    progress = CheckpointWriter.partial_path(out) / PROGRESS
+    before = modified(progress)
     command = [*COMMAND, str(model), str(out), *options]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as process:
+        while process.poll() is None and modified(progress) in (before, None):
+            time.sleep(0.005)
+        start = time.monotonic()
         try:
             _, errors = process.communicate(timeout=seconds)
         except subprocess.TimeoutExpired:
             process.kill()
-            return False
+            return None
     if process.returncode:
         raise RuntimeError(errors.decode())
-    return True
+    return time.monotonic() - start
+
+
+def modified(path: Path) -> int | None:
+    try:
+        return path.stat().st_mtime_ns
+    except FileNotFoundError:
+        return None
 
 
 def main() -> int:
@@ -67,21 +84,21 @@ def main() -> int:
     partial = CheckpointWriter.partial_path(out)
     if out.exists() or partial.exists():
         parser.error(f"--out: {out} or {partial} already exists")
-    start = time.monotonic()
-    convert(args.model, out, options)
-    seconds, expected = time.monotonic() - start, checksums(out)
+    seconds = convert(args.model, out, options)
+    assert seconds is not None
+    expected = checksums(out)
     shutil.rmtree(out)
-    print(f"undisturbed: {seconds:.1f} s, {len(expected)} files", flush=True)
+    print(f"undisturbed: {len(expected)} files, written in {seconds:.2f} s", flush=True)
     moments, kills, compared, wrong = random.Random(args.seed), 0, 0, 0
     while kills < args.kills or out.exists() or partial.exists():
         moment = moments.uniform(0, seconds) if kills < args.kills else None
-        ended = convert(args.model, out, options, moment)
+        ended = convert(args.model, out, options, moment) is not None
         kills += not ended
         half_written = [path for path in (out, partial) if loads(path) and checksums(path) != expected]
         wrong += len(half_written)
         if not ended:
             left = sorted(path.name for path in partial.glob("*.safetensors"))
-            print(f"killed after {moment:.2f} s, finished files: {len(left)}", flush=True)
+            print(f"killed after {moment:.2f} s of writing, finished files: {len(left)}", flush=True)
         if out.exists():
             compared += 1
             wrong += checksums(out) != expected

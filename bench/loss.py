@@ -66,7 +66,7 @@ def products(hidden_states: Tensor, head: Tensor) -> float:
     return time.process_time() - start
 
 
-def main() -> int:
+def main(arguments: list[str] | None = None) -> int:
     parser = Parser("loss", __doc__)
     parser.add_argument("--tokens", type=int, nargs="+", default=[512, 2048])
     parser.add_argument("--labels", type=float, default=1.0)
@@ -74,7 +74,7 @@ def main() -> int:
     parser.add_argument("--hidden-size", type=int, default=2048)
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--torch", action="store_true", help="also linear_cross_entropy of PyTorch 2.13")
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     losses: dict[str, Loss] = {"all logits": all_logits, "in chunks": in_chunks}
     if args.torch:
         losses["torch"] = by_torch

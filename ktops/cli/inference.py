@@ -8,23 +8,22 @@ from typing import Any, TypeVar
 
 import torch
 
-import ktops
 from ktops._display import format_bytes
 from ktops.cli import trained
 from ktops.cli.errors import UserError
 from ktops.cli.finetune.measure import count_weights
-from ktops.cli.finetune.options import flag, require_settings
+from ktops.cli.finetune.options import flag, require_linear_format, require_settings
 from ktops.cli.models import (
     check_directory,
     find_model,
     load_base,
     load_tokenizer,
     place,
+    quantize_linear,
     require_device,
 )
 from ktops.cli.plan.run import check_chat
 from ktops.formats import ExpertWeight
-from ktops.integrations.linear_format import LINEAR_FORMATS
 from ktops.integrations.settings import set_num_threads
 from ktops.integrations.transformers.coverage import experts_outside_op
 
@@ -141,7 +140,7 @@ def finish(model, options: LoadOptions, adapter: trained.Trained | None, say: Sa
     if adapter is not None:
         model = with_adapter(model, adapter)
     if options.linear_format is not None:
-        say(str(_quantize_linear(model, options.linear_format)))
+        say(str(quantize_linear(model, options.linear_format)))
     return model.eval()
 
 
@@ -227,24 +226,9 @@ def check(options: LoadOptions, adapter: trained.Trained | None) -> None:
         )
     elif options.group_size is not None or options.quantize_method is not None:
         raise UserError("--group-size and --quantize-method need --weight-format")
-    if options.linear_format not in (None, *LINEAR_FORMATS):
-        raise UserError(
-            f"--linear-format must be {' or '.join(LINEAR_FORMATS)}, got {options.linear_format!r}"
-        )
+    require_linear_format(options.linear_format)
     if adapter is not None:
         trained.require_fit(adapter, options.model)
-
-
-def _quantize_linear(model, linear_format: str):
-    """Converts the linear layers outside the experts.
-
-    Raises:
-        UserError: the format cannot hold them.
-    """
-    try:
-        return ktops.quantize_linear(model, linear_format)
-    except ValueError as error:
-        raise UserError(f"--linear-format {linear_format}: {error}") from None
 
 
 def with_adapter(model, adapter: trained.Trained):

@@ -309,6 +309,23 @@ def place(model, options: ExpertsOptions):
     return None
 
 
+def quantize_linear(model, linear_format: str):
+    """Converts the linear layers outside the experts of a model.
+
+    Returns:
+        The ktops.integrations.linear_format.LinearReport.
+
+    Raises:
+        UserError: the format cannot hold them.
+    """
+    import ktops
+
+    try:
+        return ktops.quantize_linear(model, linear_format)
+    except ValueError as error:
+        raise UserError(f"--linear-format {linear_format}: {error}") from None
+
+
 def quantize_experts(
     model,
     weight_format: str | None,

@@ -60,8 +60,9 @@ class GgufBlocks(Format):
         import gguf
 
         self.require_finite(weight)
+        positive_zeros = (weight + 0).contiguous().numpy()  # for the sign of a minimum of 0
         kind = gguf.GGMLQuantizationType[self.name.upper()]
-        return Codes(torch.from_numpy(gguf.quants.quantize(weight.contiguous().numpy(), kind)))
+        return Codes(torch.from_numpy(gguf.quants.quantize(positive_zeros, kind)))
 
     def check_written(self) -> None:
         if not self.written:

@@ -44,10 +44,10 @@ class LinearReport:
 def quantize_linear(model: nn.Module, linear_format: str = "int8") -> LinearReport:
     """Converts the linear layers of attention, dense MLPs, shared experts and the head, in place.
 
-    Each becomes a :class:`ktops.nn.Int8Linear`, one after another, so that the dense weights of all are never
-    held twice. They are frozen. Routed experts, routers, embeddings, the ``kv_b_proj`` of latent attention, and layers with rows of no multiple of
-    16 weights stay as they are, and so do adapters of PEFT; new adapters can be added before or after. A head
-    that shares the weights of the embeddings gets its own, in int8.
+    Each becomes a :class:`ktops.nn.Int8Linear`, whose weights are frozen, one after another, so that only one
+    is in memory twice. Routed experts, routers, embeddings, the ``kv_b_proj`` of latent attention, and layers
+    with rows of no multiple of 16 weights stay as they are, and so do adapters of PEFT; new adapters can be
+    added before or after. A head that shares the weights of the embeddings gets its own, in int8.
 
     Args:
         model: a causal language model or any other module.
@@ -68,12 +68,12 @@ def quantize_linear(model: nn.Module, linear_format: str = "int8") -> LinearRepo
     found = list(_linear_layers(model))
     for name, parent, child in found:
         try:
-            Int8Linear.check(parent._modules[child])
+            Int8Linear.check(_linear(parent, child))
         except (ValueError, TypeError) as error:
             raise type(error)(f"quantize_linear: {name}: {error}") from None
     layers, before, after = [], 0, 0
     for name, parent, child in found:
-        linear = parent._modules[child]
+        linear = _linear(parent, child)
         if isinstance(linear, Int8Linear):  # a child of several modules, which all have it by now
             continue
         converted = Int8Linear.from_linear(linear)
@@ -82,6 +82,12 @@ def quantize_linear(model: nn.Module, linear_format: str = "int8") -> LinearRepo
         layers.append(name)
         exchange(model, linear, converted)
     return LinearReport(linear_format, tuple(layers), before, after)
+
+
+def _linear(parent: nn.Module, name: str) -> nn.Linear:
+    linear = parent._modules[name]
+    assert isinstance(linear, nn.Linear)
+    return linear
 
 
 def _linear_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:

@@ -2,16 +2,13 @@
 
 import weakref
 from operator import is_
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ktops.nn.host_memory import ON_DEVICE
 from ktops.ops.moe_sft import moe_arguments
-
-if TYPE_CHECKING:
-    from ktops.nn.experts import KTExperts
 
 _moe_fwd_prepared = torch.ops.kt.moe_fwd_prepared.default
 
@@ -39,9 +36,9 @@ class PreparedExperts:
 
 
 def forward_prepared(
-    experts: "KTExperts", hidden_states: Tensor, topk_ids: Tensor, topk_weights: Tensor
+    experts: Any, hidden_states: Tensor, topk_ids: Tensor, topk_weights: Tensor
 ) -> Tensor | None:
-    """Runs experts in inference on the CPU; returns None where only the general path is possible.
+    """Runs a KTExperts in inference on the CPU; returns None where only the general path is possible.
 
     That is the case with gradients, in training mode, under torch.compile and other modes that see operators,
     for tokens of another shape or dtype than those of the operator, and for what it does not compute alone.
@@ -72,13 +69,13 @@ def forward_prepared(
     return _moe_fwd_prepared(hidden_states, topk_ids, topk_weights, prepared.experts)
 
 
-def _key(experts: "KTExperts") -> list[Any]:
-    """Returns the dtype of the weights, and all that their arguments are made of, to be compared by identity."""
+def _key(experts: Any) -> list[Any]:
+    """Returns the dtype of the weights, and what their arguments are made of, to be compared by identity."""
     first = experts.function.first_name
     parameters, modules = experts._parameters, experts._modules
     key: list[Any] = [None, experts.function, experts.compute]
     for name in (first, "down_proj"):
-        weight = modules.get(name)
+        weight: Any = modules.get(name)
         if weight is None:
             weight = parameters[name]
             key.append(weight)
@@ -94,7 +91,7 @@ def _same(old: list, new: list) -> bool:
     return len(old) == len(new) and all(map(is_, old, new))
 
 
-def _arguments(experts: "KTExperts", hidden_states: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> tuple:
+def _arguments(experts: Any, hidden_states: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> tuple:
     gate_up_proj, down_proj = experts.layout.weights(experts)
     gate_up_bias, down_bias = experts.layout.biases(experts)
     return moe_arguments(

@@ -93,7 +93,7 @@ void check_int8(const Checker& check, const WeightNames& names, const WeightTens
 int threads_for(const Problem& p) {
     constexpr int64_t kFlopsAThread = 1 << 19;
     const int64_t flops = 6 * p.num_tokens * p.top_k * p.hidden_size * p.intermediate_size;
-    return useful_threads(flops, kFlopsAThread);
+    return ops::useful_threads(flops, kFlopsAThread);
 }
 
 // Checks a pair of LoRA factors, A [E, r, in] and B [E, out, r], and returns r, or 0 without them.

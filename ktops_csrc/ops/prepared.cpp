@@ -63,9 +63,8 @@ public:
         tokens.point_to_tokens();
         Tensor output = tokens.empty_output();
         profile::mark("arguments");
-        dispatch::current()
-            .kernels(dtype_)
-            .forward(tokens.problem, {output.mutable_data_ptr(), nullptr, nullptr, nullptr});
+        dispatch::current().kernels(dtype_).forward(tokens.problem,
+                                                    {output.mutable_data_ptr(), nullptr, nullptr, nullptr});
         return output;
     }
 

@@ -3,7 +3,9 @@
 // Quantizers of fp8_e4m3, mxfp8 and mxfp4: ktops/formats/floating.py.
 
 #include <cstdint>
+#include <cstring>
 
+#include "core/workspace.h"
 #include "isa/vec-inl.h"
 #include "quantize/groups-inl.h"
 #include "quantize/integer-inl.h"

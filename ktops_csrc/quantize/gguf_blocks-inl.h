@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <cstring>
 
+#include "core/workspace.h"
 #include "isa/vec-inl.h"
 #include "quantize/groups-inl.h"
 #include "quantize/k_quant_blocks-inl.h"
@@ -51,7 +52,7 @@ struct UnsignedBlock {
             store_bytes(whole, reinterpret_cast<int8_t*>(codes + i * kLanes<float>));
         }
         put_half(from_float<float16>(d), out);
-        if constexpr (kMinimum) put_half(from_float<float16>(low), out + 2);
+        if constexpr (kMinimum) put_half(from_float<float16>(low + 0.0f), out + 2);
         if constexpr (kBits == 5) {
             uint32_t upper = 0;
             for (int i = 0; i < 32; ++i) upper |= static_cast<uint32_t>(codes[i] >> 4) << i;

@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <cstring>
 
+#include "core/workspace.h"
 #include "isa/vec-inl.h"
 #include "quantize/groups-inl.h"
 #include "quantize/half_quadratic-inl.h"

@@ -153,7 +153,7 @@ def test_weights_are_those_that_transformers_decodes(source):
 def test_report_of_convert(source):
     """Outputs are compared with the clamped activation of the model, not with silu."""
     _, path = source
-    convert(Options(path, path.parent / "int8", "int8"), Console(quiet=True))
+    convert(Options(path, path.parent / "int8", "int8", report="full"), Console(quiet=True))
     report = json.loads((path.parent / "int8" / "ktops-report.json").read_text())
     assert (report["activation"], report["activation_note"]) == ("swiglu_clamped", None)
     layer, converted = (open_checkpoint(path.parent / name).layers[0] for name in (path.name, "int8"))

@@ -79,3 +79,11 @@ def interrupted_command(tmp_path):
         return result.returncode, result.stdout, result.stderr
 
     return run
+
+
+@pytest.fixture
+def convert(ktops_command, model_directory):
+    def run(*arguments, source=model_directory):
+        return ktops_command("convert", source, *arguments)
+
+    return run

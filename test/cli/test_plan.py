@@ -20,6 +20,7 @@ from ktops.cli.plan.generation import CACHE, trace_generation
 from ktops.cli.plan.machine import Memory
 from ktops.cli.plan.needs import LIBRARIES, Needs, Planner
 from ktops.cli.plan.report import verdict
+from ktops.cli.plan.trace import Untraceable
 from ktops.cli.plan.training import ADAPTERS, OPTIMIZER, trace_training
 from ktops.cli.plan.weights import build, count, experts_bytes
 from ktops.formats import ExpertWeight, names
@@ -184,6 +185,23 @@ def test_force_tries(ktops_command, reload_here, model_directory, data_file, mon
     )  # fmt: skip
     assert (status, err) == (0, "")
     assert "--force: " in out and "adapter, metrics.json" in out
+
+
+def test_a_model_that_cannot_be_traced_is_trained(
+    ktops_command, reload_here, model_directory, data_file, monkeypatch
+):
+    def fail(*args):
+        raise Untraceable("ValueError: it looks at values")
+
+    monkeypatch.setattr(needs_module, "trace_training", fail)
+    status, out, err = ktops_command(
+        "finetune", "--model", model_directory, "--data", data_file, "--max-length", 96, "--max-steps", 1,
+        "--eval-fraction", 0,
+    )  # fmt: skip
+    assert (status, err) == (0, "")
+    assert "no plan of the memory: ValueError: it looks at values" in out
+    monkeypatch.setattr(needs_module, "trace_generation", fail)
+    assert "cannot be planned: ValueError" in ktops_command("plan", model_directory)[2]
 
 
 def test_the_first_change_that_fits(wide_directory, monkeypatch):

@@ -52,6 +52,25 @@ def test_training_on_int4(ktops_command, reload_here, model_directory, data_file
     assert "--weight-format is int4 in the run to resume and can't be changed to int8" in err
 
 
+def test_training_on_int8_linear_layers(ktops_command, reload_here, model_directory, data_file, tmp_path):
+    status, out, err = ktops_command(
+        "finetune", "--model", model_directory, "--data", data_file, "--max-length", 96, "--max-steps", STEPS,
+        "--lora-rank", 4, "--learning-rate", 0.05, "--eval-fraction", 0.2, "--output-dir", "out",
+        "--linear-format", "int8",
+    )  # fmt: skip
+    assert (status, err) == (0, "")
+    assert re.search(r"9 linear layers: [\d.]+ KiB in int8 \(before: [\d.]+ KiB\)", out)
+    metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert metrics["held_out"]["after"]["loss"] < metrics["held_out"]["before"]["loss"] - 0.5
+    assert metrics["reload"]["max_abs_difference"] == 0 < metrics["reload"]["adapter_effect"]
+    names = load_file(tmp_path / "out" / "adapter_model.safetensors").keys()
+    assert any("q_proj.lora_A" in name for name in names) and any("experts" in name for name in names)
+    status, _, err = ktops_command(
+        "finetune", "--model", model_directory, "--data", data_file, "--linear-format", "int4"
+    )
+    assert status == 1 and "--linear-format must be int8, got 'int4'" in err
+
+
 def test_training_on_blocks_of_256(ktops_command, reload_here, tokenizer, data_file, tmp_path):
     save_model(
         tmp_path / "model", tokenizer, hidden_size=256, moe_intermediate_size=256, num_hidden_layers=1,

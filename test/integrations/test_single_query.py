@@ -3,6 +3,7 @@
 import copy
 import pickle
 
+import peft
 import pytest
 import torch
 from tiny_models import tiny_model
@@ -113,6 +114,22 @@ def test_hooks_and_adapters_on_the_projection_are_run():
     assert relative_error(doubled, expected.double()) > 1e-2
     model.set_attn_implementation("sdpa")
     assert relative_error(doubled, steps(model).double()) < 1e-5
+
+
+@pytest.mark.parametrize("options", [{}, {"use_dora": True}], ids=str)
+def test_adapters_on_the_projection(options):
+    model = tiny_model("deepseek_v3").eval()
+    config = peft.LoraConfig(r=4, target_modules=["kv_b_proj", "o_proj"], init_lora_weights=False, **options)
+    model = peft.get_peft_model(model, config).eval()
+    expected = steps(model)
+    use_attention(model.get_base_model())
+    with torch.no_grad():
+        assert relative_error(steps(model), expected.double()) < 1e-5
+        with model.disable_adapter():
+            without = steps(model)
+    assert relative_error(without, expected.double()) > 1e-2
+    model.merge_adapter()
+    assert relative_error(steps(model), expected.double()) < 1e-5
 
 
 def test_copies_and_gradients():

@@ -1,4 +1,4 @@
-"""In inference, KTExperts passes only the tokens: same results, whatever happens to the weights in between."""
+"""In inference, KTExperts passes only the tokens; weights that change in between are noticed."""
 
 import copy
 import gc

@@ -1,5 +1,6 @@
 """kt::quantize returns the bits that the formats specify, with all kernels and any number of threads."""
 
+import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -138,6 +139,13 @@ def test_other_dtypes_and_dimensions():
     assert_same(known.quantize(weight[None], 32, "rtn"), expected.map(lambda tensor: tensor[None]))
 
 
+def test_formats_of_gguf_need_no_package(monkeypatch):
+    weight = awkward(4, 64)
+    expected = specified(weight, "q4_0", 0, "rtn")
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    assert torch.equal(ktops.quantize(weight, "q4_0").weight, expected.weight)
+
+
 @pytest.mark.parametrize("method", ["rtn", "mse", "hqq"])
 def test_ranges_beyond_float32(method):
     weight = torch.ones(1, 2, 64)
@@ -167,7 +175,7 @@ def test_scales_beyond_float16(name):
         ),
         ({"weight_format": "iq4_nl"}, "weight_format must be one of int8, .*, q6_k, got 'iq4_nl'"),
         ({"weight_format": "dense"}, "weight_format must be one of int8, .*, got 'dense'"),
-        ({"weight_format": "q4_k"}, "rows of a multiple of 256 weights, got 64"),
+        ({"weight_format": "q4_k", "group_size": 0}, "rows of a multiple of 256 weights, got 64"),
         ({"group_size": 7}, "group_size must be 0 or a multiple of 32 for weight_format 'int4', got 7"),
         ({"group_size": 2**40}, "group_size must be at most 1048576, got 1099511627776"),
         ({"weight_format": "fp8_e4m3"}, "group_size must be 0 or 128 for weight_format 'fp8_e4m3', got 32"),

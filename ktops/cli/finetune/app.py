@@ -266,6 +266,14 @@ def finetune(
         ),
     ] = None,
     mmap: Annotated[bool, typer.Option("--mmap", help=MMAP, rich_help_panel=_FORMAT)] = False,
+    linear_format: Annotated[
+        str | None,
+        typer.Option(
+            metavar="int8",
+            help="Quantize the linear layers outside the experts too, and train adapters on them.",
+            rich_help_panel=_FORMAT,
+        ),
+    ] = None,
     pretrain_steps: Annotated[
         int | None,
         typer.Option(help="Pretraining steps of the small model. (default: 450)", rich_help_panel=_TRAINING),

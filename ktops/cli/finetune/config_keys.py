@@ -282,6 +282,7 @@ KEYS: dict[str, Setter] = {
     "weight_format": _sets("weight_format", _text),
     "group_size": _sets("group_size", _whole),
     "quantize_method": _sets("quantize_method", _text),
+    "linear_format": _sets("linear_format", _text),
 }
 """Key -> its setter. ``use_kt`` and ``kt_*`` are in :mod:`ktops.integrations.settings`."""
 

@@ -56,6 +56,7 @@ class Options:
     experts_implementation: str = "ktops"
     experts_path: str | None = None
     mmap: bool = False
+    linear_format: str | None = None
     weight_format: str | None = None
     group_size: int | None = None
     quantize_method: str | None = None
@@ -161,7 +162,7 @@ def _require_model_and_data(options: Options) -> None:
         raise UserError(f"{given} needs {missing}. Without both, ktops creates a small model and its data")
     if options.pretrain_steps is not None and not options.is_demo:
         raise UserError("--pretrain-steps is only for the small model; ktops does not pretrain your --model")
-    for name in ("eval_data", "dataset_dir", "max_samples", "experts_path", "mmap"):
+    for name in ("eval_data", "dataset_dir", "max_samples", "experts_path", "mmap", "linear_format"):
         if getattr(options, name) not in (None, False) and options.is_demo:
             raise UserError(f"{flag(name)} needs --model and --data")
     given_evaluation = [flag(name) for name in EVALUATION if getattr(options, name)]
@@ -170,6 +171,7 @@ def _require_model_and_data(options: Options) -> None:
 
 
 def _require_format(options: Options) -> None:
+    require_linear_format(options.linear_format)
     for name in ("weight_format", "experts_path", "mmap"):
         if getattr(options, name) not in (None, False) and options.experts_implementation != "ktops":
             raise UserError(
@@ -185,6 +187,14 @@ def _require_format(options: Options) -> None:
                 raise UserError(f"{flag(name)} needs --weight-format")
         return
     require_settings("--weight-format", options.weight_format, options.group_size, options.quantize_method)
+
+
+def require_linear_format(linear_format: str | None) -> None:
+    """Raises UserError for an unknown format of linear layers."""
+    from ktops.integrations.linear_format import LINEAR_FORMATS
+
+    if linear_format not in (None, *LINEAR_FORMATS):
+        raise UserError(f"--linear-format must be {' or '.join(LINEAR_FORMATS)}, got {linear_format!r}")
 
 
 def require_settings(option: str, weight_format: str, group_size: int | None, method: str | None) -> None:

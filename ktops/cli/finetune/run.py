@@ -5,7 +5,7 @@ import math
 import random
 import shlex
 import tempfile
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -23,7 +23,14 @@ from ktops.cli.finetune.options import Options
 from ktops.cli.finetune.plot import plot_loss
 from ktops.cli.finetune.progress import ProgressCallback
 from ktops.cli.finetune.report import Report
-from ktops.cli.models import check_directory, load_base, load_tokenizer, place, require_device
+from ktops.cli.models import (
+    check_directory,
+    load_base,
+    load_tokenizer,
+    place,
+    quantize_linear,
+    require_device,
+)
 from ktops.cli.plan.run import check_finetune
 from ktops.integrations.settings import set_num_threads
 
@@ -61,15 +68,18 @@ def finetune(
     if options.model is None:
         _begin(directory, options, overwrite)
         base, pretraining = pretrain.base_model(options, directory, report, resume_command)
+        planned = None
         tokenizer, split = _encode(_packaged(), base, options, report)
     else:
         base, pretraining = options.model, None
         tokenizer, split = _user_data(base, options, report)
         longest = max(len(example["input_ids"]) for example in split.train)
-        check_finetune(options, longest, force, report.line)
+        planned = check_finetune(options, longest, force, report.line)
 
     transformers.set_seed(options.seed)
     model, quantized = load_base(base, options.torch_dtype, options, show_progress=True)
+    if options.linear_format is not None:
+        report.line(str(quantize_linear(model, options.linear_format)))
     model = lora.add_adapters(model, options, report)
     placed = place(model, options)
     if options.experts_implementation == "ktops":
@@ -104,6 +114,7 @@ def finetune(
         kt,
         held_out={"before": before, "after": after},
         pretraining=pretraining,
+        plan=planned and {**asdict(planned), "anonymous_bytes": planned.anonymous},
         quantization=metrics.quantization(quantized),
         samples=samples,
     )
@@ -271,6 +282,7 @@ def _record(model, base: str, directory: Path, options: Options, input_ids: list
         quantize_method=options.quantize_method,
         experts_path=options.experts_path,
         mmap=options.mmap,
+        linear_format=options.linear_format,
     )
     tokens = torch.tensor([input_ids])
     verify.write(record, tokens, verify.logits(model, tokens), scratch / "record.json")

@@ -35,6 +35,7 @@ class Record:
     quantize_method: str | None = None
     experts_path: str | None = None
     mmap: bool = False
+    linear_format: str | None = None
 
 
 @torch.no_grad()
@@ -102,10 +103,12 @@ def check(record: Record) -> dict[str, float]:
     tensors = load_file(record.tensors)
     from peft import PeftModel
 
-    from ktops.cli.models import load_base, place
+    from ktops.cli.models import load_base, place, quantize_linear
 
     torch.set_num_threads(record.num_threads)
     base, _ = load_base(record.base, getattr(torch, record.dtype), record)
+    if record.linear_format is not None:
+        quantize_linear(base, record.linear_format)
     model = PeftModel.from_pretrained(base, record.adapter)
     place(model, record)
     expected = tensors["logits"]

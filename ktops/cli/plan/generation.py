@@ -27,4 +27,4 @@ def trace_generation(model: nn.Module, context: int) -> Traced:
             cache = trace.live.total() - ids.nbytes
             del past
     parts = Counter({CACHE: cache, PROMPT: trace.peak.total() - cache, "scratch": trace.scratch})
-    return Traced(dict(parts), trace.peak_in_heap, tuple(trace.experts))
+    return Traced(dict(parts), trace.peak_in_heap, trace.most_in_heap, tuple(trace.experts))

@@ -17,8 +17,8 @@ from ktops.cli.plan.weights import Weights, build, count
 SMALLER = ("int8", "int4")
 """Formats that are proposed for the experts, the more exact first."""
 
-KEPT = 0.5
-"""What glibc's malloc keeps beside tensors in its heap, as a fraction of them.
+KEPT = 0.45
+"""What glibc's malloc keeps beside the most tensors that its heap has held, as a fraction of them.
 
 A freed block is too small for an aligned one of the same size; ``python -m bench.plan`` measures it.
 """
@@ -97,15 +97,15 @@ class Planner:
 
     @property
     def weights(self) -> Weights:
-        return self._weights_with(self.options)
+        return self.weights_with(self.options)
 
     def finetune(self, options: Options) -> Needs:
         """Returns what `ktops finetune` needs with these options, which differ in what a Change may have."""
-        return _needs(self._weights_with(options), self._training(options))
+        return _needs(self.weights_with(options), self._training(options))
 
     def chat(self, options: Options) -> Needs:
         """Returns what `ktops chat` needs with these options."""
-        return _needs(self._weights_with(options), self.generation)
+        return _needs(self.weights_with(options), self.generation)
 
     @cached_property
     def generation(self) -> Traced:
@@ -145,7 +145,7 @@ class Planner:
         now = self.weights
         for name in SMALLER:
             change: dict[str, Any] = {"weight_format": name, "group_size": None, "mmap": False}
-            if self._weights_with(replace(self.options, **change)).experts < now.experts:
+            if self.weights_with(replace(self.options, **change)).experts < now.experts:
                 yield change
 
     def _batches(self) -> Iterator[dict[str, Any]]:
@@ -172,7 +172,8 @@ class Planner:
         assert self.options.model is not None
         return build(self.options.model, self.options.torch_dtype)
 
-    def _weights_with(self, options: Options) -> Weights:
+    def weights_with(self, options: Options) -> Weights:
+        """Returns the weights with these options of how the experts are loaded."""
         key = options.weight_format, options.group_size, options.mmap
         if key not in self._weights:
             assert options.model is not None
@@ -189,7 +190,9 @@ class Planner:
 
 
 def _needs(weights: Weights, traced: Traced) -> Needs:
-    freed = KEPT * traced.in_heap if platform.libc_ver()[0] == "glibc" else 0
+    freed = (1 + KEPT) * traced.most_in_heap - traced.in_heap
+    if platform.libc_ver()[0] != "glibc":
+        freed = 0
     experts = f"experts in {weights.experts_format}"
     parts = {
         experts: weights.experts - weights.experts_mapped,

@@ -7,7 +7,7 @@ from rich.console import Console
 from ktops.cli.errors import UserError
 from ktops.cli.finetune.options import Options
 from ktops.cli.models import ExpertsOptions
-from ktops.cli.plan.needs import NeedsOf, Planner
+from ktops.cli.plan.needs import Needs, NeedsOf, Planner
 from ktops.cli.plan.report import as_json, require_fit, show
 from ktops.cli.plan.trace import Untraceable
 
@@ -28,14 +28,14 @@ def plan(options: Options, context: int, json: bool) -> None:
         raise UserError(f"MODEL: {planner.weights.architecture} cannot be planned: {error}") from None
 
 
-def check_finetune(options: Options, length: int, force: bool, say: Callable[[str], object]) -> None:
-    """Says what a run needs, with sequences of up to ``length`` tokens.
+def check_finetune(options: Options, length: int, force: bool, say: Callable[[str], object]) -> Needs | None:
+    """Says what a run needs, with sequences of up to ``length`` tokens, and returns it; None if not known.
 
     Raises:
         UserError: it does not fit, and ``force`` is False.
     """
     planner = Planner(options, length)
-    _check(planner, planner.finetune, force, say)
+    return _check(planner, planner.finetune, force, say)
 
 
 def check_chat(
@@ -52,12 +52,13 @@ def check_chat(
     _check(planner, planner.chat, force, say)
 
 
-def _check(planner: Planner, needs_of: NeedsOf, force: bool, say: Callable[[str], object]) -> None:
+def _check(planner: Planner, needs_of: NeedsOf, force: bool, say: Callable[[str], object]) -> Needs | None:
     if planner.options.device != "cpu" or planner.options.experts_implementation != "ktops":
-        return
+        return None
     try:
-        needs_of(planner.options)
+        needs = needs_of(planner.options)
     except (Untraceable, UserError) as error:  # loading gives the command's own error, if it is one
         say(f"no plan of the memory: {error}")
-        return
+        return None
     require_fit(planner, needs_of, force, say)
+    return needs

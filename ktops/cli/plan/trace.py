@@ -34,11 +34,13 @@ class Traced:
     Attributes:
         parts: bytes by kind when they are the most together.
         in_heap: bytes of them in tensors that malloc does not map one by one.
+        most_in_heap: the most bytes of such tensors at any time.
         experts: (number of experts, experts per token) of every call of ktops' operators.
     """
 
     parts: dict[str, int]
     in_heap: int
+    most_in_heap: int
     experts: tuple[tuple[int, int], ...]
 
 
@@ -52,6 +54,7 @@ class MemoryTrace(TorchDispatchMode):
         live: bytes that exist now, by kind.
         peak: bytes by kind when they were the most together, since :meth:`reset_peak`.
         peak_in_heap: bytes of tensors at that time that are smaller than those malloc maps one by one.
+        most_in_heap: the most bytes of such tensors at any time.
         scratch: the most bytes of scratch memory that a call of ktops' operators needs.
         experts: (number of experts, experts per token) of every call of ktops' operators.
     """
@@ -62,7 +65,7 @@ class MemoryTrace(TorchDispatchMode):
         self._held = {tensor.untyped_storage()._cdata for tensor in (*model.parameters(), *model.buffers())}
         self.live: Counter[str] = Counter()
         self.peak: Counter[str] = Counter()
-        self.in_heap = self.peak_in_heap = 0
+        self.in_heap = self.peak_in_heap = self.most_in_heap = 0
         self.scratch = 0
         self.experts: list[tuple[int, int]] = []
         self._kinds: dict[int, str] = {}
@@ -112,6 +115,7 @@ class MemoryTrace(TorchDispatchMode):
         self._kinds[key] = kind
         self.live[kind] += nbytes
         self.in_heap += nbytes if nbytes < HEAP_BYTES else 0
+        self.most_in_heap = max(self.most_in_heap, self.in_heap)
         weakref.finalize(storage, self._remove, key, nbytes)
         if self.live.total() > self.peak.total():
             self.reset_peak()

@@ -44,7 +44,7 @@ def trace_training(model: nn.Module, options: Options, batch_size: int, length: 
             stages.append((trace.peak, trace.peak_in_heap))
     peak, in_heap = max(stages, key=lambda stage: stage[0].total())
     parts = Counter(peak) + Counter({ADAPTERS: sum(p.nbytes for p in trained), "scratch": trace.scratch})
-    return Traced(dict(parts), in_heap, tuple(trace.experts))
+    return Traced(dict(parts), in_heap, trace.most_in_heap, tuple(trace.experts))
 
 
 def _optimizer_step(trained: list[nn.Parameter], options: Options, trace: MemoryTrace):

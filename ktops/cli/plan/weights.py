@@ -237,9 +237,9 @@ class _Files:
         if not both or not all(hasattr(experts, "nbytes") for experts in both):
             return None
         formats = dict.fromkeys(experts.format for experts in both)
-        if options.weight_format is None and not options.mmap and set(formats) <= set(PLAIN.values()):
-            if set(formats) != {PLAIN[dtype]}:
-                return None
+        as_stored = options.weight_format is not None or options.mmap
+        if not as_stored and set(formats) <= set(PLAIN.values()) - {PLAIN[dtype]}:
+            return None
         name = " and ".join(formats)
         nbytes = sum(experts.nbytes for experts in both)
         return name, nbytes, nbytes if options.mmap else sum(experts.mapped for experts in both)

@@ -16,10 +16,10 @@ from ktops._warn import warn_once
 from ktops.integrations.replacements import Replacements
 from ktops.integrations.transformers.latent_attention import (
     attend_latents,
-    can_absorb,
     defer_expansion,
     expand,
     is_latent,
+    split_projection,
 )
 from ktops.integrations.transformers.single_query import attend_single
 
@@ -29,7 +29,8 @@ NAME = "ktops"
 QUERY_BLOCK = 512
 """With a mask, that many queries at a time multiply the keys that any of them sees, on the CPU."""
 
-_COMPARED = re.compile(r"_attn_implementation\s*(==|!=|in\b|not in\b)")
+_COMPARED = re.compile(r"_attn_implementation\s*(==|in\b|not in\b|!=(?! \"eager\":))")
+"""What code contains that depends on the name. Models of 5.0 look up all but "eager" in the interface."""
 
 _replaced = Replacements()
 
@@ -126,8 +127,9 @@ def attention_forward(
         warn_once("ktops: SDPA computes attention with dropout by explicit matrices on the CPU")
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     if is_latent(module, query, key, value):
-        if _is_single(query, dropout, kwargs) and s_aux is None and can_absorb(module, query):
-            return attend_latents(module, query, key, value, attention_mask, scaling), None
+        projection = split_projection(module, query)
+        if projection is not None and _is_single(query, dropout, kwargs) and s_aux is None:
+            return attend_latents(projection, query, key, value, attention_mask, scaling), None
         key, value = expand(module, key, value)
     width = value.shape[-1]
     if is_causal is None:

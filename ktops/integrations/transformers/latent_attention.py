@@ -2,15 +2,16 @@
 
 transformers caches one latent per token and, in every step, multiplies all of them by ``kv_b_proj`` for the
 keys and values of every head. For a single query the same follows from the latents: the product of a query
-with a key is that of ``W_k^T query`` with the latent, and the sum of values is ``W_v`` times the sum of latents.
+with a key is that of ``W_k^T query`` with the latent, and the sum of values is W_v times the sum of latents.
 """
 
 import functools
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from ktops.nn.expert_list import is_plain_linear
+from ktops.nn.expert_list import interception, is_plain_linear
 
 EXPAND = "expand_kv"
 """The method of transformers' layers (5.24 and later) that makes keys and values of latents."""
@@ -26,15 +27,15 @@ def defer_expansion(model: nn.Module, attention: str) -> None:
             module.__dict__[EXPAND] = functools.partial(_expand_kv, module, attention)
 
 
-def _expand_kv(layer: nn.Module, attention: str, latents: Tensor, rotated: Tensor) -> tuple[Tensor, Tensor]:
+def _expand_kv(layer: Any, attention: str, latents: Tensor, rotated: Tensor) -> tuple[Tensor, Tensor]:
     if layer.config._attn_implementation == attention:
         return latents, rotated
-    return getattr(type(layer), EXPAND)(layer, latents, rotated)
+    return expand(layer, latents, rotated)
 
 
 def is_latent(layer: nn.Module, query: Tensor, key: Tensor, value: Tensor) -> bool:
-    """Returns whether an attention function was given latents and rotated keys in place of keys and values."""
-    return EXPAND in layer.__dict__ and (key.shape[1], value.shape[1]) == (1, 1) != query.shape[1:2]
+    """Returns whether an attention function was given latents and rotated keys, not keys and values."""
+    return EXPAND in layer.__dict__ and key.shape[1] == value.shape[1] == 1
 
 
 def expand(layer: nn.Module, latents: Tensor, rotated: Tensor) -> tuple[Tensor, Tensor]:
@@ -42,18 +43,70 @@ def expand(layer: nn.Module, latents: Tensor, rotated: Tensor) -> tuple[Tensor, 
     return getattr(type(layer), EXPAND)(layer, latents, rotated)
 
 
-def can_absorb(layer: nn.Module, query: Tensor) -> bool:
-    """Returns whether :func:`attend_latents` computes the same as with keys and values."""
-    return query.shape[2] == 1 and is_plain_linear(layer.kv_b_proj) and layer.kv_b_proj.bias is None
+class Projection(NamedTuple):
+    """``kv_b_proj`` by heads, with the LoRA adapters on it.
+
+    Attributes:
+        weight: [heads, D of keys + D of values, rank].
+        adapters: (A [r, rank], B [heads, D of keys + D of values, r], scaling) of each.
+    """
+
+    weight: Tensor
+    adapters: list[tuple[Tensor, Tensor, float]]
+
+    def apply(self, latents: Tensor, part: slice) -> Tensor:
+        """Multiplies by some rows of each head, [heads, B, rank] -> [heads, B, D]."""
+        product = torch.bmm(latents, self.weight[:, part].mT)
+        for a, b, scaling in self.adapters:
+            product += scaling * torch.bmm(latents @ a.mT, b[:, part].mT)
+        return product
+
+    def apply_transposed(self, rows: Tensor, part: slice) -> Tensor:
+        """Multiplies by the transpose of some rows of each head, [heads, B, D] -> [heads, B, rank]."""
+        product = torch.bmm(rows, self.weight[:, part])
+        for a, b, scaling in self.adapters:
+            product += scaling * (torch.bmm(rows, b[:, part]) @ a)
+        return product
+
+
+def split_projection(layer: Any, query: Tensor) -> Projection | None:
+    """Returns the projection of a layer for a single query [B, heads, 1, D]; None if it must run as a whole.
+
+    That is the case with hooks, other adapters than plain LoRA, quantized weights, in training mode.
+    """
+    linear, adapters = layer.kv_b_proj, []
+    if query.shape[2] != 1 or layer.training:
+        return None
+    if hasattr(linear, "lora_A"):
+        if interception(linear) or linear.merged:
+            return None
+        names = () if linear.disable_adapters else linear.active_adapters
+        for name in (name for name in names if name in linear.lora_A):
+            a, b = linear.lora_A[name], linear.lora_B[name]
+            if name in linear.lora_variant or not (is_plain_linear(a) and is_plain_linear(b)):
+                return None
+            if b.bias is not None:
+                return None
+            rows = b.weight.view(query.shape[1], -1, a.out_features)
+            adapters.append((a.weight.to(query.dtype), rows.to(query.dtype), linear.scaling[name]))
+        linear = linear.base_layer
+    if not is_plain_linear(linear) or linear.bias is not None:
+        return None
+    return Projection(linear.weight.view(query.shape[1], -1, linear.in_features), adapters)
 
 
 def attend_latents(
-    layer: nn.Module, query: Tensor, latents: Tensor, rotated: Tensor, mask: Tensor | None, scaling: float
+    projection: Projection,
+    query: Tensor,
+    latents: Tensor,
+    rotated: Tensor,
+    mask: Tensor | None,
+    scaling: float,
 ) -> Tensor:
     """Computes attention of a single query per sequence.
 
     Args:
-        layer: its ``kv_b_proj`` holds W_k and W_v of every head.
+        projection: of the layer.
         query: [B, heads, 1, D of keys + D of rotated keys].
         latents, rotated: [B, 1, S, rank], [B, 1, S, D of rotated keys].
         mask: [B or 1, heads or 1, 1, S], bool or added to the scores.
@@ -62,16 +115,11 @@ def attend_latents(
     Returns:
         [B, 1, heads, D of values].
     """
-    batch, heads, _, width = query.shape
-    rank, key_width = latents.shape[-1], width - rotated.shape[-1]
-    weight = layer.kv_b_proj.weight.view(heads, -1, rank)
-    w_k, w_v = weight[:, :key_width], weight[:, key_width:]
-    rows, rotated_rows = query.transpose(0, 2)[0].split(
-        [key_width, width - key_width], dim=-1
-    )  # [heads, B, ...]
-    rows = torch.bmm(rows, w_k).transpose(0, 1)
-    scores = torch.bmm(rows, latents[:, 0].mT).float()
-    scores += torch.bmm(rotated_rows.transpose(0, 1), rotated[:, 0].mT)
+    width = query.shape[3] - rotated.shape[3]
+    rows, rotated_rows = query[:, :, 0].split([width, rotated.shape[3]], dim=-1)
+    rows = projection.apply_transposed(rows.transpose(0, 1), slice(width)).transpose(0, 1)
+    scores = torch.bmm(rows, latents[:, 0].mT).float()  # [B, heads, S]
+    scores += torch.bmm(rotated_rows, rotated[:, 0].mT)
     scores *= scaling
     if mask is not None:
         mask = mask[:, :, 0]
@@ -79,5 +127,5 @@ def attend_latents(
             scores.masked_fill_(~mask, torch.finfo(scores.dtype).min)
         else:
             scores += mask
-    sums = torch.bmm(scores.softmax(-1).to(query.dtype), latents[:, 0])  # [B, heads, rank]
-    return torch.bmm(sums.transpose(0, 1), w_v.mT).transpose(0, 1)[:, None]
+    sums = torch.bmm(scores.softmax(-1).to(query.dtype), latents[:, 0])
+    return projection.apply(sums.transpose(0, 1), slice(width, None)).transpose(0, 1)[:, None]

@@ -92,11 +92,14 @@ def test_adapters_on_the_head_and_checkpointing():
 def test_logits_without_labels_and_after_removal():
     model = tiny_model("qwen3_moe")
     batch = batch_of("qwen3_moe")
-    expected = model(**batch)
+    last = {"input_ids": batch["input_ids"], "labels": batch["labels"][:, -2:], "logits_to_keep": 2}
+    expected, expected_of_last = model(**batch), model(**last)
     chunked = chunk_loss(model)
     assert chunk_loss(model) is chunked
     assert model(**batch).logits.shape == (*batch["labels"].shape[:1], 0, expected.logits.shape[-1])
     assert torch.equal(model(input_ids=batch["input_ids"]).logits, expected.logits)
+    assert torch.equal(model(**last).logits, expected_of_last.logits)
+    assert model(**last).loss == expected_of_last.loss
     with torch.no_grad():
         assert model(**batch).loss == pytest.approx(float(expected.loss.detach()), rel=1e-6)
     has_label = functional.pad(batch["labels"], (0, 1), value=IGNORED)[:, 1:] != IGNORED

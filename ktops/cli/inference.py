@@ -107,7 +107,8 @@ def load(options: LoadOptions, say: Say) -> Loaded:
     begin = time.perf_counter()
     options, adapter = prepare(options, say)
     tokenizer = load_tokenizer(options.model)
-    check_chat(options.model, options.dtype or "bf16", options, options.force, say)
+    dtype = options.dtype or "bf16"
+    check_chat(options.model, dtype, options, options.linear_format, options.force, say)
     model, quantized = load_base(options.model, DTYPES[options.dtype or "bf16"], options, show_progress=True)
     model = finish(model, options, adapter, say)
     placed = place(model, options)

@@ -65,7 +65,7 @@ def quantize_linear(model: nn.Module, linear_format: str = "int8") -> LinearRepo
         217 linear layers: 1.0 GiB in int8 (before: 2.0 GiB)
     """
     check_name("quantize_linear", "linear_format", linear_format, LINEAR_FORMATS)
-    found = list(_linear_layers(model))
+    found = list(linear_layers(model))
     for name, parent, child in found:
         try:
             Int8Linear.check(_linear(parent, child))
@@ -90,7 +90,7 @@ def _linear(parent: nn.Module, name: str) -> nn.Linear:
     return linear
 
 
-def _linear_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
+def linear_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
     """Yields (name, parent, name in the parent) of the layers to convert."""
     experts = tuple(f"{name}." for name in find_experts(model))
     adapters: tuple[str, ...] = ()

@@ -40,7 +40,6 @@ def model(tmp_path_factory):
 RUNS = {
     "bf16": (),
     "int8": ("--weight-format", "int8"),
-    "checkpointing": ("--gradient-checkpointing", "--target", "attention"),
 }
 
 

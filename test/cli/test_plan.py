@@ -95,6 +95,17 @@ def test_a_converted_directory_is_mapped(wide_directory, tmp_path, ktops_command
     assert found.others_mapped == found.others
 
 
+def test_linear_layers_in_int8(wide_directory):
+    model, _ = models.load_base(str(wide_directory), torch.bfloat16, run_options(wide_directory))
+    report = ktops.quantize_linear(model)
+
+    def found(linear_format):
+        skeleton = build(str(wide_directory), torch.bfloat16)
+        return count(skeleton, str(wide_directory), run_options(wide_directory), linear_format)
+
+    assert found(None).others - found("int8").others == report.bytes_before - report.bytes_after
+
+
 def test_experts_of_a_config_alone(tmp_path, model_directory):
     config = json.loads((model_directory / "config.json").read_text())
     alone = tmp_path / "config.json"

@@ -49,6 +49,12 @@ def plan(
         str, typer.Option(metavar="NAME", help="As for ktops finetune.", rich_help_panel=_TRAINING)
     ] = "adamw_torch_fused",
     context: Annotated[int, typer.Option(help="Tokens of a conversation.", rich_help_panel=_CHAT)] = 4096,
+    linear_format: Annotated[
+        str | None,
+        typer.Option(
+            metavar="int8", help="Linear layers outside the experts in int8.", rich_help_panel=_CHAT
+        ),
+    ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Show what fine-tuning a model and talking to it need in memory, before anything is loaded.

@@ -12,13 +12,13 @@ from ktops.cli.plan.report import as_json, require_fit, show
 from ktops.cli.plan.trace import Untraceable
 
 
-def plan(options: Options, context: int, json: bool) -> None:
+def plan(options: Options, context: int, linear_format: str | None, json: bool) -> None:
     """Runs `ktops plan`.
 
     Raises:
         UserError: the model is not known, or the options do not fit it.
     """
-    planner = Planner(options, context=context)
+    planner = Planner(options, context=context, linear_format=linear_format)
     try:
         if json:
             print(as_json(planner))
@@ -39,7 +39,12 @@ def check_finetune(options: Options, length: int, force: bool, say: Callable[[st
 
 
 def check_chat(
-    model: str, dtype: str, options: ExpertsOptions, force: bool, say: Callable[[str], object]
+    model: str,
+    dtype: str,
+    options: ExpertsOptions,
+    linear_format: str | None,
+    force: bool,
+    say: Callable[[str], object],
 ) -> None:
     """Says what a conversation with a model needs, whose other weights have that dtype ("bf16" or "f32").
 
@@ -48,7 +53,7 @@ def check_chat(
     """
     names = ("experts_path", "weight_format", "group_size", "mmap", "device")
     given = {name: getattr(options, name) for name in names}
-    planner = Planner(Options(model=model, dtype=dtype, **given))
+    planner = Planner(Options(model=model, dtype=dtype, **given), linear_format=linear_format)
     _check(planner, planner.chat, force, say)
 
 

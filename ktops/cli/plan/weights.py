@@ -72,12 +72,13 @@ def build(path: str, dtype: torch.dtype) -> PreTrainedModel:
     return model
 
 
-def count(model: PreTrainedModel, path: str, options: Options) -> Weights:
+def count(model: PreTrainedModel, path: str, options: Options, linear_format: str | None = None) -> Weights:
     """Counts the weights of a model from :func:`build`.
 
     Args:
         path: where it was built from. If there are weights, their files say what can be mapped.
         options: of `ktops finetune`, those that say how the experts are loaded.
+        linear_format: as for ktops.quantize_linear.
 
     Raises:
         UserError: the format cannot hold the experts, or config.json does not say in which one they are.
@@ -88,21 +89,26 @@ def count(model: PreTrainedModel, path: str, options: Options) -> Weights:
     inside = {id(p) for module in experts.values() for p in module.parameters()}
     others = sum(p.nbytes for p in model.parameters() if id(p) not in inside)
     files = _Files(path, options.experts_path)
+    mapped = min(others, files.others_in(dtype))
+    if linear_format is not None:
+        before, after = _linear_bytes(model)
+        others += after - before
+        mapped = max(0, mapped - before)
     stored = files.experts(options, dtype)
     if stored is None:
         name = options.weight_format or _native(model, dtype)
         size = options.group_size
         nbytes = experts_bytes(model, name, size)
         stored = name, nbytes, 0
-    name, nbytes, mapped = stored
+    name, nbytes, experts_mapped = stored
     return Weights(
         architecture=type(model).__name__,
         parameters=parameters,
         experts_format=name,
         experts=nbytes + _biases(experts),
-        experts_mapped=mapped,
+        experts_mapped=experts_mapped,
         others=others,
-        others_mapped=min(others, files.others_in(dtype)),
+        others_mapped=mapped,
         disk=files.nbytes or others + nbytes,
     )
 
@@ -155,6 +161,15 @@ def _biases(experts: dict[str, nn.Module]) -> int:
         for name, parameter in module.named_parameters()
         if "bias" in name
     )
+
+
+def _linear_bytes(model: PreTrainedModel) -> tuple[int, int]:
+    """Returns the bytes of the linear layers that can be in int8, as they are and in int8."""
+    from ktops.integrations.linear_format import linear_layers
+
+    layers = {id(parent._modules[child]): parent._modules[child] for _, parent, child in linear_layers(model)}
+    weights = [layer.weight for layer in layers.values() if isinstance(layer, nn.Linear)]
+    return sum(w.nbytes for w in weights), sum(w.numel() + w.itemsize * w.shape[0] for w in weights)
 
 
 def _native(model: PreTrainedModel, dtype: torch.dtype) -> str:

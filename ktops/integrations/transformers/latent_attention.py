@@ -47,8 +47,8 @@ def expand(layer: nn.Module, latents: Tensor, rotated: Tensor) -> tuple[Tensor, 
 class Projection(NamedTuple):
     """``kv_b_proj`` by heads, with the LoRA adapters on it.
 
-    Products are with all rows of a head, for keys and for values: PyTorch would copy some of them first, which
-    takes longer than to multiply the others as well.
+    Products are with all rows of a head, for keys and for values: PyTorch would copy some of them first,
+    which takes longer than to multiply the others as well.
 
     Attributes:
         weight: [heads, D of keys + D of values, rank].

@@ -5,6 +5,7 @@
 The figure is the thread's CPU time of a call, from Python to the kernels and back, the best of many series.
 "ktops.moe_sft" is the public function under torch.no_grad; "torch.ops.kt.moe_fwd" is the operator that it
 calls, in torch.inference_mode (under torch.no_grad PyTorch first runs the operator's autograd, in Python).
+"ktops.nn.KTExperts" is the module, which calls "torch.ops.kt.moe_fwd_prepared" with the tokens only.
 The steps are those of ktops.profile. For comparison, the table also has F.linear, an operator without
 arguments, and the same layer built from PyTorch's operators, which slows down with the machine as ktops does.
 
@@ -16,11 +17,13 @@ import time
 from collections.abc import Callable
 
 import torch
+from torch import nn
 
 import ktops
 from bench.arguments import Parser
 from bench.machine import cpu_model
 from bench.shapes import Shape
+from ktops.nn import KTExperts
 from ktops.ops.arguments import MoeArguments
 from ktops.testing.inputs import op_arguments
 
@@ -67,6 +70,8 @@ def overheads() -> dict[str, float]:
     function, arguments = tiny_call()
     op = torch.ops.kt.moe_fwd.default
     x = arguments.hidden_states
+    weights = (nn.Parameter(weight, False) for weight in (arguments.gate_up_proj, arguments.down_proj))
+    experts = KTExperts.from_parameters(*weights).eval()
     rows = {}
     with torch.no_grad():
         rows["ktops.moe_sft"] = best_seconds(function)
@@ -75,6 +80,12 @@ def overheads() -> dict[str, float]:
         rows["an operator without arguments"] = best_seconds(torch.ops.kt.profiling)
     with torch.inference_mode():
         rows["torch.ops.kt.moe_fwd"] = best_seconds(lambda: op(*arguments))
+        tokens = arguments[:3]
+        rows["ktops.nn.KTExperts"] = best_seconds(lambda: experts(*tokens))
+        prepared = torch.ops.kt.prepare_moe(*arguments)
+        short_op = torch.ops.kt.moe_fwd_prepared.default
+        rows["torch.ops.kt.moe_fwd_prepared"] = best_seconds(lambda: short_op(*tokens, prepared))
+        torch.ops.kt.release_moe(prepared)
     profiles = []
     for _ in range(_SERIES):
         with torch.inference_mode(), ktops.profile() as profile:

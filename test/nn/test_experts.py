@@ -264,14 +264,20 @@ def test_is_exported():
 def test_integers_are_for_inference(monkeypatch):
     """In training mode "auto" is "bf16", with and without gradients."""
     from ktops.nn import experts as module
+    from ktops.nn import prepared
 
     weights = [ktops.quantize(torch.randn(E, *shape), "int8") for shape in ((2 * I, H), (H, I))]
     experts = KTExperts.from_parameters(*weights)
     seen = []
-    run = module.moe_sft
-    monkeypatch.setattr(
-        module, "moe_sft", lambda *args, **kw: (seen.append(kw["compute"]), run(*args, **kw))[1]
-    )
+
+    def watch(owner, name: str) -> None:
+        run = getattr(owner, name)
+        monkeypatch.setattr(
+            owner, name, lambda *args, **kw: (seen.append(kw["compute"]), run(*args, **kw))[1]
+        )
+
+    watch(module, "moe_sft")
+    watch(prepared, "moe_arguments")
     with torch.no_grad():
         experts.train()(*inputs())
         experts.eval()(*inputs())

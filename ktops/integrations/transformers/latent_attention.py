@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
 from ktops.nn.expert_list import interception, is_plain_linear
 
@@ -46,6 +47,9 @@ def expand(layer: nn.Module, latents: Tensor, rotated: Tensor) -> tuple[Tensor, 
 class Projection(NamedTuple):
     """``kv_b_proj`` by heads, with the LoRA adapters on it.
 
+    Products are with all rows of a head, for keys and for values: PyTorch would copy some of them first,
+    which takes longer than to multiply the others as well.
+
     Attributes:
         weight: [heads, D of keys + D of values, rank].
         adapters: (A [r, rank], B [heads, D of keys + D of values, r], scaling) of each.
@@ -54,18 +58,19 @@ class Projection(NamedTuple):
     weight: Tensor
     adapters: list[tuple[Tensor, Tensor, float]]
 
-    def apply(self, latents: Tensor, part: slice) -> Tensor:
-        """Multiplies by some rows of each head, [heads, B, rank] -> [heads, B, D]."""
-        product = torch.bmm(latents, self.weight[:, part].mT)
+    def values(self, latents: Tensor, key_width: int) -> Tensor:
+        """Returns W_v times latents, [heads, B, rank] -> [heads, B, D of values]."""
+        product = torch.bmm(latents, self.weight.mT)
         for a, b, scaling in self.adapters:
-            product += scaling * torch.bmm(latents @ a.mT, b[:, part].mT)
-        return product
+            product += scaling * torch.bmm(latents @ a.mT, b.mT)
+        return product[..., key_width:]
 
-    def apply_transposed(self, rows: Tensor, part: slice) -> Tensor:
-        """Multiplies by the transpose of some rows of each head, [heads, B, D] -> [heads, B, rank]."""
-        product = torch.bmm(rows, self.weight[:, part])
+    def latent_queries(self, queries: Tensor) -> Tensor:
+        """Returns the transpose of W_k times queries, [heads, B, D of keys] -> [heads, B, rank]."""
+        rows = pad(queries, (0, self.weight.shape[1] - queries.shape[2]))
+        product = torch.bmm(rows, self.weight)
         for a, b, scaling in self.adapters:
-            product += scaling * (torch.bmm(rows, b[:, part]) @ a)
+            product += scaling * (torch.bmm(rows, b) @ a)
         return product
 
 
@@ -117,7 +122,7 @@ def attend_latents(
     """
     width = query.shape[3] - rotated.shape[3]
     rows, rotated_rows = query[:, :, 0].split([width, rotated.shape[3]], dim=-1)
-    rows = projection.apply_transposed(rows.transpose(0, 1), slice(width)).transpose(0, 1)
+    rows = projection.latent_queries(rows.transpose(0, 1)).transpose(0, 1)
     scores = torch.bmm(rows, latents[:, 0].mT).float()  # [B, heads, S]
     scores += torch.bmm(rotated_rows, rotated[:, 0].mT)
     scores *= scaling
@@ -128,4 +133,4 @@ def attend_latents(
         else:
             scores += mask
     sums = torch.bmm(scores.softmax(-1).to(query.dtype), latents[:, 0])
-    return projection.apply(sums.transpose(0, 1), slice(width, None)).transpose(0, 1)[:, None]
+    return projection.values(sums.transpose(0, 1), width).transpose(0, 1)[:, None]

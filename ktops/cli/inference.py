@@ -119,7 +119,8 @@ def prepare(options: LoadOptions, say: Say) -> tuple[LoadOptions, trained.Traine
     """Does what comes before loading: :func:`resolve`, :func:`check`, the plan of the memory, the threads."""
     options, adapter = resolve(options, say)
     check(options, adapter)
-    check_chat(options.model, options.dtype or "bf16", options, options.force, say)
+    dtype = options.dtype or "bf16"
+    check_chat(options.model, dtype, options, options.linear_format, options.force, say)
     if options.num_threads is not None:
         cores = set_num_threads(options.num_threads)
         if cores < options.num_threads:

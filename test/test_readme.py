@@ -23,6 +23,7 @@ OPS = (
     "cpu_capability", "cpu_capabilities", "cpu_refusals", "set_cpu_capability", "measure_peak", "sum_words",
     "set_profiling", "profiling", "profiled_steps", "paths", "force_path", "empty_cache", "memory_stats",
     "load_cuda", "synchronize_streams", "stop_streams", "empty_stream_cache", "staged_bytes", "dequantize",
+    "quantize", "prepare_moe", "moe_fwd_prepared", "release_moe",
 )  # fmt: skip
 
 

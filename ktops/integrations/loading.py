@@ -124,18 +124,20 @@ def load_layers(
         plan.append((name, module, layer, both))
     made = {}
     total = 2 * sum(layer.num_experts for _, _, layer, _ in plan)
-    with torch.device("cpu"), progress("experts", total, show=show_progress) as step:
-        for name, module, layer, both in plan:
-            gate_up, down = (experts.read(dtype, step) for experts in both)
-            found = (layer.bias(key, dtype) for key in PROJECTIONS)
-            biases = (bias if bias is None else nn.Parameter(bias, requires_grad=False) for bias in found)
-            made[name] = _kind(module).from_parameters(gate_up, down, *biases, **_options(module))
-            made[name].train(module.training)
+    with torch.device("cpu"):
+        with progress("experts", total, show=show_progress) as step:
+            for name, module, layer, both in plan:
+                gate_up, down = (experts.read(dtype, step) for experts in both)
+                found = (layer.bias(key, dtype) for key in PROJECTIONS)
+                biases = (bias if bias is None else nn.Parameter(bias, requires_grad=False) for bias in found)
+                made[name] = _kind(module).from_parameters(gate_up, down, *biases, **_options(module))
+                made[name].train(module.training)
+        report = _report(plan, made)
     for name, module in modules.items():
         exchange_stacked(model, module, made[name])
     if mmap:
         _warn_if_read(plan)
-    return _report(plan, made)
+    return report
 
 
 def _in_place(layer: Layer, both: tuple[Experts, Experts]) -> tuple[Experts, Experts]:

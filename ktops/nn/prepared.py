@@ -55,6 +55,7 @@ def forward_prepared(
         or experts.transposed
         or experts.post_expert_norm is not None
         or ON_DEVICE in experts._modules
+        or "parametrizations" in experts._modules  # of PEFT, whose adapters change the weights for a call
         or hidden_states.dim() != 2
         or topk_weights.shape != topk_ids.shape
     ):

@@ -14,7 +14,7 @@ import gguf
 import numpy
 import pytest
 import torch
-from ktops.cli.finetune.models import load_model
+from ktops.cli.models import load_model
 from safetensors.torch import load_file, save_file
 
 import ktops

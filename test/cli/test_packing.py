@@ -4,7 +4,7 @@ import io
 
 import pytest
 import torch
-from ktops.cli.finetune.models import load_model
+from ktops.cli.models import load_model
 from rich.console import Console
 
 from ktops.cli.finetune import training

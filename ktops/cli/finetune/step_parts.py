@@ -25,6 +25,11 @@ class Clock:
         self._part: str | None = None
         self._since = 0.0
 
+    @property
+    def is_running(self) -> bool:
+        """Whether a step is under way."""
+        return self._part is not None
+
     def start(self, part: str) -> None:
         """Begins a step, with a part."""
         self._seconds = dict.fromkeys(PARTS, 0.0)

@@ -86,7 +86,7 @@ class StepTimer(TrainerCallback):
 
 
 class _TimedOp:
-    """Wraps an operator and adds up the time spent in its calls.
+    """Wraps an operator and adds up the time spent in its calls during steps.
 
     For tensors on an accelerator, a call runs the same operator on copies; that is not another call.
     """
@@ -96,7 +96,7 @@ class _TimedOp:
         self.running = False
 
     def __call__(self, *args, **kwargs):
-        if self.running:
+        if self.running or not self.clock.is_running:
             return self.op(*args, **kwargs)
         self.running, start = True, time.perf_counter()
         try:
@@ -112,7 +112,7 @@ class _TimedOp:
 
 
 class KtTime(TrainerCallback):
-    """Adds up the time inside the operators of the kt namespace during training.
+    """Adds up the time inside the operators of the kt namespace during steps of training, not evaluation.
 
     During training, wrappers that read the clock before and after each call replace
     ``torch.ops.kt.moe_sft_fwd`` and the others. Unlike profiling, this costs almost nothing, so every step is

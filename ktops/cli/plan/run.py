@@ -62,8 +62,10 @@ def _check(planner: Planner, needs_of: NeedsOf, force: bool, say: Callable[[str]
         return None
     try:
         needs = needs_of(planner.options)
-    except (Untraceable, UserError) as error:  # loading gives the command's own error, if it is one
+    except Untraceable as error:
         say(f"no plan of the memory: {error}")
         return None
+    except UserError:
+        return None  # loading gives the command's own error
     require_fit(planner, needs_of, force, say)
     return needs

@@ -44,11 +44,16 @@ def test_accuracies_count_answer_tokens_only():
     assert result == {"token_accuracy": 3 / 4, "answer_accuracy": 1 / 2}
 
 
-def test_kt_time_counts_calls_during_training_only():
+def test_kt_time_counts_calls_during_steps_only():
     original = torch.ops.kt.moe_fwd
-    kt = KtTime(Clock())
+    clock = Clock()
+    kt = KtTime(clock)
     kt.on_train_begin(None, None, None)
     assert torch.ops.kt.moe_fwd is not original
+    clock.start("rest")
+    with pytest.raises(RuntimeError, match="missing value"):
+        torch.ops.kt.moe_fwd()
+    clock.stop()
     with pytest.raises(RuntimeError, match="missing value"):
         torch.ops.kt.moe_fwd()
     kt.on_train_end(None, None, None)

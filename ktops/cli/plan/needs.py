@@ -20,7 +20,7 @@ SMALLER = ("int8", "int4")
 KEPT = 0.45
 """What glibc's malloc keeps beside the most tensors that its heap has held, as a fraction of them.
 
-A freed block is too small for an aligned one of the same size; ``python -m bench.plan`` measures it.
+Fitted to the measured peaks of a few small runs, with RUNNING; ``python -m bench.plan`` repeats them.
 """
 
 

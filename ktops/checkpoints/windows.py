@@ -61,7 +61,8 @@ def _reserve(size: int) -> ctypes.Array:
     flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE
     address = _mmap(None, size, PROT_NONE, flags, -1, 0)
     memory = (ctypes.c_uint8 * size).from_address(address)
-    weakref.finalize(memory, _libc().munmap, ctypes.c_void_p(address), ctypes.c_size_t(size))
+    release = weakref.finalize(memory, _libc().munmap, ctypes.c_void_p(address), ctypes.c_size_t(size))
+    release.atexit = False  # threads may still read it
     return memory
 
 

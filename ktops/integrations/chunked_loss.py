@@ -157,6 +157,8 @@ class ChunkedLoss:
             self.predictions = torch.zeros_like(targets).index_copy_(0, rows, guesses).view(labels.shape)
         if isinstance(num_items_in_batch, Tensor):
             num_items_in_batch = num_items_in_batch.to(loss.device)
+        if num_items_in_batch is None and not len(rows):
+            return loss + torch.nan  # the mean of nothing; its gradients are zeros, as in PyTorch
         return loss / (len(rows) if num_items_in_batch is None else num_items_in_batch)
 
     def _trainable(self) -> list[nn.Parameter]:

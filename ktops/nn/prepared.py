@@ -56,16 +56,25 @@ def forward_prepared(
         or experts.post_expert_norm is not None
         or ON_DEVICE in experts._modules
         or "parametrizations" in experts._modules  # of PEFT, whose adapters change the weights for a call
+        or "_hf_hook" in experts.__dict__  # of accelerate, which loads the weights for a call
         or hidden_states.dim() != 2
+        or topk_ids.dim() != 2
+        or not topk_weights.is_floating_point()
         or topk_weights.shape != topk_ids.shape
     ):
         return None
-    key = _key(experts)
+    try:
+        key = _key(experts)
+    except KeyError:  # a weight is no longer a Parameter, as after pruning
+        return None
     if hidden_states.dtype != key[0]:
         return None
     prepared: PreparedExperts | None = experts.__dict__.get(PREPARED)
     if prepared is None or not _same(prepared.key, key):
-        prepared = PreparedExperts(_arguments(experts, hidden_states, topk_ids, topk_weights), key)
+        arguments = _arguments(experts, hidden_states, topk_ids, topk_weights)
+        if not all(argument.is_cpu for argument in arguments if isinstance(argument, Tensor)):
+            return None  # the general path names the tensor
+        prepared = PreparedExperts(arguments, key)
         experts.__dict__[PREPARED] = prepared
     return _moe_fwd_prepared(hidden_states, topk_ids, topk_weights, prepared.experts)
 

@@ -2,6 +2,8 @@
 
 import gc
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -136,3 +138,23 @@ def test_layers_that_cannot_be_mapped(source, tmp_path):
 def test_formats_that_need_quantizing(source):
     with pytest.raises(ValueError, match="mmap needs experts in the format of the files, but weight_format"):
         load(source, weight_format="int8", mmap=True)
+
+
+READ_AT_EXIT = """
+import atexit
+atexit.register(lambda: print(int(tensor.sum())))  # runs last
+import sys
+from pathlib import Path
+import torch
+from ktops.checkpoints.view import TensorFile, View
+from ktops.checkpoints.windows import map_windows
+file = TensorFile(Path(sys.argv[1]))
+tensor = map_windows([View("", file, 8192 * i, torch.uint8, (8192,)) for i in (1, 0)], (8192,))
+"""
+
+
+def test_memory_can_be_read_until_the_process_ends(tmp_path):
+    path = tmp_path / "ones"
+    path.write_bytes(b"\1" * 8192 * 2)
+    result = subprocess.run([sys.executable, "-c", READ_AT_EXIT, path], capture_output=True, text=True)
+    assert (result.returncode, result.stdout) == (0, f"{8192 * 2}\n"), result.stderr

@@ -143,6 +143,25 @@ def test_blocks_leave_out_keys_that_no_query_sees(monkeypatch):
     assert widths == [(4, 4), (4, 6), (3, 5)]
 
 
+def test_mask_that_all_queries_share(monkeypatch):
+    monkeypatch.setattr(attention, "QUERY_BLOCK", 4)
+    query, key, value, _ = tensors(8, 8)
+    mask = (torch.arange(TOKENS) > torch.tensor([[0], [3]]))[:, None, None]
+    module = SimpleNamespace(num_key_value_groups=HEADS // KEY_HEADS)
+    output, _ = attention_forward(module, query, key, value, mask, scaling=0.3)
+    assert relative_error(output, explicit(query, key, value, None, mask, 0.3)) < 1e-12
+
+
+def test_empty_sequences_in_a_row():
+    query, key, value, _ = (x[:1] for x in tensors(8, 8))
+    module = SimpleNamespace(num_key_value_groups=HEADS // KEY_HEADS)
+    starts = [torch.tensor(s) for s in ([0, 4, TOKENS], [0, 0, 4, 4, TOKENS, TOKENS])]
+    expected, actual = (
+        attention_forward(module, query, key, value, None, cu_seq_lens_q=s)[0] for s in starts
+    )
+    assert torch.equal(actual, expected)
+
+
 def examples(lengths=(14, 20, 13)) -> list[dict[str, list[int]]]:
     generator = torch.Generator().manual_seed(0)
     ids = [torch.randint(3, FIRST_SPECIAL_TOKEN, (n,), generator=generator).tolist() for n in lengths]

@@ -1,5 +1,7 @@
 """The loss in chunks of tokens against that of the model, and against torch.nn.functional.cross_entropy."""
 
+import math
+
 import peft
 import pytest
 import torch
@@ -187,6 +189,20 @@ def test_no_labels_at_all():
     expected = step(model, **batch, num_items_in_batch=7)
     chunk_loss(model)
     assert_same_step(step(model, **batch, num_items_in_batch=7), expected)
+
+
+def test_no_labels_and_no_number_of_items():
+    """The loss is that of PyTorch, NaN, and so are the gradients, zeros."""
+    model = tiny_model("qwen3_moe", output_router_logits=False)
+    batch = tiny_batch("qwen3_moe")
+    batch["labels"] = torch.full_like(batch["labels"], IGNORED)
+    loss, expected = step(model, **batch)
+    assert math.isnan(loss)
+    chunk_loss(model)
+    loss, actual = step(model, **batch)
+    assert math.isnan(loss)
+    assert not actual["lm_head.weight"].any()
+    torch.testing.assert_close(actual, expected)
 
 
 def test_frozen_head_takes_one_product_each_way_of_tokens_with_labels():

@@ -39,7 +39,7 @@ MASKS = {
 }
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 @pytest.mark.parametrize("sinks", [False, True])
 @pytest.mark.parametrize("mask", list(MASKS))
 @pytest.mark.parametrize(("key_heads", "value_dim"), [(2, 16), (2, 24), (8, 16)])
@@ -83,6 +83,7 @@ def test_decoding(architecture):
     model = tiny_model(architecture).eval()
     assert use_attention(model) is None
     assert relative_error(steps(model), expected) < 1e-5
+    assert relative_error(steps(model.double()), expected) < 1e-12
 
 
 def has_latents() -> bool:

@@ -6,8 +6,10 @@ import os
 import pickle
 import threading
 
+import accelerate
 import pytest
 import torch
+from torch.nn.utils import prune
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -103,6 +105,47 @@ def test_codes_that_are_replaced():
     assert torch.equal(after, general(experts, *inputs))
 
 
+def prune_down(experts: KTExperts) -> None:
+    prune.l1_unstructured(experts, "down_proj", 0.5)
+
+
+def store_as_buffer(experts: KTExperts) -> None:
+    weight = experts.down_proj.detach() * 2
+    del experts.down_proj
+    experts.register_buffer("down_proj", weight)
+
+
+def store_as_attribute(experts: KTExperts) -> None:
+    bias = experts.down_proj_bias.detach() * 2
+    del experts.down_proj_bias
+    experts.down_proj_bias = bias
+
+
+@pytest.mark.parametrize("change", [prune_down, store_as_buffer, store_as_attribute])
+def test_weights_that_are_no_parameters(change):
+    experts, inputs = make(bias=True), tokens()
+    before = experts(*inputs)
+    change(experts)
+    after = experts(*inputs)
+    assert not torch.equal(before, after)
+    assert torch.equal(after, general(experts, *inputs))
+
+
+def test_offloaded_weights_are_not_kept():
+    experts, inputs = make(), tokens()
+    expected = general(experts, *inputs)
+    accelerate.cpu_offload(experts, execution_device=torch.device("cpu"))
+    assert torch.equal(experts(*inputs), expected)
+    assert experts.down_proj.is_meta and getattr(experts, PREPARED, None) is None
+
+
+def test_routes_that_only_the_general_path_takes():
+    experts, (x, ids, weights) = make(), tokens()
+    experts(x, ids, weights)
+    for inputs in ((x, ids[None], weights[None]), (x, ids, torch.ones_like(ids))):
+        assert torch.equal(experts(*inputs), general(experts, *inputs))
+
+
 def test_another_dtype():
     experts, inputs = make(), tokens()
     experts(*inputs)
@@ -119,6 +162,8 @@ def test_errors_are_those_of_the_operator():
         experts(x[:, 1:], ids, weights)
     with pytest.raises(RuntimeError, match=r"kt::moe_fwd: topk_ids must be int32 or int64"):
         experts(x, ids.double(), weights)
+    with pytest.raises(RuntimeError, match="gate_up_proj must be on cpu, got meta"):
+        make().to("meta")(x, ids, weights)
     with pytest.raises(RuntimeError, match="experts must come from kt::prepare_moe"):
         torch.ops.kt.moe_fwd_prepared(x, ids, weights, 0)
 

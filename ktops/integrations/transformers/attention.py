@@ -144,7 +144,7 @@ def attention_forward(
 
 
 def _lengths(query: Tensor, key: Tensor, starts: Tensor, key_starts: Tensor | None) -> list[int]:
-    """Returns the lengths of packed sequences."""
+    """Returns the lengths of packed sequences that are not empty."""
     if key_starts is not None and key_starts is not starts and not torch.equal(starts, key_starts):
         raise ValueError("cu_seq_lens_q and cu_seq_lens_k differ, but each sequence attends to itself")
     lengths = starts.diff().tolist()
@@ -153,7 +153,7 @@ def _lengths(query: Tensor, key: Tensor, starts: Tensor, key_starts: Tensor | No
             f"cu_seq_lens_q must divide one row of {query.shape[2]} queries and keys, got {starts.tolist()} "
             f"for {query.shape[0]} rows and {key.shape[2]} keys"
         )
-    return lengths
+    return [length for length in lengths if length]
 
 
 @torch.compiler.disable  # else it would be compiled again for other lengths
@@ -240,6 +240,7 @@ def _divides(query: Tensor, mask: Tensor, arguments: dict) -> bool:
         query.device.type == "cpu"
         and query.shape[2] > QUERY_BLOCK
         and mask.dtype == torch.bool
+        and mask.shape[2] == query.shape[2]
         and arguments.get("position_bias") is None
         and not torch.compiler.is_compiling()
         and not is_fake(mask)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
+from ktops.integrations.transformers.single_query import exact
 from ktops.nn.expert_list import interception, is_plain_linear
 
 EXPAND = "expand_kv"
@@ -123,7 +124,7 @@ def attend_latents(
     width = query.shape[3] - rotated.shape[3]
     rows, rotated_rows = query[:, :, 0].split([width, rotated.shape[3]], dim=-1)
     rows = projection.latent_queries(rows.transpose(0, 1)).transpose(0, 1)
-    scores = torch.bmm(rows, latents[:, 0].mT).float()  # [B, heads, S]
+    scores = exact(torch.bmm(rows, latents[:, 0].mT))  # [B, heads, S]
     scores += torch.bmm(rotated_rows, rotated[:, 0].mT)
     scores *= scaling
     if mask is not None:

@@ -37,12 +37,17 @@ def attend_single(
 
 def _weights(rows: Tensor, key: Tensor, mask: Tensor | None, sinks: Tensor | None, scaling: float) -> Tensor:
     """Returns the softmax of the scores, [B, key heads, rows, S]."""
-    scores = (rows @ key.mT).float() * scaling
+    scores = exact(rows @ key.mT) * scaling
     if mask is not None and mask.dtype == torch.bool:
         scores.masked_fill_(~mask, torch.finfo(scores.dtype).min)
     elif mask is not None:
         scores += mask
     if sinks is None:
         return scores.softmax(-1).to(rows.dtype)
-    column = sinks.float().view(1, *rows.shape[1:3], 1).expand(rows.shape[0], -1, -1, -1)
+    column = sinks.to(scores.dtype).view(1, *rows.shape[1:3], 1).expand(rows.shape[0], -1, -1, -1)
     return torch.cat([scores, column], dim=-1).softmax(-1)[..., :-1].to(rows.dtype)
+
+
+def exact(scores: Tensor) -> Tensor:
+    """Returns scores in the dtype of their softmax, float32 or float64."""
+    return scores.to(torch.promote_types(scores.dtype, torch.float32))

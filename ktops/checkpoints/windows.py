@@ -41,7 +41,7 @@ def map_windows(views: Sequence[View], shape: Sequence[int]) -> Tensor:
         shape: of each part.
 
     Raises:
-        CheckpointError: the system refuses so many mappings.
+        CheckpointError: the system refuses so many mappings, or so many addresses.
     """
     first = views[0]
     begin = first.offset % mmap.PAGESIZE
@@ -59,7 +59,13 @@ def map_windows(views: Sequence[View], shape: Sequence[int]) -> Tensor:
 def _reserve(size: int) -> ctypes.Array:
     """Returns a range of addresses, which is unmapped with its last user."""
     flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE
-    address = _mmap(None, size, PROT_NONE, flags, -1, 0)
+    try:
+        address = _mmap(None, size, PROT_NONE, flags, -1, 0)
+    except OSError as error:
+        raise CheckpointError(
+            f"{size} bytes of addresses cannot be reserved: {error.strerror}. Raise the limit (ulimit -v), "
+            "or load without mmap"
+        ) from None
     memory = (ctypes.c_uint8 * size).from_address(address)
     release = weakref.finalize(memory, _libc().munmap, ctypes.c_void_p(address), ctypes.c_size_t(size))
     release.atexit = False  # threads may still read it

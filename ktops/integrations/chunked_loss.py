@@ -119,6 +119,7 @@ class ChunkedLoss:
         if self._expected:
             self._output = output
 
+    @torch.compiler.disable  # it runs the model's own forward with another backbone
     def __call__(
         self,
         logits: Tensor,

@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 import ktops
+from ktops.checkpoints import CheckpointError, windows
 from ktops.nn import KTExperts
 
 E, H, N = 12, 128, 32  # one projection of an expert is two pages
@@ -138,6 +139,15 @@ def test_layers_that_cannot_be_mapped(source, tmp_path):
 def test_formats_that_need_quantizing(source):
     with pytest.raises(ValueError, match="mmap needs experts in the format of the files, but weight_format"):
         load(source, weight_format="int8", mmap=True)
+
+
+def test_refused_addresses(monkeypatch):
+    def refuse(*args):
+        raise OSError(12, "Cannot allocate memory")
+
+    monkeypatch.setattr(windows, "_mmap", refuse)
+    with pytest.raises(CheckpointError, match="4096 bytes of addresses cannot be reserved: Cannot allocate"):
+        windows._reserve(4096)
 
 
 READ_AT_EXIT = """

@@ -205,6 +205,18 @@ def test_no_labels_and_no_number_of_items():
     torch.testing.assert_close(actual, expected)
 
 
+def test_compiled_model():
+    model = tiny_model("qwen3_moe")
+    batch = batch_of("qwen3_moe")
+    expected = step(model, **batch)
+    chunk_loss(model)
+    compiled = torch.compile(model, backend="eager")
+    compiled(**batch).loss.backward()  # once compiled, and once from the cache
+    loss, gradients = step(compiled, **batch)
+    gradients = {name.removeprefix("_orig_mod."): gradient for name, gradient in gradients.items()}
+    assert_same_step((loss, gradients), expected)
+
+
 def test_frozen_head_takes_one_product_each_way_of_tokens_with_labels():
     model = tiny_model("qwen3_moe").requires_grad_(False)
     model.model.norm.weight.requires_grad_()

@@ -14,12 +14,12 @@ import gguf
 import numpy
 import pytest
 import torch
-from ktops.cli.models import load_model
 from safetensors.torch import load_file, save_file
 
 import ktops
 from ktops._workers import require_not_stopped
 from ktops.checkpoints import CheckpointError, new_file, open_checkpoint, writer
+from ktops.cli.models import load_model
 from ktops.formats.error import relative_error
 
 ARGUMENTS = ("--format", "int4", "--group-size", 32, "--method", "mse")

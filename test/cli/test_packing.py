@@ -4,7 +4,6 @@ import io
 
 import pytest
 import torch
-from ktops.cli.models import load_model
 from rich.console import Console
 
 from ktops.cli.finetune import training
@@ -14,6 +13,7 @@ from ktops.cli.finetune.layouts import PlainText, from_alpaca
 from ktops.cli.finetune.options import Options
 from ktops.cli.finetune.packing import PackingCollator
 from ktops.cli.finetune.progress import ProgressCallback
+from ktops.cli.models import load_model
 from ktops.testing.budgets import model_budget
 
 STEPS = 4

@@ -42,7 +42,8 @@ def convert(source: Path, out: Path, options: list[str]) -> tuple[float, float]:
         subprocess.CalledProcessError: the command failed; it has said why.
     """
     _drop_from_cache(source)
-    command = [sys.executable, "-m", "ktops.cli.main", "convert", str(source), str(out), *options]
+    paths = str(source.resolve()), str(out.resolve())
+    command = [sys.executable, "-m", "ktops.cli.main", "convert", *paths, *options]
     before, start = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
     subprocess.run(command, cwd=ROOT, check=True, stdout=sys.stderr)
     seconds, after = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_CHILDREN)

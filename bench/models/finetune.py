@@ -78,7 +78,8 @@ def run(model: Path, tokens: int, steps: int, scratch: Path, *options: str) -> R
     data, out, figures = scratch / f"{tokens}.jsonl", scratch / "run", scratch / "products.json"
     write_data(data, tokens, steps)
     command = [
-        *("--model", model, "--data", data, "--output-dir", out, "--overwrite", "--max-length", tokens),
+        *("--model", model.resolve(), "--data", data, "--output-dir", out, "--overwrite"),
+        *("--max-length", tokens),
         *("--batch-size", 1, "--max-steps", steps, "--eval-fraction", 0, *options),
     ]
     process = [sys.executable, "-m", "bench.models.finetune", figures, "finetune", *command]

@@ -107,6 +107,7 @@ def _write(folder: Path, config: dict, specs: dict[str, layout.Spec], seed: int,
     total = split.metadata["total_size"]
     with progress(f"{folder.stem}, {format_bytes(total)}", total) as step:
         for file, names in split.filename_to_tensors.items():
+            names = sorted(names, key=lambda name: (-specs[name].dtype.itemsize, name))  # as safetensors does
             kinds = {name: (specs[name].dtype, specs[name].shape) for name in names}
             with SafetensorsStream(folder / file, kinds) as stream:
                 for name in names:

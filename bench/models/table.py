@@ -72,9 +72,11 @@ def main(argv: list[str]) -> int:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("name", nargs="*", choices=[*names(), []], help="models (default: all)")
+    parser.add_argument("name", nargs="*", metavar="NAME", help=f"{', '.join(names())} (default: all)")
     parser.add_argument("--write", action="store_true", help="change docs/models.md")
     arguments = parser.parse_args(argv)
+    if unknown := set(arguments.name) - set(names()):
+        parser.error(f"no such model: {', '.join(sorted(unknown))}")
     text = table(arguments.name or names())
     if arguments.write:
         page = PAGE.read_text(encoding="utf-8")

@@ -68,7 +68,7 @@ def convert(
         ),
     ] = "sample",
     num_threads: Annotated[
-        int | None, typer.Option(min=1, help="Number of threads. (default: one per core)")
+        int | None, typer.Option(min=1, help="Number of threads. (default: PyTorch's)")
     ] = None,
 ) -> None:
     """Convert the experts of a checkpoint to a weight format, for from_pretrained or ktops.load_experts.

@@ -128,17 +128,14 @@ def run_plan(given: dict[str, Any]) -> None:
         UserError: see plan.run.plan.
     """
     _prepare_inference()
-    context, linear_format, as_json = (given.pop(name) for name in ("context", "linear_format", "json"))
+    context, as_json = (given.pop(name) for name in ("context", "json"))
     if context < 1:
         raise UserError(f"--context must be positive, got {context}")
     given["model"] = find_model(given["model"])
     from ktops.cli.plan.run import plan
-    from ktops.integrations.linear_format import LINEAR_FORMATS
 
-    if linear_format not in (None, *LINEAR_FORMATS):
-        raise UserError(f"--linear-format must be {' or '.join(LINEAR_FORMATS)}, got {linear_format!r}")
     with _model_as_argument():
-        plan(options_file.complete(Options(data="", **given)), context, linear_format, as_json)
+        plan(options_file.complete(Options(data="", **given)), context, as_json)
 
 
 def run_chat(given: dict[str, Any]) -> None:

@@ -85,11 +85,12 @@ class ConversionReport:
 def show(report: dict, destination: Path, console: Console) -> None:
     """Prints the summary of a report."""
     group = f", group {report['group_size']}" if report["group_size"] else ""
+    kind = report["report"]
     for line in (
         f"{len(report['layers'])} layers of experts: {format_bytes(report['bytes'])} in {report['format']}"
         f"{group} (bf16: {format_bytes(report['bytes_bf16'])}, {report['ratio']:.2f} times smaller)",
         _errors(report),
-        f"written: {destination}; {REPORT} lists the errors of every layer",
+        f"written: {destination}" + ("" if kind == "none" else f"; {REPORT} lists the errors of every layer"),
     ):
         console.print(f"  {line}", soft_wrap=True)
 

@@ -120,7 +120,7 @@ def prepare(options: LoadOptions, say: Say) -> tuple[LoadOptions, trained.Traine
     options, adapter = resolve(options, say)
     check(options, adapter)
     dtype = options.dtype or "bf16"
-    check_chat(options.model, dtype, options, options.linear_format, options.force, say)
+    check_chat(options.model, dtype, options, options.force, say)
     if options.num_threads is not None:
         cores = set_num_threads(options.num_threads)
         if cores < options.num_threads:

@@ -101,5 +101,5 @@ def is_trained_on(trained: Trained, model: str) -> bool:
     report = Path(model) / "ktops-report.json"
     if not report.is_file():
         return Path(trained.base).name == Path(model).name
-    source = json.loads(report.read_text(encoding="utf-8")).get("source")
+    source = _read(report, "MODEL").get("source")
     return Path(trained.base).name in (source, Path(model).name)

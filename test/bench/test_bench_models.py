@@ -54,6 +54,11 @@ def stored(folder) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
     return {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
 
 
+def experts_in_order(folder) -> list[str]:
+    with safe_open(folder / "model.safetensors", "pt") as opened:
+        return [name for name in opened.offset_keys() if ".experts." in name]
+
+
 def load(folder, **options):
     """Loads the model by transformers, which must find every tensor and nothing else."""
     model, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **options)
@@ -68,7 +73,7 @@ def logits(model) -> torch.Tensor:
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_the_layout_is_that_of_transformers(name, tmp_path):
-    """Names and shapes are those that save_pretrained writes; ktops reads what transformers reads."""
+    """Names, shapes and order are those that save_pretrained writes; ktops reads what transformers reads."""
     config = tiny(name, "bf16")
     make(config, tmp_path / "made")
     reference = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(tmp_path / "made"))
@@ -77,6 +82,7 @@ def test_the_layout_is_that_of_transformers(name, tmp_path):
     assert {name: shape for name, (_, shape) in made.items()} == {
         name: shape for name, (_, shape) in saved.items()
     }
+    assert experts_in_order(tmp_path / "made") == experts_in_order(tmp_path / "saved")
     assert {dtype for name, (dtype, _) in made.items() if "correction_bias" not in name} == {torch.bfloat16}
     expected = logits(load(tmp_path / "made"))
     assert 0.05 < expected.std() < 5

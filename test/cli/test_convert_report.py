@@ -28,6 +28,7 @@ def test_reports(convert, model_directory, tmp_path, kind):
     measured = [layer["measured_experts"] for layer in report["layers"]]
     assert measured == {"full": [8, 8], "none": [0, 0], "sample": [1, 1]}[kind]
     errors = [layer[f"{name}_error"] for layer in report["layers"] for name in ("gate_up", "down", "output")]
+    assert ("lists the errors" in out) == (kind != "none")
     if kind == "none":
         assert errors == [None] * 6 and "errors are not measured (--report none)" in out
     else:

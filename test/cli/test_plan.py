@@ -10,6 +10,7 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM
 
 import ktops
+from ktops.checkpoints.stream import SafetensorsStream
 from ktops.cli import models
 from ktops.cli.errors import UserError
 from ktops.cli.finetune import lora
@@ -95,15 +96,51 @@ def test_a_converted_directory_is_mapped(wide_directory, tmp_path, ktops_command
     assert found.others_mapped == found.others
 
 
+def test_dense_experts_are_mapped_only_if_they_lie_so(tmp_path):
+    """transformers copies experts that are stored one by one; with mmap, ktops reads what it cannot map."""
+    config = {
+        "model_type": "qwen3_moe", "vocab_size": 304, "hidden_size": 64, "moe_intermediate_size": 64,
+        "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1, "num_experts": 4,
+    }  # fmt: skip
+    names = ("down_proj", "gate_proj", "up_proj")
+    expert = "model.layers.0.mlp.experts.{}.{}.weight"
+    orders = {
+        "by expert": [expert.format(number, name) for number in range(4) for name in names],
+        "by projection": [expert.format(number, name) for name in names for number in range(4)],
+    }
+    found = {}
+    for order, tensors in orders.items():
+        folder = tmp_path / order
+        folder.mkdir()
+        (folder / "config.json").write_text(json.dumps(config))
+        kinds = dict.fromkeys(tensors, (torch.bfloat16, (64, 64)))
+        with SafetensorsStream(folder / "model.safetensors", kinds) as stream:
+            for name in tensors:
+                stream.write(name, torch.ones(64, 64, dtype=torch.bfloat16))
+        for mmap in (False, True):
+            weights = count(build(str(folder), torch.bfloat16), str(folder), run_options(folder, mmap=mmap))
+            found[order, mmap] = weights.experts_mapped / weights.experts
+    assert found == {
+        ("by expert", False): 0, ("by expert", True): 1,
+        ("by projection", False): 0, ("by projection", True): pytest.approx(1 / 3),
+    }  # fmt: skip
+
+
 def test_linear_layers_in_int8(wide_directory):
     model, _ = models.load_base(str(wide_directory), torch.bfloat16, run_options(wide_directory))
     report = ktops.quantize_linear(model)
 
     def found(linear_format):
         skeleton = build(str(wide_directory), torch.bfloat16)
-        return count(skeleton, str(wide_directory), run_options(wide_directory), linear_format)
+        return count(skeleton, str(wide_directory), run_options(wide_directory, linear_format=linear_format))
 
-    assert found(None).others - found("int8").others == report.bytes_before - report.bytes_after
+    saved = report.bytes_before - report.bytes_after
+    assert found(None).others - found("int8").others == saved
+
+    dense, int8 = (Planner(run_options(wide_directory, linear_format=name)) for name in (None, "int8"))
+    for command in (Planner.finetune, Planner.chat):
+        needs, smaller = (command(planner, planner.options).parts for planner in (dense, int8))
+        assert needs["other weights"] - smaller["other weights"] == saved
 
 
 def test_experts_of_a_config_alone(tmp_path, model_directory):

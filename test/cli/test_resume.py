@@ -62,6 +62,13 @@ def test_interrupted_pretraining_is_resumed(ktops_command, interrupted_command, 
     assert not (tmp_path / "ktops-finetune" / "pretraining").exists()
 
 
+def test_damaged_options(ktops_command, tmp_path):
+    (tmp_path / "run" / "checkpoints" / "checkpoint-1").mkdir(parents=True)
+    (tmp_path / "run" / "options.json").write_text("{")
+    status, _, err = ktops_command("finetune", "--resume", "--output-dir", "run")
+    assert status == 1 and err.startswith("ktops: --resume: ") and "options.json is not JSON" in err
+
+
 def test_resume_takes_no_other_options(ktops_command, model_directory, data_file, tmp_path):
     from ktops.cli.finetune import options as options_file
 

@@ -215,13 +215,17 @@ def load(directory: Path) -> Options:
     """Loads the options of the run in a directory.
 
     Raises:
-        UserError: the directory holds no run.
+        UserError: the directory holds no run, or its file is damaged.
     """
     path = directory / FILE
     if not path.is_file():
         raise UserError(f"--resume: no run in {directory} ({FILE} is missing)")
     known = {field.name for field in fields(Options)}
-    return Options(**{k: v for k, v in json.loads(path.read_text(encoding="utf-8")).items() if k in known})
+    try:
+        recorded = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"--resume: {path} is not JSON: {error}") from None
+    return Options(**{name: value for name, value in recorded.items() if name in known})
 
 
 def resumed(recorded: Options, given: dict[str, Any]) -> Options:

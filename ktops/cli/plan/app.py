@@ -25,6 +25,9 @@ def plan(
         typer.Option(metavar="PATH", help="Directory or GGUF file of the experts, instead of MODEL."),
     ] = None,
     mmap: Annotated[bool, typer.Option("--mmap", help=MMAP)] = False,
+    linear_format: Annotated[
+        str | None, typer.Option(metavar="int8", help="Quantize the linear layers outside the experts too.")
+    ] = None,
     dtype: Annotated[
         str, typer.Option(metavar="bf16|f32", help="Dtype of other weights and activations.")
     ] = "bf16",
@@ -49,12 +52,6 @@ def plan(
         str, typer.Option(metavar="NAME", help="As for ktops finetune.", rich_help_panel=_TRAINING)
     ] = "adamw_torch_fused",
     context: Annotated[int, typer.Option(help="Tokens of a conversation.", rich_help_panel=_CHAT)] = 4096,
-    linear_format: Annotated[
-        str | None,
-        typer.Option(
-            metavar="int8", help="Linear layers outside the experts in int8.", rich_help_panel=_CHAT
-        ),
-    ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Show what fine-tuning a model and talking to it need in memory, before anything is loaded.

@@ -84,7 +84,6 @@ class Planner:
         options: of a run of `ktops finetune`, complete.
         length: tokens of the longest sequence, if that is less than ``max_length``.
         context: tokens of a conversation.
-        linear_format: of linear layers outside the experts, in a conversation.
 
     Raises:
         UserError: the model is not known, or the options do not fit it.
@@ -95,10 +94,8 @@ class Planner:
         options: Options,
         length: int | None = None,
         context: int = 4096,
-        linear_format: str | None = None,
     ) -> None:
         self.options, self.length, self.context = options, length, context
-        self.linear_format = linear_format
         self.memory = read_memory()
         self._traced: dict[tuple, Traced] = {}
         self._weights: dict[tuple, Weights] = {}
@@ -113,7 +110,7 @@ class Planner:
 
     def chat(self, options: Options) -> Needs:
         """Returns what `ktops chat` needs with these options."""
-        return _needs(self.weights_with(options, self.linear_format), self.generation)
+        return _needs(self.weights_with(options), self.generation)
 
     @cached_property
     def generation(self) -> Traced:
@@ -180,12 +177,12 @@ class Planner:
         assert self.options.model is not None
         return build(self.options.model, self.options.torch_dtype)
 
-    def weights_with(self, options: Options, linear_format: str | None = None) -> Weights:
-        """Returns the weights with these options of how the experts are loaded."""
-        key = options.weight_format, options.group_size, options.mmap, linear_format
+    def weights_with(self, options: Options) -> Weights:
+        """Returns the weights with these options of how they are loaded."""
+        key = options.weight_format, options.group_size, options.mmap, options.linear_format
         if key not in self._weights:
             assert options.model is not None
-            self._weights[key] = count(self._model(), options.model, options, linear_format)
+            self._weights[key] = count(self._model(), options.model, options)
         return self._weights[key]
 
     def _training(self, options: Options) -> Traced:

@@ -12,13 +12,13 @@ from ktops.cli.plan.report import as_json, require_fit, show
 from ktops.cli.plan.trace import Untraceable
 
 
-def plan(options: Options, context: int, linear_format: str | None, json: bool) -> None:
+def plan(options: Options, context: int, json: bool) -> None:
     """Runs `ktops plan`.
 
     Raises:
         UserError: the model is not known, or the options do not fit it.
     """
-    planner = Planner(options, context=context, linear_format=linear_format)
+    planner = Planner(options, context=context)
     try:
         if json:
             print(as_json(planner))
@@ -42,7 +42,6 @@ def check_chat(
     model: str,
     dtype: str,
     options: ExpertsOptions,
-    linear_format: str | None,
     force: bool,
     say: Callable[[str], object],
 ) -> None:
@@ -51,9 +50,9 @@ def check_chat(
     Raises:
         UserError: it does not fit, and ``force`` is False.
     """
-    names = ("experts_path", "weight_format", "group_size", "mmap", "device")
+    names = ("experts_path", "weight_format", "group_size", "mmap", "linear_format", "device")
     given = {name: getattr(options, name) for name in names}
-    planner = Planner(Options(model=model, dtype=dtype, **given), linear_format=linear_format)
+    planner = Planner(Options(model=model, dtype=dtype, **given))
     _check(planner, planner.chat, force, say)
 
 

@@ -1,6 +1,8 @@
 """Counts the parameters of a model by part, and the bytes of its weights in memory and on disk."""
 
 import functools
+import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -8,10 +10,14 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from ktops.checkpoints.experts import StoredExperts
 from ktops.cli.errors import UserError
 from ktops.cli.finetune.options import Options
 from ktops.formats import get_format
 from ktops.formats.plain import PLAIN
+
+EXPERT = re.compile(r"\.experts\.\d+\.")
+"""In the name of a tensor of a single expert."""
 
 ROWS = 128
 """Rows of a weight that a format encodes together, at most."""
@@ -72,13 +78,12 @@ def build(path: str, dtype: torch.dtype) -> PreTrainedModel:
     return model
 
 
-def count(model: PreTrainedModel, path: str, options: Options, linear_format: str | None = None) -> Weights:
+def count(model: PreTrainedModel, path: str, options: Options) -> Weights:
     """Counts the weights of a model from :func:`build`.
 
     Args:
         path: where it was built from. If there are weights, their files say what can be mapped.
-        options: of `ktops finetune`, those that say how the experts are loaded.
-        linear_format: as for ktops.quantize_linear.
+        options: of `ktops finetune`, those that say how the weights are loaded.
 
     Raises:
         UserError: the format cannot hold the experts, or config.json does not say in which one they are.
@@ -90,7 +95,7 @@ def count(model: PreTrainedModel, path: str, options: Options, linear_format: st
     others = sum(p.nbytes for p in model.parameters() if id(p) not in inside)
     files = _Files(path, options.experts_path)
     mapped = min(others, files.others_in(dtype))
-    if linear_format is not None:
+    if options.linear_format is not None:
         before, after = _linear_bytes(model)
         others += after - before
         mapped = max(0, mapped - before)
@@ -257,4 +262,16 @@ class _Files:
             return None
         name = " and ".join(formats)
         nbytes = sum(experts.nbytes for experts in both)
-        return name, nbytes, nbytes if options.mmap else sum(experts.mapped for experts in both)
+        if options.mmap:
+            both = [experts.in_place() for experts in both if isinstance(experts, StoredExperts)]
+            return name, nbytes, sum(experts.mapped for experts in both)
+        if self._are_stacked(options, formats):
+            return name, nbytes, 0
+        return name, nbytes, sum(experts.mapped for experts in both)
+
+    def _are_stacked(self, options: Options, formats: Iterable[str]) -> bool:
+        """True if transformers loads the experts and copies each into a tensor of all."""
+        if options.weight_format is not None or options.experts_path is not None or self.own is None:
+            return False
+        names = self.own.tensors
+        return set(formats) <= set(PLAIN.values()) and any(EXPERT.search(name) for name in names)

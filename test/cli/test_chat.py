@@ -245,13 +245,14 @@ def nothing_is_loaded(monkeypatch):
         (["{model}", "--temperature", "-1"], r"--temperature must be at least 0, got -1"),
         (["{model}", "--top-p", "2"], r"--top-p must be from 0 to 1, got 2"),
         (["{model}", "--max-new-tokens", "0"], r"--max-new-tokens must be at least 1, got 0"),
+        (["{model}", "--prompt", " "], r"--prompt: the prompt is empty"),
         (["{model}", "--file", "missing.txt"], r"--file: missing.txt: No such file"),
         (["{model}", "--metrics", "no/m.json"], r"--metrics: no such directory: .*no"),
     ],
     ids=lambda value: value[-1] if isinstance(value, list) else "",
 )  # fmt: skip
 def test_errors_before_anything_is_loaded(ktops_command, nothing_is_loaded, chat_model, arguments, message):
-    prompt = [] if "--file" in arguments else ["--prompt", QUESTION]
+    prompt = [] if {"--file", "--prompt"} & {*arguments} else ["--prompt", QUESTION]
     given = [argument.replace("{model}", str(chat_model)) for argument in arguments]
     status, out, err = ktops_command("chat", *given, *prompt)
     assert (status, out) == (1, "")

@@ -87,7 +87,19 @@ def _check(options: ChatOptions) -> None:
 
 
 def _only_prompt(options: ChatOptions) -> str | None:
-    """Returns the prompt of the options or of a pipe; None in a terminal."""
+    """Returns the prompt of the options or of a pipe; None in a terminal.
+
+    Raises:
+        UserError: it is empty, or cannot be read.
+    """
+    prompt = _read_prompt(options)
+    if prompt is not None and not prompt.strip():
+        source = "--prompt" if options.prompt is not None else f"--file {options.file or STDIN}"
+        raise UserError(f"{source}: the prompt is empty")
+    return prompt
+
+
+def _read_prompt(options: ChatOptions) -> str | None:
     if options.prompt is not None:
         return options.prompt
     if options.file is None and sys.stdin.isatty():

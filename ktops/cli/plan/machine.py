@@ -24,8 +24,8 @@ class Memory:
     limited: bool = False
 
     def __str__(self) -> str:
-        of = "the limit of this cgroup" if self.limited else "of this machine"
-        return f"{format_bytes(self.available)} available ({format_bytes(self.total)} is {of})"
+        of = "the limit of this cgroup is" if self.limited else "this machine has"
+        return f"{format_bytes(self.available)} available ({of} {format_bytes(self.total)})"
 
 
 @dataclass(frozen=True)

@@ -89,7 +89,7 @@ def _table(planner: Planner) -> Table:
         for name in dict.fromkeys(name for part in found for name in part):
             title = f"  {name}" if kind == "parts" else f"  {name}, mapped"
             table.add_row(title, *(format_bytes(part[name]) if name in part else "" for part in found))
-    table.add_row("  together", *(format_bytes(needs.total) for needs in columns), style="bold")
+    table.add_row("  total", *(format_bytes(needs.total) for needs in columns), style="bold")
     return table
 
 

@@ -9,6 +9,7 @@ import select
 import shutil
 import signal
 import sys
+from pathlib import Path
 
 import gguf
 import pytest
@@ -328,6 +329,16 @@ class Typist:
             self.shown += os.read(self.terminal, 4096).decode(errors="replace")
         self.shown = self.shown[found.end() :]
 
+    def wait_for_prompt(self) -> None:
+        """Waits until the command waits for a line.
+
+        Between showing the prompt and waiting, readline would notice Ctrl-C only with the next key.
+        """
+        self.expect(">>> ")
+        state = ""
+        while state != "S":
+            state = Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()[0]
+
     def status(self) -> int:
         """Waits for the end of the command."""
         status = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
@@ -341,24 +352,24 @@ def test_ctrl_c_in_a_terminal(chat_model, tmp_path):
     command = ("-m", "ktops.cli.main", "chat", chat_model, "--dtype", "f32", "--temperature", 0)
     endless = ("--max-new-tokens", 90_000)
     with Typist(*command, *endless, environment={**os.environ, **changes}) as typist:
-        typist.expect(">>> ")
+        typist.wait_for_prompt()
         for known in ("", r" \(\d+ known\)"):
             typist.type(QUESTION + "\n")
             typist.expect(re.escape(QUESTION) + r"\s+\S")
             typist.type("\x03")
             typist.expect(rf"prompt \d+ tokens{known}.*answer \d+.*, interrupted; memory")
-            typist.expect(">>> ")
+            typist.wait_for_prompt()
         typist.type("/clear\n")
         typist.expect("a new conversation")
-        typist.expect(">>> ")
+        typist.wait_for_prompt()
         typist.type('"""Two\nlines"""\n')
         typist.expect(r"lines\"\"\"\s+\S")
         typist.type("\x03")
         typist.expect("interrupted; memory")
-        typist.expect(">>> ")
+        typist.wait_for_prompt()
         typist.type("\x03")
         typist.expect("Ctrl-C again, Ctrl-D or /exit ends")
-        typist.expect(">>> ")
+        typist.wait_for_prompt()
         typist.type("\x03")
         assert typist.status() == 0
     assert (tmp_path / "ktops" / "chat_history").read_text() == f"{QUESTION}\n{QUESTION}\n/clear\n"

@@ -136,7 +136,7 @@ def test_again_and_again(run, run_killed, whole, tmp_path, num_threads):
     while run_killed(distance.randrange(20, 90), num_threads=num_threads):
         kills += 1
         expect_nothing_half_written(tmp_path, expected)
-    assert kills > 2 and files(tmp_path / "out") == expected
+    assert kills > 1 and files(tmp_path / "out") == expected
 
 
 def test_while_replacing(run, run_killed, whole, tmp_path):

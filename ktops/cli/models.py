@@ -134,6 +134,7 @@ def load_base(directory: str, dtype, options: ExpertsOptions, show_progress: boo
         experts=experts,
     )
     if quantize_loaded:
+        assert weight_format is not None
         return model, quantize_experts(
             model, weight_format, options.group_size, options.quantize_method, show_progress
         )
@@ -329,22 +330,16 @@ def quantize_linear(model, linear_format: str):
 
 
 def quantize_experts(
-    model,
-    weight_format: str | None,
-    group_size: int | None = None,
-    method: str | None = None,
-    show_progress: bool = False,
+    model, weight_format: str, group_size: int | None, method: str | None, show_progress: bool
 ):
-    """Converts the experts of a model to a weight format; None leaves them unchanged.
+    """Converts the experts of a model to a weight format.
 
     Returns:
-        The ktops.integrations.quantize_experts.QuantizationReport, or None.
+        The ktops.integrations.quantize_experts.QuantizationReport.
 
     Raises:
         UserError: the format cannot hold these experts.
     """
-    if weight_format is None:
-        return None
     import ktops
 
     try:

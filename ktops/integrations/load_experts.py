@@ -65,8 +65,8 @@ def load_experts(
     """
     modules = experts_modules(model)
     layers = match_layers(open_checkpoint(path), model, modules, prefix=prefix)
-    options = {"weight_format": weight_format, "group_size": group_size, "method": method, "mmap": mmap}
-    report = load_layers(model, modules, layers, options, show_progress=show_progress)
+    options = {"weight_format": weight_format, "group_size": group_size, "method": method}
+    report = load_layers(model, modules, layers, options, mmap=mmap, show_progress=show_progress)
     peft.enable_if_installed()
     enable_saving(model)
     return report

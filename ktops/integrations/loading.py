@@ -95,6 +95,7 @@ def load_layers(
     layers: dict[str, Layer],
     options: dict,
     *,
+    mmap: bool = False,
     show_progress: bool = True,
 ) -> LoadReport:
     """Loads every experts module from its layer.
@@ -102,19 +103,18 @@ def load_layers(
     Args:
         modules: the experts of the model by name.
         layers: the layers of the checkpoint, by the same names.
-        options: weight_format, group_size, method and mmap, as in :func:`ktops.load_experts`.
+        options: weight_format, group_size and method, as in :func:`ktops.load_experts`.
+        mmap: as there.
 
     Raises:
         CheckpointError, ValueError: as in :func:`ktops.load_experts`.
     """
     dtype, plan = _compute_dtype(model), []
-    quantization = {name: value for name, value in options.items() if name != "mmap"}
-    mmap = options.get("mmap", False)
     for name, module in modules.items():
         layer = layers[name].ordered(_function(module).gating)
         _check_fit(layer, name, module)
         try:
-            both = layer.experts(**quantization)
+            both = layer.experts(**options)
         except CheckpointError:
             raise
         except ValueError as error:

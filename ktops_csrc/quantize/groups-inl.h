@@ -120,6 +120,22 @@ struct Lanes {
     VecF operator[](int64_t k) const { return load(x + k * kUnitGroups); }
 };
 
+// The smallest weight of each lane and 0, the largest and `high`, and the bits of the largest |x|.
+struct LaneRange {
+    VecF low{}, high;
+    VecI32 most{};
+};
+inline LaneRange range_of(const Lanes& lanes, VecF high) {
+    LaneRange range{VecF{}, high, VecI32{}};
+    for (int64_t k = 0; k < lanes.n; ++k) {
+        const VecF x = lanes[k];
+        range.low = x < range.low ? x : range.low;
+        range.high = x > range.high ? x : range.high;
+        range.most = Larger()(range.most, magnitude(x));
+    }
+    return range;
+}
+
 // Transposes kUnitGroups groups, `room` floats apart, of which `count` exist. room is a multiple of 16.
 inline void to_lanes(const float* groups, int64_t room, int64_t count, float* lanes) {
     float zeros[kUnitGroups * 16];

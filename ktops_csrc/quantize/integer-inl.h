@@ -138,14 +138,7 @@ struct Affine {
     }
 
     LaneScales search(const Lanes& lanes) const {
-        VecF low{}, high{};
-        VecI32 most{};
-        for (int64_t k = 0; k < lanes.n; ++k) {
-            const VecF x = lanes[k];
-            low = x < low ? x : low;
-            high = x > high ? x : high;
-            most = Larger()(most, magnitude(x));
-        }
+        const auto [low, high, most] = range_of(lanes, VecF{});
         LaneScales best = of_range(low, high);
         best = p.method == Method::kMse
                    ? least_error(lanes, low, high, best)

@@ -48,14 +48,7 @@ struct KQuantSearch {
 
     // The step and the offset that cover the smallest and the largest weight.
     static LaneSteps range(const Lanes& lanes) {
-        VecF low{}, high = lanes[0];
-        VecI32 most{};
-        for (int64_t k = 0; k < lanes.n; ++k) {
-            const VecF x = lanes[k];
-            low = x < low ? x : low;
-            high = x > high ? x : high;
-            most = Larger()(most, magnitude(x));
-        }
+        const auto [low, high, most] = range_of(lanes, lanes[0]);
         const VecF largest = bit_cast<VecF>(most < 0x7f800000 ? most : VecI32{} + 0x7fc00000);
         if constexpr (!Q::kMinimum) return {largest / static_cast<float>(Q::kHigh), VecF{}};
         const VecF step = (high - low) / static_cast<float>(Q::kHigh);

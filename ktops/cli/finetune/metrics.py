@@ -1,8 +1,6 @@
 """Collects the contents of metrics.json."""
 
-import json
 from dataclasses import asdict
-from pathlib import Path
 
 import ktops
 from ktops.cli.finetune.measure import count_weights, peak_rss_bytes
@@ -49,10 +47,6 @@ def collect(options: Options, trainer, timer: StepTimer, kt: KtTime, **parts) ->
         "peak_rss_bytes": peak_rss_bytes(),
         **parts,
     }
-
-
-def write(metrics: dict, path: Path) -> None:
-    path.write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
 
 
 def quantization(report: QuantizationReport | None) -> dict | None:

@@ -208,7 +208,9 @@ def require_settings(option: str, weight_format: str, group_size: int | None, me
 
 
 def save(options: Options, directory: Path) -> None:
-    (directory / FILE).write_text(json.dumps(asdict(options), indent=2) + "\n", encoding="utf-8")
+    from ktops.checkpoints.stream import write_json
+
+    write_json(directory / FILE, asdict(options))
 
 
 def load(directory: Path) -> Options:

@@ -13,6 +13,7 @@ import transformers
 from rich.console import Console
 
 import ktops
+from ktops.checkpoints.stream import write_json
 from ktops.cli.errors import UserError
 from ktops.cli.finetune import corpus, lora, metrics, packing, pretrain, run_directory, training, verify
 from ktops.cli.finetune import options as options_file
@@ -125,7 +126,7 @@ def finetune(
         del model, trainer
         gc.collect()
         result["reload"] = verify.run(record)
-    metrics.write(result, directory / "metrics.json")
+    write_json(directory / "metrics.json", result)
     plot_loss(result, directory / "loss.png")
     verify.require(result["reload"])
     report.reload(result["reload"], directory)

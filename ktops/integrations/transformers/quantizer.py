@@ -144,8 +144,8 @@ class KTQuantizer(HfQuantizer):
         layers = match_layers(
             open_checkpoint(self._path), model, modules, prefix=asked.prefix, conversions=self._conversions
         )
-        options = {name: getattr(asked, name) for name in ("weight_format", "group_size", "method", "mmap")}
-        self.report = load_layers(model, modules, layers, options)
+        options = {name: getattr(asked, name) for name in ("weight_format", "group_size", "method")}
+        self.report = load_layers(model, modules, layers, options, mmap=asked.mmap)
         peft.enable_if_installed()
         attach(model)
         return model

@@ -330,7 +330,11 @@ def quantize_linear(model, linear_format: str):
 
 
 def quantize_experts(
-    model, weight_format: str, group_size: int | None, method: str | None, show_progress: bool
+    model,
+    weight_format: str,
+    group_size: int | None = None,
+    method: str | None = None,
+    show_progress: bool = False,
 ):
     """Converts the experts of a model to a weight format.
 

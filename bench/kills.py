@@ -1,36 +1,175 @@
-"""Kills `ktops convert` by SIGKILL at random times, continues it, and compares the result.
+"""Kills commands of ktops by SIGKILL at random times, continues them, and compares the results.
 
-    python -m bench.kills MODEL --format int4 --group-size 128
-    python -m bench.kills MODEL --kills 30 --seed 1 --format q4_k --method mse
+    python -m bench.kills convert MODEL --format int4 --group-size 128
+    python -m bench.kills finetune --model MODEL --data FILE --max-steps 8 --save-steps 2
+    python -m bench.kills chat MODEL --prompt Hello --temperature 0 --max-new-tokens 32
+    python -m bench.kills --kills 30 --seed 1 convert MODEL --format q4_k --method mse
 
-Each moment is between the begin and the end of writing. After every kill, neither the result nor the
-unfinished directory may load unless it is complete, and the next run continues. Whenever a run ends before
-it is killed, its files are compared with those of an undisturbed run, and the conversion begins anew. Options
-that are not listed below are those of `ktops convert`.
+After every kill, nothing that the command writes may load unless it is complete, and the command is run
+again: a conversion with the same options, fine-tuning with --resume. Whenever a result is complete, it is
+compared with that of an undisturbed run, and all begins anew. The moments of a conversion are between the
+begin and the end of writing, those of the others while their process runs.
 
-Exit status: 1 if something half-written loads, or the files differ.
+Exit status: 1 if something half-written loads, or the results differ.
 """
 
 import argparse
+import json
 import random
 import shutil
 import subprocess
 import sys
 import time
+from abc import ABC, abstractmethod
 from pathlib import Path
+
+from safetensors.torch import load_file
 
 from ktops.checkpoints import CheckpointError, CheckpointWriter, open_checkpoint
 from ktops.checkpoints.checkpoint import PROGRESS
 from ktops.checkpoints.writer import checksum
+from ktops.cli.finetune import run_directory
 
-COMMAND = (sys.executable, "-m", "ktops.cli.main", "convert")
+COMMAND = (sys.executable, "-m", "ktops.cli.main")
+METRICS = "metrics.json"
 
 
-def checksums(folder: Path) -> dict[str, int]:
+class Command(ABC):
+    """A command that is killed and run again.
+
+    Args:
+        arguments: of the command, without what names its output.
+        out: a path that does not exist, for what it writes.
+    """
+
+    def __init__(self, arguments: list[str], out: Path) -> None:
+        self.arguments, self.out, self.printed = arguments, out, ""
+
+    @abstractmethod
+    def next(self) -> list[str]:
+        """Returns the arguments to begin with, or to continue what is there."""
+
+    def wait_for_begin(self, process: subprocess.Popen) -> None:
+        """Returns when the time of the kills begins. Default: at once."""
+        return
+
+    def is_complete(self) -> bool:
+        """Returns whether the result of a killed run is complete."""
+        return False
+
+    @abstractmethod
+    def half_written(self, expected: dict) -> list[Path]:
+        """Returns what loads although it is not complete."""
+
+    @abstractmethod
+    def result(self) -> dict:
+        """Returns what two complete runs must have in common."""
+
+    def delete(self) -> None:
+        shutil.rmtree(self.out, ignore_errors=True)
+
+    def run(self, seconds: float | None = None) -> float | None:
+        """Runs the command; kills it after some time.
+
+        Returns:
+            How long it took; None if it was killed.
+
+        Raises:
+            RuntimeError: the command failed.
+        """
+        command = [*COMMAND, *self.next()]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+            self.wait_for_begin(process)
+            start = time.monotonic()
+            try:
+                self.printed, errors = process.communicate(timeout=seconds)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                return None
+        if process.returncode:
+            raise RuntimeError(errors)
+        return time.monotonic() - start
+
+
+class Convert(Command):
+    @property
+    def partial(self) -> Path:
+        return CheckpointWriter.partial_path(self.out)
+
+    def next(self) -> list[str]:
+        model, *options = self.arguments
+        self._before = _modified(self.partial / PROGRESS)
+        return ["convert", model, str(self.out), *options]
+
+    def wait_for_begin(self, process: subprocess.Popen) -> None:
+        while process.poll() is None and _modified(self.partial / PROGRESS) in (self._before, None):
+            time.sleep(0.005)
+
+    def is_complete(self) -> bool:
+        return self.out.exists()
+
+    def half_written(self, expected: dict) -> list[Path]:
+        paths = self.out, self.partial
+        return [path for path in paths if _loads(path) and _checksums(path) != expected]
+
+    def result(self) -> dict:
+        return _checksums(self.out)
+
+    def delete(self) -> None:
+        super().delete()
+        shutil.rmtree(self.partial, ignore_errors=True)
+
+
+class Finetune(Command):
+    def next(self) -> list[str]:
+        resume = ["--resume"] if run_directory.holds_run(self.out) else self.arguments
+        return ["finetune", "--output-dir", str(self.out), *resume]
+
+    def is_complete(self) -> bool:
+        return (self.out / METRICS).exists()
+
+    def half_written(self, expected: dict) -> list[Path]:
+        try:
+            whole = self.result()["adapter"] == expected["adapter"]
+        except Exception:  # it does not load
+            whole = True
+        metrics = self.out / METRICS
+        return [path for path, right in ((self.out, whole), (metrics, _is_json(metrics))) if not right]
+
+    def result(self) -> dict:
+        json.loads((self.out / "adapter_config.json").read_text())
+        load_file(self.out / "adapter_model.safetensors")
+        adapter = {
+            name: checksum(self.out / name) for name in ("adapter_config.json", "adapter_model.safetensors")
+        }
+        metrics = self.out / METRICS
+        losses = (
+            [step["loss"] for step in json.loads(metrics.read_text())["steps"]] if metrics.exists() else []
+        )
+        return {"adapter": adapter, "losses": losses}
+
+
+class Chat(Command):
+    def next(self) -> list[str]:
+        self.out.mkdir(exist_ok=True)
+        return ["chat", *self.arguments, "--metrics", str(self.out / METRICS)]
+
+    def half_written(self, expected: dict) -> list[Path]:
+        metrics = self.out / METRICS
+        return [] if _is_json(metrics) else [metrics]
+
+    def result(self) -> dict:
+        return {"answer": self.printed, "files": [path.name for path in self.out.iterdir()]}
+
+
+COMMANDS: dict[str, type[Command]] = {"convert": Convert, "finetune": Finetune, "chat": Chat}
+
+
+def _checksums(folder: Path) -> dict[str, int]:
     return {path.name: checksum(path) for path in sorted(folder.iterdir())}
 
 
-def loads(folder: Path) -> bool:
+def _loads(folder: Path) -> bool:
     try:
         open_checkpoint(folder)
     except CheckpointError:
@@ -38,73 +177,63 @@ def loads(folder: Path) -> bool:
     return True
 
 
-def convert(model: Path, out: Path, options: list[str], seconds: float | None = None) -> float | None:
-    """Runs the command; kills it ``seconds`` after it has begun to write.
-
-    Returns:
-        How long it wrote; None if it was killed.
-
-    Raises:
-        RuntimeError: the command failed.
-    """
-    progress = CheckpointWriter.partial_path(out) / PROGRESS
-    before = modified(progress)
-    command = [*COMMAND, str(model), str(out), *options]
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as process:
-        while process.poll() is None and modified(progress) in (before, None):
-            time.sleep(0.005)
-        start = time.monotonic()
-        try:
-            _, errors = process.communicate(timeout=seconds)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            return None
-    if process.returncode:
-        raise RuntimeError(errors.decode())
-    return time.monotonic() - start
+def _is_json(path: Path) -> bool:
+    """Returns whether a file is complete or absent."""
+    try:
+        return not path.exists() or bool(json.loads(path.read_text()))
+    except ValueError:
+        return False
 
 
-def modified(path: Path) -> int | None:
+def _modified(path: Path) -> int | None:
     try:
         return path.stat().st_mtime_ns
     except FileNotFoundError:
         return None
 
 
-def main() -> int:
+def try_kills(command: Command, number: int, seed: int) -> int:
+    """Prints what happens; returns how many results were wrong."""
+    seconds = command.run()
+    assert seconds is not None
+    expected = command.result()
+    command.delete()
+    print(f"undisturbed: {seconds:.2f} s", flush=True)
+    moments, kills, compared, wrong = random.Random(seed), 0, 0, 0
+    unfinished = False
+    while kills < number or unfinished:
+        moment = moments.uniform(0, seconds) if kills < number else None
+        killed = command.run(moment) is None
+        unfinished = killed and not command.is_complete()
+        half_written = command.half_written(expected)
+        wrong += len(half_written)
+        for path in half_written:
+            print(f"loads half-written: {path}", flush=True)
+        if killed:
+            kills += 1
+            print(f"killed after {moment:.2f} s", flush=True)
+        if not unfinished:
+            compared += 1
+            wrong += command.result() != expected
+            command.delete()
+    print(f"{kills} kills, {compared} results compared, {wrong} wrong")
+    return wrong
+
+
+def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, prog="bench.kills"
     )
-    parser.add_argument("model", type=Path, help="model directory")
     parser.add_argument("--kills", type=int, default=10)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, help="directory to write and delete (default: beside the model)")
-    args, options = parser.parse_known_args()
-    out = args.out or args.model.with_name(args.model.name + ".killed")
-    partial = CheckpointWriter.partial_path(out)
-    if out.exists() or partial.exists():
-        parser.error(f"--out: {out} or {partial} already exists")
-    seconds = convert(args.model, out, options)
-    assert seconds is not None
-    expected = checksums(out)
-    shutil.rmtree(out)
-    print(f"undisturbed: {len(expected)} files, written in {seconds:.2f} s", flush=True)
-    moments, kills, compared, wrong = random.Random(args.seed), 0, 0, 0
-    while kills < args.kills or out.exists() or partial.exists():
-        moment = moments.uniform(0, seconds) if kills < args.kills else None
-        ended = convert(args.model, out, options, moment) is not None
-        kills += not ended
-        half_written = [path for path in (out, partial) if loads(path) and checksums(path) != expected]
-        wrong += len(half_written)
-        if not ended:
-            left = sorted(path.name for path in partial.glob("*.safetensors"))
-            print(f"killed after {moment:.2f} s of writing, finished files: {len(left)}", flush=True)
-        if out.exists():
-            compared += 1
-            wrong += checksums(out) != expected
-            shutil.rmtree(out)
-    print(f"{kills} kills, {compared} results compared, {wrong} wrong")
-    return int(wrong > 0)
+    parser.add_argument("--out", type=Path, default=Path("killed"), help="path to write and delete")
+    parser.add_argument("command", choices=COMMANDS)
+    parser.add_argument("arguments", nargs=argparse.REMAINDER, help="of the command, without its output")
+    args = parser.parse_args(argv)
+    command = COMMANDS[args.command](args.arguments, args.out)
+    if args.out.exists() or CheckpointWriter.partial_path(args.out).exists():
+        parser.error(f"--out: {args.out} already exists")
+    return int(try_kills(command, args.kills, args.seed) > 0)
 
 
 if __name__ == "__main__":

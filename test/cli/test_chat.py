@@ -297,7 +297,7 @@ def test_figures_that_cannot_be_written(ktops_command, chat_model, tmp_path, mon
     options = ("--prompt", QUESTION, *GREEDY, "--metrics", "figures.json")
     status, out, err = ktops_command("chat", chat_model, *options)
     assert status == 1 and out.strip()
-    assert "--metrics: figures.json.partial: No space left on device" in err
+    assert "--metrics: figures.json.tmp: No space left on device" in err
     assert (tmp_path / "figures.json").read_text() == "{}"
 
 

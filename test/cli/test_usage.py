@@ -194,6 +194,16 @@ def test_files_with_less_than_two_examples(refused, tmp_path, text, message):
     assert message in refused("--eval-fraction", 0.5, data=tmp_path / "data.jsonl")
 
 
+def test_last_complete_checkpoint(tmp_path):
+    """The process may have been killed while Trainer wrote its state."""
+    assert run_directory.last_checkpoint(tmp_path) is None
+    for steps, state in ((5, "{}"), (10, "{}"), (15, '{"global_step": 1')):
+        folder = tmp_path / f"checkpoint-{steps}"
+        folder.mkdir()
+        (folder / "trainer_state.json").write_text(state)
+    assert run_directory.last_checkpoint(tmp_path) == tmp_path / "checkpoint-10"
+
+
 def test_output_directory(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     first = run_directory.choose(None, resume=False, overwrite=False)

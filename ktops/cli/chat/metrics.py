@@ -1,6 +1,5 @@
 """Collects the figures of all answers, and writes them to a file after each."""
 
-import json
 from dataclasses import asdict, fields
 from pathlib import Path
 
@@ -8,6 +7,7 @@ import psutil
 import torch
 
 import ktops
+from ktops.checkpoints.stream import write_json
 from ktops.cli.chat.conversation import Answer
 from ktops.cli.errors import UserError
 from ktops.cli.finetune.measure import count_weights, peak_rss_bytes
@@ -49,10 +49,8 @@ class Metrics:
         self.answers.append(answer)
         if self.file is None:
             return
-        partial = self.file.with_name(self.file.name + ".partial")
         try:
-            partial.write_text(json.dumps(self._collect(), indent=2) + "\n", encoding="utf-8")
-            partial.replace(self.file)
+            write_json(self.file, self._collect())
         except OSError as error:
             raise UserError(f"--metrics: {error.filename}: {error.strerror}") from None
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 import transformers
 
+from ktops.checkpoints.stream import write_json
 from ktops.cli.finetune import demo_model, metrics, run_directory, training
 from ktops.cli.finetune.measure import peak_rss_bytes
 from ktops.cli.finetune.options import Options
@@ -71,6 +72,6 @@ def base_model(options: Options, directory: Path, report: Report, resume_command
         "kt_time": kt.summary(timer.seconds),
         "peak_rss_bytes": peak_rss_bytes(),
     }
-    log.write_text(json.dumps(result), encoding="utf-8")
+    write_json(log, result)
     shutil.rmtree(work)
     return str(base), result

@@ -126,8 +126,8 @@ def finetune(
         del model, trainer
         gc.collect()
         result["reload"] = verify.run(record)
-    write_json(directory / "metrics.json", result)
     plot_loss(result, directory / "loss.png")
+    write_json(directory / "metrics.json", result)  # with which the run is complete
     verify.require(result["reload"])
     report.reload(result["reload"], directory)
     return result
@@ -247,7 +247,7 @@ def _training_arguments(options: Options, directory: Path, num_examples: int):
         per_device_eval_batch_size=options.eval_batch_size or options.batch_size,
         gradient_accumulation_steps=options.gradient_accumulation_steps,
         gradient_checkpointing=options.gradient_checkpointing,
-        gradient_checkpointing_kwargs={"use_reentrant": False, "context_fn": ktops.checkpoint_context_fn},
+        gradient_checkpointing_kwargs=training.CHECKPOINTING,
         **evaluation,
     )
 

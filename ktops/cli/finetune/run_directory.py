@@ -1,5 +1,6 @@
 """Chooses and prepares the directory of a run."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -80,8 +81,17 @@ def require_last_checkpoint(wanted: bool | str, output_dir: Path | None) -> None
 
 def last_checkpoint(directory: Path) -> Path | None:
     """Returns the latest complete checkpoint-N in a directory."""
-    complete = [path.parent for path in directory.glob("checkpoint-*/trainer_state.json")]
+    complete = [path.parent for path in directory.glob("checkpoint-*/trainer_state.json") if _is_json(path)]
     return max(complete, key=lambda path: int(path.name.split("-")[1]), default=None)
+
+
+def _is_json(path: Path) -> bool:
+    """Returns whether a file is complete; Trainer writes its state last, but not all at once."""
+    try:
+        json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        return False
+    return True
 
 
 def _default(existing: bool) -> Path:

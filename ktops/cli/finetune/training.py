@@ -2,6 +2,7 @@
 
 import random
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,6 +18,10 @@ from ktops.cli.finetune.packing import PackingCollator
 from ktops.cli.finetune.progress import ProgressCallback
 from ktops.cli.finetune.timing import KtTime, StepTimer
 from ktops.integrations.chunked_loss import ChunkedLoss, chunk_loss
+from ktops.ops import checkpoint_context_fn
+
+CHECKPOINTING: dict[str, Any] = {"use_reentrant": False, "context_fn": checkpoint_context_fn}
+"""How --gradient-checkpointing calls torch.utils.checkpoint: what the experts' forward saves is kept."""
 
 
 class _Arguments(TrainingArguments):

@@ -21,7 +21,9 @@ from ktops.ops.arguments import MoeArguments
 
 TEMPORARY = "temporary"
 LOGITS = "logits and loss"
-"""Kinds of tensors that are known when they are created: those as wide as the vocabulary, and the others."""
+ACTIVATIONS = "saved activations"
+"""Kinds of tensors that are known when they are created: those as wide as the vocabulary, what ktops' forward
+saves, and the others."""
 
 HEAP_BYTES = 32 << 20
 """From this size on, glibc maps an allocation by itself, and unmaps it when it is freed."""
@@ -83,11 +85,11 @@ class MemoryTrace(TorchDispatchMode):
                 self.live[kind] += storage.nbytes()
 
     @contextmanager
-    def saved_as(self, kind: str) -> Iterator[None]:
-        """Gives what autograd saves this kind."""
+    def saved(self) -> Iterator[None]:
+        """Gives what autograd saves the kind ACTIVATIONS."""
 
         def pack(tensor: Tensor) -> Tensor:
-            self.set_kind(kind, [tensor])
+            self.set_kind(ACTIVATIONS, [tensor])
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
@@ -103,6 +105,8 @@ class MemoryTrace(TorchDispatchMode):
                 self._add(leaf)
         if function.namespace == "kt":
             self._add_call(function, args)
+        if function is torch.ops.kt.moe_sft_fwd.default:
+            self.set_kind(ACTIVATIONS, [tensor for tensor in out if tensor is not None])
         return out
 
     def _add(self, tensor: Tensor) -> None:

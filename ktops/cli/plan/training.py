@@ -11,14 +11,13 @@ from transformers import Trainer
 from ktops.cli.finetune import lora
 from ktops.cli.finetune.options import Options
 from ktops.cli.finetune.report import Report
-from ktops.cli.finetune.training import training_arguments
+from ktops.cli.finetune.training import CHECKPOINTING, training_arguments
 from ktops.cli.plan.trace import MemoryTrace, Traced, fake
 from ktops.integrations.chunked_loss import ChunkedLoss
 
 ADAPTERS = "adapters"
 OPTIMIZER = "optimizer state"
 GRADIENTS = "gradients"
-ACTIVATIONS = "saved activations"
 
 
 def trace_training(model: nn.Module, options: Options, batch_size: int, length: int) -> Traced:
@@ -68,11 +67,11 @@ def _forward_and_backward(
         parameter.register_post_accumulate_grad_hook(lambda p: trace.set_kind(GRADIENTS, [p.grad]))
     model.train()
     if options.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.gradient_checkpointing_enable(CHECKPOINTING)
         model.enable_input_require_grads()
     ids = torch.zeros(shape, dtype=torch.long)
     positions = torch.arange(shape[1]).expand(shape)
     ChunkedLoss(model).replace()
-    with trace.saved_as(ACTIVATIONS):
+    with trace.saved():
         loss = model(input_ids=ids, position_ids=positions, labels=ids, use_cache=False).loss
     loss.backward()

@@ -137,16 +137,14 @@ class Finetune(Command):
         return [path for path, right in ((self.out, whole), (metrics, _is_json(metrics))) if not right]
 
     def result(self) -> dict:
-        json.loads((self.out / "adapter_config.json").read_text())
-        load_file(self.out / "adapter_model.safetensors")
-        adapter = {
-            name: checksum(self.out / name) for name in ("adapter_config.json", "adapter_model.safetensors")
-        }
+        json.loads((self.out / "adapter_config.json").read_text())  # PEFT orders its lists at random
+        adapter = self.out / "adapter_model.safetensors"
+        load_file(adapter)
         metrics = self.out / METRICS
         losses = (
             [step["loss"] for step in json.loads(metrics.read_text())["steps"]] if metrics.exists() else []
         )
-        return {"adapter": adapter, "losses": losses}
+        return {"adapter": checksum(adapter), "losses": losses}
 
 
 class Chat(Command):

@@ -308,7 +308,7 @@ class KTExperts(nn.Module):
         Raises:
             RuntimeError: a wrong shape, dtype or device, as in :func:`ktops.moe_sft`.
         """
-        output = None if lora else forward_prepared(self, hidden_states, top_k_index, top_k_weights)
+        output = forward_prepared(self, hidden_states, top_k_index, top_k_weights, lora)
         if output is not None:
             return output
         layout = self.layout

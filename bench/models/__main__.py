@@ -4,6 +4,7 @@ make     write a model with random weights, as it would be published
 step     compare a training step with the sum of its parts
 table    what real models need on disk and in memory
 convert  compare `ktops convert` with reading and writing the bytes alone
+decode   compare what a token of an answer takes with and without an adapter
 compare  compare answers with llama.cpp, and training with PEFT on transformers' grouped_mm
 """
 
@@ -13,7 +14,7 @@ import sys
 
 from bench.contest import ContestError
 
-COMMANDS = ("make", "step", "table", "convert", "compare")
+COMMANDS = ("make", "step", "table", "convert", "decode", "compare")
 
 
 def main(argv: list[str]) -> int:

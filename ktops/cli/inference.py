@@ -24,6 +24,7 @@ from ktops.cli.models import (
 )
 from ktops.cli.plan.run import check_chat
 from ktops.formats import ExpertWeight
+from ktops.integrations.freeze_adapters import freeze_adapters
 from ktops.integrations.settings import set_num_threads
 from ktops.integrations.transformers.coverage import experts_outside_op
 
@@ -78,7 +79,7 @@ class Loaded:
     """A model to answer with.
 
     Attributes:
-        model: in evaluation mode; with an adapter, a PeftModel.
+        model: in evaluation mode; with an adapter, as :func:`ktops.freeze_adapters` returns it.
         tokenizer: its tokenizer.
         trained_by_ktops: whether `ktops finetune` wrote the adapter.
         seconds: how long it took to load both.
@@ -132,14 +133,14 @@ def finish(model, options: LoadOptions, adapter: trained.Trained | None, say: Sa
     """Does what comes after loading the base model.
 
     Returns:
-        The model in evaluation mode; with an adapter, a PeftModel.
+        The model in evaluation mode, with its adapter frozen.
 
     Raises:
         UserError: PEFT cannot load the adapter, or ktops would run none of the experts.
     """
     require_ktops(model, options.model, say)
     if adapter is not None:
-        model = with_adapter(model, adapter)
+        model = freeze_adapters(with_adapter(model, adapter))
     if options.linear_format is not None:
         say(str(quantize_linear(model, options.linear_format)))
     return model.eval()

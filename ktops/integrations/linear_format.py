@@ -101,5 +101,13 @@ def linear_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
         if f"{name}.".startswith(experts) or f"{name}.".startswith(adapters):
             continue
         for child, layer in module._modules.items():
-            if type(layer) is nn.Linear and not layer.in_features % COLUMNS and not _KEPT.search(child):
+            own_name = _own_name(prefix + child)
+            if type(layer) is nn.Linear and not layer.in_features % COLUMNS and not _KEPT.search(own_name):
                 yield prefix + child, module, child
+
+
+def _own_name(path: str) -> str:
+    """Returns the name that a layer has in the model without adapters: PEFT's make it their base_layer."""
+    while path.endswith(".base_layer"):
+        path = path.removesuffix(".base_layer")
+    return path.rpartition(".")[2]

@@ -24,6 +24,7 @@ from ktops.formats import ExpertWeight
 from ktops.integrations.replacements import Replacements
 from ktops.integrations.transformers.experts import layout_in_op
 from ktops.nn.device_experts import refresh
+from ktops.nn.expert_list import interception
 from ktops.nn.host_memory import Convert, is_kept, staying
 from ktops.nn.int8_linear import Int8Linear
 from ktops.nn.layout import Layout
@@ -210,6 +211,27 @@ def _forward(wrapper: "ParamWrapper", x: Tensor, *args, **kwargs) -> Tensor:
         if adapters:
             kwargs = {**kwargs, **_lora_arguments(wrapper, layout, adapters)}
     return wrapper.base_layer(x, *args, **kwargs)
+
+
+def lora_of_experts(wrapper: nn.Module) -> dict[str, Tensor | float] | None:
+    """Returns the LoRA arguments that a wrapper, and those inside it, pass to experts in every call.
+
+    None if that could change, as for merged and disabled adapters, or if PEFT's own forward runs.
+    """
+    from peft.tuners.lora.layer import ParamWrapper
+
+    arguments: dict[str, Tensor | float] = {}
+    while isinstance(wrapper, ParamWrapper):
+        layout = _layout_for_factors(wrapper, {})
+        adapters = [name for name in wrapper.active_adapters if name in wrapper.lora_A]
+        if layout is None or wrapper.merged or wrapper.disable_adapters or interception(wrapper):
+            return None
+        if any(name in wrapper.lora_variant for name in adapters):
+            return None
+        if adapters:
+            arguments |= _lora_arguments(wrapper, layout, adapters)
+        wrapper = wrapper.base_layer
+    return arguments
 
 
 def _apply(wrapper: "ParamWrapper", fn: Convert, recurse: bool = True) -> nn.Module:

@@ -32,6 +32,7 @@ from ktops.nn.expert_list import (
 from ktops.nn.expert_sequence import KTExpertSequence
 from ktops.nn.experts import SAVE, KTExperts, check_name
 from ktops.nn.find import find_experts, has_stacks
+from ktops.nn.frozen_lora import FROZEN_LORA
 from ktops.nn.host_memory import is_kept, keep_in_host_memory
 
 
@@ -161,7 +162,10 @@ def _replacement(module: nn.Module, save: str) -> nn.Module:
 
 
 def require_plain(module: nn.Module) -> None:
-    """Raises Unsupported if the module has hooks or a replaced forward, which a replacement would lose."""
+    """Raises Unsupported if the module has hooks, a replaced forward or a frozen adapter, which a replacement
+    would lose."""
+    if FROZEN_LORA in module._modules:
+        raise Unsupported("they have a frozen adapter")
     reason = interception(module)
     if reason is not None:
         raise Unsupported(reason)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ktops.devices.pending import moe_sft_pending
 from ktops.formats import ExpertWeight
+from ktops.nn.frozen_lora import lora_arguments
 from ktops.nn.host_memory import ON_DEVICE
 from ktops.nn.layout import Layout
 from ktops.nn.prepared import PREPARED, forward_prepared
@@ -308,7 +309,8 @@ class KTExperts(nn.Module):
         Raises:
             RuntimeError: a wrong shape, dtype or device, as in :func:`ktops.moe_sft`.
         """
-        output = None if lora else forward_prepared(self, hidden_states, top_k_index, top_k_weights)
+        lora = lora_arguments(self, lora)
+        output = forward_prepared(self, hidden_states, top_k_index, top_k_weights, lora)
         if output is not None:
             return output
         layout = self.layout

@@ -5,7 +5,7 @@ from operator import is_
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ktops.nn.host_memory import ON_DEVICE
 from ktops.ops.moe_sft import moe_arguments
@@ -24,10 +24,11 @@ class PreparedExperts:
     Args:
         arguments: those of a call.
         key: what the arguments were made of; see :func:`_key`.
+        lora_key: what the LoRA arguments were; see :func:`_lora_key`.
     """
 
-    def __init__(self, arguments: tuple, key: list) -> None:
-        self.key = key
+    def __init__(self, arguments: tuple, key: list, lora_key: tuple) -> None:
+        self.key, self.lora_key = key, lora_key
         self.experts: int = torch.ops.kt.prepare_moe(*arguments)
         weakref.finalize(self, torch.ops.kt.release_moe, self.experts).atexit = False
 
@@ -36,9 +37,12 @@ class PreparedExperts:
 
 
 def forward_prepared(
-    experts: Any, hidden_states: Tensor, topk_ids: Tensor, topk_weights: Tensor
+    experts: Any, hidden_states: Tensor, topk_ids: Tensor, topk_weights: Tensor, lora: dict[str, Any]
 ) -> Tensor | None:
     """Runs a KTExperts in inference on the CPU; returns None where only the general path is possible.
+
+    The factors in ``lora`` may be new views in each call. They are compared by what they point to, which the
+    views that are held keep from being used for anything else.
 
     That is the case with gradients, in training mode, under torch.compile and other modes that see operators,
     for tokens of another shape or dtype than those of the operator, and for what it does not compute alone.
@@ -67,14 +71,15 @@ def forward_prepared(
         key = _key(experts)
     except KeyError:  # a weight is no longer a Parameter, as after pruning
         return None
-    if hidden_states.dtype != key[0]:
+    lora_key = _lora_key(lora)
+    if hidden_states.dtype != key[0] or lora_key is None:
         return None
     prepared: PreparedExperts | None = experts.__dict__.get(PREPARED)
-    if prepared is None or not _same(prepared.key, key):
-        arguments = _arguments(experts, hidden_states, topk_ids, topk_weights)
+    if prepared is None or prepared.lora_key != lora_key or not _same(prepared.key, key):
+        arguments = _arguments(experts, hidden_states, topk_ids, topk_weights, lora)
         if not all(argument.is_cpu for argument in arguments if isinstance(argument, Tensor)):
             return None  # the general path names the tensor
-        prepared = PreparedExperts(arguments, key)
+        prepared = PreparedExperts(arguments, key, lora_key)
         experts.__dict__[PREPARED] = prepared
     return _moe_fwd_prepared(hidden_states, topk_ids, topk_weights, prepared.experts)
 
@@ -101,7 +106,25 @@ def _same(old: list, new: list) -> bool:
     return len(old) == len(new) and all(map(is_, old, new))
 
 
-def _arguments(experts: Any, hidden_states: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> tuple:
+def _lora_key(lora: dict[str, Any]) -> tuple | None:
+    """Returns the LoRA arguments to be compared by value, factors by where and how they are stored.
+
+    None if a factor is of a class that may not say where it is stored.
+    """
+    key: list[Any] = []
+    for name, value in lora.items():
+        if isinstance(value, Tensor):
+            if type(value) not in (Tensor, nn.Parameter):
+                return None
+            key += (name, value.data_ptr(), value.dtype, value.shape, value.stride())
+        else:
+            key += (name, value)
+    return tuple(key)
+
+
+def _arguments(
+    experts: Any, hidden_states: Tensor, topk_ids: Tensor, topk_weights: Tensor, lora: dict[str, Any]
+) -> tuple:
     gate_up_proj, down_proj = experts.layout.weights(experts)
     gate_up_bias, down_bias = experts.layout.biases(experts)
     return moe_arguments(
@@ -114,4 +137,5 @@ def _arguments(experts: Any, hidden_states: Tensor, topk_ids: Tensor, topk_weigh
         down_bias=down_bias,
         compute=experts.compute,
         **experts.function._asdict(),
+        **lora,
     )

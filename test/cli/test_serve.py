@@ -16,6 +16,7 @@ from ktops.cli import serve
 from ktops.cli.errors import UserError
 from ktops.formats import ExpertWeight
 from ktops.integrations.transformers import default
+from ktops.nn.frozen_lora import FrozenLora
 
 TOKENS = torch.tensor([[3, 14, 15, 92, 65, 35]])
 
@@ -123,7 +124,8 @@ def test_options_of_ktops_serve(ktops_command, server, model_directory, adapter)
     assert status == 0, err
     arguments, model = server
     assert arguments == ["serve", str(model_directory), "--port", "8001", "--enable-cors"]
-    assert isinstance(model, PeftModel) and formats(model) == {"int8"}
+    assert formats(model) == {"int8"}
+    assert any(isinstance(module, FrozenLora) for module in model.modules())
 
 
 def test_errors_before_the_server_starts(ktops_command, server, model_directory, monkeypatch):

@@ -1,5 +1,7 @@
 """quantize_linear: which layers become int8, and what adapters do on them."""
 
+from collections.abc import Sequence
+
 import peft
 import pytest
 import torch
@@ -62,8 +64,8 @@ def test_a_head_that_shares_the_embeddings():
     model(IDS)
 
 
-def adapted(model: nn.Module, **options) -> peft.PeftModel:
-    config = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False, **options)
+def adapted(model: nn.Module, targets: Sequence[str] = ("q_proj", "v_proj")) -> peft.PeftModel:
+    config = peft.LoraConfig(r=4, target_modules=[*targets], init_lora_weights=False)
     return peft.get_peft_model(model, config)
 
 
@@ -97,6 +99,18 @@ def test_adapters_are_trained(first):
     assert actual.keys() == expected.keys()
     for name, grad in actual.items():
         assert relative_error(grad, expected[name].double()) < 1e-4, name
+
+
+def test_adapters_do_not_change_which_layers_are_converted():
+    """PEFT moves a layer with an adapter into a child with another name."""
+    plain = tiny_model("deepseek_v2")
+    adapters = adapted(tiny_model("deepseek_v2"), ["kv_b_proj", "o_proj", "lm_head"])
+    expected = ktops.quantize_linear(plain).layers
+    actual = ktops.quantize_linear(adapters).layers
+    prefix = "base_model.model."
+    layers = [name.removeprefix(prefix).removesuffix(".base_layer") for name in actual]
+    assert sorted(layers) == sorted(expected)
+    assert any(name.endswith("o_proj.base_layer") for name in actual)
 
 
 def test_adapters_cannot_be_merged():

@@ -9,6 +9,7 @@ import threading
 import accelerate
 import pytest
 import torch
+from small_experts import H, I, K, T, make, tokens
 from torch.nn.utils import prune
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
@@ -18,30 +19,11 @@ from ktops.nn import KTExperts
 from ktops.nn.prepared import PREPARED, forward_prepared
 from ktops.testing.counts import counted
 
-E, H, I, K, T = 4, 64, 32, 2, 5  # noqa: E741
-
-
-def make(weight_format: str | None = None, **options) -> KTExperts:
-    torch.manual_seed(0)
-    experts = KTExperts(E, H, I, dtype=torch.bfloat16, **options).eval()
-    if weight_format is None:
-        return experts
-    first, down, *biases = experts.parameters()
-    weights = (ktops.quantize(weight.detach(), weight_format, group_size=32) for weight in (first, down))
-    options.pop("bias", None)
-    return KTExperts.from_parameters(*weights, *biases, **options).eval()
-
-
-def tokens(number: int = T):
-    generator = torch.Generator().manual_seed(1)
-    weights, ids = torch.rand(number, E, generator=generator).topk(K)
-    return torch.randn(number, H, generator=generator).bfloat16(), ids, weights
-
 
 def general(experts: KTExperts, *inputs) -> torch.Tensor:
     """Runs the operator that takes all arguments: with gradients on, nothing is prepared."""
     with torch.enable_grad():
-        assert forward_prepared(experts, *inputs) is None
+        assert forward_prepared(experts, *inputs, {}) is None
         return experts(*inputs).detach()
 
 

@@ -6,6 +6,8 @@ import sys
 import torch
 
 from ktops.formats import ExpertWeight
+from ktops.nn import Int8Linear
+from ktops.nn.frozen_lora import FrozenLora, FrozenLoraLinear
 
 
 def peak_rss_bytes() -> int:
@@ -15,6 +17,16 @@ def peak_rss_bytes() -> int:
 
 
 def count_weights(model: torch.nn.Module) -> int:
-    """Returns the number of weights of a model, including those in weight formats."""
-    quantized = (module.shape.numel() for module in model.modules() if isinstance(module, ExpertWeight))
-    return sum(parameter.numel() for parameter in model.parameters()) + sum(quantized)
+    """Returns the number of weights of a model and its adapters, whatever they are stored in."""
+    return sum(parameter.numel() for parameter in model.parameters()) + sum(map(_in_buffers, model.modules()))
+
+
+def _in_buffers(module: torch.nn.Module) -> int:
+    """Returns the number of weights that a module holds otherwise than as parameters."""
+    if isinstance(module, ExpertWeight):
+        return module.shape.numel()
+    if isinstance(module, Int8Linear):
+        return module.qweight.numel()
+    if isinstance(module, (FrozenLora, FrozenLoraLinear)):
+        return sum(factor.numel() for factor in module.buffers(recurse=False))
+    return 0

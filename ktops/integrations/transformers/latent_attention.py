@@ -14,6 +14,7 @@ from torch.nn.functional import pad
 
 from ktops.integrations.transformers.single_query import exact
 from ktops.nn.expert_list import interception, is_plain_linear
+from ktops.nn.frozen_lora import FrozenLoraLinear
 
 EXPAND = "expand_kv"
 """The method of transformers' layers (5.24 and later) that makes keys and values of latents."""
@@ -63,7 +64,8 @@ class Projection(NamedTuple):
         """Returns W_v times latents, [heads, B, rank] -> [heads, B, D of values]."""
         product = torch.bmm(latents, self.weight.mT)
         for a, b, scaling in self.adapters:
-            product += scaling * torch.bmm(latents @ a.mT, b.mT)
+            low_rank = latents.to(a.dtype).flatten(0, 1) @ a.mT
+            product += scaling * torch.bmm(low_rank.view(*latents.shape[:2], -1), b.mT)
         return product[..., key_width:]
 
     def latent_queries(self, queries: Tensor) -> Tensor:
@@ -71,7 +73,8 @@ class Projection(NamedTuple):
         rows = pad(queries, (0, self.weight.shape[1] - queries.shape[2]))
         product = torch.bmm(rows, self.weight)
         for a, b, scaling in self.adapters:
-            product += scaling * (torch.bmm(rows, b) @ a)
+            low_rank = torch.bmm(rows.to(b.dtype), b)
+            product += scaling * (low_rank.flatten(0, 1) @ a).view_as(product)
         return product
 
 
@@ -83,7 +86,12 @@ def split_projection(layer: Any, query: Tensor) -> Projection | None:
     linear, adapters = layer.kv_b_proj, []
     if query.shape[2] != 1 or layer.training:
         return None
-    if hasattr(linear, "lora_A"):
+    if isinstance(linear, FrozenLoraLinear):
+        if interception(linear):
+            return None
+        adapters.append(_by_heads(query, linear.lora_A, linear.lora_B, linear.scaling))
+        linear = linear.base_layer
+    elif hasattr(linear, "lora_A"):
         if interception(linear) or linear.merged:
             return None
         names = () if linear.disable_adapters else linear.active_adapters
@@ -93,12 +101,17 @@ def split_projection(layer: Any, query: Tensor) -> Projection | None:
                 return None
             if b.bias is not None:
                 return None
-            rows = b.weight.view(query.shape[1], -1, a.out_features)
-            adapters.append((a.weight.to(query.dtype), rows.to(query.dtype), linear.scaling[name]))
+            adapters.append(_by_heads(query, a.weight, b.weight, linear.scaling[name]))
         linear = linear.base_layer
     if not is_plain_linear(linear) or linear.bias is not None:
         return None
     return Projection(linear.weight.view(query.shape[1], -1, linear.in_features), adapters)
+
+
+def _by_heads(query: Tensor, a: Tensor, b: Tensor, scaling: float) -> tuple[Tensor, Tensor, float]:
+    """Returns an adapter with the rows of B by heads, in a dtype no narrower than that of the query."""
+    dtype = torch.promote_types(a.dtype, query.dtype)
+    return a.to(dtype), b.view(query.shape[1], -1, b.shape[1]).to(dtype), scaling
 
 
 def attend_latents(

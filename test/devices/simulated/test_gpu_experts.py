@@ -70,6 +70,18 @@ def test_trains_adapters(device, folder, weight_format):
         assert relative_error(logits(merged, folder), logits(model, folder)) < MODEL_BUDGET
 
 
+@pytest.mark.parametrize("number", [0, 1])
+def test_frozen_adapters(device, number):
+    """The factors of experts stay in CPU memory with them; those of other layers do not."""
+    model = with_adapters(model_on_cpu("qwen3_moe")).eval()
+    expected = logits(model, "qwen3_moe")
+    model = ktops.freeze_adapters(model)
+    ktops.offload_experts(model, device, num_gpu_experts=number)
+    names = on_cpu(model)
+    assert any("lora_A" in name for name in names) and all(".experts." in name for name in names)
+    assert relative_error(logits(model, "qwen3_moe"), expected) < MODEL_BUDGET
+
+
 def test_the_cpu_computes_the_others(device, monkeypatch):
     """It gets ids outside [0, E) for what the device computes."""
     model = model_on_cpu("qwen3_moe").eval()

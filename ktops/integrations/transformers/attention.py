@@ -168,11 +168,16 @@ def _attend_packed(
     sizes = [length * count for length, count in runs]
     parts = (tensor.split(sizes, dim=2) for tensor in (query, key, value))
     outputs = []
-    for (length, count), mask_part, *part in zip(runs, _diagonal(mask, sizes), *parts, strict=True):
-        rows = [tensor[0].unflatten(1, (count, length)).transpose(0, 1) for tensor in part]
-        masks = None if mask_part is None else torch.cat(_diagonal(mask_part, [length] * count))
-        outputs.append(_attend(module, *rows, masks, sinks, arguments).flatten(0, 1))
+    for run, mask_part, *part in zip(runs, _diagonal(mask, sizes), *parts, strict=True):
+        queries, keys, values = (_as_batch(tensor, *run) for tensor in part)
+        masks = None if mask_part is None else torch.cat(_diagonal(mask_part, [run[0]] * run[1]))
+        outputs.append(_attend(module, queries, keys, values, masks, sinks, arguments).flatten(0, 1))
     return torch.cat(outputs)[None]
+
+
+def _as_batch(tensor: Tensor, length: int, count: int) -> Tensor:
+    """Returns a view [count, heads, length, D] of a row [1, heads, count * length, D]."""
+    return tensor[0].unflatten(1, (count, length)).transpose(0, 1)
 
 
 def _diagonal(mask: Tensor | None, sizes: list[int]) -> list:

@@ -20,6 +20,10 @@ from ktops.cli.finetune.options import Options
 from ktops.cli.models import find_model
 from ktops.cli.packages import require_packages
 
+COMPILED_PRODUCTS = 128
+"""Shapes of matrix products that PyTorch and oneDNN keep compiled, 0.6 MiB each. Every length of a sequence
+or a batch is another shape: their own limit of 1,024 would come to hundreds of MiB."""
+
 
 def run_finetune(given: dict[str, Any]) -> None:
     """Runs `ktops finetune` with the options given on the command line.
@@ -52,7 +56,7 @@ def _run_finetune(given: dict[str, Any], folders: list[Path], notes: Sequence[st
     )  # fmt: skip
     force = given.pop("force", False)
     output_dir = None if output_dir is None else Path(output_dir)
-    os.environ["HF_HUB_OFFLINE"] = "1"
+    set_environment()
     _find_files(given, folders)
     if resume:
         run_directory.require_last_checkpoint(resume, output_dir)
@@ -62,7 +66,6 @@ def _run_finetune(given: dict[str, Any], folders: list[Path], notes: Sequence[st
     else:
         options = options_file.complete(Options(**given))
         directory = run_directory.choose(output_dir, resume=False, overwrite=overwrite)
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
     from ktops.cli.finetune.run import finetune
@@ -165,6 +168,14 @@ def run_serve(given: dict[str, Any], arguments: list[str]) -> None:
         serve(LoadOptions.of(given), arguments)
 
 
+def set_environment() -> None:
+    """Keeps libraries off the network, and limits COMPILED_PRODUCTS if none has been computed yet."""
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    for cache in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
+        os.environ.setdefault(cache, str(COMPILED_PRODUCTS))
+
+
 @contextmanager
 def _model_as_argument() -> Iterator[None]:
     """Names the model in messages as commands do that take it as an argument, not as an option."""
@@ -177,8 +188,7 @@ def _model_as_argument() -> Iterator[None]:
 def _prepare_inference() -> None:
     """Checks for the packages that load a model, keeps them offline, and silences them."""
     require_packages("accelerate", "peft", "psutil", "safetensors", "tokenizers", "transformers")
-    os.environ["HF_HUB_OFFLINE"] = "1"
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    set_environment()
     from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|peft")

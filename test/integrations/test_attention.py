@@ -64,23 +64,40 @@ def masks() -> dict[str, torch.Tensor | None]:
     causal = torch.ones(TOKENS, TOKENS, dtype=torch.bool).tril()
     padded = causal & (torch.arange(TOKENS) > torch.tensor([[0], [3]])[..., None])
     window = causal & causal.triu(-2)
-    return {"causal": None, "window": window[None, None], "padded": padded[:, None]}
+    hole = causal & (torch.arange(TOKENS) != 6)
+    return {
+        "causal": None,
+        "window": window[None, None],
+        "padded": padded[:, None],
+        "hole": hole[None, None],
+    }
+
+
+PACKED = {"packed": (0, 2, 8, TOKENS), "alike": (0, 2, 5, 8, TOKENS)}
+"""Where packed sequences start and end: of different lengths, and three of one length."""
 
 
 @pytest.mark.parametrize("sinks", [False, True])
 @pytest.mark.parametrize("dims", [(8, 8), (8, 5), (5, 8)])
-@pytest.mark.parametrize("kind", ["causal", "window", "padded", "packed", "packed_window"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        *("causal", "window", "padded", "packed_causal", "packed_window", "packed_hole"),
+        *("alike_causal", "alike_window", "alike_hole"),
+    ],
+)
 def test_equals_explicit_scores(kind, dims, sinks, monkeypatch):
     """In blocks of 4 queries, with gradients."""
     monkeypatch.setattr(attention, "QUERY_BLOCK", 4)
     query, key, value, sink = tensors(*dims)
     lengths = None
-    mask = masks()[kind.removeprefix("packed_").replace("packed", "causal")]
+    packed, _, masked = kind.rpartition("_")
+    mask = masks()[masked]
     causal = torch.ones(TOKENS, TOKENS, dtype=torch.bool).tril()
     seen = causal if mask is None else mask
-    if kind.startswith("packed"):
+    if packed:
         query, key, value = (x[:1] for x in (query, key, value))
-        lengths = torch.tensor([0, 2, 8, TOKENS], dtype=torch.int32)
+        lengths = torch.tensor(PACKED[packed], dtype=torch.int32)
         owner = torch.bucketize(torch.arange(TOKENS), lengths[1:], right=True)
         seen = seen & (owner[:, None] == owner)
     module = SimpleNamespace(num_key_value_groups=HEADS // KEY_HEADS)
@@ -126,6 +143,17 @@ def test_no_matrix_of_scores(dims, sinks):
         output.sum().backward()
     assert run.flash == 2  # forward and backward
     assert run.largest <= 2 * query.numel()
+
+
+def test_one_call_for_sequences_of_one_length():
+    """Packed sequences that follow each other; of 3, of 5 and of 3 tokens again."""
+    lengths = torch.tensor([0, 3, 3, 3, 5, 5, 3], dtype=torch.int32).cumsum(0)
+    query = torch.randn(1, HEADS, int(lengths[-1]), 8, requires_grad=True)
+    key, value = torch.randn(2, 1, KEY_HEADS, int(lengths[-1]), 8)
+    module = SimpleNamespace(num_key_value_groups=HEADS // KEY_HEADS)
+    with Attentions() as run:
+        attention_forward(module, query, key, value, None, cu_seq_lens_q=lengths)[0].sum().backward()
+    assert run.flash == 2 * 3  # forward and backward
 
 
 def test_blocks_leave_out_keys_that_no_query_sees(monkeypatch):

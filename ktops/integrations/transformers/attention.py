@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+import itertools
 import re
 import sys
 from collections.abc import Hashable
@@ -163,20 +164,28 @@ def _attend_packed(
     if arguments.get("position_bias") is not None:
         raise ValueError(f"{type(module).__name__}: packed sequences cannot be combined with position_bias")
     lengths = _lengths(query, key, starts, key_starts)
-    queries, keys, values = (tensor.split(lengths, dim=2) for tensor in (query, key, value))
-    outputs = [
-        _attend(module, *sequence, sinks, arguments)
-        for sequence in zip(queries, keys, values, _diagonal(mask, lengths), strict=True)
-    ]
-    return torch.cat(outputs, dim=1)
+    runs = [(length, len(list(run))) for length, run in itertools.groupby(lengths)]
+    sizes = [length * count for length, count in runs]
+    parts = (tensor.split(sizes, dim=2) for tensor in (query, key, value))
+    outputs = []
+    for run, mask_part, *part in zip(runs, _diagonal(mask, sizes), *parts, strict=True):
+        queries, keys, values = (_as_batch(tensor, *run) for tensor in part)
+        masks = None if mask_part is None else torch.cat(_diagonal(mask_part, [run[0]] * run[1]))
+        outputs.append(_attend(module, queries, keys, values, masks, sinks, arguments).flatten(0, 1))
+    return torch.cat(outputs)[None]
 
 
-def _diagonal(mask: Tensor | None, lengths: list[int]) -> list[Tensor | None]:
-    """Returns the part of a mask for each sequence of a row."""
+def _as_batch(tensor: Tensor, length: int, count: int) -> Tensor:
+    """Returns a view [count, heads, length, D] of a row [1, heads, count * length, D]."""
+    return tensor[0].unflatten(1, (count, length)).transpose(0, 1)
+
+
+def _diagonal(mask: Tensor | None, sizes: list[int]) -> list:
+    """Returns the blocks on the diagonal of a mask; None for each of no mask."""
     if mask is None:
-        return [None] * len(lengths)
-    rows = mask.split(lengths, dim=2)
-    return [row.split(lengths, dim=3)[i] for i, row in enumerate(rows)]
+        return [None] * len(sizes)
+    rows = mask.split(sizes, dim=2)
+    return [row.split(sizes, dim=3)[i] for i, row in enumerate(rows)]
 
 
 def _attend(module, query, key, value, mask: Tensor | None, sinks: Tensor | None, arguments: dict) -> Tensor:

@@ -1,7 +1,7 @@
 """Kills `ktops convert` by SIGKILL at random times, continues it, and compares the result.
 
-    python -m bench.kills MODEL --format int4 --group-size 128
-    python -m bench.kills MODEL --kills 30 --seed 1 --format q4_k --method mse
+    python -m bench.kills MODEL --weight-format int4 --group-size 128
+    python -m bench.kills MODEL --kills 30 --seed 1 --weight-format q4_k --quantize-method mse
 
 Each moment is between the begin and the end of writing. After every kill, neither the result nor the
 unfinished directory may load unless it is complete, and the next run continues. Whenever a run ends before

@@ -111,7 +111,7 @@ def run_convert(
         UserError, Interrupted: see convert.convert.
     """
     require_packages("safetensors")
-    options_file.require_settings("--format", weight_format, group_size, method)
+    options_file.require_settings("--weight-format", weight_format, group_size, method)
     from ktops.cli.conversion_report import EXTENTS
     from ktops.cli.convert import Options, convert
 
@@ -218,7 +218,7 @@ def run_merge(
     if weight_format is not None:
         options_file.require_settings("--weight-format", weight_format, group_size, method)
     elif group_size is not None or method is not None:
-        raise UserError("--group-size and --method need --weight-format")
+        raise UserError("--group-size and --quantize-method need --weight-format")
     from ktops.cli.merge import merge
 
     factors = parse_weights(weights)

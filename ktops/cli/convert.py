@@ -22,6 +22,7 @@ from ktops.checkpoints.view import View
 from ktops.checkpoints.writer import small_files
 from ktops.cli.conversion_report import REPORT, ConversionReport, show
 from ktops.cli.errors import UserError, told
+from ktops.cli.weight_format import experts_in_format
 
 
 @dataclass(frozen=True)
@@ -119,18 +120,14 @@ def _require_destination(options: Options) -> None:
 def _plan(checkpoint: Checkpoint, options: Options) -> list[Part]:
     """Returns all layers, checked, so that writing starts only if all of them can be written."""
     checkpoint.require_layers()
-    parts = []
-    for layer in checkpoint.layers:
-        try:
-            both = layer.experts(
-                options.weight_format, group_size=options.group_size, method=options.method or "rtn"
-            )
-        except CheckpointError:
-            raise
-        except ValueError as error:
-            raise UserError(f"--format {options.weight_format}: {layer.name}: {error}") from None
-        parts.append(Part(layer.written_name, layer, both))
-    return parts
+    layers = experts_in_format(
+        checkpoint,
+        options.weight_format,
+        options.group_size,
+        options.method,
+        advice="Convert the original model",
+    )
+    return [Part(layer.written_name, layer, both) for layer, both in layers]
 
 
 def _settings(options: Options, checkpoint: Checkpoint) -> dict:

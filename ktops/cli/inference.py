@@ -20,6 +20,7 @@ from ktops.cli.models import (
     load_tokenizer,
     place,
     quantize_linear,
+    reads_experts,
     require_device,
 )
 from ktops.cli.plan.run import check_chat
@@ -225,6 +226,7 @@ def check(options: LoadOptions, adapter: trained.Trained | None) -> None:
         require_settings(
             "--weight-format", options.weight_format, options.group_size, options.quantize_method
         )
+        reads_experts(options.model, options)
     elif options.group_size is not None or options.quantize_method is not None:
         raise UserError("--group-size and --quantize-method need --weight-format")
     require_linear_format(options.linear_format)

@@ -176,7 +176,7 @@ def test_an_adapter_on_the_experts_that_it_was_trained_on(
 
 def test_an_adapter_on_a_converted_model(ktops_command, chat_model, adapter, tmp_path):
     adapter(tmp_path / "out", weight_format="int4")
-    assert ktops_command("convert", chat_model, "converted", "--format", "int8")[0] == 0
+    assert ktops_command("convert", chat_model, "converted", "--weight-format", "int8")[0] == 0
     status, _, err = ktops_command("chat", "converted", "--adapter", "out", "--prompt", QUESTION, *GREEDY)
     assert status == 0 and "experts in int8 (" in err
     assert re.search(r"was trained with --weight-format int4; .*converted keeps its own weights", err)

@@ -86,7 +86,7 @@ def test_bytes_of_a_format_are_those_of_quantized_experts(name, wide_directory):
 
 
 def test_a_converted_directory_is_mapped(wide_directory, tmp_path, ktops_command):
-    assert ktops_command("convert", wide_directory, tmp_path / "int8", "--format", "int8")[0] == 0
+    assert ktops_command("convert", wide_directory, tmp_path / "int8", "--weight-format", "int8")[0] == 0
     options = run_options(tmp_path / "int8")
     found = count(build(options.model, torch.float32), options.model, options)
     model, _ = models.load_base(options.model, torch.float32, replace(options, dtype="f32"))

@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from ktops.cli.finetune.app import GROUP_SIZE, MMAP
+from ktops.cli.finetune.app import GROUP_SIZE, METHOD, MMAP
 
 _TRAINING = "Training"
 _CHAT = "Chat"
@@ -20,6 +20,7 @@ def plan(
         str | None, typer.Option(metavar="NAME", help="Quantize the experts to this format, such as int4.")
     ] = None,
     group_size: Annotated[int | None, typer.Option(help=GROUP_SIZE)] = None,
+    quantize_method: Annotated[str | None, typer.Option(metavar="rtn|mse|hqq", help=METHOD)] = None,
     experts_path: Annotated[
         str | None,
         typer.Option(metavar="PATH", help="Directory or GGUF file of the experts, instead of MODEL."),

@@ -79,6 +79,9 @@ def convert(
     num_threads: Annotated[
         int | None, typer.Option(min=1, help="Number of threads. (default: PyTorch's)")
     ] = None,
+    force: Annotated[
+        bool, typer.Option("--force", help="Try even if the disk or the memory is not enough.")
+    ] = False,
 ) -> None:
     """Convert the experts of a checkpoint to a weight format, for from_pretrained or ktops.load_experts.
 
@@ -88,7 +91,7 @@ def convert(
     from ktops.cli.command import run_convert
 
     run_convert(
-        source, destination, weight_format, group_size, quantize_method, overwrite, report, num_threads
+        source, destination, weight_format, group_size, quantize_method, overwrite, report, num_threads, force
     )
 
 

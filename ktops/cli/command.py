@@ -104,6 +104,7 @@ def run_convert(
     overwrite: bool,
     report: str,
     num_threads: int | None,
+    force: bool,
 ) -> None:
     """Converts a checkpoint.
 
@@ -117,7 +118,9 @@ def run_convert(
 
     if report not in EXTENTS:
         raise UserError(f"--report must be one of {', '.join(EXTENTS)}, got {report!r}")
-    options = Options(source, destination, weight_format, group_size, method, overwrite, report, num_threads)
+    options = Options(
+        source, destination, weight_format, group_size, method, overwrite, report, num_threads, force
+    )
     convert(options, Console(highlight=False))
 
 

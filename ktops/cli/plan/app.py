@@ -41,6 +41,17 @@ def plan(
         str,
         typer.Option(metavar="NAMES", help="As for ktops finetune.", rich_help_panel=_TRAINING),
     ] = "attention,experts",
+    freeze_experts: Annotated[
+        bool,
+        typer.Option("--freeze-experts", help="Add no adapters to the experts.", rich_help_panel=_TRAINING),
+    ] = False,
+    gradient_accumulation_steps: Annotated[
+        int, typer.Option(help="Batches per optimizer step.", rich_help_panel=_TRAINING)
+    ] = 1,
+    packing: Annotated[
+        bool,
+        typer.Option("--packing/--no-packing", help="As for ktops finetune.", rich_help_panel=_TRAINING),
+    ] = True,
     gradient_checkpointing: Annotated[
         bool,
         typer.Option(

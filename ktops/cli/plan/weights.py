@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from ktops.checkpoints import Checkpoint, CheckpointError
 from ktops.checkpoints.experts import Experts, StoredExperts
+from ktops.cli.conversion_plan import ConversionPlan, Part
 from ktops.cli.errors import UserError
 from ktops.cli.finetune.options import Options
 from ktops.cli.weight_format import experts_in_format, open_source
@@ -118,6 +119,18 @@ def count(model: PreTrainedModel, path: str, options: Options) -> Weights:
         others_mapped=mapped,
         disk=files.nbytes or others + nbytes,
     )
+
+
+def converted_bytes(options: Options) -> int | None:
+    """Returns the bytes of the tensors that `ktops convert` writes; None without files or a format for it."""
+    if options.weight_format is None or options.experts_path is not None:
+        return None
+    source = _Files(str(options.model), None).own
+    if source is None:
+        return None
+    layers = experts_in_format(source, options.weight_format, options.group_size, options.quantize_method)
+    parts = [Part(layer.written_name, layer, both) for layer, both in layers]
+    return ConversionPlan(parts, source.other_tensors()).written
 
 
 def experts_bytes(model: nn.Module, weight_format: str, group_size: int | None) -> int:

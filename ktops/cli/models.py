@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Protocol
 
 from ktops.cli.errors import UserError
+from ktops.cli.trained import require_no_adapter
 from ktops.cli.weight_format import experts_in_format, open_source
 from ktops.formats.plain import PLAIN
 from ktops.integrations.settings import Backend, Settings
@@ -39,6 +40,7 @@ def check_directory(directory: str) -> None:
             f"--model: no such directory: {path}. Pass the directory of a downloaded Hugging Face model, or "
             "the name of one in its cache (hf download NAME)"
         )
+    require_no_adapter(path, "--model")
     if not (path / "config.json").is_file():
         raise UserError(f"--model: {path} has no config.json, so it is not a Hugging Face model directory")
     try:

@@ -269,6 +269,13 @@ def test_the_adapter_of_another_model(
     status, _, err = ktops_command("chat", chat_model, "--adapter", "out", "--prompt", QUESTION)
     assert status == 1
     assert re.search(rf"--adapter: out, which was trained on .*other, does not fit {chat_model}: ", err)
+    status, _, err = ktops_command("chat", "out", "--adapter", "out", "--prompt", QUESTION)
+    assert status == 1
+    assert "MODEL: out is an adapter, and --adapter names another: out. Pass the model as MODEL, or" in err
+    assert re.search(
+        r"MODEL: .*out is an adapter, not a model. Pass the model that it was trained on, .*other",
+        ktops_command("plan", "out")[2],
+    )
     shutil.rmtree(tmp_path / "other")
     status, _, err = ktops_command("chat", "out", "--prompt", QUESTION)
     assert status == 1

@@ -15,6 +15,7 @@ from ktops.checkpoints.experts import Experts, StoredExperts
 from ktops.cli.conversion_plan import ConversionPlan, Part
 from ktops.cli.errors import UserError
 from ktops.cli.finetune.options import Options
+from ktops.cli.trained import require_no_adapter
 from ktops.cli.weight_format import experts_in_format, open_source
 from ktops.formats import get_format
 from ktops.formats.plain import PLAIN
@@ -68,6 +69,7 @@ def build(path: str, dtype: torch.dtype) -> PreTrainedModel:
     import ktops
     from ktops.integrations.transformers.attention import use_attention
 
+    require_no_adapter(path, "MODEL")
     if not Path(path).is_file() and not (Path(path) / "config.json").is_file():
         raise UserError(f"MODEL: no such file, or no config.json in it: {path}")
     ktops.enable()

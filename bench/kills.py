@@ -1,9 +1,9 @@
 """Kills commands of ktops by SIGKILL at random times, continues them, and compares the results.
 
-    python -m bench.kills convert MODEL --format int4 --group-size 128
+    python -m bench.kills convert MODEL --weight-format int4 --group-size 128
     python -m bench.kills finetune --model MODEL --data FILE --max-steps 8 --save-steps 2
     python -m bench.kills chat MODEL --prompt Hello --temperature 0 --max-new-tokens 32
-    python -m bench.kills --kills 30 --seed 1 convert MODEL --format q4_k --method mse
+    python -m bench.kills --kills 30 --seed 1 convert MODEL --weight-format q4_k --quantize-method mse
 
 After every kill, nothing that the command writes may load unless it is complete, and the command is run
 again: a conversion with the same options, fine-tuning with --resume. Whenever a result is complete, it is

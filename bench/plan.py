@@ -2,6 +2,7 @@
 
     python -m bench.plan finetune --model DIR --data FILE --batch-size 2 --max-steps 3
     python -m bench.plan chat DIR --prompt Hello
+    python -m bench.plan convert DIR OUT --weight-format int4
 
 Runs `ktops` with these arguments and prints, in MiB: planned, the anonymous memory in its first lines;
 anonymous, the highest while it ran; files, the highest of mapped files, libraries included.

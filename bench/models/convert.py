@@ -1,7 +1,7 @@
 """Compares `ktops convert` with reading and writing the same bytes alone, in turns.
 
 Example:
-    python -m bench.models convert MODEL SCRATCH --options --format int4 --method mse
+    python -m bench.models convert MODEL SCRATCH --options --weight-format int4 --quantize-method mse
 
 Before each of them, the source's pages are dropped from the cache. The bytes alone are read by one thread,
 which then writes and synchronizes files of the result's sizes. SCRATCH gets the results, which are deleted.
@@ -72,8 +72,8 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("model", type=Path, metavar="MODEL", help="a model's directory")
     parser.add_argument("scratch", type=Path, metavar="SCRATCH", help="a directory on the same disk")
     parser.rounds(2)
-    parser.add_argument("--options", nargs=argparse.REMAINDER, default=["--format", "int4"],
-                        help="of ktops convert (default: --format int4)")  # fmt: skip
+    parser.add_argument("--options", nargs=argparse.REMAINDER, default=["--weight-format", "int4"],
+                        help="of ktops convert (default: --weight-format int4)")  # fmt: skip
     return parser.parse_args(argv)
 
 

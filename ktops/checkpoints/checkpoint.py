@@ -33,7 +33,7 @@ PACKED_NAME = re.compile(r"blk\.\d+\.ffn_(gate|up|down)_exps\.\d+\.numa\.\d+\.(w
 
 PACKED = (
     "kt-kernel has packed these experts for its own tiles and NUMA nodes, which ktops does not read. Use the "
-    "original checkpoint, or what `ktops convert ORIGINAL OUT --format int8` (or int4) makes of it"
+    "original checkpoint, or what `ktops convert ORIGINAL OUT --weight-format int8` (or int4) makes of it"
 )
 
 

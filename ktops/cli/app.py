@@ -45,6 +45,12 @@ def info(
     show(collect(), as_json=json)
 
 
+_GroupSize = Annotated[int | None, typer.Option(help=GROUP_SIZE)]
+_QuantizeMethod = Annotated[
+    str | None, typer.Option("--quantize-method", "--method", metavar="rtn|mse|hqq", help=METHOD)
+]
+
+
 @app.command()
 def convert(
     source: Annotated[
@@ -54,11 +60,14 @@ def convert(
     weight_format: Annotated[
         str,
         typer.Option(
-            "--format", metavar="NAME", help="Weight format of the experts, such as int4, int8 or q4_k."
+            "--weight-format",
+            "--format",
+            metavar="NAME",
+            help="Weight format of the experts, such as int4, int8 or q4_k.",
         ),
     ],
-    group_size: Annotated[int | None, typer.Option(help=GROUP_SIZE)] = None,
-    method: Annotated[str | None, typer.Option(metavar="rtn|mse|hqq", help=METHOD)] = None,
+    group_size: _GroupSize = None,
+    quantize_method: _QuantizeMethod = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace DST if ktops wrote it.")] = False,
     report: Annotated[
         str,
@@ -70,6 +79,9 @@ def convert(
     num_threads: Annotated[
         int | None, typer.Option(min=1, help="Number of threads. (default: PyTorch's)")
     ] = None,
+    force: Annotated[
+        bool, typer.Option("--force", help="Try even if the disk or the memory is not enough.")
+    ] = False,
 ) -> None:
     """Convert the experts of a checkpoint to a weight format, for from_pretrained or ktops.load_experts.
 
@@ -78,7 +90,9 @@ def convert(
     """
     from ktops.cli.command import run_convert
 
-    run_convert(source, destination, weight_format, group_size, method, overwrite, report, num_threads)
+    run_convert(
+        source, destination, weight_format, group_size, quantize_method, overwrite, report, num_threads, force
+    )
 
 
 _ADAPTERS = "Directories of adapters of one model, from PEFT, ktops, kt-kernel, vLLM or SGLang."
@@ -128,8 +142,8 @@ def merge(
             "layout and names, quantized weights in bfloat16)",
         ),
     ] = None,
-    group_size: Annotated[int | None, typer.Option(help=GROUP_SIZE)] = None,
-    method: Annotated[str | None, typer.Option(metavar="rtn|mse|hqq", help=METHOD)] = None,
+    group_size: _GroupSize = None,
+    quantize_method: _QuantizeMethod = None,
 ) -> None:
     """Add LoRA adapters to the weights of a model, and write it.
 
@@ -137,7 +151,7 @@ def merge(
     """
     from ktops.cli.command import run_merge
 
-    run_merge(base, adapters, destination, weights, weight_format, group_size, method)
+    run_merge(base, adapters, destination, weights, weight_format, group_size, quantize_method)
 
 
 app.command()(finetune)

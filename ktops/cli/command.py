@@ -107,6 +107,7 @@ def run_convert(
     overwrite: bool,
     report: str,
     num_threads: int | None,
+    force: bool,
 ) -> None:
     """Converts a checkpoint.
 
@@ -114,13 +115,15 @@ def run_convert(
         UserError, Interrupted: see convert.convert.
     """
     require_packages("safetensors")
-    options_file.require_settings("--format", weight_format, group_size, method)
+    options_file.require_settings("--weight-format", weight_format, group_size, method)
     from ktops.cli.conversion_report import EXTENTS
     from ktops.cli.convert import Options, convert
 
     if report not in EXTENTS:
         raise UserError(f"--report must be one of {', '.join(EXTENTS)}, got {report!r}")
-    options = Options(source, destination, weight_format, group_size, method, overwrite, report, num_threads)
+    options = Options(
+        source, destination, weight_format, group_size, method, overwrite, report, num_threads, force
+    )
     convert(options, Console(highlight=False))
 
 
@@ -228,7 +231,7 @@ def run_merge(
     if weight_format is not None:
         options_file.require_settings("--weight-format", weight_format, group_size, method)
     elif group_size is not None or method is not None:
-        raise UserError("--group-size and --method need --weight-format")
+        raise UserError("--group-size and --quantize-method need --weight-format")
     from ktops.cli.merge import merge
 
     factors = parse_weights(weights)

@@ -2,33 +2,31 @@
 
 import errno
 import json
-import shutil
-from collections.abc import Iterable
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from rich.console import Console
 
 from ktops._display import Step, format_bytes, progress
 from ktops._workers import Workers
-from ktops.checkpoints import Checkpoint, CheckpointError, CheckpointWriter, Layer, open_checkpoint
+from ktops.checkpoints import Checkpoint, CheckpointError, CheckpointWriter, open_checkpoint
 from ktops.checkpoints.checkpoint import MANIFEST
 from ktops.checkpoints.config import converted_config
-from ktops.checkpoints.experts import Experts
-from ktops.checkpoints.layer import PROJECTIONS
-from ktops.checkpoints.new_file import NewLayer
 from ktops.checkpoints.view import View
 from ktops.checkpoints.writer import small_files
+from ktops.cli.conversion_plan import ConversionPlan, Part, require_memory, require_space
 from ktops.cli.conversion_report import REPORT, ConversionReport, show
 from ktops.cli.errors import UserError, told
+from ktops.cli.weight_format import experts_in_format
 
 
 @dataclass(frozen=True)
 class Options:
     """Arguments of the command; group_size defaults to the format's, method to rtn.
 
-    report is one of EXTENTS; num_threads defaults to PyTorch's.
+    report is one of EXTENTS; num_threads defaults to PyTorch's. With force, too little disk or memory is no
+    error.
     """
 
     source: Path
@@ -39,26 +37,7 @@ class Options:
     overwrite: bool = False
     report: str = "sample"
     num_threads: int | None = None
-
-
-@dataclass(frozen=True)
-class Part:
-    """A layer, the name to write it under, and its gate_up_proj and down_proj in the new format."""
-
-    name: str
-    layer: Layer
-    experts: tuple[Experts, Experts]
-
-    @property
-    def nbytes(self) -> int:
-        """Size of the tensors that are written."""
-        rows = sum(getattr(self.layer, name).shape[1] for name in PROJECTIONS if self.layer.has_bias(name))
-        return sum(experts.nbytes for experts in self.experts) + 4 * self.layer.num_experts * rows
-
-    def to_write(self) -> NewLayer:
-        """Returns what CheckpointWriter writes, with the biases, which are read now."""
-        gate_up_bias, down_bias = (self.layer.bias(name, torch.float32) for name in PROJECTIONS)
-        return NewLayer(self.name, *self.experts, gate_up_bias, down_bias)
+    force: bool = False
 
 
 def convert(options: Options, console: Console) -> dict:
@@ -68,9 +47,14 @@ def convert(options: Options, console: Console) -> dict:
         The contents of ktops-report.json.
 
     Raises:
-        UserError: something is wrong with the source, the format cannot hold it, or the destination exists.
+        UserError: something is wrong with the source, the format cannot hold it, the destination exists, or
+            disk or memory are not enough.
         Interrupted: Ctrl-C.
     """
+
+    def say(line: str) -> None:
+        console.print(f"  {line}", soft_wrap=True)
+
     _require_destination(options)
     again = "Run the same command again to continue."
     with (
@@ -78,24 +62,29 @@ def convert(options: Options, console: Console) -> dict:
         Workers(options.num_threads) as workers,
     ):
         checkpoint = open_checkpoint(options.source)
-        parts = _plan(checkpoint, options)
+        plan = _plan(checkpoint, options)
+        say(plan.describe(options.destination, workers.num_threads))
+        require_memory(plan, workers.num_threads, options.force, say)
         partial = CheckpointWriter.partial_path(options.destination)
         interrupted = partial.exists()
+        if not interrupted:
+            require_space(options.destination, plan.written, options.force, say)
         writer = CheckpointWriter(
             options.destination, _settings(options, checkpoint), overwrite=options.overwrite, workers=workers
         )
-        done = sum(writer.has(part.name) for part in parts)
+        done = sum(writer.has(part.name) for part in plan.parts)
         if done:
-            console.print(f"  continuing: {done} of {len(parts)} layers are written and verified")
+            say(f"continuing: {done} of {len(plan.parts)} layers are written and verified")
         elif interrupted and not writer.is_resumed:
-            console.print(f"  {partial} is damaged, or the options or the source changed: starting over")
+            say(f"{partial} is damaged, or the options or the source changed: starting over")
         if not writer.is_complete:
-            settings = _described(options, parts)
+            if interrupted:
+                require_space(options.destination, plan.written - writer.nbytes, options.force, say)
+            settings = _described(options, plan.parts)
             report = ConversionReport(writer.partial / REPORT, checkpoint, settings, options.report, workers)
             if report.problem is not None:
-                problem = f"{report.problem}. from_pretrained will refuse {options.destination}"
-                console.print(f"  {problem}", soft_wrap=True)
-            _write(writer, checkpoint, parts, report)
+                say(f"{report.problem}. from_pretrained will refuse {options.destination}")
+            _write(writer, checkpoint, plan, report)
         contents = json.loads((writer.finish() / REPORT).read_text(encoding="utf-8"))
     show(contents, options.destination, console)
     return contents
@@ -116,21 +105,18 @@ def _require_destination(options: Options) -> None:
         )
 
 
-def _plan(checkpoint: Checkpoint, options: Options) -> list[Part]:
-    """Returns all layers, checked, so that writing starts only if all of them can be written."""
+def _plan(checkpoint: Checkpoint, options: Options) -> ConversionPlan:
+    """Returns what is to be done, checked, so that writing starts only if all of it can be written."""
     checkpoint.require_layers()
-    parts = []
-    for layer in checkpoint.layers:
-        try:
-            both = layer.experts(
-                options.weight_format, group_size=options.group_size, method=options.method or "rtn"
-            )
-        except CheckpointError:
-            raise
-        except ValueError as error:
-            raise UserError(f"--format {options.weight_format}: {layer.name}: {error}") from None
-        parts.append(Part(layer.written_name, layer, both))
-    return parts
+    layers = experts_in_format(
+        checkpoint,
+        options.weight_format,
+        options.group_size,
+        options.method,
+        advice="Convert the original model",
+    )
+    parts = [Part(layer.written_name, layer, both) for layer, both in layers]
+    return ConversionPlan(parts, {} if _is_gguf(checkpoint) else checkpoint.other_tensors())
 
 
 def _settings(options: Options, checkpoint: Checkpoint) -> dict:
@@ -148,7 +134,7 @@ def _settings(options: Options, checkpoint: Checkpoint) -> dict:
     }
 
 
-def _described(options: Options, parts: list[Part]) -> dict:
+def _described(options: Options, parts: Sequence[Part]) -> dict:
     """Returns what the report says about the conversion; group_size is None if it differs."""
     sizes = {experts.group_size for part in parts for experts in part.experts}
     return {
@@ -159,45 +145,30 @@ def _described(options: Options, parts: list[Part]) -> dict:
     }
 
 
-def result_nbytes(parts: Iterable[Part], others: Iterable[View]) -> int:
-    """Returns how many bytes of tensors a conversion writes; headers and small files come on top of them."""
-    return sum(part.nbytes for part in parts) + sum(view.nbytes for view in others)
-
-
-def _require_space(writer: CheckpointWriter, needed: int) -> None:
-    free = shutil.disk_usage(writer.partial).free
-    if needed > free:
-        raise UserError(
-            f"{writer.path}: {format_bytes(needed)} will be written, but only {format_bytes(free)} are free "
-            "on its disk"
-        )
-
-
 def _write(
-    writer: CheckpointWriter, checkpoint: Checkpoint, parts: list[Part], report: ConversionReport
+    writer: CheckpointWriter, checkpoint: Checkpoint, plan: ConversionPlan, report: ConversionReport
 ) -> None:
     """Runs all steps of a conversion except the last."""
-    others = _other_tensors(checkpoint)
-    needed = result_nbytes(parts, others.values())
-    _require_space(writer, needed - writer.nbytes)
-    left = [part for part in parts if not writer.has(part.name)]
-    total = 2 * sum(part.layer.num_experts for part in left) + len(others)
+    left = [part for part in plan.parts if not writer.has(part.name)]
+    total = 2 * sum(part.layer.num_experts for part in left) + len(plan.others)
     try:
         with progress("converting", total) as step:
-            _write_experts(writer, parts, report, step)
-            writer.write_tensors(others, step=step)
-        _copy_files(writer, checkpoint, others)
+            _write_experts(writer, plan.parts, report, step)
+            writer.write_tensors(plan.others, step=step)
+        _copy_files(writer, checkpoint, plan.others)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
-        lacking = format_bytes(needed - writer.nbytes)
+        lacking = format_bytes(plan.written - writer.nbytes)
         raise UserError(
             f"{error.filename or writer.partial}: {error.strerror}: {lacking} more are needed. "
             f"{writer.partial} keeps what is finished: run the same command again to continue"
         ) from None
 
 
-def _write_experts(writer: CheckpointWriter, parts: list[Part], report: ConversionReport, step: Step) -> None:
+def _write_experts(
+    writer: CheckpointWriter, parts: Sequence[Part], report: ConversionReport, step: Step
+) -> None:
     layers = {part.name: part.layer for part in parts}
 
     def measure(name: str) -> None:
@@ -210,16 +181,12 @@ def _write_experts(writer: CheckpointWriter, parts: list[Part], report: Conversi
     writer.write_layers(new, step=step, written=measure)
 
 
-def _other_tensors(checkpoint: Checkpoint) -> dict[str, View]:
-    return {} if _is_gguf(checkpoint) else checkpoint.other_tensors()
-
-
 def _is_gguf(checkpoint: Checkpoint) -> bool:
     """True for GGUF files, whose other tensors have ggml's names and blocks, which only ktops reads here."""
     return any(view.file.path.suffix == ".gguf" for view in checkpoint.tensors.values())
 
 
-def _copy_files(writer: CheckpointWriter, checkpoint: Checkpoint, others: dict) -> None:
+def _copy_files(writer: CheckpointWriter, checkpoint: Checkpoint, others: Mapping[str, View]) -> None:
     """Copies the tokenizer and other small files, and writes a config.json for ktops' loader."""
     if not checkpoint.path.is_dir():
         return

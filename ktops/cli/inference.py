@@ -20,6 +20,7 @@ from ktops.cli.models import (
     load_tokenizer,
     place,
     quantize_linear,
+    reads_experts,
     require_device,
 )
 from ktops.cli.plan.run import check_chat
@@ -153,7 +154,7 @@ def resolve(options: LoadOptions, say: Say) -> tuple[LoadOptions, trained.Traine
         The options with absolute paths, and without those that are left open; and the adapter.
 
     Raises:
-        UserError: there is no such adapter, or it does not name a model on this machine.
+        UserError: there is no such adapter, MODEL is another, or it does not name a model on this machine.
     """
     adapter: trained.Trained | None = None
     if options.adapter is None and trained.is_adapter(options.model):
@@ -166,6 +167,11 @@ def resolve(options: LoadOptions, say: Say) -> tuple[LoadOptions, trained.Traine
             )
         options = replace(options, model=base)
     else:
+        if trained.is_adapter(options.model):
+            raise UserError(
+                f"MODEL: {options.model} is an adapter, and --adapter names another: {options.adapter}. Pass "
+                "the model as MODEL, or leave --adapter out"
+            )
         options = replace(options, model=find_model(options.model))
         if options.adapter is not None:
             adapter = trained.read_trained(options.adapter)
@@ -226,6 +232,7 @@ def check(options: LoadOptions, adapter: trained.Trained | None) -> None:
         require_settings(
             "--weight-format", options.weight_format, options.group_size, options.quantize_method
         )
+        reads_experts(options.model, options)
     elif options.group_size is not None or options.quantize_method is not None:
         raise UserError("--group-size and --quantize-method need --weight-format")
     require_linear_format(options.linear_format)

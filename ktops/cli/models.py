@@ -4,8 +4,9 @@ import json
 from pathlib import Path
 from typing import Protocol
 
-from ktops.checkpoints.experts import Requantized
 from ktops.cli.errors import UserError
+from ktops.cli.trained import require_no_adapter
+from ktops.cli.weight_format import experts_in_format, open_source
 from ktops.formats.plain import PLAIN
 from ktops.integrations.settings import Backend, Settings
 
@@ -39,6 +40,7 @@ def check_directory(directory: str) -> None:
             f"--model: no such directory: {path}. Pass the directory of a downloaded Hugging Face model, or "
             "the name of one in its cache (hf download NAME)"
         )
+    require_no_adapter(path, "--model")
     if not (path / "config.json").is_file():
         raise UserError(f"--model: {path} has no config.json, so it is not a Hugging Face model directory")
     try:
@@ -122,9 +124,7 @@ def load_base(directory: str, dtype, options: ExpertsOptions, show_progress: boo
         UserError: the files do not fit the options, or see :func:`load_model` and :func:`quantize_experts`.
     """
     weight_format = options.weight_format
-    quantize_loaded = (
-        weight_format is not None and options.experts_path is None and not _reads_experts(directory, options)
-    )
+    quantize_loaded = weight_format is not None and not reads_experts(directory, options)
     experts = None if quantize_loaded else experts_settings(options)
     model = load_model(
         directory,
@@ -155,40 +155,23 @@ def experts_settings(options: ExpertsOptions) -> Settings | None:
     )
 
 
-def _reads_experts(directory: str, options: ExpertsOptions) -> bool:
-    """Checks that the format can hold the experts of a directory; False if ktops cannot load them.
+def reads_experts(directory: str, options: ExpertsOptions) -> bool:
+    """True if ktops reads the experts into the weight format; False if it must quantize them once loaded.
 
     Raises:
-        UserError: it cannot, or the experts are already quantized to another one by ktops.
+        UserError: see :func:`ktops.cli.weight_format.experts_in_format`.
     """
-    from ktops.checkpoints import CheckpointError, open_checkpoint
-    from ktops.checkpoints.config import is_ktops, quantization_of
     from ktops.integrations.loading import functions_of
     from ktops.integrations.transformers.architectures import Unsupported
 
     assert options.weight_format is not None
-    checkpoint = open_checkpoint(directory)
-    try:
-        functions_of({} if checkpoint.names is None else checkpoint.names.modules)
-    except Unsupported:
-        return False
-    converted = is_ktops(quantization_of(checkpoint.config))
-    for layer in checkpoint.layers:
+    checkpoint = open_source(options.experts_path or directory)
+    if options.experts_path is None:
         try:
-            found = layer.experts(
-                options.weight_format,
-                group_size=options.group_size,
-                method=options.quantize_method or "rtn",
-            )
-        except (CheckpointError, ImportError, ValueError) as error:
-            raise UserError(f"--weight-format {options.weight_format}: {layer.name}: {error}") from None
-        changed = [experts.source for experts in found if isinstance(experts, Requantized)]
-        if converted and any(source.format not in PLAIN.values() for source in changed):
-            group = f", group {changed[0].group_size}" if changed[0].group_size else ""
-            raise UserError(
-                f"--weight-format {options.weight_format}: the experts in {directory} are already quantized, "
-                f"to {changed[0].format}{group}. Leave the option out, or name the original model"
-            )
+            functions_of({} if checkpoint.names is None else checkpoint.names.modules)
+        except Unsupported:
+            return False
+    experts_in_format(checkpoint, options.weight_format, options.group_size, options.quantize_method)
     return True
 
 

@@ -43,6 +43,21 @@ def is_adapter(path: str | Path) -> bool:
     return (Path(path) / CONFIG).is_file() and not (Path(path) / "config.json").is_file()
 
 
+def require_no_adapter(path: str | Path, option: str) -> None:
+    """Raises UserError if a directory that must hold a model holds an adapter.
+
+    Args:
+        path: the directory.
+        option: what the user calls it.
+    """
+    if is_adapter(path):
+        base = _read(Path(path) / CONFIG, option).get("base_model_name_or_path")
+        name = f", {base}" if base else ""
+        raise UserError(
+            f"{option}: {path} is an adapter, not a model. Pass the model that it was trained on{name}"
+        )
+
+
 def read_trained(path: str | Path, option: str = "--adapter") -> Trained:
     """Reads what an adapter directory says about itself.
 

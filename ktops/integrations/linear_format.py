@@ -8,6 +8,7 @@ from torch import nn
 
 from ktops._display import format_bytes
 from ktops.integrations.swap import exchange
+from ktops.integrations.transformers.saving import refuse_saving
 from ktops.nn.experts import check_name
 from ktops.nn.find import find_experts
 from ktops.nn.int8_linear import COLUMNS, Int8Linear
@@ -47,7 +48,8 @@ def quantize_linear(model: nn.Module, linear_format: str = "int8") -> LinearRepo
     Each becomes a :class:`ktops.nn.Int8Linear`, whose weights are frozen, one after another, so that only one
     is in memory twice. Routed experts, routers, embeddings, the ``kv_b_proj`` of latent attention, and layers
     with rows of no multiple of 16 weights stay as they are, and so do adapters of PEFT; new adapters can be
-    added before or after. A head that shares the weights of the embeddings gets its own, in int8.
+    added before or after. A head that shares the weights of the embeddings gets its own, in int8. Afterward,
+    ``save_pretrained`` of the model raises ValueError; its adapters can be saved.
 
     Args:
         model: a causal language model or any other module.
@@ -81,6 +83,7 @@ def quantize_linear(model: nn.Module, linear_format: str = "int8") -> LinearRepo
         after += converted.qweight.nbytes + converted.scale.nbytes
         layers.append(name)
         exchange(model, linear, converted)
+    refuse_saving(model)
     return LinearReport(linear_format, tuple(layers), before, after)
 
 

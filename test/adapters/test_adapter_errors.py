@@ -318,5 +318,6 @@ def test_command(made, adapter, ktops_command):
     assert status == 1 and "--for: expected one of peft, vllm" in err
     status, out, _ = ktops_command("merge", checkpoint, adapter, "merged")
     assert status == 0 and (adapter.parent / "merged" / "model.safetensors").exists()
-    status, _, err = ktops_command("merge", checkpoint, adapter, "other", "--group-size", "32")
-    assert status == 1 and "need --weight-format" in err
+    for option in (("--group-size", "32"), ("--quantize-method", "mse"), ("--method", "mse")):
+        status, _, err = ktops_command("merge", checkpoint, adapter, "other", *option)
+        assert status == 1 and "--group-size and --quantize-method need --weight-format" in err

@@ -101,7 +101,7 @@ def test_the_bytes_alone(tmp_path, monkeypatch, capsys):
     (source / "model.safetensors").write_bytes(bytes(1 << 20))
 
     def converted(_, out, options):
-        assert options == ["--format", "int8"]
+        assert options == ["--weight-format", "int8"]
         out.mkdir(parents=True)
         for number in range(2):
             (out / f"{number}.safetensors").write_bytes(bytes(1000 + number))
@@ -115,7 +115,7 @@ def test_the_bytes_alone(tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(convert, "convert", converted)
     monkeypatch.setattr(convert, "read_and_write", read_and_write)
-    options = ["--rounds", "1", "--options", "--format", "int8"]
+    options = ["--rounds", "1", "--options", "--weight-format", "int8"]
     assert models.main(["convert", str(source), str(scratch), *options]) == 0
     assert written == [1000, 1001]
     assert not list(scratch.iterdir())

@@ -54,6 +54,16 @@ def test_finetune(name, model, tmp_path):
     assert usage.ratio == pytest.approx(1, abs=0.1), usage
 
 
+@pytest.mark.parametrize("num_threads", [1, 2])
+def test_convert(model, tmp_path, num_threads):
+    directory, _ = model
+    usage = measure(
+        "convert", directory, tmp_path / "out", "--weight-format", "int8", "--num-threads", num_threads
+    )
+    assert usage.status == 0, usage.output
+    assert usage.ratio == pytest.approx(1, abs=0.1), usage
+
+
 def test_chat(model):
     directory, _ = model
     usage = measure(

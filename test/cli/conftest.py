@@ -1,4 +1,4 @@
-"""A tiny model directory, and runs of the command in this process or a separate one."""
+"""A tiny model directory, and runs of the command in this process or a separate one, or interrupted."""
 
 import json
 import subprocess
@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from model_files import save_model
 
+from ktops.checkpoints import new_file, writer
 from ktops.cli.finetune import corpus, demo_model, verify
 from ktops.cli.finetune import run as finetune
 
@@ -87,3 +88,28 @@ def convert(ktops_command, model_directory):
         return ktops_command("convert", source, *arguments)
 
     return run
+
+
+@pytest.fixture
+def stop_after_a_layer(monkeypatch):
+    """Simulates Ctrl-C before the second layer is written; returns a function that stops this.
+
+    The function returns the list of layers written afterward.
+    """
+    names, make = [], new_file.layer_file
+    stopping = True
+
+    def layer_file(path, layer):
+        if stopping and names:
+            raise KeyboardInterrupt
+        names.append(layer.name)
+        return make(path, layer)
+
+    def go_on() -> list[str]:
+        nonlocal stopping
+        stopping = False
+        names.clear()
+        return names
+
+    monkeypatch.setattr(writer, "layer_file", layer_file)
+    return go_on

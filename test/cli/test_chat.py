@@ -176,7 +176,7 @@ def test_an_adapter_on_the_experts_that_it_was_trained_on(
 
 def test_an_adapter_on_a_converted_model(ktops_command, chat_model, adapter, tmp_path):
     adapter(tmp_path / "out", weight_format="int4")
-    assert ktops_command("convert", chat_model, "converted", "--format", "int8")[0] == 0
+    assert ktops_command("convert", chat_model, "converted", "--weight-format", "int8")[0] == 0
     status, _, err = ktops_command("chat", "converted", "--adapter", "out", "--prompt", QUESTION, *GREEDY)
     assert status == 0 and "experts in int8 (" in err
     assert re.search(r"was trained with --weight-format int4; .*converted keeps its own weights", err)
@@ -269,6 +269,13 @@ def test_the_adapter_of_another_model(
     status, _, err = ktops_command("chat", chat_model, "--adapter", "out", "--prompt", QUESTION)
     assert status == 1
     assert re.search(rf"--adapter: out, which was trained on .*other, does not fit {chat_model}: ", err)
+    status, _, err = ktops_command("chat", "out", "--adapter", "out", "--prompt", QUESTION)
+    assert status == 1
+    assert "MODEL: out is an adapter, and --adapter names another: out. Pass the model as MODEL, or" in err
+    assert re.search(
+        r"MODEL: .*out is an adapter, not a model. Pass the model that it was trained on, .*other",
+        ktops_command("plan", "out")[2],
+    )
     shutil.rmtree(tmp_path / "other")
     status, _, err = ktops_command("chat", "out", "--prompt", QUESTION)
     assert status == 1

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-ARGUMENTS = ("--format", "int4", "--group-size", 32)
+ARGUMENTS = ("--weight-format", "int4", "--group-size", 32)
 
 
 def files(directory: Path) -> dict[str, bytes]:
@@ -60,7 +60,7 @@ def test_activation_of_the_report(convert, model_directory, tmp_path, config, ac
     (tmp_path / "source").mkdir()
     shutil.copy(model_directory / "model.safetensors", tmp_path / "source")
     (tmp_path / "source" / "config.json").write_text(json.dumps(config))
-    status, out, _ = convert("out", "--format", "int8", source="source")
+    status, out, _ = convert("out", "--weight-format", "int8", source="source")
     report = json.loads((tmp_path / "out" / "ktops-report.json").read_text())
     assert (status, report["activation"], report["activation_note"]) == (0, activation, said)
     assert said is None or said in " ".join(out.split())

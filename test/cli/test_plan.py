@@ -10,6 +10,7 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM
 
 import ktops
+from ktops.checkpoints import open_checkpoint
 from ktops.checkpoints.stream import SafetensorsStream
 from ktops.cli import models
 from ktops.cli.errors import UserError
@@ -86,7 +87,7 @@ def test_bytes_of_a_format_are_those_of_quantized_experts(name, wide_directory):
 
 
 def test_a_converted_directory_is_mapped(wide_directory, tmp_path, ktops_command):
-    assert ktops_command("convert", wide_directory, tmp_path / "int8", "--format", "int8")[0] == 0
+    assert ktops_command("convert", wide_directory, tmp_path / "int8", "--weight-format", "int8")[0] == 0
     options = run_options(tmp_path / "int8")
     found = count(build(options.model, torch.float32), options.model, options)
     model, _ = models.load_base(options.model, torch.float32, replace(options, dtype="f32"))
@@ -94,6 +95,17 @@ def test_a_converted_directory_is_mapped(wide_directory, tmp_path, ktops_command
     assert found.experts_format == "int8"
     assert found.experts == found.experts_mapped == loaded
     assert found.others_mapped == found.others
+
+
+@pytest.mark.parametrize("options", [("int8",), ("int4", "--group-size", 32)])
+def test_what_convert_writes(wide_directory, tmp_path, ktops_command, options):
+    arguments = ("--weight-format", *options)
+    planned = json.loads(ktops_command("plan", wide_directory, *arguments, "--json")[1])["converted_bytes"]
+    assert "as ktops convert writes it" in ktops_command("plan", wide_directory, *arguments)[1]
+    assert ktops_command("convert", wide_directory, tmp_path / "out", *arguments)[0] == 0
+    written = open_checkpoint(tmp_path / "out").tensors
+    assert planned == sum(view.nbytes for name, view in written.items() if "_extra_state" not in name)
+    assert json.loads(ktops_command("plan", wide_directory, "--json")[1])["converted_bytes"] is None
 
 
 def test_dense_experts_are_mapped_only_if_they_lie_so(tmp_path):
@@ -164,6 +176,7 @@ SETTINGS = {
     "f32": {"dtype": "f32", "target": "experts", "lora_rank": 4},
     "checkpointing": {"gradient_checkpointing": True},
     "attention": {"target": "attention"},
+    "padded": {"packing": False},
 }
 
 
@@ -171,7 +184,7 @@ SETTINGS = {
 def test_a_traced_step_allocates_what_a_step_does(name, wide_directory):
     """PyTorch's own count of a real step is the reference, beside what a step finds allocated."""
     options = run_options(wide_directory, **SETTINGS[name])
-    shape = 4, 64
+    shape = 4, 512
     traced = trace_training(build(options.model, options.torch_dtype), options, *shape)
     model = trained_model(wide_directory, options).train()
     chunk_loss(model)
@@ -183,7 +196,10 @@ def test_a_traced_step_allocates_what_a_step_does(name, wide_directory):
 
     def step():
         ids = torch.ones(shape, dtype=torch.long)
-        model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+        mask = None if options.packing else ids.clone()
+        if mask is not None:
+            mask[0, -1] = 0
+        model(input_ids=ids, attention_mask=mask, labels=ids, use_cache=False).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
 
@@ -286,6 +302,22 @@ def test_the_command(ktops_command, model_directory):
     status, out, err = ktops_command("plan", model_directory, "--max-length", 64, "--weight-format", "int8")
     assert (status, err) == (0, "")
     assert "experts in int8" in out and "finetune fits" in out and "KV cache" in out
+
+
+def test_options_of_the_training(ktops_command, model_directory):
+    def parts(*options) -> dict[str, int]:
+        status, out, err = ktops_command("plan", model_directory, "--max-length", 256, "--json", *options)
+        assert (status, err) == (0, "")
+        return json.loads(out)["finetune"]["parts"]
+
+    plain = parts()
+    assert parts("--freeze-experts")["adapters"] == parts("--target", "attention")["adapters"]
+    assert parts("--freeze-experts")["adapters"] < plain["adapters"]
+    assert parts("--no-packing")["saved activations"] > plain["saved activations"]
+    assert parts("--gradient-accumulation-steps", 2)["gradients"] == plain["adapters"]
+    assert "gradients" not in plain
+    as_trained = ("--weight-format", "int8", "--quantize-method", "mse")
+    assert ktops_command("plan", model_directory, *as_trained)[0] == 0
 
 
 def test_the_command_refuses(ktops_command, tmp_path):

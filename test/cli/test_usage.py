@@ -101,6 +101,13 @@ def test_model_and_data_need_each_other(ktops_command, model_directory):
     assert status == 1 and "--model needs --data. Without both" in err
 
 
+def test_an_adapter_in_place_of_a_model(refused, tmp_path):
+    (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "models/base"}')
+    assert "is an adapter, not a model. Pass the model that it was trained on, models/base" in refused(
+        "--model", tmp_path
+    )
+
+
 def test_bad_model_directories(refused, tmp_path):
     assert "no such directory" in refused(model=tmp_path / "nowhere")
     assert "has no config.json" in refused(model=tmp_path)

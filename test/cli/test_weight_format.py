@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from ktops.checkpoints import experts
 from ktops.cli.finetune import options as options_file
 from ktops.cli.finetune import run as finetune
+from ktops.cli.plan.machine import Memory
 
 STEPS = 12
 
@@ -113,7 +114,7 @@ def test_attention_that_is_quantized_too(
     """The published model, or one converted from it."""
     write_fp8(model_directory, tmp_path / "model")
     if name is not None:
-        assert ktops_command("convert", "model", "converted", "--format", name)[0] == 0
+        assert ktops_command("convert", "model", "converted", "--weight-format", name)[0] == 0
     status, _, err = ktops_command(
         "finetune", "--model", "model" if name is None else "converted", "--data", data_file,
         "--max-length", 96, "--max-steps", 3, "--lora-rank", 4, "--learning-rate", 0.05,
@@ -131,6 +132,7 @@ LOAD = """
 import resource, sys, torch, transformers
 from types import SimpleNamespace
 import ktops
+from ktops.cli.plan.machine import Memory
 from ktops.cli.errors import UserError
 from ktops.cli.models import load_base
 from ktops.formats import ExpertWeight
@@ -202,9 +204,33 @@ def test_experts_where_they_lie_in_the_files(
     assert metrics["reload"]["max_abs_difference"] == 0 < metrics["reload"]["adapter_effect"]
 
 
-def test_experts_of_another_format(ktops_command, model_directory, data_file):
-    assert ktops_command("convert", model_directory, "converted", "--format", "int8")[0] == 0
-    status, _, err = ktops_command(
-        "finetune", "--model", "converted", "--data", data_file, "--weight-format", "int4"
-    )
-    assert status == 1 and "converted are already quantized, to int8. Leave the option out" in err
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("finetune", "--data", "{data}", "--model"),
+        ("chat", "--prompt", "Hello", "{model}", "--experts-path"),
+        ("chat", "--prompt", "Hello"),
+        ("serve",),
+        ("plan",),
+    ],
+)
+def test_experts_are_not_quantized_twice(ktops_command, model_directory, data_file, monkeypatch, command):
+    """The command is refused before it loads anything; `ktops plan` has the same error."""
+    monkeypatch.setattr("ktops.cli.models.load_model", lambda *args, **kwargs: pytest.fail("loaded"))
+    monkeypatch.setattr("transformers.cli.transformers.app", lambda arguments: pytest.fail("started"))
+    monkeypatch.setattr("transformers.utils.import_utils.is_serve_available", lambda: True)
+    assert ktops_command("convert", model_directory, "converted", "--weight-format", "int8")[0] == 0
+    values = {"{data}": data_file, "{model}": model_directory}
+    arguments = [values.get(argument, argument) for argument in command]
+    status, _, err = ktops_command(*arguments, "converted", "--weight-format", "int4")
+    assert status == 1, err
+    assert "converted are already quantized, to int8. Leave the option out, or name the original" in err
+
+
+def test_formats_that_quantized_experts_cannot_have_are_not_proposed(
+    ktops_command, model_directory, monkeypatch
+):
+    assert ktops_command("convert", model_directory, "converted", "--weight-format", "int8")[0] == 0
+    monkeypatch.setattr("ktops.cli.plan.needs.read_memory", lambda: Memory(1, 1))
+    plan = json.loads(ktops_command("plan", "converted", "--json")[1])
+    assert not plan["chat"]["fits"] and plan["chat"]["change"] is None

@@ -82,7 +82,7 @@ def test_a_llamafactory_file_trains_and_resumes(ktops_command, reload_here, writ
 def test_experts_of_another_checkpoint_and_command_line(
     ktops_command, reload_here, write_config, model_directory, tmp_path
 ):
-    assert ktops_command("convert", model_directory, "int8", "--format", "int8")[0] == 0
+    assert ktops_command("convert", model_directory, "int8", "--weight-format", "int8")[0] == 0
     config = write_config(
         kt_backend="AMXInt8_SkipLoRA", kt_weight_path="int8", eval_strategy="steps", eval_steps=1, val_size=2,
         dataset="data/facts.json", template=None, lora_dropout=None, gradient_checkpointing=True,

@@ -202,7 +202,15 @@ def test_weights_in_a_format(models, starts, data, tmp_path):
     model, start = models["qwen3_moe"], starts["qwen3_moe"]
     rounded = save_rounded(model, tmp_path / "rounded", "int8")
     plain, trained = train_without_kt(tmp_path / "plain", start, rounded, data)
-    run("ktops", "convert", model, tmp_path / "converted", "--format", "int8", folder=tmp_path / "convert")
+    run(
+        "ktops",
+        "convert",
+        model,
+        tmp_path / "converted",
+        "--weight-format",
+        "int8",
+        folder=tmp_path / "convert",
+    )
     given = {"adapter_name_or_path": str(start)}
     for name, changes in {
         "backend": {"kt_config": {"kt_backend": "AMXINT8"}},

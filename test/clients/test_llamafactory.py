@@ -187,7 +187,7 @@ def test_stages(stage, dataset, models, data, tmp_path):
 @pytest.mark.parametrize("key", ["kt_weight_path", "model_name_or_path"])
 def test_converted_experts(key, models, data, tmp_path):
     converted = tmp_path / "converted"
-    run("ktops", "convert", models["qwen3_moe"], converted, "--format", "int8", folder=tmp_path)
+    run("ktops", "convert", models["qwen3_moe"], converted, "--weight-format", "int8", folder=tmp_path)
     file = options(tmp_path, "full", kt_backend="auto", lora_dropout=0)
     overrides = [*short(models["qwen3_moe"], data, tmp_path / "out"), *FLOAT32, f"{key}={converted}"]
     assert launch(tmp_path, "train", file, *overrides)[1]

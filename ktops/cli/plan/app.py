@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from ktops.cli.finetune.app import GROUP_SIZE, MMAP
+from ktops.cli.finetune.app import GROUP_SIZE, METHOD, MMAP
 
 _TRAINING = "Training"
 _CHAT = "Chat"
@@ -20,6 +20,7 @@ def plan(
         str | None, typer.Option(metavar="NAME", help="Quantize the experts to this format, such as int4.")
     ] = None,
     group_size: Annotated[int | None, typer.Option(help=GROUP_SIZE)] = None,
+    quantize_method: Annotated[str | None, typer.Option(metavar="rtn|mse|hqq", help=METHOD)] = None,
     experts_path: Annotated[
         str | None,
         typer.Option(metavar="PATH", help="Directory or GGUF file of the experts, instead of MODEL."),
@@ -40,6 +41,17 @@ def plan(
         str,
         typer.Option(metavar="NAMES", help="As for ktops finetune.", rich_help_panel=_TRAINING),
     ] = "attention,experts",
+    freeze_experts: Annotated[
+        bool,
+        typer.Option("--freeze-experts", help="Add no adapters to the experts.", rich_help_panel=_TRAINING),
+    ] = False,
+    gradient_accumulation_steps: Annotated[
+        int, typer.Option(help="Batches per optimizer step.", rich_help_panel=_TRAINING)
+    ] = 1,
+    packing: Annotated[
+        bool,
+        typer.Option("--packing/--no-packing", help="As for ktops finetune.", rich_help_panel=_TRAINING),
+    ] = True,
     gradient_checkpointing: Annotated[
         bool,
         typer.Option(

@@ -7,6 +7,7 @@ from functools import cached_property
 from typing import Any
 
 from ktops._display import format_bytes
+from ktops.cli.errors import UserError
 from ktops.cli.finetune.options import Options, flag
 from ktops.cli.plan.generation import trace_generation
 from ktops.cli.plan.machine import Memory, anonymous_bytes, read_memory
@@ -150,7 +151,11 @@ class Planner:
         now = self.weights
         for name in SMALLER:
             change: dict[str, Any] = {"weight_format": name, "group_size": None, "mmap": False}
-            if self.weights_with(replace(self.options, **change)).experts < now.experts:
+            try:
+                changed = self.weights_with(replace(self.options, **change))
+            except UserError:  # the format cannot hold the experts, or they are quantized already
+                continue
+            if changed.experts < now.experts:
                 yield change
 
     def _batches(self) -> Iterator[dict[str, Any]]:

@@ -11,6 +11,7 @@ from ktops._display import format_bytes
 from ktops.cli.errors import UserError
 from ktops.cli.plan.machine import Memory
 from ktops.cli.plan.needs import LIBRARIES, Needs, NeedsOf, Planner, summary
+from ktops.cli.plan.weights import converted_bytes
 
 
 def as_json(planner: Planner) -> str:
@@ -25,6 +26,7 @@ def as_json(planner: Planner) -> str:
         },
         "experts_format": weights.experts_format,
         "disk_bytes": weights.disk,
+        "converted_bytes": converted_bytes(planner.options),
         "memory": {
             "total_bytes": memory.total,
             "available_bytes": memory.available,
@@ -58,7 +60,9 @@ def show(planner: Planner, console: Console) -> None:
     total = _billions(sum(weights.parameters.values()))
     console.print(Text(f"{weights.architecture}: {total} parameters", style="bold"))
     console.print(f"  {_billions(planner.active_parameters)} active for a token; {counts}", soft_wrap=True)
-    console.print(f"  on disk {format_bytes(weights.disk)}; experts in {weights.experts_format}")
+    converted = converted_bytes(planner.options)
+    then = "" if converted is None else f", {format_bytes(converted)} as ktops convert writes it"
+    console.print(f"  on disk {format_bytes(weights.disk)}{then}; experts in {weights.experts_format}")
     console.print(_table(planner))
     console.print(f"  {planner.memory}")
     for name, needs_of in _commands(planner).items():

@@ -1,12 +1,14 @@
 """Counts the memory of a step of `ktops finetune`."""
 
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from rich.console import Console
 from torch import nn
-from transformers import Trainer
+from transformers import Trainer, masking_utils
 
 from ktops.cli.finetune import lora
 from ktops.cli.finetune.options import Options
@@ -14,6 +16,7 @@ from ktops.cli.finetune.report import Report
 from ktops.cli.finetune.training import CHECKPOINTING, training_arguments
 from ktops.cli.plan.trace import MemoryTrace, Traced, fake
 from ktops.integrations.chunked_loss import ChunkedLoss
+from ktops.integrations.replacements import Replacements
 
 ADAPTERS = "adapters"
 OPTIMIZER = "optimizer state"
@@ -22,6 +25,8 @@ GRADIENTS = "gradients"
 
 def trace_training(model: nn.Module, options: Options, batch_size: int, length: int) -> Traced:
     """Counts the memory of a training step with full sequences, after the first step.
+
+    Without packing, one of them is taken to be padded, so that attention needs masks.
 
     Args:
         model: from weights.build; gets adapters, and is of no use afterward.
@@ -71,7 +76,21 @@ def _forward_and_backward(
         model.enable_input_require_grads()
     ids = torch.zeros(shape, dtype=torch.long)
     positions = torch.arange(shape[1]).expand(shape)
+    mask = None if options.packing else torch.ones(shape, dtype=torch.long)
     ChunkedLoss(model).replace()
-    with trace.saved():
-        loss = model(input_ids=ids, position_ids=positions, labels=ids, use_cache=False).loss
+    with _no_search_for_sequences(), trace.saved():
+        loss = model(
+            input_ids=ids, attention_mask=mask, position_ids=positions, labels=ids, use_cache=False
+        ).loss
     loss.backward()
+
+
+@contextmanager
+def _no_search_for_sequences() -> Iterator[None]:
+    """Keeps transformers from taking position_ids without values for those of sequences that need a mask."""
+    replaced = Replacements()
+    replaced.install(masking_utils, find_packed_sequence_indices=lambda *args, **kwargs: None)
+    try:
+        yield
+    finally:
+        replaced.restore()

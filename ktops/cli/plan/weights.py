@@ -10,9 +10,13 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from ktops.checkpoints.experts import StoredExperts
+from ktops.checkpoints import Checkpoint, CheckpointError
+from ktops.checkpoints.experts import Experts, StoredExperts
+from ktops.cli.conversion_plan import ConversionPlan, Part
 from ktops.cli.errors import UserError
 from ktops.cli.finetune.options import Options
+from ktops.cli.trained import require_no_adapter
+from ktops.cli.weight_format import experts_in_format, open_source
 from ktops.formats import get_format
 from ktops.formats.plain import PLAIN
 
@@ -65,6 +69,7 @@ def build(path: str, dtype: torch.dtype) -> PreTrainedModel:
     import ktops
     from ktops.integrations.transformers.attention import use_attention
 
+    require_no_adapter(path, "MODEL")
     if not Path(path).is_file() and not (Path(path) / "config.json").is_file():
         raise UserError(f"MODEL: no such file, or no config.json in it: {path}")
     ktops.enable()
@@ -116,6 +121,18 @@ def count(model: PreTrainedModel, path: str, options: Options) -> Weights:
         others_mapped=mapped,
         disk=files.nbytes or others + nbytes,
     )
+
+
+def converted_bytes(options: Options) -> int | None:
+    """Returns the bytes of the tensors that `ktops convert` writes; None without files or a format for it."""
+    if options.weight_format is None or options.experts_path is not None:
+        return None
+    source = _Files(str(options.model), None).own
+    if source is None:
+        return None
+    layers = experts_in_format(source, options.weight_format, options.group_size, options.quantize_method)
+    parts = [Part(layer.written_name, layer, both) for layer, both in layers]
+    return ConversionPlan(parts, source.other_tensors()).written
 
 
 def experts_bytes(model: nn.Module, weight_format: str, group_size: int | None) -> int:
@@ -215,19 +232,25 @@ def _is_in_attention(name: str) -> bool:
     return any("attn" in module or "attention" in module for module in modules)
 
 
+def _in_format(checkpoint: Checkpoint, options: Options) -> list[Experts]:
+    """Returns the projections of all layers in the format of the options, or as they are."""
+    if options.weight_format is not None:
+        found = experts_in_format(checkpoint, options.weight_format, options.group_size)
+        return [experts for _, both in found for experts in both]
+    try:
+        return [experts for layer in checkpoint.layers for experts in layer.experts()]
+    except CheckpointError as error:
+        raise UserError(str(error)) from None
+
+
 class _Files:
     """The files of a model's weights, if there are any."""
 
     def __init__(self, path: str, experts_path: str | None) -> None:
-        from ktops.checkpoints import CheckpointError, open_checkpoint
-
         folder = Path(path)
         has_weights = folder.is_dir() and any(folder.glob("*.safetensors"))
-        try:
-            self.own = open_checkpoint(folder) if has_weights else None
-            self.of_experts = self.own if experts_path is None else open_checkpoint(experts_path)
-        except CheckpointError as error:
-            raise UserError(str(error)) from None
+        self.own = open_source(folder) if has_weights else None
+        self.of_experts = self.own if experts_path is None else open_source(experts_path)
 
     @property
     def nbytes(self) -> int:
@@ -243,17 +266,7 @@ class _Files:
 
     def experts(self, options: Options, dtype: torch.dtype) -> tuple[str, int, int] | None:
         """Returns their format in memory, bytes, and bytes mapped; None if the files do not have them so."""
-        from ktops.checkpoints import CheckpointError
-
-        layers = [] if self.of_experts is None else self.of_experts.layers
-        try:
-            both = [
-                experts
-                for layer in layers
-                for experts in layer.experts(options.weight_format, group_size=options.group_size)
-            ]
-        except (CheckpointError, ValueError) as error:
-            raise UserError(str(error)) from None
+        both = [] if self.of_experts is None else _in_format(self.of_experts, options)
         if not both or not all(hasattr(experts, "nbytes") for experts in both):
             return None
         formats = dict.fromkeys(experts.format for experts in both)

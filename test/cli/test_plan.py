@@ -17,6 +17,7 @@ from ktops.cli.errors import UserError
 from ktops.cli.finetune import lora
 from ktops.cli.finetune.options import Options, complete
 from ktops.cli.finetune.report import Report
+from ktops.cli.finetune.training import CHECKPOINTING
 from ktops.cli.plan import needs as needs_module
 from ktops.cli.plan.generation import CACHE, trace_generation
 from ktops.cli.plan.machine import Memory
@@ -189,7 +190,7 @@ def test_a_traced_step_allocates_what_a_step_does(name, wide_directory):
     model = trained_model(wide_directory, options).train()
     chunk_loss(model)
     if options.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.gradient_checkpointing_enable(CHECKPOINTING)
         model.enable_input_require_grads()
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, fused=True)

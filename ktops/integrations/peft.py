@@ -30,7 +30,7 @@ from ktops.nn.int8_linear import Int8Linear
 from ktops.nn.layout import Layout
 
 if TYPE_CHECKING:
-    from peft.tuners.lora.layer import ParamWrapper
+    from peft.tuners.lora.layer import LoraLayer, ParamWrapper
 
 PREFIXES = {"gate_up_proj": "gate_up", "up_proj": "gate_up", "down_proj": "down"}
 """Adapted parameter -> prefix of its keyword arguments: ``gate_up_lora_A``, ``gate_up_scaling``, ..."""
@@ -50,7 +50,8 @@ _replaced = Replacements()
 def enable() -> None:
     """Routes PEFT's LoRA on expert parameters into the op, for models whose experts run through ktops.
 
-    Other models and other parameters keep PEFT's own forward.
+    LoRA on the weights of linear layers is multiplied as factors, too. Other models and other parameters keep
+    PEFT's own forward.
     Applies to existing and future models. Called by ``ktops.enable()``.
 
     Raises:
@@ -193,6 +194,8 @@ def _forward(wrapper: "ParamWrapper", x: Tensor, *args, **kwargs) -> Tensor:
     """``ParamWrapper.forward``, which passes factors instead of the dense delta if the experts run ktops."""
     layout = _layout_for_factors(wrapper, kwargs)
     if layout is None:
+        if not args and not kwargs and (adapters := lora_of_linear(wrapper)):
+            return _forward_linear(wrapper, x, adapters)
         _require_dense(wrapper, "computed with different adapters in one batch")
         return _replaced.original["forward"](wrapper, x, *args, **kwargs)
     if wrapper.disable_adapters:
@@ -232,6 +235,29 @@ def lora_of_experts(wrapper: nn.Module) -> dict[str, Tensor | float] | None:
             arguments |= _lora_arguments(wrapper, layout, adapters)
         wrapper = wrapper.base_layer
     return arguments
+
+
+def lora_of_linear(layer: "LoraLayer") -> list[str]:
+    """Returns the adapters of a linear layer, or of its weight, that add products of its input.
+
+    Empty if they are merged or disabled, or if one of them is of another kind.
+    """
+    adapters = [name for name in layer.active_adapters if name in layer.lora_A]
+    if layer.merged or layer.disable_adapters or any(name in layer.lora_variant for name in adapters):
+        return []
+    if getattr(layer, "parameter_name", "weight") != "weight" or not isinstance(layer.base_layer, nn.Linear):
+        return []
+    return adapters
+
+
+def _forward_linear(wrapper: "ParamWrapper", x: Tensor, adapters: list[str]) -> Tensor:
+    """Runs a linear layer with LoRA on its weight as PEFT runs one with LoRA on the layer."""
+    result = wrapper.base_layer(x)
+    dtype = result.dtype
+    for name in adapters:
+        a, b = wrapper.lora_A[name], wrapper.lora_B[name]
+        result = result + b(a(x.to(a.weight.dtype))) * wrapper.scaling[name]
+    return result.to(dtype)
 
 
 def _apply(wrapper: "ParamWrapper", fn: Convert, recurse: bool = True) -> nn.Module:

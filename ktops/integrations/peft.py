@@ -13,7 +13,7 @@ import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -72,7 +72,14 @@ def enable() -> None:
     from peft.tuners.lora.layer import ParamWrapper
     from peft.tuners.tuners_utils import BaseTuner
 
-    _replaced.install(ParamWrapper, forward=_forward, merge=_merge, unmerge=_unmerge, _apply=_apply)
+    _replaced.install(
+        ParamWrapper,
+        forward=_forward,
+        merge=_merge,
+        unmerge=_unmerge,
+        get_param=_get_param,
+        _apply=_apply,
+    )
     _replaced.install(
         BaseTuner,
         inject_adapter=_inject_adapter,
@@ -124,14 +131,23 @@ def _in_format(module: nn.Module, parameter: str) -> bool:
     return isinstance(module._modules.get(parameter), ExpertWeight)
 
 
+def _weights_in_formats(module: nn.Module) -> Iterator[tuple[str, Any]]:
+    """Yields (name, weight) of the weights of a module that are no Parameters, but can have adapters."""
+    if isinstance(module, Int8Linear):
+        yield "weight", module.qweight
+    else:
+        yield from ((name, child) for name, child in module._modules.items() if _in_format(module, name))
+
+
 @contextmanager
 def _weights_in_formats_as_parameters(model: nn.Module) -> Iterator[None]:
-    """Makes experts modules list their ExpertWeights as parameters, so that PEFT can target them."""
+    """Makes modules list their weights in formats as parameters, so that PEFT can target them."""
     modules = [module for _, module in _experts(model) if _in_format(module, "down_proj")]
+    modules += [module for module in model.modules() if isinstance(module, Int8Linear)]
 
     def named_parameters(module: nn.Module, *args, **kwargs):
         yield from type(module).named_parameters(module, *args, **kwargs)
-        yield from ((name, child) for name, child in module._modules.items() if _in_format(module, name))
+        yield from _weights_in_formats(module)
 
     for module in modules:
         module.__dict__["named_parameters"] = functools.partial(named_parameters, module)
@@ -140,6 +156,14 @@ def _weights_in_formats_as_parameters(model: nn.Module) -> Iterator[None]:
     finally:
         for module in modules:
             module.__dict__.pop("named_parameters", None)
+
+
+def _get_param(wrapper: "ParamWrapper") -> Any:
+    """``ParamWrapper.get_param``, which PEFT asks for shape, dtype and device; NaN for weights in int8."""
+    base = wrapper.get_base_layer()
+    if isinstance(base, Int8Linear) and wrapper.parameter_name == "weight":
+        return base.scale.new_full((), torch.nan).expand(base.out_features, base.in_features)
+    return _replaced.original["get_param"](wrapper)
 
 
 def _experts(model: nn.Module):
@@ -304,13 +328,13 @@ def _require_mergeable(tuner, adapter_names: list[str] | None) -> None:
     for path, module in tuner.model.named_modules():
         if not isinstance(module, LoraLayer) or not names.intersection(module.lora_A):
             continue
-        if isinstance(module, ParamWrapper):
-            _require_dense(module, "merged")
-        elif isinstance(module.get_base_layer(), Int8Linear):
+        if isinstance(module.get_base_layer(), Int8Linear):
             raise NotImplementedError(
                 f"ktops: LoRA on {path.rpartition('.')[2]} in int8 cannot be merged. To do that, load the "
                 "adapter into a model without --linear-format"
             )
+        if isinstance(module, ParamWrapper):
+            _require_dense(module, "merged")
 
 
 def _require_dense(wrapper: "ParamWrapper", what: str) -> None:

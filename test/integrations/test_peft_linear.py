@@ -2,6 +2,7 @@
 
 import peft
 import pytest
+import torch
 from peft_models import Recorder, logits, loss_and_gradients, randomize
 from tiny_models import tiny_model
 
@@ -12,12 +13,12 @@ from ktops.testing.budgets import relative_error
 pytestmark = pytest.mark.usefixtures("enabled")
 
 
-def adapted(**options) -> peft.PeftModel:
+def adapted(width: int = 28) -> peft.PeftModel:
     """Returns a model with two random adapters on its dense MLP, its shared experts and its routed ones."""
-    model = tiny_model("deepseek_v2", experts_implementation="ktops", moe_intermediate_size=28).double()
+    model = tiny_model("deepseek_v2", experts_implementation="ktops", moe_intermediate_size=width).double()
     modules, parameters = lora_targets(model, "gate_proj,up_proj,down_proj")
     assert any(name.endswith("shared_experts.up_proj.weight") for name in parameters)
-    config = peft.LoraConfig(r=3, target_modules=modules, target_parameters=parameters, **options)
+    config = peft.LoraConfig(r=3, target_modules=modules, target_parameters=parameters)
     model = peft.get_peft_model(model, config)
     model.add_adapter("second", config)
     randomize(model)
@@ -88,9 +89,33 @@ def test_gradients_without_dense_deltas():
         assert relative_error(actual[name], gradient) < 1e-10, name
 
 
-def test_on_quantized_layers():
-    """Their weights cannot hold a sum."""
-    model = adapted().float()
+def names(model: peft.PeftModel) -> list[str]:
+    return [name for name, _ in model.named_parameters() if "lora_" in name]
+
+
+@pytest.mark.parametrize("width", [28, 48])
+def test_on_quantized_layers(width, tmp_path):
+    """Adapters may be added before or after, and reach the same layers; files do not differ."""
+    model = adapted(width).float()
     expected = logits(model)
     ktops.quantize_linear(model)
     assert 0 < relative_error(logits(model), expected.double()) < 0.1
+    model.save_pretrained(tmp_path, selected_adapters=["default"])
+    base = tiny_model("deepseek_v2", experts_implementation="ktops", moe_intermediate_size=width)
+    ktops.quantize_linear(base)
+    loaded = peft.PeftModel.from_pretrained(base, tmp_path, is_trainable=True).eval()
+    assert names(loaded) == [name for name in names(model) if ".second." not in name]
+    model.set_adapter("default")
+    assert torch.equal(logits(loaded), logits(model))
+    for name, gradient in loss_and_gradients(loaded).items():
+        assert gradient.isfinite().all() and gradient.any(), name
+
+
+def test_quantized_layers_cannot_be_merged():
+    model = tiny_model("deepseek_v2", experts_implementation="ktops", moe_intermediate_size=48)
+    ktops.quantize_linear(model)
+    config = peft.LoraConfig(target_modules=[], target_parameters=["shared_experts.up_proj.weight"])
+    model = peft.get_peft_model(model, config)
+    for merge in (model.merge_adapter, model.merge_and_unload):
+        with pytest.raises(NotImplementedError, match="LoRA on up_proj in int8 cannot be merged"):
+            merge()

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from ktops.integrations.peft import lora_of_experts
+from ktops.integrations.peft import lora_of_experts, lora_of_linear
 from ktops.integrations.swap import exchange, stacked_experts
 from ktops.integrations.transformers.architectures import Unsupported
 from ktops.nn.expert_list import interception, is_plain_linear
@@ -42,10 +42,11 @@ def freeze_adapters(model: "PeftModel") -> nn.Module:
 
     base = model.get_base_model()
     wrappers = {module for module in base.modules() if isinstance(module, ParamWrapper)}
-    wrappers -= {wrapper.base_layer for wrapper in wrappers}
-    layers = {module for module in base.modules() if type(module) is Linear}
+    linear = {module for module in base.modules() if type(module) is Linear}
+    linear |= {wrapper for wrapper in wrappers if isinstance(wrapper.base_layer, nn.Linear)}
+    wrappers -= {wrapper.base_layer for wrapper in wrappers} | linear
     _freeze(base, wrappers, _frozen_experts)
-    _freeze(base, layers, _frozen_linear)
+    _freeze(base, linear, _frozen_linear)
     return base
 
 
@@ -73,11 +74,11 @@ def _frozen_experts(wrapper: Any) -> nn.Module | None:
 
 
 def _frozen_linear(layer: Any) -> nn.Module | None:
-    active = [name for name in layer.active_adapters if name in layer.lora_A]
-    if layer.merged or layer.disable_adapters or interception(layer) or len(active) != 1:
+    adapters = lora_of_linear(layer)
+    if len(adapters) != 1 or interception(layer):
         return None
-    name = active[0]
+    name = adapters[0]
     a, b = layer.lora_A[name], layer.lora_B[name]
-    if name in layer.lora_variant or not (is_plain_linear(a) and is_plain_linear(b)) or b.bias is not None:
+    if not (is_plain_linear(a) and is_plain_linear(b)) or b.bias is not None:
         return None
     return FrozenLoraLinear(layer.base_layer, a.weight, b.weight, layer.scaling[name])

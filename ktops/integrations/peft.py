@@ -13,7 +13,7 @@ import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -30,7 +30,7 @@ from ktops.nn.int8_linear import Int8Linear
 from ktops.nn.layout import Layout
 
 if TYPE_CHECKING:
-    from peft.tuners.lora.layer import ParamWrapper
+    from peft.tuners.lora.layer import LoraLayer, ParamWrapper
 
 PREFIXES = {"gate_up_proj": "gate_up", "up_proj": "gate_up", "down_proj": "down"}
 """Adapted parameter -> prefix of its keyword arguments: ``gate_up_lora_A``, ``gate_up_scaling``, ..."""
@@ -50,7 +50,8 @@ _replaced = Replacements()
 def enable() -> None:
     """Routes PEFT's LoRA on expert parameters into the op, for models whose experts run through ktops.
 
-    Other models and other parameters keep PEFT's own forward.
+    LoRA on the weights of linear layers is multiplied as factors, too. Other models and other parameters keep
+    PEFT's own forward.
     Applies to existing and future models. Called by ``ktops.enable()``.
 
     Raises:
@@ -71,7 +72,14 @@ def enable() -> None:
     from peft.tuners.lora.layer import ParamWrapper
     from peft.tuners.tuners_utils import BaseTuner
 
-    _replaced.install(ParamWrapper, forward=_forward, merge=_merge, unmerge=_unmerge, _apply=_apply)
+    _replaced.install(
+        ParamWrapper,
+        forward=_forward,
+        merge=_merge,
+        unmerge=_unmerge,
+        get_param=_get_param,
+        _apply=_apply,
+    )
     _replaced.install(
         BaseTuner,
         inject_adapter=_inject_adapter,
@@ -123,14 +131,23 @@ def _in_format(module: nn.Module, parameter: str) -> bool:
     return isinstance(module._modules.get(parameter), ExpertWeight)
 
 
+def _weights_in_formats(module: nn.Module) -> Iterator[tuple[str, Any]]:
+    """Yields (name, weight) of the weights of a module that are no Parameters, but can have adapters."""
+    if isinstance(module, Int8Linear):
+        yield "weight", module.qweight
+    else:
+        yield from ((name, child) for name, child in module._modules.items() if _in_format(module, name))
+
+
 @contextmanager
 def _weights_in_formats_as_parameters(model: nn.Module) -> Iterator[None]:
-    """Makes experts modules list their ExpertWeights as parameters, so that PEFT can target them."""
+    """Makes modules list their weights in formats as parameters, so that PEFT can target them."""
     modules = [module for _, module in _experts(model) if _in_format(module, "down_proj")]
+    modules += [module for module in model.modules() if isinstance(module, Int8Linear)]
 
     def named_parameters(module: nn.Module, *args, **kwargs):
         yield from type(module).named_parameters(module, *args, **kwargs)
-        yield from ((name, child) for name, child in module._modules.items() if _in_format(module, name))
+        yield from _weights_in_formats(module)
 
     for module in modules:
         module.__dict__["named_parameters"] = functools.partial(named_parameters, module)
@@ -139,6 +156,14 @@ def _weights_in_formats_as_parameters(model: nn.Module) -> Iterator[None]:
     finally:
         for module in modules:
             module.__dict__.pop("named_parameters", None)
+
+
+def _get_param(wrapper: "ParamWrapper") -> Any:
+    """``ParamWrapper.get_param``, which PEFT asks for shape, dtype and device; NaN for weights in int8."""
+    base = wrapper.get_base_layer()
+    if isinstance(base, Int8Linear) and wrapper.parameter_name == "weight":
+        return base.scale.new_full((), torch.nan).expand(base.out_features, base.in_features)
+    return _replaced.original["get_param"](wrapper)
 
 
 def _experts(model: nn.Module):
@@ -193,6 +218,8 @@ def _forward(wrapper: "ParamWrapper", x: Tensor, *args, **kwargs) -> Tensor:
     """``ParamWrapper.forward``, which passes factors instead of the dense delta if the experts run ktops."""
     layout = _layout_for_factors(wrapper, kwargs)
     if layout is None:
+        if not args and not kwargs and (adapters := lora_of_linear(wrapper)):
+            return _forward_linear(wrapper, x, adapters)
         _require_dense(wrapper, "computed with different adapters in one batch")
         return _replaced.original["forward"](wrapper, x, *args, **kwargs)
     if wrapper.disable_adapters:
@@ -232,6 +259,29 @@ def lora_of_experts(wrapper: nn.Module) -> dict[str, Tensor | float] | None:
             arguments |= _lora_arguments(wrapper, layout, adapters)
         wrapper = wrapper.base_layer
     return arguments
+
+
+def lora_of_linear(layer: "LoraLayer") -> list[str]:
+    """Returns the adapters of a linear layer, or of its weight, that add products of its input.
+
+    Empty if they are merged or disabled, or if one of them is of another kind.
+    """
+    adapters = [name for name in layer.active_adapters if name in layer.lora_A]
+    if layer.merged or layer.disable_adapters or any(name in layer.lora_variant for name in adapters):
+        return []
+    if getattr(layer, "parameter_name", "weight") != "weight" or not isinstance(layer.base_layer, nn.Linear):
+        return []
+    return adapters
+
+
+def _forward_linear(wrapper: "ParamWrapper", x: Tensor, adapters: list[str]) -> Tensor:
+    """Runs a linear layer with LoRA on its weight as PEFT runs one with LoRA on the layer."""
+    result = wrapper.base_layer(x)
+    dtype = result.dtype
+    for name in adapters:
+        a, b = wrapper.lora_A[name], wrapper.lora_B[name]
+        result = result + b(a(x.to(a.weight.dtype))) * wrapper.scaling[name]
+    return result.to(dtype)
 
 
 def _apply(wrapper: "ParamWrapper", fn: Convert, recurse: bool = True) -> nn.Module:
@@ -278,13 +328,13 @@ def _require_mergeable(tuner, adapter_names: list[str] | None) -> None:
     for path, module in tuner.model.named_modules():
         if not isinstance(module, LoraLayer) or not names.intersection(module.lora_A):
             continue
-        if isinstance(module, ParamWrapper):
-            _require_dense(module, "merged")
-        elif isinstance(module.get_base_layer(), Int8Linear):
+        if isinstance(module.get_base_layer(), Int8Linear):
             raise NotImplementedError(
                 f"ktops: LoRA on {path.rpartition('.')[2]} in int8 cannot be merged. To do that, load the "
                 "adapter into a model without --linear-format"
             )
+        if isinstance(module, ParamWrapper):
+            _require_dense(module, "merged")
 
 
 def _require_dense(wrapper: "ParamWrapper", what: str) -> None:

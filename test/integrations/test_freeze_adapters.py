@@ -15,6 +15,7 @@ from torch import nn
 
 import ktops
 from ktops.cli.finetune.measure import count_weights
+from ktops.integrations.lora_targets import lora_targets
 from ktops.integrations.transformers.attention import use_attention
 from ktops.nn import KTExperts
 from ktops.nn.frozen_lora import FROZEN_LORA, FrozenLoraLinear
@@ -108,6 +109,24 @@ def test_experts_in_a_format_pass_only_tokens():
     assert {name for name in counts.operators if name.startswith("kt::moe")} == {"kt::moe_fwd_prepared"}
     down = experts_of(frozen)[0].get_submodule(FROZEN_LORA).get_buffer("down_lora_B")
     assert down.mT.is_contiguous() and down.shape == (8, 64, 4)
+
+
+@pytest.mark.parametrize("linear_format", [None, "int8"])
+def test_parameters_of_linear_layers(linear_format):
+    """PEFT adapts some linear layers by their weights."""
+    model = tiny_model("deepseek_v2", experts_implementation="ktops", hidden_size=64).eval()
+    modules, parameters = lora_targets(model, "all")
+    weights = [name for name in parameters if name.endswith(".weight")]
+    config = peft.LoraConfig(r=4, target_modules=modules, target_parameters=parameters)
+    model = peft.get_peft_model(model, config).eval()
+    randomize(model)
+    expected = logits(model)
+    frozen = ktops.freeze_adapters(model)
+    assert weights and not wrappers(frozen)
+    if linear_format is not None:
+        ktops.quantize_linear(frozen, linear_format)
+    budget = 0.1 if linear_format else forward_budget(torch.float32)
+    assert relative_error(logits(frozen), expected.double()) < budget
 
 
 def test_two_adapters_at_once():

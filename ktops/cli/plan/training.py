@@ -14,6 +14,7 @@ from ktops.cli.finetune.report import Report
 from ktops.cli.finetune.training import training_arguments
 from ktops.cli.plan.trace import MemoryTrace, Traced, fake
 from ktops.integrations.chunked_loss import ChunkedLoss
+from ktops.integrations.lora_linear import adapters_in_input_dtype
 
 ADAPTERS = "adapters"
 OPTIMIZER = "optimizer state"
@@ -73,6 +74,7 @@ def _forward_and_backward(
     ids = torch.zeros(shape, dtype=torch.long)
     positions = torch.arange(shape[1]).expand(shape)
     ChunkedLoss(model).replace()
-    with trace.saved_as(ACTIVATIONS):
-        loss = model(input_ids=ids, position_ids=positions, labels=ids, use_cache=False).loss
-    loss.backward()
+    with adapters_in_input_dtype(model):
+        with trace.saved_as(ACTIVATIONS):
+            loss = model(input_ids=ids, position_ids=positions, labels=ids, use_cache=False).loss
+        loss.backward()

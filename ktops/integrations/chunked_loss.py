@@ -168,10 +168,10 @@ class ChunkedLoss:
         return [p for module in outside for p in module.parameters() if p.requires_grad]
 
     def _logits(self, output, hidden_states: Tensor) -> Tensor:
-        """Returns logits [N, V]: the model's own forward after a backbone with that output."""
+        """Returns logits [1, N, V]: the model's own forward after a backbone with that output."""
         hidden_states = hidden_states[None]
         with _returning(self.backbone, _with_hidden_states(output, hidden_states)):
-            return self.model.forward(inputs_embeds=hidden_states, use_cache=False).logits[0]
+            return self.model.forward(inputs_embeds=hidden_states, use_cache=False).logits
 
     @torch.no_grad()
     def _probe(self, inputs: dict[str, Tensor]):

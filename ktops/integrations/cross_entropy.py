@@ -6,8 +6,11 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-LOGITS_PER_CHUNK = 1 << 25
-"""64 MiB in bfloat16. With a vocabulary of 102,400, products of 327 tokens, enough for full speed."""
+LOGITS_PER_CHUNK = 40_000_000
+"""76 MiB in bfloat16: 256 tokens with a vocabulary of up to 156,250, enough for full speed."""
+
+TOKENS_PER_BLOCK = 256
+"""Chunks are multiples of it where they are that large: oneDNN's products of 293 tokens are 13 % slower."""
 
 LOGITS_PER_SOFTMAX = 1 << 22
 """Logits in float32 at a time on the CPU, 16 MiB: near its caches, but not so few that threads wait."""
@@ -28,8 +31,8 @@ def chunked_cross_entropy(
     computed in float32 and its gradient rounded to the dtype of the logits.
 
     Args:
-        logits_of: maps hidden states [n, H] to logits [n, V]. It has a graph of its own for each chunk, whose
-            result is overwritten with its gradient.
+        logits_of: maps hidden states [n, H] to logits [n, V] or [1, n, V]. It has a graph of its own for each
+            chunk, whose result is overwritten with its gradient. If that is a view, autograd copies it.
         hidden_states: [N, H].
         targets: token ids [N], int64, in [0, V).
         vocab_size: V.
@@ -49,7 +52,7 @@ def evaluate_cross_entropy(
     total = hidden_states.new_zeros((), dtype=torch.float32)
     guesses = torch.empty_like(targets)
     for rows in _chunks(len(targets), vocab_size):
-        logits = logits_of(hidden_states[rows])
+        logits = logits_of(hidden_states[rows]).flatten(0, -2)
         guesses[rows] = logits.argmax(-1)
         total += _replace_by_gradient(logits, targets[rows])
     return total, guesses
@@ -68,7 +71,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             chunk = hidden_states[rows].detach().requires_grad_()
             with torch.enable_grad():
                 logits = logits_of(chunk)
-            total += _replace_by_gradient(logits, targets[rows])
+            total += _replace_by_gradient(logits.detach().flatten(0, -2), targets[rows])
             grad_hidden[rows], *found = torch.autograd.grad(
                 logits, (chunk, *trained), logits.detach(), allow_unused=True
             )
@@ -89,9 +92,11 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
 
 def _chunks(num_tokens: int, vocab_size: int) -> Iterator[slice]:
-    """Divides tokens into chunks of equal size, up to one."""
-    number = max(1, math.ceil(num_tokens * vocab_size / LOGITS_PER_CHUNK))
-    size = math.ceil(num_tokens / number)
+    """Divides tokens into chunks of equal size, up to one, in blocks of TOKENS_PER_BLOCK if those fit."""
+    most = max(1, LOGITS_PER_CHUNK // vocab_size)
+    block = TOKENS_PER_BLOCK if most >= TOKENS_PER_BLOCK else 1
+    number = max(1, math.ceil(num_tokens / (most - most % block)))
+    size = math.ceil(num_tokens / number / block) * block
     return (slice(start, start + size) for start in range(0, num_tokens, max(1, size)))
 
 

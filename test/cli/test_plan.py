@@ -28,6 +28,7 @@ from ktops.cli.plan.training import ADAPTERS, OPTIMIZER, trace_training
 from ktops.cli.plan.weights import build, count, experts_bytes
 from ktops.formats import ExpertWeight, names
 from ktops.integrations.chunked_loss import chunk_loss
+from ktops.integrations.lora_linear import adapters_in_input_dtype
 from ktops.testing.counts import counted
 
 MIB = 1 << 20
@@ -200,7 +201,8 @@ def test_a_traced_step_allocates_what_a_step_does(name, wide_directory):
         mask = None if options.packing else ids.clone()
         if mask is not None:
             mask[0, -1] = 0
-        model(input_ids=ids, attention_mask=mask, labels=ids, use_cache=False).loss.backward()
+        with adapters_in_input_dtype(model):
+            model(input_ids=ids, attention_mask=mask, labels=ids, use_cache=False).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from every_model import tiny_batch, tiny_model
 from torch.nn import functional
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ktops._warn import warn_once
 from ktops.integrations import cross_entropy
@@ -217,16 +217,28 @@ def test_compiled_model():
     assert_same_step((loss, gradients), expected)
 
 
+class Products(TorchDispatchMode):
+    """Adds up the rows that are multiplied with a weight."""
+
+    def __init__(self, weight: torch.Tensor):
+        super().__init__()
+        self.weight, self.rows = weight.data_ptr(), 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten.mm.default and args[1].data_ptr() == self.weight:
+            self.rows += len(args[0])
+        return func(*args, **(kwargs or {}))
+
+
 def test_frozen_head_takes_one_product_each_way_of_tokens_with_labels():
     model = tiny_model("qwen3_moe").requires_grad_(False)
     model.model.norm.weight.requires_grad_()
     batch = batch_of("qwen3_moe")
     chunk_loss(model)
-    with FlopCounterMode(display=False) as counter:
+    with Products(model.lm_head.weight) as products:
         model(**batch).loss.backward()
     labels = int((batch["labels"][:, 1:] != IGNORED).sum())
-    head = model.lm_head.weight.numel()
-    assert sum(counter.get_flop_counts()["Qwen3MoeForCausalLM.lm_head"].values()) == 4 * labels * head
+    assert products.rows == 2 * labels
     assert model.lm_head.weight.grad is None
 
 
@@ -240,3 +252,41 @@ def test_memory_is_that_of_a_chunk():
             lambda chunk: functional.linear(chunk, head), hidden_states, targets, vocab_size
         ).backward()
     assert 4 * 4 * vocab_size < counts.peak < 4 * 6 * vocab_size
+
+
+@pytest.mark.parametrize(
+    ("tokens", "most", "sizes"),
+    [
+        (1, 700, [1]),
+        (511, 255, [171, 171, 169]),
+        (511, 256, [256, 255]),
+        (512, 700, [512]),
+        (513, 700, [512, 1]),
+        (1100, 1100, [768, 332]),
+        (1300, 800, [768, 532]),
+    ],
+)
+def test_chunks_are_of_blocks_that_are_multiplied_fast(tokens, most, sizes):
+    """256 tokens or a multiple of it, if so many have no more logits than a chunk may have."""
+    cross_entropy.LOGITS_PER_CHUNK = 20 * most
+    found = []
+
+    def logits_of(chunk: torch.Tensor) -> torch.Tensor:
+        found.append(len(chunk))
+        return functional.linear(chunk, torch.ones(20, 4))
+
+    evaluate_cross_entropy(logits_of, torch.ones(tokens, 4), torch.zeros(tokens, dtype=torch.long), 20)
+    assert found == sizes
+
+
+def test_gradient_of_logits_is_not_copied():
+    """Between a head and the chunked loss, nothing else is as large as the logits."""
+    tokens, vocab_size = 40, 5000
+    model = tiny_model("qwen3_moe", vocab_size=vocab_size).requires_grad_(False)
+    model.model.norm.weight.requires_grad_()
+    chunk_loss(model)
+    cross_entropy.LOGITS_PER_CHUNK = tokens * vocab_size
+    ids = torch.randint(100, (1, tokens))
+    with counted() as counts:
+        model(input_ids=ids, labels=ids).loss.backward()
+    assert counts.peak < 1.5 * 4 * tokens * vocab_size

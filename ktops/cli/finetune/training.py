@@ -18,6 +18,7 @@ from ktops.cli.finetune.packing import PackingCollator
 from ktops.cli.finetune.progress import ProgressCallback
 from ktops.cli.finetune.timing import KtTime, StepTimer
 from ktops.integrations.chunked_loss import ChunkedLoss, chunk_loss
+from ktops.integrations.lora_linear import adapters_in_input_dtype
 from ktops.ops import checkpoint_context_fn
 
 CHECKPOINTING: dict[str, Any] = {"use_reentrant": False, "context_fn": checkpoint_context_fn}
@@ -176,7 +177,8 @@ def train(trainer: Trainer, directory: Path, console: Console, resume_command: s
     checkpoint = run_directory.last_checkpoint(directory)
     if checkpoint is not None:
         console.print(f"  continuing from {checkpoint}")
-    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    with adapters_in_input_dtype(trainer.model):
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     if interrupt.stopped and trainer.state.global_step < trainer.state.max_steps:
         raise Interrupted(
             f"Stopped after step {trainer.state.global_step} of {trainer.state.max_steps}. To continue:\n"

@@ -16,6 +16,7 @@ from ktops.cli.finetune.report import Report
 from ktops.cli.finetune.training import CHECKPOINTING, training_arguments
 from ktops.cli.plan.trace import MemoryTrace, Traced, fake
 from ktops.integrations.chunked_loss import ChunkedLoss
+from ktops.integrations.lora_linear import adapters_in_input_dtype
 from ktops.integrations.replacements import Replacements
 
 ADAPTERS = "adapters"
@@ -78,11 +79,12 @@ def _forward_and_backward(
     positions = torch.arange(shape[1]).expand(shape)
     mask = None if options.packing else torch.ones(shape, dtype=torch.long)
     ChunkedLoss(model).replace()
-    with _no_search_for_sequences(), trace.saved():
-        loss = model(
-            input_ids=ids, attention_mask=mask, position_ids=positions, labels=ids, use_cache=False
-        ).loss
-    loss.backward()
+    with adapters_in_input_dtype(model):
+        with _no_search_for_sequences(), trace.saved():
+            loss = model(
+                input_ids=ids, attention_mask=mask, position_ids=positions, labels=ids, use_cache=False
+            ).loss
+        loss.backward()
 
 
 @contextmanager

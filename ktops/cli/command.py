@@ -2,7 +2,6 @@
 
 import json
 import os
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +16,7 @@ from ktops.cli.finetune import run_directory
 from ktops.cli.finetune.dataset_info import INFO
 from ktops.cli.finetune.datasets import with_absolute_paths
 from ktops.cli.finetune.options import Options
+from ktops.cli.libraries import silence_transformers
 from ktops.cli.models import find_model
 from ktops.cli.packages import require_packages
 
@@ -66,13 +66,8 @@ def _run_finetune(given: dict[str, Any], folders: list[Path], notes: Sequence[st
     else:
         options = options_file.complete(Options(**given))
         directory = run_directory.choose(output_dir, resume=False, overwrite=overwrite)
-    from transformers.utils.logging import disable_progress_bar, set_verbosity_error
-
+    silence_transformers()
     from ktops.cli.finetune.run import finetune
-
-    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|peft")
-    set_verbosity_error()
-    disable_progress_bar()
 
     console = Console(highlight=False)
     for note in notes:
@@ -192,11 +187,7 @@ def _prepare_inference() -> None:
     """Checks for the packages that load a model, keeps them offline, and silences them."""
     require_packages("accelerate", "peft", "psutil", "safetensors", "tokenizers", "transformers")
     set_environment()
-    from transformers.utils.logging import disable_progress_bar, set_verbosity_error
-
-    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|peft")
-    set_verbosity_error()
-    disable_progress_bar()
+    silence_transformers()
 
 
 def run_export(
@@ -240,9 +231,7 @@ def run_merge(
 
 def _quiet_console() -> Console:
     """Silences transformers, and returns the console for the command's own output."""
-    from transformers.utils.logging import set_verbosity_error
-
-    set_verbosity_error()
+    silence_transformers()
     return Console(highlight=False)
 
 

@@ -117,11 +117,19 @@ def load(options: LoadOptions, say: Say) -> Loaded:
     return Loaded(model, tokenizer, by_ktops, time.perf_counter() - begin)
 
 
-def prepare(options: LoadOptions, say: Say) -> tuple[LoadOptions, trained.Trained | None]:
-    """Does what comes before loading: :func:`resolve`, :func:`check`, the plan of the memory, the threads."""
+def prepare(
+    options: LoadOptions, say: Say, dtype_of: Callable[[str], str] | None = None
+) -> tuple[LoadOptions, trained.Trained | None]:
+    """Does what comes before loading: :func:`resolve`, :func:`check`, the plan of the memory, the threads.
+
+    Args:
+        options: what to load.
+        say: is called with what a user should know.
+        dtype_of: returns the dtype for the plan of a model's directory. Default: that of the options.
+    """
     options, adapter = resolve(options, say)
     check(options, adapter)
-    dtype = options.dtype or "bf16"
+    dtype = options.dtype or "bf16" if dtype_of is None else dtype_of(options.model)
     check_chat(options.model, dtype, options, options.force, say)
     if options.num_threads is not None:
         cores = set_num_threads(options.num_threads)

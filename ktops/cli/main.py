@@ -6,6 +6,7 @@
 import sys
 
 from ktops.cli.errors import Interrupted, UserError
+from ktops.cli.libraries import warnings_in_one_style
 from ktops.cli.packages import require_packages
 
 
@@ -13,9 +14,10 @@ def main() -> None:
     """Runs the command line in sys.argv."""
     try:
         require_packages("rich", "typer")
-        from ktops.cli.app import app
+        with warnings_in_one_style():
+            from ktops.cli.app import app
 
-        app()
+            app()
     except UserError as error:
         _exit(f"ktops: {error}")
     except Interrupted as error:

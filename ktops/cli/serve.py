@@ -3,6 +3,8 @@
 import sys
 from contextvars import ContextVar
 from dataclasses import replace
+from functools import partial
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from ktops.checkpoints.config import quantization_of
@@ -50,10 +52,21 @@ def serve(options: LoadOptions, arguments: list[str]) -> None:
     if not is_serve_available():
         raise UserError("serve needs the server of transformers: pip install 'transformers[serving]'")
     name = options.model
-    resolved, adapter = inference.prepare(options, _say)
+    resolved, adapter = inference.prepare(options, _say, partial(_dtype, arguments))
     _asked[name] = resolved, adapter
     enable()
     app(["serve", name, *arguments])
+
+
+def _dtype(arguments: list[str], model: str) -> str:
+    """Returns "bf16" or "f32", whichever is the size of what ``transformers serve`` loads a model in."""
+    from transformers import AutoConfig
+
+    given = [value for name, value in pairwise(arguments) if name == "--dtype"]
+    given += [argument.partition("=")[2] for argument in arguments if argument.startswith("--dtype=")]
+    if not given or given[-1] == "auto":
+        given = [str(AutoConfig.from_pretrained(model, local_files_only=True).dtype)]
+    return "f32" if given[-1].endswith("float32") else "bf16"
 
 
 def enable() -> None:

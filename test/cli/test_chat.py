@@ -97,7 +97,7 @@ def test_a_prompt(ktops_command, chat_model, tokenizer, tmp_path):
     assert "always the likeliest token; at most 8 tokens per answer" in err
     assert re.search(
         r"prompt \d+ tokens, [\d.,]+ tokens/s; answer 8, [\d.,]+ tokens/s, stopped at the limit; "
-        r"memory [\d.]+ [MG]iB, peak [\d.]+ [MG]iB",
+        r"kt ops \d+%; memory [\d.]+ [MG]iB, peak [\d.]+ [MG]iB",
         err,
     )
     figures = json.loads((tmp_path / "figures.json").read_text())
@@ -105,6 +105,8 @@ def test_a_prompt(ktops_command, chat_model, tokenizer, tmp_path):
     assert (answer["text"], answer["answer_tokens"], answer["stopped"]) == (expected, 8, "length")
     assert answer["prompt_tokens_per_second"] == answer["prompt_tokens"] / answer["prompt_seconds"]
     assert answer["answer_tokens_per_second"] == 7 / answer["answer_seconds"]
+    assert 0 < answer["prompt_kt_seconds"] < answer["prompt_seconds"]
+    assert 0 < answer["answer_kt_seconds"] < answer["answer_seconds"]
     assert figures["options"]["model"] == str(chat_model)
     assert figures["load_seconds"] > 0 and figures["peak_rss_bytes"] > 2**20
     assert [path.name for path in tmp_path.iterdir()] == ["figures.json"]
@@ -364,7 +366,7 @@ def test_ctrl_c_in_a_terminal(chat_model, tmp_path):
             typist.type(QUESTION + "\n")
             typist.expect(re.escape(QUESTION) + r"\s+\S")
             typist.type("\x03")
-            typist.expect(rf"prompt \d+ tokens{known}.*answer \d+.*, interrupted; memory")
+            typist.expect(rf"prompt \d+ tokens{known}.*answer \d+.*, interrupted; kt ops \d+%; memory")
             typist.wait_for_prompt()
         typist.type("/clear\n")
         typist.expect("a new conversation")
@@ -372,7 +374,7 @@ def test_ctrl_c_in_a_terminal(chat_model, tmp_path):
         typist.type('"""Two\nlines"""\n')
         typist.expect(r"lines\"\"\"\s+\S")
         typist.type("\x03")
-        typist.expect("interrupted; memory")
+        typist.expect(r"interrupted; kt ops \d+%; memory")
         typist.wait_for_prompt()
         typist.type("\x03")
         typist.expect("Ctrl-C again, Ctrl-D or /exit ends")

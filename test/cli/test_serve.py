@@ -12,7 +12,7 @@ from transformers.cli.serving.model_manager import ModelManager
 from transformers.utils import import_utils
 
 import ktops
-from ktops.cli import serve
+from ktops.cli import inference, serve
 from ktops.cli.errors import UserError
 from ktops.formats import ExpertWeight
 from ktops.integrations.transformers import default
@@ -126,6 +126,24 @@ def test_options_of_ktops_serve(ktops_command, server, model_directory, adapter)
     assert arguments == ["serve", str(model_directory), "--port", "8001", "--enable-cors"]
     assert formats(model) == {"int8"}
     assert any(isinstance(module, FrozenLora) for module in model.modules())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "dtype"),
+    [
+        ((), "f32"),
+        (("--dtype", "auto"), "f32"),
+        (("--dtype", "bfloat16"), "bf16"),
+        (("--dtype=float16",), "bf16"),
+    ],
+)
+def test_the_plan_has_the_dtype_of_the_server(
+    ktops_command, server, model_directory, monkeypatch, arguments, dtype
+):
+    planned = []
+    monkeypatch.setattr(inference, "check_chat", lambda model, *rest: planned.append(rest[0]))
+    assert ktops_command("serve", model_directory, *arguments)[0] == 0
+    assert planned == [dtype]
 
 
 def test_errors_before_the_server_starts(ktops_command, server, model_directory, monkeypatch):

@@ -3,7 +3,7 @@
 import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +12,7 @@ from transformers import GenerationConfig, TextStreamer
 from transformers.generation.stopping_criteria import StoppingCriteria
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
+import ktops
 from ktops.cli.errors import UserError
 
 Write = Callable[[str], object]
@@ -35,6 +36,7 @@ class Answer:
         prompt_seconds: until the first token of the answer.
         answer_tokens: including the token that ends the answer.
         answer_seconds: from the first token of the answer to the last.
+        prompt_kt_seconds, answer_kt_seconds: how much of both was spent inside the operators of ktops.
         stopped: END, LENGTH or INTERRUPTED.
     """
 
@@ -44,6 +46,8 @@ class Answer:
     prompt_seconds: float
     answer_tokens: int
     answer_seconds: float
+    prompt_kt_seconds: float
+    answer_kt_seconds: float
     stopped: str
 
     @property
@@ -56,6 +60,12 @@ class Answer:
     def answer_tokens_per_second(self) -> float | None:
         """Tokens of the answer after the first, per second; None if there are none."""
         return (self.answer_tokens - 1) / self.answer_seconds if self.answer_tokens > 1 else None
+
+    @property
+    def kt_share(self) -> float:
+        """The share of prompt and answer that was spent inside the operators of ktops."""
+        seconds = self.prompt_seconds + self.answer_seconds
+        return (self.prompt_kt_seconds + self.answer_kt_seconds) / seconds if seconds else 0.0
 
 
 class Conversation:
@@ -102,9 +112,12 @@ class Conversation:
         input_ids = self._encode(prompt, messages)
         limit = self._most_new_tokens(len(input_ids))
         reused = self._reuse(input_ids)
-        stream = _Stream(self.tokenizer, write)
-        with _interruptible(stream):
-            self._generate(input_ids, limit, stream)
+        with ktops.profile() as whole, ExitStack() as until_first:
+            before_first = until_first.enter_context(ktops.profile())
+            stream = _Stream(self.tokenizer, write, until_first.close)
+            with _interruptible(stream):
+                self._generate(input_ids, limit, stream)
+        prompt_kt, whole_kt = (sum(step.wall for step in found.steps) for found in (before_first, whole))
         tokens = stream.tokens
         text = self.tokenizer.decode(tokens, skip_special_tokens=True)
         if tokens and self.tokenizer.chat_template is not None:
@@ -116,6 +129,8 @@ class Conversation:
             stream.first - stream.begin,
             len(tokens),
             stream.last - stream.first,
+            prompt_kt,
+            whole_kt - prompt_kt,
             self._why_stopped(stream, limit),
         )
 
@@ -189,15 +204,19 @@ class Conversation:
 class _Stream(TextStreamer):
     """Hands on the text of an answer, and reads the clock at its first and last token.
 
+    Args:
+        write: as in :meth:`Conversation.answer`.
+        at_first: is called at the first token.
+
     Attributes:
         tokens: the answer so far.
         begin, first, last: when the prompt, the first and the last token of the answer came.
         stopping: ends the answer after ``stopped`` has been set.
     """
 
-    def __init__(self, tokenizer, write: Write) -> None:
+    def __init__(self, tokenizer, write: Write, at_first: Callable[[], object]) -> None:
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
-        self.write, self.stopped = write, False
+        self.write, self.at_first, self.stopped = write, at_first, False
         self.tokens: list[int] = []
         self.begin = self.first = self.last = time.perf_counter()
         self.stopping = _Stopping(self)
@@ -207,7 +226,10 @@ class _Stream(TextStreamer):
         if self.next_tokens_are_prompt:
             self.begin = now
         else:
-            self.first, self.last = self.first if self.tokens else now, now
+            if not self.tokens:
+                self.first = now
+                self.at_first()
+            self.last = now
             self.tokens += value.tolist()
         super().put(value)
 

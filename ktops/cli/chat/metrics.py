@@ -62,6 +62,7 @@ class Metrics:
                     **asdict(answer),
                     "prompt_tokens_per_second": answer.prompt_tokens_per_second,
                     "answer_tokens_per_second": answer.answer_tokens_per_second,
+                    "kt_share": answer.kt_share,
                 }
                 for answer in self.answers
             ],

@@ -150,10 +150,11 @@ def _summary(answer: Answer) -> str:
         return "" if tokens_per_second is None else f", {tokens_per_second:,.1f} tokens/s"
 
     cached = f" ({answer.cached_tokens:,} known)" if answer.cached_tokens else ""
+    kt = f"kt ops {answer.kt_share:.0%}; " if answer.answer_tokens else ""
     why = {LENGTH: ", stopped at the limit", INTERRUPTED: ", interrupted"}.get(answer.stopped, "")
     return (
         f"prompt {answer.prompt_tokens:,} tokens{cached}{speed(answer.prompt_tokens_per_second)}; "
-        f"answer {answer.answer_tokens:,}{speed(answer.answer_tokens_per_second)}{why}; "
+        f"answer {answer.answer_tokens:,}{speed(answer.answer_tokens_per_second)}{why}; {kt}"
         f"memory {format_bytes(rss_bytes())}, peak {format_bytes(peak_rss_bytes())}"
     )
 

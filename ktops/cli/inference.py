@@ -152,7 +152,20 @@ def finish(model, options: LoadOptions, adapter: trained.Trained | None, say: Sa
         model = freeze_adapters(with_adapter(model, adapter))
     if options.linear_format is not None:
         say(str(quantize_linear(model, options.linear_format)))
+    head = model.get_output_embeddings()
+    if head is not None:
+        head.register_forward_pre_hook(_as_rows)
     return model.eval()
+
+
+def _as_rows(head, arguments: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
+    """Gives the hidden state of a prompt's last token, a slice of all, the strides of one that stands alone.
+
+    PyTorch folds slices into rows only for weights that require gradients. PEFT has frozen them, and the
+    batched product that it runs instead takes 100 times as long in bfloat16.
+    """
+    (hidden_states,) = arguments
+    return (hidden_states.reshape(-1, hidden_states.shape[-1]).view(hidden_states.shape),)
 
 
 def resolve(options: LoadOptions, say: Say) -> tuple[LoadOptions, trained.Trained | None]:

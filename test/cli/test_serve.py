@@ -17,6 +17,7 @@ from ktops.cli.errors import UserError
 from ktops.formats import ExpertWeight
 from ktops.integrations.transformers import default
 from ktops.nn.frozen_lora import FrozenLora
+from ktops.testing.counts import counted
 
 TOKENS = torch.tensor([[3, 14, 15, 92, 65, 35]])
 
@@ -72,6 +73,16 @@ def test_an_adapter_is_loaded_with_its_model(hooked, model_directory, adapter):
     model = served(adapter)
     assert formats(model) == {"int4"}
     assert torch.equal(logits(model), logits(expected))
+
+
+def test_the_head_multiplies_one_row(hooked, adapter):
+    """The last of a prompt, whose strides are those of a slice, by weights that PEFT has frozen."""
+    model = served(adapter)
+    assert not model.get_output_embeddings().weight.requires_grad
+    with torch.no_grad(), counted() as counts:
+        last = model(TOKENS, logits_to_keep=1).logits
+    assert counts.operators["aten::bmm"] == 0 < counts.operators["aten::mm"]
+    torch.testing.assert_close(last, logits(model)[:, -1:])
 
 
 def test_experts_run_through_ktops(hooked, model_directory):

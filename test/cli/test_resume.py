@@ -2,6 +2,7 @@
 
 import json
 
+import pytest
 import torch
 from safetensors.torch import load_file
 
@@ -53,13 +54,40 @@ def test_interrupted_and_resumed_run_equals_an_uninterrupted_one(
     assert len(losses(tmp_path / "stopped")) == STEPS + 2
 
 
-def test_interrupted_pretraining_is_resumed(ktops_command, interrupted_command, reload_here, tmp_path):
-    status, _, err = interrupted_command(1, "finetune", "--pretrain-steps", 4, "--max-steps", 1)
+def test_resumed_pretraining_equals_an_uninterrupted_one(
+    ktops_command, interrupted_command, reload_here, tmp_path
+):
+    arguments = ("--pretrain-steps", 4, "--max-steps", 1)
+    status, _, err = interrupted_command(1, "finetune", *arguments)
     assert status == 130 and "--resume" in err
     assert ktops_command("finetune", "--resume")[0] == 0
-    metrics = json.loads((tmp_path / "ktops-finetune" / "metrics.json").read_text())
-    assert [entry["step"] for entry in metrics["pretraining"]["steps"]] == [1, 2, 3, 4]
+    assert ktops_command("finetune", *arguments, "--output-dir", "whole")[0] == 0
+    resumed, whole = (
+        json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("ktops-finetune", "whole")
+    )
+    assert [entry["step"] for entry in resumed["pretraining"]["steps"]] == [1, 2, 3, 4]
+    for of in (resumed, whole):
+        of["losses"] = [entry["loss"] for entry in of["pretraining"]["steps"] + of["steps"]]
+    assert resumed["losses"] == whole["losses"]
     assert not (tmp_path / "ktops-finetune" / "pretraining").exists()
+
+
+@pytest.mark.parametrize("name", ["metrics.json", "adapter_config.json"])
+def test_killed_after_the_last_step(ktops_command, reload_here, model_directory, data_file, tmp_path, name):
+    """With a constant learning rate, which another step would show."""
+    arguments = [*options(model_directory, data_file), "--lr-scheduler", "constant", "--output-dir", "run"]
+    arguments[arguments.index(STEPS)] = 4
+    arguments[arguments.index(1000)] = 2
+    assert ktops_command("finetune", *arguments)[0] == 0
+    run = tmp_path / "run"
+    before = losses(run), load_file(run / "adapter_model.safetensors")
+    for file in {"metrics.json", name}:
+        (run / file).unlink()
+    status, out, err = ktops_command("finetune", "--resume", "--output-dir", "run")
+    assert (status, err) == (0, "") and "no steps left to train" in out
+    after = losses(run), load_file(run / "adapter_model.safetensors")
+    assert after[0] == before[0] and len(after[0]) == 4
+    assert all(torch.equal(after[1][key], tensor) for key, tensor in before[1].items())
 
 
 def test_damaged_options(ktops_command, tmp_path):

@@ -7,7 +7,14 @@ from typing import Any
 import numpy as np
 import torch
 from rich.console import Console
-from transformers import DataCollatorForSeq2Seq, PrinterCallback, Trainer, TrainingArguments
+from transformers import (
+    DataCollatorForSeq2Seq,
+    PreTrainedModel,
+    PrinterCallback,
+    Trainer,
+    TrainerState,
+    TrainingArguments,
+)
 
 from ktops.cli.errors import Interrupted
 from ktops.cli.finetune import run_directory
@@ -103,6 +110,15 @@ class _Trainer(Trainer):
         with self.timer.clock.during("optimizer"):
             return super()._clip_grad_norm(model)
 
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        """Loads a whole model by the names in its files, which Trainer takes for those of its parameters: it
+        would leave experts that are stored one by one as they are."""
+        model = self.model if model is None else model
+        if not isinstance(model, PreTrainedModel):
+            return super()._load_from_checkpoint(resume_from_checkpoint, model)
+        saved = type(model).from_pretrained(resume_from_checkpoint, dtype=model.dtype)
+        model.load_state_dict(saved.state_dict())
+
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         """Returns loss, the most probable tokens [B, T] instead of logits, and labels."""
         loss, logits, labels = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
@@ -177,6 +193,11 @@ def train(trainer: Trainer, directory: Path, console: Console, resume_command: s
     checkpoint = run_directory.last_checkpoint(directory)
     if checkpoint is not None:
         console.print(f"  continuing from {checkpoint}")
+        state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+        if state.global_step >= trainer.args.max_steps:  # Trainer would train for another step
+            trainer._load_from_checkpoint(str(checkpoint))
+            trainer.state = state
+            return
     with adapters_in_input_dtype(trainer.model):
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     if interrupt.stopped and trainer.state.global_step < trainer.state.max_steps:

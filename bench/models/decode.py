@@ -27,7 +27,7 @@ from ktops.cli.chat.conversation import CACHE
 from ktops.cli.finetune.lora import targets
 from ktops.cli.inference import LoadOptions
 from ktops.cli.models import load_base, quantize_linear
-from ktops.nn.find import find_experts
+from ktops.nn.find import find_experts, without_base_layer
 
 LINEAR_FORMATS = (None, "int8")
 ADAPTERS = ("none", "PEFT", "frozen")
@@ -81,7 +81,7 @@ class Decoder:
         self._begun: list[float] = []
         self._spent: list[float] = []
         for name in find_experts(model):
-            block = model.get_submodule(name.replace(".base_layer", "").rpartition(".")[0])
+            block = model.get_submodule(without_base_layer(name).rpartition(".")[0])
             layer = next(m for m in model.modules() if block in {*m.children()})
             layer.register_forward_pre_hook(lambda *_: self._begun.append(time.process_time()))
             layer.register_forward_hook(lambda *_: self._spent.append(time.process_time() - self._begun[-1]))

@@ -8,7 +8,7 @@ from torch import Tensor
 from ktops.adapters.adapter import Adapter
 from ktops.adapters.errors import AdapterError
 from ktops.adapters.factors import Factors
-from ktops.adapters.peft_files import PREFIX, TOKENS, without_base_layer
+from ktops.adapters.peft_files import PREFIX, TOKENS
 from ktops.checkpoints.checkpoint import Checkpoint
 from ktops.checkpoints.config import CODE_DTYPES, FROM_QUANTIZER
 from ktops.checkpoints.experts import Experts, FileExperts, StoredExperts, float_rows
@@ -18,6 +18,7 @@ from ktops.checkpoints.schemes import is_of_activations, matrices
 from ktops.checkpoints.stacking import in_order
 from ktops.checkpoints.view import View
 from ktops.formats import Codes
+from ktops.nn.find import without_base_layer
 from ktops.ops.activation import INTERLEAVED, UNGATED
 
 

@@ -17,6 +17,7 @@ from ktops.adapters.factors import Factors
 from ktops.adapters.tensors import common_dtype, expect, read_pair, sizes, stacked_factors
 from ktops.checkpoints.names import EVERY_EXPERT, parse_tensor
 from ktops.checkpoints.view import View
+from ktops.nn.find import without_base_layer
 from ktops.ops.activation import INTERLEAVED
 
 PREFIX = "base_model.model."
@@ -118,11 +119,6 @@ def _pairs(views: Mapping[str, View], contents: Contents) -> dict[str, Pair]:
             (view,) = pair.values()
             raise AdapterError(f"{view}: the other factor of {name} is missing")
     return pairs
-
-
-def without_base_layer(name: str) -> str:
-    """Returns the name that a tensor or module has without PEFT's adapters."""
-    return name.replace(".base_layer", "")
 
 
 def _read_weight(name: str, pair: Pair, settings: LoraSettings, base: BaseModel) -> Factors:

@@ -8,13 +8,14 @@ from pathlib import Path
 import torch
 
 from ktops._display import format_bytes
-from ktops.checkpoints import Layer
+from ktops.checkpoints import Checkpoint, Layer
 from ktops.checkpoints.experts import CHUNK_WEIGHTS, Experts, Requantized
 from ktops.checkpoints.layer import PROJECTIONS
 from ktops.checkpoints.new_file import NewLayer
 from ktops.checkpoints.view import View
 from ktops.cli.errors import UserError
 from ktops.cli.plan.machine import anonymous_bytes, read_memory
+from ktops.cli.weight_format import ADVICE, experts_in_format
 
 RUNNING = 24 << 20
 """What the libraries allocate beside the experts.
@@ -99,6 +100,24 @@ class ConversionPlan:
             f"written (experts in {after}), {format_bytes(_free(destination))} free on the disk; memory "
             f"{format_bytes(memory)}; {read_memory()}"
         )
+
+
+def plan_conversion(
+    checkpoint: Checkpoint,
+    weight_format: str,
+    group_size: int | None,
+    method: str | None,
+    advice: str = ADVICE,
+) -> ConversionPlan:
+    """Returns what `ktops convert` makes of a checkpoint; see :func:`experts_in_format`."""
+    layers = experts_in_format(checkpoint, weight_format, group_size, method, advice)
+    parts = [Part(layer.written_name, layer, both) for layer, both in layers]
+    return ConversionPlan(parts, {} if _is_gguf(checkpoint) else checkpoint.other_tensors())
+
+
+def _is_gguf(checkpoint: Checkpoint) -> bool:
+    """True for GGUF files, whose other tensors have ggml's names and blocks, which only ktops reads here."""
+    return any(view.file.path.suffix == ".gguf" for view in checkpoint.tensors.values())
 
 
 def _source(experts: Experts) -> Experts:

@@ -15,10 +15,9 @@ from ktops.checkpoints.checkpoint import MANIFEST
 from ktops.checkpoints.config import converted_config
 from ktops.checkpoints.view import View
 from ktops.checkpoints.writer import small_files
-from ktops.cli.conversion_plan import ConversionPlan, Part, require_memory, require_space
+from ktops.cli.conversion_plan import ConversionPlan, Part, plan_conversion, require_memory, require_space
 from ktops.cli.conversion_report import REPORT, ConversionReport, show
 from ktops.cli.errors import UserError, told
-from ktops.cli.weight_format import experts_in_format
 
 
 @dataclass(frozen=True)
@@ -108,15 +107,13 @@ def _require_destination(options: Options) -> None:
 def _plan(checkpoint: Checkpoint, options: Options) -> ConversionPlan:
     """Returns what is to be done, checked, so that writing starts only if all of it can be written."""
     checkpoint.require_layers()
-    layers = experts_in_format(
+    return plan_conversion(
         checkpoint,
         options.weight_format,
         options.group_size,
         options.method,
         advice="Convert the original model",
     )
-    parts = [Part(layer.written_name, layer, both) for layer, both in layers]
-    return ConversionPlan(parts, {} if _is_gguf(checkpoint) else checkpoint.other_tensors())
 
 
 def _settings(options: Options, checkpoint: Checkpoint) -> dict:
@@ -179,11 +176,6 @@ def _write_experts(
             measure(name)
     new = (part.to_write() for part in parts if not writer.has(part.name))
     writer.write_layers(new, step=step, written=measure)
-
-
-def _is_gguf(checkpoint: Checkpoint) -> bool:
-    """True for GGUF files, whose other tensors have ggml's names and blocks, which only ktops reads here."""
-    return any(view.file.path.suffix == ".gguf" for view in checkpoint.tensors.values())
 
 
 def _copy_files(writer: CheckpointWriter, checkpoint: Checkpoint, others: Mapping[str, View]) -> None:

@@ -10,7 +10,7 @@ from ktops._display import format_bytes
 from ktops.integrations.swap import exchange
 from ktops.integrations.transformers.saving import refuse_saving
 from ktops.nn.experts import check_name
-from ktops.nn.find import find_experts
+from ktops.nn.find import find_experts, without_base_layer
 from ktops.nn.int8_linear import COLUMNS, Int8Linear
 
 LINEAR_FORMATS = ("int8",)
@@ -104,13 +104,6 @@ def linear_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
         if f"{name}.".startswith(experts) or f"{name}.".startswith(adapters):
             continue
         for child, layer in module._modules.items():
-            own_name = _own_name(prefix + child)
+            own_name = without_base_layer(prefix + child).rpartition(".")[2]
             if type(layer) is nn.Linear and not layer.in_features % COLUMNS and not _KEPT.search(own_name):
                 yield prefix + child, module, child
-
-
-def _own_name(path: str) -> str:
-    """Returns the name that a layer has in the model without adapters: PEFT's make it their base_layer."""
-    while path.endswith(".base_layer"):
-        path = path.removesuffix(".base_layer")
-    return path.rpartition(".")[2]

@@ -1,12 +1,14 @@
 """LoRA on linear layers in training, computed in the dtype of their input."""
 
-import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from ktops.integrations.peft import lora_of_linear
+from ktops.integrations.replacements import replaced_in
 
 
 @contextmanager
@@ -31,18 +33,13 @@ def adapters_in_input_dtype(model: nn.Module) -> Iterator[None]:
     from peft.tuners.lora.layer import Linear
 
     layers = [m for m in model.modules() if type(m) is Linear and "forward" not in m.__dict__]
-    for layer in layers:
-        layer.__dict__["forward"] = functools.partial(_forward, layer)
-    try:
+    with replaced_in(layers, "forward", _forward):
         yield
-    finally:
-        for layer in layers:
-            layer.__dict__.pop("forward", None)
 
 
 def _forward(layer: Any, x: Tensor, *args, **kwargs) -> Tensor:
-    names = [name for name in layer.active_adapters if name in layer.lora_A]
-    if args or kwargs or not _is_computed(layer, x, names):
+    names = lora_of_linear(layer)
+    if args or kwargs or not names or not _is_computed(layer, x, names):
         return type(layer).forward(layer, x, *args, **kwargs)
     result = layer.base_layer(x)
     for name in names:
@@ -55,9 +52,9 @@ def _is_computed(layer: Any, x: Tensor, names: list[str]) -> bool:
     return (
         layer.training
         and x.dtype == torch.bfloat16
-        and not (layer.disable_adapters or layer.merged or torch.is_autocast_enabled(x.device.type))
-        and not any(name in layer.lora_variant or layer.lora_B[name].bias is not None for name in names)
+        and not torch.is_autocast_enabled(x.device.type)
         and all(layer.lora_A[name].weight.dtype == torch.float32 for name in names)
+        and all(layer.lora_B[name].bias is None for name in names)
     )
 
 

@@ -7,7 +7,6 @@ the factors of all its wrappers and passes them to ``ktops.moe_sft``. Everything
 parameters, names, files.
 """
 
-import functools
 import importlib.util
 import re
 import warnings
@@ -21,10 +20,11 @@ from torch import Tensor, nn
 from ktops._warn import warn_once
 from ktops.devices import streams
 from ktops.formats import ExpertWeight
-from ktops.integrations.replacements import Replacements
+from ktops.integrations.replacements import Replacements, replaced_in
 from ktops.integrations.transformers.experts import layout_in_op
 from ktops.nn.device_experts import refresh
 from ktops.nn.expert_list import interception
+from ktops.nn.find import without_base_layer
 from ktops.nn.host_memory import Convert, is_kept, staying
 from ktops.nn.int8_linear import Int8Linear
 from ktops.nn.layout import Layout
@@ -114,7 +114,7 @@ def expert_target_parameters(model: nn.Module) -> list[str]:
     """
     found: dict[str, None] = {}
     for name, module in _experts(model):
-        path = name.removeprefix("base_model.model.").replace(".base_layer", "")
+        path = without_base_layer(name.removeprefix("base_model.model."))
         suffix = re.split(r"(?:^|\.)\d+\.", path)[-1]
         for parameter in _STACKED:
             if _is_stack(module, parameter):
@@ -149,13 +149,8 @@ def _weights_in_formats_as_parameters(model: nn.Module) -> Iterator[None]:
         yield from type(module).named_parameters(module, *args, **kwargs)
         yield from _weights_in_formats(module)
 
-    for module in modules:
-        module.__dict__["named_parameters"] = functools.partial(named_parameters, module)
-    try:
+    with replaced_in(modules, "named_parameters", named_parameters):
         yield
-    finally:
-        for module in modules:
-            module.__dict__.pop("named_parameters", None)
 
 
 def _get_param(wrapper: "ParamWrapper") -> Any:
@@ -168,7 +163,7 @@ def _get_param(wrapper: "ParamWrapper") -> Any:
 
 def _experts(model: nn.Module):
     for name, module in model.named_modules():
-        is_shared = "shared" in name.replace(".base_layer", "").rpartition(".")[2]
+        is_shared = "shared" in without_base_layer(name).rpartition(".")[2]
         if _is_stack(module, "down_proj") and not is_shared:
             yield name, module
 

@@ -1,12 +1,16 @@
 """Methods and functions of other libraries that ktops replaces while it is enabled."""
 
+import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from types import ModuleType
+
+from torch import nn
 
 
 class Replacements:
-    """Replaces methods of classes and functions of modules, and restores them.
+    """Replaces methods of classes and functions of modules, until they are restored or the block ends.
 
     Attributes:
         original: name -> the class's or the module's own.
@@ -21,6 +25,12 @@ class Replacements:
     def __init__(self) -> None:
         self.original: dict[str, Callable] = {}
         self._stored: list[tuple[type | ModuleType, str, object]] = []
+
+    def __enter__(self) -> "Replacements":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.restore()
 
     def __bool__(self) -> bool:
         return bool(self._stored)
@@ -40,3 +50,22 @@ class Replacements:
         while self._stored:
             setattr(*self._stored.pop())
         self.original.clear()
+
+
+@contextmanager
+def replaced_in(modules: Iterable[nn.Module], name: str, method: Callable) -> Iterator[None]:
+    """Replaces a method of single modules; the replacement gets the module first, as a method does.
+
+    Args:
+        modules: none of which has an attribute of its own with this name.
+        name: of the method.
+        method: takes its place within the block.
+    """
+    modules = list(modules)
+    for module in modules:
+        module.__dict__[name] = functools.partial(method, module)
+    try:
+        yield
+    finally:
+        for module in modules:
+            module.__dict__.pop(name, None)

@@ -43,3 +43,8 @@ def _has_grouped_linears(module: nn.Module) -> bool:
     layers = (module._modules.get(name) for name in ("input_linear", "output_linear"))
     weights = [layer._parameters.get("weight") for layer in layers if layer is not None]
     return len(weights) == 2 and all(weight is not None and weight.dim() == 3 for weight in weights)
+
+
+def without_base_layer(name: str) -> str:
+    """Returns the name that a tensor or module has without PEFT's adapters."""
+    return name.replace(".base_layer", "")

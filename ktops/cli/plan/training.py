@@ -1,8 +1,6 @@
 """Counts the memory of a step of `ktops finetune`."""
 
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -80,19 +78,10 @@ def _forward_and_backward(
     mask = None if options.packing else torch.ones(shape, dtype=torch.long)
     ChunkedLoss(model).replace()
     with adapters_in_input_dtype(model):
-        with _no_search_for_sequences(), trace.saved():
+        with Replacements() as replaced, trace.saved():
+            # which would take positions without values for those of sequences that need a mask
+            replaced.install(masking_utils, find_packed_sequence_indices=lambda *args, **kwargs: None)
             loss = model(
                 input_ids=ids, attention_mask=mask, position_ids=positions, labels=ids, use_cache=False
             ).loss
         loss.backward()
-
-
-@contextmanager
-def _no_search_for_sequences() -> Iterator[None]:
-    """Keeps transformers from taking position_ids without values for those of sequences that need a mask."""
-    replaced = Replacements()
-    replaced.install(masking_utils, find_packed_sequence_indices=lambda *args, **kwargs: None)
-    try:
-        yield
-    finally:
-        replaced.restore()

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from ktops.checkpoints import Checkpoint, CheckpointError
 from ktops.checkpoints.experts import Experts, StoredExperts
-from ktops.cli.conversion_plan import ConversionPlan, Part
+from ktops.cli.conversion_plan import plan_conversion
 from ktops.cli.errors import UserError
 from ktops.cli.finetune.options import Options
 from ktops.cli.trained import require_no_adapter
@@ -130,9 +130,8 @@ def converted_bytes(options: Options) -> int | None:
     source = _Files(str(options.model), None).own
     if source is None:
         return None
-    layers = experts_in_format(source, options.weight_format, options.group_size, options.quantize_method)
-    parts = [Part(layer.written_name, layer, both) for layer, both in layers]
-    return ConversionPlan(parts, source.other_tensors()).written
+    plan = plan_conversion(source, options.weight_format, options.group_size, options.quantize_method)
+    return plan.written
 
 
 def experts_bytes(model: nn.Module, weight_format: str, group_size: int | None) -> int:

@@ -21,10 +21,18 @@ from ktops._warn import warn_once
 from ktops.devices import streams
 from ktops.formats import ExpertWeight
 from ktops.integrations.replacements import Replacements, replaced_in
+from ktops.integrations.sharded_experts import (
+    local_factors,
+    note_sharding,
+    shape_of_all,
+    shard_factors,
+    sharding_of,
+)
 from ktops.integrations.transformers.experts import layout_in_op
 from ktops.nn.device_experts import refresh
 from ktops.nn.expert_list import interception
 from ktops.nn.find import without_base_layer
+from ktops.nn.frozen_lora import passing_lora
 from ktops.nn.host_memory import Convert, is_kept, staying
 from ktops.nn.int8_linear import Int8Linear
 from ktops.nn.layout import Layout
@@ -69,15 +77,19 @@ def enable() -> None:
             stacklevel=2,
         )
         return
+    from peft.tuners.lora import model as lora_model
     from peft.tuners.lora.layer import ParamWrapper
     from peft.tuners.tuners_utils import BaseTuner
 
+    if hasattr(lora_model, "get_tp_plan_and_mesh"):
+        _replaced.install(lora_model, get_tp_plan_and_mesh=_get_tp_plan_and_mesh)
     _replaced.install(
         ParamWrapper,
         forward=_forward,
         merge=_merge,
         unmerge=_unmerge,
         get_param=_get_param,
+        update_layer=_update_layer,
         _apply=_apply,
     )
     _replaced.install(
@@ -154,11 +166,31 @@ def _weights_in_formats_as_parameters(model: nn.Module) -> Iterator[None]:
 
 
 def _get_param(wrapper: "ParamWrapper") -> Any:
-    """``ParamWrapper.get_param``, which PEFT asks for shape, dtype and device; NaN for weights in int8."""
+    """``ParamWrapper.get_param``, which PEFT asks for shape, dtype and device.
+
+    NaN for weights in int8, and for those of which other processes have a part.
+    """
     base = wrapper.get_base_layer()
     if isinstance(base, Int8Linear) and wrapper.parameter_name == "weight":
         return base.scale.new_full((), torch.nan).expand(base.out_features, base.in_features)
-    return _replaced.original["get_param"](wrapper)
+    weight = _replaced.original["get_param"](wrapper)
+    shape = shape_of_all(base, weight)
+    return weight if shape == weight.shape else torch.full((), torch.nan, dtype=weight.dtype).expand(shape)
+
+
+def _get_tp_plan_and_mesh(model: nn.Module, current_key: str) -> tuple[Any, Any]:
+    """PEFT's function for linear layers that are divided among processes, which fails for experts."""
+    module = model.get_submodule(current_key.rpartition(".")[0])
+    base = module.get_base_layer() if hasattr(module, "get_base_layer") else module
+    if sharding_of(base) is not None:
+        return None, None
+    return _replaced.original["get_tp_plan_and_mesh"](model, current_key)
+
+
+def _update_layer(wrapper: "ParamWrapper", adapter_name: str, *args, **kwargs) -> None:
+    """``ParamWrapper.update_layer``, which adds an adapter: divided among processes, as the weights are."""
+    _replaced.original["update_layer"](wrapper, adapter_name, *args, **kwargs)
+    shard_factors(wrapper, adapter_name)
 
 
 def _experts(model: nn.Module):
@@ -184,9 +216,10 @@ def _lora_arguments(
     exchanged = layout.transposed == any(getattr(wrapper, name, False) for name in SWAPPED)
     lora_a, lora_b = [], []
     for name in adapters:
-        a, b = wrapper.lora_A[name].weight, wrapper.lora_B[name].weight
-        a = a.reshape(wrapper.num_experts, -1, a.shape[1])
-        b = b.reshape(b.shape[0], -1, wrapper.num_experts)
+        a, b = local_factors(wrapper, name)
+        num_experts = a.shape[0] // wrapper.r[name]
+        a = a.reshape(num_experts, -1, a.shape[1])
+        b = b.reshape(b.shape[0], -1, num_experts)
         lora_a.append(b.permute(2, 1, 0) if exchanged else a)
         lora_b.append(a.permute(0, 2, 1) if exchanged else b.permute(2, 0, 1))
     prefix = PREFIXES[wrapper.parameter_name]
@@ -232,7 +265,10 @@ def _forward(wrapper: "ParamWrapper", x: Tensor, *args, **kwargs) -> Tensor:
             return _replaced.original["forward"](wrapper, x, *args, **kwargs)
         if adapters:
             kwargs = {**kwargs, **_lora_arguments(wrapper, layout, adapters)}
-    return wrapper.base_layer(x, *args, **kwargs)
+    if sharding_of(wrapper.base_layer) is None:
+        return wrapper.base_layer(x, *args, **kwargs)
+    with passing_lora(wrapper.base_layer, kwargs):
+        return wrapper.base_layer(x, *args)
 
 
 def lora_of_experts(wrapper: nn.Module) -> dict[str, Tensor | float] | None:
@@ -358,6 +394,9 @@ def _inject_adapter(self, model: nn.Module, adapter_name: str, *args, **kwargs) 
     config = self.peft_config[adapter_name]
     asked = config.peft_type == "LORA" and not config.inference_mode
     asked = asked and (config.target_parameters or _asks_for_experts(config.target_modules))
+    for _, experts in _experts(model):
+        if layout_in_op(experts) is not None:
+            note_sharding(model, experts)
     with _weights_in_formats_as_parameters(model):
         _replaced.original["inject_adapter"](self, model, adapter_name, *args, **kwargs)
     if asked:

@@ -1,5 +1,7 @@
-"""LoRA as a part of experts and linear layers, for inference."""
+"""LoRA as a part of experts and linear layers, for inference, and LoRA that cannot be passed as arguments."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
@@ -7,6 +9,9 @@ from torch.nn.functional import linear
 
 FROZEN_LORA = "frozen_lora"
 """The child of an experts module that holds a FrozenLora."""
+
+_PASSED = "_passed_lora"
+"""The attribute of an experts module that holds the LoRA arguments of the call in progress."""
 
 
 class FrozenLora(nn.Module):
@@ -39,12 +44,26 @@ class FrozenLora(nn.Module):
         return {**self._buffers, **self.scalings}
 
 
+@contextmanager
+def passing_lora(experts: nn.Module, lora: dict[str, Any]) -> Iterator[None]:
+    """Gives an experts module the LoRA arguments of the calls in the block.
+
+    For experts whose forward another library replaced with one that takes only tokens and routes.
+    """
+    experts.__dict__[_PASSED] = lora
+    try:
+        yield
+    finally:
+        del experts.__dict__[_PASSED]
+
+
 def lora_arguments(experts: nn.Module, given: dict[str, Any]) -> dict[str, Any]:
-    """Returns the LoRA arguments of a call to an experts module: those given, or its frozen ones.
+    """Returns the LoRA arguments of a call to an experts module: those given or passed, or its frozen ones.
 
     Raises:
         ValueError: there are both.
     """
+    given = given or experts.__dict__.get(_PASSED, given)
     frozen: Any = experts._modules.get(FROZEN_LORA)
     if frozen is None:
         return given

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from ktops._warn import warn_once
 from ktops.integrations.transformers.architectures import Unsupported, class_name, operands
 from ktops.nn.experts import KTExperts, run_experts
+from ktops.nn.frozen_lora import lora_arguments
 from ktops.nn.host_memory import ON_DEVICE
 from ktops.nn.layout import Layout
 from ktops.nn.streaming import streaming_threshold
@@ -48,6 +49,7 @@ def experts_forward(
     Raises:
         NotImplementedError: LoRA arguments for a module that the op does not support.
     """
+    lora = lora_arguments(experts, lora)
     try:
         layout, gate_up_proj, down_proj = operands(experts)
     except Unsupported as reason:

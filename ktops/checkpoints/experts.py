@@ -66,6 +66,10 @@ class Experts(ABC):
         """Returns the name of an expert for error messages."""
         return f"expert {index}"
 
+    def part(self, experts: range) -> "Experts":
+        """Returns consecutive ones of these experts, such as those of one process."""
+        return Part(self, experts)
+
     def __len__(self) -> int:
         return self.shape[0]
 
@@ -92,6 +96,21 @@ class Experts(ABC):
 
     def _weight(self, codes: Codes, dtype: torch.dtype) -> ExpertWeight:
         return ExpertWeight(self.format, self.shape, *codes, group_size=self.group_size, dtype=dtype)
+
+
+class Part(Experts):
+    """Consecutive ones of other experts."""
+
+    def __init__(self, source: Experts, experts: range) -> None:
+        self.source, self.first = source, experts.start
+        self.format, self.group_size, self.gating = source.format, source.group_size, source.gating
+        self.shape = len(experts), *source.shape[1:]
+
+    def expert(self, index: int) -> Codes:
+        return self.source.expert(self.first + index)
+
+    def name(self, index: int) -> str:
+        return self.source.name(self.first + index)
 
 
 class Held(Experts):
@@ -159,6 +178,12 @@ class FileExperts(StoredExperts):
             get_format(self.format).check(codes, torch.Size(self.shape), self.group_size)
         except (ValueError, TypeError) as error:
             raise CheckpointError(f"{first[0].name}: {error}") from None
+
+    def part(self, experts: range) -> "FileExperts":
+        """Returns consecutive ones of these experts, mapped where they are."""
+        made = FileExperts(self.experts[experts.start : experts.stop])
+        made.gating, made.mmap = self.gating, self.mmap
+        return made
 
     @property
     def stand_in(self) -> Codes:
@@ -274,6 +299,10 @@ class Requantized(Experts):
         self.source, self.method = source, method
         self.format, self.shape, self.gating = format, source.shape, source.gating
         self.group_size = self.known.check_quantizable(self.shape[-1], group_size, method)
+
+    def part(self, experts: range) -> "Requantized":
+        """Returns consecutive ones of these experts."""
+        return Requantized(self.source.part(experts), self.format, self.group_size, self.method)
 
     @property
     def stand_in(self) -> Codes:

@@ -17,15 +17,17 @@ def enable() -> None:
         >>> ktops.enable()
         >>> model = AutoModelForCausalLM.from_pretrained("Qwen/Qwen3-30B-A3B", experts_implementation="ktops")
     """
-    from ktops.integrations import peft, transformers
+    from ktops.integrations import data_parallel, peft, transformers
 
     transformers.enable()
     peft.enable_if_installed()
+    data_parallel.enable()
 
 
 def disable() -> None:
     """Undoes :func:`enable`. Models still set to "ktops" raise in forward; set another implementation."""
-    from ktops.integrations import peft, transformers
+    from ktops.integrations import data_parallel, peft, transformers
 
     transformers.disable()
     peft.disable()
+    data_parallel.disable()

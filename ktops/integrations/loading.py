@@ -1,6 +1,6 @@
 """Loads the experts modules of a model from the layers of a checkpoint."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +15,7 @@ from ktops.formats import ExpertWeight
 from ktops.formats.error import RelativeError
 from ktops.formats.expert_weight import COMPUTE_DTYPES
 from ktops.integrations.quantization_report import DTYPE_NAMES, QuantizationReport, QuantizedLayer
+from ktops.integrations.sharded_experts import ExpertParallel
 from ktops.integrations.swap import exchange_stacked, listed_experts, require_experts
 from ktops.integrations.transformers.architectures import Unsupported
 from ktops.integrations.transformers.outside import describe_replacement
@@ -97,6 +98,7 @@ def load_layers(
     *,
     mmap: bool = False,
     show_progress: bool = True,
+    parallel: ExpertParallel | None = None,
 ) -> LoadReport:
     """Loads every experts module from its layer.
 
@@ -105,6 +107,7 @@ def load_layers(
         layers: the layers of the checkpoint, by the same names.
         options: weight_format, group_size and method, as in :func:`ktops.load_experts`.
         mmap: as there.
+        parallel: which of the experts this process loads; default: all.
 
     Raises:
         CheckpointError, ValueError: as in :func:`ktops.load_experts`.
@@ -121,23 +124,39 @@ def load_layers(
             raise ValueError(f"load_experts: {layer.name}: {error}") from None
         if mmap:
             both = _in_place(layer, both)
+        if parallel is not None:
+            local = parallel.local_experts(layer.num_experts)
+            both = both[0].part(local), both[1].part(local)
         plan.append((name, module, layer, both))
     made = {}
-    total = 2 * sum(layer.num_experts for _, _, layer, _ in plan)
+    total = 2 * sum(len(gate_up) for _, _, _, (gate_up, _) in plan)
     with torch.device("cpu"):
         with progress("experts", total, show=show_progress) as step:
             for name, module, layer, both in plan:
                 gate_up, down = (experts.read(dtype, step) for experts in both)
-                found = (layer.bias(key, dtype) for key in PROJECTIONS)
-                biases = (bias if bias is None else nn.Parameter(bias, requires_grad=False) for bias in found)
+                biases = _biases(layer, dtype, parallel)
                 made[name] = _kind(module).from_parameters(gate_up, down, *biases, **_options(module))
                 made[name].train(module.training)
+                if parallel is not None:
+                    parallel.install(made[name], layer.num_experts)
         report = _report(plan, made)
     for name, module in modules.items():
         exchange_stacked(model, module, made[name])
     if mmap:
         _warn_if_read(plan)
     return report
+
+
+def _biases(
+    layer: Layer, dtype: torch.dtype, parallel: ExpertParallel | None
+) -> Iterator[nn.Parameter | None]:
+    """Yields the biases of both projections; None without biases."""
+    for key in PROJECTIONS:
+        bias = layer.bias(key, dtype)
+        if bias is not None and parallel is not None:
+            local = parallel.local_experts(layer.num_experts)
+            bias = bias[local.start : local.stop].clone()
+        yield bias if bias is None else nn.Parameter(bias, requires_grad=False)
 
 
 def _in_place(layer: Layer, both: tuple[Experts, Experts]) -> tuple[Experts, Experts]:

@@ -6,7 +6,7 @@ of every expert. LoRA factors are divided with the weights that they adapt: as
 """
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 
 _SHARDING = "_kt_sharding"
 """The attribute of an experts module that holds an ExpertSharding."""
+
+MIN_PEFT = "0.21"
+"""The first version of PEFT whose files hold the whole of a DTensor."""
 
 _REPLICATING = ("dp_replicate", "fsdp", "efsdp")
 """Dimensions of a mesh along which ranks compute with the same weights, on different tokens."""
@@ -51,7 +54,13 @@ class ExpertSharding:
         """The experts of this rank."""
         if not self.is_expert_parallel:
             return range(self.num_experts)
-        count = self.num_experts // self.mesh["ep"].size()
+        ranks = self.mesh["ep"].size()
+        if self.num_experts % ranks:
+            raise ValueError(
+                f"DistributedConfig: ep_size must divide the {self.num_experts} experts of a layer, got "
+                f"{ranks}"
+            )
+        count = self.num_experts // ranks
         first = self.mesh["ep"].get_local_rank() * count
         return range(first, first + count)
 
@@ -76,38 +85,39 @@ def set_sharding(experts: nn.Module, sharding: ExpertSharding) -> None:
     experts.__dict__[_SHARDING] = sharding
 
 
-def find_sharding(model: nn.Module) -> "tuple[DeviceMesh, int] | None":
-    """Returns the mesh that divides the experts of a transformers model, and its data-parallel size.
+def find_mesh(model: nn.Module) -> "DeviceMesh | None":
+    """Returns the mesh of the ranks that divide the experts of a transformers model among them.
 
-    Dimensions with one rank are left out. None if no rank has only a part of the experts.
+    Dimensions with one rank are left out. None if every rank computes with all experts.
     """
-    config = getattr(getattr(model, "config", None), "distributed_config", None)
-    manager = getattr(model, "_mesh_manager", None)
+    config, manager = distributed_config(model), getattr(model, "_mesh_manager", None)
     if config is None or manager is None or max(config.ep_size, config.tp_size) == 1:
         return None
     if config.ep_size > 1:
         sizes = {"dp_replicate": config.dp_replicate_size, "efsdp": config.efsdp_size, "ep": config.ep_size}
     else:
         sizes = {"dp_replicate": config.dp_replicate_size, "fsdp": config.fsdp_size, "tp": config.tp_size}
-    names = tuple(name for name, size in sizes.items() if size > 1)
-    return manager.get_mesh(names), config.dp_size
+    return manager.get_mesh(tuple(name for name, size in sizes.items() if size > 1))
+
+
+def distributed_config(model: nn.Module) -> Any:
+    """Returns the DistributedConfig with which a model is loaded, or None."""
+    return getattr(getattr(model, "config", None), "distributed_config", None)
 
 
 def note_sharding(model: nn.Module, experts: nn.Module) -> None:
     """Notes how transformers has divided the Parameters of experts, if it has."""
+    mesh = find_mesh(model)
+    if mesh is None or sharding_of(experts) is not None:
+        return
     from torch.distributed.tensor import DTensor
 
-    found = find_sharding(model)
     weight = experts._parameters.get("down_proj")
-    if found is None or not isinstance(weight, DTensor) or sharding_of(experts) is not None:
-        return
-    mesh, data_parallel_size = found
-    placements = {
-        name: _dividing(parameter)
-        for name, parameter in experts._parameters.items()
-        if isinstance(parameter, DTensor)
-    }
-    set_sharding(experts, ExpertSharding(mesh, weight.shape[0], data_parallel_size, placements))
+    if isinstance(weight, DTensor):
+        named = experts._parameters.items()
+        placements = {name: _dividing(p) for name, p in named if isinstance(p, DTensor)}
+        data_parallel_size = distributed_config(model).dp_size
+        set_sharding(experts, ExpertSharding(mesh, weight.shape[0], data_parallel_size, placements))
 
 
 def _dividing(parameter: "DTensor") -> "Placement":
@@ -118,6 +128,66 @@ def _dividing(parameter: "DTensor") -> "Placement":
     return parameter.placements[next(i for i, name in enumerate(names) if name in ("ep", "tp"))]
 
 
+class ExpertParallel:
+    """Loads experts in formats by parts, one for each rank of a DistributedConfig with ``ep_size``.
+
+    Args:
+        model: being loaded, with its processes already known.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._config, self._manager = distributed_config(model), cast(Any, model)._mesh_manager
+        mesh = find_mesh(model)
+        assert mesh is not None
+        self._mesh = mesh
+
+    @classmethod
+    def of(cls, model: nn.Module) -> "ExpertParallel | None":
+        """Returns None if every rank loads all experts."""
+        config = distributed_config(model)
+        return None if config is None or config.ep_size == 1 else cls(model)
+
+    def local_experts(self, num_experts: int) -> range:
+        """Returns the experts of this rank."""
+        return self._sharding(num_experts).local_experts
+
+    def install(self, experts: nn.Module, num_experts: int) -> None:
+        """Makes experts of this rank exchange tokens with the others in forward.
+
+        Args:
+            num_experts: of all ranks.
+        """
+        from transformers.distributed.parallel_utils import ALL_PARALLEL_STYLES
+
+        set_sharding(experts, self._sharding(num_experts))
+        ALL_PARALLEL_STYLES["ep_dispatch_experts"].install_forward(
+            experts,
+            ep_mesh=self._manager.get_mesh("ep"),
+            tp_mesh=self._manager.get_mesh("tp"),
+            ep_implementation=self._config.ep_implementation,
+        )
+
+    def _sharding(self, num_experts: int) -> ExpertSharding:
+        return ExpertSharding(self._mesh, num_experts, self._config.dp_size, {})
+
+
+def require_whole_experts(model: nn.Module) -> None:
+    """Raises ValueError unless a DistributedConfig gives each rank whole experts, as those in formats are."""
+    config = distributed_config(model)
+    if config is None:
+        return
+    if config.ep_size == 1 and config.tp_size > 1:
+        raise ValueError(
+            f"KTConfig: DistributedConfig(tp_size={config.tp_size}) would divide the rows and columns of "
+            "every expert, which ktops does not do to weights in formats. To give each process whole experts: "
+            f"DistributedConfig(tp_size={config.tp_size}, ep_size={config.tp_size})"
+        )
+    if config.ep_size > 1:
+        # transformers has nothing to divide: the placeholders of the experts have no Parameters
+        plan = cast(Any, model)._ep_plan
+        cast(Any, model)._ep_plan = {name: style for name, style in plan.items() if style != "grouped_gemm"}
+
+
 def shard_factors(wrapper: "ParamWrapper", adapter: str) -> None:
     """Keeps this rank's part of the factors that PEFT has created for all experts.
 
@@ -126,10 +196,24 @@ def shard_factors(wrapper: "ParamWrapper", adapter: str) -> None:
     sharding = sharding_of(wrapper.get_base_layer())
     if sharding is None:
         return
-    for layers, placement in zip((wrapper.lora_A, wrapper.lora_B), _placements(wrapper, adapter), strict=True):
+    _require_peft()
+    both = wrapper.lora_A, wrapper.lora_B
+    for layers, placement in zip(both, _placements(wrapper, adapter), strict=True):
         whole = layers[adapter].weight
         local = _distribute(whole.detach(), sharding, placement)
         layers[adapter].weight = nn.Parameter(local, requires_grad=whole.requires_grad)
+
+
+def _require_peft() -> None:
+    """Raises ImportError unless PEFT saves and loads factors that are divided."""
+    import peft
+    from packaging.version import Version
+
+    if Version(peft.__version__) < Version(MIN_PEFT):
+        raise ImportError(
+            f"LoRA on experts that are divided among processes needs peft>={MIN_PEFT}, found "
+            f"{peft.__version__}. To upgrade: pip install -U peft"
+        )
 
 
 def _placements(wrapper: "ParamWrapper", adapter: str) -> tuple["Placement", "Placement"]:

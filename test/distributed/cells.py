@@ -1,7 +1,17 @@
-"""The configurations of several processes that are tested, and what is trained in them."""
+"""What is tested with several processes: configurations, what is trained, and weights. Runs and compares it."""
 
 import itertools
+from pathlib import Path
 from typing import Any, NamedTuple
+
+import torch
+from peft import LoraConfig, get_peft_model
+from ranks import run_ranks
+from tiny_models import tiny_model
+from transformers import AutoModelForCausalLM, GptOssConfig, GptOssForCausalLM, PreTrainedModel
+
+from ktops.integrations.peft import expert_target_parameters
+from ktops.testing.budgets import SAFETY, model_budget, relative_error, safety
 
 STEPS = 5
 RANK = 4
@@ -16,6 +26,7 @@ CONFIGURATIONS: dict[str, dict[str, Any] | None] = {
     "ep4_all_reduce": {"tp_size": 4, "ep_size": 4, "ep_implementation": "all_reduce"},
     "ep4_all_to_all": {"fsdp_size": 4, "ep_size": 4, "ep_implementation": "all_to_all"},
     "ep2_fsdp2": {"fsdp_size": 4, "ep_size": 2, "ep_implementation": "all_to_all"},
+    "ep2_replicate2": {"dp_replicate_size": 2, "fsdp_size": 2, "ep_size": 2},
     "tp2_ep4": {"tp_size": 2, "fsdp_size": 2, "ep_size": 4, "ep_implementation": "all_to_all"},
     "fsdp4": {"fsdp_size": 4},
     "ddp4": None,
@@ -28,38 +39,42 @@ TRAINED = ("frozen", "lora", "full")
 WEIGHTS = ("float32", "int4", "bfloat16")
 """Dtype of the model; "int4" has experts in that format and the rest in float32."""
 
+OPERATIONS = 40
+"""Depth of the models in operations, forward and backward: two layers of about ten."""
+
 
 class Cell(NamedTuple):
-    """A run of STEPS steps of the Trainer.
-
-    Attributes:
-        configuration: of CONFIGURATIONS.
-        trained: of TRAINED.
-        weights: of WEIGHTS.
-    """
+    """A run of STEPS steps: of CONFIGURATIONS, of TRAINED, of WEIGHTS."""
 
     configuration: str
     trained: str
     weights: str
 
     @property
-    def world_size(self) -> int:
-        return data_parallel(self.configuration) * tensor_parallel(self.configuration)
-
-    @property
     def name(self) -> str:
         return "-".join(self)
 
+    @property
+    def size(self) -> dict[str, int]:
+        """How many ranks share a batch ("tensor"), and how many have batches of their own ("data")."""
+        arguments = CONFIGURATIONS[self.configuration]
+        if arguments is None:
+            return {"tensor": 1, "data": int(self.configuration[-1])}
+        data = arguments.get("fsdp_size", 1) * arguments.get("dp_replicate_size", 1)
+        return {"tensor": arguments.get("tp_size", 1), "data": data}
 
-def tensor_parallel(configuration: str) -> int:
-    """Returns how many ranks share a batch."""
-    return (CONFIGURATIONS[configuration] or {}).get("tp_size", 1)
+    @property
+    def world_size(self) -> int:
+        return self.size["tensor"] * self.size["data"]
 
-
-def data_parallel(configuration: str) -> int:
-    """Returns how many ranks have batches of their own."""
-    arguments = CONFIGURATIONS[configuration]
-    return int(configuration[-1]) if arguments is None else arguments.get("fsdp_size", 1)
+    @property
+    def error(self) -> str | None:
+        """A part of the error message, if the cell is refused: by ktops, or by PEFT whatever the experts run."""
+        if self.weights == "int4" and self.configuration in ("tp2", "tp4"):
+            return "KTConfig: DistributedConfig(tp_size="
+        if self.configuration == "tp2_ep4" and self.trained != "full":
+            return "While copying the parameter named"  # LoRA on attention with tp_size and fsdp_size
+        return None
 
 
 def cells(world_size: int) -> list[Cell]:
@@ -70,3 +85,76 @@ def cells(world_size: int) -> list[Cell]:
         for cell in every
         if cell.world_size == world_size and not (cell.trained == "full" and cell.weights == "int4")
     ]
+
+
+def tiny_model_for_ranks(architecture: str) -> PreTrainedModel:
+    """Returns a tiny model whose heads and experts four ranks can share."""
+    if architecture != "gpt_oss":
+        return tiny_model(architecture, num_key_value_heads=4)
+    sizes = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 24, "num_hidden_layers": 2, "head_dim": 8}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 4, "num_local_experts": 8, "num_experts_per_tok": 3}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return GptOssForCausalLM(GptOssConfig(**sizes, **heads, initializer_range=0.2, pad_token_id=None))
+
+
+def save_adapters(model: Path) -> None:
+    """Writes random LoRA into a model's directory: PEFT's own, without ktops."""
+    for trained in TRAINED[:2]:
+        base = AutoModelForCausalLM.from_pretrained(model, experts_implementation="eager")
+        config = LoraConfig(
+            r=RANK,
+            lora_alpha=6,
+            target_modules=["q_proj", "k_proj", "q_b_proj"],
+            target_parameters=expert_target_parameters(base) if trained == "lora" else None,
+            init_lora_weights=False,
+        )
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(1)
+            get_peft_model(base, config).save_pretrained(model / trained)
+
+
+def run_cells(model: Path, output: Path, wanted: list[Cell]) -> tuple[dict[Cell, dict], dict[str, dict]]:
+    """Runs cells of one number of processes, and what they are compared with in one process.
+
+    Returns:
+        The result of each cell, and of "trained-weights" in one process.
+    """
+    kinds = dict.fromkeys(f"{cell.trained}-{weights}" for cell in wanted for weights in (cell.weights, "float32"))
+    alone = [f"ddp2-{kind}" for kind in kinds]
+    run_ranks("training_program.py", 0, model, output / "alone", *alone)
+    names = [cell.name for cell in wanted]
+    run_ranks("training_program.py", wanted[0].world_size, model, output / "together", *names, timeout=550)
+    together = {cell: torch.load(output / "together" / cell.name / "result.pt") for cell in wanted}
+    return together, {kind: torch.load(output / "alone" / f"ddp2-{kind}" / "result.pt") for kind in kinds}
+
+
+def check(cell: Cell, result: dict, alone: dict[str, dict]) -> None:
+    """Requires the losses, norms, first gradients and trained weights of one process.
+
+    In float32, within the error budget of a model. In bfloat16, which one process computes with other
+    roundings, the error against float32 in one process may not be larger than that of one process.
+    """
+    if cell.error is not None:
+        assert cell.error in result.get("error", "no error"), result
+        return
+    assert "error" not in result, result["error"]
+    expected = alone[f"{cell.trained}-{'float32' if cell.weights == 'bfloat16' else cell.weights}"]
+    rounded = alone[f"{cell.trained}-{cell.weights}"]
+    assert {"moe_sft_fwd", "moe_sft_bwd"} <= result["operators"]
+    assert len(result["losses"]) == STEPS
+    for key in ("losses", "norms", "gradients", "parameters"):
+        actual, reference, one = (_flat(run[key]) for run in (result, expected, rounded))
+        error = relative_error(actual, reference)
+        if cell.weights == "bfloat16":
+            few = len(actual) if key in ("losses", "norms") else len(actual) // 2
+            assert error <= safety(few) * relative_error(one, reference) + 1e-12, f"{key}: {error:.2e}"
+        else:
+            assert error <= model_budget(torch.float32, 32, OPERATIONS), f"{key}: {error:.2e}"
+
+
+def _flat(values: list | dict) -> torch.Tensor:
+    """Returns numbers, or tensors in the order of their names, as one vector."""
+    if isinstance(values, list):
+        return torch.tensor(values)
+    return torch.cat([values[name].flatten().float() for name in sorted(values)])

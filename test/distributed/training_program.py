@@ -11,15 +11,14 @@ import traceback
 from pathlib import Path
 
 import torch
-from cells import CONFIGURATIONS, RANK, STEPS, Cell, data_parallel, tensor_parallel
-from peft import LoraConfig, PeftModel, get_peft_model
+from cells import CONFIGURATIONS, STEPS, Cell
+from peft import PeftModel
 from torch import distributed
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
 from transformers.distributed import DistributedConfig
 
 import ktops
-from ktops.integrations.peft import expert_target_parameters
 
 LEARNING_RATE, MAX_NORM = 0.05, 0.5
 
@@ -42,7 +41,7 @@ def examples(vocab_size: int) -> list[dict]:
 
 
 def load(path: str, cell: Cell, *, parallel: bool):
-    """Returns the model of a cell, without adapters."""
+    """Returns the model of a cell, without adapters; one process in float32 runs without ktops."""
     arguments = CONFIGURATIONS[cell.configuration] if parallel else None
     options: dict = {}
     if arguments is not None:
@@ -50,22 +49,11 @@ def load(path: str, cell: Cell, *, parallel: bool):
     if cell.weights == "int4":
         options["quantization_config"] = ktops.KTConfig(weight_format="int4")
     dtype = torch.bfloat16 if cell.weights == "bfloat16" else torch.float32
-    return AutoModelForCausalLM.from_pretrained(path, experts_implementation="ktops", dtype=dtype, **options)
-
-
-def save_adapter(path: str, output: Path, trained: str) -> None:
-    """Writes random LoRA on attention, and for "lora" on experts; PEFT's own, without ktops."""
-    model = AutoModelForCausalLM.from_pretrained(path, experts_implementation="eager")
-    parameters = expert_target_parameters(model) if trained == "lora" else None
-    torch.manual_seed(1)
-    config = LoraConfig(
-        r=RANK,
-        lora_alpha=6,
-        target_modules=["q_proj", "k_proj"],
-        target_parameters=parameters,
-        init_lora_weights=False,
+    own = not parallel and cell.weights == "float32"
+    implementation = "eager" if own else "ktops"
+    return AutoModelForCausalLM.from_pretrained(
+        path, experts_implementation=implementation, dtype=dtype, **options
     )
-    get_peft_model(model, config).save_pretrained(output)
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
@@ -132,13 +120,15 @@ def run(path: str, cell: Cell, output: Path, *, parallel: bool) -> dict:
         model = PeftModel.from_pretrained(model, f"{path}/{cell.trained}", is_trainable=True)
     kept = Gradients()
     dataset = examples(model.config.vocab_size)
-    if parallel and tensor_parallel(cell.configuration) > 1:
-        history = train_in_loop(model, dataset, kept)
-    else:
-        history = train(model, dataset, kept, data_parallel(cell.configuration) if parallel else 1, output)
+    with ktops.profile() as profile:
+        if parallel and cell.size["tensor"] > 1:
+            history = train_in_loop(model, dataset, kept)
+        else:
+            history = train(model, dataset, kept, cell.size["data"] if parallel else 1, output)
     if cell.trained != "full":
         model.save_pretrained(output / "adapter", is_main_process=rank() == 0)
     return {
+        "operators": {step.op for step in profile.steps},
         "losses": [entry["loss"] for entry in history],
         "norms": [entry["grad_norm"] for entry in history],
         "gradients": kept.gradients,

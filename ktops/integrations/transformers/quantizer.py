@@ -17,12 +17,14 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter
 from transformers.quantizers.base import HfQuantizer
 
+from ktops._warn import warn_once
 from ktops.checkpoints.checkpoint import open_checkpoint
 from ktops.checkpoints.config import needs_quantizer
 from ktops.checkpoints.match import match_layers
 from ktops.formats import ExpertWeight
 from ktops.integrations import peft
 from ktops.integrations.loading import LoadReport, PendingExperts, experts_modules, load_layers
+from ktops.integrations.sharded_experts import ExpertParallel, require_whole_experts
 from ktops.integrations.swap import exchange
 from ktops.integrations.transformers.config import KTConfig
 from ktops.integrations.transformers.loaded import adjusted, require_loaded
@@ -49,6 +51,7 @@ class KTQuantizer(HfQuantizer):
     """
 
     report: LoadReport | None = None
+    _parallel: ExpertParallel | None = None
 
     def __init__(self, quantization_config: KTConfig, **_) -> None:
         super().__init__(quantization_config, pre_quantized=True)
@@ -76,6 +79,7 @@ class KTQuantizer(HfQuantizer):
         path = self.quantization_config.experts_path
         if not checkpoint_files and path is None:
             raise ValueError("KTConfig: the weights must come from files. Otherwise, pass experts_path")
+        require_whole_experts(model)
         if checkpoint_files:
             self._require_other(Path(checkpoint_files[0]).parent)
         self._path = Path(checkpoint_files[0]).parent if path is None else Path(path)
@@ -145,7 +149,8 @@ class KTQuantizer(HfQuantizer):
             open_checkpoint(self._path), model, modules, prefix=asked.prefix, conversions=self._conversions
         )
         options = {name: getattr(asked, name) for name in ("weight_format", "group_size", "method")}
-        self.report = load_layers(model, modules, layers, options, mmap=asked.mmap)
+        self._parallel = ExpertParallel.of(model)
+        self.report = load_layers(model, modules, layers, options, mmap=asked.mmap, parallel=self._parallel)
         peft.enable_if_installed()
         attach(model)
         return model
@@ -156,6 +161,12 @@ class KTQuantizer(HfQuantizer):
         return isinstance(self.other, PlainQuantizer)
 
     def is_serializable(self) -> bool:
+        if self._parallel is not None:
+            warn_once(
+                "ktops: the model cannot be saved as a whole, because each process has a part of its "
+                "experts. Adapters can be saved. To write the experts in a format: ktops convert"
+            )
+            return False
         return self.other.is_serializable()
 
     @property

@@ -1,0 +1,34 @@
+"""Runs a program of this folder in several processes."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import ktops
+
+HERE = Path(__file__).parent
+
+
+def run_ranks(program: str, world_size: int, *arguments: object, timeout: float = 300) -> str:
+    """Runs a program under torchrun, and returns what it printed.
+
+    Args:
+        program: a file in this folder.
+        world_size: number of processes; with 0, one process without torchrun.
+        timeout: seconds.
+    """
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world_size}"]
+    command = [sys.executable, *(torchrun if world_size else ()), HERE / program, *arguments]
+    path = [Path(ktops.__file__).parents[1], HERE, HERE.parent / "integrations", *sys.path]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, path)), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*map(str, command)],
+        env=environment,
+        timeout=timeout,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
+    assert done.returncode == 0, done.stdout[-4000:]
+    return done.stdout

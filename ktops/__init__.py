@@ -21,6 +21,7 @@ from ktops.ops import (
 
 _LAZY = {
     "KTConfig": "ktops.integrations.transformers.config",
+    "TrainingState": "ktops.integrations.transformers.training_state",
     "chunk_loss": "ktops.integrations.chunked_loss",
     "count_routes": "ktops.integrations.gpu_experts",
     "disable": "ktops.integrations",
@@ -44,6 +45,7 @@ __all__ = [
     "KTConfig",
     "Profile",
     "Step",
+    "TrainingState",
     "__version__",
     "checkpoint_context_fn",
     "chunk_loss",

@@ -179,8 +179,8 @@ def require_whole_experts(model: nn.Module) -> None:
     if config.ep_size == 1 and config.tp_size > 1:
         raise ValueError(
             f"KTConfig: DistributedConfig(tp_size={config.tp_size}) would divide the rows and columns of "
-            "every expert, which ktops does not do to weights in formats. To give each process whole experts: "
-            f"DistributedConfig(tp_size={config.tp_size}, ep_size={config.tp_size})"
+            "every expert, which ktops does not do to weights in formats. To give each process whole "
+            f"experts: DistributedConfig(tp_size={config.tp_size}, ep_size={config.tp_size})"
         )
     if config.ep_size > 1:
         # transformers has nothing to divide: the placeholders of the experts have no Parameters

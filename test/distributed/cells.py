@@ -1,4 +1,4 @@
-"""What is tested with several processes: configurations, what is trained, and weights. Runs and compares it."""
+"""What is trained with several processes, and how it is compared with one."""
 
 import itertools
 from pathlib import Path
@@ -11,7 +11,7 @@ from tiny_models import tiny_model
 from transformers import AutoModelForCausalLM, GptOssConfig, GptOssForCausalLM, PreTrainedModel
 
 from ktops.integrations.peft import expert_target_parameters
-from ktops.testing.budgets import SAFETY, model_budget, relative_error, safety
+from ktops.testing.budgets import model_budget, relative_error, safety
 
 STEPS = 5
 RANK = 4
@@ -37,7 +37,12 @@ TRAINED = ("frozen", "lora", "full")
 """LoRA on attention beside frozen experts; LoRA on attention and experts; all weights."""
 
 WEIGHTS = ("float32", "int4", "bfloat16")
-"""Dtype of the model; "int4" has experts in that format and the rest in float32."""
+"""Dtype of the model; "int4" has experts in that format and the rest in float32. In bfloat16, every token
+goes to all experts, because rounding would send some to others."""
+
+UNROUNDED = {"float32": "float32", "int4": "int4", "bfloat16": "all_experts"}
+"""Weights -> what their results are compared with; "all_experts" is float32, with all experts for every
+token."""
 
 OPERATIONS = 40
 """Depth of the models in operations, forward and backward: two layers of about ten."""
@@ -69,7 +74,7 @@ class Cell(NamedTuple):
 
     @property
     def error(self) -> str | None:
-        """A part of the error message, if the cell is refused: by ktops, or by PEFT whatever the experts run."""
+        """A part of the error message, if ktops refuses the cell, or PEFT does, whatever runs the experts."""
         if self.weights == "int4" and self.configuration in ("tp2", "tp4"):
             return "KTConfig: DistributedConfig(tp_size="
         if self.configuration == "tp2_ep4" and self.trained != "full":
@@ -91,8 +96,19 @@ def tiny_model_for_ranks(architecture: str) -> PreTrainedModel:
     """Returns a tiny model whose heads and experts four ranks can share."""
     if architecture != "gpt_oss":
         return tiny_model(architecture, num_key_value_heads=4)
-    sizes = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 24, "num_hidden_layers": 2, "head_dim": 8}
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 4, "num_local_experts": 8, "num_experts_per_tok": 3}
+    sizes = {
+        "vocab_size": 97,
+        "hidden_size": 32,
+        "intermediate_size": 24,
+        "num_hidden_layers": 2,
+        "head_dim": 8,
+    }
+    heads = {
+        "num_attention_heads": 4,
+        "num_key_value_heads": 4,
+        "num_local_experts": 8,
+        "num_experts_per_tok": 3,
+    }
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         return GptOssForCausalLM(GptOssConfig(**sizes, **heads, initializer_range=0.2, pad_token_id=None))
@@ -120,7 +136,11 @@ def run_cells(model: Path, output: Path, wanted: list[Cell]) -> tuple[dict[Cell,
     Returns:
         The result of each cell, and of "trained-weights" in one process.
     """
-    kinds = dict.fromkeys(f"{cell.trained}-{weights}" for cell in wanted for weights in (cell.weights, "float32"))
+    kinds = {
+        f"{cell.trained}-{weights}": None
+        for cell in wanted
+        for weights in (cell.weights, UNROUNDED[cell.weights])
+    }
     alone = [f"ddp2-{kind}" for kind in kinds]
     run_ranks("training_program.py", 0, model, output / "alone", *alone)
     names = [cell.name for cell in wanted]
@@ -139,7 +159,7 @@ def check(cell: Cell, result: dict, alone: dict[str, dict]) -> None:
         assert cell.error in result.get("error", "no error"), result
         return
     assert "error" not in result, result["error"]
-    expected = alone[f"{cell.trained}-{'float32' if cell.weights == 'bfloat16' else cell.weights}"]
+    expected = alone[f"{cell.trained}-{UNROUNDED[cell.weights]}"]
     rounded = alone[f"{cell.trained}-{cell.weights}"]
     assert {"moe_sft_fwd", "moe_sft_bwd"} <= result["operators"]
     assert len(result["losses"]) == STEPS

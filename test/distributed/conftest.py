@@ -10,7 +10,7 @@ sys.path.append(str(Path(__file__).parents[1] / "integrations"))
 
 @pytest.fixture(scope="session")
 def saved_model(tmp_path_factory):
-    """``saved(architecture)`` -> the directory of a tiny model, with the adapters "frozen" and "lora" in it."""
+    """``saved(architecture)`` -> the directory of a tiny model with the adapters "frozen" and "lora"."""
     from cells import save_adapters, tiny_model_for_ranks
 
     made: dict[str, Path] = {}

@@ -21,7 +21,9 @@ def results(saved_model, tmp_path_factory):
     def of(architecture: str, world_size: int):
         key = architecture, world_size
         if key not in made:
-            made[key] = run_cells(saved_model(architecture), tmp_path_factory.mktemp("cells"), cells(world_size))
+            made[key] = run_cells(
+                saved_model(architecture), tmp_path_factory.mktemp("cells"), cells(world_size)
+            )
         return made[key]
 
     return of

@@ -13,9 +13,10 @@ from pathlib import Path
 import torch
 from cells import CONFIGURATIONS, STEPS, Cell
 from peft import PeftModel
+from tiny_models import NUM_EXPERTS
 from torch import distributed
 from torch.distributed.tensor import DTensor
-from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
+from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
 from transformers.distributed import DistributedConfig
 
 import ktops
@@ -49,7 +50,11 @@ def load(path: str, cell: Cell, *, parallel: bool):
     if cell.weights == "int4":
         options["quantization_config"] = ktops.KTConfig(weight_format="int4")
     dtype = torch.bfloat16 if cell.weights == "bfloat16" else torch.float32
-    own = not parallel and cell.weights == "float32"
+    if cell.weights in ("bfloat16", "all_experts"):
+        options |= {"num_experts_per_tok": NUM_EXPERTS}
+        if "deepseek" in AutoConfig.from_pretrained(path).model_type:
+            options |= {"n_group": 1}
+    own = not parallel and cell.weights in ("float32", "all_experts")
     implementation = "eager" if own else "ktops"
     return AutoModelForCausalLM.from_pretrained(
         path, experts_implementation=implementation, dtype=dtype, **options
@@ -76,7 +81,9 @@ class Gradients(TrainerCallback):
 
 def train_in_loop(model, dataset: list[dict], kept: Gradients) -> list[dict]:
     """Does what :func:`train` does, without accelerate, which knows tensor parallelism only on devices."""
-    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], LEARNING_RATE, foreach=False)
+    optimizer = torch.optim.SGD(
+        [p for p in model.parameters() if p.requires_grad], LEARNING_RATE, foreach=False
+    )
     model.train()
     history = []
     for first in range(0, STEPS * ROWS, ROWS):

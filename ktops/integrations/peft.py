@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from ktops._warn import warn_once
 from ktops.devices import streams
 from ktops.formats import ExpertWeight
+from ktops.integrations.merging import require_dense, require_mergeable, require_undivided
 from ktops.integrations.replacements import Replacements, replaced_in
 from ktops.integrations.sharded_experts import (
     local_factors,
@@ -180,7 +181,7 @@ def _get_param(wrapper: "ParamWrapper") -> Any:
 
 def _get_tp_plan_and_mesh(model: nn.Module, current_key: str) -> tuple[Any, Any]:
     """PEFT's function for linear layers that are divided among processes, which fails for experts."""
-    module = model.get_submodule(current_key.rpartition(".")[0])
+    module: Any = model.get_submodule(current_key.rpartition(".")[0])
     base = module.get_base_layer() if hasattr(module, "get_base_layer") else module
     if sharding_of(base) is not None:
         return None, None
@@ -248,7 +249,7 @@ def _forward(wrapper: "ParamWrapper", x: Tensor, *args, **kwargs) -> Tensor:
     if layout is None:
         if not args and not kwargs and (adapters := lora_of_linear(wrapper)):
             return _forward_linear(wrapper, x, adapters)
-        _require_dense(wrapper, "computed with different adapters in one batch")
+        require_dense(wrapper, "computed with different adapters in one batch")
         return _replaced.original["forward"](wrapper, x, *args, **kwargs)
     if wrapper.disable_adapters:
         if wrapper.merged:
@@ -257,7 +258,7 @@ def _forward(wrapper: "ParamWrapper", x: Tensor, *args, **kwargs) -> Tensor:
         adapters = [name for name in wrapper.active_adapters if name in wrapper.lora_A]
         if any(name in wrapper.lora_variant for name in adapters):
             variants = ", ".join(type(v).__name__ for v in wrapper.lora_variant.values())
-            _require_dense(wrapper, f"computed as {variants}")
+            require_dense(wrapper, f"computed as {variants}")
             warn_once(
                 f"ktops does not compute the LoRA variant {variants} on expert parameters; PEFT does, with a "
                 "dense delta of all experts in every forward."
@@ -326,7 +327,8 @@ def _apply(wrapper: "ParamWrapper", fn: Convert, recurse: bool = True) -> nn.Mod
 
 def _merge(wrapper: "ParamWrapper", *args, **kwargs) -> None:
     """``ParamWrapper.merge``, which raises for weights in a format, because they cannot hold the sum."""
-    _require_dense(wrapper, "merged")
+    require_dense(wrapper, "merged")
+    require_undivided(wrapper)
     streams.synchronize()  # calls that are enqueued still read the weights
     _replaced.original["merge"](wrapper, *args, **kwargs)
     refresh(wrapper.get_base_layer())
@@ -341,41 +343,15 @@ def _unmerge(wrapper: "ParamWrapper") -> None:
 
 def _merge_adapter(tuner, adapter_names: list[str] | None = None, *args, **kwargs) -> None:
     """``BaseTuner.merge_adapter``, which raises before merging any layer if one cannot be merged."""
-    _require_mergeable(tuner, adapter_names)
+    require_mergeable(tuner, adapter_names)
     _replaced.original["merge_adapter"](tuner, adapter_names, *args, **kwargs)
 
 
 def _unload_and_optionally_merge(tuner, merge: bool = True, *args, **kwargs) -> nn.Module:
     """``BaseTuner.merge_and_unload``, which raises before merging any layer if one cannot be merged."""
     if merge:
-        _require_mergeable(tuner, kwargs.get("adapter_names"))
+        require_mergeable(tuner, kwargs.get("adapter_names"))
     return _replaced.original["_unload_and_optionally_merge"](tuner, merge, *args, **kwargs)
-
-
-def _require_mergeable(tuner, adapter_names: list[str] | None) -> None:
-    from peft.tuners.lora.layer import LoraLayer, ParamWrapper
-
-    names = set(tuner.active_adapters if adapter_names is None else adapter_names)
-    for path, module in tuner.model.named_modules():
-        if not isinstance(module, LoraLayer) or not names.intersection(module.lora_A):
-            continue
-        if isinstance(module.get_base_layer(), Int8Linear):
-            raise NotImplementedError(
-                f"ktops: LoRA on {path.rpartition('.')[2]} in int8 cannot be merged. To do that, load the "
-                "adapter into a model without --linear-format"
-            )
-        if isinstance(module, ParamWrapper):
-            _require_dense(module, "merged")
-
-
-def _require_dense(wrapper: "ParamWrapper", what: str) -> None:
-    """Raises if the adapted weights are in a format."""
-    weight = getattr(wrapper.get_base_layer(), wrapper.parameter_name)
-    if isinstance(weight, ExpertWeight):
-        raise NotImplementedError(
-            f"ktops: LoRA on {wrapper.parameter_name} in format {weight.format!r} cannot be {what}. To do "
-            "that, load the adapter into a model with bfloat16 experts"
-        )
 
 
 _MLP_NAMES = {"experts", "gate_proj", "up_proj", "down_proj", "gate_up_proj", "w1", "w2", "w3", "all-linear"}

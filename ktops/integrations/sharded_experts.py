@@ -227,7 +227,7 @@ def _placements(wrapper: "ParamWrapper", adapter: str) -> tuple["Placement", "Pl
         # A has the expert outermost; B innermost, so that a rank has a part of each of r groups of columns
         return Shard(0), _StridedShard(1, split_factor=wrapper.r[adapter])
     weight = sharding.placements[wrapper.parameter_name]
-    dim = weight.dim % 3  # type: ignore[attr-defined]
+    dim = weight.dim % 3
     in_dim = 2 if getattr(wrapper, "_did_swap_in_out_features", False) else 1
 
     def along(dim: int) -> "Placement":
@@ -251,7 +251,7 @@ def local_factors(wrapper: "ParamWrapper", adapter: str) -> tuple[Tensor, Tensor
     sharding = sharding_of(wrapper.get_base_layer())
     if sharding is None:
         return a, b
-    return tuple(_Local.apply(factor, sharding.data_parallel_size) for factor in (a, b))  # type: ignore
+    return tuple(_Local.apply(factor, sharding.data_parallel_size) for factor in (a, b))
 
 
 class _Local(torch.autograd.Function):

@@ -114,17 +114,22 @@ def tiny_model_for_ranks(architecture: str) -> PreTrainedModel:
         return GptOssForCausalLM(GptOssConfig(**sizes, **heads, initializer_range=0.2, pad_token_id=None))
 
 
+def lora_config(model: PreTrainedModel, trained: str = "lora", **options) -> LoraConfig:
+    """Returns LoRA on attention, and for "lora" on experts."""
+    return LoraConfig(
+        r=RANK,
+        lora_alpha=6,
+        target_modules=["q_proj", "k_proj", "q_b_proj"],
+        target_parameters=expert_target_parameters(model) if trained == "lora" else None,
+        **options,
+    )
+
+
 def save_adapters(model: Path) -> None:
     """Writes random LoRA into a model's directory: PEFT's own, without ktops."""
     for trained in TRAINED[:2]:
         base = AutoModelForCausalLM.from_pretrained(model, experts_implementation="eager")
-        config = LoraConfig(
-            r=RANK,
-            lora_alpha=6,
-            target_modules=["q_proj", "k_proj", "q_b_proj"],
-            target_parameters=expert_target_parameters(base) if trained == "lora" else None,
-            init_lora_weights=False,
-        )
+        config = lora_config(base, trained, init_lora_weights=False)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(1)
             get_peft_model(base, config).save_pretrained(model / trained)

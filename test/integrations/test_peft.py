@@ -18,6 +18,7 @@ from peft_models import (
     stable_seed,
 )
 from tiny_models import ARCHITECTURES, tiny_batch, tiny_model
+from torch.nn import Module
 
 import ktops
 from ktops.integrations.peft import _lora_arguments, expert_target_parameters
@@ -323,7 +324,7 @@ def test_factors_in_the_layout_of_every_version(swap, transposed):
     a, b = torch.randn(5 * 2, stored_in), torch.randn(stored_out, 2 * 5)
     factors = {"lora_A": {"x": SimpleNamespace(weight=a)}, "lora_B": {"x": SimpleNamespace(weight=b)}}
     wrapper = SimpleNamespace(
-        parameter_name="down_proj", num_experts=5, scaling={"x": 0.5}, **factors, **swap
+        parameter_name="down_proj", r={"x": 2}, scaling={"x": 0.5}, get_base_layer=Module, **factors, **swap
     )
     equation = "ore,eri->eoi" if swapped else "ore,eri->eio"
     delta = 0.5 * torch.einsum(equation, b.reshape(stored_out, 2, 5), a.reshape(5, 2, stored_in))

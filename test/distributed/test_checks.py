@@ -1,0 +1,18 @@
+"""Experts that two processes divide: uneven tokens, generation, checkpointing, adapters, errors."""
+
+import pytest
+from checks_program import CHECKS
+from ranks import run_ranks
+
+
+@pytest.fixture(scope="module")
+def errors(saved_model, tmp_path_factory):
+    output = tmp_path_factory.mktemp("checks")
+    run_ranks("checks_program.py", 2, saved_model("qwen3_moe"), output)
+    return output
+
+
+@pytest.mark.parametrize("name", CHECKS)
+def test_in_two_processes(errors, name):
+    error = (errors / name).read_text()
+    assert not error, error

@@ -151,7 +151,12 @@ class FileExperts(StoredExperts):
 
     Args:
         experts: for every expert, the matrices to stack by rows: one, or gate and up.
+
+    Attributes:
+        first: the number of the first expert in its layer.
     """
+
+    first = 0
 
     def __init__(self, experts: list[list[Matrix]]) -> None:
         self.experts = experts
@@ -182,7 +187,7 @@ class FileExperts(StoredExperts):
     def part(self, experts: range) -> "FileExperts":
         """Returns consecutive ones of these experts, mapped where they are."""
         made = FileExperts(self.experts[experts.start : experts.stop])
-        made.gating, made.mmap = self.gating, self.mmap
+        made.gating, made.mmap, made.first = self.gating, self.mmap, self.first + experts.start
         return made
 
     @property
@@ -199,7 +204,7 @@ class FileExperts(StoredExperts):
         return Codes._make(fields and _read_stacked(fields) for fields in self._fields(index))
 
     def name(self, index: int) -> str:
-        return f"expert {index} of {' and '.join(part.name for part in self.experts[index])}"
+        return f"expert {self.first + index} of {' and '.join(part.name for part in self.experts[index])}"
 
     def read(self, dtype: torch.dtype = torch.bfloat16, step: Step = no_step) -> ExpertWeight:
         """Maps all experts or reads them into memory, as an ExpertWeight that computes in dtype."""

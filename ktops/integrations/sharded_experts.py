@@ -5,6 +5,7 @@ of every expert. LoRA factors are divided with the weights that they adapt: as
 ``torch.distributed.tensor.DTensor``, which optimizers, gradient clipping and PEFT's files understand.
 """
 
+import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
@@ -83,6 +84,17 @@ def sharding_of(experts: nn.Module) -> ExpertSharding | None:
 def set_sharding(experts: nn.Module, sharding: ExpertSharding) -> None:
     """Notes how experts are divided, for their adapters."""
     experts.__dict__[_SHARDING] = sharding
+
+
+def division(experts: nn.Module) -> str | None:
+    """Returns why experts cannot be replaced in this process, if others have parts of their Parameters."""
+    if not torch.distributed.is_available() or "torch.distributed.tensor" not in sys.modules:
+        return None
+    from torch.distributed.tensor import DTensor
+
+    if any(isinstance(parameter, DTensor) for parameter in experts.parameters()):
+        return "its weights are divided among processes"
+    return None
 
 
 def find_mesh(model: nn.Module) -> "DeviceMesh | None":
@@ -201,7 +213,8 @@ def shard_factors(wrapper: "ParamWrapper", adapter: str) -> None:
     for layers, placement in zip(both, _placements(wrapper, adapter), strict=True):
         whole = layers[adapter].weight
         local = _distribute(whole.detach(), sharding, placement)
-        layers[adapter].weight = nn.Parameter(local, requires_grad=whole.requires_grad)
+        # not by setattr, which PEFT replaces for low_cpu_mem_usage by a function for plain Parameters
+        layers[adapter]._parameters["weight"] = nn.Parameter(local, requires_grad=whole.requires_grad)
 
 
 def _require_peft() -> None:

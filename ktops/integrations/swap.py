@@ -10,6 +10,7 @@ from torch import nn
 
 from ktops.integrations import peft
 from ktops.integrations.probe import disagreement_of_expert, disagreement_of_experts
+from ktops.integrations.sharded_experts import division
 from ktops.integrations.transformers import outside
 from ktops.integrations.transformers.architectures import (
     Unsupported,
@@ -166,7 +167,7 @@ def require_plain(module: nn.Module) -> None:
     would lose."""
     if FROZEN_LORA in module._modules:
         raise Unsupported("they have a frozen adapter")
-    reason = interception(module)
+    reason = interception(module) or division(module)
     if reason is not None:
         raise Unsupported(reason)
 

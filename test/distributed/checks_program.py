@@ -5,6 +5,7 @@ torchrun --nproc-per-node 2 checks_program.py MODEL OUTPUT
 
 import sys
 import traceback
+import warnings
 from pathlib import Path
 
 import torch
@@ -111,7 +112,7 @@ def check_adapters(path: str) -> None:
     models = [undivided(path), divided(path, "ep2_all_to_all")]
     logits: list[list[Tensor]] = [[], []]
     for model, found in zip(models, logits, strict=True):
-        model.load_adapter(f"{path}/lora", "other")
+        model.load_adapter(f"{path}/lora", "other", low_cpu_mem_usage=True)
         for name in ("other", "default"):
             model.set_adapter(name)
             with torch.no_grad():
@@ -172,6 +173,16 @@ def check_refusals(path: str) -> None:
     refuses(model.merge_adapter, NotImplementedError, "while the experts are divided among processes")
     refuses(model.merge_and_unload, NotImplementedError, "while the experts are divided among processes")
     assert all(torch.equal(whole(p), before[name]) for name, p in model.named_parameters())
+    for configuration, reason in (
+        ("tp2", "its forward was replaced"),
+        ("fsdp2", "are divided among processes"),
+    ):
+        base = divided(path, configuration, adapter=False)
+        refuses(lambda base=base: ktops.quantize_experts(base, "int4"), ValueError, reason)
+        refuses(lambda base=base: ktops.load_experts(base, path), ValueError, reason)
+        with warnings.catch_warnings(record=True) as caught:
+            ktops.swap_experts(base)
+        assert any(reason in str(warning.message) for warning in caught)
     quantized = divided(path, "ep2_all_to_all", "int4", adapter=False)
     refuses(lambda: quantized.save_pretrained("/nonexistent"), ValueError, "not serializable")
 

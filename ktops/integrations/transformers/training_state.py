@@ -29,6 +29,9 @@ class TrainingState(TrainerCallback):
         >>> trainer.train(resume_from_checkpoint="out/checkpoint-100")
     """
 
+    def __init__(self) -> None:
+        self._random: Tensor | None = None
+
     def on_save(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **objects: Any
     ) -> None:
@@ -72,7 +75,15 @@ class TrainingState(TrainerCallback):
         }
         objects["lr_scheduler"].load_state_dict(schedule)
         if len(saved["random"]) == _world_size():
-            torch.set_rng_state(saved["random"][_rank()])
+            self._random = saved["random"][_rank()]
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **objects: Any
+    ) -> None:
+        """Sets the random numbers that the checkpoint was written with, once the order of data is drawn."""
+        if self._random is not None:
+            torch.set_rng_state(self._random)
+            self._random = None
 
     @staticmethod
     def _path(args: TrainingArguments, state: TrainerState) -> Path:

@@ -3,6 +3,7 @@
 Without torchrun, or with one process, everything here concerns the only process.
 """
 
+import math
 import os
 import signal
 import socket
@@ -14,6 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from fractions import Fraction
 from typing import Any, TypeVar
 
 from ktops._warn import warn_once
@@ -120,19 +122,28 @@ def share_threads(wanted: int | None) -> tuple[int, int]:
     if _run is None:
         return (torch.get_num_threads() if wanted is None else set_num_threads(wanted)), len(cpus)
     here = socket.gethostname()
-    others = [found for host, found in gather((here, cpus)) if host == here]
-    share = int(sum(1 / sum(cpu in found for found in others) for cpu in cpus) + 1e-6)
-    threads = set_num_threads(max(1, share) if wanted is None else wanted)
-    # accelerate chooses a number by itself if this is not set
-    os.environ["OMP_NUM_THREADS"] = str(threads)
-    for host, found in _by_host(gather((here, (threads, cpus)))).items():
-        all_threads, all_cpus = sum(n for n, _ in found), len(set().union(*(cpus for _, cpus in found)))
-        if all_threads > all_cpus:
+    found = _by_host(gather((here, cpus)))
+    threads = set_num_threads(share_of(cpus, found[here]) if wanted is None else wanted)
+    os.environ["OMP_NUM_THREADS"] = str(threads)  # without which accelerate would choose a number
+    for host, number in _by_host(gather((here, threads))).items():
+        there = len(set().union(*found[host]))
+        if sum(number) > there:
             warn_once(
-                f"ktops: the {len(found)} processes on {host} have {all_threads} threads for {all_cpus} "
-                "CPUs, so they wait for each other. Start fewer processes, or with fewer --num-threads"
+                f"ktops: the {len(number)} processes on {host} have {sum(number)} threads for {there} CPUs, "
+                "so they wait for each other. Start fewer processes, or with fewer --num-threads"
             )
     return threads, len(cpus)
+
+
+def share_of(cpus: set[int], of_all: list[set[int]]) -> int:
+    """Returns for how many CPUs a process counts that may use ``cpus``, if those of all are ``of_all``.
+
+    Example:
+        >>> share_of({0, 1, 2, 3}, [{0, 1, 2, 3}, {0, 1, 2, 3}]), share_of({0, 1}, [{0, 1}, {2, 3}])
+        (2, 2)
+    """
+    shares = (Fraction(1, sum(cpu in others for others in of_all)) for cpu in cpus)
+    return max(1, math.floor(sum(shares)))
 
 
 def _by_host(values: list[tuple[str, T]]) -> dict[str, list[T]]:

@@ -73,6 +73,7 @@ def finetune(
 
     def begin() -> None:
         """Writes the first files of the run; until then, an error leaves the directory as it was."""
+        processes.wait_for_all()
         processes.on_first(lambda: _begin(directory, options, overwrite))
         processes.continue_with(resume_command)
 

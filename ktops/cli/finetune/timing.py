@@ -8,6 +8,7 @@ import torch
 from transformers import TrainerCallback
 
 from ktops.cli import processes
+from ktops.cli.finetune.encoding import IGNORED
 from ktops.cli.finetune.step_parts import PARTS, Clock, Watch
 
 
@@ -30,7 +31,8 @@ class StepTimer(TrainerCallback):
         self.clock.start("data")
 
     def collected(self, batches: list[dict[str, Any]]) -> None:
-        """The batches of the step are there."""
+        """The batches of the step are there. Those without labels only keep processes in step."""
+        batches = [batch for batch in batches if (batch["labels"] != IGNORED).any()]
         total = sum(batch["input_ids"].numel() for batch in batches)
         masks = [batch.get("attention_mask") for batch in batches]
         self._padding = sum(int((mask == 0).sum()) for mask in masks if mask is not None)

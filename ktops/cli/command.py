@@ -140,8 +140,10 @@ def run_plan(given: dict[str, Any]) -> None:
     """
     _prepare_inference()
     context, as_json = (given.pop(name) for name in ("context", "json"))
-    if context < 1:
-        raise UserError(f"--context must be positive, got {context}")
+    given["world_size"] = given.pop("processes")
+    for option, value in (("--context", context), ("--processes", given["world_size"])):
+        if value < 1:
+            raise UserError(f"{option} must be positive, got {value}")
     given["model"] = find_model(given["model"])
     from ktops.cli.plan.run import plan
 

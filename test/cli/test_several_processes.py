@@ -4,17 +4,23 @@ import dataclasses
 import functools
 import json
 import os
+import re
 import shutil
 import signal
 import time
+from pathlib import Path
 
+import psutil
 import pytest
 import torch
+from model_files import save_model
 from ranks import started
 from safetensors.torch import load_file
 
+from ktops._display import format_bytes
+from ktops.cli import processes
 from ktops.cli.errors import UserError
-from ktops.cli.finetune import lora, progress, run, verify
+from ktops.cli.finetune import interrupt, lora, pretrain, progress, run, training, verify
 from ktops.cli.finetune import options as options_file
 
 COMMON = [
@@ -185,3 +191,61 @@ def test_sigterm_ends_a_process_that_waits_for_another(arguments, tmp_path):
             "ktops: stopped by SIGTERM, which torchrun sends to all processes when one has ended. To continue"
             in (ranks.printed()[0])
         )
+
+
+def in_two_steps() -> None:
+    """Gives one process the batches of two: half as large, and two for a step."""
+    short()
+    make = training.training_arguments
+
+    def arguments(options, directory, max_steps, **settings):
+        return make(options, directory, max_steps, **{**settings, "gradient_accumulation_steps": 2})
+
+    pretrain.BATCH_SIZE //= 2
+    training.training_arguments = arguments
+
+
+def test_pretraining_of_the_small_model(tmp_path):
+    """All weights are trained, and the loss of the routers too."""
+    options = ["finetune", "--pretrain-steps", 3, "--max-steps", 1, "--eval-fraction", 0]
+    for count, hook in ((1, in_two_steps), (2, short)):
+        with started(count, [*options, "--output-dir", f"on-{count}"], tmp_path, hook) as ranks:
+            assert ranks.wait()[0] == [0] * count
+    one, two = (json.loads((tmp_path / f"on-{count}" / "metrics.json").read_text()) for count in (1, 2))
+    for step, other in zip(two["pretraining"]["steps"], one["pretraining"]["steps"], strict=True):
+        assert step["loss"] == pytest.approx(other["loss"], rel=1e-5)
+        assert step["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-4)
+        assert step["tokens"] == other["tokens"]
+
+
+def short_with_memory(file: Path) -> None:
+    """Each process writes down its memory that is mapped from a file, while all are in the second step."""
+    short()
+    step_end = interrupt.StopOnInterrupt.on_step_end
+
+    def on_step_end(self, args, state, control, **kwargs):
+        step_end(self, args, state, control, **kwargs)
+        if state.global_step == 2:
+            (memory,) = (found for found in psutil.Process().memory_maps() if found.path == str(file))
+            Path(f"memory-{args.process_index}").write_text(json.dumps(memory._asdict()))
+            processes.wait_for_all()
+
+    interrupt.StopOnInterrupt.on_step_end = on_step_end
+
+
+def test_processes_share_the_pages_of_mapped_experts(tokenizer, data_file, tmp_path):
+    sizes = {"hidden_size": 256, "moe_intermediate_size": 128}
+    save_model(tmp_path / "model", tokenizer, **sizes)
+    file = tmp_path / "model" / "model.safetensors"
+    hook = functools.partial(short_with_memory, file)
+    options = [*COMMON, "--model", tmp_path / "model", "--data", data_file, "--mmap"]
+    with started(2, [*options, "--max-steps", 2], tmp_path, hook) as ranks:
+        statuses, printed = ranks.wait()
+    assert statuses == [0, 0]
+    found = [json.loads((tmp_path / f"memory-{rank}").read_text()) for rank in range(2)]
+    experts = 2 * 8 * 3 * 256 * 128 * 4
+    assert all(memory["rss"] > 0.95 * experts for memory in found)
+    assert sum(memory["pss"] for memory in found) < 1.05 * file.stat().st_size
+    assert all(memory["anonymous"] == 0 for memory in found)
+    size = format_bytes(file.stat().st_size)
+    assert re.search(rf"plan: .* memory of 2 processes .*, {size} more mapped from files", printed[0])

@@ -118,6 +118,15 @@ def test_other_processes_that_cannot_share_a_step(ktops_command, tmp_path):
     )
 
 
+def test_accelerators_are_for_one_process(arguments, tmp_path):
+    with started(2, [*arguments, "--device", "cuda"], tmp_path) as ranks:
+        statuses, printed = ranks.wait()
+    assert statuses == [1, 1]
+    assert "".join(printed) == (
+        "ktops: --device cuda: several processes train on the CPU only. Start one process\n"
+    )
+
+
 def test_killed_and_interrupted(arguments, tmp_path):
     """One process is killed, then another one interrupted: all end, with one message, and can continue."""
     options = [*arguments, "--batch-size", 2, "--max-steps", 14, "--save-steps", 4, "--lora-dropout", 0.3]

@@ -146,9 +146,9 @@ def finetune(
 
 
 def _require_device(device: str) -> None:
-    require_device(device)
     if processes.count() > 1 and device != "cpu":
         raise UserError(f"--device {device}: several processes train on the CPU only. Start one process")
+    require_device(device)
 
 
 def _set_num_threads(wanted: int | None, report: Report) -> None:

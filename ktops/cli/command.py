@@ -71,6 +71,7 @@ def _run_finetune(given: dict[str, Any], folders: list[Path], notes: Sequence[st
         directory = run_directory.choose(output_dir, resume=True, overwrite=overwrite)
         recorded = options_file.resumed(options_file.load(directory), given)
         _require_unfinished(directory, recorded)
+        _require_same_pretraining(directory, recorded.world_size)
         return directory, *options_file.on_processes(recorded, processes.count())
 
     directory, options, more_notes = processes.on_first(choose)
@@ -256,4 +257,13 @@ def _require_unfinished(directory: Path, options: Options) -> None:
         raise UserError(
             f"--resume: the run in {directory} is complete after {done} steps. To continue it, increase "
             "--max-steps"
+        )
+
+
+def _require_same_pretraining(directory: Path, world_size: int) -> None:
+    begun = run_directory.last_checkpoint(directory / run_directory.PRETRAINING) is not None
+    if begun and world_size != processes.count():
+        raise UserError(
+            f"--resume: the small model is being pretrained with batches for {world_size} processes, not for "
+            f"{processes.count()}. Continue with {world_size}; after its pretraining, others can take over"
         )

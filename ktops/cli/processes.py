@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from fractions import Fraction
+from pathlib import Path
 from typing import Any, TypeVar
 
 from ktops._warn import warn_once
@@ -105,8 +106,8 @@ def on_first(function: Callable[[], T]) -> T:
 def share_threads(wanted: int | None) -> tuple[int, int]:
     """Chooses the number of threads of this process.
 
-    Processes with the same CPUs get equal parts of them. One that is bound to CPUs of its own gets all of
-    these.
+    Processes that may use the same cores get equal parts of them, with one thread per core. One that is bound
+    to cores of its own gets all of these.
 
     Args:
         wanted: the number that the user wants for each process, or None.
@@ -121,29 +122,37 @@ def share_threads(wanted: int | None) -> tuple[int, int]:
     cpus = os.sched_getaffinity(0)
     if _run is None:
         return (torch.get_num_threads() if wanted is None else set_num_threads(wanted)), len(cpus)
-    here = socket.gethostname()
-    found = _by_host(gather((here, cpus)))
-    threads = set_num_threads(share_of(cpus, found[here]) if wanted is None else wanted)
+    here, cores = socket.gethostname(), {_core(cpu) for cpu in cpus}
+    found = _by_host(gather((here, cores)))
+    threads = set_num_threads(share_of(cores, found[here]) if wanted is None else wanted)
     os.environ["OMP_NUM_THREADS"] = str(threads)  # without which accelerate would choose a number
     for host, number in _by_host(gather((here, threads))).items():
         there = len(set().union(*found[host]))
         if sum(number) > there:
             warn_once(
-                f"ktops: the {len(number)} processes on {host} have {sum(number)} threads for {there} CPUs, "
+                f"ktops: the {len(number)} processes on {host} have {sum(number)} threads for {there} cores, "
                 "so they wait for each other. Start fewer processes, or with fewer --num-threads"
             )
     return threads, len(cpus)
 
 
-def share_of(cpus: set[int], of_all: list[set[int]]) -> int:
-    """Returns for how many CPUs a process counts that may use ``cpus``, if those of all are ``of_all``.
+def share_of(cores: set[str], of_all: list[set[str]]) -> int:
+    """Returns how many cores a process gets that may use ``cores``, if all may use those in ``of_all``.
 
     Example:
-        >>> share_of({0, 1, 2, 3}, [{0, 1, 2, 3}, {0, 1, 2, 3}]), share_of({0, 1}, [{0, 1}, {2, 3}])
-        (2, 2)
+        >>> share_of({"0", "1"}, [{"0", "1"}, {"0", "1"}]), share_of({"0", "1"}, [{"0", "1"}, {"2", "3"}])
+        (1, 2)
     """
-    shares = (Fraction(1, sum(cpu in others for others in of_all)) for cpu in cpus)
+    shares = (Fraction(1, sum(core in others for others in of_all)) for core in cores)
     return max(1, math.floor(sum(shares)))
+
+
+def _core(cpu: int) -> str:
+    """Returns the name of the core of a logical CPU: the list of its logical CPUs."""
+    try:
+        return Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list").read_text().strip()
+    except OSError:
+        return str(cpu)
 
 
 def _by_host(values: list[tuple[str, T]]) -> dict[str, list[T]]:

@@ -13,8 +13,8 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
+from forked_ranks import started
 from model_files import save_model
-from ranks import started
 from safetensors.torch import load_file
 
 from ktops._display import format_bytes

@@ -11,7 +11,7 @@ from ktops.cli import processes
 
 
 @pytest.mark.parametrize(
-    ("cpus", "of_all", "expected"),
+    ("cores", "of_all", "expected"),
     [
         (range(8), [range(8), range(8)], 4),
         (range(8), [range(8)] * 3, 2),
@@ -20,8 +20,11 @@ from ktops.cli import processes
         (range(6), [range(6), range(4), range(4, 6)], 3),
     ],
 )
-def test_share(cpus, of_all, expected):
-    assert processes.share_of(set(cpus), [set(others) for others in of_all]) == expected
+def test_share(cores, of_all, expected):
+    def names(numbers) -> set[str]:
+        return {str(number) for number in numbers}
+
+    assert processes.share_of(names(cores), [names(others) for others in of_all]) == expected
 
 
 @pytest.fixture
@@ -39,7 +42,7 @@ def three_processes(monkeypatch):
 
 def test_too_many_threads_are_told(three_processes):
     with pytest.warns(
-        UserWarning, match=r"the 2 processes on .* have 2 threads for 1 CPUs, so they wait"
+        UserWarning, match=r"the 2 processes on .* have 2 threads for 1 cores, so they wait"
     ) as told:
         assert processes.share_threads(None) == (1, 1)
     assert len(told) == 1 and os.environ["OMP_NUM_THREADS"] == "1"

@@ -285,7 +285,7 @@ def _watch_sigterm() -> None:
 def _hint() -> str:
     if _run is None or _run.how_to_continue is None:
         return ""
-    return f" To continue from the last checkpoint:\n  {_run.how_to_continue}"
+    return f" To continue:\n  {_run.how_to_continue}"
 
 
 def _is_of_connection(error: BaseException) -> bool:

@@ -25,6 +25,8 @@ class Ranks:
 
     def __init__(self, count: int, arguments: list[object], folder: Path, port: int, hook=None) -> None:
         self.files = [folder / f"rank-{rank}" for rank in range(count)]
+        for file in self.files:
+            file.unlink(missing_ok=True)
         environment = {
             "WORLD_SIZE": count,
             "LOCAL_WORLD_SIZE": count,

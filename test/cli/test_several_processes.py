@@ -140,8 +140,7 @@ def test_killed_and_interrupted(arguments, tmp_path):
     )
     assert (statuses, printed[1]) == ([1, -signal.SIGKILL], "")
     assert printed[0].endswith(
-        "ktops: another process of this run has ended, so all end. To continue from the last checkpoint:\n"
-        + command
+        "ktops: another process of this run has ended, so all end. To continue:\n" + command
     )
     hook = functools.partial(short_with_signal, 1, 9, signal.SIGINT)
     resume = ["finetune", "--resume", "--output-dir", "run"]

@@ -251,6 +251,7 @@ def train(trainer: Trainer, directory: Path, console: Console, resume_command: s
             return
     with adapters_in_input_dtype(trainer.model):
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    processes.wait_for_all()  # torchrun would end the first, which writes the checkpoint, when others have
     if interrupt.stopped and trainer.state.global_step < trainer.state.max_steps:
         raise Interrupted(
             f"Stopped after step {trainer.state.global_step} of {trainer.state.max_steps}. To continue:\n"

@@ -2,13 +2,15 @@
 
     python -m bench.kills convert MODEL --weight-format int4 --group-size 128
     python -m bench.kills finetune --model MODEL --data FILE --max-steps 8 --save-steps 2
+    python -m bench.kills --processes 2 finetune --model MODEL --data FILE --max-steps 8 --save-steps 2
     python -m bench.kills chat MODEL --prompt Hello --temperature 0 --max-new-tokens 32
     python -m bench.kills --kills 30 --seed 1 convert MODEL --weight-format q4_k --quantize-method mse
 
 After every kill, nothing that the command writes may load unless it is complete, and the command is run
 again: a conversion with the same options, fine-tuning with --resume. Whenever a result is complete, it is
 compared with that of an undisturbed run, and all begins anew. The moments of a conversion are between the
-begin and the end of writing, those of the others while their process runs.
+begin and the end of writing, those of the others while their process runs. Of several processes, one is
+killed, and the others must end by themselves.
 
 Exit status: 1 if something half-written loads, or the results differ.
 """
@@ -23,6 +25,7 @@ import time
 from abc import ABC, abstractmethod
 from pathlib import Path
 
+import psutil
 from safetensors.torch import load_file
 
 from ktops.checkpoints import CheckpointError, CheckpointWriter, open_checkpoint
@@ -31,7 +34,10 @@ from ktops.checkpoints.writer import checksum
 from ktops.cli.finetune import run_directory
 
 COMMAND = (sys.executable, "-m", "ktops.cli.main")
+TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node")
 METRICS = "metrics.json"
+LIMIT = 60
+"""Seconds that processes get to end after one of them."""
 
 
 class Command(ABC):
@@ -40,10 +46,11 @@ class Command(ABC):
     Args:
         arguments: of the command, without what names its output.
         out: a path that does not exist, for what it writes.
+        processes: that torchrun starts, if more than one.
     """
 
-    def __init__(self, arguments: list[str], out: Path) -> None:
-        self.arguments, self.out, self.printed = arguments, out, ""
+    def __init__(self, arguments: list[str], out: Path, processes: int = 1) -> None:
+        self.arguments, self.out, self.processes, self.printed = arguments, out, processes, ""
 
     @abstractmethod
     def next(self) -> list[str]:
@@ -77,18 +84,36 @@ class Command(ABC):
         Raises:
             RuntimeError: the command failed.
         """
-        command = [*COMMAND, *self.next()]
+        launcher = COMMAND if self.processes == 1 else (*TORCHRUN, str(self.processes), *COMMAND[1:])
+        command = [*launcher, *self.next()]
         with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
             self.wait_for_begin(process)
             start = time.monotonic()
             try:
                 self.printed, errors = process.communicate(timeout=seconds)
             except subprocess.TimeoutExpired:
-                process.kill()
+                if self.processes == 1:
+                    process.kill()
+                else:
+                    kill_one(process)
                 return None
         if process.returncode:
             raise RuntimeError(errors)
         return time.monotonic() - start
+
+
+def kill_one(torchrun: subprocess.Popen) -> None:
+    """Kills one of the processes that torchrun has started, or torchrun if there are none.
+
+    Raises:
+        RuntimeError: the others do not end.
+    """
+    started = psutil.Process(torchrun.pid).children()
+    random.choice(started or [torchrun]).kill()
+    try:
+        torchrun.communicate(timeout=LIMIT)
+    except subprocess.TimeoutExpired:
+        raise RuntimeError(f"{started} do not end, although one of them was killed") from None
 
 
 class Convert(Command):
@@ -225,10 +250,13 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--kills", type=int, default=10)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("killed"), help="path to write and delete")
+    parser.add_argument("--processes", type=int, default=1, help="of torchrun, for finetune")
     parser.add_argument("command", choices=COMMANDS)
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help="of the command, without its output")
     args = parser.parse_args(argv)
-    command = COMMANDS[args.command](args.arguments, args.out)
+    if args.processes > 1 and args.command != "finetune":
+        parser.error("--processes: only finetune runs in several processes")
+    command = COMMANDS[args.command](args.arguments, args.out, args.processes)
     if args.out.exists() or CheckpointWriter.partial_path(args.out).exists():
         parser.error(f"--out: {args.out} already exists")
     return int(try_kills(command, args.kills, args.seed) > 0)

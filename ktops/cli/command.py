@@ -2,13 +2,16 @@
 
 import json
 import os
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
+from ktops.cli import processes
 from ktops.cli.adapters import parse_weights
 from ktops.cli.errors import Interrupted, UserError
 from ktops.cli.finetune import options as options_file
@@ -37,16 +40,18 @@ def run_finetune(given: dict[str, Any]) -> None:
     require_packages("accelerate", "matplotlib", "peft", "safetensors", "tokenizers", "transformers", "yaml")
     given = dict(given)
     file = given.pop("config", None)
-    if file is None:
-        _run_finetune(given, [Path()], ())
-        return
-    from ktops.cli.finetune.config_file import read_config
+    set_environment()
+    with processes.together():
+        if file is None:
+            _run_finetune(given, [Path()], ())
+            return
+        from ktops.cli.finetune.config_file import read_config
 
-    config = read_config(file)
-    try:
-        _run_finetune(config.with_command_line(given), [Path(), file.parent], config.notes)
-    except UserError as error:
-        raise UserError(config.explain(str(error), given)) from None
+        config = read_config(file)
+        try:
+            _run_finetune(config.with_command_line(given), [Path(), file.parent], config.notes)
+        except UserError as error:
+            raise UserError(config.explain(str(error), given)) from None
 
 
 def _run_finetune(given: dict[str, Any], folders: list[Path], notes: Sequence[str]) -> None:
@@ -56,21 +61,27 @@ def _run_finetune(given: dict[str, Any], folders: list[Path], notes: Sequence[st
     )  # fmt: skip
     force = given.pop("force", False)
     output_dir = None if output_dir is None else Path(output_dir)
-    set_environment()
-    _find_files(given, folders)
-    if resume:
+
+    def choose() -> tuple[Path, Options, list[str]]:
+        _find_files(given, folders)
+        if not resume:
+            options = replace(options_file.complete(Options(**given)), world_size=processes.count())
+            return run_directory.choose(output_dir, resume=False, overwrite=overwrite), options, []
         run_directory.require_last_checkpoint(resume, output_dir)
         directory = run_directory.choose(output_dir, resume=True, overwrite=overwrite)
-        options = options_file.resumed(options_file.load(directory), given)
-        _require_unfinished(directory, options)
-    else:
-        options = options_file.complete(Options(**given))
-        directory = run_directory.choose(output_dir, resume=False, overwrite=overwrite)
+        recorded = options_file.resumed(options_file.load(directory), given)
+        _require_unfinished(directory, recorded)
+        _require_same_pretraining(directory, recorded.world_size)
+        return directory, *options_file.on_processes(recorded, processes.count())
+
+    directory, options, more_notes = processes.on_first(choose)
     silence_transformers()
+    if not processes.is_first():
+        warnings.simplefilter("ignore")
     from ktops.cli.finetune.run import finetune
 
-    console = Console(highlight=False)
-    for note in notes:
+    console = Console(highlight=False, quiet=not processes.is_first())
+    for note in [*notes, *more_notes]:
         console.print(f"  {note}", soft_wrap=True)
     try:
         finetune(options, directory, console, overwrite=overwrite, force=force)
@@ -130,8 +141,10 @@ def run_plan(given: dict[str, Any]) -> None:
     """
     _prepare_inference()
     context, as_json = (given.pop(name) for name in ("context", "json"))
-    if context < 1:
-        raise UserError(f"--context must be positive, got {context}")
+    given["world_size"] = given.pop("processes")
+    for option, value in (("--context", context), ("--processes", given["world_size"])):
+        if value < 1:
+            raise UserError(f"{option} must be positive, got {value}")
     given["model"] = find_model(given["model"])
     from ktops.cli.plan.run import plan
 
@@ -244,4 +257,13 @@ def _require_unfinished(directory: Path, options: Options) -> None:
         raise UserError(
             f"--resume: the run in {directory} is complete after {done} steps. To continue it, increase "
             "--max-steps"
+        )
+
+
+def _require_same_pretraining(directory: Path, world_size: int) -> None:
+    begun = run_directory.last_checkpoint(directory / run_directory.PRETRAINING) is not None
+    if begun and world_size != processes.count():
+        raise UserError(
+            f"--resume: the small model is being pretrained with batches for {world_size} processes, not for "
+            f"{processes.count()}. Continue with {world_size}; after its pretraining, others can take over"
         )

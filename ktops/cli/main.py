@@ -22,6 +22,8 @@ def main() -> None:
         _exit(f"ktops: {error}")
     except Interrupted as error:
         _exit(str(error), status=130)
+    except KeyboardInterrupt:  # while the command is being imported
+        _exit("Interrupted.", status=130)
 
 
 def _exit(message: str, status: int = 1) -> None:

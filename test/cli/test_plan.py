@@ -1,6 +1,7 @@
 """ktops plan: its numbers against models, files and steps that exist, and what it refuses."""
 
 import json
+import re
 from dataclasses import replace
 
 import pytest
@@ -293,6 +294,30 @@ def test_mapped_files_need_not_fit_but_are_said_to_be_read_again():
     assert verdict("chat", needs, Memory(64 << 30, 120 * MIB)) == "chat fits"
     assert "20.0 MiB of the mapped files do not stay" in verdict("chat", needs, Memory(64 << 30, 90 * MIB))
     assert "does not fit" in verdict("chat", needs, Memory(64 << 30, 9 * MIB))
+
+
+def test_processes_share_only_what_is_mapped(ktops_command, wide_directory):
+    """Each keeps its gradients, where they are exchanged, so there are no less than with accumulation."""
+    assert ktops_command("convert", wide_directory, "int8", "--weight-format", "int8")[0] == 0
+    plans = [
+        json.loads(
+            ktops_command("plan", "int8", "--batch-size", 1, "--max-length", 96, "--json", *options)[1]
+        )
+        for options in (["--gradient-accumulation-steps", 2], ["--processes", 3])
+    ]
+    one, three = (plan["finetune"] for plan in plans)
+    assert three["mapped"] == one["mapped"] and one["mapped"]["experts in int8"] > 0
+    assert three["parts"].keys() == one["parts"].keys()
+    for name, size in three["parts"].items():
+        assert size == 3 * one["parts"][name] or name == LIBRARIES
+    assert plans[0]["chat"]["mapped"] == plans[1]["chat"]["mapped"]
+    assert "3 x finetune, 4 x 96" in ktops_command("plan", "int8", "--max-length", 96, "--processes", 3)[1]
+
+
+def test_one_process_instead_of_several_is_proposed(ktops_command, wide_directory, monkeypatch):
+    available(monkeypatch, MIB)
+    out = ktops_command("plan", wide_directory, "--processes", 2)[1]
+    assert re.search(r"makes it fit. One process needs [\d.]+ MiB\n", out)
 
 
 def test_the_command(ktops_command, model_directory):

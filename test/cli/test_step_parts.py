@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from ktops.cli.finetune import step_parts
+from ktops.cli.finetune.encoding import IGNORED
 from ktops.cli.finetune.step_parts import PARTS, Clock, Watch
 from ktops.cli.finetune.timing import KtTime, StepTimer
 from ktops.integrations.chunked_loss import chunk_loss
@@ -139,8 +140,10 @@ def test_steps_count_padding_apart(fake_time):
     timer.begin()
     fake_time.now += 1
     ids = torch.ones(2, 5, dtype=torch.long)
-    padded = {"input_ids": ids, "attention_mask": torch.tensor([[1, 1, 1, 1, 1], [1, 1, 0, 0, 0]])}
-    timer.collected([padded, {"input_ids": ids}])
+    batch = {"input_ids": ids, "labels": ids}
+    padded = {**batch, "attention_mask": torch.tensor([[1, 1, 1, 1, 1], [1, 1, 0, 0, 0]])}
+    without_labels = {**batch, "labels": torch.full_like(ids, IGNORED)}
+    timer.collected([padded, batch, without_labels])
     fake_time.now += 2
     timer.on_pre_optimizer_step(None, state, None)
     fake_time.now += 1

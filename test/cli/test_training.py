@@ -37,6 +37,18 @@ def test_order_depends_on_seed_and_epoch_only():
     assert order(0, 1) != order(0, 2) and order(0, 1) != order(1, 1)
 
 
+def test_processes_take_batches_in_turn():
+    """21 examples are 11 batches, 4 turns of three processes; the last batch has one example."""
+    lengths = [i * 37 % 101 for i in range(21)]
+    whole = list(BatchOrder(lengths, 2, seed=0))
+    batches = [whole[i : i + 2] for i in range(0, 21, 2)]
+    orders = [BatchOrder(lengths, 2, seed=0, rank=rank, world_size=3) for rank in range(3)]
+    batches.append([len(lengths)])
+    for order in orders:
+        assert list(order) == [example for batch in batches[order.rank :: 3] for example in batch]
+    assert [len(order) for order in orders] == [len(list(order)) for order in orders] == [8, 7, 7]
+
+
 def test_accuracies_count_answer_tokens_only():
     labels = np.array([[9, IGNORED, 5, 6], [9, 7, 8, IGNORED]])
     guesses = np.array([[0, 5, 6, 0], [7, 0, 0, 0]])

@@ -237,3 +237,11 @@ def test_missing_packages(ktops_command, monkeypatch, command, package):
     status, out, err = ktops_command(command)
     assert (status, out) == (1, "")
     assert f"not installed: {package}" in err and "pip install 'ktops[cli]'" in err
+
+
+def test_interrupted_before_a_command_begins(ktops_command, monkeypatch):
+    def interrupt():
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("ktops.cli.app.app", interrupt)
+    assert ktops_command("info") == (130, "", "Interrupted.\n")

@@ -4,10 +4,12 @@ import signal
 
 from transformers import TrainerCallback
 
+from ktops.cli import processes
+
 
 class StopOnInterrupt(TrainerCallback):
     """The first SIGINT ends training after the current step and a checkpoint; the second ends the process at
-    once."""
+    once. Of several processes, all stop after the same step."""
 
     def __init__(self, notice):
         self.notice = notice
@@ -22,6 +24,7 @@ class StopOnInterrupt(TrainerCallback):
         self.notice()
 
     def on_step_end(self, args, state, control, **kwargs):
+        self.stopped = any(processes.total(self.stopped))
         if self.stopped:
             control.should_save = control.should_training_stop = True
 

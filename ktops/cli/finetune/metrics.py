@@ -1,8 +1,12 @@
 """Collects the contents of metrics.json."""
 
+import socket
 from dataclasses import asdict
 
+import torch
+
 import ktops
+from ktops.cli import processes
 from ktops.cli.finetune.measure import count_weights, peak_rss_bytes
 from ktops.cli.finetune.options import Options
 from ktops.cli.finetune.timing import KtTime, StepTimer
@@ -31,20 +35,28 @@ def evaluations(trainer) -> list[dict]:
 def collect(options: Options, trainer, timer: StepTimer, kt: KtTime, **parts) -> dict:
     """Returns the contents of metrics.json.
 
-    Throughput, peak memory and the time of each part cover this process, so only the steps since the last
-    resume. The losses cover the whole run.
+    Throughput, peak memory and the time of each part cover only the steps since the last resume, and the
+    losses the whole run. Losses and throughput are those of all processes; the time of each part and the peak
+    memory are those of this one. Waits for all processes.
     """
+    own = {
+        "host": socket.gethostname(),
+        "num_threads": torch.get_num_threads(),
+        "peak_rss_bytes": peak_rss_bytes(),
+    }
     return {
         "versions": versions(),
         "cpu_capability": ktops.cpu_capability(),
         "options": asdict(options),
+        "world_size": processes.count(),
+        "processes": processes.gather(own),
         "parameters": count_weights(trainer.model),
         "trainable_parameters": sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
         "steps": training_log(trainer),
         "evaluations": evaluations(trainer),
         **timer.summary(),
         "kt_time": kt.summary(timer.seconds),
-        "peak_rss_bytes": peak_rss_bytes(),
+        "peak_rss_bytes": own["peak_rss_bytes"],
         **parts,
     }
 

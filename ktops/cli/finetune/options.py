@@ -66,6 +66,8 @@ class Options:
     save_total_limit: int | None = 1
     pretrain_steps: int | None = None
     seed: int = 0
+    world_size: int = 1
+    """Processes, each of which trains on batches of its own; no option of the command."""
 
     @property
     def is_demo(self) -> bool:
@@ -245,3 +247,32 @@ def resumed(recorded: Options, given: dict[str, Any]) -> Options:
                 f"changed to {value}. Leave it out, or start another run"
             )
     return replace(recorded, max_steps=given.get("max_steps", recorded.max_steps))
+
+
+def on_processes(recorded: Options, count: int) -> tuple[Options, list[str]]:
+    """Returns the options to continue a run with another number of processes, and what to say about it.
+
+    A step keeps its examples, by another number of batches for each process.
+
+    Raises:
+        UserError: the batches of a step cannot be divided among the processes.
+    """
+    if count == recorded.world_size:
+        return recorded, []
+    batches = recorded.gradient_accumulation_steps * recorded.world_size
+    if batches % count:
+        raise UserError(
+            f"--resume: a step of this run has {batches} batches ({_processes(recorded.world_size)}, "
+            f"--gradient-accumulation-steps {recorded.gradient_accumulation_steps}), which "
+            f"{_processes(count)} cannot share equally. Use a number of processes that divides {batches}"
+        )
+    options = replace(recorded, gradient_accumulation_steps=batches // count, world_size=count)
+    dropout = ", but dropout leaves out others" if recorded.lora_dropout else ""
+    return options, [
+        f"{_processes(count)} instead of {recorded.world_size}: each takes {batches // count} batches of "
+        f"{recorded.batch_size} in a step, which has the same examples as before{dropout}"
+    ]
+
+
+def _processes(count: int) -> str:
+    return "1 process" if count == 1 else f"{count} processes"

@@ -9,6 +9,7 @@ import torch
 import transformers
 
 from ktops.checkpoints.stream import write_json
+from ktops.cli import processes
 from ktops.cli.finetune import demo_model, metrics, run_directory, training
 from ktops.cli.finetune.measure import peak_rss_bytes
 from ktops.cli.finetune.options import Options
@@ -20,6 +21,7 @@ LEARNING_RATE = 3e-3
 WARM_UP = 0.05
 """Fraction of the steps over which the learning rate rises to its peak. It then follows a cosine decay."""
 BATCH_SIZE = 8
+"""Sequences of a step, of all processes together."""
 DTYPE = torch.float32
 """Dtype of pretraining. AdamW on bfloat16 weights loses most updates to rounding."""
 
@@ -57,7 +59,7 @@ def base_model(options: Options, directory: Path, report: Report, resume_command
         lr_scheduler_type="cosine",
         warmup_steps=int(WARM_UP * options.pretrain_steps),
         optim="adamw_torch_fused",
-        per_device_train_batch_size=BATCH_SIZE,
+        per_device_train_batch_size=max(1, BATCH_SIZE // options.world_size),
         weight_decay=0.01,
         adam_beta2=0.95,
     )
@@ -65,13 +67,17 @@ def base_model(options: Options, directory: Path, report: Report, resume_command
         model, tokenizer, examples, [], args, ProgressCallback(report.console, "pretraining")
     )
     training.train(trainer, work, report.console, resume_command)
-    demo_model.save(model, tokenizer, base)
     result = {
         "steps": metrics.training_log(trainer),
         **timer.summary(),
         "kt_time": kt.summary(timer.seconds),
         "peak_rss_bytes": peak_rss_bytes(),
     }
-    write_json(log, result)
-    shutil.rmtree(work)
+
+    def save() -> None:
+        demo_model.save(model, tokenizer, base)
+        write_json(log, result)
+        shutil.rmtree(work)
+
+    processes.on_first(save)
     return str(base), result

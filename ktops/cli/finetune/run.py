@@ -14,6 +14,7 @@ from rich.console import Console
 
 import ktops
 from ktops.checkpoints.stream import write_json
+from ktops.cli import processes
 from ktops.cli.errors import UserError
 from ktops.cli.finetune import corpus, lora, metrics, packing, pretrain, run_directory, training, verify
 from ktops.cli.finetune import options as options_file
@@ -32,8 +33,8 @@ from ktops.cli.models import (
     quantize_linear,
     require_device,
 )
+from ktops.cli.plan.needs import Needs
 from ktops.cli.plan.run import check_finetune
-from ktops.integrations.settings import set_num_threads
 
 NEW_TOKENS = 40
 """Maximum number of tokens in a generated sample."""
@@ -53,8 +54,10 @@ def finetune(
 ) -> dict:
     """Runs `ktops finetune` in a directory from run_directory.choose, continuing any run in it.
 
+    Of several processes, each trains on its part of the batches, and the first prints, writes and verifies.
+
     Returns:
-        The contents of metrics.json.
+        The contents of metrics.json, in all but the first process without the verification.
 
     Raises:
         UserError: something is wrong with the model, the data, or the reloaded adapter; or the memory is not
@@ -62,23 +65,30 @@ def finetune(
         Interrupted: Ctrl-C; a checkpoint has been saved.
     """
     report = Report(console)
-    resume_command = f"ktops finetune --resume --output-dir {shlex.quote(str(directory))}"
-    require_device(options.device)
-    if options.num_threads is not None:
-        _set_num_threads(options.num_threads, report)
+    resume_command = (
+        processes.launcher() + f"ktops finetune --resume --output-dir {shlex.quote(str(directory))}"
+    )
+    _require_device(options.device)
+    _set_num_threads(options.num_threads, report)
+
+    def begin() -> None:
+        """Writes the first files of the run; until then, an error leaves the directory as it was."""
+        processes.wait_for_all()
+        processes.on_first(lambda: _begin(directory, options, overwrite))
+        processes.continue_with(resume_command)
+
     if options.model is None:
-        _begin(directory, options, overwrite)
+        begin()
         base, pretraining = pretrain.base_model(options, directory, report, resume_command)
         planned = None
         tokenizer, split = _encode(_packaged(), base, options, report)
     else:
         base, pretraining = options.model, None
         tokenizer, split = _user_data(base, options, report)
-        longest = max(len(example["input_ids"]) for example in split.train)
-        planned = check_finetune(options, longest, force, report.line)
+        planned = _plan(options, split, force, report)
 
     transformers.set_seed(options.seed)
-    model, quantized = load_base(base, options.torch_dtype, options, show_progress=True)
+    model, quantized = load_base(base, options.torch_dtype, options, show_progress=processes.is_first())
     if options.linear_format is not None:
         report.line(str(quantize_linear(model, options.linear_format)))
     model = lora.add_adapters(model, options, report)
@@ -86,7 +96,7 @@ def finetune(
     if options.experts_implementation == "ktops":
         _require_kt(model, split.train[0]["input_ids"])
     if options.model is not None:
-        _begin(directory, options, overwrite)
+        begin()
     report.model(model, options, split, quantized, placed)
     padded = packing.why_padded(model) if options.packing else "--no-packing"
     report.packing(padded)
@@ -99,15 +109,14 @@ def finetune(
         ProgressCallback(console, "fine-tuning", options.logging_steps),
         packed=padded is None,
     )
+    asked = split.samples if processes.is_first() else []
     before = training.evaluate(trainer)
-    samples = [{"prompt": text, "before": _sample(model, tokenizer, ids)} for text, ids in split.samples]
+    samples = [{"prompt": text, "before": _sample(model, tokenizer, ids)} for text, ids in asked]
     training.train(trainer, directory / run_directory.CHECKPOINTS, console, resume_command)
     after = training.evaluate(trainer)
-    for sample, (_, ids) in zip(samples, split.samples, strict=True):
+    for sample, (_, ids) in zip(samples, asked, strict=True):
         sample["after"] = _sample(model, tokenizer, ids)
     report.result(before, after, samples)
-
-    model.save_pretrained(directory)
     result = metrics.collect(
         options,
         trainer,
@@ -119,6 +128,9 @@ def finetune(
         quantization=metrics.quantization(quantized),
         samples=samples,
     )
+    if not processes.is_first():
+        return result
+    model.save_pretrained(directory)
     report.cost(result)
     checked = (split.held_out or split.train)[0]["input_ids"]
     with tempfile.TemporaryDirectory() as scratch:
@@ -133,14 +145,31 @@ def finetune(
     return result
 
 
-def _set_num_threads(number: int, report: Report) -> None:
-    cores = set_num_threads(number)
-    if cores < number:
-        report.line(f"--num-threads {number}: this machine has {cores} cores, so {cores} threads")
+def _require_device(device: str) -> None:
+    if processes.count() > 1 and device != "cpu":
+        raise UserError(f"--device {device}: several processes train on the CPU only. Start one process")
+    require_device(device)
+
+
+def _set_num_threads(wanted: int | None, report: Report) -> None:
+    threads, cpus = processes.share_threads(wanted)
+    if wanted is not None and threads < wanted:
+        report.line(f"--num-threads {wanted}: this machine has {cpus} cores, so {threads} threads")
+    if processes.count() > 1:
+        report.line(f"{processes.count()} processes, {threads} threads each")
+
+
+def _plan(options: Options, split: Split, force: bool, report: Report) -> Needs | None:
+    """Says what the processes of this host need together; see check_finetune."""
+    longest = max(len(example["input_ids"]) for example in split.train)
+    planned = None
+    if processes.is_first_here():
+        planned = check_finetune(options, longest, force, report.line)
+    processes.wait_for_all()
+    return planned
 
 
 def _begin(directory: Path, options: Options, overwrite: bool) -> None:
-    """Writes the first files of the run; until then, an error leaves the directory as it was."""
     run_directory.prepare(directory, overwrite)
     options_file.save(options, directory)
 
@@ -218,7 +247,7 @@ def _encode(examples: tuple[list[Example], list[Example]], base: str, options: O
 
 def _training_arguments(options: Options, directory: Path, num_examples: int):
     assert options.batch_size is not None
-    batches = math.ceil(num_examples / options.batch_size)
+    batches = math.ceil(num_examples / (options.batch_size * options.world_size))
     steps_per_epoch = math.ceil(batches / options.gradient_accumulation_steps)
     max_steps = options.max_steps
     if not max_steps:

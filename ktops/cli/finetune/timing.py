@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
+from ktops.cli import processes
+from ktops.cli.finetune.encoding import IGNORED
 from ktops.cli.finetune.step_parts import PARTS, Clock, Watch
 
 
@@ -14,8 +16,8 @@ class StepTimer(TrainerCallback):
     """Measures steps: their batches, the model and the optimizer, without evaluation, logging and saving.
 
     Adds to every entry of the log ``seconds``, ``tokens`` (without padding), ``padding`` (tokens of padding)
-    and ``parts``, the seconds of each of PARTS. Needs logging at each step, and a trainer that calls
-    :meth:`begin` and :meth:`collected`.
+    and ``parts``, the seconds of each of PARTS. Tokens are those of all processes, seconds those of this one.
+    Needs logging at each step, and a trainer that calls :meth:`begin` and :meth:`collected`.
     """
 
     def __init__(self) -> None:
@@ -29,7 +31,8 @@ class StepTimer(TrainerCallback):
         self.clock.start("data")
 
     def collected(self, batches: list[dict[str, Any]]) -> None:
-        """The batches of the step are there."""
+        """The batches of the step are there. Those without labels only keep processes in step."""
+        batches = [batch for batch in batches if (batch["labels"] != IGNORED).any()]
         total = sum(batch["input_ids"].numel() for batch in batches)
         masks = [batch.get("attention_mask") for batch in batches]
         self._padding = sum(int((mask == 0).sum()) for mask in masks if mask is not None)
@@ -51,16 +54,17 @@ class StepTimer(TrainerCallback):
         self.clock.switch("rest")
 
     def on_step_end(self, args, state, control, **kwargs):
+        tokens, padding = processes.total(self._tokens, self._padding)
         parts = self.clock.stop()
         seconds = sum(parts.values())
         self.parts.update(parts)
         self.seconds += seconds
-        self.tokens += self._tokens
-        self.padding += self._padding
+        self.tokens += tokens
+        self.padding += padding
         self._entry = {
             "seconds": round(seconds, 4),
-            "tokens": self._tokens,
-            "padding": self._padding,
+            "tokens": tokens,
+            "padding": padding,
             "parts": {part: round(value, 4) for part, value in parts.items()},
         }
 

@@ -6,7 +6,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate.data_loader import prepare_data_loader
 from rich.console import Console
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader
 from transformers import (
     DataCollatorForSeq2Seq,
     PreTrainedModel,
@@ -14,8 +18,10 @@ from transformers import (
     Trainer,
     TrainerState,
     TrainingArguments,
+    set_seed,
 )
 
+from ktops.cli import processes
 from ktops.cli.errors import Interrupted
 from ktops.cli.finetune import run_directory
 from ktops.cli.finetune.encoding import IGNORED
@@ -51,6 +57,7 @@ def training_arguments(options: Options, directory: Path, max_steps: int, **kwar
         save_steps=options.save_steps,
         save_total_limit=options.save_total_limit,
         report_to="none",
+        log_level_replica="error",
         disable_tqdm=True,
         dataloader_pin_memory=False,
         **kwargs,
@@ -61,21 +68,26 @@ class BatchOrder(torch.utils.data.Sampler):
     """Orders examples in shuffled batches of similar length, because padding costs as much as text.
 
     The order depends only on the seed and the epoch, so a resumed run sees the same batches as an
-    uninterrupted one.
+    uninterrupted one. Several processes take the batches in turn. In the last turn of an epoch, a process
+    for which no batch is left gets an example without labels, whose index is ``len(lengths)``.
     """
 
     POOL = 8
     """Batches whose examples are sorted together: enough to limit padding, few enough to stay mixed."""
 
-    def __init__(self, lengths: list[int], batch_size: int, seed: int):
+    def __init__(self, lengths: list[int], batch_size: int, seed: int, rank: int = 0, world_size: int = 1):
         self.lengths, self.batch_size, self.seed = lengths, batch_size, seed
+        self.rank, self.world_size = rank, world_size
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
 
     def __len__(self) -> int:
-        return len(self.lengths)
+        starts = range(0, len(self.lengths), self.batch_size)
+        own = starts[self.rank :: self.world_size]
+        examples = sum(min(self.batch_size, len(self.lengths) - start) for start in own)
+        return examples + (len(own) < len(starts[:: self.world_size]))
 
     def __iter__(self):
         rng = random.Random(f"{self.seed} {self.epoch}")
@@ -86,7 +98,11 @@ class BatchOrder(torch.utils.data.Sampler):
         batches = [order[i : i + self.batch_size] for i in range(0, len(order), self.batch_size)]
         last = [batches.pop()] if len(batches[-1]) < self.batch_size else []
         rng.shuffle(batches)
-        return iter([example for batch in batches + last for example in batch])
+        batches += last
+        own = batches[self.rank :: self.world_size]
+        if len(own) < len(batches[:: self.world_size]):
+            own.append([len(self.lengths)])
+        return iter([example for batch in own for example in batch])
 
 
 class _Trainer(Trainer):
@@ -94,11 +110,6 @@ class _Trainer(Trainer):
     chunked: ChunkedLoss
     train_collator: PackingCollator | None = None
     """Of training, if it is not that of evaluation, which needs the examples apart."""
-
-    def _get_train_sampler(self, train_dataset=None):
-        dataset = self.train_dataset if train_dataset is None else train_dataset
-        lengths = [len(example["input_ids"]) for example in dataset]
-        return BatchOrder(lengths, self.args.train_batch_size, self.args.seed)
 
     def get_batch_samples(self, *args, **kwargs):
         self.timer.begin()
@@ -125,12 +136,50 @@ class _Trainer(Trainer):
         return loss, self.chunked.predictions if self.chunked.reason is None else logits.argmax(-1), labels
 
     def get_train_dataloader(self):
-        evaluation = self.data_collator
-        self.data_collator = self.train_collator or evaluation
-        try:
-            return super().get_train_dataloader()
-        finally:
-            self.data_collator = evaluation
+        size = self.args.train_batch_size
+        lengths = [len(example["input_ids"]) for example in self.train_dataset]
+        order = BatchOrder(lengths, size, self.args.seed, processes.rank(), processes.count())
+        loader = DataLoader(
+            [*self.train_dataset, _without_labels(self.train_dataset[0])],
+            batch_size=size,
+            sampler=order,
+            collate_fn=self.train_collator or self.data_collator,
+        )
+        # Each process has an order of its own already.
+        return prepare_data_loader(
+            loader, self.args.device, num_processes=1, process_index=0, put_on_device=True
+        )
+
+    def _wrap_model(self, model, training=True, dataloader=None):
+        """Trains the model of several processes as one, which Trainer does not after an evaluation."""
+        if processes.count() == 1 or not training or isinstance(model, DistributedDataParallel):
+            return super()._wrap_model(model, training, dataloader)
+        return _data_parallel(model)
+
+    def _save_rng_state(self, output_dir):
+        """Writes the state of each process before the first completes the checkpoint."""
+        super()._save_rng_state(output_dir)
+        processes.wait_for_all()
+
+
+def _without_labels(example: dict[str, list[int]]) -> dict[str, list[int]]:
+    """Returns the first tokens of an example, with nothing to learn from them."""
+    start = {name: values[:2] for name, values in example.items()}
+    return {**start, "labels": [IGNORED] * len(start["input_ids"])}
+
+
+def _data_parallel(model: nn.Module) -> DistributedDataParallel:
+    """Wraps a model of which all processes have a copy, so that its gradients are the mean over processes.
+
+    Only what is trained is exchanged. The rest is the same everywhere, may be large, and may be mapped from
+    files, whose pages must not be written to.
+    """
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            torch.distributed.broadcast(parameter.detach(), src=0)
+    return DistributedDataParallel(
+        model, init_sync=False, broadcast_buffers=False, gradient_as_bucket_view=True
+    )
 
 
 def make_trainer(
@@ -159,6 +208,8 @@ def make_trainer(
         trainer.train_collator = PackingCollator()
     trainer.remove_callback(PrinterCallback)
     trainer.timer, trainer.chunked = timer, chunk_loss(model)
+    if processes.rank():
+        set_seed(args.seed + processes.rank())  # each process has a dropout of its own
     return trainer, timer, kt
 
 
@@ -190,7 +241,7 @@ def train(trainer: Trainer, directory: Path, console: Console, resume_command: s
     """
     interrupt = StopOnInterrupt(lambda: console.print("  Ctrl-C: saving a checkpoint after this step ..."))
     trainer.add_callback(interrupt)
-    checkpoint = run_directory.last_checkpoint(directory)
+    checkpoint = processes.on_first(lambda: run_directory.last_checkpoint(directory))
     if checkpoint is not None:
         console.print(f"  continuing from {checkpoint}")
         state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
@@ -200,6 +251,7 @@ def train(trainer: Trainer, directory: Path, console: Console, resume_command: s
             return
     with adapters_in_input_dtype(trainer.model):
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    processes.wait_for_all()  # torchrun would end the first, which writes the checkpoint, when others have
     if interrupt.stopped and trainer.state.global_step < trainer.state.max_steps:
         raise Interrupted(
             f"Stopped after step {trainer.state.global_step} of {trainer.state.max_steps}. To continue:\n"

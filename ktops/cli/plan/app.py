@@ -63,6 +63,9 @@ def plan(
     optimizer: Annotated[
         str, typer.Option(metavar="NAME", help="As for ktops finetune.", rich_help_panel=_TRAINING)
     ] = "adamw_torch_fused",
+    processes: Annotated[
+        int, typer.Option(help="Processes of torchrun on this machine.", rich_help_panel=_TRAINING)
+    ] = 1,
     context: Annotated[int, typer.Option(help="Tokens of a conversation.", rich_help_panel=_CHAT)] = 4096,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:

@@ -36,10 +36,16 @@ class Needs:
     Attributes:
         parts: bytes of anonymous memory by part. There is no other place for them.
         mapped: bytes of mapped files by part. The system can drop them and read them again.
+        processes: how many processes on one machine need these parts together. They share mapped files.
     """
 
     parts: dict[str, int]
     mapped: dict[str, int]
+    processes: int = 1
+
+    def times(self, processes: int) -> "Needs":
+        """Returns what so many processes on one machine need, each of which needs this."""
+        return Needs({name: size * processes for name, size in self.parts.items()}, self.mapped, processes)
 
     @property
     def anonymous(self) -> int:
@@ -85,6 +91,7 @@ class Planner:
         options: of a run of `ktops finetune`, complete.
         length: tokens of the longest sequence, if that is less than ``max_length``.
         context: tokens of a conversation.
+        processes: of `ktops finetune` on this machine.
 
     Raises:
         UserError: the model is not known, or the options do not fit it.
@@ -95,8 +102,9 @@ class Planner:
         options: Options,
         length: int | None = None,
         context: int = 4096,
+        processes: int = 1,
     ) -> None:
-        self.options, self.length, self.context = options, length, context
+        self.options, self.length, self.context, self.processes = options, length, context, processes
         self.memory = read_memory()
         self._traced: dict[tuple, Traced] = {}
         self._weights: dict[tuple, Weights] = {}
@@ -107,7 +115,7 @@ class Planner:
 
     def finetune(self, options: Options) -> Needs:
         """Returns what `ktops finetune` needs with these options, which differ in what a Change may have."""
-        return _needs(self.weights_with(options), self._training(options))
+        return _needs(self.weights_with(options), self._training(options)).times(self.processes)
 
     def chat(self, options: Options) -> Needs:
         """Returns what `ktops chat` needs with these options."""

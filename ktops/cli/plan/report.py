@@ -79,13 +79,14 @@ def _commands(planner: Planner) -> dict[str, NeedsOf]:
 def _table(planner: Planner) -> Table:
     options = planner.options
     columns = [needs_of(options) for needs_of in _commands(planner).values()]
+    processes = f"{planner.processes} x " if planner.processes > 1 else ""
     table = Table.grid(padding=(0, 3))
     table.add_column()
     for _ in columns:
         table.add_column(justify="right")
     table.add_row(
         "  memory",
-        f"finetune, {options.batch_size} x {options.max_length}",
+        f"{processes}finetune, {options.batch_size} x {options.max_length}",
         f"chat, {planner.context:,} tokens",
     )
     for kind in ("parts", "mapped"):
@@ -126,14 +127,14 @@ def require_fit(planner: Planner, needs_of: NeedsOf, force: bool, say: Callable[
     mapped = sum(needs.mapped.values())
     files = f", {format_bytes(mapped)} more mapped from files" if mapped else ""
     total = _billions(sum(planner.weights.parameters.values()))
-    memory_text = f"memory {format_bytes(needs.anonymous)} ({summary(needs)}){files}"
+    memory_text = f"memory{_of(needs)} {format_bytes(needs.anonymous)} ({summary(needs)}){files}"
     say(f"plan: {total} parameters; {memory_text}; {memory}")
     if needs.fits(memory):
         if needs.missing_cache(memory):
             say(verdict("it", needs, memory))
         return
     problem = (
-        f"{format_bytes(needs.anonymous)} of memory are needed ({summary(needs)}), and "
+        f"{format_bytes(needs.anonymous)} of memory{_of(needs)} are needed ({summary(needs)}), and "
         f"{format_bytes(memory.available + needs.parts[LIBRARIES])} are available"
     )
     if not force:
@@ -142,11 +143,19 @@ def require_fit(planner: Planner, needs_of: NeedsOf, force: bool, say: Callable[
 
 
 def _advice(planner: Planner, needs_of: NeedsOf) -> str:
+    needs = needs_of(planner.options)
     change = planner.cheapest_change(needs_of)
+    one = ""
+    if needs.processes > 1:
+        one = f". One process needs {format_bytes(needs.anonymous // needs.processes)}"
     if change is None:
-        return "No format of the experts, smaller batch or gradient checkpointing makes it fit"
-    now = format_bytes(needs_of(planner.options).anonymous)
-    return f"With {change.text}, it needs {format_bytes(change.needs.anonymous)} instead of {now}"
+        return f"No format of the experts, smaller batch or gradient checkpointing makes it fit{one}"
+    now = format_bytes(needs.anonymous)
+    return f"With {change.text}, it needs {format_bytes(change.needs.anonymous)} instead of {now}{one}"
+
+
+def _of(needs: Needs) -> str:
+    return f" of {needs.processes} processes" if needs.processes > 1 else ""
 
 
 def _billions(number: int) -> str:

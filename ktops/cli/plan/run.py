@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 from rich.console import Console
 
+from ktops.cli import processes
 from ktops.cli.errors import UserError
 from ktops.cli.finetune.options import Options
 from ktops.cli.models import ExpertsOptions
@@ -18,7 +19,7 @@ def plan(options: Options, context: int, json: bool) -> None:
     Raises:
         UserError: the model is not known, or the options do not fit it.
     """
-    planner = Planner(options, context=context)
+    planner = Planner(options, context=context, processes=options.world_size)
     try:
         if json:
             print(as_json(planner))
@@ -31,10 +32,12 @@ def plan(options: Options, context: int, json: bool) -> None:
 def check_finetune(options: Options, length: int, force: bool, say: Callable[[str], object]) -> Needs | None:
     """Says what a run needs, with sequences of up to ``length`` tokens, and returns it; None if not known.
 
+    If there are several processes on this machine, it is what they need together.
+
     Raises:
         UserError: it does not fit, and ``force`` is False.
     """
-    planner = Planner(options, length)
+    planner = Planner(options, length, processes=processes.count_here())
     return _check(planner, planner.finetune, force, say)
 
 

@@ -40,7 +40,8 @@ def trace_training(model: nn.Module, options: Options, batch_size: int, length: 
         with trace:
             optimizer = _optimizer_step(trained, options, trace)
             stages = [(trace.peak, trace.peak_in_heap)]
-            if options.gradient_accumulation_steps == 1:
+            # Several processes exchange gradients in memory that they keep.
+            if options.gradient_accumulation_steps == options.world_size == 1:
                 optimizer.zero_grad()
             trace.reset_peak()
             _forward_and_backward(model, trained, options, trace, (batch_size, length))

@@ -20,6 +20,8 @@ import argparse
 import os
 import subprocess
 import sys
+import tempfile
+from pathlib import Path
 
 import torch.distributed as dist
 
@@ -31,6 +33,8 @@ from bench.machine import Calibration
 from bench.scale import check, page, parts, predict
 from bench.scale.measured import Measured, kernels_table, summary
 from bench.scale.ranks import Ranks, pin
+
+_STATUS = "BENCH_SCALE_STATUS"  # the file for the exit status of rank 0, if this process starts the ranks
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -62,11 +66,13 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 
 
 def launch(args: argparse.Namespace, argv: list[str]) -> int:
-    """Starts the ranks with torchrun; returns its exit status."""
+    """Starts the ranks with torchrun; returns the exit status of rank 0."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command += ["--nproc-per-node", str(args.ranks), "--local-ranks-filter", "0", "-m", "bench.scale", *argv]
-    threads = {"OMP_NUM_THREADS": "1"}  # as torchrun would, with a warning; ranks set their own number
-    return subprocess.run(command, cwd=results.ROOT, env={**os.environ, **threads}).returncode
+    with tempfile.NamedTemporaryFile() as file:  # torchrun would report status 1 as a crash
+        variables = {"OMP_NUM_THREADS": "1", _STATUS: file.name}
+        done = subprocess.run(command, cwd=results.ROOT, env={**os.environ, **variables})
+        return done.returncode or int(file.read())
 
 
 def fastest(passes: list[list[dict]]) -> list[dict]:
@@ -131,7 +137,11 @@ def main(argv: list[str] | None = None) -> int:
         status = work(args, ranks)
     dist.barrier()  # nobody leaves while others may need it
     dist.destroy_process_group()
-    return status
+    if _STATUS not in os.environ:
+        return status
+    if ranks.rank == 0:
+        Path(os.environ[_STATUS]).write_text(str(status))
+    return 0
 
 
 if __name__ == "__main__":

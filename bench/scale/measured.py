@@ -9,6 +9,7 @@ from bench.scale.parts import COLLECTIVES, MODES
 from bench.shapes import Shape
 
 _OVERLAPS = tuple(1 + step / 4 for step in range(29))
+_LEAST = 0.1  # of the time of a row, which reading takes in any case
 
 
 @dataclass(frozen=True)
@@ -43,18 +44,32 @@ class Measured:
 
     def expert(self, mode: str, threads: int) -> float:
         """The seconds that the next expert with one row takes, its weights read from memory."""
-        (cold,) = [row for row in self.rows if row["kind"] == "cold" and row["size"] == 1
-                   and (row["name"], row["threads"]) == (mode, threads)]  # fmt: skip
+        (cold,) = [row for row in self.cold(mode, threads) if row["size"] == 1]
         return (cold["seconds"] - self.seconds("single", mode, threads)[1]) / (cold["experts"] - 1)
+
+    def cold(self, mode: str, threads: int) -> list[dict]:
+        chosen = "cold", mode, threads
+        return [row for row in self.rows if (row["kind"], row["name"], row["threads"]) == chosen]
 
     def fixed(self, mode: str, threads: int) -> float:
         """The seconds of a call of the whole layer that its experts with rows do not account for."""
         call = self.seconds("call", mode, threads)[1]
         return max(call, self.seconds("single", mode, threads)[1] - self.expert(mode, threads))
 
+    def memory(self, mode: str, threads: int, overlap: float) -> float:
+        """The seconds to read an expert's weights, which give the measured time of one row."""
+        whole, compute = self.expert(mode, threads), self.compute(mode, threads, torch.tensor(1)).item()
+        return max(whole**overlap - compute**overlap, (_LEAST * whole) ** overlap) ** (1 / overlap)
+
     def bandwidth(self, mode: str, threads: int) -> float:
         """The bytes/s at which weights are read."""
-        return expert_work(self.shape, mode)[1] / self.expert(mode, threads)
+        seconds = self.memory(mode, threads, self.overlap(mode, threads))
+        return expert_work(self.shape, mode)[1] / seconds
+
+    def compute(self, mode: str, threads: int, rows: torch.Tensor) -> torch.Tensor:
+        """The seconds of an expert whose weights are in the caches."""
+        flops = expert_work(self.shape, mode)[0]
+        return self.rows_at_peak(mode, threads)(rows) * flops / self.peak(threads)
 
     def rows_at_peak(self, mode: str, threads: int) -> Curve:
         flops = expert_work(self.shape, mode)[0]
@@ -68,17 +83,13 @@ class Measured:
 
     def overlap(self, mode: str, threads: int) -> float:
         """The p with which calls with weights from memory are predicted best from their parts."""
-        flops, moved, _ = expert_work(self.shape, mode)
-        memory, curve = moved / self.bandwidth(mode, threads), self.rows_at_peak(mode, threads)
-        cold = [
-            row for row in self.rows if (row["kind"], row["name"], row["threads"]) == ("cold", mode, threads)
-        ]
-        fixed = self.fixed(mode, threads)
+        cold, fixed = self.cold(mode, threads), self.fixed(mode, threads)
         rows = torch.tensor([row["size"] for row in cold])
         took = torch.tensor([(row["seconds"] - fixed) / row["experts"] for row in cold], dtype=torch.float64)
+        compute = self.compute(mode, threads, rows)
 
         def error(overlap: float) -> float:
-            predicted = together(curve(rows) * flops / self.peak(threads), memory, overlap)
+            predicted = together(compute, self.memory(mode, threads, overlap), overlap)
             return (predicted / took).log().square().sum().item()
 
         return min(_OVERLAPS, key=error)

@@ -1,6 +1,5 @@
 """Measures the parts of a layer's time: experts from caches and from memory, calls, exchanges, copies."""
 
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
@@ -11,7 +10,7 @@ from torch import Tensor
 
 from bench.layer import Layer
 from bench.scale import routing
-from bench.scale.ranks import Experts, Identity, Ranks, expert_parallel, pin, run
+from bench.scale.ranks import Experts, Identity, Ranks, clock, expert_parallel, pin, run
 from bench.shapes import PLAIN, Shape
 
 RANK = 16
@@ -76,10 +75,11 @@ def fastest(calls: list[Callable[[], object]], seconds: float) -> float:
     """Returns the seconds of the fastest call in some seconds, taking turns, after one call to warm up."""
     calls[-1]()
     best, spent, made = float("inf"), 0.0, 0
+    now = clock(torch.get_num_threads())
     while made < max(_CALLS, len(calls)) or spent < seconds:
-        start = time.perf_counter()
+        start = now()
         calls[made % len(calls)]()
-        took = time.perf_counter() - start
+        took = now() - start
         best, spent, made = min(best, took), spent + took, made + 1
     return best
 
@@ -159,7 +159,8 @@ def around(shape: Shape, ranks: Ranks, seconds: float) -> Iterator[dict]:
         for mode in MODES:
             for number in TOKENS:
                 (ids,) = routing.draw(shape, number, 1, seed=ranks.rank)
-                took = ranks.fastest(partial(run, call, mode, tokens(shape, ids, 0), []), seconds)
+                made = partial(run, call, mode, tokens(shape, ids, 0), [])
+                took = ranks.fastest(made, seconds, clock(len(ranks.cpus)))
                 row = {"kind": "around", "name": f"{collective} {mode}", "threads": len(ranks.cpus)}
                 yield row | {"size": number, "seconds": took}
 

@@ -16,6 +16,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 import ktops
 
+_CALLS = 5  # at least, of which the fastest counts
 _TIMEOUT = datetime.timedelta(hours=2)  # other ranks wait while rank 0 measures alone
 
 
@@ -55,6 +56,11 @@ def pin(cpus: list[int]) -> None:
         except ProcessLookupError:  # it has ended
             continue
     torch.set_num_threads(len(cpus))
+
+
+def clock(threads: int) -> Callable[[], float]:
+    """Returns what measures calls on some threads: CPU time of one, which other load does not prolong."""
+    return time.process_time if threads == 1 else time.perf_counter
 
 
 @dataclass(frozen=True)
@@ -105,20 +111,22 @@ class Ranks:
         rank = len(self.cpus)
         return sorted({1, rank, rank * self.sharers, len(self.host_cpus)})
 
-    def slowest(self, call: Callable[[], object]) -> float:
+    def slowest(self, call: Callable[[], object], now: Callable[[], float] = time.perf_counter) -> float:
         """Returns the seconds that the slowest rank needs for a call which all ranks make."""
         dist.barrier()
-        start = time.perf_counter()
+        start = now()
         call()
-        seconds = torch.tensor([time.perf_counter() - start], dtype=torch.float64)
+        seconds = torch.tensor([now() - start], dtype=torch.float64)
         dist.all_reduce(seconds, dist.ReduceOp.MAX)
         return seconds.item()
 
-    def fastest(self, call: Callable[[], object], seconds: float, calls: int = 5) -> float:
+    def fastest(
+        self, call: Callable[[], object], seconds: float, now: Callable[[], float] = time.perf_counter
+    ) -> float:
         """Returns the smallest result of :meth:`slowest` in some seconds, after one call to warm up."""
         best, spent, made = float("inf"), self.slowest(call), 0
-        while made < calls or spent < seconds:
-            took = self.slowest(call)
+        while made < _CALLS or spent < seconds:
+            took = self.slowest(call, now)
             best, spent, made = min(best, took), spent + took, made + 1
         return best
 

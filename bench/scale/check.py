@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from bench.scale import model, parts, routing
-from bench.scale.measured import Measured
+from bench.scale.measured import Measured, milliseconds
 from bench.scale.parts import COLLECTIVES, MODES
 from bench.scale.ranks import Experts, Ranks, clock, expert_parallel, pin, run
 from bench.shapes import Shape
@@ -150,7 +150,7 @@ def table(rows: list[dict]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
     lines: dict[tuple[str, str], dict[int, str]] = {}
     for row in rows:
         ratio = row["predicted"] / row["seconds"]
-        cell = f"{1e3 * row['seconds']:.3g} / {1e3 * row['predicted']:.3g} ({ratio:.2f})"
+        cell = f"{milliseconds(row['seconds'])} / {milliseconds(row['predicted'])} ({ratio:.2f})"
         lines.setdefault((row["mode"], row["case"]), {})[row["size"]] = cell
     columns = ("mode", "case", *(f"T={number}" for number in numbers))
     return columns, [(*name, *(cells.get(n, "-") for n in numbers)) for name, cells in lines.items()]

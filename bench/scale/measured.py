@@ -129,6 +129,11 @@ class Measured:
         return took[smallest], (largest - smallest) / 2 / (took[largest] - took[smallest])
 
 
+def milliseconds(seconds: float) -> str:
+    """Returns milliseconds with three digits or more, without an exponent."""
+    return f"{1e3 * seconds:.3g}" if seconds < 0.9995 else f"{1e3 * seconds:.0f}"
+
+
 def gigabytes(rate: float) -> str:
     """Returns bytes/s in words."""
     return f"{rate / 1e9:.3g} GB/s"
@@ -169,6 +174,6 @@ def summary(measured: Measured) -> list[str]:
         lines.append(f"{collective} by gloo between {ranks} processes: {words}")
     for collective in COLLECTIVES:
         took = [measured.seconds("around", f"{collective} {mode}")[2048] for mode in MODES]
-        words = " and ".join(f"{1e3 * t:.3g} ms in {mode}" for t, mode in zip(took, MODES, strict=True))
+        words = " and ".join(f"{milliseconds(t)} ms in {mode}" for t, mode in zip(took, MODES, strict=True))
         lines.append(f"Around {collective} with 2048 tokens per rank: {words}")
     return lines

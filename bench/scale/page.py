@@ -2,7 +2,7 @@
 
 from bench import results
 from bench.plots import fill, markdown
-from bench.scale import check, machines, predict
+from bench.scale import check, machines, model, predict
 from bench.scale.measured import Measured, kernels_table, summary
 from bench.shapes import SHAPES
 
@@ -54,6 +54,17 @@ def imbalances() -> list[tuple[str, ...]]:
     ]  # fmt: skip
 
 
+def pcie() -> list[tuple[str, ...]]:
+    """Returns the lines of the table of hidden states that cross PCIe, of 2048 tokens, there and back."""
+    names = ("PCIe 4.0 x16", "PCIe 5.0 x16")
+    lines = []
+    for name, shape in predict.MODELS.items():
+        nbytes = 2 * 2048 * shape.hidden_size * model.ITEMSIZE
+        speeds = (machines.LINKS[link].bandwidth * machines.LINK_FRACTION for link in names)
+        lines.append((name, *(f"{1e3 * nbytes / speed:.2f}" for speed in speeds)))
+    return lines
+
+
 def block() -> str:
     """Returns the block: what was measured and checked, what is assumed, and the tables of predictions."""
     measured = saved()
@@ -75,6 +86,11 @@ def block() -> str:
     for name in predict.MODELS:
         rows = [line[1:] for line in lines if line[0] == name]
         text += f"\n**{name}**\n\n{markdown(predict.COLUMNS[1:], rows)}"
+    text += (
+        "\n### With a GPU for each rank\n\nHidden states of 2048 tokens cross PCIe to the experts and back. "
+    )
+    text += "Milliseconds of forward; backward takes as long.\n\n"
+    text += markdown(("model", "PCIe 4.0 x16", "PCIe 5.0 x16"), pcie())
     text += "\n### The busiest rank\n\nIts load divided by the mean, for the layer of "
     text += f"{next(iter(predict.MODELS))}.\n\n"
     return text + markdown(("ranks", "skew", "T=1", "T=16", "T=2048"), imbalances())

@@ -8,7 +8,7 @@ from torch import Tensor
 from bench import results
 from bench.scale import machines, model, routing
 from bench.scale.machines import LINK_FRACTION, READ_FRACTION, SETUPS, Setup
-from bench.scale.measured import Measured
+from bench.scale.measured import Measured, milliseconds
 from bench.scale.model import Curve, Engine, Gloo, Links, expert_work
 from bench.scale.parts import MODES
 from bench.shapes import SHAPES, Shape
@@ -70,7 +70,7 @@ def saved_kernels(record: dict) -> Kernels:
 
 def kernels_of(measured: Measured) -> dict[str, Kernels]:
     """Returns {isa: kernels}: those measured here, and those with AMX, saved on a machine that has it."""
-    (amx,) = results.load("scaling", isa="amx_bf16")
+    amx, *_ = results.load("scaling", isa="amx_bf16")
     return {"amx_bf16": saved_kernels(amx), measured.isa: measured_kernels(measured)}
 
 
@@ -163,7 +163,7 @@ def cells(setup: Setup, engine: Engine, gloo: Gloo, shape: Shape, mode: str, ids
     tokens, made = ids.shape[1], {}
 
     def words(*seconds: float) -> str:
-        return " / ".join(f"{1e3 * s:.3g}" for s in seconds)
+        return " / ".join(map(milliseconds, seconds))
 
     counted = routing.counts(ids, shape.num_experts, setup.ranks)
     if setup.ranks == 1:

@@ -102,7 +102,7 @@ def work(args: argparse.Namespace, ranks: Ranks) -> int:
             say(f"round {number + 1} of {args.rounds}")
         passes.append(parts.measure(shape, everything, ranks, args.seconds))
         if args.command == "check":
-            check.measure(shape, args.tokens, ranks, (mine, everything), took)
+            check.measure(shape, args.tokens, ranks, (mine, everything), took, args.seconds)
     if not first:
         return 0
     pin(ranks.host_cpus)

@@ -96,15 +96,16 @@ class Measured:
 
     def engine(self, threads: int, sharers: int = 1) -> Engine:
         """Returns a process with some threads, while ``sharers`` such processes share the memory."""
+        all_threads = threads * sharers
         call = {mode: self.seconds("call", mode, threads)[1] for mode in MODES}
         adapters = self.shape.num_experts * expert_work(self.shape, "training")[2]
         return Engine(
             peak=self.peak(threads),
             rows_at_peak={mode: self.rows_at_peak(mode, threads) for mode in MODES},
-            bandwidth={mode: self.bandwidth(mode, threads * sharers) / sharers for mode in MODES},
+            bandwidth={mode: self.bandwidth(mode, all_threads) / sharers for mode in MODES},
             call=call,
             fill=(self.fixed("training", threads) - call["training"]) / adapters,
-            overlap={mode: self.overlap(mode, threads) for mode in MODES},
+            overlap={mode: self.overlap(mode, all_threads) for mode in MODES},
             around=self.around(),
         )
 

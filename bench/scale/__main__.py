@@ -32,7 +32,7 @@ from bench.contest import say
 from bench.machine import Calibration
 from bench.scale import check, page, parts, predict
 from bench.scale.measured import Measured, kernels_table, summary
-from bench.scale.ranks import Ranks, pin
+from bench.scale.ranks import Ranks, divide, node_cpus, pin
 
 _STATUS = "BENCH_SCALE_STATUS"  # the file for the exit status of rank 0, if this process starts the ranks
 
@@ -131,6 +131,7 @@ def main(argv: list[str] | None = None) -> int:
             report.print_columns(predict.COLUMNS, predict.table(page.saved(), args.skew, tuple(args.model)))
         return 0
     if "RANK" not in os.environ:
+        divide(node_cpus(), args.ranks, args.nodes)  # raises errors here rather than in every rank
         return launch(args, sys.argv[1:] if argv is None else argv)
     ranks = Ranks.join(args.nodes)
     with ktops.use_isa(args.isa):

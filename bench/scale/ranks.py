@@ -35,13 +35,19 @@ def node_cpus() -> list[list[int]]:
     return nodes or [sorted(allowed)]
 
 
-def divide(nodes: list[list[int]], ranks: int) -> list[list[int]]:
+def divide(nodes: list[list[int]], ranks: int, number: int | None = None) -> list[list[int]]:
     """Returns the CPUs of each rank: the nodes' CPUs in order, divided evenly.
 
+    Args:
+        nodes: the CPUs of each node.
+        number: use this many nodes; default: all.
+
     Raises:
-        ValueError: there are fewer CPUs than ranks.
+        ValueError: there are fewer nodes, or fewer CPUs than ranks.
     """
-    cpus = [cpu for node in nodes for cpu in node]
+    if number is not None and number > len(nodes):
+        raise ValueError(f"nodes must be at most {len(nodes)}, the nodes of this host; got {number}")
+    cpus = [cpu for node in nodes[:number] for cpu in node]
     if len(cpus) < ranks:
         raise ValueError(f"ranks must be at most the number of CPUs, {len(cpus)}; got {ranks}")
     cut = [len(cpus) * rank // ranks for rank in range(ranks + 1)]
@@ -92,9 +98,7 @@ class Ranks:
             ValueError: this host has fewer nodes, or fewer CPUs than ranks.
         """
         found = node_cpus()
-        if nodes is not None and nodes > len(found):
-            raise ValueError(f"nodes must be at most {len(found)}, the nodes of this host; got {nodes}")
-        here = divide(found[:nodes], int(os.environ["LOCAL_WORLD_SIZE"]))
+        here = divide(found, int(os.environ["LOCAL_WORLD_SIZE"]), nodes)
         cpus = here[int(os.environ["LOCAL_RANK"])]
         pin(cpus)  # before gloo starts its threads
         dist.init_process_group("gloo", timeout=_TIMEOUT)

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from bench.scale import model, page, parts, ranks, routing
-from bench.scale.__main__ import fastest
+from bench.scale.__main__ import fastest, main
 from bench.scale.measured import Measured
 from bench.scale.model import Curve
 from bench.shapes import Shape
@@ -131,6 +131,18 @@ def test_cpus_of_ranks(nodes, number, expected):
 def test_more_ranks_than_cpus():
     with pytest.raises(ValueError, match="ranks must be at most the number of CPUs, 2; got 3"):
         ranks.divide([[0, 1]], 3)
+
+
+def test_more_nodes_than_there_are():
+    with pytest.raises(ValueError, match="nodes must be at most 2, the nodes of this host; got 3"):
+        ranks.divide([[0], [1]], 2, 3)
+    assert ranks.divide([[0, 1], [2, 3]], 2, 1) == [[0], [1]]
+
+
+def test_experts_that_cannot_be_divided(capsys):
+    with pytest.raises(SystemExit):
+        main(["check", "--shape", SMALL.name, "--ranks", "3"])
+    assert "--ranks must divide the 8 experts, got 3" in capsys.readouterr().err
 
 
 def test_nodes_of_this_host():

@@ -184,7 +184,8 @@ def together() -> Iterator[None]:
     and the others nothing.
 
     Raises:
-        UserError: this process has an error, or another one has ended without a word.
+        UserError: this process has an error, or another one has ended without a word, or another launcher
+            than torchrun has started several.
         SystemExit: another process has said why.
     """
     _join()
@@ -238,7 +239,10 @@ def _join() -> None:
     """Connects this process with the others, if torchrun has started several."""
     global _run
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
-    if _run is not None or any(name not in os.environ for name in names):
+    if _run is not None:
+        return
+    if any(name not in os.environ for name in names):
+        _require_no_other_launcher()
         return
     own, size, own_here, size_here = (int(os.environ[name]) for name in names)
     if size == 1:
@@ -256,6 +260,17 @@ def _join() -> None:
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     _run = _Run(own, size, own_here, size_here, torch.distributed.PrefixStore(f"ktops/{attempt}", store))
     _watch_sigterm()
+
+
+def _require_no_other_launcher() -> None:
+    """Raises UserError for variables by which accelerate would take this process for one of several."""
+    for name in ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE"):
+        if os.environ.get(name, "1") != "1":
+            raise UserError(
+                f"several processes must be started by torchrun, got {name}={os.environ[name]} without "
+                "torchrun's LOCAL_RANK and LOCAL_WORLD_SIZE. docs/scale.md has the command; for one process, "
+                f"unset {name}"
+            )
 
 
 def _watch_sigterm() -> None:

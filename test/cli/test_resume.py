@@ -1,10 +1,13 @@
 """Ctrl-C saves a checkpoint; --resume gives the result of an uninterrupted run."""
 
+import dataclasses
 import json
 
 import pytest
 import torch
 from safetensors.torch import load_file
+
+from ktops.cli.finetune import options as options_file
 
 STEPS = 30
 
@@ -72,6 +75,21 @@ def test_resumed_pretraining_equals_an_uninterrupted_one(
     assert not (tmp_path / "ktops-finetune" / "pretraining").exists()
 
 
+def test_pretraining_needs_as_many_processes(ktops_command, tmp_path):
+    """Its batch is divided among them, so another number would see other batches."""
+    checkpoint = tmp_path / "run" / "pretraining" / "checkpoint-1"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "trainer_state.json").write_text("{}")
+    options = options_file.complete(options_file.Options())
+    options_file.save(dataclasses.replace(options, world_size=2), tmp_path / "run")
+    status, _, err = ktops_command("finetune", "--resume", "--output-dir", "run")
+    assert (status, err) == (
+        1,
+        "ktops: --resume: the small model is being pretrained with batches for 2 processes, not for 1. "
+        "Continue with 2; after its pretraining, others can take over\n",
+    )
+
+
 @pytest.mark.parametrize("name", ["metrics.json", "adapter_config.json"])
 def test_killed_after_the_last_step(ktops_command, reload_here, model_directory, data_file, tmp_path, name):
     """With a constant learning rate, which another step would show."""
@@ -98,8 +116,6 @@ def test_damaged_options(ktops_command, tmp_path):
 
 
 def test_resume_takes_no_other_options(ktops_command, model_directory, data_file, tmp_path):
-    from ktops.cli.finetune import options as options_file
-
     (tmp_path / "run").mkdir()
     options_file.save(
         options_file.complete(options_file.Options(model=str(model_directory), data=str(data_file))),

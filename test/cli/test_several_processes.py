@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from ktops._display import format_bytes
 from ktops.cli import processes
 from ktops.cli.errors import UserError
-from ktops.cli.finetune import interrupt, lora, pretrain, progress, run, training, verify
+from ktops.cli.finetune import demo_model, interrupt, lora, pretrain, progress, run, training, verify
 from ktops.cli.finetune import options as options_file
 
 COMMON = [
@@ -30,8 +30,9 @@ COMMON = [
 
 
 def short() -> None:
-    """Leaves out what is tested elsewhere and takes seconds: a fresh process and long answers."""
+    """Leaves out what takes seconds and is tested elsewhere: a fresh process, long answers, many stories."""
     run.NEW_TOKENS = 4
+    demo_model.NUM_STORIES = 200
     verify.run = lambda path: verify.check(verify.Record(**json.loads(path.read_text())))
 
 

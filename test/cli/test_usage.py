@@ -245,3 +245,12 @@ def test_interrupted_before_a_command_begins(ktops_command, monkeypatch):
 
     monkeypatch.setattr("ktops.cli.app.app", interrupt)
     assert ktops_command("info") == (130, "", "Interrupted.\n")
+
+
+def test_processes_of_another_launcher(ktops_command, monkeypatch, tmp_path):
+    """accelerate would connect them, and train each on its own."""
+    monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "2")
+    status, out, err = ktops_command("finetune")
+    assert (status, out) == (1, "")
+    assert err.startswith("ktops: several processes must be started by torchrun, got OMPI_COMM_WORLD_SIZE=2 ")
+    assert not list(tmp_path.iterdir())

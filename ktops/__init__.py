@@ -2,7 +2,7 @@
 
 import importlib
 
-from ktops import _library, devices, nn  # noqa: F401  (registers the kt operators)
+from ktops import _library, devices, nn, numa  # noqa: F401  (registers the kt operators)
 from ktops._version import __version__
 from ktops.formats import ExpertWeight, dequantize, quantize
 from ktops.ops import (
@@ -30,6 +30,7 @@ _LAZY = {
     "freeze_adapters": "ktops.integrations.freeze_adapters",
     "load_experts": "ktops.integrations.load_experts",
     "merge_adapter": "ktops.adapters.merge",
+    "numa_placement": "ktops.integrations.numa_placement",
     "offload_experts": "ktops.integrations.offload",
     "quantize_experts": "ktops.integrations.quantize_experts",
     "quantize_linear": "ktops.integrations.linear_format",
@@ -62,6 +63,7 @@ __all__ = [
     "memory_stats",
     "merge_adapter",
     "moe_sft",
+    "numa_placement",
     "offload_experts",
     "profile",
     "quantize",
@@ -74,6 +76,7 @@ __all__ = [
 ]
 
 warn_of_refused_rows()
+numa.bind_if_asked()
 
 
 def __getattr__(name: str):

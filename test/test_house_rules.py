@@ -43,7 +43,7 @@ FLOORS = (
     ("nn",),
     ("devices",),
     ("ops",),
-    ("formats",),
+    ("formats", "numa"),
     ("_display", "_library", "_version", "_warn", "_workers"),
     ("_C",),
 )

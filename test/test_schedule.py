@@ -14,7 +14,12 @@ import ktops
 from ktops.testing.compare import random_grad_output, run, threads
 from ktops.testing.inputs import moe_inputs
 
-SCHEDULER = ("core/environment.cpp", "parallel/profile.cpp")
+SCHEDULER = (
+    "core/environment.cpp",
+    "parallel/profile.cpp",
+    "parallel/nodes.cpp",
+    "parallel/current_node.cpp",
+)
 PHASES, TASKS = 3, 100
 
 
@@ -65,9 +70,10 @@ def test_every_moment_of_a_call_belongs_to_one_step(threads, tmp_path):
     *lines, ticks = subprocess.run(
         [program, str(threads)], capture_output=True, text=True, check=True
     ).stdout.splitlines()
-    # name: (calls, tasks, busy, wait, wall)
+    # name: (calls, tasks, busy, wait, wall), then at_home and stolen
     steps = {line.split()[1]: tuple(map(int, line.split()[2:7])) for line in lines}
-    paths = {line.split()[1]: line.split()[7:] for line in lines}
+    paths = {line.split()[1]: line.split()[9:] for line in lines}
+    assert all(line.split()[7:9] == ["0", "0"] for line in lines)
     assert paths.pop("first") == ["a=7", "b=3"] and not any(paths.values())
     assert list(steps) == ["arguments", "prepare", "first", "second", "launch", "finish"]
     assert sum(wall for *_, wall in steps.values()) == int(ticks)

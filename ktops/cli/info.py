@@ -10,6 +10,7 @@ import ktops
 from ktops._display import format_bytes
 from ktops.cli.packages import require_packages
 from ktops.cli.versions import versions
+from ktops.numa.topology import format_list
 
 
 def collect() -> dict:
@@ -25,7 +26,10 @@ def collect() -> dict:
         "cpu_capability": ktops.cpu_capability(),
         "threads": torch.get_num_threads(),
         "logical_cpus": psutil.cpu_count(),
-        "numa_nodes": numa_nodes(),
+        "numa_nodes": [
+            {"node": node.id, "cpus": format_list(node.cpus), "memory_bytes": node.memory_bytes}
+            for node in ktops.numa.nodes()
+        ],
         "memory_total_bytes": memory.total,
         "memory_available_bytes": memory.available,
     }
@@ -40,11 +44,6 @@ def cpu_name() -> str:
     except OSError:
         pass
     return platform.processor() or platform.machine()
-
-
-def numa_nodes() -> int:
-    """Returns how many NUMA nodes have CPUs or memory; 1 if the system does not report it."""
-    return len(list(Path("/sys/devices/system/node").glob("node[0-9]*"))) or 1
 
 
 def show(info: dict, as_json: bool) -> None:
@@ -66,6 +65,9 @@ def show(info: dict, as_json: bool) -> None:
     table.add_row("CPU", info["cpu"])
     table.add_row("kernels", ", ".join(rows))
     table.add_row("threads", f"{info['threads']} of {info['logical_cpus']} logical CPUs")
-    table.add_row("NUMA nodes", str(info["numa_nodes"]))
+    for node in info["numa_nodes"]:
+        table.add_row(
+            f"NUMA node {node['node']}", f"CPUs {node['cpus']}, {format_bytes(node['memory_bytes'])}"
+        )
     table.add_row("memory", f"{total}, {available} available")
     Console(highlight=False).print(table)

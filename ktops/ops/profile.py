@@ -22,6 +22,8 @@ class Step:
         wall: elapsed seconds. Every moment of a call belongs to exactly one step.
         paths: how products with the base weights were computed, as {path: number of blocks}. The paths are
             those of ktops_csrc/gemm/path.h. Empty for other steps.
+        at_home, stolen: of the tasks whose weights are on one NUMA node after :func:`ktops.numa_placement`,
+            those that a thread on this node ran, and those that a thread on another node ran.
     """
 
     op: str
@@ -32,6 +34,8 @@ class Step:
     wait: float
     wall: float
     paths: dict[str, int] = field(default_factory=dict)
+    at_home: int = 0
+    stolen: int = 0
 
     @property
     def taken(self) -> str:
@@ -50,22 +54,31 @@ class Profile:
         """Seconds spent in tasks, summed over threads."""
         return sum(step.busy for step in self.steps)
 
+    @property
+    def at_home(self) -> float | None:
+        """The share of tasks with a NUMA node that ran there; None without such tasks."""
+        at_home, stolen = (sum(getattr(step, name) for step in self.steps) for name in ("at_home", "stolen"))
+        return at_home / (at_home + stolen) if at_home + stolen else None
+
     def __str__(self) -> str:
+        has_homes = self.at_home is not None
         head = f"{'operator':12} {'step':18} {'calls':>6} {'tasks':>8} {'busy ms':>10} {'share':>6}"
-        lines = [f"{head} {'wait ms':>10} {'wall ms':>10}  blocks by path"]
+        homes = f" {'at home':>8} {'stolen':>8}" if has_homes else ""
+        lines = [f"{head} {'wait ms':>10} {'wall ms':>10}{homes}  blocks by path"]
         for step in self.steps:
             line = (
                 f"{step.op:12} {step.name:18} {step.calls:6} {step.tasks:8} {step.busy * 1e3:10.3f} "
                 f"{step.busy / (self.busy or 1):6.1%} {step.wait * 1e3:10.3f} {step.wall * 1e3:10.3f}"
             )
-            lines.append(f"{line}  {step.taken}".rstrip())
+            homes = f" {step.at_home:8} {step.stolen:8}" if has_homes else ""
+            lines.append(f"{line}{homes}  {step.taken}".rstrip())
         return "\n".join(lines)
 
 
 Recorded = dict[tuple[str, str], Counter]
 """Maps (operator, step) to the numbers of its Step and of its paths, by name."""
 
-NUMBERS = ("calls", "tasks", "busy", "wait", "wall")
+NUMBERS = ("calls", "tasks", "busy", "wait", "wall", "at_home", "stolen")
 
 
 def _recorded() -> Recorded:
@@ -82,9 +95,10 @@ def _since(before: Recorded) -> list[Step]:
     steps = []
     for (op, name), values in _recorded().items():
         since = values - before.get((op, name), Counter())
-        calls, tasks, busy, wait, wall = (since.pop(number, 0) for number in NUMBERS)
+        calls, tasks, busy, wait, wall, *homes = (since.pop(number, 0) for number in NUMBERS)
         if calls:
-            steps.append(Step(op, name, calls, tasks, busy / 1e9, wait / 1e9, wall / 1e9, dict(since)))
+            seconds = (busy / 1e9, wait / 1e9, wall / 1e9)
+            steps.append(Step(op, name, calls, tasks, *seconds, dict(since), *homes))
     return steps
 
 

@@ -72,18 +72,19 @@ private:
 
     void run() {
         const int64_t active = routing_.num_active, E = p_.num_experts;
-        const int64_t wide = larger(kDotSlab, slab_width(wide_slab(routing_), I_, active, p_.num_threads));
-        const int64_t again = slab_width(forward_slab(layer_.gate_up, 2, routing_), I_, active, p_.num_threads);
-        const int64_t wide_slabs = ceil_div(I_, wide), recompute_slabs = ceil_div(I_, again);
+        const Slabs wide(wide_slab(routing_), I_, active, p_.num_threads, layer_.down.transposed, kDotSlab);
+        const Slabs again(forward_slab(layer_.gate_up, 2, routing_), I_, active, p_.num_threads,
+                          !layer_.gate_up.transposed);
         const GradProduct<T> product{layer_, grad_gate_up_, dgub_};
         const CombineX combine(layer_, threads_, product, kept_rows_, static_cast<T*>(b_.grad_hidden_states.data),
-                               wide_slab(routing_));
+                               wide_slab(routing_), layer_.gate_up.transposed);
         const int64_t slabs_h = ceil_div(H_, kMaxColumns), slabs_i = ceil_div(W_, kMaxColumns);
 
         const auto code_x = [&](int64_t token, int) { layer_.code_token(token); };
         const auto recompute_slab = [&](int64_t task, int thread) {
-            const ExpertTask at(routing_, task, recompute_slabs);
-            recompute(threads_[thread], at.expert, at.slab * again, smaller(again, I_ - at.slab * again));
+            const ExpertTask at(routing_, task, again.count);
+            const int64_t column = at.slab * again.width;
+            recompute(threads_[thread], at.expert, column, smaller(again.width, I_ - column));
         };
         const auto project_d = [&](int64_t task, int thread) {
             const int64_t e = routing_.active[task], first = routing_.offsets[e];
@@ -91,8 +92,9 @@ private:
                                     layer_.B2, p_.down_rank, db2_ + first * p_.down_rank);
         };
         const auto activate_slab = [&](int64_t task, int thread) {
-            const ExpertTask at(routing_, task, wide_slabs);
-            activate(threads_[thread], at.expert, at.slab * wide, smaller(wide, I_ - at.slab * wide));
+            const ExpertTask at(routing_, task, wide.count);
+            const int64_t column = at.slab * wide.width;
+            activate(threads_[thread], at.expert, column, smaller(wide.width, I_ - column));
         };
         const auto project_grad = [&](int64_t task, int thread) {
             const int64_t e = routing_.active[task], first = routing_.offsets[e];
@@ -118,13 +120,13 @@ private:
         if (active < E) schedule.add("clear_idle", E, clear_idle);
         if (recomputed_) {
             schedule.add("code_x", layer_.coded_x.codes ? p_.num_tokens : 0, code_x);
-            schedule.add("recompute", active * recompute_slabs, recompute_slab);
+            schedule.add("recompute", active * again.count, recompute_slab, again.homes);
         }
         if (wants_b2_product) schedule.add("project_d", active, project_d);
-        if (wants_grad_h()) schedule.add("activate", active * wide_slabs, activate_slab);
+        if (wants_grad_h()) schedule.add("activate", active * wide.count, activate_slab, wide.homes);
         if (wants_b1_product) schedule.add("project_grad", active, project_grad);
         if (b_.grad_hidden_states) {
-            schedule.add("combine_x", combine.num_tasks(), combine_x);
+            schedule.add("combine_x", combine.num_tasks(), combine_x, combine.homes());
             schedule.add("sum_x", combine.num_sums(), sum_x);
         }
         if (b_.grad_gate_up_lora_A || b_.grad_gate_up_proj || b_.grad_down_lora_B || b_.grad_down_bias) {

@@ -30,9 +30,10 @@ class Combine {
     using A = Acc<T>;
 
 public:
-    // kept_rows: kept_elements() of scratch. slab: the most columns of a task of one expert.
+    // kept_rows: kept_elements() of scratch. slab: the most columns of a task of one expert. reads_whole_rows: whether
+    // a task reads whole rows of the product's weight.
     Combine(const Layer<T>& layer, const Thread<T>* threads, const Product& product, A* kept_rows, T* out, int64_t slab,
-            bool reduce = true)
+            bool reads_whole_rows, bool reduce = true)
         : layer_(layer),
           routing_(layer.routing),
           threads_(threads),
@@ -41,24 +42,22 @@ public:
           by_expert_(!reduce || keeps_rows(layer.p, layer.routing)),
           kept_rows_(kept_rows),
           out_(out),
-          blocks_(ceil_div(layer.p.num_tokens, kTokenBlock)) {
-        const int64_t tasks_a_slab = by_expert_ ? routing_.num_active : blocks_;
-        width_ = slab_width(by_expert_ ? slab : kSumSlab, layer.H, tasks_a_slab, layer.p.num_threads);
-        slabs_ = ceil_div(layer.H, width_);
-    }
+          tasks_a_slab_(by_expert_ ? routing_.num_active : ceil_div(layer.p.num_tokens, kTokenBlock)),
+          slabs_(by_expert_ ? slab : kSumSlab, layer.H, tasks_a_slab_, layer.p.num_threads, reads_whole_rows) {}
 
     static int64_t kept_elements(const Problem& p, const Routing& routing, bool reduce = true) {
         return reduce && keeps_rows(p, routing) ? routing.num_routes * p.hidden_size : 0;
     }
 
-    int64_t num_tasks() const { return slabs_ * (by_expert_ ? routing_.num_active : blocks_); }
+    const Homes& homes() const { return slabs_.homes; }
+    int64_t num_tasks() const { return slabs_.count * tasks_a_slab_; }
     void run(int64_t task, int thread) const {
-        const int64_t column = task % slabs_ * width_, n = smaller(width_, layer_.H - column);
+        const int64_t column = task % slabs_.count * slabs_.width, n = smaller(slabs_.width, layer_.H - column);
         if (by_expert_) {
-            put_rows(threads_[thread], routing_.active[task / slabs_], column, n,
-                     rows_of_next(layer_.p, routing_, task, slabs_, width_));
+            put_rows(threads_[thread], routing_.active[task / slabs_.count], column, n,
+                     rows_of_next(layer_.p, routing_, task, slabs_));
         } else {
-            sum_block(threads_[thread], task / slabs_ * kTokenBlock, column, n);
+            sum_block(threads_[thread], task / slabs_.count * kTokenBlock, column, n);
         }
     }
 
@@ -145,7 +144,8 @@ private:
     bool reduce_, by_expert_;
     A* kept_rows_;
     T* out_;
-    int64_t blocks_, width_, slabs_;
+    int64_t tasks_a_slab_;
+    Slabs slabs_;
 };
 
 }  // namespace kt::KT_ISA

@@ -72,13 +72,12 @@ private:
 
     void run() {
         const int64_t active = routing_.num_active;
-        const int64_t i_slab =
-                          slab_width(layer_.coded_x.codes ? kCodeSlab<T> : forward_slab(layer_.gate_up, 2, routing_),
-                                     layer_.I, active, p_.num_threads),
-                      i_slabs = ceil_div(layer_.I, i_slab);
+        const Slabs slabs(layer_.coded_x.codes ? kCodeSlab<T> : forward_slab(layer_.gate_up, 2, routing_), layer_.I,
+                          active, p_.num_threads, !layer_.gate_up.transposed);
         const DownProduct<T> product{layer_, h_, ha_, coded_h_};
         const CombineDown combine(layer_, threads_, product, kept_rows_, static_cast<T*>(results_.output),
-                                  coded_h_.codes ? kCodeSlab<T> : forward_slab(layer_.down, 1, routing_), p_.reduce);
+                                  coded_h_.codes ? kCodeSlab<T> : forward_slab(layer_.down, 1, routing_),
+                                  !layer_.down.transposed, p_.reduce);
 
         const auto code_x = [&](int64_t token, int) { layer_.code_token(token); };
         const auto code_h = [&](int64_t position, int) { code_row(h_, layer_.I, coded_h_, position); };
@@ -88,10 +87,10 @@ private:
                                    layer_.A1, p_.gate_up_rank, xa_ + first * p_.gate_up_rank);
         };
         const auto gate_up = [&](int64_t task, int thread) {
-            const ExpertTask at(routing_, task, i_slabs);
-            const int64_t column = at.slab * i_slab;
-            activate(threads_[thread], at.expert, column, smaller(i_slab, layer_.I - column),
-                     rows_of_next(p_, routing_, task, i_slabs, layer_.halves.at(i_slab)));
+            const ExpertTask at(routing_, task, slabs.count);
+            const int64_t column = at.slab * slabs.width;
+            activate(threads_[thread], at.expert, column, smaller(slabs.width, layer_.I - column),
+                     rows_of_next(p_, routing_, task, slabs, layer_.halves.at(1)));
         };
         const auto project_h = [&](int64_t task, int thread) {
             const int64_t e = routing_.active[task], first = routing_.offsets[e];
@@ -105,10 +104,10 @@ private:
         Schedule schedule;
         if (p_.gate_up_rank) schedule.add("project_x", active, project_x);
         if (layer_.coded_x.codes) schedule.add("code_x", p_.num_tokens, code_x);
-        schedule.add("gate_up", active * i_slabs, gate_up);
+        schedule.add("gate_up", active * slabs.count, gate_up, slabs.homes);
         if (p_.down_rank) schedule.add("project_h", active, project_h);
         if (coded_h_.codes) schedule.add("code_h", routing_.num_routes, code_h);
-        schedule.add("down", combine.num_tasks(), down);
+        schedule.add("down", combine.num_tasks(), down, combine.homes());
         schedule.add("sum", combine.num_sums(), sum);
         if (!p_.reduce && routing_.num_routes < p_.num_tokens * p_.top_k) schedule.add("clear", p_.num_tokens, clear);
         schedule.run<Region>(p_.num_threads, p_.launch);

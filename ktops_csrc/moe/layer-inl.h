@@ -183,13 +183,30 @@ struct ExpertTask {
         : expert(routing.active[task / slabs]), slab(task % slabs) {}
 };
 
-// Returns the rows of W for the task that a thread most likely takes after `task`, since the other threads take those
-// in between. A slab is `width` rows of W.
-inline NextRows rows_of_next(const Problem& p, const Routing& routing, int64_t task, int64_t slabs, int64_t width) {
-    const int64_t next = task + p.num_threads;
-    if (next >= routing.num_active * slabs) return {};
-    const ExpertTask at(routing, next, slabs);
-    return {at.expert, at.slab * width};
+// The columns of x W^T or x W, in slabs of `width`, a multiple of `step`, for `tasks_a_slab` tasks each. The tasks have
+// homes if they read whole rows of the matrix in memory, and not a part of every row.
+struct Slabs {
+    int64_t width, count;
+    Homes homes;
+
+    Slabs(int64_t most, int64_t columns, int64_t tasks_a_slab, int num_threads, bool reads_whole_rows,
+          int64_t step = kPanelColumns)
+        : width(larger(step, slab_width(most, columns, tasks_a_slab, num_threads))) {
+        if (reads_whole_rows) {
+            width = width_within_nodes(columns, width, step);
+            homes = homes_of_slabs(columns, width);
+        }
+        count = ceil_div(columns, width);
+    }
+};
+
+// Returns the rows of W for the task that a thread most likely takes after `task`. rows_a_column: of W for a column.
+inline NextRows rows_of_next(const Problem& p, const Routing& routing, int64_t task, const Slabs& slabs,
+                             int64_t rows_a_column = 1) {
+    const int64_t next = slabs.homes.after(task, p.num_threads);
+    if (next >= routing.num_active * slabs.count) return {};
+    const ExpertTask at(routing, next, slabs.count);
+    return {at.expert, at.slab * slabs.width * rows_a_column};
 }
 
 // out[row][0 .. rank) = a . A^T (kTransposed) or a . B, for all rows of one expert.

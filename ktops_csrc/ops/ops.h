@@ -66,6 +66,9 @@ bool set_profiling(bool enabled);
 bool profiling();
 std::string profiled_steps();
 
+void set_numa_nodes(std::vector<int64_t> node_of_cpu, std::vector<int64_t> shares);
+std::vector<int64_t> numa_rows(int64_t rows);
+
 std::string paths();
 std::string force_path(std::string name);
 

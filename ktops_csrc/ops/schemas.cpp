@@ -72,11 +72,17 @@ STABLE_TORCH_LIBRARY(kt, m) {
     m.def("empty_stream_cache() -> ()");
     m.def("staged_bytes() -> int");
 
-    // turn profiling of every step on or off (returns the previous setting); "operator step calls tasks busy wait
-    // wall\n" for every step so far, times in nanoseconds, with " path=blocks" before the newline for each path taken
+    // turn profiling of every step on or off (returns the previous setting); "operator step calls tasks busy wait wall
+    // at_home stolen\n" for every step so far, times in nanoseconds, with " path=blocks" before the newline for each
+    // path taken
     m.def("set_profiling(bool enabled) -> bool");
     m.def("profiling() -> bool");
     m.def("profiled_steps() -> str");
+
+    // the NUMA nodes over which the rows of weights are spread: for every CPU, the node whose tasks its threads take
+    // first, and the shares of the nodes; the first row of each node's part of so many rows, then that number
+    m.def("set_numa_nodes(int[] node_of_cpu, int[] shares) -> ()");
+    m.def("numa_rows(int rows) -> int[]");
 
     // for tests: the paths of products, "name,..."; force a path wherever it is possible, "" for none (returns the
     // previous one)
@@ -115,6 +121,8 @@ STABLE_TORCH_LIBRARY_IMPL(kt, CompositeExplicitAutograd, m) {
     m.impl("set_profiling", TORCH_BOX(&kt::ops::set_profiling));
     m.impl("profiling", TORCH_BOX(&kt::ops::profiling));
     m.impl("profiled_steps", TORCH_BOX(&kt::ops::profiled_steps));
+    m.impl("set_numa_nodes", TORCH_BOX(&kt::ops::set_numa_nodes));
+    m.impl("numa_rows", TORCH_BOX(&kt::ops::numa_rows));
     m.impl("paths", TORCH_BOX(&kt::ops::paths));
     m.impl("force_path", TORCH_BOX(&kt::ops::force_path));
 }

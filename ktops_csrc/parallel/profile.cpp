@@ -33,6 +33,8 @@ void record(const char* op, const char* name, const Step& values) {
         step.busy += values.busy;
         step.wait += values.wait;
         step.wall += values.wall;
+        step.at_home += values.at_home;
+        step.stolen += values.stolen;
         for (size_t p = 0; p < values.paths.size(); ++p) step.paths[p] += values.paths[p];
         last = i;
         return;
@@ -53,11 +55,12 @@ std::string describe(const char* const* path_names) {
     std::string text;
     for (const Row& row : rows) {
         text += std::string(row.op) + " " + row.name;
-        for (int64_t value : {row.step.calls, row.step.tasks, row.step.busy, row.step.wait, row.step.wall}) {
+        const Step& step = row.step;
+        for (int64_t value : {step.calls, step.tasks, step.busy, step.wait, step.wall, step.at_home, step.stolen}) {
             text += " " + std::to_string(value);
         }
-        for (size_t p = 0; p < row.step.paths.size(); ++p) {
-            if (row.step.paths[p]) text += std::string(" ") + path_names[p] + "=" + std::to_string(row.step.paths[p]);
+        for (size_t p = 0; p < step.paths.size(); ++p) {
+            if (step.paths[p]) text += std::string(" ") + path_names[p] + "=" + std::to_string(step.paths[p]);
         }
         text += "\n";
     }

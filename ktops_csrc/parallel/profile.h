@@ -19,14 +19,16 @@ struct Step {
     int64_t wait = 0;  // for the other threads' last tasks, all threads together
     int64_t wall = 0;
     PathCounts paths{};
+    int64_t at_home = 0;  // tasks that a thread of their own node ran
+    int64_t stolen = 0;   // tasks that a thread of another node ran
 };
 
 // Off at first, unless KTOPS_PROFILE=1. Returns the previous setting. Calls in progress keep the one they began with.
 bool set_enabled(bool enabled);
 bool enabled();
 
-// Returns a line for each step so far, in the order of first appearance: "operator step calls tasks busy wait wall\n",
-// with " path=blocks" before the newline for each path that was taken.
+// Returns a line for each step so far, in the order of first appearance: "operator step calls tasks busy wait wall
+// at_home stolen\n", with " path=blocks" before the newline for each path that was taken.
 std::string describe(const char* const* path_names);
 
 // The path counts of this thread's current step; null unless its call is profiled.

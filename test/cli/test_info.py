@@ -7,6 +7,7 @@ import sys
 import torch
 
 import ktops
+from ktops.numa.topology import parse_list
 
 
 def test_json(ktops_command):
@@ -17,7 +18,9 @@ def test_json(ktops_command):
     assert info["versions"]["torch"] == torch.__version__
     assert info["cpu_capabilities"] == ktops.cpu_capabilities()
     assert info["cpu_capabilities"][info["cpu_capability"]] is True
-    assert info["cpu"] and info["numa_nodes"] >= 1
+    (*_, node) = info["numa_nodes"]
+    assert info["cpu"] and node["memory_bytes"] > 0
+    assert parse_list(node["cpus"]) == list(ktops.numa.nodes()[-1].cpus)
     assert info["threads"] == torch.get_num_threads()
     assert 0 < info["memory_available_bytes"] < info["memory_total_bytes"]
 
@@ -30,7 +33,7 @@ def test_text_says_the_same(ktops_command):
         info["cpu"],
         f"{info['cpu_capability']} (in use)",
         info["versions"]["peft"],
-        "NUMA nodes",
+        "NUMA node 0",
         "GiB available",
     ):
         assert words in out

@@ -53,6 +53,8 @@ def assert_same_training(found, expected, rounding: float) -> None:
         assert step["loss"] == pytest.approx(other["loss"], rel=rounding)
         assert step["grad_norm"] == pytest.approx(other["grad_norm"], rel=10 * rounding)
         assert (step["step"], step["tokens"]) == (other["step"], other["tokens"])
+    for when, losses in metrics["held_out"].items():
+        assert losses == pytest.approx(expected_metrics["held_out"][when], rel=10 * rounding)
     assert adapter.keys() == expected_adapter.keys()
     for name, tensor in adapter.items():
         error = (tensor - expected_adapter[name]).norm() / expected_adapter[name].norm()

@@ -131,8 +131,15 @@ class _Trainer(Trainer):
         model.load_state_dict(saved.state_dict())
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
-        """Returns loss, the most probable tokens [B, T] instead of logits, and labels."""
-        loss, logits, labels = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        """Returns loss, the most probable tokens [B, T] instead of logits, and labels.
+
+        The loss is the mean over the tokens of this batch, whatever other processes evaluate at this time.
+        """
+        across, self.args.average_tokens_across_devices = self.args.average_tokens_across_devices, False
+        try:
+            loss, logits, labels = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        finally:
+            self.args.average_tokens_across_devices = across
         return loss, self.chunked.predictions if self.chunked.reason is None else logits.argmax(-1), labels
 
     def get_train_dataloader(self):
@@ -168,6 +175,21 @@ def _without_labels(example: dict[str, list[int]]) -> dict[str, list[int]]:
     return {**start, "labels": [IGNORED] * len(start["input_ids"])}
 
 
+class _HeldOut(list):
+    """Examples to evaluate on, the shortest first, and some without labels so that all processes get as many.
+
+    Attributes:
+        total_dataset_length: the number of those with labels; accelerate drops the results of others.
+    """
+
+    def __init__(self, examples: list[dict[str, list[int]]], batch_size: int):
+        super().__init__(sorted(examples, key=lambda example: len(example["input_ids"])))
+        self.total_dataset_length = len(examples)
+        if examples and processes.count() > 1:
+            missing = -len(examples) % (batch_size * processes.count())
+            self.extend([_without_labels(self[0])] * missing)
+
+
 def _data_parallel(model: nn.Module) -> DistributedDataParallel:
     """Wraps a model of which all processes have a copy, so that its gradients are the mean over processes.
 
@@ -198,7 +220,7 @@ def make_trainer(
         model=model,
         args=args,
         train_dataset=train,
-        eval_dataset=sorted(held_out, key=lambda example: len(example["input_ids"])),
+        eval_dataset=_HeldOut(held_out, args.eval_batch_size),
         data_collator=DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=IGNORED),
         processing_class=tokenizer,
         compute_metrics=_count_right,

@@ -12,7 +12,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from fractions import Fraction
@@ -107,7 +107,8 @@ def share_threads(wanted: int | None) -> tuple[int, int]:
     """Chooses the number of threads of this process.
 
     Processes that may use the same cores get equal parts of them, with one thread per core. One that is bound
-    to cores of its own gets all of these.
+    to cores of its own gets all of these. On a host with several NUMA nodes, processes are bound to them,
+    unless they are bound already.
 
     Args:
         wanted: the number that the user wants for each process, or None.
@@ -117,8 +118,12 @@ def share_threads(wanted: int | None) -> tuple[int, int]:
     """
     import torch
 
+    from ktops import numa
     from ktops.integrations.settings import set_num_threads
 
+    if _run is not None and len(numa.nodes()) > 1:
+        with suppress(RuntimeError):  # their launcher has bound them
+            numa.bind_rank(_run.rank_here, _run.count_here)
     cpus = os.sched_getaffinity(0)
     if _run is None:
         return (torch.get_num_threads() if wanted is None else set_num_threads(wanted)), len(cpus)

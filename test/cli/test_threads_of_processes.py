@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from ktops import numa
 from ktops.cli import processes
 
 
@@ -32,7 +33,7 @@ def three_processes(monkeypatch):
     """Two on this host, which may use the same CPU, and one on another host."""
     cpu = min(os.sched_getaffinity(0))
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {cpu})
-    monkeypatch.setattr(processes, "_run", SimpleNamespace(rank=0, count=3))
+    monkeypatch.setattr(processes, "_run", SimpleNamespace(rank=0, count=3, rank_here=0, count_here=2))
     monkeypatch.setattr(processes, "gather", lambda value: [value, value, ("there", value[1])])
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     before = torch.get_num_threads()
@@ -46,6 +47,25 @@ def test_too_many_threads_are_told(three_processes):
     ) as told:
         assert processes.share_threads(None) == (1, 1)
     assert len(told) == 1 and os.environ["OMP_NUM_THREADS"] == "1"
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_processes_are_bound_to_numa_nodes(three_processes, monkeypatch, count):
+    """On a host with several nodes, even if the launcher has bound them, which is an error of bind_rank's."""
+    calls = []
+
+    def bind_rank(rank: int, size: int) -> None:
+        calls.append((rank, size))
+        raise RuntimeError(
+            "bind_rank: this process may only use CPUs 0, and the one that started it CPUs 0-1"
+        )
+
+    monkeypatch.setattr(numa, "nodes", lambda: [None] * count)
+    monkeypatch.setattr(numa, "bind_rank", bind_rank)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        processes.share_threads(None)
+    assert calls == [(0, 2)] * (count - 1)
 
 
 def test_one_process_keeps_its_threads():

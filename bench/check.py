@@ -1,4 +1,4 @@
-"""Checks what no test asserts because it depends on the machine: times, their ratios, resident memory.
+"""Checks what no test asserts because it depends on the machine: times, ratios, where tasks run, memory.
 
     python -m bench.check
     python -m bench.check --save
@@ -30,6 +30,7 @@ from bench.contest import say
 from bench.layer import Layer, Variant
 from bench.machine import Calibration, OtherLoad, cpu_model
 from bench.shapes import Shape
+from ktops.numa.topology import pretend, set_homes
 from ktops.testing.compare import one_thread, threads
 
 SHAPE = Shape("small", 1024, 512, 16, 2)
@@ -135,6 +136,27 @@ def a_busy_core() -> Iterator[Check]:
     yield Check("measured load of a process that keeps a core busy", load.cores, 0.5, "cores", at_least=True)
 
 
+def tasks_at_home() -> Iterator[Check]:
+    """Counts the tasks that ran on the NUMA node of their weights; without several nodes, it pretends two."""
+    nodes = ktops.numa.nodes()
+    cores = sum(len(node.cores) for node in nodes)
+    if min(cores, torch.get_num_threads()) < 2:
+        return
+    set_homes(nodes if len(nodes) > 1 else pretend(nodes, "2"))
+    layer, shares = Layer(SHAPE, seed=0), []
+    try:
+        for _ in range(4 * ROUNDS):
+            inputs = layer.inputs(TOKENS)
+            with ktops.profile() as steps:
+                OPS["forward"].call(layer, Variant(), inputs)
+            shares.append(steps.at_home or 0.0)
+    finally:
+        torch.ops.kt.set_numa_nodes([], [])
+    yield Check(
+        f"T={TOKENS}: share of tasks on their NUMA node", statistics.median(shares), 0.95, at_least=True
+    )
+
+
 def resident_memory() -> Iterator[Check]:
     """Measures what a call adds beyond its results, what forward saves, and the counted scratch memory."""
     memory.reset_peak()
@@ -161,7 +183,9 @@ def resident_memory() -> Iterator[Check]:
         yield Check("share of idle scratch memory that empty_cache returns", returned, 0.9, at_least=True)
 
 
-CHECKS = (call_overhead, steps_of_a_call, peak_of_a_step, order_of_rows, a_busy_core, resident_memory)
+CHECKS = (
+    call_overhead, steps_of_a_call, peak_of_a_step, order_of_rows, a_busy_core, tasks_at_home, resident_memory
+)  # fmt: skip
 
 
 def against(revision: str, num_threads: int) -> Iterator[Check]:

@@ -34,6 +34,9 @@ OP_TESTS = [
     "test_int8_compute.py::test_products_of_integers[amx_bf16-int8:0-T30-H4160-I64-dtype1]",
     "test_int8_compute.py::test_products_of_integers[amx_bf16-int4:128-T20-H160-I96-dtype0]",
     "test_int8_compute.py::test_more_tokens_than_panels_have_room_for[amx_bf16-int4-128]",
+    "test_homes_and_bits.py::test_bits_are_those_of_one_node[amx_bf16-bfloat16]",
+    "test_homes_and_bits.py::test_bits_are_those_of_one_node[amx_bf16-int4 in integers]",
+    "test_homes_and_bits.py::test_one_thread_finds_the_tasks_of_its_node[amx_bf16]",
     "test_accuracy.py::test_no_less_accurate_than_eager[qwen3_30b-amx_bf16]",
 ]
 

@@ -44,7 +44,10 @@ def test_every_check_gives_its_figures():
     rows = []
     for function in check.CHECKS:
         found = [one.row() for one in function()]
-        assert found or function is check.order_of_rows  # needs both ISAs
+        assert found or function in (
+            check.order_of_rows,
+            check.tasks_at_home,
+        )  # need both ISAs, several cores
         rows += found
     assert all(math.isfinite(row["measured"]) and row["limit"] > 0 for row in rows)
     names = [row["check"] for row in rows]

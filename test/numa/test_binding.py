@@ -141,6 +141,21 @@ assert ktops.numa.bind_rank().local_rank == {rank}
     assert shown["policy"] == [system.MPOL_DEFAULT, []]  # the nodes are pretended
 
 
+def test_ranks_of_torchrun(tmp_path):
+    """Which leaves their CPUs alone, sets OMP_NUM_THREADS=1, and is not bound itself."""
+    script = tmp_path / "rank.py"
+    script.write_text(
+        "import json, os, pathlib, torch, ktops\n"
+        "shown = [sorted(os.sched_getaffinity(0)), torch.get_num_threads()]\n"
+        f"pathlib.Path({str(tmp_path)!r}, os.environ['LOCAL_RANK']).write_text(json.dumps(shown))\n"
+    )
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", script]
+    environment = {key: value for key, value in os.environ.items() if key != "OMP_NUM_THREADS"}
+    subprocess.run(command, env=environment | {"KTOPS_NUMA_BIND": "1"}, check=True, capture_output=True)
+    for rank in range(2):
+        assert json.loads((tmp_path / str(rank)).read_text()) == [half(rank), len(half(rank))]
+
+
 def test_one_rank_gets_all():
     shown = run("ktops.numa.bind_rank(0, 1); show()")
     assert shown["cpus"] == MACHINE and shown["threads"] == len(MACHINE)

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from bench.scale import model, page, parts, ranks, routing
-from bench.scale.__main__ import fastest, main
+from bench.scale.__main__ import best, fastest, main
 from bench.scale.measured import Measured
 from bench.scale.model import Curve
 from bench.shapes import Shape
@@ -207,6 +207,17 @@ def test_the_fastest_of_several_passes():
     row = {"kind": "hot", "name": "forward", "threads": 1, "size": 1, "shape": "s"}
     slow, fast, other = row | {"seconds": 2.0}, row | {"seconds": 1.0}, row | {"size": 2, "seconds": 3.0}
     assert fastest([[slow, other], [fast]]) == [fast, other]
+
+
+def test_the_highest_limits():
+    def machine(peak: float, read: float) -> dict:
+        return {
+            "cpu": "c",
+            "peak_flop_per_second": {"avx2 bfloat16": {"1": peak}},
+            "read_bytes_per_second": {"1": read},
+        }
+
+    assert best([machine(2.0, 3.0), machine(1.0, 4.0)]) == machine(2.0, 4.0)
 
 
 def test_check_runs():

@@ -236,6 +236,7 @@ def test_check_runs():
         "by gloo between 2 processes",
     ):
         assert words in done.stdout, done.stdout + done.stderr
+    assert "nan" not in done.stdout, done.stdout
 
 
 def test_the_page_is_current():

@@ -85,6 +85,18 @@ def fastest(passes: list[list[dict]]) -> list[dict]:
     return list(best.values())
 
 
+def best(machines: list[dict]) -> dict:
+    """Returns the last record of a machine, with the highest peaks and read bandwidths of all."""
+
+    def highest(values: list):
+        if not isinstance(values[0], dict):
+            return max(values)
+        return {name: highest([value[name] for value in values]) for name in values[0]}
+
+    limits = ("peak_flop_per_second", "read_bytes_per_second")
+    return machines[-1] | {name: highest([machine[name] for machine in machines]) for name in limits}
+
+
 def work(args: argparse.Namespace, ranks: Ranks) -> int:
     """Measures as one of the ranks; rank 0 reports."""
     shape, first = args.shape, ranks.rank == 0
@@ -96,17 +108,19 @@ def work(args: argparse.Namespace, ranks: Ranks) -> int:
         else parts.some(everything, 0, each)
     )
     passes: list[list[dict]] = []
+    machines: list[dict] = []
     took: check.Times = {}
     for number in range(args.rounds):
         if first:
             say(f"round {number + 1} of {args.rounds}")
+            pin(ranks.host_cpus)
+            machines.append(results.machine_record(Calibration(len(ranks.host_cpus))))
         passes.append(parts.measure(shape, everything, ranks, args.seconds))
         if args.command == "check":
             check.measure(shape, args.tokens, ranks, (mine, everything), took, args.seconds)
     if not first:
         return 0
-    pin(ranks.host_cpus)
-    machine = results.machine_record(Calibration(len(ranks.host_cpus)))
+    machine = best(machines)
     measured = Measured(shape, fastest(passes), machine, args.isa)
     report.print_columns(*kernels_table(measured))
     print("\n".join(summary(measured)))

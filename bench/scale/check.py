@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 
 import torch
 from torch import Tensor
@@ -119,16 +120,16 @@ def drawn(shape: Shape, tokens: int) -> Tensor:
     return routing.draw(shape, tokens, _INPUTS, seed=1)
 
 
-def predicted_cases(measured: Measured, mode: str, tokens: int, ranks: Ranks) -> dict[str, float]:
-    """Returns {case: seconds} from the measured parts, for the same routings."""
+def predicted_cases(measured: Measured, mode: str, tokens: int, ranks: Ranks) -> dict[str, model.Prediction]:
+    """Returns {case: prediction} from the measured parts, for the same routings."""
     shape, ids = measured.shape, drawn(measured.shape, tokens)
     counted = routing.counts(ids, shape.num_experts, ranks.size)
     engine, gloo = measured.engine(len(ranks.cpus), ranks.sharers), measured.gloo()
     return {
-        ONE_THREAD: model.one_process(measured.engine(1), shape, mode, counted).seconds,
-        ONE_PROCESS: model.one_process(measured.engine(measured.threads), shape, mode, counted).seconds,
-        "all_reduce": model.all_reduce(engine, gloo, shape, mode, tokens, counted).seconds,
-        "all_to_all": model.all_to_all(engine, gloo, shape, mode, tokens, counted).seconds,
+        ONE_THREAD: model.one_process(measured.engine(1), shape, mode, counted),
+        ONE_PROCESS: model.one_process(measured.engine(measured.threads), shape, mode, counted),
+        "all_reduce": model.all_reduce(engine, gloo, shape, mode, tokens, counted),
+        "all_to_all": model.all_to_all(engine, gloo, shape, mode, tokens, counted),
     }
 
 
@@ -142,7 +143,8 @@ def compared(measured: Measured, took: Times, ranks: Ranks) -> list[dict]:
             rows.append({
                 "kind": "check", "name": f"{mode} {name}", "mode": mode, "case": name, "threads": ranks.size,
                 "size": tokens, "shape": measured.shape.name,
-                "seconds": sum(times) / len(times), "predicted": predicted[name],
+                "seconds": sum(times) / len(times), "predicted": predicted[name].seconds,
+                **asdict(predicted[name]),
             })  # fmt: skip
     return rows
 

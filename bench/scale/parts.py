@@ -21,12 +21,12 @@ COLLECTIVES = ("all_reduce", "all_to_all")
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 COLD_ROWS = ROWS[:9]
 SIZES = tuple(4 << 2 * power for power in range(5, 13))
-TOKENS = (1, 16, 128, 512, 2048)
+TOKENS = (1, 16, 128, 512, 1024, 2048)
 _COPIED_BYTES = 256 << 20
 SECONDS = 0.3
 """How long a part is measured by default."""
 
-_CALLS = 5  # at least, of which the fastest counts
+_TIMES = 5  # at least
 
 
 def key(row: dict) -> tuple:
@@ -72,16 +72,17 @@ def adapters_of(experts: Experts, mode: str) -> Experts:
 
 
 def fastest(calls: list[Callable[[], object]], seconds: float) -> float:
-    """Returns the seconds of the fastest call in some seconds, taking turns, after one call to warm up."""
-    calls[-1]()
-    best, spent, made = float("inf"), 0.0, 0
+    """Returns the mean over calls of the fastest of several times; they take turns for some seconds."""
+    calls[-1]()  # to warm up
+    best, spent, made = [float("inf")] * len(calls), 0.0, 0
     now = clock(torch.get_num_threads())
-    while made < max(_CALLS, len(calls)) or spent < seconds:
+    while made < max(_TIMES, 2 * len(calls)) or spent < seconds:
+        index = made % len(calls)
         start = now()
-        calls[made % len(calls)]()
+        calls[index]()
         took = now() - start
-        best, spent, made = min(best, took), spent + took, made + 1
-    return best
+        best[index], spent, made = min(best[index], took), spent + took, made + 1
+    return sum(best) / len(best)
 
 
 def _even(shape: Shape, rows: int) -> tuple[int, list[Tensor]]:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from bench.scale import model, page, parts, ranks, routing
-from bench.scale.__main__ import fastest, main
+from bench.scale.__main__ import best, fastest, main
 from bench.scale.measured import Measured
 from bench.scale.model import Curve
 from bench.shapes import Shape
@@ -209,6 +209,17 @@ def test_the_fastest_of_several_passes():
     assert fastest([[slow, other], [fast]]) == [fast, other]
 
 
+def test_the_highest_limits():
+    def machine(peak: float, read: float) -> dict:
+        return {
+            "cpu": "c",
+            "peak_flop_per_second": {"avx2 bfloat16": {"1": peak}},
+            "read_bytes_per_second": {"1": read},
+        }
+
+    assert best([machine(2.0, 3.0), machine(1.0, 4.0)]) == machine(2.0, 4.0)
+
+
 def test_check_runs():
     """All four cases run, their results agree, and each has a prediction."""
     sizes = ["--shape", SMALL.name, "--tokens", "1", "5", "--rounds", "1", "--seconds", "0"]
@@ -225,6 +236,7 @@ def test_check_runs():
         "by gloo between 2 processes",
     ):
         assert words in done.stdout, done.stdout + done.stderr
+    assert "nan" not in done.stdout, done.stdout
 
 
 def test_the_page_is_current():

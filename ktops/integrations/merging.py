@@ -25,15 +25,15 @@ def require_mergeable(tuner, adapter_names: list[str] | None) -> None:
             )
         if isinstance(module, ParamWrapper):
             require_dense(module, "merged")
-            require_undivided(module)
+            require_undivided(module, "merged")
 
 
-def require_undivided(wrapper: "ParamWrapper") -> None:
+def require_undivided(wrapper: "ParamWrapper", what: str) -> None:
     """Raises if other processes have parts of the adapted weights."""
     if sharding_of(wrapper.get_base_layer()) is not None:
         raise NotImplementedError(
-            f"ktops: LoRA on {wrapper.parameter_name} cannot be merged while the experts are divided among "
-            "processes. To do that, load the adapter into a model in one process, or use ktops merge"
+            f"ktops: LoRA on {wrapper.parameter_name} cannot be {what} while the experts are divided among "
+            "processes. To do that, load the adapter into a model in one process"
         )
 
 

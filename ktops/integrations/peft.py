@@ -44,6 +44,8 @@ if TYPE_CHECKING:
 PREFIXES = {"gate_up_proj": "gate_up", "up_proj": "gate_up", "down_proj": "down"}
 """Adapted parameter -> prefix of its keyword arguments: ``gate_up_lora_A``, ``gate_up_scaling``, ..."""
 
+LORA_PREFIXES = tuple(f"{prefix}_" for prefix in dict.fromkeys(PREFIXES.values()))
+
 MIN_VERSION = "0.18"
 """The first version of PEFT that transformers with stacked experts works with."""
 
@@ -259,6 +261,7 @@ def _forward(wrapper: "ParamWrapper", x: Tensor, *args, **kwargs) -> Tensor:
         if any(name in wrapper.lora_variant for name in adapters):
             variants = ", ".join(type(v).__name__ for v in wrapper.lora_variant.values())
             require_dense(wrapper, f"computed as {variants}")
+            require_undivided(wrapper, f"computed as {variants}")
             warn_once(
                 f"ktops does not compute the LoRA variant {variants} on expert parameters; PEFT does, with a "
                 "dense delta of all experts in every forward."
@@ -268,8 +271,9 @@ def _forward(wrapper: "ParamWrapper", x: Tensor, *args, **kwargs) -> Tensor:
             kwargs = {**kwargs, **_lora_arguments(wrapper, layout, adapters)}
     if sharding_of(wrapper.base_layer) is None:
         return wrapper.base_layer(x, *args, **kwargs)
-    with passing_lora(wrapper.base_layer, kwargs):
-        return wrapper.base_layer(x, *args)
+    lora = {name: kwargs.pop(name) for name in list(kwargs) if name.startswith(LORA_PREFIXES)}
+    with passing_lora(wrapper.base_layer, lora):
+        return wrapper.base_layer(x, *args, **kwargs)
 
 
 def lora_of_experts(wrapper: nn.Module) -> dict[str, Tensor | float] | None:
@@ -328,7 +332,7 @@ def _apply(wrapper: "ParamWrapper", fn: Convert, recurse: bool = True) -> nn.Mod
 def _merge(wrapper: "ParamWrapper", *args, **kwargs) -> None:
     """``ParamWrapper.merge``, which raises for weights in a format, because they cannot hold the sum."""
     require_dense(wrapper, "merged")
-    require_undivided(wrapper)
+    require_undivided(wrapper, "merged")
     streams.synchronize()  # calls that are enqueued still read the weights
     _replaced.original["merge"](wrapper, *args, **kwargs)
     refresh(wrapper.get_base_layer())

@@ -125,19 +125,23 @@ def note_sharding(model: nn.Module, experts: nn.Module) -> None:
     from torch.distributed.tensor import DTensor
 
     weight = experts._parameters.get("down_proj")
-    if isinstance(weight, DTensor):
+    if isinstance(weight, DTensor) and _sharding_dim(weight) is not None:
         named = experts._parameters.items()
-        placements = {name: _dividing(p) for name, p in named if isinstance(p, DTensor)}
+        placements = {name: p.placements[_sharding_dim(p)] for name, p in named if isinstance(p, DTensor)}
         data_parallel_size = distributed_config(model).dp_size
         set_sharding(experts, ExpertSharding(mesh, weight.shape[0], data_parallel_size, placements))
 
 
-def _dividing(parameter: "DTensor") -> "Placement":
-    """Returns how a Parameter is divided along "ep" or "tp"; meshes of one dimension may have no names."""
+def _sharding_dim(parameter: "DTensor") -> int | None:
+    """Returns the dimension "ep" or "tp" of a Parameter's mesh.
+
+    None if only FSDP2 shards it, for storage, as with ``tp_size`` for experts that have no rule for it.
+    A mesh of one dimension may have no names.
+    """
     names = parameter.device_mesh.mesh_dim_names
     if names is None:
-        return parameter.placements[-1]
-    return parameter.placements[next(i for i, name in enumerate(names) if name in ("ep", "tp"))]
+        return 0
+    return next((dim for dim, name in enumerate(names) if name in ("ep", "tp")), None)
 
 
 class ExpertParallel:
@@ -148,9 +152,14 @@ class ExpertParallel:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._config, self._manager = distributed_config(model), cast(Any, model)._mesh_manager
+        self._config = distributed_config(model)
+        self._manager: Any = getattr(model, "_mesh_manager", None)
         mesh = find_mesh(model)
-        assert mesh is not None
+        if mesh is None:
+            raise ImportError(
+                f"KTConfig: DistributedConfig(ep_size={self._config.ep_size}) needs a newer transformers, "
+                "whose models know their processes. To upgrade: pip install -U transformers"
+            )
         self._mesh = mesh
 
     @classmethod

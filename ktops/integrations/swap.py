@@ -8,7 +8,7 @@ from typing import cast
 import torch
 from torch import nn
 
-from ktops.integrations import peft
+from ktops.integrations import data_parallel, peft
 from ktops.integrations.probe import disagreement_of_expert, disagreement_of_experts
 from ktops.integrations.sharded_experts import division
 from ktops.integrations.transformers import outside
@@ -323,6 +323,7 @@ def exchange_stacked(model: nn.Module, old: nn.Module, new: KTExperts) -> None:
     Their weights are in formats, which never leave CPU memory, so their biases and adapters stay, too.
     """
     keep_in_host_memory(new)
+    data_parallel.enable()
     is_list = isinstance(old, nn.ModuleList) or getattr(old, "is_list", False)
     exchange(model, old, KTExpertSequence(new) if is_list else new)
 

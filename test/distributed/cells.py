@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import torch
 from peft import LoraConfig, get_peft_model
-from ranks import run_ranks
+from ranks import once, run_ranks
 from tiny_models import tiny_model
 from transformers import AutoModelForCausalLM, GptOssConfig, GptOssForCausalLM, PreTrainedModel
 
@@ -28,6 +28,7 @@ CONFIGURATIONS: dict[str, dict[str, Any] | None] = {
     "ep2_fsdp2": {"fsdp_size": 4, "ep_size": 2, "ep_implementation": "all_to_all"},
     "ep2_replicate2": {"dp_replicate_size": 2, "fsdp_size": 2, "ep_size": 2},
     "tp2_ep4": {"tp_size": 2, "fsdp_size": 2, "ep_size": 4, "ep_implementation": "all_to_all"},
+    "tp2_fsdp2": {"tp_size": 2, "fsdp_size": 2},
     "fsdp4": {"fsdp_size": 4},
     "ddp4": None,
 }
@@ -36,7 +37,7 @@ CONFIGURATIONS: dict[str, dict[str, Any] | None] = {
 TRAINED = ("frozen", "lora", "experts", "full")
 """LoRA on attention beside frozen experts, on attention and experts, on experts; all weights."""
 
-WITHOUT_ATTENTION = ("ep2_replicate2", "tp2_ep4")
+WITHOUT_ATTENTION = ("ep2_replicate2", "tp2_ep4", "tp2_fsdp2")
 """Configurations in which only experts have LoRA. That of attention fails in PEFT for most models, whatever
 computes the experts, and without a Trainer it would have to be averaged over ranks."""
 
@@ -79,7 +80,7 @@ class Cell(NamedTuple):
     @property
     def error(self) -> str | None:
         """A part of the error message, if ktops refuses the cell."""
-        if self.weights == "int4" and self.configuration in ("tp2", "tp4"):
+        if self.weights == "int4" and self.configuration in ("tp2", "tp4", "tp2_fsdp2"):
             return "KTConfig: DistributedConfig(tp_size="
         return None
 
@@ -148,9 +149,13 @@ def run_cells(model: Path, output: Path, wanted: list[Cell]) -> tuple[dict[Cell,
         for weights in (cell.weights, UNROUNDED[cell.weights])
     }
     alone = [f"ddp2-{kind}" for kind in kinds]
-    run_ranks("training_program.py", 0, model, output / "alone", *alone)
     names = [cell.name for cell in wanted]
-    run_ranks("training_program.py", wanted[0].world_size, model, output / "together", *names, timeout=550)
+
+    def run() -> None:
+        run_ranks("training_program.py", 0, model, output / "alone", *alone)
+        run_ranks("training_program.py", wanted[0].world_size, model, output / "together", *names)
+
+    once(output, run)
     together = {cell: torch.load(output / "together" / cell.name / "result.pt") for cell in wanted}
     return together, {kind: torch.load(output / "alone" / f"ddp2-{kind}" / "result.pt") for kind in kinds}
 

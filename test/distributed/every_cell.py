@@ -14,7 +14,7 @@ CELLS = [
 
 
 @pytest.fixture(scope="module")
-def results(saved_model, tmp_path_factory):
+def results(saved_model, shared_folder):
     """``of(architecture, world size)`` runs all its cells once."""
     made: dict = {}
 

@@ -3,14 +3,26 @@
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+
+from filelock import FileLock
 
 import ktops
 
 HERE = Path(__file__).parent
 
 
-def run_ranks(program: str, world_size: int, *arguments: object, timeout: float = 300) -> str:
+def once(folder: Path, run: Callable[[], object]) -> None:
+    """Calls ``run``, unless another worker of pytest-xdist does or has done so for this folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder / "lock"):
+        if not (folder / "done").exists():
+            run()
+            (folder / "done").touch()
+
+
+def run_ranks(program: str, world_size: int, *arguments: object, timeout: float = 500) -> str:
     """Runs a program under torchrun, and returns what it printed.
 
     Args:

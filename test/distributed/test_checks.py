@@ -2,13 +2,13 @@
 
 import pytest
 from checks_program import CHECKS
-from ranks import run_ranks
+from ranks import once, run_ranks
 
 
 @pytest.fixture(scope="module")
-def errors(saved_model, tmp_path_factory):
-    output = tmp_path_factory.mktemp("checks")
-    run_ranks("checks_program.py", 2, saved_model("qwen3_moe"), output)
+def errors(saved_model, shared_folder):
+    output = shared_folder / "checks"
+    once(output, lambda: run_ranks("checks_program.py", 2, saved_model("qwen3_moe"), output))
     return output
 
 

@@ -10,8 +10,8 @@ CELLS = cells(world_size=2)
 
 
 @pytest.fixture(scope="module")
-def results(saved_model, tmp_path_factory):
-    return run_cells(saved_model("qwen3_moe"), tmp_path_factory.mktemp("cells"), CELLS)
+def results(saved_model, shared_folder):
+    return run_cells(saved_model("qwen3_moe"), shared_folder / "cells", CELLS)
 
 
 @pytest.mark.parametrize("cell", CELLS, ids=lambda cell: cell.name)

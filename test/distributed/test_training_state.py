@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import transformers
 from peft import LoraConfig, get_peft_model
 from tiny_models import tiny_model
 from transformers import Trainer, TrainingArguments
@@ -55,6 +56,28 @@ def test_a_checkpoint_without_it(tmp_path):
     trainer(tmp_path, state=False, steps=2).train()
     with pytest.raises(FileNotFoundError, match=r"checkpoint-2.*written without ktops\.TrainingState"):
         trainer(tmp_path).train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+
+
+def test_a_checkpoint_elsewhere(tmp_path):
+    """Not in output_dir, or in the place of another run's."""
+    for name in ("old", "new"):
+        trainer(tmp_path / name, steps=2).train()
+    with pytest.raises(ValueError, match="is of another run"):
+        trainer(tmp_path / "new").train(resume_from_checkpoint=str(tmp_path / "old" / "checkpoint-2"))
+    with pytest.raises(FileNotFoundError, match="not in output_dir"):
+        trainer(tmp_path / "third").train(resume_from_checkpoint=str(tmp_path / "old" / "checkpoint-2"))
+
+
+def test_killed_while_an_older_checkpoint_is_deleted(tmp_path, monkeypatch):
+    """The file is there when the Trainer deletes the checkpoint before; without it, none could be resumed."""
+    seen = []
+
+    def rotate(**arguments):
+        seen.append(sorted(path.parent.name for path in tmp_path.glob("*/ktops_training_state.pt")))
+
+    monkeypatch.setattr(transformers.trainer, "rotate_checkpoints", rotate)
+    trainer(tmp_path).train()
+    assert seen == [["checkpoint-2"], ["checkpoint-2", "checkpoint-4"]]
 
 
 def test_other_parameters(tmp_path):

@@ -10,6 +10,7 @@ import transformers
 
 from ktops.checkpoints.stream import write_json
 from ktops.cli import processes
+from ktops.cli.errors import UserError
 from ktops.cli.finetune import demo_model, metrics, run_directory, training
 from ktops.cli.finetune.measure import peak_rss_bytes
 from ktops.cli.finetune.options import Options
@@ -20,10 +21,21 @@ from ktops.cli.models import place
 LEARNING_RATE = 3e-3
 WARM_UP = 0.05
 """Fraction of the steps over which the learning rate rises to its peak. It then follows a cosine decay."""
+LOG = "pretraining.json"
 BATCH_SIZE = 8
 """Sequences of a step, of all processes together."""
 DTYPE = torch.float32
 """Dtype of pretraining. AdamW on bfloat16 weights loses most updates to rounding."""
+
+
+def require_equal_batches(directory: Path, world_size: int) -> None:
+    """Raises UserError if processes cannot share the batches of pretraining equally, and it is to be done."""
+    is_pretrained = (directory / run_directory.BASE / LOG).is_file()
+    if BATCH_SIZE % world_size and not is_pretrained:
+        raise UserError(
+            f"without --model, a small model is pretrained in batches of {BATCH_SIZE}, which {world_size} "
+            "processes cannot share equally. Start 1, 2, 4 or 8"
+        )
 
 
 def base_model(options: Options, directory: Path, report: Report, resume_command: str) -> tuple[str, dict]:
@@ -35,7 +47,8 @@ def base_model(options: Options, directory: Path, report: Report, resume_command
     Raises:
         Interrupted: Ctrl-C; a checkpoint has been saved.
     """
-    base, log = directory / run_directory.BASE, directory / run_directory.BASE / "pretraining.json"
+    base = directory / run_directory.BASE
+    log = base / LOG
     if log.is_file():
         return str(base), json.loads(log.read_text(encoding="utf-8"))
     transformers.set_seed(options.seed)
@@ -59,7 +72,7 @@ def base_model(options: Options, directory: Path, report: Report, resume_command
         lr_scheduler_type="cosine",
         warmup_steps=int(WARM_UP * options.pretrain_steps),
         optim="adamw_torch_fused",
-        per_device_train_batch_size=max(1, BATCH_SIZE // options.world_size),
+        per_device_train_batch_size=BATCH_SIZE // options.world_size,
         weight_decay=0.01,
         adam_beta2=0.95,
     )

@@ -78,6 +78,7 @@ def finetune(
         processes.continue_with(resume_command)
 
     if options.model is None:
+        pretrain.require_equal_batches(directory, options.world_size)
         begin()
         base, pretraining = pretrain.base_model(options, directory, report, resume_command)
         planned = None

@@ -1,11 +1,13 @@
-"""TrainingState: resumes training of models that are divided among processes."""
+"""TrainingState: resumes training of models that are sharded among processes."""
 
+import uuid
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, distributed, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import ExportableState
 
 from ktops.integrations.transformers.loaded import listed
 
@@ -13,15 +15,16 @@ FILE = "ktops_training_state.pt"
 """The file in a Trainer's checkpoint."""
 
 
-class TrainingState(TrainerCallback):
+class TrainingState(TrainerCallback, ExportableState):
     """Saves optimizer, learning rate schedule and random numbers with every checkpoint of a Trainer.
 
-    transformers' Trainer resumes no model that a ``DistributedConfig`` has divided among processes: it saves
-    only the weights. With this callback, ``trainer.train(resume_from_checkpoint=...)`` goes on where the
-    checkpoint was written. The file has whole tensors, by the names of their parameters, so that another
-    number of processes can resume, too; random numbers then begin anew.
+    transformers' Trainer resumes no model that a ``DistributedConfig`` has sharded: it saves only weights.
+    With this callback, ``trainer.train(resume_from_checkpoint=...)`` goes on where the checkpoint was
+    written. The file has whole tensors, by the names of their parameters, so that a different number of
+    processes can resume, too; random numbers then begin anew. They are those of PyTorch on the CPU.
 
-    Only rank 0 writes. All processes must take part, as they do in a Trainer.
+    Only rank 0 writes. All processes must take part, as they do in a Trainer. The checkpoint must be in the
+    Trainer's ``output_dir``.
 
     Example:
         >>> arguments = TrainingArguments("out", save_only_model=True, save_steps=100)
@@ -30,13 +33,32 @@ class TrainingState(TrainerCallback):
     """
 
     def __init__(self) -> None:
+        self._run = uuid.uuid4().hex
+        self._saved_step = 0
         self._random: Tensor | None = None
+
+    def state(self) -> dict[str, dict[str, str]]:
+        """Returns what the Trainer writes into trainer_state.json, to recognize the file that belongs to it."""
+        return {"args": {}, "attributes": {"run": self._run}}
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **objects: Any
+    ) -> None:
+        """Writes the file before the Trainer completes the checkpoint and deletes older ones."""
+        if control.should_save:
+            self._save(args, state, objects)
 
     def on_save(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **objects: Any
     ) -> None:
-        """Writes the file into the checkpoint of this step."""
+        """Writes the file if the Trainer has decided only after the step to save it."""
+        if self._saved_step != state.global_step:
+            self._save(args, state, objects)
+
+    def _save(self, args: TrainingArguments, state: TrainerState, objects: dict[str, Any]) -> None:
+        self._saved_step = state.global_step
         saved = {
+            "run": self._run,
             "optimizer": _whole_state(objects["model"], objects["optimizer"]),
             "learning_rates": [group["lr"] for group in objects["optimizer"].param_groups],
             "scheduler": objects["lr_scheduler"].state_dict(),
@@ -44,6 +66,7 @@ class TrainingState(TrainerCallback):
         }
         if args.should_save:
             path = self._path(args, state)
+            path.parent.mkdir(parents=True, exist_ok=True)
             torch.save(saved, path.with_suffix(".new"))
             path.with_suffix(".new").rename(path)
 
@@ -53,17 +76,24 @@ class TrainingState(TrainerCallback):
         """Reads the file of the checkpoint that the Trainer resumes.
 
         Raises:
-            FileNotFoundError: it was written without this callback.
-            ValueError: the optimizer trains other parameters, or several learning rates cannot be matched.
+            FileNotFoundError: it was written without this callback, or is not in output_dir.
+            ValueError: the file in output_dir is of another run; the optimizer trains other parameters, or
+                several learning rates cannot be matched.
         """
         if not state.global_step:
             return
         path = self._path(args, state)
         if not path.exists():
             raise FileNotFoundError(
-                f"{path}: the checkpoint was written without ktops.TrainingState, so its optimizer is lost"
+                f"{path}: not found. The checkpoint was written without ktops.TrainingState, so its "
+                "optimizer is lost, or it is not in output_dir, where it must be to be resumed"
             )
         saved = torch.load(path, weights_only=True)
+        resumed: Any = (state.stateful_callbacks or {}).get(type(self).__name__, {})
+        if resumed.get("attributes", {}).get("run") != saved["run"]:
+            raise ValueError(
+                f"{path}: is of another run than the checkpoint that is resumed, which must be in output_dir"
+            )
         _load_state(objects["model"], objects["optimizer"], saved["optimizer"], path)
         groups = objects["optimizer"].param_groups
         rates = _for_groups(saved["learning_rates"], len(groups), path)

@@ -21,9 +21,8 @@ def results(saved_model, shared_folder):
     def of(architecture: str, world_size: int):
         key = architecture, world_size
         if key not in made:
-            made[key] = run_cells(
-                saved_model(architecture), tmp_path_factory.mktemp("cells"), cells(world_size)
-            )
+            output = shared_folder / f"cells-{architecture}-{world_size}"
+            made[key] = run_cells(saved_model(architecture), output, cells(world_size))
         return made[key]
 
     return of

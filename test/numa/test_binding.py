@@ -20,11 +20,11 @@ import ktops
 from ktops.numa import system
 
 def show(**more):
+    tasks = {int(name) for name in os.listdir("/proc/self/task")}
     policies = []
     thread = threading.Thread(target=lambda: policies.append(system.get_policy()))
     thread.start()
     thread.join()
-    tasks = {int(name) for name in os.listdir("/proc/self/task")}
     print(json.dumps({
         "cpus": sorted(os.sched_getaffinity(0)),
         "of_threads": sorted({tuple(sorted(os.sched_getaffinity(task))) for task in tasks}),

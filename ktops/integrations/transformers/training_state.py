@@ -38,7 +38,7 @@ class TrainingState(TrainerCallback, ExportableState):
         self._random: Tensor | None = None
 
     def state(self) -> dict[str, dict[str, str]]:
-        """Returns what the Trainer writes into trainer_state.json, to recognize the file that goes with it."""
+        """Returns what the Trainer writes into trainer_state.json, by which the file is recognized."""
         return {"args": {}, "attributes": {"run": self._run}}
 
     def on_step_end(

@@ -87,8 +87,8 @@ class Measured:
         return Curve({size: _less(took, call) * self.peak(threads) / flops for size, took in hot.items()})
 
     def fraction_of_bandwidth(self, mode: str) -> float:
-        """The bandwidth of all threads in a layer as a fraction of that of plain reads."""
-        return self.bandwidth(mode, self.threads) / self.machine["read_bytes_per_second"][str(self.threads)]
+        """The bandwidth of one thread in a layer as a fraction of that of plain reads."""
+        return self.bandwidth(mode, 1) / self.machine["read_bytes_per_second"]["1"]
 
     def overlap(self, mode: str, threads: int) -> float:
         """The p with which calls with weights from memory are predicted best from their parts."""

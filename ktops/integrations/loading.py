@@ -15,7 +15,7 @@ from ktops.formats import ExpertWeight
 from ktops.formats.error import RelativeError
 from ktops.formats.expert_weight import COMPUTE_DTYPES
 from ktops.integrations.quantization_report import DTYPE_NAMES, QuantizationReport, QuantizedLayer
-from ktops.integrations.sharded_experts import ExpertParallel, division
+from ktops.integrations.sharded_experts import ExpertParallel, why_sharded
 from ktops.integrations.swap import exchange_stacked, listed_experts, require_experts
 from ktops.integrations.transformers.architectures import Unsupported
 from ktops.integrations.transformers.outside import describe_replacement
@@ -195,7 +195,9 @@ def experts_modules(model: nn.Module) -> dict[str, nn.Module]:
     for name, module in modules.items():
         if "base_layer" in name.split("."):
             raise ValueError(f"load_experts: load the experts before adding adapters: {name} has one")
-        reason = None if isinstance(module, PendingExperts) else interception(module) or division(module)
+        reason = None
+        if not isinstance(module, PendingExperts):
+            reason = why_sharded(module) or interception(module)
         if reason is not None:
             raise ValueError(f"load_experts: {name} cannot be replaced: {reason}")
     try:

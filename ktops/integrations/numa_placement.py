@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ktops import numa
 from ktops._display import format_bytes
 from ktops.formats import ExpertWeight
-from ktops.integrations.sharded_experts import division
+from ktops.integrations.sharded_experts import why_sharded
 from ktops.integrations.swap import experts_in_op
 from ktops.integrations.transformers.architectures import operands
 from ktops.integrations.transformers.outside import ForwardReplacement
@@ -96,7 +96,7 @@ def numa_placement(model: nn.Module, nodes: str | Sequence[int] = "all") -> Plac
     chosen = _choose(nodes)
     names, _ = experts_in_op(model, "numa_placement")
     for name in names:
-        reason = division(model.get_submodule(name))
+        reason = why_sharded(model.get_submodule(name))
         if reason is not None:
             raise ValueError(
                 f"numa_placement: {name} cannot be placed: {reason}. Bind each to a node instead"

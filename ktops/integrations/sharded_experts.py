@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
     from torch.distributed.tensor.placement_types import Placement
 
+SHARDED = "its weights are sharded among processes"
+"""Why experts stay as they are."""
+
 _SHARDING = "_kt_sharding"
 """The attribute of an experts module that holds an ExpertSharding."""
 
@@ -69,11 +72,11 @@ class ExpertSharding:
     def _names(self) -> tuple[str, ...]:
         return self.mesh.mesh_dim_names or ()
 
-    def over(self, dividing: "Placement") -> list["Placement"]:
-        """Returns the placements along all dimensions of a tensor that is divided along "ep" or "tp" so."""
+    def placements_for(self, placement: "Placement") -> list["Placement"]:
+        """Returns the placements along all dimensions of a tensor with this one along "ep" or "tp"."""
         from torch.distributed.tensor import Replicate
 
-        return [Replicate() if name in _REPLICATING else dividing for name in self._names]
+        return [Replicate() if name in _REPLICATING else placement for name in self._names]
 
 
 def sharding_of(experts: nn.Module) -> ExpertSharding | None:
@@ -86,18 +89,20 @@ def set_sharding(experts: nn.Module, sharding: ExpertSharding) -> None:
     experts.__dict__[_SHARDING] = sharding
 
 
-def division(experts: nn.Module) -> str | None:
-    """Returns why experts cannot be replaced in this process, if others have parts of their Parameters."""
+def why_sharded(experts: nn.Module) -> str | None:
+    """Returns why experts cannot be replaced in this process if others have a part of them, else None."""
+    if sharding_of(experts) is not None:
+        return SHARDED
     if not torch.distributed.is_available() or "torch.distributed.tensor" not in sys.modules:
         return None
     from torch.distributed.tensor import DTensor
 
     if any(isinstance(parameter, DTensor) for parameter in experts.parameters()):
-        return "its weights are divided among processes"
+        return SHARDED
     return None
 
 
-def find_mesh(model: nn.Module) -> "DeviceMesh | None":
+def find_expert_mesh(model: nn.Module) -> "DeviceMesh | None":
     """Returns the mesh of the ranks that divide the experts of a transformers model among them.
 
     Dimensions with one rank are left out. None if every rank computes with all experts.
@@ -119,7 +124,7 @@ def distributed_config(model: nn.Module) -> Any:
 
 def note_sharding(model: nn.Module, experts: nn.Module) -> None:
     """Notes how transformers has divided the Parameters of experts, if it has."""
-    mesh = find_mesh(model)
+    mesh = find_expert_mesh(model)
     if mesh is None or sharding_of(experts) is not None:
         return
     from torch.distributed.tensor import DTensor
@@ -154,7 +159,7 @@ class ExpertParallel:
     def __init__(self, model: nn.Module) -> None:
         self._config = distributed_config(model)
         self._manager: Any = getattr(model, "_mesh_manager", None)
-        mesh = find_mesh(model)
+        mesh = find_expert_mesh(model)
         if mesh is None:
             raise ImportError(
                 f"KTConfig: DistributedConfig(ep_size={self._config.ep_size}) needs a newer transformers, "
@@ -264,7 +269,7 @@ def _distribute(whole: Tensor, sharding: ExpertSharding, placement: "Placement")
     from torch.distributed.tensor import distribute_tensor
 
     source = None if whole.is_meta else 0
-    return distribute_tensor(whole, sharding.mesh, sharding.over(placement), src_data_rank=source)
+    return distribute_tensor(whole, sharding.mesh, sharding.placements_for(placement), src_data_rank=source)
 
 
 def local_factors(wrapper: "ParamWrapper", adapter: str) -> tuple[Tensor, Tensor]:

@@ -10,7 +10,7 @@ from torch import nn
 
 from ktops.integrations import data_parallel, peft
 from ktops.integrations.probe import disagreement_of_expert, disagreement_of_experts
-from ktops.integrations.sharded_experts import division
+from ktops.integrations.sharded_experts import why_sharded
 from ktops.integrations.transformers import outside
 from ktops.integrations.transformers.architectures import (
     Unsupported,
@@ -167,7 +167,7 @@ def require_plain(module: nn.Module) -> None:
     would lose."""
     if FROZEN_LORA in module._modules:
         raise Unsupported("they have a frozen adapter")
-    reason = interception(module) or division(module)
+    reason = why_sharded(module) or interception(module)
     if reason is not None:
         raise Unsupported(reason)
 

@@ -16,7 +16,6 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from fractions import Fraction
-from pathlib import Path
 from typing import Any, TypeVar
 
 from ktops._warn import warn_once
@@ -120,14 +119,16 @@ def share_threads(wanted: int | None) -> tuple[int, int]:
 
     from ktops import numa
     from ktops.integrations.settings import set_num_threads
+    from ktops.numa import topology
+    from ktops.numa.binding import AlreadyBoundError
 
     if _run is not None and len(numa.nodes()) > 1:
-        with suppress(RuntimeError):  # their launcher has bound them
+        with suppress(AlreadyBoundError):  # by their launcher
             numa.bind_rank(_run.rank_here, _run.count_here)
-    cpus = os.sched_getaffinity(0)
+    cpus = topology.usable_cpus()
     if _run is None:
         return (torch.get_num_threads() if wanted is None else set_num_threads(wanted)), len(cpus)
-    here, cores = socket.gethostname(), {_core(cpu) for cpu in cpus}
+    here, cores = socket.gethostname(), {topology.core_of(topology.SYSTEM, cpu) for cpu in cpus}
     found = _by_host(gather((here, cores)))
     threads = set_num_threads(share_of(cores, found[here]) if wanted is None else wanted)
     os.environ["OMP_NUM_THREADS"] = str(threads)  # without which accelerate would choose a number
@@ -141,23 +142,15 @@ def share_threads(wanted: int | None) -> tuple[int, int]:
     return threads, len(cpus)
 
 
-def share_of(cores: set[str], of_all: list[set[str]]) -> int:
+def share_of(cores: set[int], of_all: list[set[int]]) -> int:
     """Returns how many cores a process gets that may use ``cores``, if all may use those in ``of_all``.
 
     Example:
-        >>> share_of({"0", "1"}, [{"0", "1"}, {"0", "1"}]), share_of({"0", "1"}, [{"0", "1"}, {"2", "3"}])
+        >>> share_of({0, 1}, [{0, 1}, {0, 1}]), share_of({0, 1}, [{0, 1}, {2, 3}])
         (1, 2)
     """
     shares = (Fraction(1, sum(core in others for others in of_all)) for core in cores)
     return max(1, math.floor(sum(shares)))
-
-
-def _core(cpu: int) -> str:
-    """Returns the name of the core of a logical CPU: the list of its logical CPUs."""
-    try:
-        return Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list").read_text().strip()
-    except OSError:
-        return str(cpu)
 
 
 def _by_host(values: list[tuple[str, T]]) -> dict[str, list[T]]:

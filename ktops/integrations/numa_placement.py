@@ -52,6 +52,8 @@ class PlacementReport:
         text = f"experts of {len(self.layers)} layers, {format_bytes(self.nbytes)}"
         where = system.format_nodes(self.nodes)
         if self.pretended:
+            if len(self.nodes) == 1:
+                return f"{text}: pretended {where} is the only one, so tasks prefer none; no page was moved"
             return f"{text}: tasks prefer pretended {where}; no page was moved"
         if not self.by_node and not self.left:
             return f"{text}: {where} is the only one, nothing to move"
@@ -87,7 +89,8 @@ def numa_placement(model: nn.Module, nodes: str | Sequence[int] = "all") -> Plac
     Raises:
         ValueError: nodes are not those of the machine, or their memory may not be used; or the model has no
             experts that ktops runs in CPU memory.
-        OSError: the system does not let this process move pages; most containers don't. Nothing is moved.
+        OSError: the system does not let this process move pages, or choose the node of those that it reads;
+            most containers don't. Nothing is moved.
 
     Example:
         >>> print(ktops.numa_placement(model))
@@ -111,13 +114,18 @@ def numa_placement(model: nn.Module, nodes: str | Sequence[int] = "all") -> Plac
     total = Pages()
     if not (is_only or pretended):
         ids = torch.tensor(numbers)
-        homes = [(pages, ids[index]) for pages, index in (homes_of_pages(*each) for each in tensors)]
-        read_missing = sum(missing_bytes(pages) for pages, _ in homes) <= _available_bytes()
-        for pages, nodes_of_pages in homes:
-            total.add(move(pages, nodes_of_pages, read_missing=read_missing))
+        missing = sum(missing_bytes(homes_of_pages(*each)[0]) for each in tensors)
+        read_missing = missing <= _available_bytes()
+        for each in tensors:  # one at a time: the list of pages takes 1/256 of their size
+            total.add(_move(*each, ids, read_missing))
     return PlacementReport(
         numbers, tuple(names), nbytes, total.at_home, dict(total.by_node), dict(total.left), pretended
     )
+
+
+def _move(tensor: Tensor, parts: int, ids: Tensor, read_missing: bool) -> Pages:
+    pages, indexes = homes_of_pages(tensor, parts)
+    return move(pages, ids[indexes], read_missing=read_missing)
 
 
 def _choose(nodes: str | Sequence[int]) -> list[numa.Node]:
@@ -172,12 +180,14 @@ def _require_movable(chosen: Sequence[numa.Node], tensors: Sequence[tuple[Tensor
         )
     try:
         locate(torch.tensor([tensors[0][0].data_ptr() // mmap.PAGESIZE * mmap.PAGESIZE]))
+        system.set_policy(system.get_policy())
     except OSError as error:
         raise OSError(
             error.errno,
             f"numa_placement: the system does not let this process move pages ({error.strerror}). Docker "
-            "does with --security-opt seccomp=unconfined, or with a profile that has move_pages. Without it, "
-            "run one process per node (KTOPS_NUMA_BIND=1), or start this one with numactl --interleave=all",
+            "does with --security-opt seccomp=unconfined, or with a profile that has move_pages, "
+            "get_mempolicy and set_mempolicy. Without them, run one process per node (KTOPS_NUMA_BIND=1), or "
+            "start this one with numactl --interleave=all",
         ) from None
 
 

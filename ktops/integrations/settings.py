@@ -6,7 +6,6 @@ One table for every place that reads them: YAML files of LLaMA-Factory under ``k
 
 import difflib
 import functools
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ import torch
 
 from ktops._warn import warn_once
 from ktops.formats.plain import PLAIN
+from ktops.numa import topology
 
 if TYPE_CHECKING:
     from ktops.integrations.transformers.config import KTConfig
@@ -300,7 +300,7 @@ def find_backend(name: str, key: str = "kt_backend") -> tuple[Backend, bool]:
 
 def set_num_threads(wanted: int) -> int:
     """Sets the number of threads of torch, and so of ktops, to at most one per core; returns it."""
-    number = min(wanted, len(os.sched_getaffinity(0)))
+    number = min(wanted, len(topology.usable_cpus()))
     torch.set_num_threads(number)
     return number
 

@@ -40,6 +40,10 @@ class Binding:
         )
 
 
+class AlreadyBoundError(RuntimeError):
+    """The launcher of this process has bound it to CPUs."""
+
+
 _bound: Binding | None = None
 
 
@@ -63,7 +67,8 @@ def bind_rank(local_rank: int | None = None, local_world_size: int | None = None
     Raises:
         ValueError: the process's number is not known or out of range.
         RuntimeError: this process was bound already, by ``torchrun --numa-binding`` or ``numactl``: it may
-            use fewer CPUs than the process that started it.
+            use fewer CPUs than the process that started it. Not noticed where the system does not tell the
+            CPUs of that process.
 
     Example:
         >>> print(ktops.numa.bind_rank())  # in each of two processes
@@ -147,9 +152,13 @@ def _number(name: str, given: int | None, variable: str) -> int:
 
 
 def _require_unbound(size: int) -> None:
-    own, parent = topology.usable_cpus(), topology.affinity(os.getppid())
+    own = topology.usable_cpus()
+    try:
+        parent = topology.affinity(os.getppid())
+    except PermissionError:  # of security modules
+        return
     if size > 1 and own < parent:
-        raise RuntimeError(
+        raise AlreadyBoundError(
             f"bind_rank: this process may only use CPUs {format_list(sorted(own))}, and the one that started "
             f"it CPUs {format_list(sorted(parent))}: torchrun --numa-binding, numactl or taskset has bound "
             f"it already. Leave one of the two out: that, or bind_rank ({VARIABLE}=0)"

@@ -3,7 +3,7 @@
 import errno
 import mmap
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -15,6 +15,8 @@ PAGE = mmap.PAGESIZE
 LARGE_PAGE = 2 << 20
 CHUNK = 1 << 16
 """Pages per system call, so that Python can be interrupted."""
+
+NOT_READ = "not in memory (this kernel cannot read pages ahead; Linux 5.14 and later can)"
 
 
 @dataclass
@@ -83,8 +85,7 @@ def move(pages: Tensor, homes: Tensor, *, read_missing: bool) -> Pages:
         homes: int64 [P], the numbers of the nodes.
         read_missing: whether pages of files that are not in memory are read, on their node.
     """
-    if read_missing:
-        _read(pages, homes)
+    can_read = not read_missing or _read(pages, homes)
     for boundary in pages[1:][(homes[1:] != homes[:-1]) & (pages[1:] % LARGE_PAGE != 0)].tolist():
         system.split_large_page(boundary)
     wanted = homes.to(torch.int32)
@@ -96,7 +97,8 @@ def move(pages: Tensor, homes: Tensor, *, read_missing: bool) -> Pages:
         result.by_node[int(node)] = int(count) * PAGE
     failed = torch.where(found < 0, found, reached)[found != wanted]
     for code, count in zip(*failed.unique(return_counts=True), strict=True):
-        result.left[system.describe(-int(code) if code < 0 else errno.EBUSY)] += int(count) * PAGE
+        reason = system.describe(-int(code) if code < 0 else errno.EBUSY)
+        result.left[reason if can_read or not _is_missing(code) else NOT_READ] += int(count) * PAGE
     return result
 
 
@@ -104,25 +106,30 @@ def _is_missing(status: Tensor) -> Tensor:
     return (status == -errno.ENOENT) | (status == -errno.EFAULT)
 
 
-def _read(pages: Tensor, homes: Tensor) -> None:
-    """Reads the pages of files that are not in memory, each with a policy that prefers its node."""
+def _read(pages: Tensor, homes: Tensor) -> bool:
+    """Reads the pages of files that are not in memory, each with a policy that prefers its node.
+
+    Returns whether the kernel can.
+    """
+    if not system.advise(0, 0, system.MADV_POPULATE_READ):  # succeeds if the kernel knows the advice
+        return False
     missing = _is_missing(locate(pages))
     if not missing.any():
-        return
+        return True
     before = system.get_policy()
     try:
-        for first, last, node in _runs(pages[missing].tolist(), homes[missing].tolist()):
+        for first, last, node in _runs(pages[missing], homes[missing]):
             system.set_policy(system.Policy(system.MPOL_PREFERRED, (node,)))
             system.advise(first, last + PAGE - first, system.MADV_POPULATE_READ)
     finally:
         system.set_policy(before)
+    return True
 
 
-def _runs(pages: Sequence[int], homes: Sequence[int]) -> Iterator[tuple[int, int, int]]:
+def _runs(pages: Tensor, homes: Tensor) -> Iterator[tuple[int, int, int]]:
     """Yields (first page, last page, node) of pages that follow each other and have the same node."""
-    first = 0
-    for index in range(1, len(pages) + 1):
-        ends = index == len(pages) or homes[index] != homes[first] or pages[index] != pages[index - 1] + PAGE
-        if ends:
-            yield pages[first], pages[index - 1], homes[first]
-            first = index
+    ends = (pages.diff() != PAGE) | (homes.diff() != 0)
+    firsts = torch.cat([torch.ones(1, dtype=torch.bool), ends])
+    lasts = torch.cat([ends, torch.ones(1, dtype=torch.bool)])
+    runs = pages[firsts], pages[lasts], homes[firsts]
+    yield from zip(*(tensor.tolist() for tensor in runs), strict=True)

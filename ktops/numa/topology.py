@@ -110,9 +110,14 @@ def by_core(system: Path, cpus: Sequence[int]) -> tuple[tuple[int, ...], ...]:
     """Groups CPUs by physical core; CPUs of which the system does not say it are cores of their own."""
     cores: dict[int, list[int]] = {}
     for cpu in cpus:
-        siblings = parse_list(read(system / "cpu" / f"cpu{cpu}" / "topology" / "thread_siblings_list"))
-        cores.setdefault(min(siblings, default=cpu), []).append(cpu)
+        cores.setdefault(core_of(system, cpu), []).append(cpu)
     return tuple(tuple(core) for core in cores.values())
+
+
+def core_of(system: Path, cpu: int) -> int:
+    """Returns the first CPU of the physical core of a CPU, whether or not this process may use it."""
+    siblings = parse_list(read(system / "cpu" / f"cpu{cpu}" / "topology" / "thread_siblings_list"))
+    return min(siblings, default=cpu)
 
 
 def pretend(found: Sequence[Node], count: str) -> tuple[Node, ...]:

@@ -41,7 +41,8 @@ struct Homes {
     int64_t after(int64_t task, int64_t num_threads) const;
 };
 
-// Returns `width`, or less in steps of `step`, so that a task of that many rows rarely reads rows of two nodes.
+// Returns `width`, or a smaller multiple of `step`, by which the rows of the first node are divided nearly evenly. With
+// equal shares, a task of that many rows then rarely reads rows of two nodes; with others, one at each boundary may.
 int64_t width_within_nodes(int64_t rows, int64_t width, int64_t step);
 
 // Returns the homes of tasks that each read `width` rows of a matrix, the last one of a group those that are left. A

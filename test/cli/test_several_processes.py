@@ -106,6 +106,7 @@ def test_result_of_one_process(arguments, ktops_command, reload_here, tmp_path):
         found = results(tmp_path / name)
         assert_same_training(found, expected, 1e-5)
         assert found[0]["world_size"] == len(found[0]["processes"]) == count
+        assert "world_size" not in found[0]["options"]
 
 
 def test_other_processes_that_cannot_share_a_step(ktops_command, tmp_path):

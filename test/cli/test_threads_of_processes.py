@@ -1,6 +1,8 @@
 """The threads of each of several processes."""
 
 import os
+import subprocess
+import sys
 import warnings
 from types import SimpleNamespace
 
@@ -9,6 +11,7 @@ import torch
 
 from ktops import numa
 from ktops.cli import processes
+from ktops.numa.binding import AlreadyBoundError
 
 
 @pytest.mark.parametrize(
@@ -22,10 +25,7 @@ from ktops.cli import processes
     ],
 )
 def test_share(cores, of_all, expected):
-    def names(numbers) -> set[str]:
-        return {str(number) for number in numbers}
-
-    assert processes.share_of(names(cores), [names(others) for others in of_all]) == expected
+    assert processes.share_of(set(cores), [set(others) for others in of_all]) == expected
 
 
 @pytest.fixture
@@ -56,7 +56,7 @@ def test_processes_are_bound_to_numa_nodes(three_processes, monkeypatch, count):
 
     def bind_rank(rank: int, size: int) -> None:
         calls.append((rank, size))
-        raise RuntimeError(
+        raise AlreadyBoundError(
             "bind_rank: this process may only use CPUs 0, and the one that started it CPUs 0-1"
         )
 
@@ -66,6 +66,31 @@ def test_processes_are_bound_to_numa_nodes(three_processes, monkeypatch, count):
         warnings.simplefilter("ignore")
         processes.share_threads(None)
     assert calls == [(0, 2)] * (count - 1)
+
+
+def test_other_errors_of_binding_are_raised(three_processes, monkeypatch):
+    def bind_rank(rank: int, size: int) -> None:
+        raise RuntimeError("set_num_threads expects a positive integer")
+
+    monkeypatch.setattr(numa, "nodes", lambda: [None] * 2)
+    monkeypatch.setattr(numa, "bind_rank", bind_rank)
+    with pytest.raises(RuntimeError, match="expects a positive integer"):
+        processes.share_threads(None)
+
+
+def test_openmp_that_binds_threads():
+    """The first thread then has one CPU; the process has all."""
+    code = "from ktops.cli import processes; print(*processes.share_threads(2))"
+    environment = {key: value for key, value in os.environ.items() if key != "OMP_NUM_THREADS"}
+    out = subprocess.run(
+        [sys.executable, "-c", code],
+        env=environment | {"OMP_PROC_BIND": "true"},
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    cpus = len(os.sched_getaffinity(0))
+    assert out == f"{min(2, cpus)} {cpus}\n"
 
 
 def test_one_process_keeps_its_threads():

@@ -11,7 +11,7 @@ from peft.tuners.lora.layer import ParamWrapper
 from tiny_models import tiny_model
 
 import ktops
-from ktops.integrations import llamafactory, settings, training
+from ktops.integrations import llamafactory, training
 from ktops.integrations.llamafactory import arguments, model, places, v1
 from ktops.integrations.transformers import default, pretrained
 
@@ -171,7 +171,7 @@ def test_mistakes(given, message, factory):
 def test_more_threads_than_cores(factory, capsys, monkeypatch):
     set_to = []
     monkeypatch.setattr(torch, "set_num_threads", set_to.append)
-    monkeypatch.setattr(settings.os, "sched_getaffinity", lambda process: {0, 1, 2})
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0, 1, 2})
     factory.hparams.read_args({"use_kt": True, "kt_num_threads": 60})
     assert set_to == [3]
     assert "kt_num_threads 60 is more than the number of cores, 3" in capsys.readouterr().err

@@ -21,6 +21,7 @@ class FakeMemory:
             read. Addresses.
         room: how many pages fit on each node other than 0.
         is_large: whether all memory consists of large pages, of which Linux moves all or nothing.
+        reads_ahead: whether the kernel knows MADV_POPULATE_READ.
     """
 
     def __init__(
@@ -32,9 +33,11 @@ class FakeMemory:
         absent: Collection[int] = (),
         room: float = float("inf"),
         is_large: bool = False,
+        reads_ahead: bool = True,
     ) -> None:
         self.nodes, self.shared, self.busy = nodes, set(shared), set(busy)
         self.absent, self.room, self.is_large = set(absent), room, is_large
+        self.reads_ahead = reads_ahead
         self.node_of: dict[int, int] = {}
         self.split: set[int] = set()
         self.policy = system.Policy(system.MPOL_DEFAULT)
@@ -75,7 +78,10 @@ class FakeMemory:
 
     def advise(self, address: int, size: int, advice: int) -> bool:
         """Reads what is absent, to the node that the policy prefers."""
-        assert advice == system.MADV_POPULATE_READ and self.policy.mode == system.MPOL_PREFERRED
+        assert advice == system.MADV_POPULATE_READ
+        if not self.reads_ahead:
+            return False
+        assert size == 0 or self.policy.mode == system.MPOL_PREFERRED
         for page in range(address, address + size, PAGE):
             assert page in self.absent
             self.absent.discard(page)

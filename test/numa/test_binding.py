@@ -9,9 +9,9 @@ import sys
 import pytest
 
 from ktops._warn import warn_once
-from ktops.numa import binding, system
+from ktops.numa import binding, system, topology
 from ktops.numa.binding import share
-from ktops.numa.topology import Node
+from ktops.numa.topology import STATUS, SYSTEM, Node, pretend, read_nodes, usable_memory
 
 SHOW = """
 import json, os, sys, threading, warnings
@@ -19,22 +19,42 @@ import torch
 import ktops
 from ktops.numa import system
 
+def policy():
+    try:
+        return system.get_policy()
+    except OSError:
+        return None
+
 def show(**more):
     tasks = {int(name) for name in os.listdir("/proc/self/task")}
     policies = []
-    thread = threading.Thread(target=lambda: policies.append(system.get_policy()))
+    thread = threading.Thread(target=lambda: policies.append(policy()))
     thread.start()
     thread.join()
     print(json.dumps({
         "cpus": sorted(os.sched_getaffinity(0)),
         "of_threads": sorted({tuple(sorted(os.sched_getaffinity(task))) for task in tasks}),
         "threads": torch.get_num_threads(),
-        "policy": system.get_policy(),
+        "policy": policy(),
         "policy_of_new_thread": policies[0],
         **more,
     }))
 """
 MACHINE = sorted(os.sched_getaffinity(0))
+NODES = read_nodes(SYSTEM, MACHINE, usable_memory(STATUS))
+CORES = [core for node in NODES for core in node.cores]
+
+
+@pytest.fixture
+def two_cores() -> None:
+    if len(CORES) < 2:
+        pytest.skip("needs two cores, for a rank each")
+
+
+@pytest.fixture
+def two_cpus() -> None:
+    if len(MACHINE) < 2:
+        pytest.skip("needs two CPUs, to be bound to one")
 
 
 def run(
@@ -53,8 +73,25 @@ def run(
     return result.stderr if fails else json.loads(result.stdout) | {"stderr": result.stderr}
 
 
-def half(rank: int) -> list[int]:
-    return MACHINE[rank * len(MACHINE) // 2 : (rank + 1) * len(MACHINE) // 2]
+def half(rank: int, nodes: tuple[Node, ...] = NODES) -> tuple[list[int], int]:
+    """The CPUs and the number of cores of a rank of two: half of the nodes, or cores of the only one."""
+    whole = nodes if len(nodes) > 1 else nodes[0].cores
+    part = whole[rank * len(whole) // 2 : (rank + 1) * len(whole) // 2]
+    cores = [core for node in part for core in node.cores] if len(nodes) > 1 else part
+    return sorted(cpu for core in cores for cpu in core), len(cores)
+
+
+def expected_policy(rank: int) -> list | None:
+    """What bind_rank sets in a rank of two; None if the system forbids it."""
+    try:
+        system.set_policy(system.get_policy())
+    except OSError as error:
+        assert error.errno in (errno.EPERM, errno.ENOSYS)
+        return None
+    found = [node for node in NODES if set(node.cpus) & set(half(rank)[0])]
+    if len(found) > 1 or not found[0].memory_bytes:
+        return [system.MPOL_LOCAL, []]
+    return [system.MPOL_PREFERRED, [found[0].id]]
 
 
 def node(number: int, cores: int, first: int = 0, threads: int = 1) -> Node:
@@ -103,7 +140,7 @@ def test_parts_are_disjoint_while_there_are_cores(nodes, size):
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_two_ranks_on_this_machine(rank):
+def test_two_ranks_on_this_machine(two_cores, rank):
     """Threads that exist and those to come, processes that it starts, and memory of the node."""
     code = """
 torch.set_num_threads(2)
@@ -115,17 +152,22 @@ show(text=str(binding), node=binding.memory_node, again=ktops.numa.bind_rank() i
      child=subprocess.run([sys.executable, "-c", child], capture_output=True, text=True).stdout)
 """
     shown = run(code, LOCAL_RANK=rank, LOCAL_WORLD_SIZE=2)
-    assert shown["cpus"] == half(rank) and shown["of_threads"] == [half(rank)]
-    assert shown["threads"] == len(half(rank))
-    assert shown["child"] == f"{half(rank)}\n"
+    cpus, cores = half(rank)
+    assert shown["cpus"] == cpus and shown["of_threads"] == [cpus]
+    assert shown["threads"] == cores
+    assert shown["child"] == f"{cpus}\n"
     assert f"rank {rank} of 2 on this host: node" in shown["text"] and shown["again"]
-    expected = [system.MPOL_PREFERRED, [shown["node"]]]
-    assert shown["policy"] == shown["policy_of_new_thread"] == expected
-    assert shown["stderr"] == ""
+    expected = expected_policy(rank)
+    if expected is None:
+        assert shown["node"] is None and "the memory policy stays as it is" in shown["stderr"]
+    else:
+        assert shown["policy"] == shown["policy_of_new_thread"] == expected
+        assert shown["node"] == (expected[1][0] if expected[1] else None)
+        assert shown["stderr"] == ""
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_the_variable_binds_on_import(rank):
+def test_the_variable_binds_on_import(two_cores, rank):
     """OMP_NUM_THREADS=1 of torchrun does not count. Processes that the rank starts keep its part whole."""
     code = f"""
 import subprocess
@@ -136,12 +178,15 @@ assert ktops.numa.bind_rank().local_rank == {rank}
 """
     environment = {"LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": 2, "KTOPS_NUMA_BIND": 1, "KTOPS_NUMA_NODES": 2}
     shown = run(code, **environment)
-    assert shown["cpus"] == half(rank) and shown["threads"] == len(half(rank))
-    assert shown["child"] == f"{half(rank)}\n"
-    assert shown["policy"] == [system.MPOL_DEFAULT, []]  # the nodes are pretended
+    cpus, cores = half(rank, pretend(NODES, "2"))
+    assert shown["cpus"] == cpus and shown["threads"] == cores
+    assert shown["child"] == f"{cpus}\n"
+    unbound = run("show()", LOCAL_RANK=rank, LOCAL_WORLD_SIZE=2)
+    assert shown["policy"] == unbound["policy"]  # the nodes are pretended
+    assert shown["stderr"] == ""
 
 
-def test_ranks_of_torchrun(tmp_path):
+def test_ranks_of_torchrun(two_cores, tmp_path):
     """Which leaves their CPUs alone, sets OMP_NUM_THREADS=1, and is not bound itself."""
     script = tmp_path / "rank.py"
     script.write_text(
@@ -153,12 +198,12 @@ def test_ranks_of_torchrun(tmp_path):
     environment = {key: value for key, value in os.environ.items() if key != "OMP_NUM_THREADS"}
     subprocess.run(command, env=environment | {"KTOPS_NUMA_BIND": "1"}, check=True, capture_output=True)
     for rank in range(2):
-        assert json.loads((tmp_path / str(rank)).read_text()) == [half(rank), len(half(rank))]
+        assert json.loads((tmp_path / str(rank)).read_text()) == list(half(rank))
 
 
 def test_one_rank_gets_all():
     shown = run("ktops.numa.bind_rank(0, 1); show()")
-    assert shown["cpus"] == MACHINE and shown["threads"] == len(MACHINE)
+    assert shown["cpus"] == MACHINE and shown["threads"] == len(CORES)
 
 
 @pytest.mark.parametrize("asked", ["", "0"])
@@ -172,11 +217,11 @@ def test_a_process_that_is_no_rank_is_not_bound():
 
 def test_more_ranks_than_cores():
     """Every rank gets a core; one of them warns."""
-    size = 2 * len(MACHINE)
-    warning = f"{size} processes share {len(MACHINE)} cores"
+    size = 2 * len(CORES)
+    warning = f"{size} processes share {len(CORES)} cores"
     for rank in (0, size - 1):
         shown = run("ktops.numa.bind_rank(); show()", LOCAL_RANK=rank, LOCAL_WORLD_SIZE=size)
-        assert shown["threads"] == len(shown["cpus"]) == 1
+        assert shown["threads"] == 1 and tuple(shown["cpus"]) in CORES
         assert shown["stderr"].count(warning) == (rank == 0)
 
 
@@ -205,7 +250,7 @@ def test_another_value_of_the_variable(monkeypatch):
         binding.bind_if_asked()
 
 
-def test_a_process_that_is_bound_already():
+def test_a_process_that_is_bound_already(two_cpus):
     """By torchrun --numa-binding, say: halving its CPUs once more would leave half of them idle."""
     bound = f"import os, sys; os.sched_setaffinity(0, [{MACHINE[0]}]); os.execv(sys.argv[1], sys.argv[1:])"
     error = run(
@@ -217,6 +262,18 @@ def test_a_process_that_is_bound_already():
     )
     assert f"bind_rank: this process may only use CPUs {MACHINE[0]}, and the one that started it" in error
     assert "Leave one of the two out" in error
+
+
+def test_a_launcher_whose_cpus_are_not_told(monkeypatch):
+    """Security modules may forbid it; then the process may be bound."""
+
+    def affinity(thread: int) -> set[int]:
+        if thread == os.getppid():
+            raise PermissionError
+        return {0}
+
+    monkeypatch.setattr(topology, "affinity", affinity)
+    binding._require_unbound(2)
 
 
 def test_another_rank_later():
@@ -236,13 +293,13 @@ def test_a_system_that_refuses_policies(monkeypatch):
         assert binding._prefer_memory([node(0, 2)]) is None
 
 
-def test_policies_are_read_back():
-    before = system.get_policy()
+def test_policies_are_read_back(policies):
+    before, node = system.get_policy(), next(node.id for node in NODES if node.memory_bytes)
     try:
         for policy in (
-            system.Policy(system.MPOL_PREFERRED, (0,)),
-            system.Policy(system.MPOL_BIND, (0,)),
-            system.Policy(system.MPOL_INTERLEAVE, (0,)),
+            system.Policy(system.MPOL_PREFERRED, (node,)),
+            system.Policy(system.MPOL_BIND, (node,)),
+            system.Policy(system.MPOL_INTERLEAVE, (node,)),
             system.Policy(system.MPOL_LOCAL),
         ):
             system.set_policy(policy)

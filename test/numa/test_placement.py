@@ -1,6 +1,7 @@
 """ktops.numa_placement: the weights of models on several nodes."""
 
 import errno
+import weakref
 from collections import Counter
 
 import every_model
@@ -12,7 +13,9 @@ from torch import nn
 import ktops
 from ktops.integrations import numa_placement as placement
 from ktops.nn import KTExperts, KTExpertSequence
+from ktops.numa import pages as pages_module
 from ktops.numa import system, topology
+from ktops.numa.topology import pretend
 from ktops.testing.compare import one_thread
 
 E, H, I = 3, 512, 256  # noqa: E741
@@ -183,18 +186,42 @@ def test_pretended_nodes_move_no_page(monkeypatch):
     assert profile.at_home is not None
 
 
-@pytest.mark.parametrize("code", [errno.EPERM, errno.ENOSYS])
-def test_a_system_that_refuses(two_nodes, monkeypatch, code):
-    """As containers do. Nothing changes."""
+def test_one_of_the_pretended_nodes(monkeypatch):
+    monkeypatch.setattr(ktops.numa, "nodes", lambda: pretend(machine(4), "2"))
+    report = ktops.numa_placement(model(dense()), nodes=[1])
+    assert str(report).endswith("pretended node 1 is the only one, so tasks prefer none; no page was moved")
+    assert torch.ops.kt.numa_rows(8) == []
+
+
+def test_pages_are_listed_one_tensor_at_a_time(two_nodes, monkeypatch):
+    """The lists of a large model's pages take a gigabyte."""
     two_nodes()
+    alive = []
+
+    def homes_of_pages(*arguments):
+        assert not any(pages() is not None for pages in alive)
+        found = pages_module.homes_of_pages(*arguments)
+        alive.append(weakref.ref(found[0]))
+        return found
+
+    monkeypatch.setattr(placement, "homes_of_pages", homes_of_pages)
+    ktops.numa_placement(model(dense()))
+    assert len(alive) == 4
+
+
+@pytest.mark.parametrize("code", [errno.EPERM, errno.ENOSYS])
+@pytest.mark.parametrize("call", ["move_pages", "get_policy", "set_policy"])
+def test_a_system_that_refuses(two_nodes, monkeypatch, call, code):
+    """As containers do. Nothing changes."""
+    fake = two_nodes()
 
     def refuse(*arguments):
-        raise OSError(code, "move_pages: refused")
+        raise OSError(code, f"{call}: refused")
 
-    monkeypatch.setattr(system, "move_pages", refuse)
+    monkeypatch.setattr(system, call, refuse)
     with pytest.raises(OSError, match="numa_placement: the system does not let this process move pages") as e:
         ktops.numa_placement(model(dense()))
-    assert e.value.errno == code
+    assert e.value.errno == code and not fake.node_of
     assert torch.ops.kt.numa_rows(8) == []
 
 

@@ -47,7 +47,7 @@ def collect(options: Options, trainer, timer: StepTimer, kt: KtTime, **parts) ->
     return {
         "versions": versions(),
         "cpu_capability": ktops.cpu_capability(),
-        "options": asdict(options),
+        "options": {name: value for name, value in asdict(options).items() if name != "world_size"},
         "world_size": processes.count(),
         "processes": processes.gather(own),
         "parameters": count_weights(trainer.model),

@@ -65,22 +65,22 @@ def _run_finetune(given: dict[str, Any], folders: list[Path], notes: Sequence[st
     def choose() -> tuple[Path, Options, list[str]]:
         _find_files(given, folders)
         if not resume:
-            options = replace(options_file.complete(Options(**given)), world_size=processes.count())
+            options = replace(options_file.complete(Options(**given)), world_size=processes.world_size())
             return run_directory.choose(output_dir, resume=False, overwrite=overwrite), options, []
         run_directory.require_last_checkpoint(resume, output_dir)
         directory = run_directory.choose(output_dir, resume=True, overwrite=overwrite)
         recorded = options_file.resumed(options_file.load(directory), given)
         _require_unfinished(directory, recorded)
         _require_same_pretraining(directory, recorded.world_size)
-        return directory, *options_file.on_processes(recorded, processes.count())
+        return directory, *options_file.on_processes(recorded, processes.world_size())
 
-    directory, options, more_notes = processes.on_first(choose)
+    directory, options, more_notes = processes.on_main_process(choose)
     silence_transformers()
-    if not processes.is_first():
+    if not processes.is_main_process():
         warnings.simplefilter("ignore")
     from ktops.cli.finetune.run import finetune
 
-    console = Console(highlight=False, quiet=not processes.is_first())
+    console = Console(highlight=False, quiet=not processes.is_main_process())
     for note in [*notes, *more_notes]:
         console.print(f"  {note}", soft_wrap=True)
     try:
@@ -262,8 +262,9 @@ def _require_unfinished(directory: Path, options: Options) -> None:
 
 def _require_same_pretraining(directory: Path, world_size: int) -> None:
     begun = run_directory.last_checkpoint(directory / run_directory.PRETRAINING) is not None
-    if begun and world_size != processes.count():
+    if begun and world_size != processes.world_size():
         raise UserError(
-            f"--resume: the small model is being pretrained with batches for {world_size} processes, not for "
-            f"{processes.count()}. Continue with {world_size}; after its pretraining, others can take over"
+            f"--resume: the small model is being pretrained with batches for {world_size} processes, not "
+            f"for {processes.world_size()}. Continue with {world_size}; after its pretraining, others can "
+            "take over"
         )

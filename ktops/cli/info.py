@@ -8,9 +8,10 @@ import torch
 
 import ktops
 from ktops._display import format_bytes
+from ktops.cli.errors import UserError
 from ktops.cli.packages import require_packages
 from ktops.cli.versions import versions
-from ktops.numa.topology import format_list
+from ktops.numa.topology import Node, format_list
 
 
 def collect() -> dict:
@@ -28,11 +29,23 @@ def collect() -> dict:
         "logical_cpus": psutil.cpu_count(),
         "numa_nodes": [
             {"node": node.id, "cpus": format_list(node.cpus), "memory_bytes": node.memory_bytes}
-            for node in ktops.numa.nodes()
+            for node in numa_nodes()
         ],
         "memory_total_bytes": memory.total,
         "memory_available_bytes": memory.available,
     }
+
+
+def numa_nodes() -> tuple[Node, ...]:
+    """Returns ``ktops.numa.nodes()``.
+
+    Raises:
+        UserError: KTOPS_NUMA_NODES is not a number that this machine can have.
+    """
+    try:
+        return ktops.numa.nodes()
+    except ValueError as error:
+        raise UserError(str(error)) from None
 
 
 def cpu_name() -> str:

@@ -20,6 +20,7 @@ from typing import Any, TypeVar
 
 from ktops._warn import warn_once
 from ktops.cli.errors import Interrupted, UserError
+from ktops.cli.info import numa_nodes
 
 T = TypeVar("T")
 
@@ -31,7 +32,7 @@ _GRACE = 10
 """Seconds that a process gets to print why all end."""
 
 
-def is_first() -> bool:
+def is_main_process() -> bool:
     """Returns whether this is the process that prints, and writes files."""
     return rank() == 0
 
@@ -41,33 +42,33 @@ def rank() -> int:
     return _run.rank if _run is not None else 0
 
 
-def count() -> int:
+def world_size() -> int:
     """Returns how many processes there are on all hosts."""
-    return _run.count if _run is not None else 1
+    return _run.world_size if _run is not None else 1
 
 
-def count_here() -> int:
+def local_world_size() -> int:
     """Returns how many processes there are on this host."""
-    return _run.count_here if _run is not None else 1
+    return _run.local_world_size if _run is not None else 1
 
 
-def is_first_here() -> bool:
+def is_local_main_process() -> bool:
     """Returns whether this is the first process on this host."""
-    return _run is None or _run.rank_here == 0
+    return _run is None or _run.local_rank == 0
 
 
-def gather(value: T) -> list[T]:
+def all_gather(value: T) -> list[T]:
     """Returns the values that all processes pass, by rank. Waits for all."""
     if _run is None:
         return [value]
     import torch
 
-    values: list[Any] = [None] * _run.count
+    values: list[Any] = [None] * _run.world_size
     torch.distributed.all_gather_object(values, value)
     return values
 
 
-def total(*numbers: int) -> list[int]:
+def all_reduce_sum(*numbers: int) -> list[int]:
     """Returns the sum over all processes of each number. Waits for all."""
     if _run is None:
         return list(numbers)
@@ -78,19 +79,19 @@ def total(*numbers: int) -> list[int]:
     return numbers_here.tolist()
 
 
-def wait_for_all() -> None:
+def barrier() -> None:
     """Returns when all processes have come here."""
-    total(0)
+    all_reduce_sum(0)
 
 
-def on_first(function: Callable[[], T]) -> T:
+def on_main_process(function: Callable[[], T]) -> T:
     """Calls a function in the first process; returns its result in all, or raises its UserError in all."""
     if _run is None:
         return function()
     import torch
 
     outcome: list[Any] = [None, None]
-    if is_first():
+    if is_main_process():
         try:
             outcome[0] = function()
         except UserError as error:
@@ -122,17 +123,17 @@ def share_threads(wanted: int | None) -> tuple[int, int]:
     from ktops.numa import topology
     from ktops.numa.binding import AlreadyBoundError
 
-    if _run is not None and len(numa.nodes()) > 1:
+    if _run is not None and len(numa_nodes()) > 1:
         with suppress(AlreadyBoundError):  # by their launcher
-            numa.bind_rank(_run.rank_here, _run.count_here)
+            numa.bind_rank(_run.local_rank, _run.local_world_size)
     cpus = topology.usable_cpus()
     if _run is None:
         return (torch.get_num_threads() if wanted is None else set_num_threads(wanted)), len(cpus)
     here, cores = socket.gethostname(), {topology.core_of(topology.SYSTEM, cpu) for cpu in cpus}
-    found = _by_host(gather((here, cores)))
+    found = _by_host(all_gather((here, cores)))
     threads = set_num_threads(share_of(cores, found[here]) if wanted is None else wanted)
     os.environ["OMP_NUM_THREADS"] = str(threads)  # without which accelerate would choose a number
-    for host, number in _by_host(gather((here, threads))).items():
+    for host, number in _by_host(all_gather((here, threads))).items():
         there = len(set().union(*found[host]))
         if sum(number) > there:
             warn_once(
@@ -164,8 +165,10 @@ def launcher() -> str:
     """Returns what goes before a command to start it as this one was; nothing for a single process."""
     if _run is None:
         return ""
-    one_host = _run.count == _run.count_here
-    return f"torchrun {f'--standalone --nproc-per-node {_run.count}' if one_host else '...'} --no-python "
+    one_host = _run.world_size == _run.local_world_size
+    return (
+        f"torchrun {f'--standalone --nproc-per-node {_run.world_size}' if one_host else '...'} --no-python "
+    )
 
 
 def continue_with(command: str) -> None:
@@ -213,9 +216,9 @@ class _Run:
     """
 
     rank: int
-    count: int
-    rank_here: int
-    count_here: int
+    world_size: int
+    local_rank: int
+    local_world_size: int
     store: Any
     how_to_continue: str | None = None
     speaks: bool = False

@@ -134,7 +134,9 @@ def _choose(nodes: str | Sequence[int]) -> list[numa.Node]:
         if nodes != "all":
             raise ValueError(f"numa_placement: nodes must be 'all' or numbers of nodes, got {nodes!r}")
         return list(found.values())
-    numbers = list(nodes)
+    numbers = [number for number in nodes if type(number) is int] if isinstance(nodes, Sequence) else None
+    if numbers is None or len(numbers) < len(nodes):
+        raise TypeError(f"numa_placement: nodes must be 'all' or a list of integers, got {nodes!r}")
     if not numbers or len(set(numbers)) < len(numbers) or not found.keys() >= set(numbers):
         raise ValueError(
             f"numa_placement: nodes must be different ones of {list(found)}, the nodes on whose CPUs this "

@@ -75,6 +75,9 @@ def bind_rank(local_rank: int | None = None, local_world_size: int | None = None
         rank 0 of 2 on this host: node 0, CPUs 0-47, 48 threads
     """
     global _bound
+    for name, value in (("local_rank", local_rank), ("local_world_size", local_world_size)):
+        if value is not None and type(value) is not int:
+            raise TypeError(f"bind_rank: {name} must be an int, got {value!r}")
     rank = _number("local_rank", local_rank, "LOCAL_RANK")
     size = _number("local_world_size", local_world_size, "LOCAL_WORLD_SIZE")
     if not 0 <= rank < size:
@@ -102,6 +105,8 @@ def bind_rank(local_rank: int | None = None, local_world_size: int | None = None
     memory = _prefer_memory(part)
     _bound = Binding(rank, size, tuple(node.id for node in part), tuple(sorted(cpus)), threads, memory)
     os.environ[VARIABLE] = "0"  # processes that this one starts inherit its part, and must not divide it
+    if part[0].pretended:  # of the CPUs that are left, which nodes() would divide again
+        os.environ[topology.VARIABLE] = str(len(part))
     return _bound
 
 

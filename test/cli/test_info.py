@@ -39,6 +39,12 @@ def test_text_says_the_same(ktops_command):
         assert words in out
 
 
+def test_nodes_that_cannot_be(ktops_command, monkeypatch):
+    monkeypatch.setenv("KTOPS_NUMA_NODES", "x")
+    status, out, err = ktops_command("info")
+    assert (status, out) == (1, "") and err.startswith("ktops: KTOPS_NUMA_NODES must be a number of nodes")
+
+
 def test_nothing_heavy_is_imported():
     code = (
         "import sys; sys.argv = ['ktops', 'info', '--json']\n"

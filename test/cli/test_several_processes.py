@@ -240,7 +240,7 @@ def short_with_memory(file: Path) -> None:
         if state.global_step == 2:
             (memory,) = (found for found in psutil.Process().memory_maps() if found.path == str(file))
             Path(f"memory-{args.process_index}").write_text(json.dumps(memory._asdict()))
-            processes.wait_for_all()
+            processes.barrier()
 
     interrupt.StopOnInterrupt.on_step_end = on_step_end
 

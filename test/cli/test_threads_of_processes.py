@@ -33,8 +33,10 @@ def three_processes(monkeypatch):
     """Two on this host, which may use the same CPU, and one on another host."""
     cpu = min(os.sched_getaffinity(0))
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {cpu})
-    monkeypatch.setattr(processes, "_run", SimpleNamespace(rank=0, count=3, rank_here=0, count_here=2))
-    monkeypatch.setattr(processes, "gather", lambda value: [value, value, ("there", value[1])])
+    monkeypatch.setattr(
+        processes, "_run", SimpleNamespace(rank=0, world_size=3, local_rank=0, local_world_size=2)
+    )
+    monkeypatch.setattr(processes, "all_gather", lambda value: [value, value, ("there", value[1])])
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     before = torch.get_num_threads()
     yield
@@ -60,7 +62,7 @@ def test_processes_are_bound_to_numa_nodes(three_processes, monkeypatch, count):
             "bind_rank: this process may only use CPUs 0, and the one that started it CPUs 0-1"
         )
 
-    monkeypatch.setattr(numa, "nodes", lambda: [None] * count)
+    monkeypatch.setattr(processes, "numa_nodes", lambda: [None] * count)
     monkeypatch.setattr(numa, "bind_rank", bind_rank)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -72,7 +74,7 @@ def test_other_errors_of_binding_are_raised(three_processes, monkeypatch):
     def bind_rank(rank: int, size: int) -> None:
         raise RuntimeError("set_num_threads expects a positive integer")
 
-    monkeypatch.setattr(numa, "nodes", lambda: [None] * 2)
+    monkeypatch.setattr(processes, "numa_nodes", lambda: [None] * 2)
     monkeypatch.setattr(numa, "bind_rank", bind_rank)
     with pytest.raises(RuntimeError, match="expects a positive integer"):
         processes.share_threads(None)

@@ -201,6 +201,22 @@ def test_ranks_of_torchrun(two_cores, tmp_path):
         assert json.loads((tmp_path / str(rank)).read_text()) == list(half(rank))
 
 
+@pytest.mark.parametrize("rank", [0, 1])
+def test_pretended_nodes_of_a_bound_process(two_cores, rank):
+    """It has the node that it got, and does not pretend as many again among the CPUs that are left."""
+    code = "ktops.numa.bind_rank(); show(nodes=[list(node.cpus) for node in ktops.numa.nodes()])"
+    shown = run(code, LOCAL_RANK=rank, LOCAL_WORLD_SIZE=2, KTOPS_NUMA_NODES=2)
+    assert isinstance(shown, dict) and shown["nodes"] == [shown["cpus"]]
+
+
+@pytest.mark.parametrize(
+    ("rank", "size", "name"), [("0", 2, "local_rank"), (True, 2, "local_rank"), (0, 2.0, "local_world_size")]
+)
+def test_numbers_of_another_type(rank, size, name):
+    with pytest.raises(TypeError, match=f"bind_rank: {name} must be an int"):
+        binding.bind_rank(rank, size)
+
+
 def test_one_rank_gets_all():
     shown = run("ktops.numa.bind_rank(0, 1); show()")
     assert shown["cpus"] == MACHINE and shown["threads"] == len(CORES)

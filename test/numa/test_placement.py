@@ -240,6 +240,13 @@ def test_other_nodes(two_nodes, nodes, message):
         ktops.numa_placement(model(dense()), nodes=nodes)
 
 
+@pytest.mark.parametrize("nodes", [0, None, [True], [0.0], ["0"]])
+def test_nodes_that_are_no_list_of_integers(two_nodes, nodes):
+    two_nodes()
+    with pytest.raises(TypeError, match="nodes must be 'all' or a list of integers, got"):
+        ktops.numa_placement(model(dense()), nodes=nodes)
+
+
 def test_nodes_without_memory(two_nodes):
     two_nodes(None, 2, 2, memory=0)
     with pytest.raises(ValueError, match=r"nodes must have memory that this process may use, got \[0, 1\]"):

@@ -24,7 +24,7 @@ class StopOnInterrupt(TrainerCallback):
         self.notice()
 
     def on_step_end(self, args, state, control, **kwargs):
-        self.stopped = any(processes.total(int(self.stopped)))
+        self.stopped = any(processes.all_reduce_sum(int(self.stopped)))
         if self.stopped:
             control.should_save = control.should_training_stop = True
 

@@ -92,5 +92,5 @@ def base_model(options: Options, directory: Path, report: Report, resume_command
         write_json(log, result)
         shutil.rmtree(work)
 
-    processes.on_first(save)
+    processes.on_main_process(save)
     return str(base), result

@@ -73,8 +73,8 @@ def finetune(
 
     def begin() -> None:
         """Writes the first files of the run; until then, an error leaves the directory as it was."""
-        processes.wait_for_all()
-        processes.on_first(lambda: _begin(directory, options, overwrite))
+        processes.barrier()
+        processes.on_main_process(lambda: _begin(directory, options, overwrite))
         processes.continue_with(resume_command)
 
     if options.model is None:
@@ -89,7 +89,9 @@ def finetune(
         planned = _plan(options, split, force, report)
 
     transformers.set_seed(options.seed)
-    model, quantized = load_base(base, options.torch_dtype, options, show_progress=processes.is_first())
+    model, quantized = load_base(
+        base, options.torch_dtype, options, show_progress=processes.is_main_process()
+    )
     if options.linear_format is not None:
         report.line(str(quantize_linear(model, options.linear_format)))
     model = lora.add_adapters(model, options, report)
@@ -110,7 +112,7 @@ def finetune(
         ProgressCallback(console, "fine-tuning", options.logging_steps),
         packed=padded is None,
     )
-    asked = split.samples if processes.is_first() else []
+    asked = split.samples if processes.is_main_process() else []
     before = training.evaluate(trainer)
     samples = [{"prompt": text, "before": _sample(model, tokenizer, ids)} for text, ids in asked]
     training.train(trainer, directory / run_directory.CHECKPOINTS, console, resume_command)
@@ -129,7 +131,7 @@ def finetune(
         quantization=metrics.quantization(quantized),
         samples=samples,
     )
-    if not processes.is_first():
+    if not processes.is_main_process():
         return result
     model.save_pretrained(directory)
     report.cost(result)
@@ -147,7 +149,7 @@ def finetune(
 
 
 def _require_device(device: str) -> None:
-    if processes.count() > 1 and device != "cpu":
+    if processes.world_size() > 1 and device != "cpu":
         raise UserError(f"--device {device}: several processes train on the CPU only. Start one process")
     require_device(device)
 
@@ -156,17 +158,17 @@ def _set_num_threads(wanted: int | None, report: Report) -> None:
     threads, cpus = processes.share_threads(wanted)
     if wanted is not None and threads < wanted:
         report.line(f"--num-threads {wanted}: this machine has {cpus} cores, so {threads} threads")
-    if processes.count() > 1:
-        report.line(f"{processes.count()} processes, {threads} threads each")
+    if processes.world_size() > 1:
+        report.line(f"{processes.world_size()} processes, {threads} threads each")
 
 
 def _plan(options: Options, split: Split, force: bool, report: Report) -> Needs | None:
     """Says what the processes of this host need together; see check_finetune."""
     longest = max(len(example["input_ids"]) for example in split.train)
     planned = None
-    if processes.is_first_here():
+    if processes.is_local_main_process():
         planned = check_finetune(options, longest, force, report.line)
-    processes.wait_for_all()
+    processes.barrier()
     return planned
 
 

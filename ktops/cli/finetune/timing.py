@@ -54,7 +54,7 @@ class StepTimer(TrainerCallback):
         self.clock.switch("rest")
 
     def on_step_end(self, args, state, control, **kwargs):
-        tokens, padding = processes.total(self._tokens, self._padding)
+        tokens, padding = processes.all_reduce_sum(self._tokens, self._padding)
         parts = self.clock.stop()
         seconds = sum(parts.values())
         self.parts.update(parts)

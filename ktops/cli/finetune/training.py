@@ -145,7 +145,7 @@ class _Trainer(Trainer):
     def get_train_dataloader(self):
         size = self.args.train_batch_size
         lengths = [len(example["input_ids"]) for example in self.train_dataset]
-        order = BatchOrder(lengths, size, self.args.seed, processes.rank(), processes.count())
+        order = BatchOrder(lengths, size, self.args.seed, processes.rank(), processes.world_size())
         loader = DataLoader(
             [*self.train_dataset, _without_labels(self.train_dataset[0])],
             batch_size=size,
@@ -159,14 +159,14 @@ class _Trainer(Trainer):
 
     def _wrap_model(self, model, training=True, dataloader=None):
         """Trains the model of several processes as one, which Trainer does not after an evaluation."""
-        if processes.count() == 1 or not training or isinstance(model, DistributedDataParallel):
+        if processes.world_size() == 1 or not training or isinstance(model, DistributedDataParallel):
             return super()._wrap_model(model, training, dataloader)
         return _data_parallel(model)
 
     def _save_rng_state(self, output_dir):
         """Writes the state of each process before the first completes the checkpoint."""
         super()._save_rng_state(output_dir)
-        processes.wait_for_all()
+        processes.barrier()
 
 
 def _without_labels(example: dict[str, list[int]]) -> dict[str, list[int]]:
@@ -185,8 +185,8 @@ class _HeldOut(list):
     def __init__(self, examples: list[dict[str, list[int]]], batch_size: int):
         super().__init__(sorted(examples, key=lambda example: len(example["input_ids"])))
         self.total_dataset_length = len(examples)
-        if examples and processes.count() > 1:
-            missing = -len(examples) % (batch_size * processes.count())
+        if examples and processes.world_size() > 1:
+            missing = -len(examples) % (batch_size * processes.world_size())
             self.extend([_without_labels(self[0])] * missing)
 
 
@@ -263,7 +263,7 @@ def train(trainer: Trainer, directory: Path, console: Console, resume_command: s
     """
     interrupt = StopOnInterrupt(lambda: console.print("  Ctrl-C: saving a checkpoint after this step ..."))
     trainer.add_callback(interrupt)
-    checkpoint = processes.on_first(lambda: run_directory.last_checkpoint(directory))
+    checkpoint = processes.on_main_process(lambda: run_directory.last_checkpoint(directory))
     if checkpoint is not None:
         console.print(f"  continuing from {checkpoint}")
         state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
@@ -273,7 +273,7 @@ def train(trainer: Trainer, directory: Path, console: Console, resume_command: s
             return
     with adapters_in_input_dtype(trainer.model):
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-    processes.wait_for_all()  # torchrun would end the first, which writes the checkpoint, when others have
+    processes.barrier()  # torchrun would end the first, which writes the checkpoint, when others have
     if interrupt.stopped and trainer.state.global_step < trainer.state.max_steps:
         raise Interrupted(
             f"Stopped after step {trainer.state.global_step} of {trainer.state.max_steps}. To continue:\n"

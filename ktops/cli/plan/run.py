@@ -37,7 +37,7 @@ def check_finetune(options: Options, length: int, force: bool, say: Callable[[st
     Raises:
         UserError: it does not fit, and ``force`` is False.
     """
-    planner = Planner(options, length, processes=processes.count_here())
+    planner = Planner(options, length, processes=processes.local_world_size())
     return _check(planner, planner.finetune, force, say)
 
 

@@ -317,7 +317,7 @@ def test_processes_share_only_what_is_mapped(ktops_command, wide_directory):
 def test_one_process_instead_of_several_is_proposed(ktops_command, wide_directory, monkeypatch):
     available(monkeypatch, MIB)
     out = ktops_command("plan", wide_directory, "--processes", 2)[1]
-    assert re.search(r"makes it fit. One process needs [\d.]+ MiB\n", out)
+    assert re.search(r"makes it fit. One process needs [\d.]+ [MG]iB\n", out)
 
 
 def test_the_command(ktops_command, model_directory):

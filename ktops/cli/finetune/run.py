@@ -65,9 +65,7 @@ def finetune(
         Interrupted: Ctrl-C; a checkpoint has been saved.
     """
     report = Report(console)
-    resume_command = (
-        processes.launcher() + f"ktops finetune --resume --output-dir {shlex.quote(str(directory))}"
-    )
+    resume_command = _resume_command(directory)
     _require_device(options.device)
     _set_num_threads(options.num_threads, report)
 
@@ -146,6 +144,10 @@ def finetune(
     verify.require(result["reload"])
     report.reload(result["reload"], directory)
     return result
+
+
+def _resume_command(directory: Path) -> str:
+    return f"{processes.launcher()}ktops finetune --resume --output-dir {shlex.quote(str(directory))}"
 
 
 def _require_device(device: str) -> None:

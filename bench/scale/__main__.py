@@ -21,6 +21,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 import torch.distributed as dist
@@ -151,6 +152,7 @@ def main(argv: list[str] | None = None) -> int:
     with ktops.use_isa(args.isa):
         status = work(args, ranks)
     dist.barrier()  # nobody leaves while others may need it
+    time.sleep(0.1)  # for threads of gloo that still free the last exchange, which could abort the process
     dist.destroy_process_group()
     if _STATUS not in os.environ:
         return status

@@ -14,7 +14,7 @@ from peft import PeftModel, get_peft_model
 from tiny_models import NUM_EXPERTS, tiny_batch
 from torch import Tensor, distributed
 from torch.nn.parallel import DistributedDataParallel
-from training_program import load, rank, whole
+from training_program import leave, load, rank, whole
 from transformers import AutoModelForCausalLM
 
 import ktops
@@ -227,7 +227,7 @@ def main(path: str, directory: str) -> None:
         if rank() == 0:
             text = "\n".join(f"rank {number}: {error}" for number, error in enumerate(errors) if error)
             (Path(directory) / name).write_text(text)
-    distributed.destroy_process_group()
+    leave()
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ import torch
 from cells import STEPS, Cell
 from peft import PeftModel
 from torch import distributed
-from training_program import ROWS, examples, load, rank, whole
+from training_program import ROWS, examples, leave, load, rank, whole
 from transformers import Trainer, TrainingArguments
 
 import ktops
@@ -60,6 +60,8 @@ def main(path: str, directory: str, name: str, checkpoint: str | None = None) ->
     results["resumed"] = run(path, cell, output, parallel=parallel, resume=Path(checkpoint))
     if rank() == 0:
         torch.save(results, output / "result.pt")
+    if parallel:
+        leave()
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@
 The global batch of a step is the same for any number of processes.
 """
 
+import os
 import shutil
 import sys
 import traceback
@@ -147,6 +148,16 @@ def rank() -> int:
     return distributed.get_rank() if distributed.is_initialized() else 0
 
 
+def leave() -> None:
+    """Ends this process once all have come here.
+
+    Without ``destroy_process_group``, because threads of gloo that still free the last exchange can abort it.
+    """
+    distributed.barrier()
+    sys.stdout.flush()
+    os._exit(0)
+
+
 def main(path: str, directory: str, *names: str) -> None:
     """Trains cells one after another; saves the result of each, or its error."""
     torch.set_num_threads(1)
@@ -169,7 +180,7 @@ def main(path: str, directory: str, *names: str) -> None:
         if rank() == 0:
             torch.save(result, output / "result.pt")
     if parallel:
-        distributed.destroy_process_group()
+        leave()
 
 
 if __name__ == "__main__":

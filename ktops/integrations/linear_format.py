@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from ktops._display import format_bytes
+from ktops.integrations import data_parallel
 from ktops.integrations.swap import exchange
 from ktops.integrations.transformers.saving import refuse_saving
 from ktops.nn.experts import check_name
@@ -84,6 +85,7 @@ def quantize_linear(model: nn.Module, linear_format: str = "int8") -> LinearRepo
         layers.append(name)
         exchange(model, linear, converted)
     refuse_saving(model)
+    data_parallel.enable()
     return LinearReport(linear_format, tuple(layers), before, after)
 
 

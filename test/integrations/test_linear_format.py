@@ -10,6 +10,7 @@ from tiny_models import tiny_model
 from torch import nn
 
 import ktops
+from ktops.integrations import data_parallel
 from ktops.nn import Int8Linear
 from ktops.testing.budgets import relative_error
 
@@ -182,3 +183,14 @@ def test_adapters_are_saved(tmp_path, monkeypatch, library, first):
         after = other(IDS).logits
         assert not torch.equal(after, before)
         assert torch.equal(after, model(IDS).logits)
+
+
+def test_data_parallel_leaves_them_alone(monkeypatch, request):
+    """DistributedDataParallel would send their weights to all processes before every forward."""
+    request.addfinalizer(data_parallel.disable)
+    model = tiny_model("qwen3_moe")
+    ktops.quantize_linear(model)
+    monkeypatch.setitem(data_parallel._replaced.original, "__init__", lambda *arguments: None)
+    nn.parallel.DistributedDataParallel(model)
+    buffers = {name for name, _ in model.named_buffers() if name.endswith(("qweight", "scale"))}
+    assert buffers and set(model._ddp_params_and_buffers_to_ignore) == buffers

@@ -32,9 +32,9 @@ from ktops.checkpoints import CheckpointError, CheckpointWriter, open_checkpoint
 from ktops.checkpoints.checkpoint import PROGRESS
 from ktops.checkpoints.writer import checksum
 from ktops.cli.finetune import run_directory
+from ktops.testing.torchrun import torchrun
 
 COMMAND = (sys.executable, "-m", "ktops.cli.main")
-TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node")
 METRICS = "metrics.json"
 LIMIT = 60
 """Seconds that processes get to end after one of them."""
@@ -84,7 +84,7 @@ class Command(ABC):
         Raises:
             RuntimeError: the command failed.
         """
-        launcher = COMMAND if self.processes == 1 else (*TORCHRUN, str(self.processes), *COMMAND[1:])
+        launcher = COMMAND if self.processes == 1 else torchrun(self.processes, *COMMAND[1:])
         command = [*launcher, *self.next()]
         with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
             self.wait_for_begin(process)

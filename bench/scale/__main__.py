@@ -34,6 +34,7 @@ from bench.machine import Calibration
 from bench.scale import check, page, parts, predict
 from bench.scale.measured import Measured, kernels_table, summary
 from bench.scale.ranks import Ranks, divide, node_cpus, pin
+from ktops.testing.torchrun import torchrun
 
 _STATUS = "BENCH_SCALE_STATUS"  # the file for the exit status of rank 0, if this process starts the ranks
 
@@ -68,8 +69,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 
 def launch(args: argparse.Namespace, argv: list[str]) -> int:
     """Starts the ranks with torchrun; returns the exit status of rank 0."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc-per-node", str(args.ranks), "--local-ranks-filter", "0", "-m", "bench.scale", *argv]
+    command = torchrun(args.ranks, "--local-ranks-filter", 0, "-m", "bench.scale", *argv)
     with tempfile.NamedTemporaryFile() as file:  # torchrun would report status 1 as a crash
         variables = {"OMP_NUM_THREADS": "1", _STATUS: file.name}
         done = subprocess.run(command, cwd=results.ROOT, env={**os.environ, **variables})

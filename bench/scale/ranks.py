@@ -6,7 +6,6 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,6 +14,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 import ktops
+from ktops.numa.topology import set_affinity
 
 _CALLS = 5  # at least, of which the fastest counts
 _TIMEOUT = datetime.timedelta(hours=2)  # other ranks wait while rank 0 measures alone
@@ -22,17 +22,7 @@ _TIMEOUT = datetime.timedelta(hours=2)  # other ranks wait while rank 0 measures
 
 def node_cpus() -> list[list[int]]:
     """Returns the CPUs of each NUMA node that this process may use; nodes without any are left out."""
-    allowed = os.sched_getaffinity(0)
-    files = Path("/sys/devices/system/node").glob("node[0-9]*/cpulist")
-    nodes = []
-    for file in sorted(files, key=lambda file: int(file.parent.name.removeprefix("node"))):
-        cpus: list[int] = []
-        for part in file.read_text().strip().split(","):
-            first, _, last = part.partition("-")
-            cpus += range(int(first), int(last or first) + 1) if part else ()
-        if usable := [cpu for cpu in cpus if cpu in allowed]:
-            nodes.append(usable)
-    return nodes or [sorted(allowed)]
+    return [list(node.cpus) for node in ktops.numa.nodes()]
 
 
 def divide(nodes: list[list[int]], ranks: int, number: int | None = None) -> list[list[int]]:
@@ -56,11 +46,7 @@ def divide(nodes: list[list[int]], ranks: int, number: int | None = None) -> lis
 
 def pin(cpus: list[int]) -> None:
     """Binds all threads of this process to CPUs, and makes torch use one thread for each."""
-    for thread in os.listdir("/proc/self/task"):
-        try:
-            os.sched_setaffinity(int(thread), cpus)
-        except ProcessLookupError:  # it has ended
-            continue
+    set_affinity(cpus)
     torch.set_num_threads(len(cpus))
 
 

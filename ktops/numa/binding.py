@@ -95,11 +95,7 @@ def bind_rank(local_rank: int | None = None, local_world_size: int | None = None
             "so several run on the same core. Start fewer processes per host (torchrun --nproc-per-node)"
         )
     cpus = {cpu for node in part for cpu in node.cpus}
-    for thread in topology.threads():
-        try:
-            os.sched_setaffinity(thread, cpus)
-        except ProcessLookupError:  # it has ended
-            continue
+    topology.set_affinity(cpus)
     threads = sum(len(node.cores) for node in part)
     torch.set_num_threads(threads)
     memory = _prefer_memory(part)

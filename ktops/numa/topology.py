@@ -78,6 +78,15 @@ def affinity(thread: int) -> set[int]:
         return set()
 
 
+def set_affinity(cpus: Collection[int]) -> None:
+    """Makes all threads of this process, and those that they start, run on some CPUs only."""
+    for thread in threads():
+        try:
+            os.sched_setaffinity(thread, cpus)
+        except ProcessLookupError:  # it has ended
+            continue
+
+
 def usable_memory(status: Path) -> set[int] | None:
     """Returns the nodes whose memory this process may use; None if the system does not say."""
     try:

@@ -14,7 +14,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora.layer import LoraLayer
 from peft_models import randomize
 from safetensors.torch import load_file, save_file
-from tiny_models import tiny_model
+from tiny_models import SIZES, tiny_model
 
 EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
@@ -58,15 +58,8 @@ def base_model(architecture: str) -> transformers.PreTrainedModel:
         return tiny_model(architecture)
     model_class, config_class, keys = OTHERS[architecture]
     torch.manual_seed(0)
-    sizes = {
-        "vocab_size": 97,
-        "hidden_size": 32,
-        "intermediate_size": 24,
-        "num_hidden_layers": 2,
-        "head_dim": 8,
-    }
     counts = {"num_local_experts": 4, "num_attention_heads": 4, "num_key_value_heads": 2}
-    return model_class(config_class(**sizes, **counts, **keys))
+    return model_class(config_class(**SIZES, **counts, **keys))
 
 
 def save_base(architecture: str, folder: Path) -> Path:

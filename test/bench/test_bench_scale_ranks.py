@@ -15,24 +15,16 @@ from bench.scale.__main__ import best, fastest, main
 from bench.scale.measured import Measured
 from bench.scale.model import Curve
 from bench.shapes import Shape
+from ktops.testing.torchrun import torchrun
 
 SMALL = Shape("64,32,8,2", 64, 32, 8, 2)
 ROOT = Path(__file__).parents[2]
 
 
-def torchrun(*arguments: str) -> subprocess.CompletedProcess:
-    """Starts two ranks of torchrun."""
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        "2",
-        *arguments,
-    ]
+def run_ranks(*arguments: object) -> subprocess.CompletedProcess:
+    """Runs a program in two ranks."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
+    return subprocess.run(torchrun(2, *arguments), env=environment, cwd=ROOT, capture_output=True, text=True)
 
 
 EXCHANGE = """
@@ -88,7 +80,7 @@ def test_what_ranks_exchange(tmp_path):
     """transformers' expert parallelism really run between two processes, its rows and bytes counted."""
     script = tmp_path / "exchange.py"
     script.write_text(f"import sys\nsys.path.append({str(Path(__file__).parent)!r})\n{EXCHANGE}")
-    done = torchrun(str(script), str(tmp_path))
+    done = run_ranks(str(script), str(tmp_path))
     assert done.returncode == 0, done.stderr
     found = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
     counted = routing.counts(routing.draw(SMALL, TOKENS, 1), 8, 2)

@@ -2,7 +2,8 @@
 
 import json
 import subprocess
-import sys
+
+from ktops.testing.torchrun import torchrun
 
 COMMAND = """
 import os, signal, sys
@@ -23,20 +24,11 @@ def test_interrupted_and_continued_by_one_process(
     ktops_command, reload_here, model_directory, data_file, tmp_path
 ):
     (tmp_path / "ktops").write_text(COMMAND)
-    launcher = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        "2",
-        "ktops",
-    ]
     options = [
         "--model", model_directory, "--data", data_file, "--max-length", 96, "--lora-rank", 4,
         "--max-steps", 5000, "--save-steps", 5000, "--batch-size", 2, "--output-dir", "out",
     ]  # fmt: skip
-    command = [*launcher, "finetune", *map(str, options)]
+    command = torchrun(2, "ktops", "finetune", *options)
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert result.returncode == 1, result.stderr
     assert result.stdout.count("  2 processes, ") == 1

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from peft import LoraConfig, get_peft_model
 from ranks import once, run_ranks
-from tiny_models import tiny_model
+from tiny_models import SIZES, tiny_model
 from transformers import AutoModelForCausalLM, GptOssConfig, GptOssForCausalLM, PreTrainedModel
 
 from ktops.integrations.peft import expert_target_parameters
@@ -102,13 +102,6 @@ def tiny_model_for_ranks(architecture: str) -> PreTrainedModel:
     """Returns a tiny model whose heads and experts four ranks can share."""
     if architecture != "gpt_oss":
         return tiny_model(architecture, num_key_value_heads=4)
-    sizes = {
-        "vocab_size": 97,
-        "hidden_size": 32,
-        "intermediate_size": 24,
-        "num_hidden_layers": 2,
-        "head_dim": 8,
-    }
     heads = {
         "num_attention_heads": 4,
         "num_key_value_heads": 4,
@@ -117,7 +110,7 @@ def tiny_model_for_ranks(architecture: str) -> PreTrainedModel:
     }
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        return GptOssForCausalLM(GptOssConfig(**sizes, **heads, initializer_range=0.2, pad_token_id=None))
+        return GptOssForCausalLM(GptOssConfig(**SIZES, **heads, initializer_range=0.2, pad_token_id=None))
 
 
 def lora_config(model: PreTrainedModel, trained: str = "lora", **options) -> LoraConfig:

@@ -14,7 +14,7 @@ from peft import PeftModel, get_peft_model
 from tiny_models import NUM_EXPERTS, tiny_batch
 from torch import Tensor, distributed
 from torch.nn.parallel import DistributedDataParallel
-from training_program import leave, load, rank, whole
+from training_program import join, leave, load, rank, whole
 from transformers import AutoModelForCausalLM
 
 import ktops
@@ -212,9 +212,7 @@ CHECKS = [name for name in list(globals()) if name.startswith("check_")]
 
 
 def main(path: str, directory: str) -> None:
-    torch.set_num_threads(1)
-    ktops.enable()
-    distributed.init_process_group("gloo")
+    join()
     for name in CHECKS:
         torch.manual_seed(0)
         error = None

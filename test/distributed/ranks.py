@@ -9,6 +9,7 @@ from pathlib import Path
 from filelock import FileLock
 
 import ktops
+from ktops.testing.torchrun import torchrun
 
 HERE = Path(__file__).parent
 
@@ -30,12 +31,12 @@ def run_ranks(program: str, world_size: int, *arguments: object, timeout: float 
         world_size: number of processes; with 0, one process without torchrun.
         timeout: seconds.
     """
-    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world_size}"]
-    command = [sys.executable, *(torchrun if world_size else ()), HERE / program, *arguments]
+    rest = [HERE / program, *arguments]
+    command = torchrun(world_size, *rest) if world_size else [sys.executable, *map(str, rest)]
     path = [Path(ktops.__file__).parents[1], HERE, HERE.parent / "integrations", *sys.path]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, path)), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [*map(str, command)],
+        command,
         env=environment,
         timeout=timeout,
         text=True,

@@ -11,8 +11,7 @@ from pathlib import Path
 import torch
 from cells import STEPS, Cell
 from peft import PeftModel
-from torch import distributed
-from training_program import ROWS, examples, leave, load, rank, whole
+from training_program import ROWS, examples, join, leave, load, rank, whole
 from transformers import Trainer, TrainingArguments
 
 import ktops
@@ -47,11 +46,7 @@ def run(path: str, cell: Cell, output: Path, *, parallel: bool, resume: Path | N
 
 
 def main(path: str, directory: str, name: str, checkpoint: str | None = None) -> None:
-    torch.set_num_threads(1)
-    ktops.enable()
-    parallel = distributed.is_torchelastic_launched()
-    if parallel:
-        distributed.init_process_group("gloo")
+    parallel = join()
     output, cell = Path(directory), Cell(*name.split("-"))
     results = {}
     if checkpoint is None:

@@ -148,6 +148,16 @@ def rank() -> int:
     return distributed.get_rank() if distributed.is_initialized() else 0
 
 
+def join() -> bool:
+    """Prepares this process, and connects it with the others; returns whether there are any."""
+    torch.set_num_threads(1)
+    ktops.enable()
+    parallel = distributed.is_torchelastic_launched()
+    if parallel:
+        distributed.init_process_group("gloo")
+    return parallel
+
+
 def leave() -> None:
     """Ends this process once all have come here.
 
@@ -160,11 +170,7 @@ def leave() -> None:
 
 def main(path: str, directory: str, *names: str) -> None:
     """Trains cells one after another; saves the result of each, or its error."""
-    torch.set_num_threads(1)
-    ktops.enable()
-    parallel = distributed.is_torchelastic_launched()
-    if parallel:
-        distributed.init_process_group("gloo")
+    parallel = join()
     for name in names:
         output = Path(directory) / name
         if rank() == 0:

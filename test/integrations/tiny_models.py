@@ -16,6 +16,15 @@ VOCAB_SIZE = 97
 NUM_EXPERTS = 8
 TOP_K = 3
 
+SIZES = {
+    "vocab_size": VOCAB_SIZE,
+    "hidden_size": 32,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "head_dim": 8,
+}
+"""Of models whose intermediate_size is that of their experts."""
+
 _COMMON = {
     "vocab_size": VOCAB_SIZE,
     "hidden_size": 32,

@@ -12,6 +12,7 @@ from ktops._warn import warn_once
 from ktops.numa import binding, system, topology
 from ktops.numa.binding import share
 from ktops.numa.topology import STATUS, SYSTEM, Node, pretend, read_nodes, usable_memory
+from ktops.testing.torchrun import torchrun
 
 SHOW = """
 import json, os, sys, threading, warnings
@@ -194,9 +195,9 @@ def test_ranks_of_torchrun(two_cores, tmp_path):
         "shown = [sorted(os.sched_getaffinity(0)), torch.get_num_threads()]\n"
         f"pathlib.Path({str(tmp_path)!r}, os.environ['LOCAL_RANK']).write_text(json.dumps(shown))\n"
     )
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", script]
     environment = {key: value for key, value in os.environ.items() if key != "OMP_NUM_THREADS"}
-    subprocess.run(command, env=environment | {"KTOPS_NUMA_BIND": "1"}, check=True, capture_output=True)
+    environment["KTOPS_NUMA_BIND"] = "1"
+    subprocess.run(torchrun(2, script), env=environment, check=True, capture_output=True)
     for rank in range(2):
         assert json.loads((tmp_path / str(rank)).read_text()) == list(half(rank))
 

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from ktops._modes import call_without_modes
 from ktops._warn import warn_once
 from ktops.ops.arguments import MoeArguments
 from ktops.ops.check_devices import TOKENS
@@ -147,7 +148,7 @@ class Pending:
 
     def __del__(self) -> None:
         if self._call is not None:
-            torch.ops.kt.moe_fwd_end(self._call, None)
+            call_without_modes(torch.ops.kt.moe_fwd_end.default, self._call, None)
 
 
 def begin(arguments: MoeArguments) -> Pending:

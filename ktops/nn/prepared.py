@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ktops._modes import call_without_modes
 from ktops.nn.host_memory import ON_DEVICE
 from ktops.ops.moe_sft import moe_arguments
 
@@ -30,7 +31,8 @@ class PreparedExperts:
     def __init__(self, arguments: tuple, key: list, lora_key: tuple) -> None:
         self.key, self.lora_key = key, lora_key
         self.experts: int = torch.ops.kt.prepare_moe(*arguments)
-        weakref.finalize(self, torch.ops.kt.release_moe, self.experts).atexit = False
+        release = torch.ops.kt.release_moe.default
+        weakref.finalize(self, call_without_modes, release, self.experts).atexit = False
 
     def __reduce__(self):
         return type(None), ()

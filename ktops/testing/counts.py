@@ -1,5 +1,6 @@
 """Counts the operators and allocations of a call, which are the same on every machine."""
 
+import gc
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -38,6 +39,7 @@ def counted() -> Iterator[Counts]:
         (1, [16, 16], 32)
     """
     counts = Counts()
+    gc.collect()  # what earlier work left to be freed is not to be freed, and counted, in the block
     activities = [torch.profiler.ProfilerActivity.CPU]
     with torch.profiler.profile(activities=activities, profile_memory=True, acc_events=True) as profiler:
         yield counts

@@ -9,6 +9,7 @@ import torch
 from peft_models import adapted
 from stream_calls import arguments, expected
 from tiny_models import tiny_batch, tiny_model
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
@@ -191,6 +192,17 @@ def test_an_output_that_is_dropped(call, cuda):
     call()
     streams.synchronize()
     assert cuda.calls("cudaLaunchHostFunc") == before + 1
+
+
+def test_ended_unseen_while_a_function_is_traced(call):
+    held = [call()]
+
+    def drop_and_add(x):
+        held.clear()
+        return x + 1
+
+    graph = make_fx(drop_and_add)(torch.ones(2)).graph
+    assert [str(node.target) for node in graph.nodes if node.op == "call_function"] == ["aten.add.Tensor"]
 
 
 class OnStreams(TorchDispatchMode):

@@ -10,7 +10,10 @@ import accelerate
 import pytest
 import torch
 from small_experts import H, I, K, T, make, tokens
+from torch._subclasses import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.utils import prune
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -170,6 +173,49 @@ def test_released_with_the_experts():
     gc.collect()
     with pytest.raises(RuntimeError, match="experts must come from"):
         torch.ops.kt.moe_fwd_prepared(*inputs, number)
+
+
+@pytest.mark.parametrize("pre_dispatch", [False, True])
+def test_released_unseen_while_a_function_is_traced(pre_dispatch):
+    """A graph with the release would release, each time that it runs, whatever then has the number."""
+    inputs = tokens()
+    held = [make()]
+    held[0](*inputs)
+    number = getattr(held[0], PREPARED).experts
+
+    def free_and_add(x):
+        held.clear()
+        gc.collect()
+        return x + 1
+
+    graph = make_fx(free_and_add, pre_dispatch=pre_dispatch)(inputs[0]).graph
+    assert [str(node.target) for node in graph.nodes if node.op == "call_function"] == ["aten.add.Tensor"]
+    with pytest.raises(RuntimeError, match="experts must come from"):
+        torch.ops.kt.moe_fwd_prepared(*inputs, number)
+
+
+@pytest.mark.parametrize("mode", ["dispatch", "function", "fake"])
+def test_released_unseen_under_modes(mode):
+    experts, inputs = make(), tokens()
+    experts(*inputs)
+    number = getattr(experts, PREPARED).experts
+    seen = {"dispatch": Seen, "function": SeenFunctions, "fake": FakeTensorMode}[mode]()
+    with seen:
+        del experts
+        gc.collect()
+    assert mode == "fake" or seen.ops == []
+    with pytest.raises(RuntimeError, match="experts must come from"):
+        torch.ops.kt.moe_fwd_prepared(*inputs, number)
+
+
+class SeenFunctions(TorchFunctionMode):
+    def __init__(self):
+        super().__init__()
+        self.ops = []
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        self.ops.append(func)
+        return func(*args, **(kwargs or {}))
 
 
 class Seen(TorchDispatchMode):

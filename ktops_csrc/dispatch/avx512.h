@@ -8,6 +8,10 @@
 
 #include "dispatch/row.h"
 
+namespace kt::avx512_vbmi {
+void use_faster_dots(FormatTable* tables);
+}
+
 #define KT_ISA avx512
 
 #pragma GCC push_options
@@ -18,6 +22,7 @@ namespace kt::KT_ISA {
 struct Isa : IsaDefaults {
     static constexpr int kVectorBytes = 64;
     static constexpr int kGemmRows = 6, kGemmPanels = 4;  // accumulators; 4 for a step of B, 1 for the broadcast of A
+    static void use_faster_dots(FormatTable* tables) { avx512_vbmi::use_faster_dots(tables); }
 };
 
 }  // namespace kt::KT_ISA

@@ -8,6 +8,10 @@
 
 #include "dispatch/row.h"
 
+namespace kt::avx512_vbmi {
+void use_faster_dots(FormatTable* tables);
+}
+
 #define KT_ISA avx512_bf16
 
 #pragma GCC push_options
@@ -21,6 +25,7 @@ struct Isa : IsaDefaults {
     static constexpr bool kBFloat16Dot = true;
     static constexpr int kCodeGemmRows = 3, kCodeGemmPanels = 4;
     static constexpr int64_t kInt8Rows = int64_t{1} << 31;  // always
+    static void use_faster_dots(FormatTable* tables) { avx512_vbmi::use_faster_dots(tables); }
 };
 
 }  // namespace kt::KT_ISA

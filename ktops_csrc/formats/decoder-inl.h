@@ -6,6 +6,7 @@
 //   kFactor                          a constant to multiply values by, in addition to their scale
 //   State prepare(block)             computes what all chunks of a block need
 //   decode(block, state, part, v)    decodes chunk number `part` of a block
+//   kDecodesLines                    true if decode_line(blocks, v) decodes 64 bytes of blocks that are chunks
 // and is listed in formats.def.
 //
 // A decoder of an integer format, whose codes are multiplied (weights/codes-inl.h), also has
@@ -33,6 +34,7 @@ struct ChunkDecoder {
     static constexpr int64_t kBlock = kChunk;
     static constexpr bool kSplit = false;
     static constexpr float kFactor = 1;
+    static constexpr bool kDecodesLines = false;
     using State = NoState;
 
     static NoState prepare(const uint8_t*) { return {}; }

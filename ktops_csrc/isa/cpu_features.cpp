@@ -66,6 +66,8 @@ bool has_avx512() {
 
 bool has_avx512_bf16() { return has_avx512() && bit(cpuid(7, 1).eax, 5) && bit(cpuid(7, 0).ecx, 11); }  // and VNNI
 
+bool has_avx512_vbmi() { return has_avx512() && bit(cpuid(7, 0).ecx, 1); }
+
 bool slow_bfloat16_dot() {
     constexpr uint32_t kCooperLake = 0x55;
     const Leaf zero = cpuid(0, 0), one = cpuid(1, 0);

@@ -10,6 +10,9 @@ namespace kt::cpu {
 #include "isa/rows.def"
 #undef KT_ROW
 
+// The same for instructions that are not a row of their own.
+bool has_avx512_vbmi();
+
 // True if VDPBF16PS does fewer FLOP/s than multiply-adds in float32. On Intel cores with AMX it does half as many
 // (measured on one); on Cooper Lake and AMD cores, twice as many. Decided by vendor and model, not by measurement,
 // since the same CPU must always choose the same kernels.

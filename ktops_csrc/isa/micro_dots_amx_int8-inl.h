@@ -25,7 +25,7 @@ struct TileDots {
         const uint8_t* from;
         int64_t stride, rows, bytes;
 
-        void step(int64_t t) const {
+        __attribute__((always_inline)) void step(int64_t t) const {
             for (int64_t r = 0; r < rows; ++r) __builtin_prefetch(from + r * stride + t * bytes, 0, 2);
         }
     };

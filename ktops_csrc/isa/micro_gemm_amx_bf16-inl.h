@@ -55,7 +55,7 @@ inline void zero_sums() {
 }
 
 // Prefetches a tile of a panel, 16 consecutive lines.
-inline void prefetch_tile(const void* tile) {
+inline __attribute__((always_inline)) void prefetch_tile(const void* tile) {
 #pragma GCC unroll 16
     for (int i = 0; i < 16; ++i) __builtin_prefetch(static_cast<const char*>(tile) + 64 * i);
 }
@@ -161,7 +161,7 @@ private:
         const bfloat16 *near = nullptr, *far = nullptr;
         int64_t far_from = 0, rows = 0, stride = 0;
 
-        void step(int64_t t) const {
+        __attribute__((always_inline)) void step(int64_t t) const {
             const bfloat16* line = (t < far_from ? near : far) + t * kTileK;
             for (int64_t i = 0; i < rows; ++i) __builtin_prefetch(line + i * stride, 0, 2);
         }

@@ -6,6 +6,8 @@
 
 namespace kt {
 
+struct FormatTable;
+
 struct IsaDefaults {
     // Bytes of a vector register: 16, 32 or 64.
     static constexpr int kVectorBytes = 16;
@@ -35,6 +37,9 @@ struct IsaDefaults {
     // For weights in integer formats, integer products are faster than floating point if experts have at most kInt8Rows
     // rows on average, or if at least kInt8Group columns share a scale.
     static constexpr int64_t kInt8Rows = 0, kInt8Group = int64_t{1} << 62;
+
+    // Replaces kernels in the table of every format, if the CPU can do more than the ISA requires.
+    static void use_faster_dots(FormatTable*) {}
 
     // The constructor sets up a thread for its work; the destructor restores it.
     struct Region {};

@@ -110,6 +110,19 @@ inline void store_n(T* p, Vec<Acc<T>> v, int64_t n) {
     }
 }
 
+// Deinterleaves two vectors: returns the even (first = 0) or odd (1) lanes of x, then those of y. join_lanes is the
+// inverse: it interleaves the first (half = 0) or second (1) halves of x and y.
+template <class V, int... Is>
+inline V split_lanes(V x, V y, int first, std::integer_sequence<int, Is...>) {
+    return first ? __builtin_shufflevector(x, y, (2 * Is + 1)...) : __builtin_shufflevector(x, y, (2 * Is)...);
+}
+template <class V, int... Is>
+inline V join_lanes(V x, V y, int half, std::integer_sequence<int, Is...>) {
+    constexpr int L = sizeof...(Is);
+    return half ? __builtin_shufflevector(x, y, ((L + Is) / 2 + Is % 2 * L)...)
+                : __builtin_shufflevector(x, y, (Is / 2 + Is % 2 * L)...);
+}
+
 template <class A>
 inline A sum_lanes(Vec<A> v) {
     A lanes[kLanes<A>];

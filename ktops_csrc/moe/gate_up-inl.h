@@ -8,19 +8,6 @@
 
 namespace kt::KT_ISA {
 
-// Deinterleaves two vectors: returns the even (first = 0) or odd (1) lanes of x, then those of y. join_lanes is the
-// inverse: it interleaves the first (half = 0) or second (1) halves of x and y.
-template <class V, int... Is>
-inline V split_lanes(V x, V y, int first, std::integer_sequence<int, Is...>) {
-    return first ? __builtin_shufflevector(x, y, (2 * Is + 1)...) : __builtin_shufflevector(x, y, (2 * Is)...);
-}
-template <class V, int... Is>
-inline V join_lanes(V x, V y, int half, std::integer_sequence<int, Is...>) {
-    constexpr int L = sizeof...(Is);
-    return half ? __builtin_shufflevector(x, y, ((L + Is) / 2 + Is % 2 * L)...)
-                : __builtin_shufflevector(x, y, (Is / 2 + Is % 2 * L)...);
-}
-
 // Where g and u are in a row: in two halves, interleaved, or g alone, as the rows of gate_up_proj.
 class GateUp {
 public:

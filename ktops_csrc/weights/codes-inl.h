@@ -75,6 +75,7 @@ private:
         for (int64_t step = 0; step < order.count; ++step) {
             const DotRows rows = order.at(step);
             const int64_t ahead = read_ahead(order, step, w.row_bytes);
+            prefetch_groups(w, e, row, order, step);
             const bool all = rows.count == kDotRows;  // fewer rows: one by one, each in place of all four
             for (int64_t j = 0; j < (all ? 1 : rows.count); ++j) add(all ? rows : DotRows{rows.first + j, 0, 1}, ahead);
         }

@@ -36,13 +36,17 @@ constexpr FormatTable make_table() {
 }
 
 const FormatTable& format_table(FormatId format) {
-    static constexpr FormatTable tables[] = {
+    struct Tables {
+        FormatTable of[static_cast<int>(FormatId::dense)] = {
 #define KT_FORMAT(name, Type, element, block, bytes, scales, zeros, code_group) \
     make_table<Type, Scales::scales, zeros, code_group>(),
 #include "formats/formats.def"
 #undef KT_FORMAT
+        };
+        Tables() { Isa::use_faster_dots(of); }
     };
-    return tables[static_cast<int>(format)];
+    static const Tables tables;
+    return tables.of[static_cast<int>(format)];
 }
 
 }  // namespace kt::KT_ISA

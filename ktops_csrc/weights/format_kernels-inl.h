@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <cstring>
 
+#include "weights/chunk_dots-inl.h"
 #include "weights/codes-inl.h"
 
 namespace kt::KT_ISA {
@@ -49,7 +50,9 @@ public:
     }
 
     // Prefetches the line that is `ahead` bytes past the next chunk.
-    void prefetch(int64_t ahead) const { __builtin_prefetch(block_ + part_ * (Decoder::kBytes / kParts) + ahead); }
+    __attribute__((always_inline)) void prefetch(int64_t ahead) const {
+        __builtin_prefetch(block_ + part_ * (Decoder::kBytes / kParts) + ahead);
+    }
 
 private:
     // Copies the last bytes of a row: memory may end with them.
@@ -128,6 +131,7 @@ private:
         for (int64_t step = 0; step < order.count; ++step) {
             const DotRows rows = order.at(step);
             const int64_t ahead = read_ahead(order, step, w.row_bytes);
+            prefetch_groups(w, e, row, order, step);
             VecF sums[M][kDotRows] = {};
             for_each_piece(0, w.columns, [&](int64_t first, int64_t end) __attribute__((always_inline)) {
                 add_piece<M>(w, e, row, rows, first, end, a, ahead, sums);
@@ -139,21 +143,27 @@ private:
     // Adds columns [first, end), in one piece, of kDotRows rows, each a stream of memory. If fewer rows are left, the
     // last one is repeated.
     template <int M>
-    static void add_piece(const WeightTensor& w, int64_t e, int64_t row, const DotRows& rows, int64_t first,
-                          int64_t end, const float* const* x, int64_t ahead, VecF (&sums)[M][kDotRows]) {
-        constexpr int L = kLanes<float>;
-        Reader readers[kDotRows];
-        for (int64_t r = 0; r < kDotRows; ++r) readers[r].start(w, e, row + rows.row(r), first, end);
-        for (int64_t k = first; k < end; k += kChunk) {
+    __attribute__((always_inline)) static void add_piece(const WeightTensor& w, int64_t e, int64_t row,
+                                                         const DotRows& rows, int64_t first, int64_t end,
+                                                         const float* const* x, int64_t ahead,
+                                                         VecF (&sums)[M][kDotRows]) {
+        if constexpr (Decoder::kBlock == kChunk) {
+            ChunkDots<Decoder, kScales, kZeros>::template add_piece<M>(w, e, row, rows, first, end, x, ahead, sums);
+        } else {
+            constexpr int L = kLanes<float>;
+            Reader readers[kDotRows];
+            for (int64_t r = 0; r < kDotRows; ++r) readers[r].start(w, e, row + rows.row(r), first, end);
+            for (int64_t k = first; k < end; k += kChunk) {
 #pragma GCC unroll 4
-            for (int64_t r = 0; r < kDotRows; ++r) {
-                VecF v[kChunkVectors];
-                readers[r].prefetch(ahead);
-                readers[r].next(k, v);
+                for (int64_t r = 0; r < kDotRows; ++r) {
+                    VecF v[kChunkVectors];
+                    readers[r].prefetch(ahead);
+                    readers[r].next(k, v);
 #pragma GCC unroll 8
-                for (int i = 0; i < M; ++i) {
+                    for (int i = 0; i < M; ++i) {
 #pragma GCC unroll 8
-                    for (int s = 0; s < kChunkVectors; ++s) sums[i][r] += v[s] * load(x[i] + k + s * L);
+                        for (int s = 0; s < kChunkVectors; ++s) sums[i][r] += v[s] * load(x[i] + k + s * L);
+                    }
                 }
             }
         }

@@ -71,6 +71,24 @@ inline int64_t read_ahead(const DotOrder& order, int64_t step, int64_t row_bytes
     return kReadAhead + (ends ? (kDotRows - 1) * order.apart * row_bytes : 0);
 }
 
+// Prefetches the scales and zero points of the rows whose codes are being prefetched. They are a few lines in each of
+// many places, which the CPU does not foresee. (GCC removes calls of functions that only prefetch.)
+inline __attribute__((always_inline)) void prefetch_groups(const WeightTensor& w, int64_t e, int64_t row,
+                                                           const DotOrder& order, int64_t step) {
+    step += ceil_div(kReadAhead, w.row_bytes) + 1;
+    if (step >= order.count) return;
+    const DotRows rows = order.at(step);
+    for (const GroupValues* values : {&w.scale, &w.zero}) {
+        if (!values->data || values->row_block > 1) continue;  // a line serves many rows
+        const int64_t bytes = ceil_div(w.columns, smaller(w.group, w.columns)) * values->element_bytes();
+        for (int64_t r = 0; r < rows.count; ++r) {
+            const uint8_t* first = values->at(e, row + rows.row(r));
+            for (int64_t b = 0; b < bytes; b += 64) __builtin_prefetch(first + b);
+            __builtin_prefetch(first + bytes - 1);
+        }
+    }
+}
+
 // The most rows of activations that share a read of codes. with_few_rows calls f(1, 2 or 4, a constant) for m rows.
 constexpr int kFewRows = Isa::kVectorBytes == 64 ? 4 : Isa::kVectorBytes == 32 ? 2 : 1;
 template <class F>

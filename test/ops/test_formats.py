@@ -51,8 +51,8 @@ def test_decoding_of_rows_that_end_within_a_group(isa, name, group_size, rows, c
     assert_identical(decoded(weight), decode(weight))
 
 
-@pytest.mark.parametrize("name", ["fp8_e4m3", "mxfp8", "mxfp4", "int8", "int4"])
-def test_every_code(isa, name):
+def every_code(name: str) -> ExpertWeight:
+    """Returns one row with each byte, in groups whose scales differ."""
     codes = torch.arange(256, dtype=torch.uint8).view(get_format(name).dtype).reshape(1, 1, 256)
     columns = 512 if name in ("mxfp4", "int4") else 256
     scale = torch.tensor([0, 1, 100, 126, 127, 128, 200, 240] * 2, dtype=torch.uint8)[
@@ -61,8 +61,55 @@ def test_every_code(isa, name):
     group_size = 32
     if not name.startswith("mx"):
         scale, group_size = torch.tensor([-0.037]).reshape(1, 1, 1), 0
-    weight = ExpertWeight(name, (1, 1, columns), codes, scale, group_size=group_size)
+    return ExpertWeight(name, (1, 1, columns), codes, scale, group_size=group_size)
+
+
+ONE_CODE_A_BYTE = ["fp8_e4m3", "mxfp8", "mxfp4", "int8", "int4"]
+
+
+@pytest.mark.parametrize("name", ONE_CODE_A_BYTE)
+def test_every_code(isa, name):
+    weight = every_code(name)
     assert_identical(decoded(weight), decode(weight))
+
+
+def few_rows(tokens: torch.Tensor, weight: ExpertWeight) -> torch.Tensor:
+    """Returns relu(tokens @ weight[0].T), by products that decode each weight as they use it."""
+    ids, ones = torch.zeros(1, 1, dtype=torch.int64), torch.ones(1, 1)
+    down = torch.ones(1, weight.shape[-1], 1)
+    with ktops.profile() as profile:
+        outputs = [
+            ktops.moe_sft(
+                row[None], ids, ones, weight, down, gating="none", activation="relu", compute="bf16"
+            )[:, :1]
+            for row in tokens
+        ]
+    assert paths_taken(profile, "gate_up") == {"decoded_dots"}
+    return torch.cat(outputs)[:, 0]
+
+
+@pytest.mark.parametrize("name", ONE_CODE_A_BYTE)
+def test_products_with_every_code(isa, name):
+    weight = every_code(name)
+    exact = decode(weight).flatten()
+    if weight.weight.dtype == torch.float8_e4m3fn:
+        weight.weight.view(torch.uint8)[0, 0, exact.isnan()] = 0  # each would be a part of all sums
+        exact = exact.nan_to_num(0)
+    one_hot = torch.eye(exact.numel())
+    assert_identical(few_rows(one_hot, weight), exact.relu())
+    assert_identical(few_rows(-one_hot, weight), (-exact).relu())
+
+
+@pytest.mark.parametrize("name", ["fp8_e4m3", "mxfp8"])
+@pytest.mark.parametrize("code", [0x7F, 0xFF])
+@pytest.mark.parametrize("column", [0, 40, 95])
+def test_products_with_nan(isa, name, code, column):
+    codes = torch.full((1, 1, 96), 0x38, dtype=torch.uint8)
+    codes[0, 0, column] = code
+    scale = torch.full((1, 1, 3), 127, dtype=torch.uint8) if name == "mxfp8" else torch.ones(1, 1, 1)
+    group_size = 32 if name == "mxfp8" else 0
+    weight = ExpertWeight(name, (1, 1, 96), codes.view(torch.float8_e4m3fn), scale, group_size=group_size)
+    assert few_rows(torch.ones(1, 96), weight).isnan().all()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.uint8])

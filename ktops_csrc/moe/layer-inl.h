@@ -39,17 +39,16 @@ inline int64_t wide_slab(const Routing& routing) {
     return columns;
 }
 
-// Columns of one task of x W^T for a weight in a format while every expert has few rows: each task copies these in
-// float32 (decoded_dots()).
-constexpr int64_t kDecodedSlab = 256, kDecodedSlabRows = 32;
+// The same while every expert has few rows: longer streams of memory, and rows of A that a task has to convert are
+// converted less often.
+constexpr int64_t kFewRowsSlab = 256, kFewRowsMost = 32;
 
 // Returns the columns of one task of x W^T, with `ranges` ranges of that many columns. If W is transposed, this is a
 // product down the rows of the matrix in memory. Then a task is wide only if no expert has enough rows for panels: a
 // panel of fewer columns covers more of k, so that C is read and written less often.
 template <class T>
 inline int64_t forward_slab(const Weight<T>& weight, int64_t ranges, const Routing& routing) {
-    if (weight.has_format() && routing.most_rows <= kDecodedSlabRows) return larger(kSlab<T>, kDecodedSlab);
-    if (!weight.transposed) return kSlab<T>;
+    if (!weight.transposed) return routing.most_rows > kFewRowsMost ? kSlab<T> : larger(kSlab<T>, kFewRowsSlab);
     const int64_t columns = routing.most_rows > kIsaLimits<T>.sums_rows ? kMaxColumns : wide_slab(routing);
     return larger(kSlab<T>, columns / ranges);
 }

@@ -6,43 +6,27 @@
 #include <cstdint>
 #include <cstring>
 
-#include "weights/chunk_dots-inl.h"
+#include "weights/chunk_kernels-inl.h"
 #include "weights/codes-inl.h"
 
 namespace kt::KT_ISA {
 
-// Reads the chunks of columns [first, end) of a row, in order. `first` may be in any chunk; all are in one piece.
-template <class Decoder, Scales kScales, bool kZeros>
-class RowReader {
+// Reads the chunks of a row in order, for formats with several in a block, whose rows are whole blocks.
+template <class Decoder>
+class BlockReader {
     static constexpr int64_t kParts = Decoder::kBlock / kChunk;
 
 public:
-    void start(const WeightTensor& w, int64_t e, int64_t row, int64_t first, int64_t end) {
-        const int64_t k = first / kChunk * kChunk;
-        columns_ = w.columns;
+    // From the chunk that starts at column k on.
+    void start(const WeightTensor& w, int64_t e, int64_t row, int64_t k) {
         block_ = w.row(e, row) + k / Decoder::kBlock * Decoder::kBytes;
         part_ = k / kChunk % kParts;
         if (part_) state_ = Decoder::prepare(block_);
-        if constexpr (kScales != Scales::kNone) {
-            group_ = w.group;
-            index_ = 0;
-            const int64_t group = first / group_, n = (end - 1) / group_ - group + 1;
-            group_end_ = (group + 1) * group_;
-            load_groups(w.scale, e, row, group, n, scales_);
-            if constexpr (Decoder::kFactor != 1) {
-                for (int64_t i = 0; i < n; ++i) scales_[i] *= Decoder::kFactor;
-            }
-            if constexpr (kZeros) load_groups(w.zero, e, row, group, n, zeros_);
-        }
     }
 
-    // Decodes the next chunk, weights [k, k + 32). Lanes past the last column are any finite number.
-    __attribute__((always_inline)) void next(int64_t k, VecF* v) {
-        const uint8_t* block = block_;
-        if constexpr (kParts == 1) {
-            if (__builtin_expect(k + kChunk > columns_, 0)) block = copy_last(k);
-        }
-        decode(block, k, v);
+    __attribute__((always_inline)) void next(VecF* v) {
+        if (part_ == 0) state_ = Decoder::prepare(block_);
+        Decoder::decode(block_, state_, part_, v);
         if (++part_ == kParts) {
             part_ = 0;
             block_ += Decoder::kBytes;
@@ -55,38 +39,16 @@ public:
     }
 
 private:
-    // Copies the last bytes of a row: memory may end with them.
-    __attribute__((noinline)) const uint8_t* copy_last(int64_t k) {
-        std::memcpy(last_, block_, static_cast<size_t>(ceil_div((columns_ - k) * Decoder::kBytes, kChunk)));
-        return last_;
-    }
-
-    __attribute__((always_inline)) void decode(const uint8_t* block, int64_t k, VecF* v) {
-        if (part_ == 0) state_ = Decoder::prepare(block);
-        Decoder::decode(block, state_, part_, v);
-        if constexpr (kScales != Scales::kNone) {
-            if (k >= group_end_) {
-                group_end_ += group_;
-                ++index_;
-            }
-            for (int i = 0; i < kChunkVectors; ++i) {
-                if constexpr (kZeros) v[i] = v[i] - zeros_[index_];
-                v[i] = v[i] * scales_[index_];
-            }
-        }
-    }
-
     const uint8_t* block_;
-    int64_t columns_, group_, group_end_, part_, index_;
+    int64_t part_;
     typename Decoder::State state_;
-    float scales_[kScales == Scales::kNone ? 1 : group_room(kPieceGroups + 1)];
-    float zeros_[kZeros ? group_room(kPieceGroups + 1) : 1];
-    uint8_t last_[kParts == 1 ? Decoder::kBytes : 1] = {};
 };
 
 template <class Decoder, Scales kScales, bool kZeros>
 struct FormatKernels {
-    using Reader = RowReader<Decoder, kScales, kZeros>;
+    static constexpr bool kInChunks = Decoder::kBlock == kChunk;
+    static_assert(kInChunks || kScales == Scales::kNone);
+    using Chunks = ChunkKernels<Decoder, kScales, kZeros>;
 
     // Decodes rows [row, row + n), columns [column, column + count), to rows `stride` elements apart.
     template <class T>
@@ -94,21 +56,10 @@ struct FormatKernels {
                      int64_t stride) {
         for (int64_t i = row; i < row + n; ++i, out += stride) {
             for_each_piece(column, column + count, [&](int64_t first, int64_t end) {
-                Reader reader;
-                reader.start(w, e, i, first, end);
-                for (int64_t k = first / kChunk * kChunk; k < end; k += kChunk) {
-                    VecF v[kChunkVectors];
-                    reader.prefetch(kReadAhead);
-                    reader.next(k, v);
-                    if (__builtin_expect(k >= first && k + kChunk <= end, 1)) {
-                        store_chunk<Decoder::kSplit>(v, out + k - column);
-                        continue;
-                    }
-                    T part[kChunk];
-                    store_chunk<Decoder::kSplit>(v, part);
-                    const int64_t from = larger(first, k), to = smaller(end, k + kChunk);
-                    std::memcpy(static_cast<void*>(out + from - column), part + from - k,
-                                static_cast<size_t>(to - from) * sizeof(T));
+                if constexpr (kInChunks) {
+                    Chunks::decode_piece(w, e, i, first, end, out + first - column);
+                } else {
+                    decode_piece(w, e, i, first, end, out + first - column);
                 }
             });
         }
@@ -134,35 +85,55 @@ private:
             prefetch_groups(w, e, row, order, step);
             VecF sums[M][kDotRows] = {};
             for_each_piece(0, w.columns, [&](int64_t first, int64_t end) __attribute__((always_inline)) {
-                add_piece<M>(w, e, row, rows, first, end, a, ahead, sums);
+                if constexpr (kInChunks) {
+                    Chunks::template add_piece<M>(w, e, row, rows, first, end, a, ahead, sums);
+                } else {
+                    add_piece<M>(w, e, row, rows, first, end, a, ahead, sums);
+                }
             });
             put_dots<M>(sums, m, rows, [&](int64_t i, int64_t j, float sum) { c[i * ldc + j] = sum; });
         }
     }
 
-    // Adds columns [first, end), in one piece, of kDotRows rows, each a stream of memory. If fewer rows are left, the
-    // last one is repeated.
+    // As in ChunkKernels.
+    template <class T>
+    static void decode_piece(const WeightTensor& w, int64_t e, int64_t row, int64_t first, int64_t end, T* out) {
+        BlockReader<Decoder> reader;
+        reader.start(w, e, row, first);
+        for (int64_t k = first / kChunk * kChunk; k < end; k += kChunk) {
+            VecF v[kChunkVectors];
+            reader.prefetch(kReadAhead);
+            reader.next(v);
+            if (__builtin_expect(k >= first && k + kChunk <= end, 1)) {
+                store_chunk<Decoder::kSplit>(v, out + k - first);
+                continue;
+            }
+            T part[kChunk];
+            store_chunk<Decoder::kSplit>(v, part);
+            const int64_t from = larger(first, k), to = smaller(end, k + kChunk);
+            std::memcpy(static_cast<void*>(out + from - first), part + from - k,
+                        static_cast<size_t>(to - from) * sizeof(T));
+        }
+    }
+
     template <int M>
     __attribute__((always_inline)) static void add_piece(const WeightTensor& w, int64_t e, int64_t row,
                                                          const DotRows& rows, int64_t first, int64_t end,
                                                          const float* const* x, int64_t ahead,
                                                          VecF (&sums)[M][kDotRows]) {
-        if constexpr (Decoder::kBlock == kChunk) {
-            ChunkDots<Decoder, kScales, kZeros>::template add_piece<M>(w, e, row, rows, first, end, x, ahead, sums);
-        } else {
-            constexpr int L = kLanes<float>;
-            Reader readers[kDotRows];
-            for (int64_t r = 0; r < kDotRows; ++r) readers[r].start(w, e, row + rows.row(r), first, end);
-            for (int64_t k = first; k < end; k += kChunk) {
+        BlockReader<Decoder> readers[kDotRows];
+        for (int64_t r = 0; r < kDotRows; ++r) readers[r].start(w, e, row + rows.row(r), first);
+        for (int64_t k = first; k < end; k += kChunk) {
 #pragma GCC unroll 4
-                for (int64_t r = 0; r < kDotRows; ++r) {
-                    VecF v[kChunkVectors];
-                    readers[r].prefetch(ahead);
-                    readers[r].next(k, v);
+            for (int64_t r = 0; r < kDotRows; ++r) {
+                VecF v[kChunkVectors];
+                readers[r].prefetch(ahead);
+                readers[r].next(v);
 #pragma GCC unroll 8
-                    for (int i = 0; i < M; ++i) {
+                for (int i = 0; i < M; ++i) {
 #pragma GCC unroll 8
-                        for (int s = 0; s < kChunkVectors; ++s) sums[i][r] += v[s] * load(x[i] + k + s * L);
+                    for (int s = 0; s < kChunkVectors; ++s) {
+                        sums[i][r] += v[s] * load(x[i] + k + s * kLanes<float>);
                     }
                 }
             }

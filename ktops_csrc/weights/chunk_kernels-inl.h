@@ -20,10 +20,13 @@ class ChunkKernels {
     // Chunks at a time: those of a cache line.
     static constexpr int kChunks = Isa::kVectorBytes == 64 ? static_cast<int>(larger(1, 64 / Decoder::kBytes)) : 1;
 
-    // Registers for sums of groups beside those of rows. Without, every weight is scaled.
+    // While there are registers for sums of groups beside those of rows, these are scaled, else every weight. Sums of
+    // one chunk take no registers for long.
     static constexpr int kSumRegisters = Isa::kVectorBytes == 64 ? 16 : 8;
     template <int M>
-    static constexpr bool kByGroup = kScaled && !kEachChunk && 2 * M * kDotRows <= kSumRegisters;
+    static constexpr bool kScalesSums = kScaled && 2 * M * kDotRows <= kSumRegisters;
+    template <int M>
+    static constexpr bool kByGroup = kScalesSums<M> && !kEachChunk;
 
     // Scales and zero points of the groups in columns [first, end) of R rows, in one piece.
     template <int R>
@@ -67,12 +70,24 @@ public:
                                   __attribute__((always_inline)) {
                                       constexpr int N = chunks() * kChunkVectors;
                                       VecF v[N];
-                                      decode<chunks(), !kByGroup<M>>(from, groups, r, g, v);
+                                      decode<chunks(), !kScalesSums<M>>(from, groups, r, g, v);
 #pragma GCC unroll 8
                                       for (int i = 0; i < M; ++i) {
-#pragma GCC unroll 16
-                                          for (int s = 0; s < N; ++s)
-                                              to[i][r] += v[s] * load(x[i] + k + s * kLanes<float>);
+                                          const auto products = [&](VecF sum, int c) __attribute__((always_inline)) {
+#pragma GCC unroll 8
+                                              for (int s = c * kChunkVectors; s < (c + 1) * kChunkVectors; ++s) {
+                                                  sum += v[s] * load(x[i] + k + s * kLanes<float>);
+                                              }
+                                              return sum;
+                                          };
+#pragma GCC unroll 4
+                                          for (int c = 0; c < chunks(); ++c) {
+                                              if constexpr (kScalesSums<M> && kEachChunk) {
+                                                  to[i][r] += products(VecF{}, c) * groups.scale[r][g + c];
+                                              } else {
+                                                  to[i][r] = products(to[i][r], c);
+                                              }
+                                          }
                                       }
                                   };
         const auto add = [&](auto chunks, int64_t k, int64_t g) __attribute__((always_inline)) {

@@ -12,6 +12,9 @@
 
 namespace kt::KT_ISA {
 
+// Rows whose chunks are decoded side by side: with few registers, a decoder needs them for itself.
+constexpr int kRowsUnrolled = Isa::kVectorBytes > 16 ? kDotRows : 1;
+
 template <class Decoder, Scales kScales, bool kZeros>
 class ChunkKernels {
     static constexpr bool kScaled = kScales != Scales::kNone;
@@ -20,11 +23,11 @@ class ChunkKernels {
     // Chunks at a time: those of a cache line.
     static constexpr int kChunks = Isa::kVectorBytes == 64 ? static_cast<int>(larger(1, 64 / Decoder::kBytes)) : 1;
 
-    // While there are registers for sums of groups beside those of rows, these are scaled, else every weight. Sums of
-    // one chunk take no registers for long.
-    static constexpr int kSumRegisters = Isa::kVectorBytes == 64 ? 16 : 8;
+    // Scales are applied to sums of groups instead of weights if registers can hold these beside the sums of rows; and
+    // if groups are chunks, to one or two of their sums instead of kChunkVectors of weights.
+    static constexpr int kSumRegisters = Isa::kVectorBytes == 64 ? 16 : Isa::kVectorBytes == 32 ? 8 : 0;
     template <int M>
-    static constexpr bool kScalesSums = kScaled && 2 * M * kDotRows <= kSumRegisters;
+    static constexpr bool kScalesSums = kScaled && (kEachChunk ? M <= 2 : 2 * M * kDotRows <= kSumRegisters);
     template <int M>
     static constexpr bool kByGroup = kScalesSums<M> && !kEachChunk;
 
@@ -91,7 +94,7 @@ public:
                                       }
                                   };
         const auto add = [&](auto chunks, int64_t k, int64_t g) __attribute__((always_inline)) {
-#pragma GCC unroll 4
+#pragma GCC unroll kRowsUnrolled
             for (int r = 0; r < R; ++r) {
                 __builtin_prefetch(codes[r] + ahead);
                 multiply(chunks, codes[r], r, k, g);
@@ -204,11 +207,16 @@ private:
                 Decoder::decode(codes + c * Decoder::kBytes, NoState(), 0, v + c * kChunkVectors);
             }
         }
-#pragma GCC unroll 16
-        for (int s = 0; s < C * kChunkVectors; ++s) {
-            const int64_t at = kEachChunk ? g + s / kChunkVectors : g;
-            if constexpr (kZeros) v[s] = v[s] - groups.zero[r][at];
-            if constexpr (kScaled && kScale) v[s] = v[s] * groups.scale[r][at];
+#pragma GCC unroll 4
+        for (int c = 0; c < C; ++c) {
+            const int64_t at = kEachChunk ? g + c : g;
+            const float scale = kScaled ? groups.scale[kScaled ? r : 0][at] : 1,
+                        zero = kZeros ? groups.zero[kZeros ? r : 0][at] : 0;
+#pragma GCC unroll 8
+            for (int s = c * kChunkVectors; s < (c + 1) * kChunkVectors; ++s) {
+                if constexpr (kZeros) v[s] = v[s] - zero;
+                if constexpr (kScaled && kScale) v[s] = v[s] * scale;
+            }
         }
     }
 };

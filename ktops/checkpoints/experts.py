@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ktops._display import Step, no_step
 from ktops._workers import Workers, require_not_stopped
+from ktops.checkpoints import huge_pages
 from ktops.checkpoints.errors import CheckpointError
 from ktops.checkpoints.matrix import Field, Matrix
 from ktops.checkpoints.view import View
@@ -78,9 +79,7 @@ class Experts(ABC):
 
     def read(self, dtype: torch.dtype = torch.bfloat16, step: Step = no_step) -> ExpertWeight:
         """Reads all experts into memory, as an ExpertWeight that computes in dtype."""
-        codes = self.stand_in.map(
-            lambda tensor: torch.empty((len(self), *tensor.shape), dtype=tensor.dtype, device="cpu")
-        )
+        codes = self.stand_in.map(lambda tensor: huge_pages.empty((len(self), *tensor.shape), tensor.dtype))
 
         def fill(index: int) -> None:
             for whole, part in zip(codes, self.expert(index), strict=True):
@@ -242,7 +241,7 @@ class FileExperts(StoredExperts):
             if len(views) == 1:
                 return views[0].viewed(views[0].dtype, *shape).map()
             return map_windows(views, shape[1:])
-        out = torch.empty(shape, dtype=experts[0][0].dtype)
+        out = huge_pages.empty(shape, experts[0][0].dtype)
         tasks = (partial(_read_stacked, *pair) for pair in zip(experts, out, strict=True))
         with Workers() as workers:
             for _ in workers.in_order(tasks):

@@ -7,8 +7,6 @@
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #include <immintrin.h>
 
-#include <array>
-
 #include "dispatch/row.h"
 
 #define KT_ISA avx512_vbmi

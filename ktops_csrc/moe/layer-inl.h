@@ -39,8 +39,8 @@ inline int64_t wide_slab(const Routing& routing) {
     return columns;
 }
 
-// The same while every expert has few rows: longer streams of memory, and rows of A that a task has to convert are
-// converted less often.
+// Columns of one task of x W^T while no expert has more than kFewRowsMost rows: longer streams of memory, and rows of A
+// that every task converts are converted less often.
 constexpr int64_t kFewRowsSlab = 256, kFewRowsMost = 32;
 
 // Returns the columns of one task of x W^T, with `ranges` ranges of that many columns. If W is transposed, this is a

@@ -69,40 +69,16 @@ public:
         }
         VecF of_group[M][R] = {};
         auto& to = kByGroup<M> ? of_group : sums;
-        const auto multiply = [&](auto chunks, const uint8_t* from, int r, int64_t k, int64_t g)
-                                  __attribute__((always_inline)) {
-                                      constexpr int N = chunks() * kChunkVectors;
-                                      VecF v[N];
-                                      decode<chunks(), !kScalesSums<M>>(from, groups, r, g, v);
-#pragma GCC unroll 8
-                                      for (int i = 0; i < M; ++i) {
-                                          const auto products = [&](VecF sum, int c) __attribute__((always_inline)) {
-#pragma GCC unroll 8
-                                              for (int s = c * kChunkVectors; s < (c + 1) * kChunkVectors; ++s) {
-                                                  sum += v[s] * load(x[i] + k + s * kLanes<float>);
-                                              }
-                                              return sum;
-                                          };
-#pragma GCC unroll 4
-                                          for (int c = 0; c < chunks(); ++c) {
-                                              if constexpr (kScalesSums<M> && kEachChunk) {
-                                                  to[i][r] += products(VecF{}, c) * groups.scale[r][g + c];
-                                              } else {
-                                                  to[i][r] = products(to[i][r], c);
-                                              }
-                                          }
-                                      }
-                                  };
         const auto add = [&](auto chunks, int64_t k, int64_t g) __attribute__((always_inline)) {
 #pragma GCC unroll kRowsUnrolled
             for (int r = 0; r < R; ++r) {
                 __builtin_prefetch(codes[r] + ahead);
-                multiply(chunks, codes[r], r, k, g);
+                add_chunks<M, chunks()>(codes[r], groups, r, x, k, g, to);
                 codes[r] += chunks() * Decoder::kBytes;
             }
         };
         const auto add_last = [&](int64_t k, int64_t g) {
-            for (int r = 0; r < R; ++r) multiply(kOne, Last(codes[r], end - k).bytes, r, k, g);
+            for (int r = 0; r < R; ++r) add_chunks<M, 1>(Last(codes[r], end - k).bytes, groups, r, x, k, g, to);
         };
         const auto end_group = [&](int64_t g) __attribute__((always_inline)) {
             if constexpr (kByGroup<M>) {
@@ -116,7 +92,7 @@ public:
                 }
             }
         };
-        walk(w, first, end, add, add_last, end_group);
+        walk(w, first, first, end, add, add_last, end_group);
     }
 
     // Decodes columns [first, end), in one piece, of a row.
@@ -150,7 +126,7 @@ public:
             codes += Decoder::kBytes;
         }
         if (whole < end) {
-            walk(w, whole, end, put, [&](int64_t k, int64_t g) { put_part(k, end, g); }, [](int64_t) {}, first);
+            walk(w, first, whole, end, put, [&](int64_t k, int64_t g) { put_part(k, end, g); }, [](int64_t) {});
         }
     }
 
@@ -165,12 +141,11 @@ private:
         }
     };
 
-    // Calls f(chunks, k, g) for the chunks of columns [first, end), some at a time, the first of which is in group g of
-    // those from column `origin` on; last(k, g) for the rest; and ended(g) at the end of every group, unless each chunk
-    // is one.
+    // Calls f(chunks, k, g) for the chunks of columns [first, end), some at a time, in group g of those from column
+    // `origin` on; last(k, g) for what is left of a chunk; and ended(g) at the end of every group that is not a chunk.
     template <class F, class LastF, class Ended>
-    __attribute__((always_inline)) static void walk(const WeightTensor& w, int64_t first, int64_t end, F f, LastF last,
-                                                    Ended ended, int64_t origin) {
+    __attribute__((always_inline)) static void walk(const WeightTensor& w, int64_t origin, int64_t first, int64_t end,
+                                                    F f, LastF last, Ended ended) {
         const int64_t group = kEachChunk ? kPiece : kScaled ? w.group : kPiece, start = origin / group;
         int64_t k = first, g = first / group - start, next = (first / group + 1) * group;
         for (int64_t stop; k < end; ++g, next = stop + group) {
@@ -186,13 +161,34 @@ private:
                 last(k, number());
                 k = stop;
             }
-            ended(g);
+            if constexpr (!kEachChunk) ended(g);
         }
     }
-    template <class F, class LastF, class Ended>
-    __attribute__((always_inline)) static void walk(const WeightTensor& w, int64_t first, int64_t end, F f, LastF last,
-                                                    Ended ended) {
-        walk(w, first, end, f, last, ended, first);
+    // Adds C chunks of row r from column k on, the first of which is in group g, times rows of x.
+    template <int M, int C>
+    __attribute__((always_inline)) static void add_chunks(const uint8_t* codes, const Groups<kDotRows>& groups, int r,
+                                                          const float* const* x, int64_t k, int64_t g,
+                                                          VecF (&sums)[M][kDotRows]) {
+        VecF v[C * kChunkVectors];
+        decode<C, !kScalesSums<M>>(codes, groups, r, g, v);
+#pragma GCC unroll 8
+        for (int i = 0; i < M; ++i) {
+            const auto products = [&](VecF sum, int c) __attribute__((always_inline)) {
+#pragma GCC unroll 8
+                for (int s = c * kChunkVectors; s < (c + 1) * kChunkVectors; ++s) {
+                    sum += v[s] * load(x[i] + k + s * kLanes<float>);
+                }
+                return sum;
+            };
+#pragma GCC unroll 4
+            for (int c = 0; c < C; ++c) {
+                if constexpr (kScalesSums<M> && kEachChunk) {
+                    sums[i][r] += products(VecF{}, c) * groups.scale[r][g + c];
+                } else {
+                    sums[i][r] = products(sums[i][r], c);
+                }
+            }
+        }
     }
 
     // Decodes C chunks of row r, the first of which is in group g, and subtracts their zero points.

@@ -75,6 +75,7 @@ inline int64_t read_ahead(const DotOrder& order, int64_t step, int64_t row_bytes
 // many places, which the CPU does not foresee. (GCC removes calls of functions that only prefetch.)
 inline __attribute__((always_inline)) void prefetch_groups(const WeightTensor& w, int64_t e, int64_t row,
                                                            const DotOrder& order, int64_t step) {
+    if (!w.columns) return;
     step += ceil_div(kReadAhead, w.row_bytes) + 1;
     if (step >= order.count) return;
     const DotRows rows = order.at(step);

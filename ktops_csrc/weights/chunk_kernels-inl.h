@@ -111,14 +111,15 @@ public:
                         static_cast<size_t>(to - from) * sizeof(T));
         };
         const auto put = [&](auto chunks, int64_t k, int64_t g) __attribute__((always_inline)) {
-            VecF v[chunks() * kChunkVectors];
+            constexpr int C = chunks();
+            VecF v[C * kChunkVectors];
             __builtin_prefetch(codes + kReadAhead);
-            decode<chunks(), true>(codes, groups, 0, g, v);
+            decode<C, true>(codes, groups, 0, g, v);
 #pragma GCC unroll 4
-            for (int c = 0; c < chunks(); ++c) {
+            for (int c = 0; c < C; ++c) {
                 store_chunk<Decoder::kSplit>(v + c * kChunkVectors, out + k - first + c * kChunk);
             }
-            codes += chunks() * Decoder::kBytes;
+            codes += C * Decoder::kBytes;
         };
         const int64_t whole = round_up(first, kChunk);
         if (first < whole) {

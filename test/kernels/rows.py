@@ -10,6 +10,9 @@ CSRC = Path(__file__).parents[2] / "ktops_csrc"
 ROWS = re.findall(r"^KT_ROW\((\w+)\)$", (CSRC / "isa" / "rows.def").read_text(), re.MULTILINE)[::-1]
 """Simplest first."""
 
+SHARED = ["avx512_vbmi"]
+"""Compiled like an ISA, for several of them."""
+
 FLAGS = ("-std=c++17", "-Wall", "-Wextra", "-Werror", "-Wno-psabi", f"-I{CSRC}")
 
 

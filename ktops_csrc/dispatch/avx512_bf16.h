@@ -8,10 +8,6 @@
 
 #include "dispatch/row.h"
 
-namespace kt::avx512_vbmi {
-void use_faster_dots(FormatTable* tables);
-}
-
 #define KT_ISA avx512_bf16
 
 #pragma GCC push_options

@@ -29,3 +29,10 @@
 #include "quantize/problem.h"
 #include "weights/format.h"
 #include "weights/format_table.h"
+
+namespace kt::avx512_vbmi {
+
+// Kernels for the rows with AVX-512: see Isa::use_faster_dots.
+void use_faster_dots(FormatTable* tables);
+
+}  // namespace kt::avx512_vbmi

@@ -6,6 +6,7 @@
 // those of odd index ("split").
 
 #include <cstdint>
+#include <cstring>
 #include <utility>
 
 #include "core/bfloat16.h"
@@ -58,5 +59,13 @@ inline void store_chunk(const VecF* v, T* out) {
 // In narrow_generic-inl.h, or in narrow_avx512_bf16-inl.h for ISAs with an instruction for it.
 template <bool kSplit>
 void store_chunk(const VecF* v, bfloat16* out);
+
+// Stores only weights [first, end) of the 32, from out[0] on.
+template <bool kSplit, class T>
+inline void store_part(const VecF* v, int64_t first, int64_t end, T* out) {
+    T all[kChunk];
+    store_chunk<kSplit>(v, all);
+    std::memcpy(static_cast<void*>(out), all + first, static_cast<size_t>(end - first) * sizeof(T));
+}
 
 }  // namespace kt::KT_ISA

@@ -105,10 +105,7 @@ public:
             const int64_t k = from / kChunk * kChunk;
             VecF v[kChunkVectors];
             decode<1, true>(Last(codes, smaller(w.columns - k, kChunk)).bytes, groups, 0, g, v);
-            T part[kChunk];
-            store_chunk<Decoder::kSplit>(v, part);
-            std::memcpy(static_cast<void*>(out + from - first), part + from - k,
-                        static_cast<size_t>(to - from) * sizeof(T));
+            store_part<Decoder::kSplit>(v, from - k, to - k, out + from - first);
         };
         const auto put = [&](auto chunks, int64_t k, int64_t g) __attribute__((always_inline)) {
             constexpr int C = chunks();
@@ -143,7 +140,7 @@ private:
     };
 
     // Calls f(chunks, k, g) for the chunks of columns [first, end), some at a time, in group g of those from column
-    // `origin` on; last(k, g) for what is left of a chunk; and ended(g) at the end of every group that is not a chunk.
+    // `origin` on; last(k, g) for what is left of a chunk; and ended(g) at the end of every group of several.
     template <class F, class LastF, class Ended>
     __attribute__((always_inline)) static void walk(const WeightTensor& w, int64_t origin, int64_t first, int64_t end,
                                                     F f, LastF last, Ended ended) {
@@ -162,9 +159,10 @@ private:
                 last(k, number());
                 k = stop;
             }
-            if constexpr (!kEachChunk) ended(g);
+            ended(g);
         }
     }
+
     // Adds C chunks of row r from column k on, the first of which is in group g, times rows of x.
     template <int M, int C>
     __attribute__((always_inline)) static void add_chunks(const uint8_t* codes, const Groups<kDotRows>& groups, int r,

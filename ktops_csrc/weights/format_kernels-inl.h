@@ -104,15 +104,12 @@ private:
             VecF v[kChunkVectors];
             reader.prefetch(kReadAhead);
             reader.next(v);
-            if (__builtin_expect(k >= first && k + kChunk <= end, 1)) {
-                store_chunk<Decoder::kSplit>(v, out + k - first);
-                continue;
-            }
-            T part[kChunk];
-            store_chunk<Decoder::kSplit>(v, part);
             const int64_t from = larger(first, k), to = smaller(end, k + kChunk);
-            std::memcpy(static_cast<void*>(out + from - first), part + from - k,
-                        static_cast<size_t>(to - from) * sizeof(T));
+            if (__builtin_expect(to - from == kChunk, 1)) {
+                store_chunk<Decoder::kSplit>(v, out + k - first);
+            } else {
+                store_part<Decoder::kSplit>(v, from - k, to - k, out + from - first);
+            }
         }
     }
 

@@ -1,5 +1,7 @@
 """Experts that are read into memory ask the system for huge pages."""
 
+import ctypes
+import mmap
 from pathlib import Path
 
 import pytest
@@ -35,7 +37,8 @@ def test_empty():
     tensor = huge_pages.empty((3, 1 << 21), torch.bfloat16)
     assert tensor.shape == (3, 1 << 21) and tensor.dtype == torch.bfloat16 and tensor.is_contiguous()
     assert asked_for_huge_pages(huge_page_of(tensor)) == EXIST
-    assert not asked_for_huge_pages(torch.empty(1).data_ptr())
+    with mmap.mmap(-1, huge_pages.HUGE_PAGE) as other:
+        assert not asked_for_huge_pages(ctypes.addressof(ctypes.c_char.from_buffer(other)))
 
 
 @pytest.mark.parametrize("shape", [(0, 5), (7,), (1 << 20,)])

@@ -8,8 +8,9 @@ using namespace kt;
 
 constexpr int64_t kNever = int64_t{1} << 62;
 constexpr int64_t kBytes = 2;
-constexpr IsaLimits kVectors{kBytes, 32, 24, kPanelBytes / kBytes / 4, kPanelBytes / kBytes / 64, 0, false, 0, kNever};
-constexpr IsaLimits kTiles{kBytes, 12, 12, kPanelBytes / kBytes / 4, kPanelBytes / kBytes / 64, 32, true, 8, 1024};
+constexpr IsaLimits kVectors{kBytes, 32, 24,    kPanelBytes / kBytes / 4, kPanelBytes / kBytes / 64, 0, 0,
+                             false,  0,  kNever};
+constexpr IsaLimits kTiles{kBytes, 12, 12, kPanelBytes / kBytes / 4, kPanelBytes / kBytes / 64, 32, 4, true, 8, 1024};
 
 constexpr Product forward(int64_t rows, int64_t k = 64) {
     Product p{};
@@ -36,6 +37,10 @@ constexpr Product ends_at(Product p, int64_t end) {
 }
 constexpr Product second(Product p) {
     p.adds = true;
+    return p;
+}
+constexpr Product with(Product p, int64_t added) {
+    p.added = added;
     return p;
 }
 constexpr Product coded(int64_t rows, int digits) {
@@ -69,16 +74,20 @@ static_assert(chosen(in_format(forward(4)), kTiles, Path::kDecodedDots));
 static_assert(chosen(in_format(backward(4)), kVectors, Path::kColumnSums));
 
 static_assert(chosen(forward(4), kTiles, Path::kDots));
-static_assert(chosen(forward(5), kTiles, Path::kRowTiles));
-static_assert(chosen(forward(256), kTiles, Path::kRowTiles));
+static_assert(chosen(forward(5), kTiles, Path::kRowBands));
+static_assert(chosen(forward(256), kTiles, Path::kRowBands));
 static_assert(chosen(forward(12, 65), kTiles, Path::kDots));
 static_assert(chosen(forward(13, 65), kTiles, Path::kPanels));
-static_assert(chosen(forward(13, 8192), kTiles, Path::kRowTiles));
-static_assert(chosen(forward(13, 8224), kTiles, Path::kPanels));
-static_assert(chosen(ends_at(forward(13), 16), kTiles, Path::kRowTiles));
+static_assert(chosen(forward(13, 16320), kTiles, Path::kRowBands));
+static_assert(chosen(forward(13, 16352), kTiles, Path::kPanels));
+static_assert(chosen(with(forward(13), 1024), kTiles, Path::kRowBands));
+static_assert(chosen(with(forward(13), 1025), kTiles, Path::kPanels));
+static_assert(chosen(with(forward(13, 15808), 512), kTiles, Path::kRowBands));
+static_assert(chosen(with(forward(13, 15840), 512), kTiles, Path::kPanels));
+static_assert(chosen(ends_at(forward(13), 16), kTiles, Path::kRowBands));
 static_assert(chosen(ends_at(forward(13), 15), kTiles, Path::kPanels));
 static_assert(chosen(strided(forward(13)), kTiles, Path::kPanels));
-static_assert(chosen(in_format(forward(13, 4064)), kTiles, Path::kRowTiles));
+static_assert(chosen(in_format(forward(13, 4064)), kTiles, Path::kRowBands));
 static_assert(chosen(in_format(forward(13, 4096)), kTiles, Path::kPanels));
 
 static_assert(chosen(coded(8, 1), kVectors, Path::kCodeDots));
@@ -91,9 +100,9 @@ constexpr bool taken(const Product& p, const IsaLimits& isa, Path forced) {
     return choose_path(p, isa, forced) == forced;
 }
 
-static_assert(taken(forward(1), kTiles, Path::kRowTiles) && taken(forward(256), kTiles, Path::kDots));
+static_assert(taken(forward(1), kTiles, Path::kRowBands) && taken(forward(256), kTiles, Path::kDots));
 static_assert(taken(forward(1), kVectors, Path::kPanels) && taken(backward(256), kVectors, Path::kColumnSums));
-static_assert(!taken(forward(256), kVectors, Path::kRowTiles) &&
+static_assert(!taken(forward(256), kVectors, Path::kRowBands) &&
               !taken(in_format(forward(5)), kTiles, Path::kDecodedDots));
 static_assert(!taken(forward(1), kTiles, Path::kColumnSums) && !taken(backward(1), kTiles, Path::kDots));
 static_assert(!taken(forward(9), kTiles, Path::kCodePanels) && !taken(coded(9, 1), kTiles, Path::kPanels));
@@ -106,7 +115,7 @@ constexpr int digits(int64_t routes, int64_t group, const IsaLimits& isa, Comput
                      bool inference = true, std::optional<Path> forced = {}) {
     return choose_digits({compute, inference, routes, 1, 4096, group, 128}, isa, forced);
 }
-constexpr IsaLimits kIntegers{kBytes, 32, 32, 0, 0, 0, false, int64_t{1} << 31, kNever};
+constexpr IsaLimits kIntegers{kBytes, 32, 32, 0, 0, 0, 0, false, int64_t{1} << 31, kNever};
 
 static_assert(digits(1, 128, kVectors) == 0 && digits(1, 128, kVectors, Computation::kInt8) == 1);
 static_assert(digits(2048, 32, kIntegers) == 1 && digits(1, 32, kIntegers, Computation::kFloat) == 0);

@@ -6,9 +6,38 @@
 #include "gemm/few_rows-inl.h"
 #include "gemm/panels-inl.h"
 #include "gemm/path-inl.h"
-#include "gemm/row_tiles-inl.h"
+#include "gemm/row_bands-inl.h"
 
 namespace kt::KT_ISA {
+
+// x W^T of an expert's rows, or of a block of them, with the rows of W in `columns`.
+template <class T, class Weight>
+inline Product product_along_rows(const Weight& weight, int64_t expert, int64_t rows, int64_t k,
+                                  const Columns& columns) {
+    Product product{};
+    product.along_rows = true;
+    product.rows = rows;
+    product.columns = columns.total();
+    product.k = k;
+    product.end = columns.first + columns.count;
+    product.contiguous = weight.direct(expert) != nullptr;
+    product.has_format = weight.has_format();
+    product.few_rows = weight.few_rows();
+    return product;
+}
+
+// True if this product, and one of inner dimension `added` in the same pass, is best computed in bands.
+template <class T, class Weight>
+inline bool prefers_bands(const Weight& weight, int64_t expert, int64_t rows, int64_t k, const Columns& columns,
+                          int64_t added, std::optional<Path> forced) {
+    if (weight.transposed) return false;
+    Product product = product_along_rows<T>(weight, expert, rows, k, columns);
+    product.added = added;
+    return choose_path(product, kIsaLimits<T>, forced) == Path::kRowBands;
+}
+
+template <class T>
+constexpr bool kHasBands = GemmScratch<T>::kHasBands;
 
 template <class T>
 class BlockGemm {
@@ -56,16 +85,16 @@ private:
     void along_rows(const Rows<T>& a, int64_t k, const Weight& weight, int64_t expert, const Columns& columns) {
         Path path = Path::kPanels;
         if constexpr (Weight::kDirect) {
-            Product product = product_with(weight, expert, k);
-            product.along_rows = true;
-            product.end = columns.first + columns.count;
+            Product product = product_along_rows<T>(weight, expert, block_.rows, k, columns);
+            product.columns = block_.columns;
+            product.adds = block_.adds;
             path = take_path<T>(product, block_.scratch.forced);
             if (path == Path::kDots) dots(block_, a, k, weight, expert, columns);
             if constexpr (std::is_same_v<Acc<T>, float>) {
                 if (path == Path::kDecodedDots) decoded_dots(block_, a, k, weight, expert, columns);
             }
             if constexpr (MicroGemm<C>::kReadsRows) {
-                if (path == Path::kRowTiles) row_tiles(block_, a, k, weight, expert, columns);
+                if (path == Path::kRowBands) row_bands(block_, a, k, weight, expert, columns);
             }
         }
         if (path == Path::kPanels) {
@@ -85,7 +114,11 @@ private:
     void down_rows(const Rows<T>& a, int64_t k, const Weight& weight, int64_t expert, const Columns& columns) {
         Path path = Path::kPanels;
         if constexpr (Weight::kDirect) {
-            path = take_path<T>(product_with(weight, expert, k), block_.scratch.forced);
+            Product product{};
+            product.rows = block_.rows;
+            product.columns = block_.columns;
+            product.contiguous = weight.direct(expert) != nullptr;
+            path = take_path<T>(product, block_.scratch.forced);
             if (path == Path::kColumnSums) column_sums(block_, a, k, weight, expert, columns);
         }
         if (path == Path::kPanels) {
@@ -100,21 +133,13 @@ private:
         block_.adds = block_.adds || k > 0;
     }
 
-    template <class Weight>
-    Product product_with(const Weight& weight, int64_t expert, int64_t k) const {
-        Product product{};
-        product.rows = block_.rows;
-        product.columns = block_.columns;
-        product.k = k;
-        product.adds = block_.adds;
-        product.contiguous = weight.direct(expert) != nullptr;
-        product.has_format = weight.has_format();
-        product.few_rows = weight.few_rows();
-        return product;
-    }
-
     Block<T> block_;
 };
+
+// Returns the most rows of a block with this many columns.
+constexpr int64_t most_rows_of_block(int64_t columns) {
+    return smaller(kMaxRows, kMaxRows * kMaxColumns / columns / kRowStep * kRowStep);
+}
 
 // Calls f(start, count) for blocks of about equal size: at most `most` rows and, except for the last block, a multiple
 // of kRowStep.

@@ -13,11 +13,6 @@ namespace kt::KT_ISA {
 template <class T>
 class CodeTiles;  // gemm/code_tiles-inl.h, on an ISA with tiles of bytes
 
-// The first of the rows of W that a thread will probably need after a product. The product prefetches them.
-struct NextRows {
-    int64_t expert = -1, row = 0;  // -1: none
-};
-
 template <class T>
 class CodeGemm {
 public:

@@ -6,6 +6,7 @@
 #include <type_traits>
 
 #include "gemm/path.h"
+#include "isa/bands-inl.h"
 #include "isa/direct-inl.h"
 #include "isa/micro_gemm_generic-inl.h"
 #include "parallel/profile.h"
@@ -26,7 +27,8 @@ constexpr IsaLimits isa_limits() {
     }
     limits.dots_k = kPanelBytes / kBytes / kDotRows;
     limits.sums_columns = kPanelBytes / kBytes / Direct<T>::kRowsAhead;
-    limits.tile_k = MicroGemm<C>::kReadsRows ? kKMultiple<C> : 0;
+    limits.band_k = MicroGemm<C>::kReadsRows ? kBandK : 0;
+    limits.band_rows = Isa::kDotOnlyRows;
     limits.code_tiles = Isa::kInt8Tiles;
     limits.code_rows = Isa::kInt8Rows;
     limits.code_group = Isa::kInt8Group;

@@ -25,10 +25,11 @@ enum class Path : uint8_t {
     // x W^T, W in a format: float32 dot products with each weight as it is decoded, without storing it. Wins up to the
     // number of rows whose sums fit in registers; with more, W would be decoded twice. (Decision 9)
     kDecodedDots,
-    // x W^T on a CPU with tiles: rows of W are loaded as tiles, in place or after decoding, and x is packed into
-    // panels. W is not transposed, so this beats panels with any number of rows, and dots with five rows or more.
-    // (Decision 7)
-    kRowTiles,
+    // x W^T for bfloat16 on a CPU that multiplies it: bands of rows of W, in place or after decoding, and x in panels.
+    // W
+    // is not transposed and read ahead evenly, so this beats panels with any number of rows, and dots with more than a
+    // few. (Decisions 7 and 29)
+    kRowBands,
     // x W^T: dot products with rows of W in place, or with copies of rows that aren't contiguous. Wins while a panel
     // would be used too rarely to pay for itself. (Decision 6)
     kDots,
@@ -46,7 +47,7 @@ enum class Path : uint8_t {
     // without tiles of bytes, or when the groups of W don't fill them. (Decisions 10 and 13)
     kCodePanels,
 };
-constexpr const char* kPathNames[] = {"decoded_dots", "row_tiles", "dots",       "column_sums",
+constexpr const char* kPathNames[] = {"decoded_dots", "row_bands", "dots",       "column_sums",
                                       "panels",       "code_dots", "code_tiles", "code_panels"};
 constexpr int kNumPaths = static_cast<int>(Path::kCodePanels) + 1;
 static_assert(sizeof(kPathNames) / sizeof(kPathNames[0]) == kNumPaths);
@@ -60,9 +61,13 @@ constexpr int64_t kRowStep = 32;  // a micro-kernel may write this many rows eve
 // A thread's scratch memory for panels, sized for L2, and for rows of weights or activations.
 constexpr int64_t kPanelBytes = 512 << 10, kRowBytes = kPanelBytes / 2;
 
-// Up to kDotOnlyRows rows, dots read memory faster than tiles do. Up to kCodeDotRows rows, codes are used too rarely
-// for panels or tiles.
-constexpr int64_t kDotOnlyRows = 4, kCodeDotRows = 8;
+// Panels of x for kRowBands. With 2 MiB of L2, two bands fit beside them; with 1 MiB, if x has as many rows as usual.
+// kBandRank: the largest
+// inner dimension of a product added in the same pass.
+constexpr int64_t kBandBytes = 1 << 20, kBandRank = 1024;
+
+// Up to kCodeDotRows rows, codes are used too rarely for panels or tiles.
+constexpr int64_t kCodeDotRows = 8;
 
 // What the kernels of an ISA support for activations of a dtype, and the sizes where one path overtakes another.
 struct IsaLimits {
@@ -71,7 +76,8 @@ struct IsaLimits {
     int64_t sums_rows;      // up to this many, kColumnSums does
     int64_t dots_k;         // kDots: the longest rows of W of which kDotRows copies fit in scratch
     int64_t sums_columns;   // kColumnSums: the most columns of which copies of the rows read at once fit in scratch
-    int64_t tile_k;         // columns of a tile of kRowTiles; 0: no tiles
+    int64_t band_k;         // kRowBands: columns of W are a multiple of this; 0: no bands
+    int64_t band_rows;      // with more than this many rows, kRowBands beats kDots
     bool code_tiles;        // has tiles of bytes
     int64_t code_rows;      // integers are faster than floats up to this many rows per expert on average,
     int64_t code_group;     // and for any number of rows if at least this many columns share a scale
@@ -83,6 +89,7 @@ struct Product {
     int64_t rows, columns;  // of C; columns in whole panels, both halves of gate_up
     int64_t k;
     bool adds;         // to a product already in C, as LoRA's is added to that of the base weight
+    int64_t added;     // kRowBands: the inner dimension of a product that is added in the same pass
     int64_t end;       // x W^T: end of the block's rows of W (of its first range, if it has two)
     bool contiguous;   // rows of W are contiguous and in the dtype of x
     bool has_format;   // W is in a format
@@ -95,10 +102,11 @@ constexpr bool is_possible(Path path, const Product& p, const IsaLimits& isa) {
         case Path::kDecodedDots:  // rows of x in float32, padded to whole chunks of 32 columns, must fit in scratch
             return !p.digits && p.along_rows && !p.adds && p.rows <= p.few_rows &&
                    p.rows * round_up(p.k, 32) * 4 <= kRowBytes;
-        case Path::kRowTiles: {
-            if (p.digits || !p.along_rows || p.adds || !isa.tile_k || p.k % isa.tile_k || p.end < 16) return false;
+        case Path::kRowBands: {
+            if (p.digits || !p.along_rows || p.adds || !isa.band_k || p.k % isa.band_k || p.end < 16) return false;
             const bool decodes = p.has_format && kRowStep * (p.k * isa.element_bytes + 64) <= kRowBytes;
-            return kRowStep * p.k * isa.element_bytes <= kPanelBytes && (p.contiguous || decodes);
+            const bool fits = kRowStep * (p.k + 64 + p.added) * isa.element_bytes <= kBandBytes;
+            return fits && p.added <= kBandRank && (p.contiguous || decodes);
         }
         case Path::kDots:
             return !p.digits && p.along_rows && !p.adds && p.k <= isa.dots_k;
@@ -119,8 +127,8 @@ constexpr bool is_possible(Path path, const Product& p, const IsaLimits& isa) {
 // True if a possible path beats those after it.
 constexpr bool wins(Path path, const Product& p, const IsaLimits& isa) {
     switch (path) {
-        case Path::kRowTiles:
-            return p.rows > kDotOnlyRows;
+        case Path::kRowBands:
+            return p.rows > isa.band_rows;
         case Path::kDots:
             return p.rows <= isa.dots_rows;
         case Path::kColumnSums:

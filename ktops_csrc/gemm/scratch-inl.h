@@ -4,6 +4,7 @@
 
 #include "core/workspace.h"
 #include "gemm/path.h"
+#include "isa/bands-inl.h"
 #include "isa/micro_gemm_generic-inl.h"
 
 namespace kt::KT_ISA {
@@ -24,20 +25,31 @@ inline void for_each_range(const Columns& columns, Column c, F f) {
     if (columns.second >= 0) f(columns.second, c + columns.padded());
 }
 
+// The first of the rows of W that a thread will probably need after a product. The product prefetches them.
+struct NextRows {
+    int64_t expert = -1, row = 0;  // -1: none
+};
+
 // Each path uses `panels` and `left` in its own way; the member functions name these uses.
 template <class T>
 struct GemmScratch {
     using C = Compute<T>;
-    static constexpr int64_t kPanelElements = kPanelBytes / static_cast<int64_t>(sizeof(C));
+    static constexpr auto kElementBytes = static_cast<int64_t>(sizeof(C));
+    static constexpr int64_t kPanelElements = kPanelBytes / kElementBytes;
     // Between panels: if they started a power of two apart, their lines would share a few sets of the cache.
-    static constexpr int64_t kPadding = 64 / static_cast<int64_t>(sizeof(C));
+    static constexpr int64_t kPadding = 64 / kElementBytes;
     static constexpr int64_t kPaddedElements = kPanelElements + kWideColumns / kPanelColumns * kPadding;
-    static constexpr int64_t kLeftElements = kRowBytes / static_cast<int64_t>(sizeof(C));
-    static constexpr int64_t kStageElements = MicroGemm<C>::kRows * staged_row_stride<C>(kMaxK);
+    static constexpr int64_t kLeftElements = kRowBytes / kElementBytes;
+    // Rows of A that are staged; or the tiles of a band, twice, and the factor of a product added to it, three times.
+    static constexpr int64_t kStagedElements = MicroGemm<C>::kRows * staged_row_stride<C>(kMaxK);
+    static constexpr int64_t kBandElements =
+        4 * kBandPanels * kTileSums * (4 / kElementBytes) + 3 * kBandRank * kPanelColumns;
+    static constexpr bool kHasBands = MicroGemm<C>::kReadsRows;
+    static constexpr int64_t kStageElements = kHasBands ? larger(kStagedElements, kBandElements) : kStagedElements;
 
     C* panels;
     C* left;   // kRowBytes
-    C* stage;  // rows of A that the micro-kernel can't read in place
+    C* stage;  // rows of A that the micro-kernel can't read in place; tiles of a band
     Acc<T>* c;
     std::optional<Path> forced;  // for tests, see choose_path
 
@@ -54,7 +66,7 @@ struct GemmScratch {
     float* code_scales() const { return reinterpret_cast<float*>(left); }
 
     GemmScratch(Workspace& workspace, std::optional<Path> forced)
-        : panels(workspace.take<C>(kPaddedElements)),
+        : panels(workspace.take<C>(kHasBands ? larger(kPaddedElements, kBandBytes / kElementBytes) : kPaddedElements)),
           left(workspace.take<C>(kLeftElements)),
           stage(workspace.take<C>(kStageElements)),
           c(workspace.take<Acc<T>>(kMaxRows * kMaxColumns)),

@@ -24,6 +24,8 @@ inline void store_partial(float* p, VecF v, int64_t n) {
     _mm512_mask_storeu_ps(p, static_cast<__mmask16>((1u << n) - 1), (__m512)v);
 }
 
+inline void store_past_caches(float* p, VecF v) { _mm512_stream_ps(p, (__m512)v); }
+
 // 16 x 16 dwords in four rounds of swaps: dwords, pairs, quads, halves.
 //
 //   unpack epi32   a0 b0 a1 b1 | ...      unpack epi64   a0 b0 c0 d0 | ...

@@ -14,6 +14,8 @@ inline VecU16 load_partial(const uint16_t* p, int64_t n) { return load_bits_part
 inline VecF load_partial(const float* p, int64_t n) { return load_lanes(p, n); }
 inline void store_partial(float* p, VecF v, int64_t n) { store_lanes(p, v, n); }
 
+inline void store_past_caches(float* p, VecF v) { std::memcpy(p, &v, sizeof(v)); }
+
 inline VecU32 widen(VecU16 x) { return __builtin_convertvector(x, VecU32); }
 
 inline void unpack(Bytes32 x, VecF* v) {

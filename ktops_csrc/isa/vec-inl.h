@@ -69,6 +69,8 @@ inline void store(bfloat16* p, Vec<float> v) {
     std::memcpy(p, &out, sizeof(out));
 }
 
+inline void store_past_caches(double* p, Vec<double> v) { store(p, v); }
+
 inline void store(float16* p, Vec<float> v) {
     const VecU16 out = to_float16(v);
     std::memcpy(p, &out, sizeof(out));

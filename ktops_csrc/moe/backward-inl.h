@@ -31,6 +31,10 @@ struct GradProduct {
         block.multiply_nn({grad_gate_up + position * k, k}, k, layer.gate_up, expert, columns);
         if (rank) block.multiply_nn({dgub + position * rank, rank}, rank, layer.A1, expert, columns);
     }
+    template <class Put>
+    bool multiply_bands(const Thread<T>&, int64_t, int64_t, int64_t, const Columns&, const NextRows&, Put) const {
+        return false;
+    }
     void start(const Thread<T>&, int64_t, int64_t, int64_t) const {}
     Vec<Acc<T>> value(const Thread<T>&, int64_t, Vec<Acc<T>> c, int64_t) const { return c; }
 };
@@ -57,7 +61,8 @@ private:
           routing_(routing),
           I_(layer_.I),
           H_(layer_.H),
-          W_(layer_.halves.width()) {
+          W_(layer_.halves.width()),
+          kept_(workspace, p_, routing, kKeptBytes) {
         const int64_t R = routing_.num_routes;
         gate_up_ = static_cast<const T*>(b.saved_gate_up);
         grad_gate_up_ = workspace.take<T>(R * W_);
@@ -66,17 +71,15 @@ private:
         db2_ = workspace.take<T>(R * p_.down_rank);
         dot_slabs_ = ceil_div(I_, kDotSlab);  // fixed, because it decides the order in which grad_w is summed
         grad_w_ = workspace.take<A>(R * dot_slabs_);
-        kept_rows_ = workspace.take<A>(CombineX::kept_elements(p_, routing_));
-        threads_ = Thread<T>::take(workspace, p_, routing_);
+        threads_ = Thread<T>::take(workspace, p_, routing_, kept_.kept);
     }
 
     void run() {
         const int64_t active = routing_.num_active, E = p_.num_experts;
         const Slabs wide(wide_slab(routing_), I_, active, p_.num_threads, layer_.down.transposed, kDotSlab);
-        const Slabs again(forward_slab(layer_.gate_up, 2, routing_), I_, active, p_.num_threads,
-                          !layer_.gate_up.transposed);
+        const Slabs again(layer_.gate_up_slab(), I_, active, p_.num_threads, !layer_.gate_up.transposed);
         const GradProduct<T> product{layer_, grad_gate_up_, dgub_};
-        const CombineX combine(layer_, threads_, product, kept_rows_, static_cast<T*>(b_.grad_hidden_states.data),
+        const CombineX combine(layer_, threads_, product, kept_, static_cast<T*>(b_.grad_hidden_states.data),
                                wide_slab(routing_), layer_.gate_up.transposed);
         const int64_t slabs_h = ceil_div(H_, kMaxColumns), slabs_i = ceil_div(W_, kMaxColumns);
 
@@ -84,7 +87,8 @@ private:
         const auto recompute_slab = [&](int64_t task, int thread) {
             const ExpertTask at(routing_, task, again.count);
             const int64_t column = at.slab * again.width;
-            recompute(threads_[thread], at.expert, column, smaller(again.width, I_ - column));
+            recompute(threads_[thread], at.expert, column, smaller(again.width, I_ - column),
+                      rows_of_next(p_, routing_, task, again, layer_.halves.at(1)));
         };
         const auto project_d = [&](int64_t task, int thread) {
             const int64_t e = routing_.active[task], first = routing_.offsets[e];
@@ -159,18 +163,21 @@ private:
 
     Rows<T> grad_gate_up(int64_t position) const { return {grad_gate_up_ + position * W_, W_}; }
 
-    void recompute(const Thread<T>& thread, int64_t expert, int64_t column, int64_t n) {
+    void recompute(const Thread<T>& thread, int64_t expert, int64_t column, int64_t n, const NextRows& after) {
         const T* xa = static_cast<const T*>(b_.saved_xa);
-        gate_up_product(thread, layer_, expert, column, n, xa, NextRows{},
-                        [&](int64_t position, const A* row, int64_t apart) {
-                            const GateUp& halves = layer_.halves;
-                            T* to = recomputed_ + position * W_ + halves.at(column);
-                            for_each_vector<A>(n, [&](int64_t j, int64_t count) {
-                                Vec<A> g, u;
-                                halves.load(row, apart, j, count, g, u);
-                                halves.store(to, I_, j, count, g, u);
-                            });
-                        });
+        const auto put = [&](int64_t position, int64_t rows, int64_t j, int64_t m, const A* c, int64_t ldc,
+                             int64_t apart) {
+            const GateUp& halves = layer_.halves;
+            T* to = recomputed_ + position * W_ + halves.at(column + j);
+            for (int64_t i = 0; i < rows; ++i, c += ldc, to += W_) {
+                for_each_vector<A>(m, [&](int64_t v, int64_t count) {
+                    Vec<A> g, u;
+                    halves.load(c, apart, v, count, g, u);
+                    halves.store(to, I_, v, count, g, u);
+                });
+            }
+        };
+        gate_up_product(thread, layer_, expert, column, n, xa, after, put);
     }
 
     // column: a multiple of kDotSlab
@@ -301,12 +308,13 @@ private:
     const Layer<T> layer_;
     const Problem& p_;
     const Routing& routing_;
-    int64_t I_, H_, W_, dot_slabs_;  // W: columns of [g | u]
+    int64_t I_, H_, W_;  // W: columns of [g | u]
+    const KeptRows<A> kept_;
+    int64_t dot_slabs_;
     const T* gate_up_;
     T* recomputed_ = nullptr;
     T *grad_gate_up_, *dgub_, *db2_;
     A* grad_w_;  // [slabs, R]
-    A* kept_rows_;
     const Thread<T>* threads_;
 };
 

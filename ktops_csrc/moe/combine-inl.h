@@ -30,24 +30,21 @@ class Combine {
     using A = Acc<T>;
 
 public:
-    // kept_rows: kept_elements() of scratch. slab: the most columns of a task of one expert. reads_whole_rows: whether
-    // a task reads whole rows of the product's weight.
-    Combine(const Layer<T>& layer, const Thread<T>* threads, const Product& product, A* kept_rows, T* out, int64_t slab,
-            bool reads_whole_rows, bool reduce = true)
+    // slab: the most columns of a task of one expert. reads_whole_rows: whether a task reads whole rows of the
+    // product's weight.
+    Combine(const Layer<T>& layer, const Thread<T>* threads, const Product& product, const KeptRows<A>& kept, T* out,
+            int64_t slab, bool reads_whole_rows, bool reduce = true)
         : layer_(layer),
           routing_(layer.routing),
           threads_(threads),
           product_(product),
           reduce_(reduce),
-          by_expert_(!reduce || keeps_rows(layer.p, layer.routing)),
-          kept_rows_(kept_rows),
+          by_expert_(!reduce || kept.kept),
+          past_caches_(kept_bytes(layer.p, layer.routing) > kKeptBytes && layer.H % kPanelColumns == 0),
+          kept_rows_(kept.rows),
           out_(out),
           tasks_a_slab_(by_expert_ ? routing_.num_active : ceil_div(layer.p.num_tokens, kTokenBlock)),
           slabs_(by_expert_ ? slab : kSumSlab, layer.H, tasks_a_slab_, layer.p.num_threads, reads_whole_rows) {}
-
-    static int64_t kept_elements(const Problem& p, const Routing& routing, bool reduce = true) {
-        return reduce && keeps_rows(p, routing) ? routing.num_routes * p.hidden_size : 0;
-    }
 
     const Homes& homes() const { return slabs_.homes; }
     int64_t num_tasks() const { return slabs_.count * tasks_a_slab_; }
@@ -75,31 +72,41 @@ public:
     }
 
 private:
-    // Calls put(position, row) for positions [begin, end) of an expert.
+    // Calls put(position, c, j, m) with elements [j, j + m) of the rows of positions [begin, end) of an expert.
     template <class Put>
     void rows(const Thread<T>& thread, int64_t expert, int64_t begin, int64_t end, int64_t column, int64_t n,
               const NextRows& after, Put put) const {
         const Columns columns{column, n};
         product_.start(thread, expert, column, n);
-        for_each_row_block(end - begin, [&](int64_t row, int64_t count) {
+        const auto put_part = [&](int64_t row, int64_t count, int64_t j, const Columns& part, const A* c, int64_t ldc) {
+            for (int64_t i = 0; i < count; ++i, c += ldc) put(begin + row + i, c, j, part.count);
+        };
+        if (product_.multiply_bands(thread, expert, begin, end - begin, columns, after, put_part)) return;
+        const auto block_of_rows = [&](int64_t row, int64_t count) {
             BlockGemm<T> block(thread.gemm, count, columns.padded());
             product_.multiply(thread, block, expert, begin + row, count, columns, after);
-            for (int64_t i = 0; i < count; ++i) put(begin + row + i, block.row(i));
-        });
+            put_part(row, count, 0, columns, block.row(0), columns.padded());
+        };
+        for_each_row_block(end - begin, block_of_rows, most_rows_of_block(columns.padded()));
     }
 
     void put_rows(const Thread<T>& thread, int64_t expert, int64_t column, int64_t n, const NextRows& after) const {
-        const auto put = [&](int64_t position, const A* c, auto* row) {
-            for_each_vector<A>(n, [&](int64_t j, int64_t count) {
-                store_n(row + column + j, product_.value(thread, position, load(c + j), j), count);
+        const auto put = [&](int64_t position, const A* c, int64_t j, int64_t m, auto* row) {
+            for_each_vector<A>(m, [&](int64_t v, int64_t count) {
+                const Vec<A> value = product_.value(thread, position, load(c + v), j + v);
+                auto* to = row + column + j + v;
+                if constexpr (std::is_same_v<decltype(to), A*>) {
+                    if (past_caches_) return store_past_caches(to, value);
+                }
+                store_n(to, value, count);
             });
         };
         rows(thread, expert, routing_.offsets[expert], routing_.offsets[expert + 1], column, n, after,
-             [&](int64_t position, const A* c) {
+             [&](int64_t position, const A* c, int64_t j, int64_t m) {
                  if (reduce_) {
-                     put(position, c, kept_rows_ + position * layer_.H);
+                     put(position, c, j, m, kept_rows_ + position * layer_.H);
                  } else {
-                     put(position, c, out_ + routing_.route[position] * layer_.H);
+                     put(position, c, j, m, out_ + routing_.route[position] * layer_.H);
                  }
              });
     }
@@ -119,16 +126,18 @@ private:
             end = lower_bound(routing_.token, begin, end, first_token + tokens);
             if (begin == end) continue;
             const NextRows after = a + 1 < routing_.num_active ? NextRows{routing_.active[a + 1], column} : NextRows{};
-            rows(thread, expert, begin, end, column, n, after, [&](int64_t position, const A* c) {
-                const auto sums_of = [&](int64_t r) {
-                    return thread.sums + (routing_.token[r] - first_token) * padded;
-                };
-                A* sums = sums_of(position);
-                if (position + 1 < end) prefetch_row(sums_of(position + 1), padded);
-                for (int64_t j = 0; j < padded; j += kLanes<A>) {
-                    store(sums + j, load(sums + j) + product_.value(thread, position, load(c + j), j));
-                }
-            });
+            rows(thread, expert, begin, end, column, n, after,
+                 [&](int64_t position, const A* c, int64_t first, int64_t m) {
+                     const auto sums_of = [&](int64_t r) {
+                         return thread.sums + (routing_.token[r] - first_token) * padded;
+                     };
+                     A* sums = sums_of(position);
+                     if (position + 1 < end) prefetch_row(sums_of(position + 1) + first, m);
+                     for (int64_t j = 0; j < round_up(m, kPanelColumns); j += kLanes<A>) {
+                         A* sum = sums + first + j;
+                         store(sum, load(sum) + product_.value(thread, position, load(c + j), first + j));
+                     }
+                 });
         }
         for (int64_t t = 0; t < tokens; ++t) {
             const A* sum = thread.sums + t * padded;
@@ -141,7 +150,7 @@ private:
     const Routing& routing_;
     const Thread<T>* threads_;
     const Product& product_;
-    bool reduce_, by_expert_;
+    bool reduce_, by_expert_, past_caches_;
     A* kept_rows_;
     T* out_;
     int64_t tasks_a_slab_;

@@ -35,6 +35,24 @@ struct DownProduct {
         }
         if (rank) block.multiply_nt({ha + position * rank, rank}, rank, layer.B2, expert, columns);
     }
+    // Computes rows [0, rows) of an expert in bands, if that is best, and returns true. Calls put as RowBands does.
+    template <class Put>
+    bool multiply_bands(const Thread<T>& thread, int64_t expert, int64_t position, int64_t rows, const Columns& columns,
+                        const NextRows& after, Put put) const {
+        if constexpr (kHasBands<T>) {
+            const int64_t rank = layer.p.down_rank;
+            if (coded_h.codes || !layer.takes_bands(layer.down, expert, layer.I, columns, rank)) return false;
+            const AddedProduct<T, StridedWeight<T>> added{{ha + position * rank, rank}, rank, &layer.B2};
+            RowBands bands(thread.gemm, Rows<T>{h + position * layer.I, layer.I}, rows, layer.I, layer.down, expert,
+                           added, after);
+            const auto band = [&](int64_t j) {
+                return Columns{columns.first + j, smaller(kBandRows, columns.count - j)};
+            };
+            bands.multiply(columns.count, kBandRows, band, put);
+            return true;
+        }
+        return false;
+    }
     void start(const Thread<T>& thread, int64_t expert, int64_t column, int64_t n) const {
         load_bias(layer.p.down_bias, expert, column, n, thread.bias);
         for (int64_t j = n; j < round_up(n, kPanelColumns); ++j) thread.bias[j] = 0;
@@ -60,24 +78,26 @@ public:
 
 private:
     Forward(const Problem& p, const Routing& routing, const ForwardResults& results, Workspace& workspace)
-        : layer_(p, routing, workspace), p_(p), routing_(routing), results_(results) {
+        : layer_(p, routing, workspace),
+          p_(p),
+          routing_(routing),
+          results_(results),
+          kept_(workspace, p, routing, layer_.most_kept_bytes()) {
         const int64_t R = routing_.num_routes;
         h_ = workspace.take<T>(R * layer_.I);
         xa_ = results.saved_xa ? static_cast<T*>(results.saved_xa) : workspace.take<T>(R * p_.gate_up_rank);
         ha_ = results.saved_ha ? static_cast<T*>(results.saved_ha) : workspace.take<T>(R * p_.down_rank);
-        kept_rows_ = workspace.take<Acc<T>>(CombineDown::kept_elements(p_, routing_, p_.reduce));
         coded_h_ = take_coded(workspace, p_, layer_.down, R);
-        threads_ = Thread<T>::take(workspace, p_, routing_);
+        threads_ = Thread<T>::take(workspace, p_, routing_, kept_.kept || !p_.reduce);
     }
 
     void run() {
         const int64_t active = routing_.num_active;
-        const Slabs slabs(layer_.coded_x.codes ? kCodeSlab<T> : forward_slab(layer_.gate_up, 2, routing_), layer_.I,
-                          active, p_.num_threads, !layer_.gate_up.transposed);
+        const Slabs slabs(layer_.gate_up_slab(), layer_.I, active, p_.num_threads, !layer_.gate_up.transposed);
         const DownProduct<T> product{layer_, h_, ha_, coded_h_};
-        const CombineDown combine(layer_, threads_, product, kept_rows_, static_cast<T*>(results_.output),
-                                  coded_h_.codes ? kCodeSlab<T> : forward_slab(layer_.down, 1, routing_),
-                                  !layer_.down.transposed, p_.reduce);
+        const CombineDown combine(layer_, threads_, product, kept_, static_cast<T*>(results_.output),
+                                  coded_h_.codes ? kCodeSlab<T> : layer_.down_slab(), !layer_.down.transposed,
+                                  p_.reduce);
 
         const auto code_x = [&](int64_t token, int) { layer_.code_token(token); };
         const auto code_h = [&](int64_t position, int) { code_row(h_, layer_.I, coded_h_, position); };
@@ -116,20 +136,23 @@ private:
     // h = gate(g, u), and [g | u] for backward
     void activate(const Thread<T>& thread, int64_t expert, int64_t column, int64_t n, const NextRows& after) {
         const GateUp& halves = layer_.halves;
-        gate_up_product(thread, layer_, expert, column, n, xa_, after,
-                        [&](int64_t position, const Acc<T>* row, int64_t apart) {
-                            T* h = h_ + position * layer_.I + column;
-                            T* saved = static_cast<T*>(results_.saved_gate_up);
-                            if (saved) saved += position * halves.width() + halves.at(column);
-                            with_activation(p_, [&](auto activation) {
-                                for_each_vector<Acc<T>>(n, [&](int64_t j, int64_t count) {
-                                    Vec<Acc<T>> g, u;
-                                    halves.load(row, apart, j, count, g, u);
-                                    store_n(h + j, activation.template gate<Acc<T>>(g, u).h, count);
-                                    if (saved) halves.store(saved, layer_.I, j, count, g, u);
-                                });
-                            });
-                        });
+        const auto put = [&](int64_t position, int64_t rows, int64_t j, int64_t m, const A* c, int64_t ldc,
+                             int64_t apart) {
+            T* h = h_ + position * layer_.I + column + j;
+            T* saved = static_cast<T*>(results_.saved_gate_up);
+            if (saved) saved += position * halves.width() + halves.at(column + j);
+            with_activation(p_, [&](auto activation) {
+                for (int64_t i = 0; i < rows; ++i, c += ldc, h += layer_.I, saved += saved ? halves.width() : 0) {
+                    for_each_vector<A>(m, [&](int64_t v, int64_t count) {
+                        Vec<A> g, u;
+                        halves.load(c, apart, v, count, g, u);
+                        store_n(h + v, activation.template gate<A>(g, u).h, count);
+                        if (saved) halves.store(saved, layer_.I, v, count, g, u);
+                    });
+                }
+            });
+        };
+        gate_up_product(thread, layer_, expert, column, n, xa_, after, put);
     }
 
     void clear_routes(int64_t token) const {
@@ -146,7 +169,7 @@ private:
     const Routing& routing_;
     const ForwardResults& results_;
     T *h_, *xa_, *ha_;
-    Acc<T>* kept_rows_;
+    const KeptRows<A> kept_;
     CodedRows coded_h_;
     const Thread<T>* threads_;
 };

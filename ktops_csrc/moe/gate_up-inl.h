@@ -19,6 +19,9 @@ public:
     int64_t count(int64_t n) const { return in_turn() ? 2 * n : n; }
     int64_t at(int64_t j) const { return in_turn() ? 2 * j : j; }
 
+    // The number of columns of h for `rows` rows of gate_up_proj.
+    int64_t count_in(int64_t rows) const { return gating_ == Gating::kNone ? rows : rows / 2; }
+
     // The columns for [column, column + n) of h.
     Columns columns(int64_t column, int64_t n) const {
         return {at(column), count(n), gating_ == Gating::kConcatenated ? I_ + column : -1};

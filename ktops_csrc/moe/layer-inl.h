@@ -17,11 +17,9 @@ namespace kt::KT_ISA {
 struct Region : Isa::Region {};
 
 // Columns of one task of a product along the rows of a weight; for gate_up, that many of g and of u. More if each task
-// copies the rows of A. kSlabRows: the most rows of a block of g and u.
+// copies the rows of A.
 template <class T>
 constexpr int64_t kSlab = BlockGemm<T>::kCopiesRows ? 256 : 64;
-template <class T>
-constexpr int64_t kSlabRows = smaller(kMaxRows, kMaxRows* kMaxColumns / (2 * kSlab<T>));
 
 // Columns of one task of a product with codes, which prefetches the codes of the task's next columns.
 template <class T>
@@ -43,32 +41,38 @@ inline int64_t wide_slab(const Routing& routing) {
 // that every task converts are converted less often.
 constexpr int64_t kFewRowsSlab = 256, kFewRowsMost = 32;
 
-// Returns the columns of one task of x W^T, with `ranges` ranges of that many columns. If W is transposed, this is a
-// product down the rows of the matrix in memory. Then a task is wide only if no expert has enough rows for panels: a
-// panel of fewer columns covers more of k, so that C is read and written less often.
-template <class T>
-inline int64_t forward_slab(const Weight<T>& weight, int64_t ranges, const Routing& routing) {
-    if (!weight.transposed) return routing.most_rows > kFewRowsMost ? kSlab<T> : larger(kSlab<T>, kFewRowsSlab);
-    const int64_t columns = routing.most_rows > kIsaLimits<T>.sums_rows ? kMaxColumns : wide_slab(routing);
-    return larger(kSlab<T>, columns / ranges);
-}
-
 // Tokens and columns of the sums that one task of Combine holds: 2 MiB of float32.
 constexpr int64_t kTokenBlock = 2048;
 constexpr int64_t kSumSlab = 256;
 
-// True if the rows of all positions, [R, H], are kept and a separate phase adds them up. Then a task is a slab of one
-// expert, which gives enough tasks for any number of threads; else a task is a slab over all experts and holds its
-// sums.
-constexpr int64_t kKeptBytes = 32 << 20;
+// If the rows of all positions, [R, H], are kept and a separate phase adds them up, a task is a slab of one expert,
+// which gives enough tasks for any number of threads; else a task is a slab over all experts and holds its sums. Up to
+// kKeptBytes, rows are kept: about what caches hold. Products in bands keep more, past the caches: writing and reading
+// a row of float32 costs 8 bytes of memory for each column, but a slab of kSumSlab columns would pack all rows of h
+// again.
+constexpr int64_t kKeptBytes = 32 << 20, kBandKeptBytes = 128 << 20;
 
-inline bool keeps_rows(const Problem& p, const Routing& routing) {
-    return routing.num_routes * p.hidden_size * static_cast<int64_t>(sizeof(float)) <= kKeptBytes;
+inline int64_t kept_bytes(const Problem& p, const Routing& routing) {
+    return routing.num_routes * p.hidden_size * static_cast<int64_t>(sizeof(float));
 }
+
+// The kept rows, if they take at most `most_bytes`.
+template <class A>
+struct KeptRows {
+    bool kept;
+    A* rows;  // [R, H]
+
+    KeptRows(Workspace& workspace, const Problem& p, const Routing& routing, int64_t most_bytes)
+        : kept(kept_bytes(p, routing) <= most_bytes),
+          rows(workspace.take<A>(kept ? routing.num_routes * p.hidden_size : 0)) {}
+};
+
+// The least number of tasks for each thread.
+constexpr int64_t kTasksOfThread = 4;
 
 // Returns `width`, or less if there would be too few tasks for the threads. Results do not depend on it.
 inline int64_t slab_width(int64_t width, int64_t columns, int64_t tasks_a_slab, int num_threads) {
-    while (width > kPanelColumns && ceil_div(columns, width) * tasks_a_slab < 4 * num_threads) width /= 2;
+    while (width > kPanelColumns && ceil_div(columns, width) * tasks_a_slab < kTasksOfThread * num_threads) width /= 2;
     return width;
 }
 
@@ -79,24 +83,24 @@ struct Thread {
     T* activations;  // [most rows of an expert, wide_slab]
     Acc<T>* bias;    // [kWideColumns]
 
-    Thread(Workspace& w, const Problem& p, const Routing& routing)
+    // keeps_rows: no product needs sums.
+    Thread(Workspace& w, const Problem& p, const Routing& routing, bool keeps_rows)
         : gemm(w, p.forced_path),
-          sums(w.take<Acc<T>>(sum_elements(p, routing))),
+          sums(w.take<Acc<T>>(keeps_rows ? 0 : sum_elements(p))),
           activations(w.take<T>(routing.most_rows * wide_slab(routing))),
           bias(w.take<Acc<T>>(kWideColumns)) {}
 
-    static Thread* take(Workspace& w, const Problem& p, const Routing& routing) {
+    static Thread* take(Workspace& w, const Problem& p, const Routing& routing, bool keeps_rows) {
         auto* threads = w.take<Thread>(p.num_threads);
         for (int i = 0; i < p.num_threads; ++i) {
-            const Thread thread(w, p, routing);
+            const Thread thread(w, p, routing, keeps_rows);
             if (threads) new (threads + i) Thread(thread);
         }
         return threads;
     }
 
 private:
-    static int64_t sum_elements(const Problem& p, const Routing& routing) {
-        if (keeps_rows(p, routing)) return 0;
+    static int64_t sum_elements(const Problem& p) {
         return smaller(p.num_tokens, kTokenBlock) * smaller(round_up(p.hidden_size, kPanelColumns), kSumSlab);
     }
 };
@@ -163,6 +167,28 @@ struct Layer {
         }
     }
 
+    // The columns of one task of gate_up, for g and u each, and of down.
+    int64_t gate_up_slab() const {
+        return coded_x.codes ? kCodeSlab<T> : forward_slab(gate_up, 2, I, H, p.gate_up_rank);
+    }
+    int64_t down_slab() const { return forward_slab(down, 1, H, I, p.down_rank); }
+
+    // Of the rows that down keeps for "sum"; none without reduce.
+    int64_t most_kept_bytes() const {
+        if (!p.reduce) return -1;
+        const bool bands = !code_digits<T>(p, p.down_proj) &&
+                           prefers_bands<T>(down, 0, routing.most_rows, I, {0, H}, p.down_rank, p.forced_path);
+        return bands ? kBandKeptBytes : kKeptBytes;
+    }
+
+    // True if x W^T for the rows of an expert, and LoRA's product of rank `rank`, is computed in bands.
+    bool takes_bands(const Weight<T>& weight, int64_t expert, int64_t k, const Columns& columns, int64_t rank) const {
+        const int64_t rows = routing.rows(expert);
+        if (!prefers_bands<T>(weight, expert, rows, k, columns, rank, p.forced_path)) return false;
+        profile::count_path(static_cast<int>(Path::kRowBands));
+        return true;
+    }
+
     // Must be called for every token before gate_up_product, if coded_x is used.
     void code_token(int64_t token) const { code_row(static_cast<const T*>(p.hidden_states), H, coded_x, token); }
 
@@ -177,6 +203,26 @@ struct Layer {
     }
 
 private:
+    // Returns the columns of one task of x W^T, of `columns`, with `ranges` ranges of that many. If products are
+    // computed in bands, as many as a block of few rows may have, so that x is packed once, but no task takes more than
+    // a fraction of a thread's time. If W is transposed, this is a product down the rows of the matrix in memory; then
+    // a task is wide only if no expert has enough rows for panels: a panel of fewer columns covers more of k, so that C
+    // is read and written less often.
+    int64_t forward_slab(const Weight<T>& weight, int64_t ranges, int64_t columns, int64_t k, int64_t rank) const {
+        if (weight.transposed) {
+            const bool panels = routing.most_rows > kIsaLimits<T>.sums_rows;
+            return larger(kSlab<T>, (panels ? kMaxColumns : wide_slab(routing)) / ranges);
+        }
+        if (prefers_bands<T>(weight, 0, routing.most_rows, k, {0, columns}, rank, p.forced_path)) {
+            int64_t slab = kWideColumns / ranges;
+            while (slab > kSlab<T> &&
+                   slab * routing.most_rows * kTasksOfThread * p.num_threads > columns * routing.num_routes)
+                slab /= 2;
+            return slab;
+        }
+        return routing.most_rows > kFewRowsMost ? kSlab<T> : larger(kSlab<T>, kFewRowsSlab);
+    }
+
     Acc<T> weight_of(int64_t token, int64_t slot) const { return static_cast<Acc<T>>(p.topk_weights.at(token, slot)); }
 };
 
@@ -237,16 +283,43 @@ inline void low_rank_product(const GemmScratch<T>& scratch, const Layer<T>& laye
     }
 }
 
-// [g | u] = x Wgu^T + s1 xa B1^T + bgu for columns [column, column + n) of h. Calls epilogue(position, row, apart) with
-// a row of accumulators for layer.halves.load(). after: rows of the thread's next task.
+// [g | u] = x Wgu^T + s1 xa B1^T + bgu for columns [column, column + n) of h. Calls epilogue(position, count, j, m, c,
+// ldc, apart) for columns [column + j, column + j + m) of h at `count` positions: rows of accumulators, ldc apart, for
+// layer.halves.load(). after: rows of the thread's next task.
 template <class T, class Epilogue>
 inline void gate_up_product(const Thread<T>& thread, const Layer<T>& layer, int64_t expert, int64_t column, int64_t n,
                             const T* xa, const NextRows& after, Epilogue epilogue) {
     const Problem& p = layer.p;
+    const int64_t begin = layer.routing.offsets[expert], rows = layer.routing.rows(expert), rank = p.gate_up_rank;
     const Columns columns = layer.halves.columns(column, n);
     for_each_range(columns, thread.bias,
                    [&](int64_t first, Acc<T>* bias) { load_bias(p.gate_up_bias, expert, first, columns.count, bias); });
-    const int64_t begin = layer.routing.offsets[expert];
+    const auto add_bias = [&](int64_t count, const Columns& part, Acc<T>* c, int64_t ldc) {
+        if (!p.gate_up_bias) return;
+        for (int64_t i = 0; i < count; ++i, c += ldc) {
+            for_each_range(part, c, [&](int64_t first, Acc<T>* to) {
+                const bool second = to != c;
+                const Acc<T>* bias = thread.bias + first - (second ? columns.second - columns.padded() : columns.first);
+                for (int64_t j = 0; j < part.count; ++j) to[j] += bias[j];
+            });
+        }
+    };
+    const Rows<T> low{xa + begin * rank, rank};
+    if constexpr (kHasBands<T>) {
+        if (!layer.coded_x.codes && layer.takes_bands(layer.gate_up, expert, layer.H, columns, rank)) {
+            const AddedProduct<T, StridedWeight<T>> added{low, rank, &layer.B1};
+            const int64_t step = layer.halves.count_in(kBandRows);
+            RowBands bands(thread.gemm, layer.by_token(p.hidden_states, begin), rows, layer.H, layer.gate_up, expert,
+                           added, after);
+            const auto band = [&](int64_t j) { return layer.halves.columns(column + j, smaller(step, n - j)); };
+            bands.multiply(n, step, band,
+                           [&](int64_t i, int64_t count, int64_t j, const Columns& part, Acc<T>* c, int64_t ldc) {
+                               add_bias(count, part, c, ldc);
+                               epilogue(begin + i, count, j, smaller(step, n - j), c, ldc, part.padded());
+                           });
+            return;
+        }
+    }
     const auto block_of_rows = [&](int64_t row, int64_t count) {
         const int64_t first = begin + row;
         BlockGemm<T> block(thread.gemm, count, columns.total());
@@ -256,21 +329,11 @@ inline void gate_up_product(const Thread<T>& thread, const Layer<T>& layer, int6
         } else {
             block.multiply_nt(layer.by_token(p.hidden_states, first), layer.H, layer.gate_up, expert, columns);
         }
-        if (p.gate_up_rank) {
-            block.multiply_nt({xa + first * p.gate_up_rank, p.gate_up_rank}, p.gate_up_rank, layer.B1, expert, columns);
-        }
-        for (int64_t i = 0; i < count; ++i) {
-            Acc<T>* row = block.row(i);
-            if (p.gate_up_bias) {
-                for_each_range(columns, row, [&](int64_t, Acc<T>* c) {
-                    const Acc<T>* bias = thread.bias + (c - row);
-                    for (int64_t j = 0; j < columns.count; ++j) c[j] += bias[j];
-                });
-            }
-            epilogue(first + i, row, columns.padded());
-        }
+        if (rank) block.multiply_nt(low.from(row), rank, layer.B1, expert, columns);
+        add_bias(count, columns, block.row(0), columns.total());
+        epilogue(first, count, 0, n, block.row(0), columns.total(), columns.padded());
     };
-    for_each_row_block(layer.routing.rows(expert), block_of_rows, kSlabRows<T>);
+    for_each_row_block(rows, block_of_rows, most_rows_of_block(columns.total()));
 }
 
 }  // namespace kt::KT_ISA

@@ -8,6 +8,9 @@
 #include "gemm.h"
 #include "integers.h"
 #include "packs.h"
+#ifdef KT_BANDS
+#include "bands.h"
+#endif
 #ifdef KT_TILES
 #include "tiles.h"
 #endif
@@ -37,6 +40,11 @@ Suite suite_of(const std::string& dtype) {
 Suite find(const std::string& name, const std::string& dtype) {
 #define KT_KERNEL(suite, function) \
     if (name == #suite) return suite_of<suites::suite>(dtype);
+#ifdef KT_BANDS
+#define KT_BAND_KERNEL KT_KERNEL
+#else
+#define KT_BAND_KERNEL(suite, function)
+#endif
 #ifdef KT_TILES
 #define KT_TILE_KERNEL KT_KERNEL
 #else

@@ -41,13 +41,10 @@ EDGES = {
         (*ROWS_OF_A, "blocks=1", "blocks=3", "blocks=4", "blocks=5", "group=16", "group=32", "group=64",
          "group=4096", "pairs=1", "joins=1", "begins=0", "mins=0", *STRIDE, *ADDS),
     ),
+    "band": (("bfloat16",), ("k=unit", "k=640", *STRIDE, *ADDS)),
+    "put_band": (("bfloat16",), (*COLUMNS, "panels=1", *STRIDE)),
     "stage_tiles": (("bfloat16",), (*ROWS_OF_A, "m=15", "m=16", "m=17", *K, *STRIDE)),
     "stage_panels": (("bfloat16",), (*ROWS_OF_A, "m=15", "m=16", "m=17", *K, "first=32")),
-    "multiply_rows": (
-        ("bfloat16",),
-        (*ROWS_OF_A, "m=15", "m=16", "m=17", "m=32", "m=33", "m=65", "k=unit", *COLUMNS, "columns=17",
-         "columns=31", "columns=33", "columns=65", *STRIDE),
-    ),
     "tile_dots": (
         ("bytes",),
         (*ROWS_OF_A, "m=15", "m=16", "m=17", *MORE_COLUMNS, "columns=31", "steps=1", "steps=2", *STRIDE),

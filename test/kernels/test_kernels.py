@@ -18,11 +18,15 @@ from ktops.testing import amx_emulator
 
 HERE = Path(__file__).parent
 LIST = (HERE / "kernels.def").read_text()
-LINES = re.findall(r"^KT_(TILE_)?KERNEL\((\w+), ([\w:]+)\)$", LIST, re.MULTILINE)
+LINES = re.findall(r"^KT_(TILE_|BAND_)?KERNEL\((\w+), ([\w:]+)\)$", LIST, re.MULTILINE)
 
 
 def has_tiles(row: str) -> bool:
     return any("amx" in name for name in reached(f"dispatch/{row}.cpp"))
+
+
+def has_bands(row: str) -> bool:
+    return "isa/bands_avx512-inl.h" in reached(f"dispatch/{row}.cpp")
 
 
 def dtypes(row: str, suite: str) -> list[str]:
@@ -37,8 +41,8 @@ def dtypes(row: str, suite: str) -> list[str]:
 CASES = {
     row: [
         f"{suite} {dtype} {edge}"
-        for tile, suite, _ in LINES
-        if not tile or has_tiles(row)
+        for needs, suite, _ in LINES
+        if not needs or (has_tiles if needs == "TILE_" else has_bands)(row)
         for dtype in dtypes(row, suite)
         for edge in EDGES[suite][1]
     ]
@@ -51,7 +55,8 @@ RUNNABLE = [row for row in ROWS if CAN_RUN["avx512_bf16" if has_tiles(row) else 
 def source(row: str) -> str:
     own = [name for name in includes(f"dispatch/{row}.cpp") if name.startswith("isa/") and "-inl" in name]
     lines = [f'#include "dispatch/{row}.h"', *(f'#include "{name}"' for name in own)]
-    return "\n".join([*lines, *["#define KT_TILES"] * has_tiles(row), '#include "driver.cpp"', ""])
+    defines = ["#define KT_TILES"] * has_tiles(row) + ["#define KT_BANDS"] * has_bands(row)
+    return "\n".join([*lines, *defines, '#include "driver.cpp"', ""])
 
 
 @pytest.fixture(scope="module")

@@ -56,21 +56,6 @@ struct stage_panels {
     }
 };
 
-template <class>
-struct multiply_rows {
-    static std::string run(const Shape& shape) {
-        const int64_t m = shape.size("m", 32, 256), n = shape.size("columns", 32, 0);
-        const int64_t k = shape.size("k", 64, 0, 32), ldc = shape.stride(n), before = larger(0, 16 - n);
-        Matrix<bfloat16> w(before + n, k, shape.stride(k));
-        Panels<bfloat16> x(k, m, shape.stride(0));
-        Product<float> product(m, n, ldc, n, m, false);
-        Tiles::multiply_rows(w.row(before), w.stride, n, x.data(), x.stride, m, k, product.c.data(), ldc);
-        return product.check(
-            k, [&](int64_t i, int64_t s) { return x.source.at(s, i); },
-            [&](int64_t s, int64_t j) { return w.at(before + j, s); });
-    }
-};
-
 struct tile_dots {
     static std::string run(const Shape& shape) {
         const int64_t m = shape.size("m", 32, 32), n = shape.size("columns", 32, 32), steps = shape.size("steps", 3, 0);

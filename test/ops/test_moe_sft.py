@@ -133,10 +133,10 @@ def test_longest_blocks_of_k(isa, hidden_size, dtype):
         check_against_reference(moe_inputs(T=5, H=hidden_size, I=32, E=1, K=1, dtype=dtype, lora_rank=4))
 
 
-@pytest.mark.parametrize("path,dtype", [("row_tiles", torch.bfloat16), ("dots", torch.float32)])
+@pytest.mark.parametrize("path,dtype", [("row_bands", torch.bfloat16), ("dots", torch.float32)])
 @pytest.mark.parametrize("num_tokens", [5, 40, 300])
 @pytest.mark.parametrize(
-    "hidden_size,intermediate_size", [(64, 5), (64, 40), (96, 150), (150, 96), (2048, 20)]
+    "hidden_size,intermediate_size", [(64, 5), (64, 40), (96, 150), (150, 96), (2048, 20), (4096, 20)]
 )
 def test_rows_of_weights_as_they_lie(isa, hidden_size, intermediate_size, num_tokens, path, dtype):
     """Tiles along k are full; the last tile of rows is not, or there are too few rows for a tile."""

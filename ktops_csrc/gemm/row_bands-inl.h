@@ -1,0 +1,229 @@
+#pragma once
+
+// kRowBands: products along the rows of W, a band of them after the other, in place or decoded, with A in panels.
+//
+// A is packed once for all bands. While a band is multiplied, the next one is prefetched: each line of W comes from
+// memory once, and memory and arithmetic overlap.
+
+#include "gemm/scratch-inl.h"
+#include "isa/bands-inl.h"
+#include "isa/pack-inl.h"
+
+namespace kt::KT_ISA {
+
+// The product added to that of a band: rows [k] of `a` times rows of `factor`, as LoRA has them. rank 0: none.
+template <class T, class Factor>
+struct AddedProduct {
+    Rows<T> a;
+    int64_t rank = 0;
+    const Factor* factor = nullptr;
+};
+
+template <class T, class Weight, class Factor>
+class RowBands {
+    using Micro = MicroGemm<T>;
+    static constexpr auto kBytes = static_cast<int64_t>(sizeof(T));
+
+public:
+    // w: an expert's rows of `weight`, k columns. after: rows that the thread probably needs next.
+    RowBands(const GemmScratch<T>& scratch, const Rows<T>& a, int64_t rows, int64_t k, const Weight& weight,
+             int64_t expert, const AddedProduct<T, Factor>& added, const NextRows& after)
+        : scratch_(scratch),
+          a_(a),
+          rows_(rows),
+          k_(k),
+          weight_(weight),
+          expert_(expert),
+          added_(added),
+          after_(after),
+          rank_(round_up(added.rank, kBandK)),
+          stride_(panel_elements<T>(k) + kPadding),
+          low_stride_(panel_elements<T>(rank_)) {}
+
+    // Computes bands of at most kBandRows columns of C: band(j) for j = 0, step, .. < n returns the rows of W of one.
+    // Calls put(i, count, j, columns, c, ldc), where row c + t * ldc is row i + t of C, columns.total() elements.
+    template <class Band, class Put>
+    void multiply(int64_t n, int64_t step, Band band, Put put) {
+        const int64_t most = kBandBytes / kBytes / (stride_ + low_stride_) * kPanelColumns;
+        const int64_t blocks = ceil_div(rows_, most), size = round_up(ceil_div(rows_, blocks), kPanelColumns);
+        for (int64_t i = 0; i < rows_; i += size) {
+            const int64_t m = smaller(size, rows_ - i);
+            pack(i, m);
+            const int64_t panels = ceil_div(m, kPanelColumns);
+            for (int64_t j = 0; j < n; j += step) {
+                const Columns columns = band(j);
+                if (weight_.direct(expert_)) {
+                    if (j + step < n) {
+                        read_ahead(expert_, band(j + step), panels);
+                    } else if (i + size < rows_) {
+                        read_ahead(expert_, band(0), panels);
+                    } else {
+                        ahead_ = {};
+                        Columns next = band(0);
+                        if (next.second >= 0) next.second += after_.row - next.first;
+                        next.first = after_.row;
+                        if (after_.expert >= 0) read_ahead(after_.expert, next, panels);
+                    }
+                }
+                multiply_band(i, m, j, columns, put);
+            }
+        }
+    }
+
+private:
+    static constexpr int64_t kPadding = 64 / kBytes;
+    static constexpr int64_t kTiles = 2 * kBandPanels * kTileSums;
+    // In scratch.stage: the tiles of sums, their transposes, and the rows of the factor of the added product.
+    float* tiles() const { return reinterpret_cast<float*>(scratch_.stage); }
+    float* block() const { return tiles() + kTiles; }
+    T* factor_panel() const { return reinterpret_cast<T*>(block() + kTiles); }
+    T* factor_rows(int half) const { return factor_panel() + (1 + half) * low_stride_; }
+
+    void pack(int64_t first, int64_t m) const {
+        T* low = low_panels(m);
+        for (int64_t j = 0; j < m; j += kPanelColumns) {
+            const int64_t n = smaller(kPanelColumns, m - j), p = j / kPanelColumns;
+            pack_rows(a_, first + j, n, k_, scratch_.panels + p * stride_);
+            pack_columns(n, rank_, low + p * low_stride_, [&](int64_t i, int64_t k, int64_t, T* to) {
+                std::memset(static_cast<void*>(to), 0, 64);
+                const int64_t count = smaller(kBandK, added_.rank - k);
+                std::memcpy(static_cast<void*>(to), added_.a.row(first + j + i) + k,
+                            static_cast<size_t>(count * kBytes));
+            });
+        }
+    }
+    T* low_panels(int64_t m) const { return scratch_.panels + ceil_div(m, kPanelColumns) * stride_; }
+
+    // Calls f(half, first row, number of rows) for the halves of a band.
+    template <class F>
+    static void for_each_half(const Columns& columns, F f) {
+        f(0, columns.first, smaller(kHalfRows, columns.count));
+        if (columns.second >= 0) {
+            f(1, columns.second, columns.count);
+        } else if (columns.count > kHalfRows) {
+            f(1, columns.first + kHalfRows, columns.count - kHalfRows);
+        }
+    }
+
+    void read_ahead(int64_t expert, const Columns& columns, int64_t panels) {
+        const char* first[2] = {};
+        int64_t rows = 0, steps = 0;
+        for_each_half(columns, [&](int half, int64_t row, int64_t n) {
+            first[half] = reinterpret_cast<const char*>(weight_.direct(expert) + row * weight_.row_stride);
+            rows = larger(rows, n);
+        });
+        for_each_group(panels, [&](int64_t, int count) { steps += Micro::band_steps(first[1] ? 2 : 1, count); });
+        ahead_.start(first, rows, k_ * kBytes, weight_.row_stride * kBytes, steps * (k_ / kBandK));
+    }
+
+    // Panels two at a time, three at the end of an odd number.
+    template <class F>
+    static void for_each_group(int64_t panels, F f) {
+        for (int64_t p = 0; p < panels;) {
+            const int count = panels - p == kBandPanels ? kBandPanels : static_cast<int>(smaller(2, panels - p));
+            f(p, count);
+            p += count;
+        }
+    }
+
+    template <class Put>
+    void multiply_band(int64_t i, int64_t m, int64_t j, const Columns& columns, Put put) {
+        BandArguments<T> rows = rows_of(columns), low{};
+        if (rank_) low = factor_of(columns);
+        for_each_group(ceil_div(m, kPanelColumns), [&](int64_t p, int panels) {
+            rows.panels = low.panels = panels;
+            rows.b = scratch_.panels + p * stride_;
+            Micro::band(rows, ahead_);
+            for (int64_t k = 0; k < rank_; k += kBandK) {
+                BandArguments<T> part = low;
+                for (int half = 0; half < rows.halves; ++half) part.rows[half] += k * kHalfRows;
+                part.b = low_panels(m) + p * low_stride_ + k * kPanelColumns;
+                ReadAhead none;
+                Micro::band(part, none);
+            }
+            const int64_t ldc = columns.total(), first = p * kPanelColumns;
+            for_each_half(columns, [&](int half, int64_t, int64_t n) {
+                put_band(rows, half, n, block() + half * kHalfRows, ldc);
+            });
+            put(i + first, smaller(panels * kPanelColumns, m - first), j, columns, block(), ldc);
+        });
+    }
+
+    BandArguments<T> arguments(const Columns& columns) const {
+        BandArguments<T> g{};
+        for_each_half(columns, [&](int half, int64_t, int64_t) { g.halves = half + 1; });
+        g.tiles = tiles();
+        return g;
+    }
+
+    // Where fewer than 16 rows are left, a half includes rows before them.
+    BandArguments<T> rows_of(const Columns& columns) const {
+        BandArguments<T> g = arguments(columns);
+        const T* w = weight_.direct(expert_);
+        // Not a power of two, or the lines of decoded rows would share a few sets of the cache.
+        g.row_stride = w ? weight_.row_stride : k_ + kPadding;
+        g.b_stride = stride_;
+        g.k = k_;
+        for_each_half(columns, [&](int half, int64_t row, int64_t n) {
+            row -= kHalfRows - n;
+            if (w) {
+                g.rows[half] = w + row * g.row_stride;
+            } else {
+                T* decoded = scratch_.decoded_rows() + half * kHalfRows * g.row_stride;
+                weight_.decode_rows(expert_, row, kHalfRows, 0, k_, decoded, g.row_stride);
+                g.rows[half] = decoded;
+            }
+        });
+        return g;
+    }
+
+    // The rows of the added product's factor, as tiles [rank / 32][16][32] of each half.
+    BandArguments<T> factor_of(const Columns& columns) const {
+        BandArguments<T> g = arguments(columns);
+        g.row_stride = g.k = kBandK;
+        g.b_stride = low_stride_;
+        g.accumulate = true;
+        for_each_half(columns, [&](int half, int64_t row, int64_t n) {
+            T* panel = factor_panel();
+            T* tiles = factor_rows(half);
+            std::memset(static_cast<void*>(panel), 0, static_cast<size_t>(low_stride_ * kBytes));
+            added_.factor->decode_nt(expert_, row - (kHalfRows - n), kHalfRows, 0, added_.rank, panel, low_stride_,
+                                     nullptr);
+            for (int64_t k = 0; k < low_stride_; k += kBandK * kPanelColumns) {
+                transpose_16x16(reinterpret_cast<const char*>(panel + k), 64, reinterpret_cast<uint32_t*>(tiles + k));
+            }
+            g.rows[half] = tiles;
+        });
+        return g;
+    }
+
+    const GemmScratch<T>& scratch_;
+    const Rows<T> a_;
+    const int64_t rows_, k_;
+    const Weight& weight_;
+    const int64_t expert_;
+    const AddedProduct<T, Factor> added_;
+    const NextRows after_;
+    const int64_t rank_, stride_, low_stride_;
+    ReadAhead ahead_;
+};
+
+// Writes the block of C = A . W^T.
+template <class T, class Weight>
+inline void row_bands(const Block<T>& block, const Rows<T>& a, int64_t k, const Weight& weight, int64_t expert,
+                      const Columns& columns) {
+    for_each_range(columns, block.row(0), [&](int64_t row, Acc<T>* c) {
+        RowBands<T, Weight, Weight> bands(block.scratch, a, block.rows, k, weight, expert, {}, {});
+        const auto band = [&](int64_t j) { return Columns{row + j, smaller(kBandRows, columns.count - j)}; };
+        const auto put = [&](int64_t i, int64_t n, int64_t j, const Columns& part, const Acc<T>* from, int64_t ld) {
+            for (int64_t t = 0; t < n; ++t) {
+                for_each_vector<Acc<T>>(part.count, [&](int64_t v, int64_t count) {
+                    store_n(c + (i + t) * block.columns + j + v, load(from + t * ld + v), count);
+                });
+            }
+        };
+        bands.multiply(columns.count, kBandRows, band, put);
+    });
+}
+
+}  // namespace kt::KT_ISA

@@ -7,6 +7,7 @@
 
 #include "gemm/scratch-inl.h"
 #include "isa/bands-inl.h"
+#include "isa/direct-inl.h"
 #include "isa/pack-inl.h"
 
 namespace kt::KT_ISA {
@@ -47,9 +48,8 @@ public:
         const int64_t most = kBandBytes / kBytes / (stride_ + low_stride_) * kPanelColumns;
         const int64_t blocks = ceil_div(rows_, most), size = round_up(ceil_div(rows_, blocks), kPanelColumns);
         for (int64_t i = 0; i < rows_; i += size) {
-            const int64_t m = smaller(size, rows_ - i);
+            const int64_t m = smaller(size, rows_ - i), panels = ceil_div(m - left_over(m), kPanelColumns);
             pack(i, m);
-            const int64_t panels = ceil_div(m, kPanelColumns);
             for (int64_t j = 0; j < n; j += step) {
                 const Columns columns = band(j);
                 if (weight_.direct(expert_)) {
@@ -71,6 +71,12 @@ public:
     }
 
 private:
+    // The last rows of A that are multiplied as dot products, since they would fill too little of a panel.
+    static int64_t left_over(int64_t m) {
+        const int64_t rows = m % kPanelColumns;
+        return m > 2 * kPanelColumns && rows <= Isa::kMostLeftOver ? rows : 0;
+    }
+
     static constexpr int64_t kPadding = 64 / kBytes;
     static constexpr int64_t kTiles = 2 * kBandPanels * kTileSums;
     // In scratch.stage: the tiles of sums, their transposes, and the rows of the factor of the added product.
@@ -83,7 +89,7 @@ private:
         T* low = low_panels(m);
         for (int64_t j = 0; j < m; j += kPanelColumns) {
             const int64_t n = smaller(kPanelColumns, m - j), p = j / kPanelColumns;
-            pack_rows(a_, first + j, n, k_, scratch_.panels + p * stride_);
+            if (j + left_over(m) < m) pack_rows(a_, first + j, n, k_, scratch_.panels + p * stride_);
             pack_columns(n, rank_, low + p * low_stride_, [&](int64_t i, int64_t k, int64_t, T* to) {
                 std::memset(static_cast<void*>(to), 0, 64);
                 const int64_t count = smaller(kBandK, added_.rank - k);
@@ -130,22 +136,54 @@ private:
     void multiply_band(int64_t i, int64_t m, int64_t j, const Columns& columns, Put put) {
         BandArguments<T> rows = rows_of(columns), low{};
         if (rank_) low = factor_of(columns);
-        for_each_group(ceil_div(m, kPanelColumns), [&](int64_t p, int panels) {
+        const int64_t ldc = columns.total(), left = left_over(m);
+        for_each_group(ceil_div(m - left, kPanelColumns), [&](int64_t p, int panels) {
             rows.panels = low.panels = panels;
             rows.b = scratch_.panels + p * stride_;
             Micro::band(rows, ahead_);
-            for (int64_t k = 0; k < rank_; k += kBandK) {
-                BandArguments<T> part = low;
-                for (int half = 0; half < rows.halves; ++half) part.rows[half] += k * kHalfRows;
-                part.b = low_panels(m) + p * low_stride_ + k * kPanelColumns;
-                ReadAhead none;
-                Micro::band(part, none);
-            }
-            const int64_t ldc = columns.total(), first = p * kPanelColumns;
-            for_each_half(columns, [&](int half, int64_t, int64_t n) {
-                put_band(rows, half, n, block() + half * kHalfRows, ldc);
-            });
+            low.accumulate = true;
+            multiply_low(low, low_panels(m) + p * low_stride_);
+            transpose(rows, columns, block());
+            const int64_t first = p * kPanelColumns;
             put(i + first, smaller(panels * kPanelColumns, m - first), j, columns, block(), ldc);
+        });
+        if (!left) return;
+        dots(i + m - left, left, rows, columns);
+        if (rank_) {
+            low.panels = 1;
+            low.accumulate = false;
+            multiply_low(low, low_panels(m) + m / kPanelColumns * low_stride_);
+            float* sums = block() + kTiles / 2;
+            transpose(low, columns, sums);
+            for (int64_t t = 0; t < left * ldc; ++t) block()[t] += sums[t];
+        }
+        put(i + m - left, left, j, columns, block(), ldc);
+    }
+
+    // Adds or writes the added product, `b` its panels, to the tiles.
+    void multiply_low(BandArguments<T> g, const T* b) const {
+        g.k = kBandK;
+        for (int64_t k = 0; k < rank_; k += kBandK, g.accumulate = true) {
+            g.b = b + k * kPanelColumns;
+            ReadAhead none;
+            Micro::band(g, none);
+            for (int half = 0; half < g.halves; ++half) g.rows[half] += kBandK * kHalfRows;
+        }
+    }
+
+    static void transpose(const BandArguments<T>& g, const Columns& columns, float* c) {
+        for_each_half(columns, [&](int half, int64_t, int64_t n) {
+            put_band(g, half, n, c + half * kHalfRows, columns.total());
+        });
+    }
+
+    // Writes rows [first, first + m) of A times the band to block().
+    void dots(int64_t first, int64_t m, const BandArguments<T>& band, const Columns& columns) const {
+        const T* rows[kPanelColumns];
+        for (int64_t t = 0; t < m; ++t) rows[t] = a_.row(first + t);
+        for_each_half(columns, [&](int half, int64_t, int64_t n) {
+            const T* w = band.rows[half] + (kHalfRows - n) * band.row_stride;
+            Direct<T>::dots(rows, m, w, band.row_stride, n, k_, block() + half * kHalfRows, columns.total());
         });
     }
 
@@ -180,9 +218,8 @@ private:
     // The rows of the added product's factor, as tiles [rank / 32][16][32] of each half.
     BandArguments<T> factor_of(const Columns& columns) const {
         BandArguments<T> g = arguments(columns);
-        g.row_stride = g.k = kBandK;
+        g.row_stride = kBandK;
         g.b_stride = low_stride_;
-        g.accumulate = true;
         for_each_half(columns, [&](int half, int64_t row, int64_t n) {
             T* panel = factor_panel();
             T* tiles = factor_rows(half);

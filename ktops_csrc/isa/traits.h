@@ -29,7 +29,8 @@ struct IsaDefaults {
     static constexpr int64_t kFloat16DotRows = 32, kFloat16SumRows = 32;
 
     // If a weight is multiplied in bands, up to this many rows of bfloat16 are multiplied as dot products.
-    static constexpr int64_t kDotOnlyRows = 0;
+    // And up to kMostLeftOver rows that do not fill a panel.
+    static constexpr int64_t kDotOnlyRows = 0, kMostLeftOver = 0;
 
     // MicroDots, products of bytes: rows of activations by panels of codes.
     static constexpr int kCodeGemmRows = 2, kCodeGemmPanels = 1;

@@ -36,6 +36,22 @@ inline bool prefers_bands(const Weight& weight, int64_t expert, int64_t rows, in
     return choose_path(product, kIsaLimits<T>, forced) == Path::kRowBands;
 }
 
+// True if x W, for all columns of W, is best computed while W is packed ahead.
+template <class T, class Weight>
+inline bool prefers_ahead(const Weight& weight, int64_t expert, int64_t rows, int64_t k, int64_t columns,
+                          std::optional<Path> forced) {
+    if (weight.transposed) return false;
+    Product product{};
+    product.whole = true;
+    product.rows = rows;
+    product.columns = columns;
+    product.k = k;
+    product.contiguous = weight.direct(expert) != nullptr;
+    return choose_path(product, kIsaLimits<T>, forced) == Path::kPanelsAhead;
+}
+
+template <class T>
+constexpr bool kPacksAhead = GemmScratch<T>::kPacksAhead;
 template <class T>
 constexpr bool kHasBands = GemmScratch<T>::kHasBands;
 

@@ -9,6 +9,7 @@
 #include "isa/bands-inl.h"
 #include "isa/direct-inl.h"
 #include "isa/micro_gemm_generic-inl.h"
+#include "isa/pack_ahead-inl.h"
 #include "parallel/profile.h"
 
 namespace kt::KT_ISA {
@@ -29,6 +30,9 @@ constexpr IsaLimits isa_limits() {
     limits.sums_columns = kPanelBytes / kBytes / Direct<T>::kRowsAhead;
     limits.band_k = MicroGemm<C>::kReadsRows ? kBandK : 0;
     limits.band_rows = Isa::kDotOnlyRows;
+    limits.ahead_k = MicroGemm<C>::kPacksAhead ? kAheadK : 0;
+    limits.ahead_columns = kAheadColumns;
+    limits.ahead_rows = Isa::kSumOnlyRows;
     limits.code_tiles = Isa::kInt8Tiles;
     limits.code_rows = Isa::kInt8Rows;
     limits.code_group = Isa::kInt8Group;

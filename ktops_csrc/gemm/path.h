@@ -33,6 +33,9 @@ enum class Path : uint8_t {
     // x W^T: dot products with rows of W in place, or with copies of rows that aren't contiguous. Wins while a panel
     // would be used too rarely to pay for itself. (Decision 6)
     kDots,
+    // x W for bfloat16, where vectors multiply it: the next block of W is packed while one is multiplied. Beats panels
+    // with any number of rows, and sums of rows with more than fit in registers at once. (Decision 29)
+    kPanelsAhead,
     // x W: sums of rows of W, each times an element of x. Wins when dots do. (Decision 6)
     kColumnSums,
     // x W^T and x W: blocks of W sized for L2 are packed into panels, which every row of x uses. Wins with many rows;
@@ -47,7 +50,7 @@ enum class Path : uint8_t {
     // without tiles of bytes, or when the groups of W don't fill them. (Decisions 10 and 13)
     kCodePanels,
 };
-constexpr const char* kPathNames[] = {"decoded_dots", "row_bands", "dots",       "column_sums",
+constexpr const char* kPathNames[] = {"decoded_dots", "row_bands", "dots",       "panels_ahead", "column_sums",
                                       "panels",       "code_dots", "code_tiles", "code_panels"};
 constexpr int kNumPaths = static_cast<int>(Path::kCodePanels) + 1;
 static_assert(sizeof(kPathNames) / sizeof(kPathNames[0]) == kNumPaths);
@@ -78,6 +81,9 @@ struct IsaLimits {
     int64_t sums_columns;   // kColumnSums: the most columns of which copies of the rows read at once fit in scratch
     int64_t band_k;         // kRowBands: columns of W are a multiple of this; 0: no bands
     int64_t band_rows;      // with more than this many rows, kRowBands beats kDots
+    int64_t ahead_k;        // kPanelsAhead: rows of W are a multiple of this; 0: not available
+    int64_t ahead_columns;  // and so are its columns
+    int64_t ahead_rows;     // with more than this many rows, kPanelsAhead beats kColumnSums
     bool code_tiles;        // has tiles of bytes
     int64_t code_rows;      // integers are faster than floats up to this many rows per expert on average,
     int64_t code_group;     // and for any number of rows if at least this many columns share a scale
@@ -89,6 +95,7 @@ struct Product {
     int64_t rows, columns;  // of C; columns in whole panels, both halves of gate_up
     int64_t k;
     bool adds;         // to a product already in C, as LoRA's is added to that of the base weight
+    bool whole;        // kPanelsAhead: the caller has all rows and columns, not a block of them
     int64_t added;     // kRowBands: the inner dimension of a product that is added in the same pass
     int64_t end;       // x W^T: end of the block's rows of W (of its first range, if it has two)
     bool contiguous;   // rows of W are contiguous and in the dtype of x
@@ -110,6 +117,9 @@ constexpr bool is_possible(Path path, const Product& p, const IsaLimits& isa) {
         }
         case Path::kDots:
             return !p.digits && p.along_rows && !p.adds && p.k <= isa.dots_k;
+        case Path::kPanelsAhead:
+            return !p.digits && !p.along_rows && p.whole && p.contiguous && isa.ahead_k && p.k % isa.ahead_k == 0 &&
+                   p.columns % isa.ahead_columns == 0;
         case Path::kColumnSums:
             return !p.digits && !p.along_rows && (p.contiguous || p.columns <= isa.sums_columns);
         case Path::kPanels:
@@ -131,6 +141,8 @@ constexpr bool wins(Path path, const Product& p, const IsaLimits& isa) {
             return p.rows > isa.band_rows;
         case Path::kDots:
             return p.rows <= isa.dots_rows;
+        case Path::kPanelsAhead:
+            return p.rows > isa.ahead_rows;
         case Path::kColumnSums:
             return p.rows <= isa.sums_rows;
         case Path::kCodeDots:

@@ -44,7 +44,8 @@ struct GemmScratch {
     static constexpr int64_t kStagedElements = MicroGemm<C>::kRows * staged_row_stride<C>(kMaxK);
     static constexpr int64_t kBandElements =
         4 * kBandPanels * kTileSums * (4 / kElementBytes) + 3 * kBandRank * kPanelColumns;
-    static constexpr bool kHasBands = MicroGemm<C>::kReadsRows;
+    static constexpr bool kHasBands = MicroGemm<C>::kReadsRows, kPacksAhead = MicroGemm<C>::kPacksAhead;
+    static constexpr int64_t kAheadElements = (260 << 10) / kElementBytes;  // two blocks and what separates them
     static constexpr int64_t kStageElements = kHasBands ? larger(kStagedElements, kBandElements) : kStagedElements;
 
     C* panels;
@@ -55,6 +56,7 @@ struct GemmScratch {
 
     // In `panels`: copied rows of a weight; panels of codes.
     T* copied_rows() const { return reinterpret_cast<T*>(panels); }
+    C* ahead_panels() const { return panels + kPaddedElements; }  // beside those of products that are added
     uint8_t* code_panels() const { return reinterpret_cast<uint8_t*>(panels); }
 
     // In `left`: panels of the left operand; decoded rows of a weight; rows of A in float32, in the order of a format's
@@ -66,7 +68,8 @@ struct GemmScratch {
     float* code_scales() const { return reinterpret_cast<float*>(left); }
 
     GemmScratch(Workspace& workspace, std::optional<Path> forced)
-        : panels(workspace.take<C>(kHasBands ? larger(kPaddedElements, kBandBytes / kElementBytes) : kPaddedElements)),
+        : panels(workspace.take<C>(larger(kPaddedElements + (kPacksAhead ? kAheadElements : 0),
+                                          kHasBands ? kBandBytes / kElementBytes : 0))),
           left(workspace.take<C>(kLeftElements)),
           stage(workspace.take<C>(kStageElements)),
           c(workspace.take<Acc<T>>(kMaxRows * kMaxColumns)),

@@ -71,7 +71,7 @@ template <>
 struct MicroGemm<bfloat16> {
     static constexpr int kRows = 32;
     static constexpr int64_t panels(int64_t m) { return m > 16 ? 2 : 4; }
-    static constexpr bool kStaged = true, kReadsRows = true;
+    static constexpr bool kStaged = true, kReadsRows = true, kPacksAhead = false;
     static constexpr int64_t kTileK = 32, kTileElements = 16 * kTileK;
 
     // Copies A to tiles [rows / 16][k / 32][16][32], with zeros past the last element of k. Rows past m are left as

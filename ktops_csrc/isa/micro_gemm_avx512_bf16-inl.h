@@ -13,6 +13,7 @@
 #include "core/bfloat16.h"
 #include "isa/bands_avx512-inl.h"
 #include "isa/micro_gemm_generic-inl.h"
+#include "isa/pack_ahead_avx512_bf16-inl.h"
 #include "isa/panel-inl.h"
 
 namespace kt::KT_ISA {
@@ -24,7 +25,8 @@ struct MicroGemm<bfloat16> {
     static constexpr int kRows = 6;
     static constexpr int kPanels = 4;
     static constexpr int64_t panels(int64_t) { return kPanels; }  // for m rows
-    static constexpr bool kStaged = false, kReadsRows = true;
+    static constexpr bool kStaged = false, kReadsRows = true, kPacksAhead = true;
+    using Ahead = AheadGemm;
 
     static void gemm(const MicroArguments<bfloat16>& g) {
         call_micro_kernel<MicroGemm>(g, std::make_integer_sequence<int, kRows * kPanels>());

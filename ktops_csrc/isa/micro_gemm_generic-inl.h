@@ -90,6 +90,7 @@ struct MicroGemm {
     static constexpr int64_t panels(int64_t) { return kPanels; }  // for m rows
     static constexpr bool kStaged = false;                        // reads rows of A anywhere in memory
     static constexpr bool kReadsRows = false;                     // reads B from panels only
+    static constexpr bool kPacksAhead = false;                    // and packs none itself
     static constexpr int kUnroll = 4;                             // k-steps per iteration
 
     static void gemm(const MicroArguments<C>& g) {

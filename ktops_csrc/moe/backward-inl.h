@@ -24,6 +24,7 @@ template <class T>
 struct GradProduct {
     const Layer<T>& layer;
     const T *grad_gate_up, *dgub;
+    bool packs_ahead;  // for the expert with the most rows
 
     void multiply(const Thread<T>&, BlockGemm<T>& block, int64_t expert, int64_t position, int64_t,
                   const Columns& columns, const NextRows&) const {
@@ -31,8 +32,25 @@ struct GradProduct {
         block.multiply_nn({grad_gate_up + position * k, k}, k, layer.gate_up, expert, columns);
         if (rank) block.multiply_nn({dgub + position * rank, rank}, rank, layer.A1, expert, columns);
     }
+    int64_t step() const { return packs_ahead ? kAheadStep : kPanelColumns; }
+
     template <class Put>
-    bool multiply_bands(const Thread<T>&, int64_t, int64_t, int64_t, const Columns&, const NextRows&, Put) const {
+    bool multiply_parts(const Thread<T>& thread, int64_t expert, int64_t position, int64_t rows, const Columns& columns,
+                        const NextRows& after, Put put) const {
+        if constexpr (kPacksAhead<T>) {
+            const int64_t rank = layer.p.gate_up_rank, k = layer.halves.width();
+            const Weight<T>& w = layer.gate_up;
+            if (!packs_ahead || !layer.packs_ahead(w, expert, k, layer.H)) return false;
+            const T* next = after.expert >= 0 ? w.direct(after.expert) + after.row : nullptr;
+            PanelsAhead<T> ahead(thread.gemm, w.direct(expert), w.row_stride, k, columns.first, columns.count, next);
+            ahead.multiply({grad_gate_up + position * k, k}, rows,
+                           [&](BlockGemm<T>& block, int64_t i, int64_t m, const Columns& part) {
+                               const Rows<T> low{dgub + (position + i) * rank, rank};
+                               if (rank) block.multiply_nn(low, rank, layer.A1, expert, part);
+                               put(i, m, part.first - columns.first, part, block.row(0), part.count);
+                           });
+            return true;
+        }
         return false;
     }
     void start(const Thread<T>&, int64_t, int64_t, int64_t) const {}
@@ -62,7 +80,9 @@ private:
           I_(layer_.I),
           H_(layer_.H),
           W_(layer_.halves.width()),
-          kept_(workspace, p_, routing, kKeptBytes) {
+          packs_ahead_(prefers_ahead<T>(layer_.gate_up, 0, routing.most_rows, W_, H_, p_.forced_path)),
+          kept_(workspace, p_, routing, packs_ahead_ ? kBandKeptBytes : kKeptBytes),
+          slab_(layer_.backward_slab(layer_.down, kAheadSlab, H_, I_)) {
         const int64_t R = routing_.num_routes;
         gate_up_ = static_cast<const T*>(b.saved_gate_up);
         grad_gate_up_ = workspace.take<T>(R * W_);
@@ -71,16 +91,17 @@ private:
         db2_ = workspace.take<T>(R * p_.down_rank);
         dot_slabs_ = ceil_div(I_, kDotSlab);  // fixed, because it decides the order in which grad_w is summed
         grad_w_ = workspace.take<A>(R * dot_slabs_);
-        threads_ = Thread<T>::take(workspace, p_, routing_, kept_.kept);
+        threads_ = Thread<T>::take(workspace, p_, routing_, kept_.kept, slab_);
     }
 
     void run() {
         const int64_t active = routing_.num_active, E = p_.num_experts;
-        const Slabs wide(wide_slab(routing_), I_, active, p_.num_threads, layer_.down.transposed, kDotSlab);
+        const Slabs wide(slab_, I_, active, p_.num_threads, layer_.down.transposed,
+                         kPacksAhead<T> ? kAheadStep : kDotSlab);
         const Slabs again(layer_.gate_up_slab(), I_, active, p_.num_threads, !layer_.gate_up.transposed);
-        const GradProduct<T> product{layer_, grad_gate_up_, dgub_};
+        const GradProduct<T> product{layer_, grad_gate_up_, dgub_, packs_ahead_};
         const CombineX combine(layer_, threads_, product, kept_, static_cast<T*>(b_.grad_hidden_states.data),
-                               wide_slab(routing_), layer_.gate_up.transposed);
+                               layer_.backward_slab(layer_.gate_up, kWideColumns, W_, H_), layer_.gate_up.transposed);
         const int64_t slabs_h = ceil_div(H_, kMaxColumns), slabs_i = ceil_div(W_, kMaxColumns);
 
         const auto code_x = [&](int64_t token, int) { layer_.code_token(token); };
@@ -98,7 +119,8 @@ private:
         const auto activate_slab = [&](int64_t task, int thread) {
             const ExpertTask at(routing_, task, wide.count);
             const int64_t column = at.slab * wide.width;
-            activate(threads_[thread], at.expert, column, smaller(wide.width, I_ - column));
+            activate(threads_[thread], at.expert, column, smaller(wide.width, I_ - column),
+                     rows_of_next(p_, routing_, task, wide));
         };
         const auto project_grad = [&](int64_t task, int thread) {
             const int64_t e = routing_.active[task], first = routing_.offsets[e];
@@ -181,44 +203,71 @@ private:
     }
 
     // column: a multiple of kDotSlab
-    void activate(const Thread<T>& thread, int64_t expert, int64_t column, int64_t n) {
+    void activate(const Thread<T>& thread, int64_t expert, int64_t column, int64_t n, const NextRows& after) {
         const int64_t begin = routing_.offsets[expert], rows = routing_.rows(expert), rank = p_.down_rank;
         const Columns columns{column, n};
         A sums[2 * kWideColumns];  // of [dg | du]
         for (int64_t j = 0; j < 2 * columns.padded(); ++j) sums[j] = 0;
-        const int64_t stride = wide_slab(routing_);
-        for_each_row_block(rows, [&](int64_t row, int64_t count) {
-            const int64_t first = begin + row;
-            BlockGemm<T> block(thread.gemm, count, columns.padded());
-            block.multiply_nn(layer_.like_output(b_.grad_output, first), H_, layer_.down, expert, columns);
-            if (rank) block.multiply_nn({db2_ + first * rank, rank}, rank, layer_.A2, expert, columns);
-            with_activation(p_, [&](auto activation) {
-                for (int64_t i = 0; i < count; ++i) {
-                    T* h = thread.activations + (row + i) * stride;
-                    for (int64_t j = 0; j < n; j += kDotSlab) {
-                        grad_w_[(column + j) / kDotSlab * routing_.num_routes + first + i] =
-                            activation_gradient(activation, first + i, column + j, smaller(kDotSlab, n - j),
-                                                block.row(i) + j, h + j, sums + layer_.halves.at(j), columns.padded());
-                    }
-                }
-            });
-        });
+        const Rows<T> d = layer_.like_output(b_.grad_output, begin);
+        const auto put = [&](BlockGemm<T>& block, int64_t row, int64_t count, const Columns& part) {
+            if (rank) block.multiply_nn({db2_ + (begin + row) * rank, rank}, rank, layer_.A2, expert, part);
+            activation_gradients(block, begin + row, count, part,
+                                 thread.activations + row * slab_ + part.first - column,
+                                 sums + layer_.halves.at(part.first - column), columns.padded());
+        };
+        if (!multiply_ahead(thread, d, expert, columns, after, put)) {
+            const auto block_of_rows = [&](int64_t row, int64_t count) {
+                BlockGemm<T> block(thread.gemm, count, columns.padded());
+                block.multiply_nn(d.from(row), H_, layer_.down, expert, columns);
+                put(block, row, count, columns);
+            };
+            for_each_row_block(rows, block_of_rows, most_rows_of_block(columns.padded()));
+        }
         if (b_.grad_gate_up_bias) {
             const Columns both = layer_.halves.columns(column, n);
             for_each_range(both, sums, [&](int64_t first, const A* sum) {
                 put_row(b_.grad_gate_up_bias, 0, expert, first, both.count, sum, A{1});
             });
         }
-        const Operand<T> h{{thread.activations, stride}, 0, n};
+        const Operand<T> h{{thread.activations, slab_}, 0, n};
         const A* weights = layer_.route_weights + begin;
         if (b_.grad_down_lora_A) {
             const Operand<T> db2{{db2_ + begin * rank, rank}, 0, rank, weights};
             outer_product(thread.gemm, rows, db2, h, PutRows<A>{b_.grad_down_lora_A, expert, column, n});
         }
         if (b_.grad_down_proj) {
-            const Operand<T> d{layer_.like_output(b_.grad_output, begin), 0, H_, weights};
-            weight_gradient(thread.gemm, rows, d, h, b_.grad_down_proj, expert, column);
+            const Operand<T> left{d, 0, H_, weights};
+            weight_gradient(thread.gemm, rows, left, h, b_.grad_down_proj, expert, column);
         }
+    }
+
+    // dh = d Wd while Wd is packed ahead, if that is best; then returns true.
+    template <class Put>
+    bool multiply_ahead(const Thread<T>& thread, const Rows<T>& d, int64_t expert, const Columns& columns,
+                        const NextRows& after, Put put) const {
+        if constexpr (kPacksAhead<T>) {
+            const Weight<T>& w = layer_.down;
+            if (!layer_.packs_ahead(w, expert, H_, I_)) return false;
+            const T* next = after.expert >= 0 ? w.direct(after.expert) + after.row : nullptr;
+            PanelsAhead<T> ahead(thread.gemm, w.direct(expert), w.row_stride, H_, columns.first, columns.count, next);
+            ahead.multiply(d, routing_.rows(expert), put);
+            return true;
+        }
+        return false;
+    }
+
+    // Rows of dh, `part` of its columns: computes [dg | du], h for the weight gradients, and the parts of <h, dh>.
+    void activation_gradients(BlockGemm<T>& block, int64_t first, int64_t count, const Columns& part, T* h, A* sums,
+                              int64_t apart) {
+        with_activation(p_, [&](auto activation) {
+            for (int64_t i = 0; i < count; ++i) {
+                for (int64_t j = 0; j < part.count; j += kDotSlab) {
+                    grad_w_[(part.first + j) / kDotSlab * routing_.num_routes + first + i] =
+                        activation_gradient(activation, first + i, part.first + j, smaller(kDotSlab, part.count - j),
+                                            block.row(i) + j, h + i * slab_ + j, sums + layer_.halves.at(j), apart);
+                }
+            }
+        });
     }
 
     // One row of a slab: computes [dg | du] from dh, and h for the weight gradients. Returns its part of <h, dh>.
@@ -309,8 +358,9 @@ private:
     const Problem& p_;
     const Routing& routing_;
     int64_t I_, H_, W_;  // W: columns of [g | u]
+    bool packs_ahead_;   // in dx, for the expert with the most rows
     const KeptRows<A> kept_;
-    int64_t dot_slabs_;
+    int64_t slab_, dot_slabs_;  // columns of a task of dh
     const T* gate_up_;
     T* recomputed_ = nullptr;
     T *grad_gate_up_, *dgub_, *db2_;

@@ -23,6 +23,9 @@ inline int64_t lower_bound(const int32_t* sorted, int64_t begin, int64_t end, in
 // Product has
 //   multiply(thread, block, expert, first, count, columns, after)    computes rows [first, first + count);
 //                                       after: the rows of the weight to prefetch
+//   multiply_parts(thread, expert, first, count, columns, after, put)    the same in parts of columns, if that is best,
+//                                       and returns true: put(i, n, j, part, c, ldc) for row i and column j on
+//   step()                              of which the columns of a task are a multiple
 //   start(thread, expert, column, n)    prepares value() for these columns
 //   value(thread, position, c, j)       the value to add for vector c of the row, j columns after `column`
 template <class T, class Product>
@@ -44,7 +47,8 @@ public:
           kept_rows_(kept.rows),
           out_(out),
           tasks_a_slab_(by_expert_ ? routing_.num_active : ceil_div(layer.p.num_tokens, kTokenBlock)),
-          slabs_(by_expert_ ? slab : kSumSlab, layer.H, tasks_a_slab_, layer.p.num_threads, reads_whole_rows) {}
+          slabs_(by_expert_ ? slab : kSumSlab, layer.H, tasks_a_slab_, layer.p.num_threads, reads_whole_rows,
+                 product.step()) {}
 
     const Homes& homes() const { return slabs_.homes; }
     int64_t num_tasks() const { return slabs_.count * tasks_a_slab_; }
@@ -81,7 +85,7 @@ private:
         const auto put_part = [&](int64_t row, int64_t count, int64_t j, const Columns& part, const A* c, int64_t ldc) {
             for (int64_t i = 0; i < count; ++i, c += ldc) put(begin + row + i, c, j, part.count);
         };
-        if (product_.multiply_bands(thread, expert, begin, end - begin, columns, after, put_part)) return;
+        if (product_.multiply_parts(thread, expert, begin, end - begin, columns, after, put_part)) return;
         const auto block_of_rows = [&](int64_t row, int64_t count) {
             BlockGemm<T> block(thread.gemm, count, columns.padded());
             product_.multiply(thread, block, expert, begin + row, count, columns, after);

@@ -35,9 +35,12 @@ struct DownProduct {
         }
         if (rank) block.multiply_nt({ha + position * rank, rank}, rank, layer.B2, expert, columns);
     }
+    // The columns of a task are a multiple of this.
+    int64_t step() const { return kPanelColumns; }
+
     // Computes rows [0, rows) of an expert in bands, if that is best, and returns true. Calls put as RowBands does.
     template <class Put>
-    bool multiply_bands(const Thread<T>& thread, int64_t expert, int64_t position, int64_t rows, const Columns& columns,
+    bool multiply_parts(const Thread<T>& thread, int64_t expert, int64_t position, int64_t rows, const Columns& columns,
                         const NextRows& after, Put put) const {
         if constexpr (kHasBands<T>) {
             const int64_t rank = layer.p.down_rank;

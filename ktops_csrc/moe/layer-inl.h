@@ -6,6 +6,7 @@
 
 #include "gemm/code_gemm-inl.h"
 #include "gemm/outer_product-inl.h"
+#include "gemm/panels_ahead-inl.h"
 #include "moe/activation-inl.h"
 #include "moe/gate_up-inl.h"
 #include "moe/routing.h"
@@ -36,6 +37,9 @@ inline int64_t wide_slab(const Routing& routing) {
         columns /= 2;
     return columns;
 }
+
+// The most columns of one task of dh while Wd is packed ahead: h of a block of rows, in panels, must fit in scratch.
+constexpr int64_t kAheadSlab = 1024;
 
 // Columns of one task of x W^T while no expert has more than kFewRowsMost rows: longer streams of memory, and rows of A
 // that every task converts are converted less often.
@@ -80,20 +84,21 @@ template <class T>
 struct Thread {
     GemmScratch<T> gemm;
     Acc<T>* sums;    // [min(T, kTokenBlock), min(H, kSumSlab)] unless rows are kept
-    T* activations;  // [most rows of an expert, wide_slab]
+    T* activations;  // [most rows of an expert, activation_columns]
     Acc<T>* bias;    // [kWideColumns]
 
     // keeps_rows: no product needs sums.
-    Thread(Workspace& w, const Problem& p, const Routing& routing, bool keeps_rows)
+    Thread(Workspace& w, const Problem& p, const Routing& routing, bool keeps_rows, int64_t activation_columns)
         : gemm(w, p.forced_path),
           sums(w.take<Acc<T>>(keeps_rows ? 0 : sum_elements(p))),
-          activations(w.take<T>(routing.most_rows * wide_slab(routing))),
+          activations(w.take<T>(routing.most_rows * activation_columns)),
           bias(w.take<Acc<T>>(kWideColumns)) {}
 
-    static Thread* take(Workspace& w, const Problem& p, const Routing& routing, bool keeps_rows) {
+    static Thread* take(Workspace& w, const Problem& p, const Routing& routing, bool keeps_rows,
+                        int64_t activation_columns = 0) {
         auto* threads = w.take<Thread>(p.num_threads);
         for (int i = 0; i < p.num_threads; ++i) {
-            const Thread thread(w, p, routing, keeps_rows);
+            const Thread thread(w, p, routing, keeps_rows, activation_columns);
             if (threads) new (threads + i) Thread(thread);
         }
         return threads;
@@ -181,6 +186,27 @@ struct Layer {
         return bands ? kBandKeptBytes : kKeptBytes;
     }
 
+    // Returns `width`, or less if the task of one expert would take more than a fraction of a thread's time.
+    int64_t even_slab(int64_t width, int64_t columns) const {
+        while (width > kMaxColumns &&
+               width * routing.most_rows * kTasksOfThread * p.num_threads > columns * routing.num_routes)
+            width /= 2;
+        return width;
+    }
+
+    // The columns of one task of a product down the rows of a weight.
+    int64_t backward_slab(const Weight<T>& weight, int64_t most, int64_t k, int64_t columns) const {
+        if (prefers_ahead<T>(weight, 0, routing.most_rows, k, columns, p.forced_path)) return even_slab(most, columns);
+        return wide_slab(routing);
+    }
+
+    // Where x W for the rows of an expert is computed while W is packed ahead.
+    bool packs_ahead(const Weight<T>& weight, int64_t expert, int64_t k, int64_t columns) const {
+        if (!prefers_ahead<T>(weight, expert, routing.rows(expert), k, columns, p.forced_path)) return false;
+        profile::count_path(static_cast<int>(Path::kPanelsAhead));
+        return true;
+    }
+
     // True if x W^T for the rows of an expert, and LoRA's product of rank `rank`, is computed in bands.
     bool takes_bands(const Weight<T>& weight, int64_t expert, int64_t k, const Columns& columns, int64_t rank) const {
         const int64_t rows = routing.rows(expert);
@@ -214,11 +240,7 @@ private:
             return larger(kSlab<T>, (panels ? kMaxColumns : wide_slab(routing)) / ranges);
         }
         if (prefers_bands<T>(weight, 0, routing.most_rows, k, {0, columns}, rank, p.forced_path)) {
-            int64_t slab = kWideColumns / ranges;
-            while (slab > kSlab<T> &&
-                   slab * routing.most_rows * kTasksOfThread * p.num_threads > columns * routing.num_routes)
-                slab /= 2;
-            return slab;
+            return even_slab(kWideColumns / ranges, columns);
         }
         return routing.most_rows > kFewRowsMost ? kSlab<T> : larger(kSlab<T>, kFewRowsSlab);
     }

@@ -7,7 +7,7 @@
 namespace kt::profile {
 
 // The number of blocks of C computed by each path. The caller of describe() supplies the names of the indices.
-constexpr int kMaxPaths = 8;
+constexpr int kMaxPaths = 12;
 using PathCounts = std::array<int64_t, kMaxPaths>;
 
 // One step of an operator, summed over its calls. Times in nanoseconds. Every moment of a call belongs to one step,

@@ -11,6 +11,9 @@
 #ifdef KT_BANDS
 #include "bands.h"
 #endif
+#ifdef KT_AHEAD
+#include "ahead.h"
+#endif
 #ifdef KT_TILES
 #include "tiles.h"
 #endif
@@ -44,6 +47,11 @@ Suite find(const std::string& name, const std::string& dtype) {
 #define KT_BAND_KERNEL KT_KERNEL
 #else
 #define KT_BAND_KERNEL(suite, function)
+#endif
+#ifdef KT_AHEAD
+#define KT_AHEAD_KERNEL KT_KERNEL
+#else
+#define KT_AHEAD_KERNEL(suite, function)
 #endif
 #ifdef KT_TILES
 #define KT_TILE_KERNEL KT_KERNEL

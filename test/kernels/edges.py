@@ -43,6 +43,10 @@ EDGES = {
     ),
     "band": (("bfloat16",), ("k=unit", "k=640", *STRIDE, *ADDS)),
     "put_band": (("bfloat16",), (*COLUMNS, "panels=1", *STRIDE)),
+    "ahead": (
+        ("bfloat16",),
+        (*ROWS_OF_A, "k=unit", "k=640", "columns=unit", "columns=64", "columns=96", *STRIDE, *ADDS),
+    ),
     "stage_tiles": (("bfloat16",), (*ROWS_OF_A, "m=15", "m=16", "m=17", *K, *STRIDE)),
     "stage_panels": (("bfloat16",), (*ROWS_OF_A, "m=15", "m=16", "m=17", *K, "first=32")),
     "tile_dots": (

@@ -18,15 +18,19 @@ from ktops.testing import amx_emulator
 
 HERE = Path(__file__).parent
 LIST = (HERE / "kernels.def").read_text()
-LINES = re.findall(r"^KT_(TILE_|BAND_)?KERNEL\((\w+), ([\w:]+)\)$", LIST, re.MULTILINE)
+LINES = re.findall(r"^KT_(?:(TILE|BAND|AHEAD)_)?KERNEL\((\w+), ([\w:]+)\)$", LIST, re.MULTILINE)
 
 
 def has_tiles(row: str) -> bool:
     return any("amx" in name for name in reached(f"dispatch/{row}.cpp"))
 
 
-def has_bands(row: str) -> bool:
-    return "isa/bands_avx512-inl.h" in reached(f"dispatch/{row}.cpp")
+def has(row: str, need: str) -> bool:
+    """Returns True if an ISA has the kernels of KT_<need>_KERNEL, or if that is empty."""
+    files = {"BAND": "isa/bands_avx512-inl.h", "AHEAD": "isa/pack_ahead_avx512_bf16-inl.h"}
+    if need in files:
+        return files[need] in reached(f"dispatch/{row}.cpp")
+    return not need or has_tiles(row)
 
 
 def dtypes(row: str, suite: str) -> list[str]:
@@ -41,8 +45,8 @@ def dtypes(row: str, suite: str) -> list[str]:
 CASES = {
     row: [
         f"{suite} {dtype} {edge}"
-        for needs, suite, _ in LINES
-        if not needs or (has_tiles if needs == "TILE_" else has_bands)(row)
+        for need, suite, _ in LINES
+        if has(row, need)
         for dtype in dtypes(row, suite)
         for edge in EDGES[suite][1]
     ]
@@ -55,7 +59,8 @@ RUNNABLE = [row for row in ROWS if CAN_RUN["avx512_bf16" if has_tiles(row) else 
 def source(row: str) -> str:
     own = [name for name in includes(f"dispatch/{row}.cpp") if name.startswith("isa/") and "-inl" in name]
     lines = [f'#include "dispatch/{row}.h"', *(f'#include "{name}"' for name in own)]
-    defines = ["#define KT_TILES"] * has_tiles(row) + ["#define KT_BANDS"] * has_bands(row)
+    macros = {"TILE": "KT_TILES", "BAND": "KT_BANDS", "AHEAD": "KT_AHEAD"}
+    defines = [f"#define {macro}" for need, macro in macros.items() if has(row, need)]
     return "\n".join([*lines, *defines, '#include "driver.cpp"', ""])
 
 

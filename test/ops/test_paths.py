@@ -16,7 +16,7 @@ from ktops.testing.weights import GROUPED, in_format
 
 ROOT = Path(__file__).parents[2]
 FORWARD, BACKWARD = ("gate_up", "down"), ("activate", "combine_x")
-ALONG_ROWS, DOWN_ROWS = {"decoded_dots", "row_bands", "dots"}, {"column_sums"}
+ALONG_ROWS, DOWN_ROWS = {"decoded_dots", "row_bands", "dots"}, {"column_sums", "panels_ahead"}
 FLOATS = (*sorted(ALONG_ROWS | DOWN_ROWS), "panels")
 INTEGERS = ("code_dots", "code_tiles", "code_panels")
 WEIGHTS = ("dense", "transposed", "strided", "int4")
@@ -50,11 +50,13 @@ def test_products_of_floats(isa, path, weights, dtype):
     with use_path(path), ktops.profile() as profile:
         check_against_reference(inputs_of(weights, dtype))
     bands = isa in BAND_ROWS and dtype == torch.bfloat16 and weights != "strided"
+    ahead = isa in AHEAD_ROWS and dtype == torch.bfloat16 and weights == "dense"
+    possible = {"decoded_dots": False, "row_bands": bands, "panels_ahead": ahead}
     for step in steps(path, weights):
         taken = paths_taken(profile, step)
         if path == "decoded_dots" and weights == "int4":
             assert path in taken and len(taken) > 1, "few rows take it, others can't"
-        elif path == "decoded_dots" or (path == "row_bands" and not bands):
+        elif not possible.get(path, True):
             assert taken and path not in taken
         else:
             assert taken == {path}
@@ -104,12 +106,16 @@ FEW_ROWS = {"amx_bf16": 4, "avx512_bf16": 4, "avx512": 4, "avx2": 2, "scalar": 1
 """The most rows that decoded_dots takes."""
 BAND_ROWS = {"amx_bf16": 4, "avx512_bf16": 12}
 """With more rows of bfloat16 than this, row_bands is taken."""
+AHEAD_ROWS = {"avx512_bf16": 12}
+"""With more rows of bfloat16 than this, panels_ahead is taken if a weight is dense and its sizes allow it."""
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_the_rows_of_an_expert_choose(isa, dtype):
     dots_rows, sums_rows = DIRECT_ROWS.get((isa, dtype), (32, 32))
-    band_rows = BAND_ROWS.get(isa, 1000) if dtype == torch.bfloat16 else 1000
+    band_rows, ahead_rows = (
+        rows.get(isa, 1000) if dtype == torch.bfloat16 else 1000 for rows in (BAND_ROWS, AHEAD_ROWS)
+    )
 
     def taken(num_rows: int, *steps: str, name: str = "dense", hidden_size: int = 64) -> str:
         inputs = moe_inputs(T=num_rows, H=hidden_size, I=32, E=1, K=1, dtype=dtype)
@@ -122,14 +128,16 @@ def test_the_rows_of_an_expert_choose(isa, dtype):
         return path
 
     few = FEW_ROWS[isa]
-    thresholds = {few, 4, band_rows, dots_rows, sums_rows} - {1000}
+    thresholds = {few, 4, band_rows, ahead_rows, dots_rows, sums_rows} - {1000}
     for rows in sorted({1, *thresholds, *(threshold + 1 for threshold in thresholds)}):
         some = "dots" if rows <= dots_rows else "panels"
         many = "row_bands" if rows > band_rows else some
         assert taken(rows, *FORWARD) == many
         assert taken(rows, *FORWARD, name="int4") == ("decoded_dots" if rows <= few else many)
         assert taken(rows, "gate_up", hidden_size=40) == some
-        assert taken(rows, *BACKWARD) == ("column_sums" if rows <= sums_rows else "panels")
+        sums = "column_sums" if rows <= sums_rows else "panels"
+        assert taken(rows, *BACKWARD) == ("panels_ahead" if rows > ahead_rows else sums)
+        assert taken(rows, *BACKWARD, hidden_size=40) == sums
     codes = "code_tiles" if isa == "amx_bf16" else "code_panels"
     for rows, path in ((8, "code_dots"), (9, codes)):
         assert taken(rows, *FORWARD, name="int8") == path

@@ -39,7 +39,7 @@ public:
     // More calls than a training step makes between two backward passes: models have at most about 100 layers of
     // experts, and preference training runs up to four forward passes before a backward.
     static constexpr size_t kWindow = 512;
-    // More than 2048 tokens need in the largest models (140 MiB with LoRA at hidden_size 7168), so that calls of usual
+    // More than 2048 tokens need in the largest models (252 MiB with LoRA at hidden_size 7168), so that calls of usual
     // sizes do not fault again, however rare the largest ones are.
     static constexpr size_t kKept = size_t{256} << 20;
 

@@ -78,7 +78,8 @@ VecU16 load_partial(const uint16_t* p, int64_t n);
 VecF load_partial(const float* p, int64_t n);
 void store_partial(float* p, VecF v, int64_t n);
 
-// Stores a register past the caches if it is a whole line; p is aligned to a line.
+// Stores a register past the caches if it is a whole line; p is aligned to a line. Other threads see it after the
+// thread's next locked instruction, such as the one that counts a finished task.
 void store_past_caches(float* p, VecF v);
 
 // 16 x 16 dwords: out[16 * k + n] = row n, dword k. Rows are `stride` bytes apart.

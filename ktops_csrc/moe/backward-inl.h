@@ -81,7 +81,7 @@ private:
           H_(layer_.H),
           W_(layer_.halves.width()),
           packs_ahead_(prefers_ahead<T>(layer_.gate_up, 0, routing.most_rows, W_, H_, p_.forced_path)),
-          kept_(workspace, p_, routing, packs_ahead_ ? kBandKeptBytes : kKeptBytes),
+          kept_(workspace, p_, routing, static_cast<bool>(b.grad_hidden_states)),
           slab_(layer_.backward_slab(layer_.down, kAheadSlab, H_, I_)) {
         const int64_t R = routing_.num_routes;
         gate_up_ = static_cast<const T*>(b.saved_gate_up);
@@ -91,7 +91,7 @@ private:
         db2_ = workspace.take<T>(R * p_.down_rank);
         dot_slabs_ = ceil_div(I_, kDotSlab);  // fixed, because it decides the order in which grad_w is summed
         grad_w_ = workspace.take<A>(R * dot_slabs_);
-        threads_ = Thread<T>::take(workspace, p_, routing_, kept_.kept, slab_);
+        threads_ = Thread<T>::take(workspace, p_, routing_, slab_);
     }
 
     void run() {
@@ -99,9 +99,6 @@ private:
         const Slabs wide(slab_, I_, active, p_.num_threads, layer_.down.transposed,
                          kPacksAhead<T> ? kAheadStep : kDotSlab);
         const Slabs again(layer_.gate_up_slab(), I_, active, p_.num_threads, !layer_.gate_up.transposed);
-        const GradProduct<T> product{layer_, grad_gate_up_, dgub_, packs_ahead_};
-        const CombineX combine(layer_, threads_, product, kept_, static_cast<T*>(b_.grad_hidden_states.data),
-                               layer_.backward_slab(layer_.gate_up, kWideColumns, W_, H_), layer_.gate_up.transposed);
         const int64_t slabs_h = ceil_div(H_, kMaxColumns), slabs_i = ceil_div(W_, kMaxColumns);
 
         const auto code_x = [&](int64_t token, int) { layer_.code_token(token); };
@@ -127,8 +124,6 @@ private:
             low_rank_product<false>(threads_[thread].gemm, layer_, e, grad_gate_up(first), W_, layer_.B1,
                                     p_.gate_up_rank, dgub_ + first * p_.gate_up_rank);
         };
-        const auto combine_x = [&](int64_t task, int thread) { combine.run(task, thread); };
-        const auto sum_x = [&](int64_t token, int) { combine.sum(token); };
         const auto weight_columns_h = [&](int64_t task, int thread) {
             const ExpertTask at(routing_, task, slabs_h);
             weight_gradients_h(threads_[thread], at.expert, at.slab * kMaxColumns);
@@ -151,21 +146,41 @@ private:
         if (wants_b2_product) schedule.add("project_d", active, project_d);
         if (wants_grad_h()) schedule.add("activate", active * wide.count, activate_slab, wide.homes);
         if (wants_b1_product) schedule.add("project_grad", active, project_grad);
-        if (b_.grad_hidden_states) {
-            schedule.add("combine_x", combine.num_tasks(), combine_x, combine.homes());
-            schedule.add("sum_x", combine.num_sums(), sum_x);
-        }
-        if (b_.grad_gate_up_lora_A || b_.grad_gate_up_proj || b_.grad_down_lora_B || b_.grad_down_bias) {
-            schedule.add("weights_h", active * slabs_h, weight_columns_h);
-        }
-        if (b_.grad_gate_up_lora_B) schedule.add("weights_i", active * slabs_i, weight_columns_i);
-        if (b_.grad_topk_weights) {
-            for (int64_t t = 0; t < p_.num_tokens; ++t) {
-                for (int64_t j = 0; j < p_.top_k; ++j) b_.grad_topk_weights.put(0, t, j, 0);
+        const auto run_with_others = [&](Schedule& phases) {
+            if (b_.grad_gate_up_lora_A || b_.grad_gate_up_proj || b_.grad_down_lora_B || b_.grad_down_bias) {
+                phases.add("weights_h", active * slabs_h, weight_columns_h);
             }
-            if (p_.reduce) schedule.add("grad_topk_weights", ceil_div(routing_.num_routes, kMaxRows), routing_weights);
-        }
-        schedule.run<Region>(p_.num_threads, p_.launch);
+            if (b_.grad_gate_up_lora_B) phases.add("weights_i", active * slabs_i, weight_columns_i);
+            if (b_.grad_topk_weights) {
+                for (int64_t t = 0; t < p_.num_tokens; ++t) {
+                    for (int64_t j = 0; j < p_.top_k; ++j) b_.grad_topk_weights.put(0, t, j, 0);
+                }
+                if (p_.reduce)
+                    phases.add("grad_topk_weights", ceil_div(routing_.num_routes, kMaxRows), routing_weights);
+            }
+            phases.run<Region>(p_.num_threads, p_.launch);
+        };
+        b_.grad_hidden_states ? combine_x(schedule, run_with_others) : run_with_others(schedule);
+    }
+
+    // Adds the phases of grad_x to `first`; runs it, and then a schedule for every other portion of the experts, the
+    // last one by run_with_others(schedule).
+    template <class Run>
+    void combine_x(Schedule& first, Run run_with_others) {
+        const GradProduct<T> product{layer_, grad_gate_up_, dgub_, packs_ahead_};
+        const int64_t slab = layer_.backward_slab(layer_.gate_up, kWideColumns, W_, H_);
+        kept_.for_each_portion([&](const Portion& portion) {
+            const CombineX combine(layer_, threads_, product, kept_, portion,
+                                   static_cast<T*>(b_.grad_hidden_states.data), slab, layer_.gate_up.transposed);
+            const auto rows = [&](int64_t task, int thread) { combine.run(task, thread); };
+            const auto sum = [&](int64_t token, int) { combine.sum(token); };
+            Schedule other;
+            Schedule& phases = portion.is_first ? first : other;
+            phases.add("combine_x", combine.num_tasks(), rows, combine.homes());
+            phases.add("sum_x", combine.num_sums(), sum);
+            if (portion.is_last) return run_with_others(phases);
+            phases.run<Region>(p_.num_threads, p_.launch);
+        });
     }
 
     bool wants_grad_h() const {

@@ -85,23 +85,19 @@ private:
           p_(p),
           routing_(routing),
           results_(results),
-          kept_(workspace, p, routing, layer_.most_kept_bytes()) {
+          kept_(workspace, p, routing, p.reduce) {
         const int64_t R = routing_.num_routes;
         h_ = workspace.take<T>(R * layer_.I);
         xa_ = results.saved_xa ? static_cast<T*>(results.saved_xa) : workspace.take<T>(R * p_.gate_up_rank);
         ha_ = results.saved_ha ? static_cast<T*>(results.saved_ha) : workspace.take<T>(R * p_.down_rank);
         coded_h_ = take_coded(workspace, p_, layer_.down, R);
-        threads_ = Thread<T>::take(workspace, p_, routing_, kept_.kept || !p_.reduce);
+        threads_ = Thread<T>::take(workspace, p_, routing_);
     }
 
     void run() {
         const int64_t active = routing_.num_active;
         const Slabs slabs(layer_.gate_up_slab(), layer_.I, active, p_.num_threads, !layer_.gate_up.transposed);
         const DownProduct<T> product{layer_, h_, ha_, coded_h_};
-        const CombineDown combine(layer_, threads_, product, kept_, static_cast<T*>(results_.output),
-                                  coded_h_.codes ? kCodeSlab<T> : layer_.down_slab(), !layer_.down.transposed,
-                                  p_.reduce);
-
         const auto code_x = [&](int64_t token, int) { layer_.code_token(token); };
         const auto code_h = [&](int64_t position, int) { code_row(h_, layer_.I, coded_h_, position); };
         const auto project_x = [&](int64_t task, int thread) {
@@ -120,8 +116,6 @@ private:
             low_rank_product<true>(threads_[thread].gemm, layer_, e, Rows<T>{h_ + first * layer_.I, layer_.I}, layer_.I,
                                    layer_.A2, p_.down_rank, ha_ + first * p_.down_rank);
         };
-        const auto down = [&](int64_t task, int thread) { combine.run(task, thread); };
-        const auto sum = [&](int64_t token, int) { combine.sum(token); };
         const auto clear = [&](int64_t token, int) { clear_routes(token); };
 
         Schedule schedule;
@@ -130,10 +124,19 @@ private:
         schedule.add("gate_up", active * slabs.count, gate_up, slabs.homes);
         if (p_.down_rank) schedule.add("project_h", active, project_h);
         if (coded_h_.codes) schedule.add("code_h", routing_.num_routes, code_h);
-        schedule.add("down", combine.num_tasks(), down, combine.homes());
-        schedule.add("sum", combine.num_sums(), sum);
-        if (!p_.reduce && routing_.num_routes < p_.num_tokens * p_.top_k) schedule.add("clear", p_.num_tokens, clear);
-        schedule.run<Region>(p_.num_threads, p_.launch);
+        kept_.for_each_portion([&](const Portion& portion) {
+            const CombineDown combine(layer_, threads_, product, kept_, portion, static_cast<T*>(results_.output),
+                                      coded_h_.codes ? kCodeSlab<T> : layer_.down_slab(), !layer_.down.transposed,
+                                      p_.reduce);
+            const auto down = [&](int64_t task, int thread) { combine.run(task, thread); };
+            const auto sum = [&](int64_t token, int) { combine.sum(token); };
+            Schedule other;
+            Schedule& phases = portion.is_first ? schedule : other;
+            phases.add("down", combine.num_tasks(), down, combine.homes());
+            phases.add("sum", combine.num_sums(), sum);
+            if (!p_.reduce && routing_.num_routes < p_.num_tokens * p_.top_k) phases.add("clear", p_.num_tokens, clear);
+            phases.run<Region>(p_.num_threads, p_.launch);
+        });
     }
 
     // h = gate(g, u), and [g | u] for backward

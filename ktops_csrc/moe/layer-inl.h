@@ -45,30 +45,56 @@ constexpr int64_t kAheadSlab = 1024;
 // that every task converts are converted less often.
 constexpr int64_t kFewRowsSlab = 256, kFewRowsMost = 32;
 
-// Tokens and columns of the sums that one task of Combine holds: 2 MiB of float32.
-constexpr int64_t kTokenBlock = 2048;
-constexpr int64_t kSumSlab = 256;
+// Experts whose rows are kept at a time, as indices into Routing::active, and their positions.
+struct Portion {
+    int64_t begin, end, first_position, end_position;
+    bool is_first, is_last;
+};
 
-// If the rows of all positions, [R, H], are kept and a separate phase adds them up, a task is a slab of one expert,
-// which gives enough tasks for any number of threads; else a task is a slab over all experts and holds its sums. Up to
-// kKeptBytes, rows are kept: about what caches hold. Products in bands keep more, past the caches: writing and reading
-// a row of float32 costs 8 bytes of memory for each column, but a slab of kSumSlab columns would pack all rows of h
-// again.
-constexpr int64_t kKeptBytes = 32 << 20, kBandKeptBytes = 128 << 20;
+// The rows of the positions of a portion, [positions, H], which a separate phase adds up; and, if there is more than
+// one portion, the sums so far. More than kCachedBytes of rows are stored past the caches. kKeptBytes bounds them,
+// unless one expert has more: 4 bytes for each element of x, as many as the sums.
+constexpr int64_t kCachedBytes = 32 << 20, kKeptBytes = 64 << 20;
 
-inline int64_t kept_bytes(const Problem& p, const Routing& routing) {
-    return routing.num_routes * p.hidden_size * static_cast<int64_t>(sizeof(float));
-}
-
-// The kept rows, if they take at most `most_bytes`.
 template <class A>
 struct KeptRows {
-    bool kept;
-    A* rows;  // [R, H]
+    A *rows, *sums;
 
-    KeptRows(Workspace& workspace, const Problem& p, const Routing& routing, int64_t most_bytes)
-        : kept(kept_bytes(p, routing) <= most_bytes),
-          rows(workspace.take<A>(kept ? routing.num_routes * p.hidden_size : 0)) {}
+    KeptRows(Workspace& workspace, const Problem& p, const Routing& routing, bool reduce)
+        : routing_(routing),
+          most_(kKeptBytes / larger(p.hidden_size, 1) / static_cast<int64_t>(sizeof(float))),
+          all_(!reduce) {
+        int64_t most = 0;
+        bool several = false;
+        for_each_portion([&](const Portion& portion) {
+            most = larger(most, portion.end_position - portion.first_position);
+            several = several || !portion.is_last;
+        });
+        rows = workspace.take<A>(reduce ? most * p.hidden_size : 0);
+        sums = workspace.take<A>(several ? p.num_tokens * p.hidden_size : 0);
+    }
+
+    // Calls f(portion), at least once. Without reduce, no rows are kept, and all experts are one portion.
+    template <class F>
+    void for_each_portion(F f) const {
+        const int64_t active = routing_.num_active;
+        for (int64_t begin = 0, end = 0; end < active || !begin; begin = end) {
+            const int64_t first = position(begin);
+            for (; end < active && (end == begin || all_ || position(end + 1) - first <= most_); ++end) {
+            }
+            f(Portion{begin, end, first, position(end), !begin, end == active});
+            if (end == active) return;
+        }
+    }
+
+private:
+    int64_t position(int64_t i) const {
+        return i < routing_.num_active ? routing_.offsets[routing_.active[i]] : routing_.num_routes;
+    }
+
+    const Routing& routing_;
+    int64_t most_;
+    bool all_;
 };
 
 // The least number of tasks for each thread.
@@ -83,30 +109,21 @@ inline int64_t slab_width(int64_t width, int64_t columns, int64_t tasks_a_slab, 
 template <class T>
 struct Thread {
     GemmScratch<T> gemm;
-    Acc<T>* sums;    // [min(T, kTokenBlock), min(H, kSumSlab)] unless rows are kept
     T* activations;  // [most rows of an expert, activation_columns]
     Acc<T>* bias;    // [kWideColumns]
 
-    // keeps_rows: no product needs sums.
-    Thread(Workspace& w, const Problem& p, const Routing& routing, bool keeps_rows, int64_t activation_columns)
+    Thread(Workspace& w, const Problem& p, const Routing& routing, int64_t activation_columns)
         : gemm(w, p.forced_path),
-          sums(w.take<Acc<T>>(keeps_rows ? 0 : sum_elements(p))),
           activations(w.take<T>(routing.most_rows * activation_columns)),
           bias(w.take<Acc<T>>(kWideColumns)) {}
 
-    static Thread* take(Workspace& w, const Problem& p, const Routing& routing, bool keeps_rows,
-                        int64_t activation_columns = 0) {
+    static Thread* take(Workspace& w, const Problem& p, const Routing& routing, int64_t activation_columns = 0) {
         auto* threads = w.take<Thread>(p.num_threads);
         for (int i = 0; i < p.num_threads; ++i) {
-            const Thread thread(w, p, routing, keeps_rows, activation_columns);
+            const Thread thread(w, p, routing, activation_columns);
             if (threads) new (threads + i) Thread(thread);
         }
         return threads;
-    }
-
-private:
-    static int64_t sum_elements(const Problem& p) {
-        return smaller(p.num_tokens, kTokenBlock) * smaller(round_up(p.hidden_size, kPanelColumns), kSumSlab);
     }
 };
 
@@ -178,14 +195,6 @@ struct Layer {
     }
     int64_t down_slab() const { return forward_slab(down, 1, H, I, p.down_rank); }
 
-    // Of the rows that down keeps for "sum"; none without reduce.
-    int64_t most_kept_bytes() const {
-        if (!p.reduce) return -1;
-        const bool bands = !code_digits<T>(p, p.down_proj) &&
-                           prefers_bands<T>(down, 0, routing.most_rows, I, {0, H}, p.down_rank, p.forced_path);
-        return bands ? kBandKeptBytes : kKeptBytes;
-    }
-
     // Returns `width`, or less if the task of one expert would take more than a fraction of a thread's time.
     int64_t even_slab(int64_t width, int64_t columns) const {
         while (width > kMaxColumns &&
@@ -200,7 +209,7 @@ struct Layer {
         return wide_slab(routing);
     }
 
-    // Where x W for the rows of an expert is computed while W is packed ahead.
+    // True if x W, for the rows of an expert, is computed while W is packed ahead.
     bool packs_ahead(const Weight<T>& weight, int64_t expert, int64_t k, int64_t columns) const {
         if (!prefers_ahead<T>(weight, expert, routing.rows(expert), k, columns, p.forced_path)) return false;
         profile::count_path(static_cast<int>(Path::kPanelsAhead));

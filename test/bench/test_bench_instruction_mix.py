@@ -45,12 +45,15 @@ if ktops.cpu_capabilities()["avx512_bf16"]:
         return {(r["mode"], r["rows_per_expert"], r["lora_rank"]): r for r in rows}, result.stdout
 
     def test_one_load_serves_a_dot_product(measured):
-        """Covers the large products: experts with 32 rows and more, no adapters."""
+        """Covers the large products: experts with 32 rows and more, no adapters.
+
+        The six products of 32 rows of a weight with 3 panels take seven loads.
+        """
         rows, _ = measured
         for (mode, n, rank), row in rows.items():
             assert row["instructions"]["tdpbf16ps"] > 0
             if rank == 0:
-                assert row["dot_products_per_load"] >= 0.9, (mode, n, row)
+                assert row["dot_products_per_load"] >= 6 / 7, (mode, n, row)
 
     def test_all_the_work_is_done_with_tiles(measured):
         """A dot product has 16 x 16 x 32 multiply-adds; the sizes of this shape are multiples of a tile."""

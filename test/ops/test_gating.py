@@ -94,7 +94,7 @@ def test_routes(isa, num_tokens, dtype, gating):
     [*((T, dtype) for T in (9, 3000) for dtype in DTYPES), (9000, torch.bfloat16)],
 )
 def test_the_weighted_sum_of_routes_is_the_output(isa, num_tokens, dtype):
-    """With 3000 tokens, or 9000 in bands, sums are added up by block instead of from rows that are kept."""
+    """The rows of 3000 tokens pass the caches; those of 9000 are kept for a part of the experts at a time."""
     inputs = moe_inputs(T=num_tokens, H=2048, I=32, E=3, K=2, dtype=dtype, bias=True, invalid_ids=True)
     routes = ktops.moe_sft(**inputs, reduce=False)
     summed = (routes.double() * inputs["topk_weights"].double()[..., None]).sum(1)

@@ -356,3 +356,16 @@ def test_weights_of_unused_experts_are_not_read_into_results(isa):
         inputs[name][::2] = math.nan
     for name, value in run(inputs, grad_output).items():
         assert torch.equal(value, expected[name]), name
+
+
+def test_more_rows_than_are_kept_at_once(isa):
+    """The rows of 9000 tokens are kept for a part of the experts at a time, those of 3000 all at once."""
+    inputs = moe_inputs(T=9000, H=2048, I=32, E=3, K=2, dtype=torch.bfloat16, lora_rank=2, invalid_ids=True)
+    grad_output = random_grad_output(inputs)
+    names = ("hidden_states", "topk_ids", "topk_weights")
+    parts = [inputs | {name: inputs[name][i : i + 3000] for name in names} for i in range(0, 9000, 3000)]
+    grads = grad_output.split(3000)
+    expected = [run(part, grad, ("hidden_states",)) for part, grad in zip(parts, grads, strict=True)]
+    for name, value in run(inputs, grad_output, ("hidden_states",)).items():
+        apart = torch.cat([part[name] for part in expected])
+        assert relative_error(value, apart) < forward_budget(torch.bfloat16), name

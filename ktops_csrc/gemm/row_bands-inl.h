@@ -51,21 +51,18 @@ public:
             const int64_t m = smaller(size, rows_ - i), panels = ceil_div(m - left_over(m), kPanelColumns);
             pack(i, m);
             for (int64_t j = 0; j < n; j += step) {
-                const Columns columns = band(j);
-                if (weight_.direct(expert_)) {
-                    if (j + step < n) {
-                        read_ahead(expert_, band(j + step), panels);
-                    } else if (i + size < rows_) {
-                        read_ahead(expert_, band(0), panels);
-                    } else {
-                        ahead_ = {};
-                        Columns next = band(0);
-                        if (next.second >= 0) next.second += after_.row - next.first;
-                        next.first = after_.row;
-                        if (after_.expert >= 0) read_ahead(after_.expert, next, panels);
-                    }
+                const bool is_last = j + step >= n && i + size >= rows_;
+                if (!is_last) {
+                    read_ahead(expert_, band(j + step < n ? j + step : 0), panels);
+                } else if (after_.expert >= 0) {
+                    Columns next = band(0);
+                    if (next.second >= 0) next.second += after_.row - next.first;
+                    next.first = after_.row;
+                    read_ahead(after_.expert, next, panels);
+                } else {
+                    ahead_ = {};
                 }
-                multiply_band(i, m, j, columns, put);
+                multiply_band(i, m, j, band(j), put);
             }
         }
     }
@@ -111,7 +108,9 @@ private:
         }
     }
 
+    // Prefetches a band, if its rows are used in place, while the one before it is multiplied by that many panels.
     void read_ahead(int64_t expert, const Columns& columns, int64_t panels) {
+        if (!weight_.direct(expert)) return;
         const char* first[2] = {};
         int64_t rows = 0, steps = 0;
         for_each_half(columns, [&](int half, int64_t row, int64_t n) {

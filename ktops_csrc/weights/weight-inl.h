@@ -1,8 +1,8 @@
 #pragma once
 
 // The weights of a projection, [E, rows, columns]: dense in the dtype of the activations, with any strides, or in a
-// format. If the columns of a dense W are contiguous, this is W^T: `transposed` is true, and `rows` and `columns` here
-// are those of W^T. Products call
+// format; a format that is the same dtype is used like dense weights. If the columns of a dense W are contiguous, this
+// is W^T: `transposed` is true, and `rows` and `columns` here are those of W^T. Products call
 //   direct(e)                                     rows of an expert in place, row_stride apart; null if not contiguous
 //   copy_rows(e, row, n, column, count, out)      contiguous copies of rows, in T
 //   dots(...)                                     dot products with up to few_rows() rows, for a weight in a format
@@ -40,8 +40,13 @@ public:
         : transposed(tensor.is_dense() && tensor.dense.is_transposed()),
           tensor_(tensor),
           strided_{transposed ? tensor.dense.transposed() : tensor.dense} {
+        if (holds(tensor)) {
+            constexpr auto kBytes = static_cast<int64_t>(sizeof(T));
+            strided_.tensor = {tensor.codes, kDType, {tensor.expert_bytes / kBytes, tensor.row_bytes / kBytes, 1}};
+        } else if (!tensor.is_dense()) {
+            table_ = &format_table(tensor.format);
+        }
         row_stride = strided_.tensor.stride[1];
-        if (!tensor.is_dense()) table_ = &format_table(tensor.format);
     }
 
     bool has_format() const { return table_ != nullptr; }
@@ -130,6 +135,18 @@ public:
     }
 
 private:
+    static constexpr DType kDType = std::is_same_v<T, bfloat16>  ? DType::kBFloat16
+                                    : std::is_same_v<T, float16> ? DType::kFloat16
+                                    : std::is_same_v<T, float>   ? DType::kFloat32
+                                                                 : DType::kFloat64;
+
+    // True if the format stores numbers in T, which are used in place like those of a dense weight.
+    static bool holds(const WeightTensor& tensor) {
+        if constexpr (std::is_same_v<T, bfloat16>) return tensor.format == FormatId::bf16;
+        if constexpr (std::is_same_v<T, float16>) return tensor.format == FormatId::fp16;
+        return std::is_same_v<T, float> && tensor.format == FormatId::fp32;
+    }
+
     // Columns of 16 rows that are decoded at a time, to stay in L1; and their stride, which is not a power of two.
     static constexpr int64_t kDecodedColumns = 512,
                              kDecodedStride = kDecodedColumns + 64 / static_cast<int64_t>(sizeof(T));

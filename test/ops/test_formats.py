@@ -8,7 +8,7 @@ import ktops
 from ktops import ExpertWeight, reference
 from ktops.formats import get_format, names
 from ktops.formats.gguf_blocks import BLOCKS
-from ktops.testing.compare import check_against_reference, one_thread, run, threads
+from ktops.testing.compare import check_against_reference, one_thread, random_grad_output, run, threads
 from ktops.testing.inputs import densified, moe_inputs, op_arguments
 from ktops.testing.paths import paths_taken, use_path
 from ktops.testing.weights import in_format, random_weight, variants

@@ -46,7 +46,6 @@ private:
     template <int N>
     __attribute__((always_inline)) static void pack_groups(const PackAhead& p, int64_t group) {
         const char* w = p.from + group * 64;
-        const char* ahead = p.ahead + group * 64;
         char* to = p.to + group * p.group_bytes;
         __m512i even[N], odd[N];
 #pragma GCC unroll 4
@@ -55,6 +54,7 @@ private:
             odd[i] = _mm512_loadu_si512(w + p.stride + 64 * i);
         }
         if (p.ahead) {
+            const char* ahead = p.ahead + group * 64;
 #pragma GCC unroll 4
             for (int i = 0; i < N; ++i) {
                 __builtin_prefetch(ahead + 64 * i, 0, 2);

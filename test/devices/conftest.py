@@ -1,5 +1,6 @@
 """What ``simulated`` holds runs in a process of its own, started by test_simulated.py."""
 
+import gc
 import os
 import sys
 from pathlib import Path
@@ -16,7 +17,8 @@ collect_ignore = [] if os.environ.get("KTOPS_SIMULATED") else ["simulated"]
 
 @pytest.fixture
 def cuda():
-    """The library with the functions of CUDA, for tensors on the CPU."""
+    """The library with the functions of CUDA, for tensors on the CPU. No garbage holds pinned memory."""
+    gc.collect()
     with fake_cuda.installed() as cuda:
         yield cuda
 

@@ -72,8 +72,8 @@ def test_memory_and_weights_live_as_long_as_the_graph(cuda, stream):
     fixed = given[:3]
     del given, down_proj
     streams.synchronize()
-    ktops.empty_cache()
     gc.collect()
+    ktops.empty_cache()
     assert weights() is not None and cuda.pinned_bytes() > 0
     graph.launch(stream)
     graph.destroy()
@@ -86,8 +86,8 @@ def test_memory_and_weights_live_as_long_as_the_graph(cuda, stream):
     assert cuda.pinned_bytes() == held
     graph.destroy()
     cuda.functions.fake_wait_for_destructors()
-    ktops.empty_cache()
     gc.collect()
+    ktops.empty_cache()
     assert weights() is None and cuda.pinned_bytes() == 0
 
 
@@ -242,8 +242,8 @@ def test_an_error_of_cuda_in_a_capture_leaves_nothing(cuda, stream, function):
     del given, down_proj
     graph.destroy()
     cuda.functions.fake_wait_for_destructors()
-    ktops.empty_cache()
     gc.collect()
+    ktops.empty_cache()
     assert cuda.pinned_bytes() == 0 and weights() is None
 
 

@@ -30,7 +30,7 @@ public:
                                reinterpret_cast<const char*>(after_)};
         PackAhead packing(slabs, bytes(row_stride_), k_);
         start(packing, 0, 0, 1);
-        finish(packing);
+        Gemm::finish(packing);
         for (int64_t i = 0, slab = 0; i < rows; i += size) {
             const int64_t m = smaller(size, rows - i);
             for (int64_t j = 0; j < n_; j += kAheadStep, ++slab) {
@@ -54,14 +54,11 @@ private:
     // Starts to pack the block of rows from k0 on of a slab.
     void start(PackAhead& packing, int64_t slab, int64_t k0, int64_t steps) {
         turn_ ^= 1;
-        if (slab == packing.slabs.count * packing.slabs.passes) return packing.stop();
+        if (slab == packing.slabs.count * packing.slabs.passes) return;
         const int64_t j = slab % packing.slabs.count * kAheadStep;
         packing.start(packing.slabs.slab(slab) + k0 * packing.stride, smaller(kBlockK, k_ - k0),
                       smaller(kAheadStep, n_ - j), reinterpret_cast<char*>(panels()),
                       kGroup * static_cast<int64_t>(sizeof(T)), steps);
-    }
-    static void finish(PackAhead& packing) {
-        while (packing.pairs > 0) Gemm::pack(packing);
     }
 
     void multiply_slab(PackAhead& packing, const Rows<T>& a, int64_t m, int64_t columns, int64_t slab) {
@@ -82,7 +79,7 @@ private:
                                    scratch_.c + i * columns + g * kAheadColumns, columns, k0 > 0, packing);
                 }
             }
-            finish(packing);
+            Gemm::finish(packing);
         }
     }
 

@@ -16,6 +16,10 @@ struct Columns {
 
     int64_t padded() const { return round_up(count, kPanelColumns); }
     int64_t total() const { return (second < 0 ? 1 : 2) * padded(); }
+    // The column of C for one of B. The second range is behind the first.
+    int64_t at(int64_t column) const {
+        return second >= 0 && column >= second ? padded() + column - second : column - first;
+    }
 };
 
 // Calls f(first column of B, its column of C) for each range, where c is the first column of C.

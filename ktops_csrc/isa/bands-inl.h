@@ -10,6 +10,7 @@
 #include <cstdint>
 
 #include "core/views.h"
+#include "isa/pace-inl.h"
 #include "isa/panel-inl.h"
 
 namespace kt::KT_ISA {
@@ -47,28 +48,26 @@ public:
         row_lines_ = ceil_div(row_bytes, kLine);
         skip_ = stride_bytes - row_lines_ * kLine;
         line_ = offset_ = 0;
-        left_ = each * row_lines_;
-        rate_ = left_ * kOne / larger(steps, 1) + 1;
-        credit_ = 0;
+        pace_.start(each * row_lines_, steps);
     }
 
     __attribute__((always_inline)) void step() {
-        for (credit_ += rate_; credit_ >= kOne && left_ > 0; credit_ -= kOne, --left_) {
+        pace_.step([&]() __attribute__((always_inline)) {
 #pragma GCC unroll 8
             for (int64_t i = 0; i < kStreams; ++i) __builtin_prefetch(from_[i] + offset_, 0, 2);
             offset_ += kLine;
-            if (++line_ < row_lines_) continue;
+            if (++line_ < row_lines_) return;
             line_ = 0;
             offset_ += skip_;
-        }
+        });
     }
 
 private:
-    static constexpr int64_t kStreams = 8, kLine = 64, kOne = 256;
+    static constexpr int64_t kStreams = 8, kLine = 64;
 
     const char* from_[kStreams] = {};
     int64_t row_lines_ = 0, skip_ = 0, line_ = 0, offset_ = 0;
-    int64_t left_ = 0, rate_ = 0, credit_ = 0;  // lines of each stream: left; per step and due, in units of 1 / kOne
+    Pace pace_;  // of a line of each stream
 };
 
 }  // namespace kt::KT_ISA

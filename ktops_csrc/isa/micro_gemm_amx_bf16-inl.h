@@ -106,7 +106,20 @@ struct MicroGemm<bfloat16> {
 
     static void gemm(const MicroArguments<bfloat16>& g) {
         if (g.m <= 16 && g.panels > 2) return g.panels > 3 ? row_kernel<4>(g) : row_kernel<3>(g);
-        kernel(g);
+        const int64_t tiles = g.k_steps / 16;
+        PanelAhead ahead;
+        kernel(g.m > 16, g.panels > 1,
+               {{g.a[0], g.a[0] + tiles * kTileElements},
+                kTileElements,
+                kTileK,
+                g.b,
+                g.b_stride,
+                tiles,
+                {g.c, g.c + 16 * g.ldc},
+                16,
+                g.ldc,
+                g.accumulate},
+               ahead);
     }
 
     // Steps of ReadAhead in band() for every kBandK of k.
@@ -114,83 +127,86 @@ struct MicroGemm<bfloat16> {
 
     static void band(const BandArguments<bfloat16>& g, ReadAhead& ahead) {
         if (g.panels > 2) return g.halves > 1 ? three_panels<2>(g, ahead) : three_panels<1>(g, ahead);
-        if (g.panels > 1) return g.halves > 1 ? two_panels<2, 2>(g, ahead) : two_panels<1, 2>(g, ahead);
-        g.halves > 1 ? two_panels<2, 1>(g, ahead) : two_panels<1, 1>(g, ahead);
+        RowsAhead rows{ahead};
+        kernel(g.halves > 1, g.panels > 1,
+               {{g.rows[0], g.rows[1]},
+                kTileK,
+                g.row_stride,
+                g.b,
+                g.b_stride,
+                g.k / kTileK,
+                {g.tile(0, 0), g.tile(1, 0)},
+                kTileSums,
+                kPanelColumns,
+                g.accumulate},
+               rows);
     }
 
 private:
-    static constexpr int64_t kPanelAhead = 2;  // steps, where panels come from L2
+    // Up to two tiles of rows of A by two panels. Strides are in elements, `right` is from a tile of C to the next.
+    struct Operands {
+        const bfloat16* a[2];
+        int64_t a_step, a_stride;  // along k; from row to row
+        const bfloat16* b;
+        int64_t b_stride, steps;
+        float* c[2];
+        int64_t right, ldc;
+        bool accumulate;
+    };
 
-    static void kernel(const MicroArguments<bfloat16>& g) {
-        if (g.m > 16) return g.panels > 1 ? kernel<2, 2>(g) : kernel<2, 1>(g);
-        return g.panels > 1 ? kernel<1, 2>(g) : kernel<1, 1>(g);
+    // What a step prefetches: panels that come from L2, or rows of a weight that come from memory.
+    struct PanelAhead {
+        static constexpr int64_t kSteps = 2;
+        __attribute__((always_inline)) static void panel(const bfloat16* b) {
+            prefetch_tile(b + kSteps * kTileElements);
+        }
+        static void step() {}
+    };
+    struct RowsAhead {
+        ReadAhead& rows;
+        static void panel(const bfloat16*) {}
+        __attribute__((always_inline)) void step() { rows.step(); }
+    };
+
+    template <class Ahead>
+    static void kernel(bool two_rows, bool two_panels, const Operands& g, Ahead& ahead) {
+        if (two_rows) return two_panels ? kernel<2, 2>(g, ahead) : kernel<2, 1>(g, ahead);
+        two_panels ? kernel<1, 2>(g, ahead) : kernel<1, 1>(g, ahead);
     }
 
-    template <int M, int P>
-    static void kernel(const MicroArguments<bfloat16>& g) {
-        const int64_t ldc = g.ldc * static_cast<int64_t>(sizeof(float)), tiles = g.k_steps / 16;
-        float* c00 = g.c;
-        float* c10 = g.c + 16 * g.ldc;
-        TileRegion::settle(c00);
+    template <int M, int P, class Ahead>
+    static void kernel(const Operands& g, Ahead& ahead) {
+        const int64_t lda = g.a_stride * static_cast<int64_t>(sizeof(bfloat16));
+        const int64_t ldc = g.ldc * static_cast<int64_t>(sizeof(float)), right = g.right;
+        float *c0 = g.c[0], *c1 = g.c[1];
+        TileRegion::settle(c0);
         if (g.accumulate) {
-            _tile_loadd(0, c00, ldc);
-            if constexpr (P > 1) _tile_loadd(1, c00 + 16, ldc);
-            if constexpr (M > 1) _tile_loadd(2, c10, ldc);
-            if constexpr (M > 1 && P > 1) _tile_loadd(3, c10 + 16, ldc);
-        } else {
-            zero_sums();
-        }
-        const bfloat16* a = g.a[0];
-        const bfloat16* b0 = g.b;
-        const bfloat16* b1 = b0 + g.b_stride;
-        for (int64_t t = 0; t < tiles; ++t, a += kTileElements) {
-            _tile_loadd(4, a, 64);
-            _tile_loadd(5, b0 + t * kTileElements, 64);
-            prefetch_tile(b0 + (t + kPanelAhead) * kTileElements);
-            _tile_dpbf16ps(0, 4, 5);
-            if constexpr (P > 1) _tile_loadd(6, b1 + t * kTileElements, 64);
-            if constexpr (P > 1) prefetch_tile(b1 + (t + kPanelAhead) * kTileElements);
-            if constexpr (P > 1) _tile_dpbf16ps(1, 4, 6);
-            if constexpr (M > 1) _tile_loadd(4, a + tiles * kTileElements, 64);
-            if constexpr (M > 1) _tile_dpbf16ps(2, 4, 5);
-            if constexpr (M > 1 && P > 1) _tile_dpbf16ps(3, 4, 6);
-        }
-        _tile_stored(0, c00, ldc);
-        if constexpr (P > 1) _tile_stored(1, c00 + 16, ldc);
-        if constexpr (M > 1) _tile_stored(2, c10, ldc);
-        if constexpr (M > 1 && P > 1) _tile_stored(3, c10 + 16, ldc);
-    }
-
-    // M halves of a band by P panels, P = 1 or 2.
-    template <int M, int P>
-    static void two_panels(const BandArguments<bfloat16>& g, ReadAhead& ahead) {
-        const int64_t stride = g.row_stride * static_cast<int64_t>(sizeof(bfloat16));
-        TileRegion::settle(g.tiles);
-        if (g.accumulate) {
-            _tile_loadd(0, g.tile(0, 0), 64);
-            if constexpr (P > 1) _tile_loadd(1, g.tile(0, 1), 64);
-            if constexpr (M > 1) _tile_loadd(2, g.tile(1, 0), 64);
-            if constexpr (M > 1 && P > 1) _tile_loadd(3, g.tile(1, 1), 64);
+            _tile_loadd(0, c0, ldc);
+            if constexpr (P > 1) _tile_loadd(1, c0 + right, ldc);
+            if constexpr (M > 1) _tile_loadd(2, c1, ldc);
+            if constexpr (M > 1 && P > 1) _tile_loadd(3, c1 + right, ldc);
         } else {
             zero_sums();
         }
         const bfloat16* b = g.b;
-        for (int64_t k = 0; k < g.k; k += kTileK, b += kTileElements) {
-            _tile_loadd(4, g.rows[0] + k, stride);
+        for (int64_t t = 0; t < g.steps; ++t, b += kTileElements) {
+            _tile_loadd(4, g.a[0] + t * g.a_step, lda);
             _tile_loadd(5, b, 64);
+            ahead.panel(b);
             _tile_dpbf16ps(0, 4, 5);
             if constexpr (P > 1) _tile_loadd(6, b + g.b_stride, 64);
+            if constexpr (P > 1) ahead.panel(b + g.b_stride);
             if constexpr (P > 1) _tile_dpbf16ps(1, 4, 6);
-            if constexpr (M > 1) _tile_loadd(4, g.rows[1] + k, stride);
+            if constexpr (M > 1) _tile_loadd(4, g.a[1] + t * g.a_step, lda);
             if constexpr (M > 1) _tile_dpbf16ps(2, 4, 5);
             if constexpr (M > 1 && P > 1) _tile_dpbf16ps(3, 4, 6);
             ahead.step();
         }
-        _tile_stored(0, g.tile(0, 0), 64);
-        if constexpr (P > 1) _tile_stored(1, g.tile(0, 1), 64);
-        if constexpr (M > 1) _tile_stored(2, g.tile(1, 0), 64);
-        if constexpr (M > 1 && P > 1) _tile_stored(3, g.tile(1, 1), 64);
-        TileRegion::settle(g.tiles);
+        _tile_stored(0, c0, ldc);
+        if constexpr (P > 1) _tile_stored(1, c0 + right, ldc);
+        if constexpr (M > 1) _tile_stored(2, c1, ldc);
+        if constexpr (M > 1 && P > 1) _tile_stored(3, c1 + right, ldc);
+        TileRegion::settle(c0);
     }
 
     // M halves of a band by three panels.

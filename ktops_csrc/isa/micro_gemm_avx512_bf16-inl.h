@@ -15,10 +15,9 @@
 #include "isa/micro_gemm_generic-inl.h"
 #include "isa/pack_ahead_avx512_bf16-inl.h"
 #include "isa/panel-inl.h"
+#include "isa/products_avx512_bf16-inl.h"
 
 namespace kt::KT_ISA {
-
-inline __m512bh load_bf16(const bfloat16* p) { return (__m512bh)_mm512_loadu_si512(p); }
 
 template <>
 struct MicroGemm<bfloat16> {
@@ -59,12 +58,7 @@ struct MicroGemm<bfloat16> {
             __m512bh panel[P];
 #pragma GCC unroll 8
             for (int j = 0; j < P; ++j) panel[j] = load_bf16(b + j * b_stride);
-#pragma GCC unroll 8
-            for (int i = 0; i < M; ++i) {
-                const __m512bh pair = (__m512bh)_mm512_set1_epi32(read(reinterpret_cast<const int32_t*>(a[i] + s)));
-#pragma GCC unroll 8
-                for (int j = 0; j < P; ++j) acc[i][j] = _mm512_dpbf16_ps(acc[i][j], pair, panel[j]);
-            }
+            add_pairs(acc, panel, [&](int i) __attribute__((always_inline)) { return a[i] + s; });
         }
 #pragma GCC unroll 8
         for (int i = 0; i < M; ++i) {
@@ -110,13 +104,9 @@ private:
 #pragma GCC unroll 3
                 for (int j = 0; j < P; ++j) panel[j] = load_bf16(b + j * b_stride);
                 b += kPack<bfloat16> * kPanelColumns;
-#pragma GCC unroll 16
-                for (int i = 0; i < M; ++i) {
-                    const auto* at = reinterpret_cast<const int32_t*>(rows[i / kApart] + i % kApart * stride) + s / 2;
-                    const __m512bh pair = (__m512bh)_mm512_set1_epi32(read(at));
-#pragma GCC unroll 3
-                    for (int j = 0; j < P; ++j) acc[i][j] = _mm512_dpbf16_ps(acc[i][j], pair, panel[j]);
-                }
+                add_pairs(acc, panel, [&](int i) __attribute__((always_inline)) {
+                    return rows[i / kApart] + i % kApart * stride + s * 2;
+                });
             }
 #pragma GCC unroll 8
             for (int i = 0; i < kPointers; ++i) rows[i] += kBandK * sizeof(bfloat16);

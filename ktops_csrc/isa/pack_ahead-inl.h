@@ -6,11 +6,12 @@
 //                                                of ColumnStep, which sums keep until they are stored
 //
 // Whole pieces of two rows are packed in order, block after block, slab after slab: memory is read in few streams and
-// evenly over the products. MicroGemm<T>::multiply_ahead does it on ISAs where MicroGemm<T>::kPacksAhead.
+// evenly over the products. MicroGemm<T>::Ahead does it on ISAs where MicroGemm<T>::kPacksAhead.
 
 #include <cstdint>
 
 #include "core/views.h"
+#include "isa/pace-inl.h"
 #include "isa/panel-inl.h"
 
 namespace kt::KT_ISA {
@@ -37,13 +38,14 @@ struct AheadSlabs {
 
 // Where packing is. `ahead` is the row that is prefetched, kAheadRows further on.
 struct alignas(64) PackAhead {
-    static constexpr int64_t kAheadRows = 32, kOne = 256;  // rates are in units of 1 / kOne
+    static constexpr int64_t kAheadRows = 32;
 
     AheadSlabs slabs;
     int64_t stride, k;  // of W, in bytes; its rows
     const char* from = nullptr;
     char* to = nullptr;
-    int64_t groups = 0, group_bytes = 0, pairs = 0, rate = 0, credit = 0;
+    int64_t groups = 0, group_bytes = 0;
+    Pace pace;  // of pairs of rows
     const char* ahead;
     int64_t ahead_slab = 0, ahead_left;  // rows left in its slab
 
@@ -62,12 +64,8 @@ struct alignas(64) PackAhead {
         to = panels;
         groups = columns / kAheadColumns;
         group_bytes = bytes;
-        pairs = rows / 2;
-        rate = pairs * kOne / larger(steps, 1) + 1;
-        credit = 0;
+        pace.start(rows / 2, steps);
     }
-
-    void stop() { pairs = 0; }
 
     void next_slab() {
         ahead = slabs.slab(++ahead_slab);

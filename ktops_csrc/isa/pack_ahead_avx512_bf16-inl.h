@@ -8,25 +8,16 @@
 
 #include "isa/direct_avx512_bf16-inl.h"
 #include "isa/pack_ahead-inl.h"
+#include "isa/products_avx512_bf16-inl.h"
 
 namespace kt::KT_ISA {
 
 struct AheadGemm {
     static constexpr int kRows = 6, kGroups = 2;
 
-    // Packs a pair of rows.
-    __attribute__((always_inline)) static void pack(PackAhead& p) {
-        if (p.groups == kAheadGroups) {
-            pack_groups<kAheadGroups>(p, 0);
-        } else {
-            for (int64_t g = 0; g < p.groups; ++g) pack_groups<1>(p, g);
-        }
-        p.from += 2 * p.stride;
-        p.to += 128;
-        --p.pairs;
-        if (!p.ahead) return;
-        p.ahead += 2 * p.stride;
-        if ((p.ahead_left -= 2) <= 0) p.next_slab();
+    // Packs what is left.
+    static void finish(PackAhead& p) {
+        p.pace.finish([&] { pack(p); });
     }
 
     // C[i][0 .. 32 * groups) (+)= row i of A . the panels of `groups` groups, b_stride apart, i < m <= kRows.
@@ -42,6 +33,20 @@ struct AheadGemm {
 
 private:
     using Step = ColumnStep<bfloat16>;
+
+    // Packs a pair of rows.
+    __attribute__((always_inline)) static void pack(PackAhead& p) {
+        if (p.groups == kAheadGroups) {
+            pack_groups<kAheadGroups>(p, 0);
+        } else {
+            for (int64_t g = 0; g < p.groups; ++g) pack_groups<1>(p, g);
+        }
+        p.from += 2 * p.stride;
+        p.to += 128;
+        if (!p.ahead) return;
+        p.ahead += 2 * p.stride;
+        if ((p.ahead_left -= 2) <= 0) p.next_slab();
+    }
 
     template <int N>
     __attribute__((always_inline)) static void pack_groups(const PackAhead& p, int64_t group) {
@@ -89,16 +94,10 @@ private:
             for (int64_t t = s; t < s + kAheadK; t += 2, b += 64) {
                 __m512bh panel[2 * G];
 #pragma GCC unroll 4
-                for (int j = 0; j < 2 * G; ++j)
-                    panel[j] = (__m512bh)_mm512_load_si512(b + j / 2 * b_stride + j % 2 * 32);
-#pragma GCC unroll 6
-                for (int i = 0; i < M; ++i) {
-                    const __m512bh pair = (__m512bh)_mm512_set1_epi32(read(reinterpret_cast<const int32_t*>(a[i] + t)));
-#pragma GCC unroll 4
-                    for (int j = 0; j < 2 * G; ++j) acc[i][j] = _mm512_dpbf16_ps(acc[i][j], pair, panel[j]);
-                }
+                for (int j = 0; j < 2 * G; ++j) panel[j] = load_bf16(b + j / 2 * b_stride + j % 2 * 32);
+                add_pairs(acc, panel, [&](int i) __attribute__((always_inline)) { return a[i] + t; });
             }
-            for (p.credit += p.rate; p.credit >= PackAhead::kOne && p.pairs > 0; p.credit -= PackAhead::kOne) pack(p);
+            p.pace.step([&]() __attribute__((always_inline)) { pack(p); });
         }
 #pragma GCC unroll 6
         for (int i = 0; i < M; ++i) {

@@ -24,7 +24,6 @@ template <class T>
 struct GradProduct {
     const Layer<T>& layer;
     const T *grad_gate_up, *dgub;
-    bool packs_ahead;  // for the expert with the most rows
 
     void multiply(const Thread<T>&, BlockGemm<T>& block, int64_t expert, int64_t position, int64_t,
                   const Columns& columns, const NextRows&) const {
@@ -32,26 +31,19 @@ struct GradProduct {
         block.multiply_nn({grad_gate_up + position * k, k}, k, layer.gate_up, expert, columns);
         if (rank) block.multiply_nn({dgub + position * rank, rank}, rank, layer.A1, expert, columns);
     }
-    int64_t step() const { return packs_ahead ? kAheadStep : kPanelColumns; }
+    int64_t step() const { return layer.ahead_step(layer.gate_up, layer.halves.width(), layer.H, kPanelColumns); }
 
     template <class Put>
     bool multiply_parts(const Thread<T>& thread, int64_t expert, int64_t position, int64_t rows, const Columns& columns,
                         const NextRows& after, Put put) const {
-        if constexpr (kPacksAhead<T>) {
-            const int64_t rank = layer.p.gate_up_rank, k = layer.halves.width();
-            const Weight<T>& w = layer.gate_up;
-            if (!packs_ahead || !layer.packs_ahead(w, expert, k, layer.H)) return false;
-            const T* next = after.expert >= 0 ? w.direct(after.expert) + after.row : nullptr;
-            PanelsAhead<T> ahead(thread.gemm, w.direct(expert), w.row_stride, k, columns.first, columns.count, next);
-            ahead.multiply({grad_gate_up + position * k, k}, rows,
-                           [&](BlockGemm<T>& block, int64_t i, int64_t m, const Columns& part) {
-                               const Rows<T> low{dgub + (position + i) * rank, rank};
-                               if (rank) block.multiply_nn(low, rank, layer.A1, expert, part);
-                               put(i, m, part.first - columns.first, part, block.row(0), part.count);
-                           });
-            return true;
-        }
-        return false;
+        const int64_t rank = layer.p.gate_up_rank, k = layer.halves.width();
+        return multiply_ahead(thread.gemm, layer, layer.gate_up, expert, {grad_gate_up + position * k, k}, rows, k,
+                              layer.H, columns, after,
+                              [&](BlockGemm<T>& block, int64_t i, int64_t m, const Columns& part) {
+                                  const Rows<T> low{dgub + (position + i) * rank, rank};
+                                  if (rank) block.multiply_nn(low, rank, layer.A1, expert, part);
+                                  put(i, m, part.first - columns.first, part, block.row(0), part.count);
+                              });
     }
     void start(const Thread<T>&, int64_t, int64_t, int64_t) const {}
     Vec<Acc<T>> value(const Thread<T>&, int64_t, Vec<Acc<T>> c, int64_t) const { return c; }
@@ -80,7 +72,6 @@ private:
           I_(layer_.I),
           H_(layer_.H),
           W_(layer_.halves.width()),
-          packs_ahead_(prefers_ahead<T>(layer_.gate_up, 0, routing.most_rows, W_, H_, p_.forced_path)),
           kept_(workspace, p_, routing, static_cast<bool>(b.grad_hidden_states)),
           slab_(layer_.backward_slab(layer_.down, kAheadSlab, H_, I_)) {
         const int64_t R = routing_.num_routes;
@@ -97,7 +88,7 @@ private:
     void run() {
         const int64_t active = routing_.num_active, E = p_.num_experts;
         const Slabs wide(slab_, I_, active, p_.num_threads, layer_.down.transposed,
-                         kPacksAhead<T> ? kAheadStep : kDotSlab);
+                         layer_.ahead_step(layer_.down, H_, I_, kDotSlab));
         const Slabs again(layer_.gate_up_slab(), I_, active, p_.num_threads, !layer_.gate_up.transposed);
         const int64_t slabs_h = ceil_div(H_, kMaxColumns), slabs_i = ceil_div(W_, kMaxColumns);
 
@@ -167,7 +158,7 @@ private:
     // last one by run_with_others(schedule).
     template <class Run>
     void combine_x(Schedule& first, Run run_with_others) {
-        const GradProduct<T> product{layer_, grad_gate_up_, dgub_, packs_ahead_};
+        const GradProduct<T> product{layer_, grad_gate_up_, dgub_};
         const int64_t slab = layer_.backward_slab(layer_.gate_up, kWideColumns, W_, H_);
         kept_.for_each_portion([&](const Portion& portion) {
             const CombineX combine(layer_, threads_, product, kept_, portion,
@@ -230,7 +221,7 @@ private:
                                  thread.activations + row * slab_ + part.first - column,
                                  sums + layer_.halves.at(part.first - column), columns.padded());
         };
-        if (!multiply_ahead(thread, d, expert, columns, after, put)) {
+        if (!multiply_ahead(thread.gemm, layer_, layer_.down, expert, d, rows, H_, I_, columns, after, put)) {
             const auto block_of_rows = [&](int64_t row, int64_t count) {
                 BlockGemm<T> block(thread.gemm, count, columns.padded());
                 block.multiply_nn(d.from(row), H_, layer_.down, expert, columns);
@@ -254,21 +245,6 @@ private:
             const Operand<T> left{d, 0, H_, weights};
             weight_gradient(thread.gemm, rows, left, h, b_.grad_down_proj, expert, column);
         }
-    }
-
-    // dh = d Wd while Wd is packed ahead, if that is best; then returns true.
-    template <class Put>
-    bool multiply_ahead(const Thread<T>& thread, const Rows<T>& d, int64_t expert, const Columns& columns,
-                        const NextRows& after, Put put) const {
-        if constexpr (kPacksAhead<T>) {
-            const Weight<T>& w = layer_.down;
-            if (!layer_.packs_ahead(w, expert, H_, I_)) return false;
-            const T* next = after.expert >= 0 ? w.direct(after.expert) + after.row : nullptr;
-            PanelsAhead<T> ahead(thread.gemm, w.direct(expert), w.row_stride, H_, columns.first, columns.count, next);
-            ahead.multiply(d, routing_.rows(expert), put);
-            return true;
-        }
-        return false;
     }
 
     // Rows of dh, `part` of its columns: computes [dg | du], h for the weight gradients, and the parts of <h, dh>.
@@ -373,7 +349,6 @@ private:
     const Problem& p_;
     const Routing& routing_;
     int64_t I_, H_, W_;  // W: columns of [g | u]
-    bool packs_ahead_;   // in dx, for the expert with the most rows
     const KeptRows<A> kept_;
     int64_t slab_, dot_slabs_;  // columns of a task of dh
     const T* gate_up_;

@@ -7,10 +7,11 @@
 //   gate_up        [g|u] = x Wgu^T + s1 xa B1^T + bgu;  h = gate(g, u)                 [R, I]; saves [g|u] if requested
 //   project_h      ha = h A2^T                                      [R, r2]
 //   code_h         h as codes, if down takes codes                  [R, I]
-//   down           w (h Wd^T + s2 ha B2^T + bd), kept as one row per position or summed by token
-//   sum            output = the sum of a token's rows, if down kept them               [T, H]
+//   down           w (h Wd^T + s2 ha B2^T + bd), kept as one row per position           [R, H]
+//   sum            output = the sum of a token's rows                                  [T, H]
 //
-// Without reduce, down writes each position's own row, with w = 1, and "clear" the rows of routes without an expert.
+// If the kept rows are many, down and sum take portions of the experts in turn. Without reduce, down writes each
+// position's own row, with w = 1, and "clear" the rows of routes without an expert.
 
 #include <cstring>
 
@@ -148,12 +149,12 @@ private:
             T* saved = static_cast<T*>(results_.saved_gate_up);
             if (saved) saved += position * halves.width() + halves.at(column + j);
             with_activation(p_, [&](auto activation) {
-                for (int64_t i = 0; i < rows; ++i, c += ldc, h += layer_.I, saved += saved ? halves.width() : 0) {
+                for (int64_t i = 0; i < rows; ++i) {
                     for_each_vector<A>(m, [&](int64_t v, int64_t count) {
                         Vec<A> g, u;
-                        halves.load(c, apart, v, count, g, u);
-                        store_n(h + v, activation.template gate<A>(g, u).h, count);
-                        if (saved) halves.store(saved, layer_.I, v, count, g, u);
+                        halves.load(c + i * ldc, apart, v, count, g, u);
+                        store_n(h + i * layer_.I + v, activation.template gate<A>(g, u).h, count);
+                        if (saved) halves.store(saved + i * halves.width(), layer_.I, v, count, g, u);
                     });
                 }
             });

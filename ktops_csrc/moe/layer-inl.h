@@ -78,13 +78,12 @@ struct KeptRows {
     template <class F>
     void for_each_portion(F f) const {
         const int64_t active = routing_.num_active;
-        for (int64_t begin = 0, end = 0; end < active || !begin; begin = end) {
-            const int64_t first = position(begin);
-            for (; end < active && (end == begin || all_ || position(end + 1) - first <= most_); ++end) {
-            }
-            f(Portion{begin, end, first, position(end), !begin, end == active});
-            if (end == active) return;
-        }
+        int64_t end = 0;
+        do {
+            const int64_t begin = end, first = position(begin);
+            while (end < active && (end == begin || all_ || position(end + 1) - first <= most_)) ++end;
+            f(Portion{begin, end, first, position(end), begin == 0, end == active});
+        } while (end < active);
     }
 
 private:
@@ -203,17 +202,13 @@ struct Layer {
         return width;
     }
 
-    // The columns of one task of a product down the rows of a weight.
+    // The columns of one task of a product down the rows of a weight, of `columns`; and of what they are a multiple if
+    // that is kAheadStep.
     int64_t backward_slab(const Weight<T>& weight, int64_t most, int64_t k, int64_t columns) const {
-        if (prefers_ahead<T>(weight, 0, routing.most_rows, k, columns, p.forced_path)) return even_slab(most, columns);
-        return wide_slab(routing);
+        return packs_ahead(weight, k, columns) ? even_slab(most, columns) : wide_slab(routing);
     }
-
-    // True if x W, for the rows of an expert, is computed while W is packed ahead.
-    bool packs_ahead(const Weight<T>& weight, int64_t expert, int64_t k, int64_t columns) const {
-        if (!prefers_ahead<T>(weight, expert, routing.rows(expert), k, columns, p.forced_path)) return false;
-        profile::count_path(static_cast<int>(Path::kPanelsAhead));
-        return true;
+    int64_t ahead_step(const Weight<T>& weight, int64_t k, int64_t columns, int64_t otherwise) const {
+        return packs_ahead(weight, k, columns) ? kAheadStep : otherwise;
     }
 
     // True if x W^T for the rows of an expert, and LoRA's product of rank `rank`, is computed in bands.
@@ -238,6 +233,11 @@ struct Layer {
     }
 
 private:
+    // True if W is packed ahead for the expert with the most rows.
+    bool packs_ahead(const Weight<T>& weight, int64_t k, int64_t columns) const {
+        return prefers_ahead<T>(weight, 0, routing.most_rows, k, columns, p.forced_path);
+    }
+
     // Returns the columns of one task of x W^T, of `columns`, with `ranges` ranges of that many. If products are
     // computed in bands, as many as a block of few rows may have, so that x is packed once, but no task takes more than
     // a fraction of a thread's time. If W is transposed, this is a product down the rows of the matrix in memory; then
@@ -290,6 +290,24 @@ inline NextRows rows_of_next(const Problem& p, const Routing& routing, int64_t t
     return {at.expert, at.slab * slabs.width * rows_a_column};
 }
 
+// Multiplies rows of an expert with `columns` of W, of [k, width], while W is packed ahead, if that is best; then
+// returns true. Calls put as PanelsAhead does. after: the first of the columns of W that the thread probably needs
+// next.
+template <class T, class Put>
+inline bool multiply_ahead(const GemmScratch<T>& scratch, const Layer<T>& layer, const Weight<T>& w, int64_t expert,
+                           const Rows<T>& a, int64_t rows, int64_t k, int64_t width, const Columns& columns,
+                           const NextRows& after, Put put) {
+    if constexpr (kPacksAhead<T>) {
+        if (!prefers_ahead<T>(w, expert, layer.routing.rows(expert), k, width, layer.p.forced_path)) return false;
+        profile::count_path(static_cast<int>(Path::kPanelsAhead));
+        const T* next = after.expert >= 0 ? w.direct(after.expert) + after.row : nullptr;
+        PanelsAhead<T> ahead(scratch, w.direct(expert), w.row_stride, k, columns.first, columns.count, next);
+        ahead.multiply(a, rows, put);
+        return true;
+    }
+    return false;
+}
+
 // out[row][0 .. rank) = a . A^T (kTransposed) or a . B, for all rows of one expert.
 template <bool kTransposed, class T>
 inline void low_rank_product(const GemmScratch<T>& scratch, const Layer<T>& layer, int64_t expert, const Rows<T>& a,
@@ -329,8 +347,7 @@ inline void gate_up_product(const Thread<T>& thread, const Layer<T>& layer, int6
         if (!p.gate_up_bias) return;
         for (int64_t i = 0; i < count; ++i, c += ldc) {
             for_each_range(part, c, [&](int64_t first, Acc<T>* to) {
-                const bool second = to != c;
-                const Acc<T>* bias = thread.bias + first - (second ? columns.second - columns.padded() : columns.first);
+                const Acc<T>* bias = thread.bias + columns.at(first);
                 for (int64_t j = 0; j < part.count; ++j) to[j] += bias[j];
             });
         }

@@ -33,22 +33,19 @@ struct ahead {
             packing.start(packing.slabs.slab(block), k, columns, reinterpret_cast<char*>(panels[block].data()),
                           2 * group, steps);
         };
-        const auto finish = [&] {
-            while (packing.pairs > 0) AheadGemm::pack(packing);
-        };
         start(0, 1);
-        finish();
+        AheadGemm::finish(packing);
         const bfloat16* a[AheadGemm::kRows];
         for (int64_t i = 0; i < m; ++i) a[i] = x.row(i);
         for (int block = 0; block < 2; ++block) {
-            block == 0 ? start(1, columns / kAheadColumns) : packing.stop();
+            if (block == 0) start(1, columns / kAheadColumns);
             Product<float> product(m, columns, ldc, columns, m, adds);
             for (int64_t g = 0; g < groups; g += AheadGemm::kGroups) {
                 const int some = static_cast<int>(smaller(AheadGemm::kGroups, groups - g));
                 AheadGemm::multiply(static_cast<int>(m), some, a, panels[block].data() + g * group, group, k,
                                     product.c.data() + g * kAheadColumns, ldc, adds, packing);
             }
-            finish();
+            AheadGemm::finish(packing);
             const std::string result = product.check(
                 k, [&](int64_t i, int64_t s) { return x.at(i, s); },
                 [&](int64_t s, int64_t j) { return w.at(s, block * columns + j); });

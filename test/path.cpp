@@ -8,10 +8,10 @@ using namespace kt;
 
 constexpr int64_t kNever = int64_t{1} << 62;
 constexpr int64_t kBytes = 2;
-constexpr IsaLimits kVectors{kBytes, 32, 24,    kPanelBytes / kBytes / 4, kPanelBytes / kBytes / 64, 0, 0, 0, 0, 0,
+constexpr IsaLimits kVectors{kBytes, 32, 24,    kPanelBytes / kBytes / 4, kPanelBytes / kBytes / 64, 0, 0, 0, 0, 0, 0,
                              false,  0,  kNever};
-constexpr IsaLimits kPacksAhead{kBytes, 32, 32, 0, kPanelBytes / kBytes / 64, 0, 0, 16, 32, 12, false, 0, kNever};
-constexpr IsaLimits kTiles{kBytes, 12, 12,  kPanelBytes / kBytes / 4, kPanelBytes / kBytes / 64, 32, 4, 0, 0, 0,
+constexpr IsaLimits kPacksAhead{kBytes, 32, 32, 0, kPanelBytes / kBytes / 64, 0, 0, 16, 32, 12, 16, false, 0, kNever};
+constexpr IsaLimits kTiles{kBytes, 12, 12,  kPanelBytes / kBytes / 4, kPanelBytes / kBytes / 64, 32, 4, 0, 0, 0, 0,
                            true,   8,  1024};
 
 constexpr Product forward(int64_t rows, int64_t k = 64) {
@@ -81,6 +81,8 @@ static_assert(chosen(whole(backward(13)), kPacksAhead, Path::kPanelsAhead));
 static_assert(chosen(backward(13), kPacksAhead, Path::kColumnSums) && chosen(backward(33), kPacksAhead, Path::kPanels));
 static_assert(chosen(whole(backward(33, 72)), kPacksAhead, Path::kPanels));
 static_assert(chosen(strided(whole(backward(33))), kPacksAhead, Path::kPanels));
+static_assert(chosen(in_format(whole(backward(16))), kPacksAhead, Path::kColumnSums));
+static_assert(chosen(in_format(whole(backward(17))), kPacksAhead, Path::kPanelsAhead));
 static_assert(chosen(with_columns(whole(backward(33)), 96), kPacksAhead, Path::kPanelsAhead));
 static_assert(chosen(with_columns(whole(backward(33)), 112), kPacksAhead, Path::kPanels));
 
@@ -133,7 +135,7 @@ constexpr int digits(int64_t routes, int64_t group, const IsaLimits& isa, Comput
                      bool inference = true, std::optional<Path> forced = {}) {
     return choose_digits({compute, inference, routes, 1, 4096, group, 128}, isa, forced);
 }
-constexpr IsaLimits kIntegers{kBytes, 32, 32, 0, 0, 0, 0, 0, 0, 0, false, int64_t{1} << 31, kNever};
+constexpr IsaLimits kIntegers{kBytes, 32, 32, 0, 0, 0, 0, 0, 0, 0, 0, false, int64_t{1} << 31, kNever};
 
 static_assert(digits(1, 128, kVectors) == 0 && digits(1, 128, kVectors, Computation::kInt8) == 1);
 static_assert(digits(2048, 32, kIntegers) == 1 && digits(1, 32, kIntegers, Computation::kFloat) == 0);

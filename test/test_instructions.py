@@ -79,8 +79,10 @@ def by_row() -> dict[str, dict[str, set[tuple[str, str]]]]:
     found = functions(run("objdump", "-d", "--no-show-raw-insn", "--wide", _C.__file__))
     readable = run("c++filt", text="\n".join(found)).splitlines()
     rows = defaultdict(dict)
+    isas = "|".join(row for row in ALLOWED if row)
     for (_, instructions), name in zip(found.items(), readable, strict=True):
-        row = re.search(r"\bkt::(" + "|".join(row for row in ALLOWED if row) + r")::", name)
+        # c++filt gives up on some lambdas and leaves their names as they are
+        row = re.search(rf"\bkt::({isas})::", name) or re.match(rf"_ZNK?2kt\d+({isas})\d", name)
         rows[row.group(1) if row else ""].setdefault(name, set()).update(instructions)
     return rows
 

@@ -43,6 +43,7 @@ inline bool prefers_ahead(const Weight& weight, int64_t expert, int64_t rows, in
     if (weight.transposed) return false;
     Product product{};
     product.whole = true;
+    product.has_format = weight.has_format();
     product.rows = rows;
     product.columns = columns;
     product.k = k;

@@ -30,9 +30,10 @@ constexpr IsaLimits isa_limits() {
     limits.sums_columns = kPanelBytes / kBytes / Direct<T>::kRowsAhead;
     limits.band_k = MicroGemm<C>::kReadsRows ? kBandK : 0;
     limits.band_rows = Isa::kDotOnlyRows;
-    limits.ahead_k = MicroGemm<C>::kPacksAhead ? kAheadK : 0;
+    if constexpr (MicroGemm<C>::kPacksAhead) limits.ahead_k = MicroGemm<C>::Ahead::kStep;
     limits.ahead_columns = kAheadColumns;
     limits.ahead_rows = Isa::kSumOnlyRows;
+    limits.decoded_rows = Isa::kDecodedSumRows;
     limits.code_tiles = Isa::kInt8Tiles;
     limits.code_rows = Isa::kInt8Rows;
     limits.code_group = Isa::kInt8Group;

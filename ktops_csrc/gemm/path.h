@@ -33,8 +33,8 @@ enum class Path : uint8_t {
     // x W^T: dot products with rows of W in place, or with copies of rows that aren't contiguous. Wins while a panel
     // would be used too rarely to pay for itself. (Decision 6)
     kDots,
-    // x W for bfloat16, where vectors multiply it: the next block of W is packed while one is multiplied. Beats panels
-    // with any number of rows, and sums of rows with more than fit in registers at once. (Decision 29)
+    // x W for bfloat16 on a CPU that multiplies it: the next block of W is packed while one is multiplied. Beats panels
+    // with any number of rows, and sums of rows with more than fit in registers at once. (Decisions 29 and 30)
     kPanelsAhead,
     // x W: sums of rows of W, each times an element of x. Wins when dots do. (Decision 6)
     kColumnSums,
@@ -84,6 +84,7 @@ struct IsaLimits {
     int64_t ahead_k;        // kPanelsAhead: rows of W are a multiple of this; 0: not available
     int64_t ahead_columns;  // and so are its columns
     int64_t ahead_rows;     // with more than this many rows, kPanelsAhead beats kColumnSums
+    int64_t decoded_rows;   // the same if W is in a format
     bool code_tiles;        // has tiles of bytes
     int64_t code_rows;      // integers are faster than floats up to this many rows per expert on average,
     int64_t code_group;     // and for any number of rows if at least this many columns share a scale
@@ -118,8 +119,8 @@ constexpr bool is_possible(Path path, const Product& p, const IsaLimits& isa) {
         case Path::kDots:
             return !p.digits && p.along_rows && !p.adds && p.k <= isa.dots_k;
         case Path::kPanelsAhead:
-            return !p.digits && !p.along_rows && p.whole && p.contiguous && isa.ahead_k && p.k % isa.ahead_k == 0 &&
-                   p.columns % isa.ahead_columns == 0;
+            return !p.digits && !p.along_rows && p.whole && (p.contiguous || p.has_format) && isa.ahead_k &&
+                   p.k % isa.ahead_k == 0 && p.columns % isa.ahead_columns == 0;
         case Path::kColumnSums:
             return !p.digits && !p.along_rows && (p.contiguous || p.columns <= isa.sums_columns);
         case Path::kPanels:
@@ -142,7 +143,7 @@ constexpr bool wins(Path path, const Product& p, const IsaLimits& isa) {
         case Path::kDots:
             return p.rows <= isa.dots_rows;
         case Path::kPanelsAhead:
-            return p.rows > isa.ahead_rows;
+            return p.rows > (p.has_format ? isa.decoded_rows : isa.ahead_rows);
         case Path::kColumnSums:
             return p.rows <= isa.sums_rows;
         case Path::kCodeDots:

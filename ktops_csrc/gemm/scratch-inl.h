@@ -6,6 +6,7 @@
 #include "gemm/path.h"
 #include "isa/bands-inl.h"
 #include "isa/micro_gemm_generic-inl.h"
+#include "isa/pack_ahead-inl.h"
 
 namespace kt::KT_ISA {
 
@@ -34,6 +35,23 @@ struct NextRows {
     int64_t expert = -1, row = 0;  // -1: none
 };
 
+// kPanelsAhead: elements of a block of W in panels, and of sums that are not in rows of C. Neither groups nor blocks
+// start a power of two apart, or their lines would share a few sets of the cache.
+constexpr int64_t kAheadGap = 32;
+template <class C>
+constexpr int64_t ahead_block_elements() {
+    if constexpr (MicroGemm<C>::kPacksAhead) {
+        return MicroGemm<C>::Ahead::kBlockElements +
+               (MicroGemm<C>::Ahead::kMostColumns / kAheadColumns + 1) * kAheadGap;
+    }
+    return 0;
+}
+template <class C>
+constexpr int64_t ahead_sums() {
+    if constexpr (MicroGemm<C>::kPacksAhead) return MicroGemm<C>::Ahead::kSums;
+    return 0;
+}
+
 // Each path uses `panels` and `left` in its own way; the member functions name these uses.
 template <class T>
 struct GemmScratch {
@@ -49,18 +67,20 @@ struct GemmScratch {
     static constexpr int64_t kBandElements =
         4 * kBandPanels * kTileSums * (4 / kElementBytes) + 3 * kBandRank * kPanelColumns;
     static constexpr bool kHasBands = MicroGemm<C>::kReadsRows, kPacksAhead = MicroGemm<C>::kPacksAhead;
-    static constexpr int64_t kAheadElements = (260 << 10) / kElementBytes;  // two blocks and what separates them
     static constexpr int64_t kStageElements = kHasBands ? larger(kStagedElements, kBandElements) : kStagedElements;
 
     C* panels;
     C* left;   // kRowBytes
     C* stage;  // rows of A that the micro-kernel can't read in place; tiles of a band
     Acc<T>* c;
+    Acc<T>* sums;                // of blocks that are packed ahead, if they are in tiles
     std::optional<Path> forced;  // for tests, see choose_path
 
     // In `panels`: copied rows of a weight; panels of codes.
     T* copied_rows() const { return reinterpret_cast<T*>(panels); }
-    C* ahead_panels() const { return panels + kPaddedElements; }  // beside those of products that are added
+    C* ahead_panels(int block) const {  // beside those of products that are added
+        return panels + kPaddedElements + block * ahead_block_elements<C>();
+    }
     uint8_t* code_panels() const { return reinterpret_cast<uint8_t*>(panels); }
 
     // In `left`: panels of the left operand; decoded rows of a weight; rows of A in float32, in the order of a format's
@@ -72,11 +92,12 @@ struct GemmScratch {
     float* code_scales() const { return reinterpret_cast<float*>(left); }
 
     GemmScratch(Workspace& workspace, std::optional<Path> forced)
-        : panels(workspace.take<C>(larger(kPaddedElements + (kPacksAhead ? kAheadElements : 0),
-                                          kHasBands ? kBandBytes / kElementBytes : 0))),
+        : panels(workspace.take<C>(
+              larger(kPaddedElements + 2 * ahead_block_elements<C>(), kHasBands ? kBandBytes / kElementBytes : 0))),
           left(workspace.take<C>(kLeftElements)),
           stage(workspace.take<C>(kStageElements)),
           c(workspace.take<Acc<T>>(kMaxRows * kMaxColumns)),
+          sums(workspace.take<Acc<T>>(ahead_sums<C>())),
           forced(forced) {}
 };
 

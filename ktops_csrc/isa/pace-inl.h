@@ -3,6 +3,7 @@
 // Work that is done between the steps of a product: so many units, spread evenly over its steps.
 
 #include <cstdint>
+#include <utility>
 
 #include "core/views.h"
 
@@ -15,6 +16,14 @@ public:
         rate_ = units * kOne / larger(steps, 1) + 1;
         credit_ = 0;
     }
+
+    // The units that will be due in so many steps.
+    int64_t due(int64_t steps) const { return (credit_ + steps * rate_) / kOne; }
+
+    // Units that are not possible yet are held back, and allowed when they are.
+    int64_t hold() { return std::exchange(left_, 0); }
+    void allow(int64_t units) { left_ += units; }
+    int64_t left() const { return left_; }
 
     // Calls work() for the units that are due.
     template <class Work>

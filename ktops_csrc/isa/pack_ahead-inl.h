@@ -2,11 +2,11 @@
 
 // Packing the next block of a weight while another is multiplied, for products down its rows (x W).
 //
-//   panels    [columns / 32][k / 2][2][16][2]    32 columns of two rows are two registers, interleaved in the order
-//                                                of ColumnStep, which sums keep until they are stored
+//   panels    [columns / 32][k / 2][2][16][2]    32 columns of two rows are two registers, interleaved within 128-bit
+//                                                lanes, so sums have an order of their own until they are stored
 //
-// Whole pieces of two rows are packed in order, block after block, slab after slab: memory is read in few streams and
-// evenly over the products. MicroGemm<T>::Ahead does it on ISAs where MicroGemm<T>::kPacksAhead.
+// Pieces of two rows are packed in order, block after block, slab after slab: memory is read in few streams and evenly
+// over the products. MicroGemm<T>::Ahead does it on ISAs where MicroGemm<T>::kPacksAhead.
 
 #include <cstdint>
 
@@ -17,11 +17,22 @@
 namespace kt::KT_ISA {
 
 constexpr int64_t kAheadColumns = 32;  // of a group
-constexpr int64_t kAheadGroups = 4;    // the most groups of a slab
-constexpr int64_t kAheadStep = kAheadGroups * kAheadColumns;
+constexpr int64_t kPackedGroups = 4;   // the most groups of a piece
+constexpr int64_t kPackedColumns = kPackedGroups * kAheadColumns;
+constexpr int64_t kMostAheadColumns = 2048, kMostAheadRows = 512;  // of a block
 
-// k advances by this many elements between two steps of PackAhead; k is a multiple of it.
-constexpr int64_t kAheadK = 16;
+// The columns of a slab, and the rows of a block of it.
+struct AheadShape {
+    int64_t columns, k;
+};
+
+// Returns slabs of about equal width for so many columns, each at most `most` and a multiple of kPackedColumns, and
+// blocks of at most `elements` with a multiple of `step` rows.
+constexpr AheadShape ahead_shape(int64_t columns, int64_t most, int64_t elements, int64_t step) {
+    most = smaller(kMostAheadColumns, larger(kPackedColumns, most / kPackedColumns * kPackedColumns));
+    const int64_t slab = round_up(ceil_div(columns, ceil_div(columns, most)), kPackedColumns);
+    return {slab, smaller(kMostAheadRows, elements / slab) / step * step};
+}
 
 // The slabs of W that are multiplied one after the other, `passes` times: first + i * bytes for i < count, then
 // `after`, which is only prefetched; null for none.
@@ -36,40 +47,53 @@ struct AheadSlabs {
     }
 };
 
-// Where packing is. `ahead` is the row that is prefetched, kAheadRows further on.
-struct alignas(64) PackAhead {
-    static constexpr int64_t kAheadRows = 32;
-
+// What is prefetched: rows of W, of which a piece has so many bytes.
+struct AheadRows {
     AheadSlabs slabs;
-    int64_t stride, k;  // of W, in bytes; its rows
+    int64_t stride, k;  // in bytes; the number of rows
+    int64_t piece_bytes;
+    int64_t distance;  // rows from those packed to those prefetched
+};
+
+// Where packing is: what a kernel keeps in registers, as far as it can, and stores as a whole line.
+struct alignas(64) PackState {
     const char* from = nullptr;
     char* to = nullptr;
-    int64_t groups = 0, group_bytes = 0;
-    Pace pace;  // of pairs of rows
-    const char* ahead;
-    int64_t ahead_slab = 0, ahead_left;  // rows left in its slab
+    int64_t group = 0;            // the first of the next piece
+    Pace pace;                    // of pieces
+    const char* ahead = nullptr;  // the row that is prefetched
+    int64_t ahead_left = 0;       // rows left in its slab
+};
 
-    PackAhead(const AheadSlabs& s, int64_t stride_bytes, int64_t rows)
-        : slabs(s),
-          stride(stride_bytes),
-          k(rows),
-          ahead(s.first + smaller(kAheadRows, rows) * stride_bytes),
-          ahead_left(rows - smaller(kAheadRows, rows)) {
-        if (!ahead_left) next_slab();
+struct PackAhead {
+    PackState at;
+    AheadRows rows;
+    int64_t stride;  // of the rows that are packed, in bytes
+    int64_t groups = 0, group_bytes = 0;
+    const char *begin = nullptr, *end = nullptr;  // of a ring of rows, if they are in one
+    int64_t ahead_slab = 0;
+
+    explicit PackAhead(const AheadRows& r) : rows(r), stride(r.stride) {
+        at.ahead = r.slabs.first + smaller(r.distance, r.k) * r.stride;
+        at.ahead_left = r.k - smaller(r.distance, r.k);
+        if (!at.ahead_left) next_slab(at);
     }
 
-    // Packs `rows` rows of `columns` columns over the next `steps` steps.
-    void start(const char* w, int64_t rows, int64_t columns, char* panels, int64_t bytes, int64_t steps) {
-        from = w;
-        to = panels;
+    // Packs `count` rows of `columns` columns over the next `steps` steps.
+    void start(const char* w, int64_t count, int64_t columns, char* panels, int64_t bytes, int64_t steps) {
+        at.from = w;
+        at.to = panels;
         groups = columns / kAheadColumns;
         group_bytes = bytes;
-        pace.start(rows / 2, steps);
+        at.pace.start(count / 2 * pieces(), steps);
     }
 
-    void next_slab() {
-        ahead = slabs.slab(++ahead_slab);
-        ahead_left = k;
+    // Of two rows.
+    int64_t pieces() const { return ceil_div(groups, kPackedGroups); }
+
+    void next_slab(PackState& state) {
+        state.ahead = rows.slabs.slab(++ahead_slab);
+        state.ahead_left = rows.k;
     }
 };
 

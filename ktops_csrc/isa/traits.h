@@ -28,8 +28,9 @@ struct IsaDefaults {
     // The same for float16: in x W^T, and in x W.
     static constexpr int64_t kFloat16DotRows = 32, kFloat16SumRows = 32;
 
-    // If blocks of a weight are packed ahead, up to this many rows of bfloat16 are sums of its rows.
-    static constexpr int64_t kSumOnlyRows = 0;
+    // If blocks of a weight are packed ahead, up to this many rows of bfloat16 are sums of its rows; and of the rows of
+    // a weight in a format, whose decoding is fastest many rows at a time.
+    static constexpr int64_t kSumOnlyRows = 0, kDecodedSumRows = 0;
 
     // If a weight is multiplied in bands, up to this many rows of bfloat16 are multiplied as dot products.
     // And up to kMostLeftOver rows that do not fill a panel.

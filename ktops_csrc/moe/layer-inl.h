@@ -203,12 +203,12 @@ struct Layer {
     }
 
     // The columns of one task of a product down the rows of a weight, of `columns`; and of what they are a multiple if
-    // that is kAheadStep.
+    // that is kPackedColumns.
     int64_t backward_slab(const Weight<T>& weight, int64_t most, int64_t k, int64_t columns) const {
         return packs_ahead(weight, k, columns) ? even_slab(most, columns) : wide_slab(routing);
     }
     int64_t ahead_step(const Weight<T>& weight, int64_t k, int64_t columns, int64_t otherwise) const {
-        return packs_ahead(weight, k, columns) ? kAheadStep : otherwise;
+        return packs_ahead(weight, k, columns) ? kPackedColumns : otherwise;
     }
 
     // True if x W^T for the rows of an expert, and LoRA's product of rank `rank`, is computed in bands.
@@ -300,8 +300,7 @@ inline bool multiply_ahead(const GemmScratch<T>& scratch, const Layer<T>& layer,
     if constexpr (kPacksAhead<T>) {
         if (!prefers_ahead<T>(w, expert, layer.routing.rows(expert), k, width, layer.p.forced_path)) return false;
         profile::count_path(static_cast<int>(Path::kPanelsAhead));
-        const T* next = after.expert >= 0 ? w.direct(after.expert) + after.row : nullptr;
-        PanelsAhead<T> ahead(scratch, w.direct(expert), w.row_stride, k, columns.first, columns.count, next);
+        PanelsAhead ahead(scratch, w, expert, k, columns.first, columns.count, after);
         ahead.multiply(a, rows, put);
         return true;
     }

@@ -41,12 +41,7 @@ class ChunkKernels {
         void take(const WeightTensor& w, int64_t e, int64_t row, int64_t first, int64_t end, int r) {
             if constexpr (kScaled) {
                 const int64_t group = first / w.group, n = (end - 1) / w.group - group + 1;
-                load_groups(w.scale, e, row, group, n, scale[r]);
-                if constexpr (Decoder::kFactor != 1) {
-                    for (int64_t i = 0; i < group_room(n); i += kLanes<float>) {
-                        store(scale[r] + i, load(scale[r] + i) * Decoder::kFactor);
-                    }
-                }
+                load_groups(w.scale, e, row, group, n, scale[r], Decoder::kFactor);
                 if constexpr (kZeros) load_groups(w.zero, e, row, group, n, zero[r]);
             }
         }

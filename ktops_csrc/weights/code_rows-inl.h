@@ -91,12 +91,9 @@ public:
         }
     }
 
-    // Loads scales that are stored in a tensor of their own, like load_groups(), times kFactor.
+    // Loads scales that are stored in a tensor of their own.
     static void load_scales(const WeightTensor& w, int64_t e, int64_t row, int64_t first, int64_t n, float* out) {
-        load_groups(w.scale, e, row, first, n, out);
-        if constexpr (Decoder::kFactor != 1) {
-            for (int64_t i = 0; i < group_room(n); i += kLanes<float>) store(out + i, load(out + i) * Decoder::kFactor);
-        }
+        load_groups(w.scale, e, row, first, n, out, Decoder::kFactor);
     }
 
     // Copies the last unit of a row, which has only `columns` columns: memory may end with it.

@@ -17,13 +17,14 @@ namespace kt::KT_ISA {
 constexpr int64_t kPiece = 4096;
 constexpr int64_t kPieceGroups = kPiece / kChunk;
 
-// Loads n numbers of a row's groups as float32, then zeros up to group_room(n). Stores whole vectors, because a vector
-// load soon after narrower stores would have to wait for them.
-inline void load_groups(const GroupValues& values, int64_t e, int64_t row, int64_t first, int64_t n, float* out) {
+// Loads n numbers of a row's groups as float32, times `factor`, then zeros up to group_room(n). Stores whole vectors,
+// because a vector load soon after narrower stores would have to wait for them.
+inline void load_groups(const GroupValues& values, int64_t e, int64_t row, int64_t first, int64_t n, float* out,
+                        float factor = 1) {
     const uint8_t* from = values.at(e, row) + first * values.element_bytes();
     constexpr int64_t L = kLanes<float>;
     const auto vectors = [&](auto load) {
-        for (int64_t i = 0; i < group_room(n); i += L) store(out + i, load(i, larger(0, smaller(L, n - i))));
+        for (int64_t i = 0; i < group_room(n); i += L) store(out + i, load(i, larger(0, smaller(L, n - i))) * factor);
     };
     const auto halves = [&](int64_t i, int64_t count) {
         return load_partial(reinterpret_cast<const uint16_t*>(from) + i, count);
@@ -44,7 +45,12 @@ inline void load_groups(const GroupValues& values, int64_t e, int64_t row, int64
         case GroupValues::Type::kUInt8:
             return vectors([&](int64_t i, int64_t count) { return to_floats(bytes(i, count)); });
         case GroupValues::Type::kExponent:
-            return vectors([&](int64_t i, int64_t count) { return powers_of_two(bytes(i, count)); });
+            return vectors([&](int64_t i, int64_t count) {
+                VecI32 lane;
+                for (int j = 0; j < static_cast<int>(L); ++j) lane[j] = j;
+                const VecF powers = powers_of_two(bytes(i, count));  // of 0: subnormal, which is slow in products
+                return (VecF)((VecI32)powers & (lane < static_cast<int32_t>(count)));
+            });
     }
 }
 
@@ -71,23 +77,30 @@ inline int64_t read_ahead(const DotOrder& order, int64_t step, int64_t row_bytes
     return kReadAhead + (ends ? (kDotRows - 1) * order.apart * row_bytes : 0);
 }
 
-// Prefetches the scales and zero points of the rows whose codes are being prefetched. They are a few lines in each of
-// many places, which the CPU does not foresee. (GCC removes calls of functions that only prefetch.)
+// Prefetches the scales and zero points of n rows, columns [column, column + count): a few lines in each of many
+// places, which the CPU does not foresee. (GCC removes calls of functions that only prefetch.)
+inline __attribute__((always_inline)) void prefetch_groups(const WeightTensor& w, int64_t e, int64_t row, int64_t n,
+                                                           int64_t column, int64_t count) {
+    const int64_t group = smaller(w.group, w.columns), begin = column / group, end = ceil_div(column + count, group);
+    for (const GroupValues* values : {&w.scale, &w.zero}) {
+        if (!values->data || values->row_block > 1) continue;  // a line serves many rows
+        const int64_t bytes = values->element_bytes();
+        for (int64_t i = row; i < row + n; ++i) {
+            const uint8_t *first = values->at(e, i) + begin * bytes, *last = first + (end - begin) * bytes - 1;
+            for (const uint8_t* p = first; p < last; p += 64) __builtin_prefetch(p);
+            __builtin_prefetch(last);
+        }
+    }
+}
+
+// Prefetches those of the rows whose codes are being prefetched.
 inline __attribute__((always_inline)) void prefetch_groups(const WeightTensor& w, int64_t e, int64_t row,
                                                            const DotOrder& order, int64_t step) {
     if (!w.columns) return;
     step += ceil_div(kReadAhead, w.row_bytes) + 1;
     if (step >= order.count) return;
     const DotRows rows = order.at(step);
-    for (const GroupValues* values : {&w.scale, &w.zero}) {
-        if (!values->data || values->row_block > 1) continue;  // a line serves many rows
-        const int64_t bytes = ceil_div(w.columns, smaller(w.group, w.columns)) * values->element_bytes();
-        for (int64_t r = 0; r < rows.count; ++r) {
-            const uint8_t* first = values->at(e, row + rows.row(r));
-            for (int64_t b = 0; b < bytes; b += 64) __builtin_prefetch(first + b);
-            __builtin_prefetch(first + bytes - 1);
-        }
-    }
+    for (int64_t r = 0; r < rows.count; ++r) prefetch_groups(w, e, row + rows.row(r), 1, 0, w.columns);
 }
 
 // The most rows of activations that share a read of codes. with_few_rows calls f(1, 2 or 4, a constant) for m rows.

@@ -17,6 +17,7 @@
 #include "isa/pack-inl.h"
 #include "weights/chunk_order-inl.h"
 #include "weights/format_table.h"
+#include "weights/groups-inl.h"
 #include "weights/quantize_rows-inl.h"
 #include "weights/strided-inl.h"
 
@@ -79,6 +80,17 @@ public:
                 }
             }
         }
+    }
+
+    // For a weight in a format: the bytes of so many columns of codes, whole blocks.
+    int64_t code_bytes(int64_t columns) const {
+        const Format& format = format_of(tensor_);
+        return columns * format.bytes / format.block;
+    }
+
+    __attribute__((always_inline)) void prefetch_scales(int64_t e, int64_t row, int64_t n, int64_t column,
+                                                        int64_t count) const {
+        prefetch_groups(tensor_, e, row, n, column, count);
     }
 
     void copy_rows(int64_t e, int64_t row, int64_t n, int64_t column, int64_t count, T* out) const {

@@ -45,7 +45,8 @@ EDGES = {
     "put_band": (("bfloat16",), (*COLUMNS, "panels=1", *STRIDE)),
     "ahead": (
         ("bfloat16",),
-        (*ROWS_OF_A, "k=unit", "k=640", "columns=unit", "columns=64", "columns=96", *STRIDE, *ADDS),
+        (*ROWS_OF_A, "m=half", "k=unit", "k=640", "columns=unit", "columns=64", "columns=96", "columns=most",
+         *STRIDE, *ADDS),
     ),
     "stage_tiles": (("bfloat16",), (*ROWS_OF_A, "m=15", "m=16", "m=17", *K, *STRIDE)),
     "stage_panels": (("bfloat16",), (*ROWS_OF_A, "m=15", "m=16", "m=17", *K, "first=32")),

@@ -27,7 +27,7 @@ def has_tiles(row: str) -> bool:
 
 def has(row: str, need: str) -> bool:
     """Returns True if an ISA has the kernels of KT_<need>_KERNEL, or if that is empty."""
-    files = {"BAND": "isa/bands_avx512-inl.h", "AHEAD": "isa/pack_ahead_avx512_bf16-inl.h"}
+    files = {"BAND": "isa/bands_avx512-inl.h", "AHEAD": "isa/pack_ahead_avx512-inl.h"}
     if need in files:
         return files[need] in reached(f"dispatch/{row}.cpp")
     return not need or has_tiles(row)

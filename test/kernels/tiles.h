@@ -12,16 +12,18 @@
 
 namespace suites {
 
+using kt::KT_ISA::kTileElements;
+using kt::KT_ISA::kTileK;
 using Tiles = MicroGemm<bfloat16>;
 
 // Tiles [rows / 16][k / 32][16][32] must hold value(i, s) in rows i < m, with zeros for s >= k.
 template <class F>
 std::string check_tiles(Output<bfloat16>& out, int64_t m, int64_t k, F value) {
-    const int64_t tiles = ceil_div(k, Tiles::kTileK);
+    const int64_t tiles = ceil_div(k, kTileK);
     for (int64_t i = 0; i < m; ++i) {
-        for (int64_t s = 0; s < tiles * Tiles::kTileK; ++s) {
-            const int64_t tile = i / 16 * tiles + s / Tiles::kTileK;
-            const bfloat16 x = out[tile * Tiles::kTileElements + i % 16 * Tiles::kTileK + s % Tiles::kTileK];
+        for (int64_t s = 0; s < tiles * kTileK; ++s) {
+            const int64_t tile = i / 16 * tiles + s / kTileK;
+            const bfloat16 x = out[tile * kTileElements + i % 16 * kTileK + s % kTileK];
             if (!same(x, s < k ? value(i, s) : bfloat16{}))
                 return "element " + std::to_string(s) + " of row " + std::to_string(i);
         }

@@ -50,7 +50,7 @@ def test_products_of_floats(isa, path, weights, dtype):
     with use_path(path), ktops.profile() as profile:
         check_against_reference(inputs_of(weights, dtype))
     bands = isa in BAND_ROWS and dtype == torch.bfloat16 and weights != "strided"
-    ahead = isa in AHEAD_ROWS and dtype == torch.bfloat16 and weights == "dense"
+    ahead = isa in AHEAD_ROWS and dtype == torch.bfloat16 and weights in ("dense", "int4")
     possible = {"decoded_dots": False, "row_bands": bands, "panels_ahead": ahead}
     for step in steps(path, weights):
         taken = paths_taken(profile, step)
@@ -60,6 +60,17 @@ def test_products_of_floats(isa, path, weights, dtype):
             assert taken and path not in taken
         else:
             assert taken == {path}
+
+
+@pytest.mark.parametrize("name,group_size", [("dense", 0), ("int4", 0), ("mxfp8", 32), ("q4_k", 32)])
+def test_blocks_packed_ahead(isa, name, group_size):
+    """Covers several passes, slabs and blocks, whose last ones are narrower, and an odd number of tiles."""
+    inputs = moe_inputs(T=300, H=1792, I=256, E=3, K=2, dtype=torch.bfloat16, lora_rank=3, routing="skewed")
+    if name != "dense":
+        inputs = in_format(inputs, name, group_size)
+    with ktops.profile() as profile:
+        check_against_reference(inputs)
+    assert isa not in AHEAD_ROWS or "panels_ahead" in paths_taken(profile, *BACKWARD)
 
 
 @pytest.mark.parametrize("name,group_size", MASSIVE)
@@ -106,16 +117,17 @@ FEW_ROWS = {"amx_bf16": 4, "avx512_bf16": 4, "avx512": 4, "avx2": 2, "scalar": 1
 """The most rows that decoded_dots takes."""
 BAND_ROWS = {"amx_bf16": 4, "avx512_bf16": 12}
 """With more rows of bfloat16 than this, row_bands is taken."""
-AHEAD_ROWS = {"avx512_bf16": 12}
-"""With more rows of bfloat16 than this, panels_ahead is taken if a weight is dense and its sizes allow it."""
+AHEAD_ROWS = {"amx_bf16": (12, 12), "avx512_bf16": (12, 16)}
+"""With more rows of bfloat16 than this, panels_ahead is taken for weights that are dense and in a format."""
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_the_rows_of_an_expert_choose(isa, dtype):
     dots_rows, sums_rows = DIRECT_ROWS.get((isa, dtype), (32, 32))
-    band_rows, ahead_rows = (
-        rows.get(isa, 1000) if dtype == torch.bfloat16 else 1000 for rows in (BAND_ROWS, AHEAD_ROWS)
-    )
+    band_rows, ahead_rows, decoded_rows = (1000, 1000, 1000)
+    if dtype == torch.bfloat16:
+        band_rows = BAND_ROWS.get(isa, 1000)
+        ahead_rows, decoded_rows = AHEAD_ROWS.get(isa, (1000, 1000))
 
     def taken(num_rows: int, *steps: str, name: str = "dense", hidden_size: int = 64) -> str:
         inputs = moe_inputs(T=num_rows, H=hidden_size, I=32, E=1, K=1, dtype=dtype)
@@ -128,7 +140,7 @@ def test_the_rows_of_an_expert_choose(isa, dtype):
         return path
 
     few = FEW_ROWS[isa]
-    thresholds = {few, 4, band_rows, ahead_rows, dots_rows, sums_rows} - {1000}
+    thresholds = {few, 4, band_rows, ahead_rows, decoded_rows, dots_rows, sums_rows} - {1000}
     for rows in sorted({1, *thresholds, *(threshold + 1 for threshold in thresholds)}):
         some = "dots" if rows <= dots_rows else "panels"
         many = "row_bands" if rows > band_rows else some
@@ -137,6 +149,7 @@ def test_the_rows_of_an_expert_choose(isa, dtype):
         assert taken(rows, "gate_up", hidden_size=40) == some
         sums = "column_sums" if rows <= sums_rows else "panels"
         assert taken(rows, *BACKWARD) == ("panels_ahead" if rows > ahead_rows else sums)
+        assert taken(rows, *BACKWARD, name="int4") == ("panels_ahead" if rows > decoded_rows else sums)
         assert taken(rows, *BACKWARD, hidden_size=40) == sums
     codes = "code_tiles" if isa == "amx_bf16" else "code_panels"
     for rows, path in ((8, "code_dots"), (9, codes)):

@@ -26,9 +26,8 @@ enum class Path : uint8_t {
     // number of rows whose sums fit in registers; with more, W would be decoded twice. (Decision 9)
     kDecodedDots,
     // x W^T for bfloat16 on a CPU that multiplies it: bands of rows of W, in place or after decoding, and x in panels.
-    // W
-    // is not transposed and read ahead evenly, so this beats panels with any number of rows, and dots with more than a
-    // few. (Decisions 7 and 29)
+    // W is not transposed and read ahead evenly, so this beats panels with any number of rows, and dots with more than
+    // a few. (Decisions 7 and 29)
     kRowBands,
     // x W^T: dot products with rows of W in place, or with copies of rows that aren't contiguous. Wins while a panel
     // would be used too rarely to pay for itself. (Decision 6)
@@ -65,8 +64,7 @@ constexpr int64_t kRowStep = 32;  // a micro-kernel may write this many rows eve
 constexpr int64_t kPanelBytes = 512 << 10, kRowBytes = kPanelBytes / 2;
 
 // Panels of x for kRowBands. With 2 MiB of L2, two bands fit beside them; with 1 MiB, if x has as many rows as usual.
-// kBandRank: the largest
-// inner dimension of a product added in the same pass.
+// kBandRank: the largest inner dimension of a product added in the same pass.
 constexpr int64_t kBandBytes = 1 << 20, kBandRank = 1024;
 
 // Up to kCodeDotRows rows, codes are used too rarely for panels or tiles.

@@ -41,7 +41,6 @@ struct TileDots {
             m > 16 ? kernel<1, 2>(w, stride, panels, panel_stride, steps, sums, ahead)
                    : kernel<1, 1>(w, stride, panels, panel_stride, steps, sums, ahead);
         }
-        TileRegion::settle(sums);
     }
 
 private:
@@ -51,7 +50,7 @@ private:
     static void kernel(const uint8_t* w, int64_t stride, const uint8_t* panels, int64_t panel_stride, int64_t steps,
                        int32_t* sums, const ReadAhead& ahead) {
         TileRegion::settle(w);
-        zero_sums();
+        clear_sums<kSumsOf<N, M>>();
         for (int64_t t = 0; t < steps; ++t) {
             const uint8_t* panel = panels + t * kTileBytes;
             _tile_loadd(4, w + t * kColumns, stride);
@@ -70,10 +69,7 @@ private:
             }
             ahead.step(t);
         }
-        _tile_stored(0, sums, 128);
-        if constexpr (M > 1) _tile_stored(1, sums + 16, 128);
-        if constexpr (N > 1) _tile_stored(2, sums + 16 * 32, 128);
-        if constexpr (N > 1 && M > 1) _tile_stored(3, sums + 16 * 32 + 16, 128);
+        store_sums<kSumsOf<N, M>>(128, [&](int i) { return sums + i / 2 * 16 * 32 + i % 2 * 16; });
     }
 };
 

@@ -122,19 +122,9 @@ private:
     template <int M>
     static void three_panels(const BandArguments<bfloat16>& g, ReadAhead& ahead) {
         const int64_t stride = g.row_stride * static_cast<int64_t>(sizeof(bfloat16));
-        TileRegion::settle(g.tiles);
-        if (g.accumulate) {
-            _tile_loadd(0, g.tile(0, 0), 64);
-            _tile_loadd(1, g.tile(0, 1), 64);
-            _tile_loadd(2, g.tile(0, 2), 64);
-            if constexpr (M > 1) _tile_loadd(3, g.tile(1, 0), 64);
-            if constexpr (M > 1) _tile_loadd(4, g.tile(1, 1), 64);
-            if constexpr (M > 1) _tile_loadd(5, g.tile(1, 2), 64);
-        } else {
-            zero_sums();
-            if constexpr (M > 1) _tile_zero(4);
-            if constexpr (M > 1) _tile_zero(5);
-        }
+        constexpr unsigned kSums = M > 1 ? 0x3f : 7;
+        const auto sums = [&](int i) { return g.tile(i / 3, i % 3); };
+        start_sums<kSums>(g.accumulate, 64, sums);
         const bfloat16* b = g.b;
         for (int64_t k = 0; k < g.k; k += kTileK, b += kTileElements) {
             _tile_loadd(6, g.rows[0] + k, stride);
@@ -155,28 +145,16 @@ private:
             }
             ahead.step();
         }
-        _tile_stored(0, g.tile(0, 0), 64);
-        _tile_stored(1, g.tile(0, 1), 64);
-        _tile_stored(2, g.tile(0, 2), 64);
-        if constexpr (M > 1) _tile_stored(3, g.tile(1, 0), 64);
-        if constexpr (M > 1) _tile_stored(4, g.tile(1, 1), 64);
-        if constexpr (M > 1) _tile_stored(5, g.tile(1, 2), 64);
-        TileRegion::settle(g.tiles);
+        store_sums<kSums>(64, sums);
     }
 
     // 16 rows x P panels, P = 3 or 4.
     template <int P>
     static void row_kernel(const MicroArguments<bfloat16>& g) {
         const int64_t ldc = g.ldc * static_cast<int64_t>(sizeof(float)), tiles = g.k_steps / 16;
-        TileRegion::settle(g.c);
-        if (g.accumulate) {
-            _tile_loadd(0, g.c, ldc);
-            _tile_loadd(1, g.c + 16, ldc);
-            _tile_loadd(2, g.c + 32, ldc);
-            if constexpr (P > 3) _tile_loadd(3, g.c + 48, ldc);
-        } else {
-            zero_sums();
-        }
+        constexpr unsigned kSums = P > 3 ? 15 : 7;
+        const auto sums = [&](int i) { return g.c + 16 * i; };
+        start_sums<kSums>(g.accumulate, ldc, sums);
         const bfloat16* a = g.a[0];
         const bfloat16* b = g.b;
         for (int64_t t = 0; t < tiles; ++t, a += kTileElements, b += kTileElements) {
@@ -190,10 +168,7 @@ private:
             if constexpr (P > 3) _tile_loadd(5, b + 3 * g.b_stride, 64);
             if constexpr (P > 3) _tile_dpbf16ps(3, 4, 5);
         }
-        _tile_stored(0, g.c, ldc);
-        _tile_stored(1, g.c + 16, ldc);
-        _tile_stored(2, g.c + 32, ldc);
-        if constexpr (P > 3) _tile_stored(3, g.c + 48, ldc);
+        store_sums<kSums>(ldc, sums);
     }
 };
 

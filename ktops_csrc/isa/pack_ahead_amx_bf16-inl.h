@@ -95,8 +95,7 @@ private:
         PackAhead& packing;
         static void panel(const bfloat16*) {}
         __attribute__((always_inline)) void step() {
-            packing.at.pace.step([&]()
-                                     __attribute__((always_inline)) { pack_piece<Pieces::kAny>(packing, packing.at); });
+            packing.at.pace.step([&]() __attribute__((always_inline)) { pack_piece(packing, packing.at); });
         }
     };
 
@@ -104,19 +103,8 @@ private:
                             PackAhead& packing) {
         constexpr int64_t ldb = 4 * kAheadColumns;
         Packs packs{packing};
-        TileRegion::settle(c);
-        if (accumulate) {
-            _tile_loadd(0, c, 64);
-            _tile_loadd(1, c + kGroupSums, 64);
-            _tile_loadd(2, c + 2 * kGroupSums, 64);
-            _tile_loadd(3, c + kTileSums, 64);
-            _tile_loadd(4, c + kGroupSums + kTileSums, 64);
-            _tile_loadd(5, c + 2 * kGroupSums + kTileSums, 64);
-        } else {
-            zero_sums();
-            _tile_zero(4);
-            _tile_zero(5);
-        }
+        const auto sums = [&](int i) { return c + i % 3 * kGroupSums + i / 3 * kTileSums; };
+        start_sums<0x3f>(accumulate, 64, sums);
         for (int64_t s = 0; s < k; s += kTileK, a += kTileElements, b += kTileK * kAheadColumns) {
             _tile_loadd(7, b, ldb);
             _tile_loadd(6, a, 64);
@@ -134,13 +122,7 @@ private:
             _tile_dpbf16ps(3, 6, 7);
             packs.step();
         }
-        _tile_stored(0, c, 64);
-        _tile_stored(1, c + kGroupSums, 64);
-        _tile_stored(2, c + 2 * kGroupSums, 64);
-        _tile_stored(3, c + kTileSums, 64);
-        _tile_stored(4, c + kGroupSums + kTileSums, 64);
-        _tile_stored(5, c + 2 * kGroupSums + kTileSums, 64);
-        TileRegion::settle(c);
+        store_sums<0x3f>(64, sums);
     }
 };
 

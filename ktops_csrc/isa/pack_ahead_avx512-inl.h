@@ -9,9 +9,6 @@
 
 namespace kt::KT_ISA {
 
-// What pieces may be: two rows of a dense weight, the whole width of its slab; or also a part of it, or rows of a ring.
-enum class Pieces { kWholeRows, kAny };
-
 // Packs N groups of two rows, from `group` on.
 template <int N>
 inline __attribute__((always_inline)) void pack_groups(const PackAhead& p, const PackState& at, int64_t group) {
@@ -44,31 +41,26 @@ inline __attribute__((always_inline)) void prefetch_lines(const char* row, int64
 }
 
 // Prefetches as many bytes of later rows as belong to the next piece.
-template <Pieces kPieces>
 inline __attribute__((always_inline)) void prefetch_piece(const PackAhead& p, const PackState& at) {
     if (!at.ahead) return;
     const AheadRows& rows = p.rows;
-    if (kPieces == Pieces::kWholeRows) return prefetch_lines<4>(at.ahead, rows.stride);
     const char* ahead = at.ahead + at.group / kPackedGroups * rows.piece_bytes;
     if (rows.piece_bytes > 128) return prefetch_lines<4>(ahead, rows.stride);
     rows.piece_bytes > 64 ? prefetch_lines<2>(ahead, rows.stride) : prefetch_lines<1>(ahead, rows.stride);
 }
 
 // Packs the next piece.
-template <Pieces kPieces>
 inline __attribute__((always_inline)) void pack_piece(PackAhead& p, PackState& at) {
-    constexpr bool kWhole = kPieces == Pieces::kWholeRows;
-    const int64_t group = kWhole ? 0 : at.group;
-    if (p.groups - group >= kPackedGroups) {
-        pack_groups<kPackedGroups>(p, at, group);
+    if (p.groups - at.group >= kPackedGroups) {
+        pack_groups<kPackedGroups>(p, at, at.group);
     } else {
-        for (int64_t g = group; g < p.groups; ++g) pack_groups<1>(p, at, g);
+        for (int64_t g = at.group; g < p.groups; ++g) pack_groups<1>(p, at, g);
     }
-    prefetch_piece<kPieces>(p, at);
-    if (!kWhole && (at.group += kPackedGroups) < p.groups) return;
+    prefetch_piece(p, at);
+    if ((at.group += kPackedGroups) < p.groups) return;
     at.group = 0;
     at.from += 2 * p.stride;
-    if (!kWhole && at.from == p.end) at.from = p.begin;
+    if (at.from == p.end) at.from = p.begin;
     at.to += 128;
     if (!at.ahead) return;
     at.ahead += 2 * p.rows.stride;
@@ -77,7 +69,7 @@ inline __attribute__((always_inline)) void pack_piece(PackAhead& p, PackState& a
 
 // Packs what is left.
 inline void pack_rest(PackAhead& p) {
-    p.at.pace.finish([&] { pack_piece<Pieces::kAny>(p, p.at); });
+    p.at.pace.finish([&] { pack_piece(p, p.at); });
 }
 
 }  // namespace kt::KT_ISA

@@ -47,27 +47,18 @@ struct AheadGemm {
     // C[i][0 .. 32 * groups) (+)= row i of A . the panels of `groups` groups, b_stride apart, i < m <= kRows.
     static void multiply(int m, int groups, const bfloat16* const* a, const bfloat16* b, int64_t b_stride, int64_t k,
                          float* c, int64_t ldc, bool accumulate, PackAhead& packing) {
-        const bool whole = packing.groups <= kPackedGroups && !packing.begin;
-        const auto call = whole ? multiply_as<Pieces::kWholeRows> : multiply_as<Pieces::kAny>;
-        call(m, groups, a, b, b_stride, k, c, ldc, accumulate, packing);
+        using Function =
+            void (*)(const bfloat16* const*, const bfloat16*, int64_t, int64_t, float*, int64_t, bool, PackAhead&);
+        static constexpr Function table[] = {kernel<1, 1>, kernel<1, 2>, kernel<2, 1>, kernel<2, 2>,
+                                             kernel<3, 1>, kernel<3, 2>, kernel<4, 1>, kernel<4, 2>,
+                                             kernel<5, 1>, kernel<5, 2>, kernel<6, 1>, kernel<6, 2>};
+        table[(m - 1) * kGroups + groups - 1](a, b, b_stride, k, c, ldc, accumulate, packing);
     }
 
 private:
     using Step = ColumnStep<bfloat16>;
 
-    template <Pieces kPieces>
-    static void multiply_as(int m, int groups, const bfloat16* const* a, const bfloat16* b, int64_t b_stride, int64_t k,
-                            float* c, int64_t ldc, bool accumulate, PackAhead& packing) {
-        using Function =
-            void (*)(const bfloat16* const*, const bfloat16*, int64_t, int64_t, float*, int64_t, bool, PackAhead&);
-        static constexpr Function table[] = {kernel<1, 1, kPieces>, kernel<1, 2, kPieces>, kernel<2, 1, kPieces>,
-                                             kernel<2, 2, kPieces>, kernel<3, 1, kPieces>, kernel<3, 2, kPieces>,
-                                             kernel<4, 1, kPieces>, kernel<4, 2, kPieces>, kernel<5, 1, kPieces>,
-                                             kernel<5, 2, kPieces>, kernel<6, 1, kPieces>, kernel<6, 2, kPieces>};
-        table[(m - 1) * kGroups + groups - 1](a, b, b_stride, k, c, ldc, accumulate, packing);
-    }
-
-    template <int M, int G, Pieces kPieces>
+    template <int M, int G>
     static void kernel(const bfloat16* const* rows, const bfloat16* b, int64_t b_stride, int64_t k, float* c,
                        int64_t ldc, bool accumulate, PackAhead& packing) {
         PackState at = packing.at;
@@ -91,7 +82,7 @@ private:
                 for (int j = 0; j < 2 * G; ++j) panel[j] = load_bf16(b + j / 2 * b_stride + j % 2 * 32);
                 add_pairs(acc, panel, [&](int i) __attribute__((always_inline)) { return a[i] + t; });
             }
-            at.pace.step([&]() __attribute__((always_inline)) { pack_piece<kPieces>(packing, at); });
+            at.pace.step([&]() __attribute__((always_inline)) { pack_piece(packing, at); });
         }
 #pragma GCC unroll 6
         for (int i = 0; i < M; ++i) {

@@ -38,11 +38,39 @@ struct TileRegion {
 
 constexpr int64_t kTileK = 32, kTileElements = 16 * kTileK;  // of bfloat16
 
-inline void zero_sums() {
-    _tile_zero(0);
-    _tile_zero(1);
-    _tile_zero(2);
-    _tile_zero(3);
+// Sums are in those of tmm0 to tmm5 whose bits are set in kSums. In memory, tmm<i> is at(i), rows `stride` bytes apart.
+template <unsigned kSums>
+inline __attribute__((always_inline)) void clear_sums() {
+    if constexpr (kSums & 1) _tile_zero(0);
+    if constexpr (kSums & 2) _tile_zero(1);
+    if constexpr (kSums & 4) _tile_zero(2);
+    if constexpr (kSums & 8) _tile_zero(3);
+    if constexpr (kSums & 16) _tile_zero(4);
+    if constexpr (kSums & 32) _tile_zero(5);
+}
+template <unsigned kSums, class At>
+inline __attribute__((always_inline)) void load_sums(int64_t stride, At at) {
+    if constexpr (kSums & 1) _tile_loadd(0, at(0), stride);
+    if constexpr (kSums & 2) _tile_loadd(1, at(1), stride);
+    if constexpr (kSums & 4) _tile_loadd(2, at(2), stride);
+    if constexpr (kSums & 8) _tile_loadd(3, at(3), stride);
+    if constexpr (kSums & 16) _tile_loadd(4, at(4), stride);
+    if constexpr (kSums & 32) _tile_loadd(5, at(5), stride);
+}
+template <unsigned kSums, class At>
+inline __attribute__((always_inline)) void start_sums(bool accumulate, int64_t stride, At at) {
+    TileRegion::settle(at(0));
+    accumulate ? load_sums<kSums>(stride, at) : clear_sums<kSums>();
+}
+template <unsigned kSums, class At>
+inline __attribute__((always_inline)) void store_sums(int64_t stride, At at) {
+    if constexpr (kSums & 1) _tile_stored(0, at(0), stride);
+    if constexpr (kSums & 2) _tile_stored(1, at(1), stride);
+    if constexpr (kSums & 4) _tile_stored(2, at(2), stride);
+    if constexpr (kSums & 8) _tile_stored(3, at(3), stride);
+    if constexpr (kSums & 16) _tile_stored(4, at(4), stride);
+    if constexpr (kSums & 32) _tile_stored(5, at(5), stride);
+    TileRegion::settle(at(0));
 }
 
 // Copies A to tiles [rows / 16][k / 32][16][32], with zeros past the last element of k. Rows past m are left as they
@@ -74,22 +102,18 @@ struct TileOperands {
     bool accumulate;
 };
 
+// The sums of M rows by P columns of tiles, numbered as above.
+template <int M, int P>
+constexpr unsigned kSumsOf = (P > 1 ? 3 : 1) * (M > 1 ? 5 : 1);
+
 // ahead: calls panel(tile) for each tile of B, and step() once a step, while tiles are multiplied.
 template <int M, int P, class Ahead>
 inline void multiply_tiles(const TileOperands& g, Ahead& ahead) {
     constexpr auto kBytes = static_cast<int64_t>(sizeof(bfloat16));
     const int64_t lda = g.a_stride * kBytes, ldb = g.b_stride * kBytes;
-    const int64_t ldc = g.ldc * static_cast<int64_t>(sizeof(float)), right = g.right;
-    float *c0 = g.c[0], *c1 = g.c[1];
-    TileRegion::settle(c0);
-    if (g.accumulate) {
-        _tile_loadd(0, c0, ldc);
-        if constexpr (P > 1) _tile_loadd(1, c0 + right, ldc);
-        if constexpr (M > 1) _tile_loadd(2, c1, ldc);
-        if constexpr (M > 1 && P > 1) _tile_loadd(3, c1 + right, ldc);
-    } else {
-        zero_sums();
-    }
+    const int64_t ldc = g.ldc * static_cast<int64_t>(sizeof(float));
+    const auto sums = [&](int i) { return g.c[i / 2] + i % 2 * g.right; };
+    start_sums<kSumsOf<M, P>>(g.accumulate, ldc, sums);
     const bfloat16* b = g.b;
     for (int64_t t = 0; t < g.steps; ++t, b += g.b_step) {
         _tile_loadd(4, g.a[0] + t * g.a_step, lda);
@@ -104,11 +128,7 @@ inline void multiply_tiles(const TileOperands& g, Ahead& ahead) {
         if constexpr (M > 1 && P > 1) _tile_dpbf16ps(3, 4, 6);
         ahead.step();
     }
-    _tile_stored(0, c0, ldc);
-    if constexpr (P > 1) _tile_stored(1, c0 + right, ldc);
-    if constexpr (M > 1) _tile_stored(2, c1, ldc);
-    if constexpr (M > 1 && P > 1) _tile_stored(3, c1 + right, ldc);
-    TileRegion::settle(c0);
+    store_sums<kSumsOf<M, P>>(ldc, sums);
 }
 
 template <class Ahead>

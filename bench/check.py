@@ -102,6 +102,8 @@ def peak_of_a_step() -> Iterator[Check]:
     work = profile.step_work(SHAPE, TOKENS, experts, 0)
     rates = [work[step.op, step.name].flops / step.wall for step in steps if step.name in ("gate_up", "down")]
     yield Check(f"T={TOKENS}: fastest product relative to the peak of {isa}", max(rates) / limits.peak, 1.25)
+    from_l2 = calibration.peak(isa, "bfloat16", from_l2=True)
+    yield Check(f"products in L2 relative to the peak of {isa}", from_l2 / limits.peak, 1.25)
     cached = statistics.median(calibration.cache_read() for _ in range(ROUNDS))
     each = limits.bandwidth / calibration.num_threads
     yield Check("cache read bandwidth relative to memory, one thread", cached / each, 1, at_least=True)

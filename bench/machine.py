@@ -125,18 +125,22 @@ class Calibration:
         self._buffer = torch.ones(size // 8, dtype=torch.int64)
         self._cached = torch.ones(num_threads, _CACHED_BYTES // 8, dtype=torch.int64)
         self.fastest_cache_read = 0.0
-        self._iterations: dict[tuple[str, str], int] = {}
+        self._iterations: dict[tuple[str, str, bool], int] = {}
 
-    def peak(self, isa: str, dtype: str, num_threads: int | None = None) -> float:
-        """Returns the FLOP/s of num_threads threads that only issue multiply-adds; the best of three."""
-        if (isa, dtype) not in self._iterations:
-            self._iterations[isa, dtype] = self._find_iterations(isa, dtype)
-        iterations = self._iterations[isa, dtype]
-        measure = torch.ops.kt.measure_peak
-        return max(
-            sum(run_on_threads(num_threads or self.num_threads, lambda _: measure(isa, dtype, iterations)))
-            for _ in range(_REPEATS)
-        )
+    def peak(self, isa: str, dtype: str, num_threads: int | None = None, *, from_l2: bool = False) -> float:
+        """Returns the FLOP/s of num_threads threads that only issue multiply-adds; the best of three.
+
+        With from_l2, they multiply matrices in their second-level caches, as the kernels of a layer do.
+        """
+        product = (isa, dtype, from_l2)
+        if product not in self._iterations:
+            self._iterations[product] = self._find_iterations(*product)
+        iterations = self._iterations[product]
+
+        def measure(_: int) -> float:
+            return torch.ops.kt.measure_peak(isa, dtype, iterations, from_l2)
+
+        return max(sum(run_on_threads(num_threads or self.num_threads, measure)) for _ in range(_REPEATS))
 
     def bandwidth(self, num_threads: int | None = None) -> float:
         """Returns the bytes/s that num_threads threads read from a large buffer; the best of three."""
@@ -175,11 +179,11 @@ class Calibration:
         """Measures peak and bandwidth of all threads. Products of float16 are computed in float32."""
         return Limits(self.peak(isa, "float32" if dtype == "float16" else dtype), self.bandwidth())
 
-    def _find_iterations(self, isa: str, dtype: str) -> int:
-        iterations = 1024
+    def _find_iterations(self, isa: str, dtype: str, from_l2: bool) -> int:
+        iterations = 1 if from_l2 else 1024
         while iterations < 1 << 40:
             start = time.thread_time()  # not elapsed time: an interrupted call would seem long enough
-            torch.ops.kt.measure_peak(isa, dtype, iterations)
+            torch.ops.kt.measure_peak(isa, dtype, iterations, from_l2)
             if time.thread_time() - start >= _CALL_SECONDS:
                 break
             iterations *= 2

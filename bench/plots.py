@@ -136,12 +136,17 @@ def markdown(columns: tuple[str, ...], lines: list[tuple[str, ...]]) -> str:
 
 def _provenance(result: dict) -> str:
     machine, isa = result["machine"], result["isa"]
-    peak = machine["peak_flop_per_second"].get(f"{isa} bfloat16", {}).get(str(machine["threads"]), 0)
+
+    def peak(name: str) -> float:
+        return machine.get(name, {}).get(f"{isa} bfloat16", {}).get(str(machine["threads"]), 0) / 1e9
+
+    cached = peak("l2_flop_per_second")
+    from_l2 = f" ({cached:.0f} with operands from L2)" if cached else ""
     bandwidth = machine["read_bytes_per_second"][str(machine["threads"])]
     revisions = sorted({row["revision"] or "unknown" for row in result["rows"]})
     text = (
         f"{machine['date']}, revision {', '.join(revisions)}, torch {machine['torch']}; measured "
-        f"{peak / 1e9:.0f} GFLOP/s in bfloat16 and {bandwidth / 1e9:.1f} GB/s."
+        f"{peak('peak_flop_per_second'):.0f} GFLOP/s in bfloat16{from_l2} and {bandwidth / 1e9:.1f} GB/s."
     )
     parity = machine.get("parity")
     return f"{text} {parity[0].upper()}{parity[1:]}." if parity else text

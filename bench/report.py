@@ -48,7 +48,9 @@ def print_machine(machine: dict) -> None:
     print(f"{machine['cpu']}, {cache} MiB last-level cache, {machine['threads']} threads")
     print(f"ktops {machine['ktops']}, torch {machine['torch']}")
     for row, peaks in machine["peak_flop_per_second"].items():
-        print(f"peak {row}: " + ", ".join(f"{v / 1e9:.1f} GFLOP/s on {n}" for n, v in peaks.items()))
+        cached = machine["l2_flop_per_second"][row]
+        figures = (f"{v / 1e9:.1f} GFLOP/s on {n} ({cached[n] / 1e9:.1f} from L2)" for n, v in peaks.items())
+        print(f"peak {row}: " + ", ".join(figures))
     print(
         "memory read: "
         + ", ".join(f"{v / 1e9:.1f} GB/s on {n}" for n, v in machine["read_bytes_per_second"].items())

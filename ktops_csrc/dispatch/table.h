@@ -13,7 +13,8 @@ namespace kt {
 struct MoeKernels {
     void (*forward)(const Problem&, const ForwardResults&);
     void (*backward)(const BackwardProblem&);
-    double (*peak)(int64_t iterations);  // FLOP/s of one thread
+    double (*peak)(int64_t iterations);          // FLOP/s of one thread: of its multiply-adds alone
+    double (*peak_from_l2)(int64_t iterations);  // and of products with operands from L2
 };
 
 struct IsaRow {

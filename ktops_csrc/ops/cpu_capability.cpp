@@ -29,14 +29,17 @@ void set_cpu_capability(std::string name) {
     named("kt::set_cpu_capability", [&] { dispatch::use(name); });
 }
 
-double measure_peak(std::string isa, std::string dtype, int64_t iterations) {
+double measure_peak(std::string isa, std::string dtype, int64_t iterations, bool from_l2) {
     const Checker check("kt::measure_peak");
     check.require(dtype == "bfloat16" || dtype == "float32" || dtype == "int8",
                   "dtype must be one of bfloat16, float32, int8, got '", dtype, "'");
+    check.require(!from_l2 || dtype != "int8", "dtype must be bfloat16 or float32 if from_l2 is set, got '", dtype,
+                  "'");
     check.require(iterations > 0, "iterations must be positive, got ", iterations);
     const IsaRow& row = named("kt::measure_peak", [&]() -> const IsaRow& { return dispatch::find(isa, "isa"); });
     if (dtype == "int8") return row.peak_int8(iterations);
-    return row.kernels(dtype == "bfloat16" ? DType::kBFloat16 : DType::kFloat32).peak(iterations);
+    const MoeKernels& kernels = row.kernels(dtype == "bfloat16" ? DType::kBFloat16 : DType::kFloat32);
+    return from_l2 ? kernels.peak_from_l2(iterations) : kernels.peak(iterations);
 }
 
 int64_t sum_words(Tensor words) {

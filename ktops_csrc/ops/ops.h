@@ -50,7 +50,7 @@ std::string cpu_capability();
 std::string cpu_capabilities();
 std::string cpu_refusals();
 void set_cpu_capability(std::string name);
-double measure_peak(std::string isa, std::string dtype, int64_t iterations);
+double measure_peak(std::string isa, std::string dtype, int64_t iterations, bool from_l2);
 int64_t sum_words(Tensor words);
 
 void empty_cache();

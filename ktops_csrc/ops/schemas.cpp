@@ -55,8 +55,8 @@ STABLE_TORCH_LIBRARY(kt, m) {
     m.def("set_cpu_capability(str name) -> ()");
 
     // FLOP/s of one thread that executes only the ISA's multiply-add instruction for dtype ("bfloat16", "float32" or
-    // "int8")
-    m.def("measure_peak(str isa, str dtype, int iterations) -> float");
+    // "int8"); or, if from_l2, that multiplies matrices of "bfloat16" or "float32" in its L2 cache
+    m.def("measure_peak(str isa, str dtype, int iterations, bool from_l2=False) -> float");
     // the sum of an int64 tensor [N] modulo 2^64, computed by one thread at its peak memory bandwidth
     m.def("sum_words(Tensor words) -> int");
 

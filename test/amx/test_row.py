@@ -30,6 +30,7 @@ OP_TESTS = [
     "test_moe_sft_memory.py",
     "test_transposed_weights.py",
     "test_gating.py",
+    "test_measure_peak.py",
     "test_formats.py::test_a_format_and_a_group_size_for_each_projection",
     "test_int8_compute.py::test_products_of_integers[amx_bf16-int8:0-T30-H4160-I64-dtype1]",
     "test_int8_compute.py::test_products_of_integers[amx_bf16-int4:128-T20-H160-I96-dtype0]",
@@ -81,7 +82,12 @@ def counted(function):
     after.subtract(before)
     return result, dict(after)
 
-out = []
+def products(iterations):
+    function = lambda: torch.ops.kt.measure_peak("amx_bf16", "bfloat16", iterations, from_l2=True)
+    return counted(function)[1]["tdpbf16ps"]
+
+in_l2 = {"products": products(3) - products(1)}
+steps = []
 for threads in (1, 2, 3):
     torch.set_num_threads(threads)
     for full in (False, True):
@@ -91,14 +97,14 @@ for threads in (1, 2, 3):
         output, forward = counted(lambda: ktops.moe_sft(**inputs))
         gradient = random_grad_output(inputs)
         _, backward = counted(lambda: torch.autograd.grad(output, [inputs[n] for n in names], gradient))
-        out.append({"threads": threads, "forward": forward, "backward": backward})
-print(json.dumps(out))
+        steps.append({"threads": threads, "forward": forward, "backward": backward})
+print(json.dumps({"steps": steps, "in_l2": in_l2}))
 """
 
 
 @pytest.fixture(scope="module")
-def steps(tmp_path_factory):
-    """The output of STEPS: the instructions of forward and backward for several numbers of threads."""
+def counts(tmp_path_factory):
+    """The output of STEPS: instructions of forward and backward for several numbers of threads, and in L2."""
     folder = tmp_path_factory.mktemp("steps")
     result = python(STEPS, environment(folder), folder)
     assert result.returncode == 0, result.stderr
@@ -117,18 +123,22 @@ if CAN_RUN:
         assert executed["tdpbf16ps"] > 10000 and executed["tdpbusd"] > 1000, executed
         assert executed["ldtilecfg"] == executed["tilerelease"] > 1000, executed
 
-    def test_forward_and_backward_use_tiles(steps):
-        for step in steps:
+    def test_forward_and_backward_use_tiles(counts):
+        for step in counts["steps"]:
             for name in ("forward", "backward"):
                 assert step[name]["tdpbf16ps"] > 50 and step[name]["tileloadd"] > 50, step
 
-    def test_tiles_are_configured_once_per_thread_and_region(steps):
+    def test_tiles_are_configured_once_per_thread_and_region(counts):
         """Each operator call has one region: one for forward, one for backward."""
-        for step in steps:
+        for step in counts["steps"]:
             for name in ("forward", "backward"):
                 configured = step[name]["ldtilecfg"]
                 assert 1 <= configured <= step["threads"], step
                 assert step[name]["tilerelease"] == configured
+
+    def test_products_in_l2_are_counted(counts):
+        """Two more iterations of kt::measure_peak: 32 x 2048 by 2048 x 64, in tiles of 16 x 32 x 16."""
+        assert counts["in_l2"]["products"] == 2 * (32 // 16) * (64 // 16) * (2048 // 32)
 
 else:
 

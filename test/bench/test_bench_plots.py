@@ -16,6 +16,7 @@ MACHINE = {
     "torch": "2.13.0",
     "revision": "abc123",
     "peak_flop_per_second": {"scalar bfloat16": {"2": 3e10}},
+    "l2_flop_per_second": {"scalar bfloat16": {"2": 2e10}},
     "read_bytes_per_second": {"2": 2.5e10},
 }
 
@@ -64,7 +65,8 @@ def test_the_page_shows_what_the_files_hold(folder):
     assert "| s | forward | 1 | 1 | 2 (0.50) | 2.5 (0.40) | WRONG | 3 (0.33) | 1.25 |" in rendered
     assert "| s | forward | 1 | scalar | 2.00 | 3.00 | 1.50 | 1.25..1.75 |" in rendered
     assert "| tokens | 8 | 4 (0.25) |" in rendered and "| c | 0.25 | at most 0.5 | yes |" in rendered
-    assert "revision abc123, def456" in rendered and "30 GFLOP/s" in rendered and "25.0 GB/s" in rendered
+    assert "revision abc123, def456" in rendered
+    assert "30 GFLOP/s in bfloat16 (20 with operands from L2) and 25.0 GB/s" in rendered
     assert "Peers have A=B." in rendered
     for name in ("run", "peers", "scaling"):
         figure = folder / "figures" / f"{name}-intel-xeon-gold-6000-2threads-scalar.svg"

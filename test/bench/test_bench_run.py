@@ -1,6 +1,7 @@
 """``python -m bench.run`` end to end on a tiny layer, and its handling of wrong results."""
 
 import json
+import re
 import subprocess
 import sys
 import threading
@@ -54,10 +55,15 @@ def test_reports_every_configuration(tmp_path, capsys):
         assert 0 < row["relative_error"] < 0.02
     available = {name for name, ok in ktops.cpu_capabilities().items() if ok}
     assert {key.split()[0] for key in limits["peak_flop_per_second"]} == available
+    from_l2 = limits["l2_flop_per_second"]
+    assert from_l2.keys() == limits["peak_flop_per_second"].keys()
+    assert all(rate > 0 for rates in from_l2.values() for rate in rates.values())
     assert set(limits["read_bytes_per_second"]) == {"1", "2"}
     assert (tmp_path / "rows.png").read_bytes().startswith(b"\x89PNG")
     printed = capsys.readouterr().out
     assert "fraction" in printed
+    scalar = from_l2["scalar bfloat16"]["2"]
+    assert re.search(rf"peak scalar bfloat16: .* on 2 \({scalar / 1e9:.1f} from L2\)", printed)
     assert "WRONG" not in printed
 
 

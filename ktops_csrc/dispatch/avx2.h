@@ -16,8 +16,8 @@ namespace kt::KT_ISA {
 struct Isa : IsaDefaults {
     static constexpr int kVectorBytes = 32;
     static constexpr int kGemmRows = 6;  // x 2 accumulators, 2 for a step of B, 1 for the broadcast of A: 15 of 16
-    static constexpr int64_t kBFloat16DirectRows = 12;
-    static constexpr int64_t kFloat16SumRows = 8;
+    static constexpr int64_t kBFloat16DirectRows = 24;
+    static constexpr int64_t kFloat16SumRows = 16;
 };
 
 }  // namespace kt::KT_ISA

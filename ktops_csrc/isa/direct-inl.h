@@ -17,8 +17,12 @@
 
 namespace kt::KT_ISA {
 
-// Rows of A that one pass over rows of B multiplies: as many as there are registers for their sums.
-constexpr int kPassRows = Isa::kVectorBytes == 64 ? 6 : 3;
+// Rows of A that one pass over B multiplies, by the number of registers. AVX-512 has 32: 6 x 4 vectors of sums leave
+// room for the operands. AVX2 and SSE2 have 16. Dots keep 3 x 4 sums, but see Direct::kLeavesRegister. Sums of columns
+// keep 5 x 2 with AVX2; with SSE2, which broadcasts in two instructions, 3 x 4 are best although not all fit.
+constexpr bool kIsAvx2 = Isa::kVectorBytes == 32;
+constexpr int kDotPass = Isa::kVectorBytes == 64 ? 6 : 3;
+constexpr int kColumnPass = Isa::kVectorBytes == 64 ? 6 : kIsAvx2 ? 5 : 3, kColumnVectors = kIsAvx2 ? 2 : 4;
 
 // Multiplies kWidth elements of two rows and adds up the products, in kParts instructions. load: the operand of a part,
 // from n elements.
@@ -34,14 +38,16 @@ struct DotStep {
 template <class T>
 struct ColumnStep {
     using V = Vec<Acc<T>>;
+    using Factor = Acc<T>;
     static constexpr int64_t kRows = 1, kColumns = kLanes<Acc<T>>;
     static constexpr int kVectors = 1;
 
     // loads `rows` rows of n columns; the others are zeros
     static void load(const T* w, int64_t, int64_t, int64_t n, V* out) { out[0] = load_n(w, n); }
     // the elements of a row of A for these rows, in every lane
-    static V spread(const T* a, int64_t) { return broadcast(load_scalar(a)); }
+    static V spread(const Factor* a, int64_t) { return broadcast(read(a)); }
     static V add(V sum, V x, V y) { return sum + x * y; }
+    // Vectors of sums may hold the columns in an order of their own, unlike C. n: the columns that are left.
     static void load_sums(const Acc<T>* c, int64_t, V* sums) { sums[0] = KT_ISA::load(c); }
     static void store_sums(Acc<T>* c, int64_t, const V* sums) { store(c, sums[0]); }
 };
@@ -69,18 +75,18 @@ struct DotRows {
     int64_t row(int64_t i) const { return first + smaller(i, count - 1) * apart; }
 };
 
-// The order in which n rows of W are read: kDotRows streams of `apart` rows each, then the remaining rows; or kDotRows
+// The order in which n rows of W are read: `each` streams of `apart` rows each, then the remaining rows; or `each`
 // neighbors at a time.
 struct DotOrder {
-    int64_t apart, count;
+    int64_t each, apart, count;
 
-    DotOrder(int64_t n, bool streams)
-        : apart(streams && n >= 2 * kDotRows ? n / kDotRows : 1), count(ceil_div(n, kDotRows)), rows_(n) {}
+    DotOrder(int64_t n, bool streams, int64_t each = kDotRows)
+        : each(each), apart(streams && n >= 2 * each ? n / each : 1), count(ceil_div(n, each)), rows_(n) {}
 
     DotRows at(int64_t step) const {
-        if (step < apart && apart > 1) return {step, apart, kDotRows};
-        const int64_t first = step * kDotRows;
-        return {first, 1, smaller(kDotRows, rows_ - first)};
+        if (step < apart && apart > 1) return {step, apart, each};
+        const int64_t first = step * each;
+        return {first, 1, smaller(each, rows_ - first)};
     }
 
 private:
@@ -89,27 +95,44 @@ private:
 
 template <class T>
 class Direct {
+public:
+    static constexpr int64_t kRowsAhead = 64;  // rows of W between the prefetch to L2 and use
+
+private:
     using A = Acc<T>;
     using Step = ColumnStep<T>;
-    static constexpr int kSteps = 4 / Step::kVectors;       // column steps at once
+    using Factor = typename Step::Factor;
+    // Dots of numbers widened with a mask need a register for it. With 3 x 4 sums, five were in memory, which took 1.4
+    // times as long as 2 x 4 or, for more than four rows, 3 x 3.
+    static constexpr bool kLeavesRegister = kIsAvx2 && DotStep<T>::kParts > 1;
+    static constexpr int kSteps = kColumnVectors / Step::kVectors;             // column steps at once
+    static constexpr int64_t kUnrolledRows = (kIsAvx2 ? 4 : 1) * Step::kRows;  // of B, from prefetch to prefetch
+    // Sums of columns: a strip of columns has its sums in registers while the rows of a group are added to them. With
+    // AVX2, a strip is half a cache line of bfloat16, and several passes read it. Rows of W may be a power of two
+    // apart, so that their lines share a set of L1: eight stay there, and so do the sums of a slab.
+    static constexpr int64_t kStrip = kSteps * Step::kColumns;
+    static constexpr int64_t kGroup = kIsAvx2 ? 8 : kRowsAhead, kSlab = kIsAvx2 ? 512 : kStrip;
+    // C has the order of the vectors of sums until all rows are added.
+    static constexpr bool kKeepsOrder = kGroup < kRowsAhead;
+    static_assert(!kKeepsOrder || kPanelColumns % Step::kColumns == 0, "C has room for whole vectors of sums");
     static constexpr int64_t kPrefetch = 1024 / sizeof(T);  // elements: far enough to hide memory, near enough for L1
     static constexpr int64_t kLine = 64 / sizeof(T), kPage = 4096 / sizeof(T);
 
 public:
-    static constexpr int64_t kRowsAhead = 64;  // rows of W between the prefetch to L2 and use
-
     // C[i][j] = a[i] . row j of W, for i < m and j < n. Rows of W are `stride` apart.
     static void dots(const T* const* a, int64_t m, const T* w, int64_t stride, int64_t n, int64_t k, A* c,
                      int64_t ldc) {
-        const int64_t passes = ceil_div(m, kPassRows), pass_rows = ceil_div(m, passes);
+        const bool few = kLeavesRegister && m <= 4;
+        const int64_t passes = ceil_div(m, few ? 2 : kDotPass), pass_rows = ceil_div(m, passes);
         // Reading rows of the same page side by side is slower: by a quarter for rows of 1.5 KiB if bound by memory.
-        const DotOrder order(n, passes == 1 && stride < kPage && n / kDotRows * stride >= kPage);
+        const DotOrder order(n, passes == 1 && stride < kPage && n / kDotRows * stride >= kPage,
+                             kLeavesRegister && !few ? 3 : kDotRows);
         for (int64_t step = 0; step < order.count; ++step) {
             const DotRows rows = order.at(step);
             const T* next = w + order.at(step + 1).first * stride;
             for (int64_t pass = 0; pass < passes; ++pass) {
                 const int64_t i = pass * pass_rows;
-                const Share ahead(kDotRows, pass, passes);
+                const Share ahead(order.each, pass, passes);
                 const int64_t height = smaller(pass_rows, m - i);
                 const T* first = w + rows.first * stride;
                 A* out = c + i * ldc + rows.first;
@@ -117,7 +140,7 @@ public:
                     dots_rows(a + i, height, first, rows.count, next, stride, k, out, ldc, ahead);
                     continue;
                 }
-                A sums[kPassRows * kDotRows];
+                A sums[kDotPass * kDotRows];
                 dots_rows(a + i, height, first, rows.count, next, rows.apart * stride, k, sums, kDotRows, ahead);
                 for (int64_t j = 0; j < height * kDotRows; ++j) {
                     out[j / kDotRows * ldc + j % kDotRows * rows.apart] = sums[j];
@@ -130,25 +153,29 @@ public:
     // have room for a multiple of kPanelColumns columns.
     static void columns(const T* const* a, int64_t m, const T* w, int64_t stride, int64_t n, int64_t k, A* c,
                         int64_t ldc, bool accumulate) {
-        const int64_t passes = ceil_div(m, kPassRows), pass_rows = ceil_div(m, passes);
-        for (int64_t s = 0; s < k; s += kRowsAhead, accumulate = true) {
+        const int64_t passes = ceil_div(m, kColumnPass), pass_rows = ceil_div(m, passes);
+        if (kKeepsOrder && accumulate) reorder<true>(m, n, c, ldc);
+        for (int64_t s = 0; s < k; s += kRowsAhead) {
             RowsAhead ahead(w + (s + kRowsAhead) * stride, stride, n);
-            Rank g{nullptr, s, smaller(kRowsAhead, k - s), nullptr, stride, 0, nullptr, ldc, accumulate};
-            for (int64_t j = 0; j < n; j += g.n) {
-                const bool wide = n - j >= kSteps * Step::kColumns;
-                g.w = w + s * stride + j;
-                g.n = wide ? kSteps * Step::kColumns : smaller(Step::kColumns, n - j);
-                const int64_t lines = ceil_div(Step::kRows * g.n, kLine * passes);
-                for (int64_t i = 0; i < m; i += pass_rows) {
-                    g.a = a + i;
-                    g.c = c + i * ldc + j;
-                    with_constant<kPassRows>(smaller(pass_rows, m - i), [&](auto rows) {
-                        wide ? columns_kernel<rows(), kSteps>(g, ahead, lines)
-                             : columns_kernel<rows(), 1>(g, ahead, lines);
-                    });
+            ahead.lines = ceil_div(kUnrolledRows * kStrip, kLine * passes);
+            const int64_t rows = smaller(kRowsAhead, k - s);
+            for (int64_t first = 0; first < m; first += kFactorRows) {
+                const int64_t count = smaller(kFactorRows, m - first);
+                const Factors factors(a + first, count, s, rows);
+                for (int64_t j = 0; j < n; j += kSlab) {
+                    for (int64_t r = 0; r < rows; r += kGroup) {
+                        for (int64_t i = 0; i < count; i += pass_rows) {
+                            const Rank g{factors.rows + i,          r,      smaller(kGroup, rows - r),
+                                         w + (s + r) * stride + j,  stride, smaller(kSlab, n - j),
+                                         c + (first + i) * ldc + j, ldc,    accumulate || s + r > 0};
+                            with_constant<kColumnPass>(smaller(pass_rows, count - i),
+                                                       [&](auto m) { strips<m()>(g, ahead); });
+                        }
+                    }
                 }
             }
         }
+        if (kKeepsOrder) reorder<false>(m, n, c, ldc);
     }
 
 private:
@@ -162,7 +189,7 @@ private:
 
     static void dots_rows(const T* const* a, int64_t m, const T* w, int64_t n, const T* next, int64_t stride, int64_t k,
                           A* c, int64_t ldc, const Share& share) {
-        with_constant<kPassRows>(m, [&](auto rows) {
+        with_constant<kDotPass>(m, [&](auto rows) {
             with_constant<kDotRows>(
                 n, [&](auto columns) { dots_kernel<rows(), columns()>(a, w, next, stride, k, c, ldc, share); });
         });
@@ -216,13 +243,13 @@ private:
     // at a time would be about half as fast.
     struct RowsAhead {
         const T *next, *end;
-        int64_t stride, width;
+        int64_t stride, width, lines = 0;  // lines: at a time
 
         RowsAhead(const T* w, int64_t stride, int64_t n)
             : next(w), end(w + round_up(n, kLine)), stride(stride), width(round_up(n, kLine)) {}
 
-        void prefetch(int64_t lines) {
-            for (; lines > 0; --lines) {
+        void prefetch() {
+            for (int64_t i = 0; i < lines; ++i) {
                 __builtin_prefetch(next, 0, 2);
                 next += kLine;
                 if (next != end) continue;
@@ -232,9 +259,57 @@ private:
         }
     };
 
+    // Elements [s, s + n) of rows of A, n <= kRowsAhead, widened if needed.
+    static constexpr int64_t kFactorRows = 32;
+    struct Factors {
+        Factors(const T* const* a, int64_t m, int64_t s, int64_t n) {
+            for (int64_t i = 0; i < m; ++i) {
+                if constexpr (std::is_same_v<Factor, T>) {
+                    rows[i] = a[i] + s;
+                } else {
+                    Factor* row = widened[i];
+                    for_each_vector<A>(
+                        n, [&](int64_t j, int64_t count) { store_n(row + j, load_n(a[i] + s + j, count), count); });
+                    rows[i] = row;
+                }
+            }
+        }
+
+        const Factor* rows[kFactorRows];
+        alignas(64) Factor widened[std::is_same_v<Factor, T> ? 1 : kFactorRows][kRowsAhead];
+    };
+
+    // Sums of n columns of C, which has the order of vectors of sums or its own.
+    template <bool kSameOrder>
+    static void load_sums(const A* c, int64_t n, Vec<A>* sums) {
+        if constexpr (!kSameOrder) return Step::load_sums(c, n, sums);
+#pragma GCC unroll 8
+        for (int v = 0; v < Step::kVectors; ++v) sums[v] = load(c + v * kLanes<A>);
+    }
+    template <bool kSameOrder>
+    static void store_sums(A* c, int64_t n, const Vec<A>* sums) {
+        if constexpr (!kSameOrder) return Step::store_sums(c, n, sums);
+#pragma GCC unroll 8
+        for (int v = 0; v < Step::kVectors; ++v) store(c + v * kLanes<A>, sums[v]);
+    }
+
+    // Puts C into the order of vectors of sums, or back.
+    template <bool kTo>
+    static void reorder(int64_t m, int64_t n, A* c, int64_t ldc) {
+        if constexpr (Step::kVectors > 1) {
+            for (int64_t i = 0; i < m; ++i, c += ldc) {
+                for (int64_t j = 0; j < n; j += Step::kColumns) {
+                    Vec<A> sums[Step::kVectors];
+                    load_sums<!kTo>(c + j, Step::kColumns, sums);
+                    store_sums<kTo>(c + j, Step::kColumns, sums);
+                }
+            }
+        }
+    }
+
     // C[i][j] (+)= sum over s < rows of a[i][first + s] . w[s * stride + j]
     struct Rank {
-        const T* const* a;
+        const Factor* const* a;
         int64_t first, rows;
         const T* w;
         int64_t stride, n;
@@ -243,13 +318,20 @@ private:
         bool accumulate;
     };
 
+    template <int M>
+    static void strips(const Rank& g, RowsAhead& ahead) {
+        int64_t j = 0;
+        for (; j + kStrip <= g.n; j += kStrip) strip<M, kSteps>(g, j, Step::kColumns, ahead);
+        for (; j < g.n; j += Step::kColumns) strip<M, 1>(g, j, smaller(Step::kColumns, g.n - j), ahead);
+    }
+
+    // G times `count` columns.
     template <int M, int G>
-    static void columns_kernel(const Rank& g, RowsAhead& ahead, int64_t lines) {
+    __attribute__((always_inline)) static void strip(const Rank& g, int64_t column, int64_t count, RowsAhead& ahead) {
         constexpr int N = Step::kVectors;
         constexpr int64_t kColumns = Step::kColumns;
-        const int64_t count = G > 1 ? kColumns : g.n;
         Vec<A> sums[M][G * N] = {};
-        const T* a[M];
+        const Factor* a[M];
 #pragma GCC unroll 8
         for (int i = 0; i < M; ++i) a[i] = g.a[i] + g.first;
         const auto multiply = [&](const T* w, int64_t s, int64_t rows) __attribute__((always_inline)) {
@@ -263,27 +345,32 @@ private:
                 for (int j = 0; j < G * N; ++j) sums[i][j] = Step::add(sums[i][j], x, b[j]);
             }
         };
-        const T* w = g.w;
+        const T* w = g.w + column;
         int64_t s = 0;
         RowsAhead rows = ahead;
-        for (; s + Step::kRows <= g.rows; s += Step::kRows, w += Step::kRows * g.stride) {
-            rows.prefetch(lines);
-            multiply(w, s, Step::kRows);
+        for (; s + kUnrolledRows <= g.rows; s += kUnrolledRows) {
+            rows.prefetch();
+#pragma GCC unroll 4
+            for (int64_t u = 0; u < kUnrolledRows; u += Step::kRows, w += Step::kRows * g.stride) {
+                multiply(w, s + u, Step::kRows);
+            }
         }
         ahead = rows;
-        if (s < g.rows) multiply(w, s, g.rows - s);
+        for (; s < g.rows; s += Step::kRows, w += Step::kRows * g.stride) {
+            multiply(w, s, smaller(Step::kRows, g.rows - s));
+        }
 #pragma GCC unroll 8
         for (int i = 0; i < M; ++i) {
 #pragma GCC unroll 8
             for (int j = 0; j < G; ++j) {
-                A* c = g.c + i * g.ldc + j * kColumns;
-                if (g.accumulate) {  // last: adding up sums of kRowsAhead terms loses less than one long sum
+                A* c = g.c + i * g.ldc + column + j * kColumns;
+                if (g.accumulate) {  // last: adding up sums of a group's terms loses less than one long sum
                     Vec<A> before[N];
-                    Step::load_sums(c, count, before);
+                    load_sums<kKeepsOrder>(c, count, before);
 #pragma GCC unroll 8
                     for (int v = 0; v < N; ++v) sums[i][j * N + v] += before[v];
                 }
-                Step::store_sums(c, count, sums[i] + j * N);
+                store_sums<kKeepsOrder>(c, count, sums[i] + j * N);
             }
         }
     }

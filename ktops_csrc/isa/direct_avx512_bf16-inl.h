@@ -28,6 +28,7 @@ struct DotStep<bfloat16> {
 template <>
 struct ColumnStep<bfloat16> {
     using V = __m512bh;
+    using Factor = bfloat16;
     static constexpr int64_t kRows = 2, kColumns = 32;
     static constexpr int kVectors = 2;
 

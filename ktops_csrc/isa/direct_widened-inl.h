@@ -36,6 +36,7 @@ struct DotStep<bfloat16> {
 template <>
 struct ColumnStep<bfloat16> {
     using V = Vec<float>;
+    using Factor = float;
     static constexpr int64_t kRows = 1, kColumns = 2 * kLanes<float>;
     static constexpr int kVectors = 2;
     using Indices = std::make_integer_sequence<int, kLanes<float>>;
@@ -45,7 +46,7 @@ struct ColumnStep<bfloat16> {
         out[0] = widen_half<bfloat16>(pairs, 0);
         out[1] = widen_half<bfloat16>(pairs, 1);
     }
-    static V spread(const bfloat16* a, int64_t) { return broadcast(to_float(read(a))); }
+    static V spread(const float* a, int64_t) { return broadcast(read(a)); }
     static V add(V sum, V x, V y) { return sum + x * y; }
     static void load_sums(const float* c, int64_t n, V* sums) {
         const V low = KT_ISA::load(c), high = has_high(n) ? KT_ISA::load(c + kLanes<float>) : V{};

@@ -154,7 +154,7 @@ template <class T>
 struct direct_dots {
     static std::string run(const Shape& shape) {
         constexpr int64_t kUnit = DotStep<T>::kWidth;
-        const int64_t m = shape.size("m", kPassRows, kPassRows), n = shape.size("columns", 16, 0);
+        const int64_t m = shape.size("m", kDotPass, kDotPass), n = shape.size("columns", 16, 0);
         const int64_t k = shape.size("k", 2 * kUnit + 3, 0, kUnit), ldc = shape.stride(n);
         Matrix<T> x(m, k, shape.stride(k)), w(n, k, shape.stride(k));
         std::vector<const T*> a;
@@ -170,8 +170,8 @@ template <class T>
 struct direct_columns {
     static std::string run(const Shape& shape) {
         using Step = ColumnStep<T>;
-        constexpr int64_t kUnit = 4 / Step::kVectors * Step::kColumns;
-        const int64_t m = shape.size("m", kPassRows, kPassRows), n = shape.size("columns", 16, 0, kUnit);
+        constexpr int64_t kUnit = kColumnVectors / Step::kVectors * Step::kColumns;
+        const int64_t m = shape.size("m", kColumnPass, kColumnPass), n = shape.size("columns", 16, 0, kUnit);
         const int64_t k = shape.size("k", 7, 0, Direct<T>::kRowsAhead);
         const int64_t room = round_up(n, kPanelColumns), ldc = shape.stride(room);
         const bool adds = shape.is("adds", "1");

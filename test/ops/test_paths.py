@@ -108,8 +108,8 @@ def test_a_path_that_is_not_possible_changes_nothing(isa, path):
 
 DIRECT_ROWS = {
     ("amx_bf16", torch.bfloat16): (12, 12),
-    ("avx2", torch.bfloat16): (12, 12),
-    ("avx2", torch.float16): (32, 8),
+    ("avx2", torch.bfloat16): (24, 24),
+    ("avx2", torch.float16): (32, 16),
     ("scalar", torch.float16): (2, 3),
 }
 """The most rows that dots and column_sums take, unless it is 32 for both."""

@@ -76,6 +76,10 @@ private:
 
     static constexpr int64_t kPadding = 64 / kBytes;
     static constexpr int64_t kTiles = 2 * kBandPanels * kTileSums;
+    // Rows this many bytes apart, or a multiple of it, share a few sets of L1.
+    static constexpr int64_t kSharedSets = 2048;
+    static_assert(!Micro::kBandBlock ||
+                  kBandBytes / kBytes / (Micro::kBandBlock * kPanelColumns) / 2 * kTiles <= ahead_sums<T>());
     // In scratch.stage: the tiles of sums, their transposes, and the rows of the factor of the added product.
     float* tiles() const { return reinterpret_cast<float*>(scratch_.stage); }
     float* block() const { return tiles() + kTiles; }
@@ -131,21 +135,38 @@ private:
         }
     }
 
+    // Elements of k that a band is multiplied by at a time. A block of its rows stays in L1 for all panels, unless
+    // lines that are a power of two apart share too few sets; the sums of all panels are kept meanwhile.
+    static int64_t block_of(const BandArguments<T>& band, int64_t panels) {
+        const bool fits = panels > kBandPanels && band.row_stride * kBytes % kSharedSets != 0;
+        if (!Micro::kBandBlock || !fits || band.k <= Micro::kBandBlock) return band.k;
+        return round_up(ceil_div(band.k, ceil_div(band.k, Micro::kBandBlock)), kBandK);
+    }
+
     template <class Put>
     void multiply_band(int64_t i, int64_t m, int64_t j, const Columns& columns, Put put) {
         BandArguments<T> rows = rows_of(columns), low{};
         if (rank_) low = factor_of(columns);
-        const int64_t ldc = columns.total(), left = left_over(m);
-        for_each_group(ceil_div(m - left, kPanelColumns), [&](int64_t p, int panels) {
-            rows.panels = low.panels = panels;
-            rows.b = scratch_.panels + p * stride_;
-            Micro::band(rows, ahead_);
-            low.accumulate = true;
-            multiply_low(low, low_panels(m) + p * low_stride_);
-            transpose(rows, columns, block());
-            const int64_t first = p * kPanelColumns;
-            put(i + first, smaller(panels * kPanelColumns, m - first), j, columns, block(), ldc);
-        });
+        const int64_t ldc = columns.total(), left = left_over(m), panels = ceil_div(m - left, kPanelColumns);
+        const int64_t block_k = block_of(rows, panels);
+        for (int64_t k = 0; k < k_; k += block_k) {
+            BandArguments<T> part = rows;
+            for (int half = 0; half < part.halves; ++half) part.rows[half] += k;
+            part.k = smaller(block_k, k_ - k);
+            part.accumulate = k > 0;
+            for_each_group(panels, [&](int64_t p, int count) {
+                part.panels = low.panels = count;
+                part.b = scratch_.panels + p * stride_ + k * kPanelColumns;
+                if (block_k < k_) part.tiles = low.tiles = scratch_.sums + p / 2 * kTiles;
+                Micro::band(part, ahead_);
+                if (k + block_k < k_) return;
+                low.accumulate = true;
+                multiply_low(low, low_panels(m) + p * low_stride_);
+                transpose(part, columns, block());
+                const int64_t first = p * kPanelColumns;
+                put(i + first, smaller(count * kPanelColumns, m - first), j, columns, block(), ldc);
+            });
+        }
         if (!left) return;
         dots(i + m - left, left, rows, columns);
         if (rank_) {

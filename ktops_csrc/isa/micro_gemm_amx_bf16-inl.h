@@ -83,6 +83,8 @@ struct MicroGemm<bfloat16> {
 
     // Steps of ReadAhead in band() for every kBandK of k.
     static constexpr int64_t band_steps(int, int panels) { return panels > 2 ? 2 : 1; }
+    // Blocks of k that stay in L1 while a band is multiplied by all panels: 32 rows of 512 bytes, beside two panels.
+    static constexpr int64_t kBandBlock = 256;
 
     static void band(const BandArguments<bfloat16>& g, ReadAhead& ahead) {
         if (g.panels > 2) return g.halves > 1 ? three_panels<2>(g, ahead) : three_panels<1>(g, ahead);

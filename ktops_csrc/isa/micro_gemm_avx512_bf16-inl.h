@@ -33,6 +33,8 @@ struct MicroGemm<bfloat16> {
 
     // Steps of ReadAhead in band() for every kBandK of k.
     static constexpr int64_t band_steps(int halves, int panels) { return halves * (panels > 1 ? 2 : 1); }
+    // No blocks of k: eight rows of all of k are multiplied at a time.
+    static constexpr int64_t kBandBlock = 0;
 
     static void band(const BandArguments<bfloat16>& g, ReadAhead& ahead) {
         if (g.panels == 1) return band_rows<16, 1>(g, ahead);

@@ -73,6 +73,14 @@ def test_blocks_packed_ahead(isa, name, group_size):
     assert isa not in AHEAD_ROWS or "panels_ahead" in paths_taken(profile, *BACKWARD)
 
 
+def test_bands_in_blocks(isa):
+    """Covers blocks of k (kBandBlock), whose last one is shorter, and an odd number of panels."""
+    inputs = moe_inputs(T=146, H=608, I=416, E=2, K=1, dtype=torch.bfloat16, lora_rank=3)
+    with ktops.profile() as profile:
+        check_against_reference(inputs)
+    assert isa not in BAND_ROWS or paths_taken(profile, *FORWARD) == {"row_bands"}
+
+
 @pytest.mark.parametrize("name,group_size", MASSIVE)
 @pytest.mark.parametrize("path", INTEGERS)
 def test_massive_channels(isa, path, name, group_size):

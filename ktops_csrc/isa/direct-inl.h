@@ -158,21 +158,12 @@ public:
         for (int64_t s = 0; s < k; s += kRowsAhead) {
             RowsAhead ahead(w + (s + kRowsAhead) * stride, stride, n);
             ahead.lines = ceil_div(kUnrolledRows * kStrip, kLine * passes);
-            const int64_t rows = smaller(kRowsAhead, k - s);
-            for (int64_t first = 0; first < m; first += kFactorRows) {
-                const int64_t count = smaller(kFactorRows, m - first);
-                const Factors factors(a + first, count, s, rows);
-                for (int64_t j = 0; j < n; j += kSlab) {
-                    for (int64_t r = 0; r < rows; r += kGroup) {
-                        for (int64_t i = 0; i < count; i += pass_rows) {
-                            const Rank g{factors.rows + i,          r,      smaller(kGroup, rows - r),
-                                         w + (s + r) * stride + j,  stride, smaller(kSlab, n - j),
-                                         c + (first + i) * ldc + j, ldc,    accumulate || s + r > 0};
-                            with_constant<kColumnPass>(smaller(pass_rows, count - i),
-                                                       [&](auto m) { strips<m()>(g, ahead); });
-                        }
-                    }
-                }
+            Rank g{nullptr, 0, smaller(kRowsAhead, k - s), w + s * stride, stride, n, c, ldc, accumulate || s > 0};
+            for (int64_t i = 0; i < m; i += kFactorRows, g.c += kFactorRows * ldc) {
+                const int64_t count = smaller(kFactorRows, m - i);
+                const Factors factors(a + i, count, s, g.rows);
+                g.a = factors.rows;
+                add_groups(g, count, pass_rows, ahead);
             }
         }
         if (kKeepsOrder) reorder<false>(m, n, c, ldc);
@@ -317,6 +308,25 @@ private:
         int64_t ldc;
         bool accumulate;
     };
+
+    // m rows of C, pass_rows at a time.
+    static void add_groups(const Rank& all, int64_t m, int64_t pass_rows, RowsAhead& ahead) {
+        Rank g = all;
+        for (int64_t j = 0; j < all.n; j += kSlab) {
+            g.n = smaller(kSlab, all.n - j);
+            for (int64_t s = 0; s < all.rows; s += kGroup) {
+                g.first = s;
+                g.rows = smaller(kGroup, all.rows - s);
+                g.w = all.w + s * g.stride + j;
+                g.accumulate = all.accumulate || s > 0;
+                for (int64_t i = 0; i < m; i += pass_rows) {
+                    g.a = all.a + i;
+                    g.c = all.c + i * g.ldc + j;
+                    with_constant<kColumnPass>(smaller(pass_rows, m - i), [&](auto rows) { strips<rows()>(g, ahead); });
+                }
+            }
+        }
+    }
 
     template <int M>
     static void strips(const Rank& g, RowsAhead& ahead) {

@@ -205,13 +205,14 @@ def test_routings(isa, routing, invalid_ids, ids_dtype, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("hidden_size,intermediate_size", [(0, 6), (8, 0)])
-def test_empty_dimensions(isa, hidden_size, intermediate_size, dtype):
-    """Without anything to sum, results are zeros or the bias."""
+@pytest.mark.parametrize("num_tokens", [5, 70])
+@pytest.mark.parametrize("hidden_size,intermediate_size", [(0, 6), (8, 0), (0, 64), (64, 0)])
+def test_empty_dimensions(isa, hidden_size, intermediate_size, num_tokens, dtype):
+    """Without anything to sum, results are zeros or the bias, with few rows and with many."""
     inputs = {
-        "hidden_states": torch.ones(5, hidden_size, dtype=dtype),
-        "topk_ids": torch.zeros(5, 2, dtype=torch.int64),
-        "topk_weights": torch.ones(5, 2, dtype=dtype),
+        "hidden_states": torch.ones(num_tokens, hidden_size, dtype=dtype),
+        "topk_ids": torch.zeros(num_tokens, 2, dtype=torch.int64),
+        "topk_weights": torch.ones(num_tokens, 2, dtype=dtype),
         "gate_up_proj": torch.ones(3, 2 * intermediate_size, hidden_size, dtype=dtype),
         "down_proj": torch.ones(3, hidden_size, intermediate_size, dtype=dtype),
         "down_bias": torch.ones(3, hidden_size, dtype=dtype),

@@ -7,12 +7,10 @@
 #include "isa/direct_widened-inl.h"
 #include "isa/micro_gemm_amx_bf16-inl.h"
 #include "isa/narrow_avx512_bf16-inl.h"
-#include "isa/peak-inl.h"
 #include "isa/peak_amx_bf16-inl.h"
-#include "isa/peak_from_l2-inl.h"
 #include "isa/simd_avx512-inl.h"
-#include "moe/backward-inl.h"
-#include "moe/forward-inl.h"
+
+#include "dispatch/kernels-inl.h"
 
 // Decoding uses no tiles, so the decoders of avx512_bf16 serve here too.
 namespace kt::avx512_bf16 {
@@ -34,13 +32,10 @@ void quantize(const QuantizeProblem& problem);
 const IsaRow amx_bf16_row = {
     "amx_bf16",
     cpu::has_amx_bf16,
-    {amx_bf16::Forward<bfloat16>::run, amx_bf16::Backward<bfloat16>::run, amx_bf16::peak_bfloat16_tiles,
-     amx_bf16::peak_from_l2<amx_bf16::Compute<bfloat16>>},
-    {amx_bf16::Forward<float16>::run, amx_bf16::Backward<float16>::run, amx_bf16::peak_float32,
-     amx_bf16::peak_from_l2<amx_bf16::Compute<float16>>},
-    {amx_bf16::Forward<float>::run, amx_bf16::Backward<float>::run, amx_bf16::peak_float32,
-     amx_bf16::peak_from_l2<amx_bf16::Compute<float>>},
-    {forward_float64, backward_float64, amx_bf16::peak_float32, amx_bf16::peak_from_l2<float>},
+    amx_bf16::moe_kernels<bfloat16>(amx_bf16::peak_bfloat16_tiles),
+    amx_bf16::moe_kernels<float16>(),
+    amx_bf16::moe_kernels<float>(),
+    amx_bf16::float64_kernels(),
     amx_bf16::peak_int8_tiles,
     amx_bf16::decode_rows,
     avx512::quantize,

@@ -20,6 +20,7 @@
 #include "core/float16.h"
 #include "core/views.h"
 #include "core/workspace.h"
+#include "dispatch/table.h"
 #include "gemm/path.h"
 #include "isa/traits.h"
 #include "moe/problem.h"

@@ -5,13 +5,11 @@
 
 #include "isa/direct_widened-inl.h"
 #include "isa/narrow_generic-inl.h"
-#include "isa/peak-inl.h"
-#include "isa/peak_from_l2-inl.h"
 #include "isa/simd_generic-inl.h"
-#include "moe/backward-inl.h"
-#include "moe/forward-inl.h"
 #include "quantize/quantize-inl.h"
 #include "weights/decode-inl.h"
+
+#include "dispatch/kernels-inl.h"
 
 namespace kt {
 
@@ -23,13 +21,10 @@ void backward_float64(const BackwardProblem& problem) { scalar::Backward<double>
 const IsaRow scalar_row = {
     "scalar",
     cpu::has_scalar,
-    {scalar::Forward<bfloat16>::run, scalar::Backward<bfloat16>::run, scalar::peak_float32,
-     scalar::peak_from_l2<scalar::Compute<bfloat16>>},
-    {scalar::Forward<float16>::run, scalar::Backward<float16>::run, scalar::peak_float32,
-     scalar::peak_from_l2<scalar::Compute<float16>>},
-    {scalar::Forward<float>::run, scalar::Backward<float>::run, scalar::peak_float32,
-     scalar::peak_from_l2<scalar::Compute<float>>},
-    {forward_float64, backward_float64, scalar::peak_float32, scalar::peak_from_l2<float>},
+    scalar::moe_kernels<bfloat16>(),
+    scalar::moe_kernels<float16>(),
+    scalar::moe_kernels<float>(),
+    scalar::float64_kernels(),
     scalar::peak_int8,
     scalar::decode_rows,
     scalar::quantize,

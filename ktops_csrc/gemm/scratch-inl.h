@@ -73,7 +73,7 @@ struct GemmScratch {
     C* left;   // kRowBytes
     C* stage;  // rows of A that the micro-kernel can't read in place; tiles of a band
     Acc<T>* c;
-    Acc<T>* sums;                // of blocks that are packed ahead, if they are in tiles
+    Acc<T>* sums;                // in tiles: of blocks that are packed ahead, or of a band in blocks of k
     std::optional<Path> forced;  // for tests, see choose_path
 
     // In `panels`: copied rows of a weight; panels of codes.

@@ -12,6 +12,7 @@
 
 #include "core/bfloat16.h"
 #include "core/views.h"
+#include "isa/micro_gemm_generic-inl.h"
 #include "isa/panel-inl.h"
 #include "isa/vec-inl.h"
 
@@ -254,20 +255,18 @@ private:
     static constexpr int64_t kFactorRows = 32;
     struct Factors {
         Factors(const T* const* a, int64_t m, int64_t s, int64_t n) {
-            for (int64_t i = 0; i < m; ++i) {
-                if constexpr (std::is_same_v<Factor, T>) {
-                    rows[i] = a[i] + s;
-                } else {
-                    Factor* row = widened[i];
-                    for_each_vector<A>(
-                        n, [&](int64_t j, int64_t count) { store_n(row + j, load_n(a[i] + s + j, count), count); });
-                    rows[i] = row;
-                }
+            const T* from[kFactorRows];
+            for (int64_t i = 0; i < m; ++i) from[i] = a[i] + s;
+            if constexpr (kInPlace) {
+                for (int64_t i = 0; i < m; ++i) rows[i] = from[i];
+            } else {
+                stage_rows(from, m, n, widened, rows);
             }
         }
 
+        static constexpr bool kInPlace = std::is_same_v<Factor, T>;
         const Factor* rows[kFactorRows];
-        alignas(64) Factor widened[std::is_same_v<Factor, T> ? 1 : kFactorRows][kRowsAhead];
+        alignas(64) Factor widened[kInPlace ? 1 : kFactorRows * staged_row_stride<Factor>(kRowsAhead)];
     };
 
     // Sums of n columns of C, which has the order of vectors of sums or its own.

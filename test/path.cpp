@@ -8,11 +8,39 @@ using namespace kt;
 
 constexpr int64_t kNever = int64_t{1} << 62;
 constexpr int64_t kBytes = 2;
-constexpr IsaLimits kVectors{kBytes, 32, 24,    kPanelBytes / kBytes / 4, kPanelBytes / kBytes / 64, 0, 0, 0, 0, 0, 0,
-                             false,  0,  kNever};
-constexpr IsaLimits kPacksAhead{kBytes, 32, 32, 0, kPanelBytes / kBytes / 64, 0, 0, 16, 32, 12, 16, false, 0, kNever};
-constexpr IsaLimits kTiles{kBytes, 12, 12,  kPanelBytes / kBytes / 4, kPanelBytes / kBytes / 64, 32, 4, 0, 0, 0, 0,
-                           true,   8,  1024};
+constexpr int64_t kAlways = int64_t{1} << 31;
+
+constexpr IsaLimits with_vectors() {
+    IsaLimits isa{};
+    isa.element_bytes = kBytes;
+    isa.dots_rows = 32, isa.sums_rows = 24;
+    isa.dots_k = kPanelBytes / kBytes / 4, isa.sums_columns = kPanelBytes / kBytes / 64;
+    isa.code_dots_rows = 8, isa.code_group = kNever;
+    return isa;
+}
+constexpr IsaLimits packing_ahead() {
+    IsaLimits isa = with_vectors();
+    isa.sums_rows = 32, isa.dots_k = 0;
+    isa.ahead_k = 16, isa.ahead_columns = 32;
+    isa.ahead_rows = 12, isa.decoded_rows = 16;
+    return isa;
+}
+constexpr IsaLimits with_tiles() {
+    IsaLimits isa = with_vectors();
+    isa.dots_rows = isa.sums_rows = 12;
+    isa.band_k = 32, isa.band_rows = 4;
+    isa.code_tiles = true;
+    isa.code_rows = isa.word_rows = 8, isa.code_group = 1024;
+    return isa;
+}
+constexpr IsaLimits with_integers() {
+    IsaLimits isa = with_vectors();
+    isa.code_dots_rows = 4;
+    isa.code_rows = 32, isa.word_rows = kAlways;
+    return isa;
+}
+constexpr IsaLimits kVectors = with_vectors(), kPacksAhead = packing_ahead(), kTiles = with_tiles(),
+                    kIntegers = with_integers();
 
 constexpr Product forward(int64_t rows, int64_t k = 64) {
     Product p{};
@@ -112,6 +140,8 @@ static_assert(chosen(in_format(forward(13, 4096)), kTiles, Path::kPanels));
 
 static_assert(chosen(coded(8, 1), kVectors, Path::kCodeDots));
 static_assert(chosen(coded(9, 1), kVectors, Path::kCodePanels));
+static_assert(chosen(coded(4, 1), kIntegers, Path::kCodeDots));
+static_assert(chosen(coded(5, 1), kIntegers, Path::kCodePanels));
 static_assert(chosen(coded(8, 2), kTiles, Path::kCodeDots));
 static_assert(chosen(coded(9, 2), kTiles, Path::kCodeTiles));
 static_assert(chosen(coded(9, 1), kTiles, Path::kCodePanels));
@@ -133,12 +163,16 @@ static_assert(!taken(strided(coded(256, 2), 256), kTiles, Path::kCodeDots));
 // Digits of a call: `routes` of one expert, `group` columns that share a scale.
 constexpr int digits(int64_t routes, int64_t group, const IsaLimits& isa, Computation compute = Computation::kAuto,
                      bool inference = true, std::optional<Path> forced = {}) {
-    return choose_digits({compute, inference, routes, 1, 4096, group, 128}, isa, forced);
+    return choose_digits({compute, inference, routes, 1, false, 4096, group, 128}, isa, forced);
 }
-constexpr IsaLimits kIntegers{kBytes, 32, 32, 0, 0, 0, 0, 0, 0, 0, 0, false, int64_t{1} << 31, kNever};
+constexpr int digits_of_words(int64_t routes, const IsaLimits& isa) {
+    return choose_digits({Computation::kAuto, true, routes, 1, true, 4096, 32, 128}, isa);
+}
 
 static_assert(digits(1, 128, kVectors) == 0 && digits(1, 128, kVectors, Computation::kInt8) == 1);
-static_assert(digits(2048, 32, kIntegers) == 1 && digits(1, 32, kIntegers, Computation::kFloat) == 0);
+static_assert(digits(32, 32, kIntegers) == 1 && digits(1, 32, kIntegers, Computation::kFloat) == 0);
+static_assert(digits(33, 4096, kIntegers) == 0 && digits_of_words(2048, kIntegers) == 1);
+static_assert(digits_of_words(1, kVectors) == 0 && digits_of_words(9, kTiles) == 0);
 static_assert(digits(1, 128, kIntegers, Computation::kAuto, false) == 0);
 static_assert(digits(1, 128, kIntegers, Computation::kInt8, false) == 1);
 static_assert(digits(8, 128, kTiles) == 1 && digits(9, 128, kTiles) == 0);

@@ -20,13 +20,13 @@ struct TileRegion;
 struct Isa : IsaDefaults {
     static constexpr int kVectorBytes = 64;
     static constexpr int kGemmRows = 6, kGemmPanels = 4;
-    static constexpr bool kBFloat16Dot = true;
+    static constexpr bool kBFloat16Dot = true, kByteDot = true;
     static constexpr int64_t kBFloat16KMultiple = 32;  // a tile
     static constexpr int64_t kBFloat16DirectRows = 12, kDotOnlyRows = 4;
     static constexpr int64_t kSumOnlyRows = 12, kDecodedSumRows = 12;
     static constexpr int kCodeGemmRows = 3, kCodeGemmPanels = 4;
     static constexpr bool kInt8Tiles = true;
-    static constexpr int64_t kInt8Rows = 8, kInt8Group = 1024;  // else tiles of bfloat16 are faster
+    static constexpr int64_t kInt8Rows = 8, kWordInt8Rows = 8, kInt8Group = 1024;  // else tiles of bfloat16 are faster
     using Region = TileRegion;
 };
 

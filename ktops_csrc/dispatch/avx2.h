@@ -18,6 +18,8 @@ struct Isa : IsaDefaults {
     static constexpr int kGemmRows = 6;  // x 2 accumulators, 2 for a step of B, 1 for the broadcast of A: 15 of 16
     static constexpr int64_t kBFloat16DirectRows = 24;
     static constexpr int64_t kFloat16SumRows = 16;
+    static constexpr int64_t kCodeDotRows = 4;
+    static constexpr int64_t kInt8Rows = 32, kWordInt8Rows = kAlways;
 };
 
 }  // namespace kt::KT_ISA

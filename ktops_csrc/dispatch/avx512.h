@@ -18,6 +18,8 @@ namespace kt::KT_ISA {
 struct Isa : IsaDefaults {
     static constexpr int kVectorBytes = 64;
     static constexpr int kGemmRows = 6, kGemmPanels = 4;  // accumulators; 4 for a step of B, 1 for the broadcast of A
+    static constexpr int kCodeGemmRows = 4, kCodeGemmPanels = 2;
+    static constexpr int64_t kInt8Rows = 32, kWordInt8Rows = kAlways;
     static void use_faster_dots(FormatTable* tables) { avx512_vbmi::use_faster_dots(tables); }
 };
 

@@ -18,11 +18,11 @@ namespace kt::KT_ISA {
 struct Isa : IsaDefaults {
     static constexpr int kVectorBytes = 64;
     static constexpr int kGemmRows = 6, kGemmPanels = 4;
-    static constexpr bool kBFloat16Dot = true;
+    static constexpr bool kBFloat16Dot = true, kByteDot = true;
     static constexpr int64_t kDotOnlyRows = 12, kMostLeftOver = 6;
     static constexpr int64_t kSumOnlyRows = 12, kDecodedSumRows = 16;
     static constexpr int kCodeGemmRows = 3, kCodeGemmPanels = 4;
-    static constexpr int64_t kInt8Rows = int64_t{1} << 31;  // always
+    static constexpr int64_t kInt8Rows = kAlways, kWordInt8Rows = kAlways;
     static void use_faster_dots(FormatTable* tables) { avx512_vbmi::use_faster_dots(tables); }
 };
 

@@ -19,6 +19,7 @@
 //                             codes_of(bytes, out) writes one vector for each part
 //   kCodeGroup                columns that share a scale stored in the unit; 0: scales are in a tensor of their own
 //   code_scales(unit, out)    writes the scales of a unit, followed by s z if kMins; zeros up to 16 numbers
+//   kMaxCode                  no code exceeds it
 //   kMins, kZeroCode          true if groups in a unit have zero points of their own; else z is kZeroCode
 
 #include <cstdint>

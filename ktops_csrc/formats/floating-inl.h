@@ -25,7 +25,7 @@ struct Fp4 : ChunkDecoder {
 
     static void decode(const uint8_t* block, NoState, int64_t, VecF* v) { decode_nibbles(block, kTable, v); }
 
-    static constexpr int kZeroCode = 12;
+    static constexpr int kZeroCode = 12, kMaxCode = 24;
     static constexpr uint8_t kCodes[16] = {12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0};
     static constexpr int64_t kCodeColumns = 128, kCodeStep = 64, kCodeGroup = 0;
     static constexpr bool kPairs = true, kMins = false;

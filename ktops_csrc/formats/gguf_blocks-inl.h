@@ -71,7 +71,7 @@ struct Q8_0 : BlockCodes<34> {
         for (int i = 0; i < kChunkVectors; ++i) v[i] = to_floats(widen_signed(block + 2 + i * kLanes<float>)) * d;
     }
 
-    static constexpr int kZeroCode = 128;
+    static constexpr int kZeroCode = 128, kMaxCode = 255;
     static void codes(const uint8_t* unit, VecCodes* out) {
         for_each_vector_of_codes(unit, out, [](auto... at) { return load_parts(at...) ^ 0x80; });
     }
@@ -83,7 +83,7 @@ struct Q4_0 : BlockCodes<18> {
         for_each_nibble(block + 2, [&](VecI32 q, int i) { v[i] = to_floats(q - 8) * d; });
     }
 
-    static constexpr int kZeroCode = 8;
+    static constexpr int kZeroCode = 8, kMaxCode = 15;
     static void codes(const uint8_t* unit, VecCodes* out) {
         for_each_vector_of_codes(unit, out, [](auto... at) { return nibble_parts(at...); });
     }
@@ -129,7 +129,7 @@ struct IQ4_NL : BlockCodes<18> {
         for_each_nibble(block + 2, [&](VecI32 q, int i) { v[i] = lookup(kNonLinear, q) * d; });
     }
 
-    static constexpr int kZeroCode = kNonLinearZero;
+    static constexpr int kZeroCode = kNonLinearZero, kMaxCode = kNonLinearCodes[15];
     static void codes(const uint8_t* unit, VecCodes* out) {
         for_each_vector_of_codes(unit, out,
                                  [](auto... at) { return lookup_codes(kNonLinearCodes, nibble_parts(at...)); });

@@ -131,6 +131,7 @@ struct ScaleAndMinDecoder : SuperBlockDecoder<8, 8> {
 
 struct Q4_K : ScaleAndMinDecoder {
     static constexpr int64_t kBytes = 144;
+    static constexpr int kMaxCode = 15;
 
     static constexpr int64_t kCodeStep = kBytes;
     static void codes(const uint8_t* block, VecCodes* out) {
@@ -146,6 +147,7 @@ struct Q4_K : ScaleAndMinDecoder {
 
 struct Q5_K : ScaleAndMinDecoder {
     static constexpr int64_t kBytes = 176;
+    static constexpr int kMaxCode = 31;
 
     static constexpr int64_t kCodeStep = kBytes;
     static void codes(const uint8_t* block, VecCodes* out) {
@@ -153,7 +155,7 @@ struct Q5_K : ScaleAndMinDecoder {
         for (int i = 0; i < 4; ++i, out += kVectors) {
             nibble_codes<32>(block + 48 + 32 * i, out);
             for (int v = 0; v < kVectors; ++v) {
-                out[v] |= (shifted_twice(block + 16, 2 * i + v, 2 * i + 1) & 1) << 4;
+                out[v] |= raise_by_four(shifted_twice(block + 16, 2 * i + v, 2 * i + 1)) & 16;
             }
         }
     }
@@ -174,7 +176,7 @@ struct Q6_K : SuperBlockDecoder<16, 0> {
         return s;
     }
 
-    static constexpr int kZeroCode = 32;
+    static constexpr int kZeroCode = 32, kMaxCode = 63;
     static constexpr int64_t kCodeColumns = 256, kCodeStep = kBytes, kCodeGroup = 16;
     static constexpr bool kPairs = false, kMins = false;
     static void codes(const uint8_t* block, VecCodes* out) {
@@ -182,8 +184,8 @@ struct Q6_K : SuperBlockDecoder<16, 0> {
         for (int h = 0; h < 2; ++h) {
             nibble_codes<64>(block + 64 * h, out + h * kVectors);
             for (int v = 0; v < kVectors; ++v) {
-                const VecCodes high = shifted_twice(block + 128 + 32 * h, kShift * v, kShift * v + 2) & 3;
-                out[h * kVectors + v] |= high << 4;
+                const VecCodes high = shifted_twice(block + 128 + 32 * h, kShift * v, kShift * v + 2);
+                out[h * kVectors + v] |= raise_by_four(high) & 0x30;
             }
         }
     }
@@ -211,7 +213,7 @@ struct IQ4_XS : SuperBlockDecoder<8, 0> {
         return s;
     }
 
-    static constexpr int kZeroCode = kNonLinearZero;
+    static constexpr int kZeroCode = kNonLinearZero, kMaxCode = kNonLinearCodes[15];
     static constexpr int64_t kCodeColumns = 256, kCodeStep = kBytes, kCodeGroup = 32;
     static constexpr bool kPairs = false, kMins = false;
     static void codes(const uint8_t* block, VecCodes* out) {

@@ -17,7 +17,7 @@ struct Int8 : ChunkDecoder {
         for (int i = 0; i < kChunkVectors; ++i) v[i] = to_floats(widen_signed(block + i * kLanes<float>));
     }
 
-    static constexpr int kZeroCode = 128;
+    static constexpr int kZeroCode = 128, kMaxCode = 255;
     static constexpr int64_t kCodeColumns = 128, kCodeStep = 128, kCodeGroup = 0;
     static constexpr bool kPairs = false, kMins = false;
     static constexpr int kCodesAByte = 1;
@@ -41,7 +41,7 @@ inline void decode_nibbles(const uint8_t* bytes, const float* table, VecF* v) {
 struct NibbleCodes {
     static constexpr int64_t kCodeColumns = 128, kCodeStep = 64, kCodeGroup = 0;
     static constexpr bool kPairs = true, kMins = false;
-    static constexpr int kCodesAByte = 2;
+    static constexpr int kMaxCode = 15, kCodesAByte = 2;
     static void codes_of(VecCodes bytes, VecCodes* out) { split_nibbles(bytes, out, out + 1); }
     static void codes(const uint8_t* unit, VecCodes* out) { nibble_codes<64>(unit, out); }
 };

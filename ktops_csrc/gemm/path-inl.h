@@ -35,7 +35,9 @@ constexpr IsaLimits isa_limits() {
     limits.ahead_rows = Isa::kSumOnlyRows;
     limits.decoded_rows = Isa::kDecodedSumRows;
     limits.code_tiles = Isa::kInt8Tiles;
+    limits.code_dots_rows = Isa::kCodeDotRows;
     limits.code_rows = Isa::kInt8Rows;
+    limits.word_rows = Isa::kWordInt8Rows;
     limits.code_group = Isa::kInt8Group;
     return limits;
 }

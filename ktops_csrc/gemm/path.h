@@ -40,7 +40,8 @@ enum class Path : uint8_t {
     // x W^T and x W: blocks of W sized for L2 are packed into panels, which every row of x uses. Wins with many rows;
     // handles any strides, formats and sizes. (Decision 2)
     kPanels,
-    // x W^T in integers: dot products with codes in place. Wins up to kCodeDotRows rows. (Decision 12)
+    // x W^T in integers: dot products with codes in place. Wins with few rows, for which codes would be used too rarely
+    // in panels or tiles. (Decision 12)
     kCodeDots,
     // x W^T in integers on a CPU with tiles of bytes: codes are decoded into rows of bytes, and x is packed into panels
     // as two digits, since sums in tiles cannot be scaled block by block. Wins with many rows. (Decision 10)
@@ -67,25 +68,24 @@ constexpr int64_t kPanelBytes = 512 << 10, kRowBytes = kPanelBytes / 2;
 // kBandRank: the largest inner dimension of a product added in the same pass.
 constexpr int64_t kBandBytes = 1 << 20, kBandRank = 1024;
 
-// Up to kCodeDotRows rows, codes are used too rarely for panels or tiles.
-constexpr int64_t kCodeDotRows = 8;
-
 // What the kernels of an ISA support for activations of a dtype, and the sizes where one path overtakes another.
 struct IsaLimits {
-    int64_t element_bytes;  // of the dtype
-    int64_t dots_rows;      // up to this many rows, kDots beats kPanels
-    int64_t sums_rows;      // up to this many, kColumnSums does
-    int64_t dots_k;         // kDots: the longest rows of W of which kDotRows copies fit in scratch
-    int64_t sums_columns;   // kColumnSums: the most columns of which copies of the rows read at once fit in scratch
-    int64_t band_k;         // kRowBands: columns of W are a multiple of this; 0: no bands
-    int64_t band_rows;      // with more than this many rows, kRowBands beats kDots
-    int64_t ahead_k;        // kPanelsAhead: rows of W are a multiple of this; 0: not available
-    int64_t ahead_columns;  // and so are its columns
-    int64_t ahead_rows;     // with more than this many rows, kPanelsAhead beats kColumnSums
-    int64_t decoded_rows;   // the same if W is in a format
-    bool code_tiles;        // has tiles of bytes
-    int64_t code_rows;      // integers are faster than floats up to this many rows per expert on average,
-    int64_t code_group;     // and for any number of rows if at least this many columns share a scale
+    int64_t element_bytes;   // of the dtype
+    int64_t dots_rows;       // up to this many rows, kDots beats kPanels
+    int64_t sums_rows;       // up to this many, kColumnSums does
+    int64_t dots_k;          // kDots: the longest rows of W of which kDotRows copies fit in scratch
+    int64_t sums_columns;    // kColumnSums: the most columns of which copies of the rows read at once fit in scratch
+    int64_t band_k;          // kRowBands: columns of W are a multiple of this; 0: no bands
+    int64_t band_rows;       // with more than this many rows, kRowBands beats kDots
+    int64_t ahead_k;         // kPanelsAhead: rows of W are a multiple of this; 0: not available
+    int64_t ahead_columns;   // and so are its columns
+    int64_t ahead_rows;      // with more than this many rows, kPanelsAhead beats kColumnSums
+    int64_t decoded_rows;    // the same if W is in a format
+    bool code_tiles;         // has tiles of bytes
+    int64_t code_dots_rows;  // up to this many rows, kCodeDots beats panels and tiles
+    int64_t code_rows;       // integers are faster than floats up to this many rows per expert on average,
+    int64_t word_rows;       // or up to this many if sums of products fit in words,
+    int64_t code_group;      // and for any number of rows if at least this many columns share a scale
 };
 
 // The product computed for a block of C.
@@ -145,7 +145,7 @@ constexpr bool wins(Path path, const Product& p, const IsaLimits& isa) {
         case Path::kColumnSums:
             return p.rows <= isa.sums_rows;
         case Path::kCodeDots:
-            return p.rows <= kCodeDotRows;
+            return p.rows <= isa.code_dots_rows;
         default:
             return true;
     }
@@ -167,6 +167,7 @@ struct IntegerProducts {
     Computation compute;
     bool inference;  // no gradient will be requested
     int64_t routes, experts;
+    bool words;           // sums of products fit in words
     int64_t columns;      // of W
     int64_t group, unit;  // columns that share a scale; that are decoded together
 };
@@ -174,7 +175,7 @@ struct IntegerProducts {
 // Returns the number of digits per activation in these products, 0 for floats. kCodeTiles takes two and requires groups
 // that are whole rows or whole units.
 constexpr int choose_digits(const IntegerProducts& p, const IsaLimits& isa, std::optional<Path> forced = {}) {
-    const bool many = p.routes > isa.code_rows * p.experts;
+    const bool many = p.routes > (p.words ? isa.word_rows : isa.code_rows) * p.experts;
     const bool faster = p.inference && (!many || p.group >= isa.code_group);
     if (p.compute == Computation::kAuto ? !faster : p.compute == Computation::kFloat) return 0;
     const bool fill_tiles = p.group >= p.columns || (p.group % p.unit == 0 && p.group <= kMaxK / 2);

@@ -10,9 +10,16 @@
 
 namespace kt::KT_ISA {
 
-// sum + weights * x, four products per lane. In narrow_generic-inl.h, or in narrow_avx512_bf16-inl.h for ISAs with an
-// instruction for it.
+// How many sums of two products, with codes of weights up to max_code, always add up to a word.
+constexpr int word_sums(int max_code) { return INT16_MAX / (2 * 128 * max_code); }
+
+// sum + weights * x, four products per lane; no weight exceeds kMaxCode. In narrow_generic-inl.h, or in
+// narrow_avx512_bf16-inl.h for ISAs with an instruction for it (Isa::kByteDot).
+template <int kMaxCode>
 VecDots dot4(VecDots sum, VecCodes weights, VecCodes x);
+
+// sum + words, two per lane.
+inline VecDots add_words(VecDots sum, VecWords words) { return sum + multiply_words(words, VecWords{} + 1); }
 
 inline VecDotsF dots_to_floats(VecDots x) { return __builtin_convertvector(x, VecDotsF); }
 
@@ -32,6 +39,9 @@ inline void split_nibbles(VecCodes bytes, VecCodes* low, VecCodes* high) {
     *low = bytes & 15;
     *high = (VecCodes)((Words)bytes >> 4) & 15;
 }
+
+// x << 4 in every byte, with bits of its neighbor in the lower half.
+inline VecCodes raise_by_four(VecCodes x) { return (VecCodes)((VecWords)x << 4); }
 
 // Four-bit codes as bytes: the low halves of kBytes bytes, then their high halves.
 template <int64_t kBytes>

@@ -7,7 +7,9 @@
 //               float32. The weights' scales are applied once per group of blocks, or once per group within a block
 //   units       128 columns. If all blocks of a unit share one scale, in every row of a call, they are summed at once
 //   registers   3 rows x 4 panels: 12 exact sums and 12 of floats, 4 for a step of the panels, 1 for the broadcast of a
-//               row. The sums of a block are scaled between the first products of the next one.
+//               row. The sums of a block are scaled between the first products of the next one. On an ISA without an
+//               instruction for four products, products of small codes are first added up in words, in registers of
+//               their own: 4 rows x 2 panels (avx512), or 2 rows x 1 panel of two registers (avx2)
 
 #include <cstdint>
 #include <cstring>
@@ -32,7 +34,8 @@ struct CodeArguments {
     bool joins;      // true if any may
     const uint8_t* b;
     int64_t b_stride;
-    bool pairs;  // the even columns of every 128 come first, then the odd ones
+    int word_sums;  // of products of these codes (dot4-inl.h)
+    bool pairs;     // the even columns of every 128 come first, then the odd ones
     int64_t blocks;
     // Groups, the first of which ends after first_blocks blocks. For every group and column of C, w_stride from group
     // to group: scales, and mins, which are subtracted times the row's sum of the group; null if `starts` include them.
@@ -58,8 +61,11 @@ struct MicroDots {
     static constexpr int64_t kCodesALine = 32;  // of a row, per prefetched line
 
     static void multiply(CodeArguments g) {
-        if (g.group < kBlock) return call_rows<Groups::kHalves>(g, kRowCounts);
-        g.group == kBlock ? call_rows<Groups::kBlocks>(g, kRowCounts) : call_rows<Groups::kLong>(g, kRowCounts);
+        with_word_steps(g.word_sums, [&](auto steps) {
+            if (g.group < kBlock) return call_rows<Groups::kHalves, steps()>(g, kRowCounts);
+            g.group == kBlock ? call_rows<Groups::kBlocks, steps()>(g, kRowCounts)
+                              : call_rows<Groups::kLong, steps()>(g, kRowCounts);
+        });
     }
 
 private:
@@ -67,26 +73,36 @@ private:
     static constexpr int V = 64 / static_cast<int>(kCodeBytes);              // vectors of a step of a panel
     static constexpr auto kRowCounts = std::make_integer_sequence<int, kRows>();
 
+    // Calls f(constant): the steps whose products are added up in words before their sums are widened, or 0.
+    template <class F>
+    static void with_word_steps(int word_sums, F f) {
+        if constexpr (!Isa::kByteDot) {
+            if (word_sums >= 4) return f(std::integral_constant<int, 4>());
+            if (word_sums >= 2) return f(std::integral_constant<int, 2>());
+        }
+        f(std::integral_constant<int, 0>());
+    }
+
     enum class Groups { kHalves, kBlocks, kLong };
 
-    template <Groups kGroups, int... Is>
+    template <Groups kGroups, int kWordSteps, int... Is>
     static void call_rows(CodeArguments& g, std::integer_sequence<int, Is...>) {
         using Function = void (*)(CodeArguments&);
-        static constexpr Function table[] = {&rows<Is + 1, kGroups>...};
+        static constexpr Function table[] = {&rows<Is + 1, kGroups, kWordSteps>...};
         table[g.m - 1](g);
     }
 
-    template <int M, Groups kGroups>
+    template <int M, Groups kGroups, int kWordSteps>
     static void rows(CodeArguments& g) {
-        take_panels<M, kPanels, kGroups>(g);
-        if constexpr (kPanels > 2) take_panels<M, 2, kGroups>(g);
-        if constexpr (kPanels > 1) take_panels<M, 1, kGroups>(g);
+        take_panels<M, kPanels, kGroups, kWordSteps>(g);
+        if constexpr (kPanels > 2) take_panels<M, 2, kGroups, kWordSteps>(g);
+        if constexpr (kPanels > 1) take_panels<M, 1, kGroups, kWordSteps>(g);
     }
 
-    template <int M, int P, Groups kGroups>
+    template <int M, int P, Groups kGroups, int kWordSteps>
     static void take_panels(CodeArguments& g) {
         while (g.panels >= P) {
-            kernel<M, P, kGroups>(g);
+            kernel<M, P, kGroups, kWordSteps>(g);
             g.panels -= P;
             g.b += P * g.b_stride;
             g.c += P * kPanelColumns;
@@ -101,7 +117,7 @@ private:
         return read(reinterpret_cast<const T*>(from + i * static_cast<int64_t>(sizeof(T))));
     }
 
-    template <int M, int P, Groups kGroups>
+    template <int M, int P, Groups kGroups, int kWordSteps>
     static void kernel(const CodeArguments& g) {
         constexpr bool kHalf = kGroups == Groups::kHalves;
         VecDots sums[M][P * V];
@@ -116,7 +132,7 @@ private:
                 const bool unit = kGroups == Groups::kLong && joined<M>(g, part);
                 int64_t at = first_code<kGroups>(g, part);
                 if (!kHalf || part % 2 == 0) read_ahead(g, ahead);
-                add_steps<M, P>(g, at, sums, [&](int i) __attribute__((always_inline)) {
+                add_steps<M, P, kWordSteps>(g, at, sums, [&](int i) __attribute__((always_inline)) {
                     finish<P, kGroups>(g, i, last, sums[i], totals[i]);
                     int32_t start = number<int32_t>(g.a[i] + g.starts, part);
                     for (int64_t next = 1; unit && next < kUnitBlocks; ++next) {
@@ -130,7 +146,7 @@ private:
                     for (int64_t runs = unit ? 2 * kUnitBlocks - 1 : 1; runs > 0; --runs) {
                         at += apart;
                         if (runs % 2 == 0) read_ahead(g, ahead);
-                        add_steps<M, P>(g, at, sums, [](int) {});
+                        add_steps<M, P, kWordSteps>(g, at, sums, [](int) {});
                     }
                 }
                 if (kGroups == Groups::kBlocks && g.mins) take_mins<M, P>(g, part, totals);
@@ -180,10 +196,11 @@ private:
     }
 
     // Four steps, from code `at` of a row on. Calls first(i) before the first products of row i.
-    template <int M, int P, class First>
+    template <int M, int P, int kWordSteps, class First>
     __attribute__((always_inline)) static void add_steps(const CodeArguments& g, int64_t at, VecDots (&sums)[M][P * V],
                                                          First first) {
         const uint8_t* b = g.b + kPanelColumns * at;
+        VecWords words[M][P * V] = {};
 #pragma GCC unroll 4
         for (int u = 0; u < kStepCodes / 4; ++u, b += 64) {
             VecCodes panel[P * V];
@@ -196,7 +213,15 @@ private:
                 if (u == 0) first(i);
                 const auto x = (VecCodes)(read(reinterpret_cast<const int32_t*>(g.a[i] + at + 4 * u)) - VecDots{});
 #pragma GCC unroll 8
-                for (int j = 0; j < P * V; ++j) sums[i][j] = dot4(sums[i][j], panel[j], x);
+                for (int j = 0; j < P * V; ++j) {
+                    if constexpr (kWordSteps == 0) {
+                        sums[i][j] = dot4<255>(sums[i][j], panel[j], x);
+                    } else {
+                        const VecWords product = multiply_bytes(panel[j], x);
+                        words[i][j] = u % kWordSteps ? words[i][j] + product : product;
+                        if (u % kWordSteps == kWordSteps - 1) sums[i][j] = add_words(sums[i][j], words[i][j]);
+                    }
+                }
             }
         }
     }

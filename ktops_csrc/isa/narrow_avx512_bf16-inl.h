@@ -25,6 +25,7 @@ inline void store_chunk(const VecF* v, bfloat16* out) {
     _mm512_storeu_si512(out, both);
 }
 
+template <int kMaxCode>
 inline VecDots dot4(VecDots sum, VecCodes weights, VecCodes x) {
     return (VecDots)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)weights, (__m512i)x);
 }

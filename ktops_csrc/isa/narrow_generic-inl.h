@@ -25,10 +25,14 @@ inline void store_chunk(const VecF* v, bfloat16* out) {
     }
 }
 
+template <int kMaxCode>
 inline VecDots dot4(VecDots sum, VecCodes weights, VecCodes x) {
-    const VecDots w = (VecDots)weights, a = (VecDots)x;
-    for (int byte = 0; byte < 4; ++byte) sum += ((w >> 8 * byte) & 255) * ((a << (24 - 8 * byte)) >> 24);
-    return sum;
+    if constexpr (word_sums(kMaxCode) > 0) {
+        return add_words(sum, multiply_bytes(weights, x));
+    } else {
+        const auto w = (VecWords)weights, a = (VecWords)x;
+        return sum + multiply_words(w & 255, (a << 8) >> 8) + multiply_words((w >> 8) & 255, a >> 8);
+    }
 }
 
 }  // namespace kt::KT_ISA

@@ -44,12 +44,29 @@ inline double peak_float32(int64_t iterations) {
         std::make_integer_sequence<int, kPeakChains>());
 }
 
+// sum + 4 * weights * x, four products per lane, as fast as with any codes (micro_dots-inl.h).
+inline VecDots add_four_dots(VecDots sum, VecCodes weights, VecCodes x) {
+    VecWords words{};
+    for (int i = 0; i < 4; ++i) {
+        if constexpr (Isa::kByteDot) {
+            sum = dot4<255>(sum, weights, x);
+        } else if constexpr (kCodeBytes == Isa::kVectorBytes) {
+            __asm__ volatile("" : "+v"(weights));  // opaque, so that products are not computed once for all
+            words += multiply_bytes(weights, x);
+        } else {
+            __asm__ volatile("" : "+m"(weights));
+            words += multiply_bytes(weights, x);
+        }
+    }
+    return Isa::kByteDot ? sum : add_words(sum, words);
+}
+
 // For 8-bit integers, a product or a sum counts as one operation.
 inline double peak_int8(int64_t iterations) {
     VecCodes a = VecCodes{} + 1, b = a;
     __asm__ volatile("" : "+m"(a), "+m"(b));
     return peak_flops<VecDots>(
-        iterations, 2.0 * kCodeBytes, [a, b](VecDots c) { return dot4(c, a, b); },
+        ceil_div(iterations, 4), 2.0 * 4 * kCodeBytes, [a, b](VecDots c) { return add_four_dots(c, a, b); },
         std::make_integer_sequence<int, kPeakChains>());
 }
 

@@ -40,6 +40,7 @@ constexpr int kDotLanes = static_cast<int>(kCodeBytes / 4);
 typedef uint8_t VecCodes __attribute__((vector_size(kCodeBytes)));
 typedef int32_t VecDots __attribute__((vector_size(kCodeBytes)));
 typedef float VecDotsF __attribute__((vector_size(kCodeBytes)));
+typedef int16_t VecWords __attribute__((vector_size(kCodeBytes)));
 
 template <class V, class P>
 inline V load_bits(const P* p) {
@@ -48,15 +49,7 @@ inline V load_bits(const P* p) {
     return v;
 }
 
-// Loads the first n elements; the other lanes are zeros.
-template <class V, class P>
-inline V load_bits_partial(const P* p, int64_t n) {
-    V v{};
-    std::memcpy(&v, p, static_cast<size_t>(n) * sizeof(P));
-    return v;
-}
-
-// The same for a Vec, through memory; and the store of its first n lanes.
+// Loads the first n lanes of a Vec, through memory; the others are zeros. And stores the first n.
 template <class A>
 inline Vec<A> load_lanes(const A* p, int64_t n) {
     A lanes[kLanes<A>] = {};
@@ -112,6 +105,10 @@ VecF lookup(const float* table, VecI32 index);
 
 // table[index] of every byte, index < 16.
 VecCodes lookup_codes(const uint8_t* table, VecCodes index);
+
+// The sum of the products of every two neighbors: of words, and of bytes, unsigned times signed, which fits in a word.
+VecDots multiply_words(VecWords a, VecWords b);
+VecWords multiply_bytes(VecCodes a, VecCodes b);
 
 // Four numbers, repeated.
 VecDotsF repeat_four(const float* p);

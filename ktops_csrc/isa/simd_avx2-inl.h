@@ -81,12 +81,9 @@ inline VecCodes lookup_codes(const uint8_t* table, VecCodes index) {
     return (VecCodes)_mm256_shuffle_epi8(_mm256_broadcastsi128_si256(row), (__m256i)index);
 }
 
-inline VecCodes nibble_parts(const uint8_t* p, int64_t) {
-    typedef uint16_t Words __attribute__((vector_size(kCodeBytes)));
-    Words shifts;
-    for (int i = 0; i < static_cast<int>(kCodeBytes) / 2; ++i) shifts[i] = i / 8 % 2 ? 4 : 0;
-    const auto bytes = (Words)_mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
-    return (VecCodes)(bytes >> shifts) & 15;
+inline VecDots multiply_words(VecWords a, VecWords b) { return (VecDots)_mm256_madd_epi16((__m256i)a, (__m256i)b); }
+inline VecWords multiply_bytes(VecCodes a, VecCodes b) {
+    return (VecWords)_mm256_maddubs_epi16((__m256i)a, (__m256i)b);
 }
 
 }  // namespace kt::KT_ISA

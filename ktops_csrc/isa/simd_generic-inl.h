@@ -60,14 +60,13 @@ inline VecCodes lookup_codes(const uint8_t* table, VecCodes index) {
     return out;
 }
 
-inline VecCodes nibble_parts(const uint8_t* p, int64_t) {
-    typedef uint16_t Words __attribute__((vector_size(kCodeBytes)));
-    Words shifts;
-    for (int i = 0; i < static_cast<int>(kCodeBytes) / 2; ++i) shifts[i] = i / 8 % 2 ? 4 : 0;
-    Words bytes;
-    std::memcpy(&bytes, p, 16);
-    std::memcpy(reinterpret_cast<char*>(&bytes) + 16, p, 16);
-    return (VecCodes)(bytes >> shifts) & 15;
+inline VecDots multiply_words(VecWords a, VecWords b) {
+    const auto x = (VecDots)a, y = (VecDots)b;
+    return ((x << 16) >> 16) * ((y << 16) >> 16) + (x >> 16) * (y >> 16);
+}
+inline VecWords multiply_bytes(VecCodes a, VecCodes b) {
+    const auto x = (VecWords)a, y = (VecWords)b;
+    return (x & 255) * ((y << 8) >> 8) + ((x >> 8) & 255) * (y >> 8);
 }
 
 }  // namespace kt::KT_ISA

@@ -9,8 +9,36 @@
 
 namespace kt::KT_ISA {
 
-inline VecU8 load_partial(const uint8_t* p, int64_t n) { return load_bits_partial<VecU8>(p, n); }
-inline VecU16 load_partial(const uint16_t* p, int64_t n) { return load_bits_partial<VecU16>(p, n); }
+// The n bytes at p, n <= 8, and zeros. In registers: a load of a vector waits for the stores of its parts.
+inline uint64_t first_bytes(const uint8_t* p, int64_t n) {
+    const auto parts = [&](auto type) {  // the first and the last bytes, which may overlap
+        const auto* last = reinterpret_cast<const decltype(type)*>(p + n - sizeof(type));
+        const auto* first = reinterpret_cast<const decltype(type)*>(p);
+        return read(first) | static_cast<uint64_t>(read(last)) << 8 * (n - static_cast<int64_t>(sizeof(type)));
+    };
+    if (n == 8) return read(reinterpret_cast<const uint64_t*>(p));
+    if (n >= 4) return parts(uint32_t{});
+    if (n >= 2) return parts(uint16_t{});
+    return n ? *p : 0;
+}
+
+// The n bytes at p, and zeros.
+template <class V>
+inline V first_bytes_of(const void* from, int64_t n) {
+    const auto* p = static_cast<const uint8_t*>(from);
+    constexpr auto kWords = static_cast<int64_t>(sizeof(V) + 7) / 8;
+    uint64_t words[kWords];
+    for (int64_t i = 0; i < kWords; ++i) words[i] = first_bytes(p + 8 * i, smaller(8, larger(0, n - 8 * i)));
+    if constexpr (sizeof(V) > 8) {
+        typedef uint64_t Pair __attribute__((vector_size(16)));
+        return (V)Pair{words[0], words[1]};
+    } else {
+        return load_bits<V>(words);
+    }
+}
+
+inline VecU8 load_partial(const uint8_t* p, int64_t n) { return first_bytes_of<VecU8>(p, n); }
+inline VecU16 load_partial(const uint16_t* p, int64_t n) { return first_bytes_of<VecU16>(p, 2 * n); }
 inline VecF load_partial(const float* p, int64_t n) { return load_lanes(p, n); }
 inline void store_partial(float* p, VecF v, int64_t n) { store_lanes(p, v, n); }
 
@@ -31,5 +59,10 @@ inline VecCodes shifted_twice(const uint8_t* p, int low, int) {
     return (VecCodes)(load_bits<Words>(p) >> low);
 }
 inline VecCodes load_parts(const uint8_t* p, int64_t) { return load_bits<VecCodes>(p); }
+inline VecCodes nibble_parts(const uint8_t* p, int64_t) {
+    typedef uint16_t Words __attribute__((vector_size(16)));
+    const auto low = load_bits<Words>(p), high = low >> 4;
+    return (VecCodes)__builtin_shufflevector(low, high, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15) & 15;
+}
 
 }  // namespace kt::KT_ISA

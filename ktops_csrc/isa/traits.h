@@ -36,15 +36,23 @@ struct IsaDefaults {
     // And up to kMostLeftOver rows that do not fill a panel.
     static constexpr int64_t kDotOnlyRows = 0, kMostLeftOver = 0;
 
+    // True if the ISA multiplies bytes and adds the products to 32-bit sums in one instruction.
+    static constexpr bool kByteDot = false;
+
     // MicroDots, products of bytes: rows of activations by panels of codes.
     static constexpr int kCodeGemmRows = 2, kCodeGemmPanels = 1;
+
+    // Up to this many rows of activations, codes are multiplied in place.
+    static constexpr int64_t kCodeDotRows = 8;
 
     // True if the ISA has tiles of bytes (TileDots), for activations of two digits.
     static constexpr bool kInt8Tiles = false;
 
     // For weights in integer formats, integer products are faster than floating point if experts have at most kInt8Rows
-    // rows on average, or if at least kInt8Group columns share a scale.
-    static constexpr int64_t kInt8Rows = 0, kInt8Group = int64_t{1} << 62;
+    // rows on average (kWordInt8Rows if sums of products fit in words, isa/dot4-inl.h), or if at least kInt8Group
+    // columns share a scale.
+    static constexpr int64_t kAlways = int64_t{1} << 31;
+    static constexpr int64_t kInt8Rows = 0, kWordInt8Rows = 0, kInt8Group = int64_t{1} << 62;
 
     // Replaces kernels in the table of every format, if the CPU can do more than the ISA requires.
     static void use_faster_dots(FormatTable*) {}

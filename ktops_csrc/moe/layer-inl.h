@@ -130,13 +130,16 @@ struct Thread {
 template <class T>
 inline int code_digits(const Problem& p, const WeightTensor& weight) {
     if (std::is_same_v<T, double> || weight.is_dense() || !format_of(weight).code_group) return 0;
-    const IntegerProducts products{p.compute,
-                                   p.inference,
-                                   p.num_tokens * p.top_k,
-                                   p.num_experts,
-                                   weight.columns,
-                                   code_group(weight),
-                                   Weight<T>(weight).table().code_columns};
+    const FormatTable& table = Weight<T>(weight).table();
+    IntegerProducts products{};
+    products.compute = p.compute;
+    products.inference = p.inference;
+    products.routes = p.num_tokens * p.top_k;
+    products.experts = p.num_experts;
+    products.words = table.word_sums > 0;
+    products.columns = weight.columns;
+    products.group = code_group(weight);
+    products.unit = table.code_columns;
     return choose_digits(products, kIsaLimits<T>, p.forced_path);
 }
 

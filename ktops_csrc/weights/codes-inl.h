@@ -163,7 +163,7 @@ private:
         for (int v = 0; v < V; ++v) {
 #pragma GCC unroll 4
             for (int i = 0; i < M; ++i)
-                sums[i][v % S] = dot4(v < S ? VecDots{} : sums[i][v % S], codes[v], x.codes[i][v]);
+                sums[i][v % S] = dot4<Decoder::kMaxCode>(v < S ? VecDots{} : sums[i][v % S], codes[v], x.codes[i][v]);
         }
     }
 

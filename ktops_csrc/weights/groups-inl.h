@@ -24,7 +24,8 @@ inline void load_groups(const GroupValues& values, int64_t e, int64_t row, int64
     const uint8_t* from = values.at(e, row) + first * values.element_bytes();
     constexpr int64_t L = kLanes<float>;
     const auto vectors = [&](auto load) {
-        for (int64_t i = 0; i < group_room(n); i += L) store(out + i, load(i, larger(0, smaller(L, n - i))) * factor);
+        for_each_vector<float>(n, [&](int64_t i, int64_t count) { store(out + i, load(i, count) * factor); });
+        for (int64_t i = round_up(n, L); i < group_room(n); i += L) store(out + i, VecF{});
     };
     const auto halves = [&](int64_t i, int64_t count) {
         return load_partial(reinterpret_cast<const uint16_t*>(from) + i, count);

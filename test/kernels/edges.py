@@ -39,7 +39,8 @@ EDGES = {
     "micro_dots": (
         ("bytes",),
         (*ROWS_OF_A, "blocks=1", "blocks=3", "blocks=4", "blocks=5", "group=16", "group=32", "group=64",
-         "group=4096", "pairs=1", "joins=1", "begins=0", "mins=0", *STRIDE, *ADDS),
+         "group=4096", "pairs=1", "joins=1", "begins=0", "mins=0", "code=15", "code=31", "code=63",
+         "code=127", *STRIDE, *ADDS),
     ),
     "band": (("bfloat16",), ("k=unit", "k=640", *STRIDE, *ADDS)),
     "put_band": (("bfloat16",), (*COLUMNS, "panels=1", *STRIDE)),

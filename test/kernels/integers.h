@@ -33,6 +33,7 @@ private:
           blocks(shape.size("blocks", 9, 0)),
           group(shape.size("group", 128, 0)),
           part(smaller(group, kBlock)),
+          max_code(shape.size("code", 255, 0)),
           k(round_up(blocks * kBlock, kUnit)),
           // half of the first group is before the panels
           first_blocks(shape.is("begins", "0") ? larger(group / 2 / kBlock, 1) : larger(group / kBlock, 1)),
@@ -55,7 +56,10 @@ private:
           w((groups - 1) * w_stride + n),
           w_mins((groups - 1) * w_stride + n),
           c((m - 1) * ldc + n) {
-        for (int64_t i = 0; i < b.size(); ++i) b[i] = static_cast<uint8_t>(random_integer(0, 255));
+        // Columns in turns: any codes, and the largest ones.
+        for (int64_t i = 0; i < b.size(); ++i) {
+            b[i] = static_cast<uint8_t>(i / 4 % 2 ? max_code : random_integer(0, max_code));
+        }
         for (int64_t i = 0; i < w.size(); ++i) w[i] = number(), w_mins[i] = number();
         for (int64_t i = 0; i < m; ++i) make_row();
         for (int64_t i = 0; adds && i < m * n; ++i) c[i / n * ldc + i % n] = static_cast<float>(i % 7 - 3);
@@ -63,15 +67,19 @@ private:
 
     static float number() { return static_cast<float>(random_integer(-100, 100)) / 64; }
 
-    // Makes a row: random codes in `blocks` blocks, then zeros. If `joins`, the blocks of a unit share one scale.
+    // Makes a row: codes in `blocks` blocks, then zeros; in turns any codes, the largest, the least. If `joins`, the
+    // blocks of a unit share one scale.
     void make_row() {
         rows.push_back(std::make_unique<Input<int8_t>>(row_bytes));
         int8_t* x = rows.back()->data();
         std::memset(x, 0, static_cast<size_t>(row_bytes));
+        const int64_t kind = static_cast<int64_t>(a.size()) % 3;
         a.push_back(x);
         for (int64_t block = 0; block < blocks; ++block) {
-            for (int64_t i = 0; i < kBlock; ++i)
-                x[code_index(block, i)] = static_cast<int8_t>(random_integer(-127, 127));
+            for (int64_t i = 0; i < kBlock; ++i) {
+                const int64_t code = kind == 0 ? random_integer(-127, 127) : kind == 1 ? 127 : -128;
+                x[code_index(block, i)] = static_cast<int8_t>(code);
+            }
             const bool first = block % (kUnit / kBlock) == 0;
             put(x, scales_at, block, joins && !first ? scale(x, block - 1) : number());
         }
@@ -110,6 +118,7 @@ private:
                         joins,
                         b.data(),
                         b_stride,
+                        word_sums(static_cast<int>(max_code)),
                         pairs,
                         blocks,
                         group,
@@ -161,7 +170,7 @@ private:
                    : "C[" + std::to_string(i) + "][" + std::to_string(j) + "] is off by " + std::to_string(error);
     }
 
-    int64_t m, n, blocks, group, part, k, first_blocks, groups;
+    int64_t m, n, blocks, group, part, max_code, k, first_blocks, groups;
     int64_t scales_at, starts_at, sums_at, joined_at, row_bytes, w_stride, b_stride, ldc;
     bool pairs, joins, mins, begins, adds;
     Input<uint8_t> b;

@@ -6,6 +6,7 @@ import torch
 from massive_channels import assert_as_good_as_blocks, massive_channels
 
 import ktops
+from ktops.formats.gguf_blocks import BLOCKS as BLOCKS_OF_GGML
 from ktops.reference.int8 import BLOCK, DIGITS, UNIT, largest_of_blocks, round_blocks, round_digits
 from ktops.testing.budgets import forward_budget, relative_error
 from ktops.testing.compare import one_thread, random_grad_output, run, threads
@@ -33,8 +34,20 @@ CASES = [
     *((name, 0, *size) for name in BLOCKS for size in BLOCK_SIZES),
 ]
 Q8_0 = gguf.GGMLQuantizationType.Q8_0
-FAST = ("amx_bf16", "avx512_bf16")
-"""The kernels that multiply integers faster than floats, for which "auto" means "int8"."""
+ROWS_IN_INTEGERS = {"amx_bf16": 8, "avx512": 32, "avx2": 32, "scalar": 0}
+"""The most tokens of an expert, on average, for which "auto" means "int8"."""
+
+LARGEST = {"int8": 0x7F, "q8_0": 0x7F, "mxfp4": 0x77}
+"""The byte with the largest codes, if it is not 0xff."""
+
+CODES_OF_A_BLOCK = {
+    **dict.fromkeys(("q4_0", "iq4_nl"), slice(2, 18)),
+    "q8_0": slice(2, 34),
+    "iq4_xs": slice(8, 136),
+    "q4_k": slice(16, 144),
+    "q5_k": slice(16, 176),
+    "q6_k": slice(0, 192),
+}
 
 
 def round_joined(x: torch.Tensor) -> torch.Tensor:
@@ -152,10 +165,33 @@ def test_lora_and_biases_are_added(isa):
     assert relative_error(integers, floats) < 2 * 3 * 3 / 127 / 12**0.5
 
 
-def test_auto(isa):
+@pytest.mark.parametrize("num_tokens", [1, 40])
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize("name,group_size", [*FORMATS, *CHUNKS, *((name, 0) for name in BLOCKS)])
+def test_the_largest_codes(isa, name, group_size, sign, num_tokens):
+    """Sums of products of the largest codes and the largest activations do not overflow."""
+    inputs = moe_inputs(T=num_tokens, H=512, I=512, E=2, K=2, dtype=torch.float32)
+    inputs = in_format(inputs, name, group_size)
+    for projection in ("gate_up_proj", "down_proj"):
+        weight = inputs[projection].weight.view(torch.uint8)
+        blocks = weight.unflatten(-1, (-1, BLOCKS_OF_GGML[name][1])) if name in BLOCKS_OF_GGML else weight
+        blocks[..., CODES_OF_A_BLOCK.get(name, slice(None))] = LARGEST.get(name, 0xFF)
+    inputs["hidden_states"] = torch.full_like(inputs["hidden_states"], sign / 512)
+    output = ktops.moe_sft(**inputs, compute="int8")
+    assert output.abs().min() > 0
+    budget = integer_budget(torch.float32, rounding(isa, inputs, "down_proj"), 512)
+    assert relative_error(output, expected(isa, inputs, output)) <= budget
+
+
+@pytest.mark.parametrize("num_tokens", [16, 17, 64, 65])
+@pytest.mark.parametrize("name,group_size", [("int8", 32), ("int4", 32)])
+def test_auto(isa, name, group_size, num_tokens):
     """compute="auto" uses integers if nothing requires a gradient and the kernels are faster with them."""
-    inputs = in_format(moe_inputs(T=9, H=64, I=32, E=4, K=2, dtype=torch.bfloat16), "int8", 0)
-    compute = "int8" if isa in FAST else "bf16"
+    inputs = moe_inputs(T=num_tokens, H=64, I=32, E=4, K=2, dtype=torch.bfloat16)
+    inputs = in_format(inputs, name, group_size)
+    always = isa == "avx512_bf16" or (name == "int4" and isa in ("avx512", "avx2"))
+    faster = always or num_tokens * 2 <= 4 * ROWS_IN_INTEGERS[isa]
+    compute = "int8" if faster else "bf16"
     assert torch.equal(ktops.moe_sft(**inputs), ktops.moe_sft(**inputs, compute=compute))
     training = inputs | {"hidden_states": inputs["hidden_states"].requires_grad_()}
     assert torch.equal(ktops.moe_sft(**training), ktops.moe_sft(**training, compute="bf16"))

@@ -27,12 +27,6 @@ inline void for_each_nibble(const uint8_t* q, F f) {
     }
 }
 
-inline VecI32 lane_indices() {
-    VecI32 lanes;
-    for (int i = 0; i < kLanes<float>; ++i) lanes[i] = i;
-    return lanes;
-}
-
 // Bit `first + lane` of 32 bits, as 16 or 0.
 inline VecI32 fifth_bits(const uint8_t* qh, int64_t first) {
     const VecU32 bits = VecU32{} + (read(reinterpret_cast<const uint32_t*>(qh)) >> first);

@@ -63,6 +63,13 @@ inline void store_lanes(A* p, Vec<A> v, int64_t n) {
     std::memcpy(p, lanes, static_cast<size_t>(n) * sizeof(A));
 }
 
+// 0, 1, 2, ...
+inline VecI32 lane_indices() {
+    VecI32 lanes;
+    for (int i = 0; i < kLanes<float>; ++i) lanes[i] = i;
+    return lanes;
+}
+
 inline VecF to_floats(VecI32 x) { return __builtin_convertvector(x, VecF); }
 
 // Only the first n lanes, 0 <= n < lanes; those that are not read are zeros.

@@ -50,6 +50,10 @@ inline VecI32 widen_signed(const uint8_t* p) {
     return (VecI32)_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
 }
 
+inline VecF load_partial(const float* p, int64_t n) {
+    return (VecF)_mm256_maskload_ps(p, (__m256i)(lane_indices() < static_cast<int32_t>(n)));
+}
+
 inline float float16_at(const void* p) {
     const auto bits = read(static_cast<const uint16_t*>(p));
     return _mm_cvtss_f32(_mm_cvtph_ps(_mm_cvtsi32_si128(bits)));

@@ -24,6 +24,8 @@ inline VecI32 widen_signed(const uint8_t* p) {
     return VecI32{s[0], s[1], s[2], s[3]};
 }
 
+inline VecF load_partial(const float* p, int64_t n) { return load_lanes(p, n); }
+
 inline float float16_at(const void* p) { return to_float(read(static_cast<const float16*>(p))); }
 inline VecF from_float16(VecU16 x) {
     constexpr int32_t kBias = (127 - 15) << 23;

@@ -39,7 +39,6 @@ inline V first_bytes_of(const void* from, int64_t n) {
 
 inline VecU8 load_partial(const uint8_t* p, int64_t n) { return first_bytes_of<VecU8>(p, n); }
 inline VecU16 load_partial(const uint16_t* p, int64_t n) { return first_bytes_of<VecU16>(p, 2 * n); }
-inline VecF load_partial(const float* p, int64_t n) { return load_lanes(p, n); }
 inline void store_partial(float* p, VecF v, int64_t n) { store_lanes(p, v, n); }
 
 inline void store_past_caches(float* p, VecF v) { std::memcpy(p, &v, sizeof(v)); }

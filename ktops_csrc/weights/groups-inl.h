@@ -47,10 +47,8 @@ inline void load_groups(const GroupValues& values, int64_t e, int64_t row, int64
             return vectors([&](int64_t i, int64_t count) { return to_floats(bytes(i, count)); });
         case GroupValues::Type::kExponent:
             return vectors([&](int64_t i, int64_t count) {
-                VecI32 lane;
-                for (int j = 0; j < static_cast<int>(L); ++j) lane[j] = j;
                 const VecF powers = powers_of_two(bytes(i, count));  // of 0: subnormal, which is slow in products
-                return (VecF)((VecI32)powers & (lane < static_cast<int32_t>(count)));
+                return (VecF)((VecI32)powers & (lane_indices() < static_cast<int32_t>(count)));
             });
     }
 }

@@ -136,7 +136,7 @@ private:
         g.joined = at(x_.joined_at, CodedRows::kUnit, 1);
         g.joins = x_.joins();
         g.pairs = x_.pairs;
-        g.word_sums = table_.word_sums;
+        g.pairs_in_word = table_.pairs_in_word;
         g.blocks = block.blocks;
         g.group = group_;
         g.first_blocks = (group_ - block.k % group_) / CodedRows::kBlock;

@@ -84,7 +84,7 @@ struct IsaLimits {
     bool code_tiles;         // has tiles of bytes
     int64_t code_dots_rows;  // up to this many rows, kCodeDots beats panels and tiles
     int64_t code_rows;       // integers are faster than floats up to this many rows per expert on average,
-    int64_t word_rows;       // or up to this many if sums of products fit in words,
+    int64_t word_rows;       // or up to this many if sums of a few products fit in words,
     int64_t code_group;      // and for any number of rows if at least this many columns share a scale
 };
 
@@ -167,7 +167,7 @@ struct IntegerProducts {
     Computation compute;
     bool inference;  // no gradient will be requested
     int64_t routes, experts;
-    bool words;           // sums of products fit in words
+    bool words;           // sums of a few products fit in words
     int64_t columns;      // of W
     int64_t group, unit;  // columns that share a scale; that are decoded together
 };

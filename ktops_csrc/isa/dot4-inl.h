@@ -10,8 +10,10 @@
 
 namespace kt::KT_ISA {
 
-// How many sums of two products, with codes of weights up to max_code, always add up to a word.
-constexpr int word_sums(int max_code) { return INT16_MAX / (2 * 128 * max_code); }
+constexpr int kAnyCode = 255;  // the largest a code can be
+
+// How many sums of two products fit in a word when added up, with codes of weights up to max_code.
+constexpr int pairs_in_word(int max_code) { return INT16_MAX / (2 * 128 * max_code); }
 
 // sum + weights * x, four products per lane; no weight exceeds kMaxCode. In narrow_generic-inl.h, or in
 // narrow_avx512_bf16-inl.h for ISAs with an instruction for it (Isa::kByteDot).

@@ -34,8 +34,8 @@ struct CodeArguments {
     bool joins;      // true if any may
     const uint8_t* b;
     int64_t b_stride;
-    int word_sums;  // of products of these codes (dot4-inl.h)
-    bool pairs;     // the even columns of every 128 come first, then the odd ones
+    int pairs_in_word;  // for these codes (dot4-inl.h)
+    bool pairs;         // the even columns of every 128 come first, then the odd ones
     int64_t blocks;
     // Groups, the first of which ends after first_blocks blocks. For every group and column of C, w_stride from group
     // to group: scales, and mins, which are subtracted times the row's sum of the group; null if `starts` include them.
@@ -59,9 +59,10 @@ constexpr int64_t code_row_stride(int64_t k) { return k + 64; }
 struct MicroDots {
     static constexpr int kRows = Isa::kCodeGemmRows, kPanels = Isa::kCodeGemmPanels;
     static constexpr int64_t kCodesALine = 32;  // of a row, per prefetched line
+    static constexpr int kLeastPairs = 2;       // pairs in a word that make it worth adding up products in words
 
     static void multiply(CodeArguments g) {
-        with_word_steps(g.word_sums, [&](auto steps) {
+        with_word_steps(g.pairs_in_word, [&](auto steps) {
             if (g.group < kBlock) return call_rows<Groups::kHalves, steps()>(g, kRowCounts);
             g.group == kBlock ? call_rows<Groups::kBlocks, steps()>(g, kRowCounts)
                               : call_rows<Groups::kLong, steps()>(g, kRowCounts);
@@ -75,10 +76,10 @@ private:
 
     // Calls f(constant): the steps whose products are added up in words before their sums are widened, or 0.
     template <class F>
-    static void with_word_steps(int word_sums, F f) {
+    static void with_word_steps(int pairs_in_word, F f) {
         if constexpr (!Isa::kByteDot) {
-            if (word_sums >= 4) return f(std::integral_constant<int, 4>());
-            if (word_sums >= 2) return f(std::integral_constant<int, 2>());
+            if (pairs_in_word >= 4) return f(std::integral_constant<int, 4>());
+            if (pairs_in_word >= kLeastPairs) return f(std::integral_constant<int, kLeastPairs>());
         }
         f(std::integral_constant<int, 0>());
     }
@@ -195,7 +196,8 @@ private:
         ahead += g.ahead_step;
     }
 
-    // Four steps, from code `at` of a row on. Calls first(i) before the first products of row i.
+    // Four steps, from code `at` of a row on. Calls first(i) before the first products of row i. Products of kWordSteps
+    // steps are added up in words; with 0, none are.
     template <int M, int P, int kWordSteps, class First>
     __attribute__((always_inline)) static void add_steps(const CodeArguments& g, int64_t at, VecDots (&sums)[M][P * V],
                                                          First first) {
@@ -215,7 +217,7 @@ private:
 #pragma GCC unroll 8
                 for (int j = 0; j < P * V; ++j) {
                     if constexpr (kWordSteps == 0) {
-                        sums[i][j] = dot4<255>(sums[i][j], panel[j], x);
+                        sums[i][j] = dot4<kAnyCode>(sums[i][j], panel[j], x);
                     } else {
                         const VecWords product = multiply_bytes(panel[j], x);
                         words[i][j] = u % kWordSteps ? words[i][j] + product : product;

@@ -27,7 +27,7 @@ inline void store_chunk(const VecF* v, bfloat16* out) {
 
 template <int kMaxCode>
 inline VecDots dot4(VecDots sum, VecCodes weights, VecCodes x) {
-    if constexpr (word_sums(kMaxCode) > 0) {
+    if constexpr (pairs_in_word(kMaxCode) > 0) {
         return add_words(sum, multiply_bytes(weights, x));
     } else {
         const auto w = (VecWords)weights, a = (VecWords)x;

@@ -7,6 +7,7 @@
 #include <type_traits>
 #include <utility>
 
+#include "core/views.h"
 #include "isa/dot4-inl.h"
 #include "isa/simd-inl.h"
 #include "isa/vec-inl.h"
@@ -44,19 +45,19 @@ inline double peak_float32(int64_t iterations) {
         std::make_integer_sequence<int, kPeakChains>());
 }
 
-// sum + 4 * weights * x, four products per lane, as fast as with any codes (micro_dots-inl.h).
+// sum + 4 * weights * x, four products per lane: as MicroDots adds up four steps, for codes that fit in words.
 inline VecDots add_four_dots(VecDots sum, VecCodes weights, VecCodes x) {
     VecWords words{};
     for (int i = 0; i < 4; ++i) {
         if constexpr (Isa::kByteDot) {
-            sum = dot4<255>(sum, weights, x);
+            sum = dot4<kAnyCode>(sum, weights, x);
+            continue;
         } else if constexpr (kCodeBytes == Isa::kVectorBytes) {
             __asm__ volatile("" : "+v"(weights));  // opaque, so that products are not computed once for all
-            words += multiply_bytes(weights, x);
         } else {
             __asm__ volatile("" : "+m"(weights));
-            words += multiply_bytes(weights, x);
         }
+        words += multiply_bytes(weights, x);
     }
     return Isa::kByteDot ? sum : add_words(sum, words);
 }

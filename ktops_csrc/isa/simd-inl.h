@@ -72,7 +72,7 @@ inline VecI32 lane_indices() {
 
 inline VecF to_floats(VecI32 x) { return __builtin_convertvector(x, VecF); }
 
-// Only the first n lanes, 0 <= n < lanes; those that are not read are zeros.
+// Only the first n lanes, 0 <= n <= lanes; those that are not read are zeros.
 VecU8 load_partial(const uint8_t* p, int64_t n);
 VecU16 load_partial(const uint16_t* p, int64_t n);
 VecF load_partial(const float* p, int64_t n);
@@ -113,7 +113,8 @@ VecF lookup(const float* table, VecI32 index);
 // table[index] of every byte, index < 16.
 VecCodes lookup_codes(const uint8_t* table, VecCodes index);
 
-// The sum of the products of every two neighbors: of words, and of bytes, unsigned times signed, which fits in a word.
+// Sums of the products of every two neighbors. multiply_bytes: a is unsigned, b signed, and each sum must fit in a
+// word.
 VecDots multiply_words(VecWords a, VecWords b);
 VecWords multiply_bytes(VecCodes a, VecCodes b);
 

@@ -109,6 +109,11 @@ inline VecCodes lookup_codes(const uint8_t* table, VecCodes index) {
     return (VecCodes)_mm512_shuffle_epi8(_mm512_broadcast_i32x4(row), (__m512i)index);
 }
 
+inline VecDots multiply_words(VecWords a, VecWords b) { return (VecDots)_mm512_madd_epi16((__m512i)a, (__m512i)b); }
+inline VecWords multiply_bytes(VecCodes a, VecCodes b) {
+    return (VecWords)_mm512_maddubs_epi16((__m512i)a, (__m512i)b);
+}
+
 inline VecDotsF repeat_four(const float* p) { return (VecDotsF)_mm512_broadcast_f32x4(_mm_loadu_ps(p)); }
 
 inline VecCodes shifted_twice(const uint8_t* p, int low, int high) {
@@ -118,11 +123,6 @@ inline VecCodes shifted_twice(const uint8_t* p, int low, int high) {
     for (int i = 0; i < 32; ++i) shifts[i] = static_cast<uint16_t>(i < 16 ? low : high);
     return (VecCodes)_mm512_srlv_epi16((__m512i)bytes, (__m512i)shifts);
 }
-inline VecDots multiply_words(VecWords a, VecWords b) { return (VecDots)_mm512_madd_epi16((__m512i)a, (__m512i)b); }
-inline VecWords multiply_bytes(VecCodes a, VecCodes b) {
-    return (VecWords)_mm512_maddubs_epi16((__m512i)a, (__m512i)b);
-}
-
 inline VecCodes load_parts(const uint8_t* p, int64_t apart) {
     const auto* parts = reinterpret_cast<const __m256i*>(p);
     const auto* second = reinterpret_cast<const __m256i*>(p + apart);

@@ -5,11 +5,13 @@
 #include <cstdint>
 #include <cstring>
 
+#include "core/views.h"
 #include "isa/simd-inl.h"
 
 namespace kt::KT_ISA {
 
-// The n bytes at p, n <= 8, and zeros. In registers: a load of a vector waits for the stores of its parts.
+// The n bytes at p, n <= 8, then zeros. Assembled in registers, because a vector load right after narrower stores would
+// have to wait for them.
 inline uint64_t first_bytes(const uint8_t* p, int64_t n) {
     const auto parts = [&](auto type) {  // the first and the last bytes, which may overlap
         const auto* last = reinterpret_cast<const decltype(type)*>(p + n - sizeof(type));
@@ -22,13 +24,14 @@ inline uint64_t first_bytes(const uint8_t* p, int64_t n) {
     return n ? *p : 0;
 }
 
-// The n bytes at p, and zeros.
+// The n bytes at `from` as a vector, then zeros.
 template <class V>
 inline V first_bytes_of(const void* from, int64_t n) {
+    static_assert(sizeof(V) <= 16);
     const auto* p = static_cast<const uint8_t*>(from);
     constexpr auto kWords = static_cast<int64_t>(sizeof(V) + 7) / 8;
     uint64_t words[kWords];
-    for (int64_t i = 0; i < kWords; ++i) words[i] = first_bytes(p + 8 * i, smaller(8, larger(0, n - 8 * i)));
+    for (int64_t i = 0; i < kWords; ++i) words[i] = n > 8 * i ? first_bytes(p + 8 * i, smaller(8, n - 8 * i)) : 0;
     if constexpr (sizeof(V) > 8) {
         typedef uint64_t Pair __attribute__((vector_size(16)));
         return (V)Pair{words[0], words[1]};

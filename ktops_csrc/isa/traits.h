@@ -48,10 +48,11 @@ struct IsaDefaults {
     // True if the ISA has tiles of bytes (TileDots), for activations of two digits.
     static constexpr bool kInt8Tiles = false;
 
+    static constexpr int64_t kAlways = int64_t{1} << 31;  // more rows than any expert has
+
     // For weights in integer formats, integer products are faster than floating point if experts have at most kInt8Rows
-    // rows on average (kWordInt8Rows if sums of products fit in words, isa/dot4-inl.h), or if at least kInt8Group
+    // rows on average (kWordInt8Rows if sums of a few products fit in words, isa/dot4-inl.h), or if at least kInt8Group
     // columns share a scale.
-    static constexpr int64_t kAlways = int64_t{1} << 31;
     static constexpr int64_t kInt8Rows = 0, kWordInt8Rows = 0, kInt8Group = int64_t{1} << 62;
 
     // Replaces kernels in the table of every format, if the CPU can do more than the ISA requires.

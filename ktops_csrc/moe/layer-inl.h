@@ -136,7 +136,7 @@ inline int code_digits(const Problem& p, const WeightTensor& weight) {
     products.inference = p.inference;
     products.routes = p.num_tokens * p.top_k;
     products.experts = p.num_experts;
-    products.words = table.word_sums > 0;
+    products.words = table.pairs_in_word >= MicroDots::kLeastPairs;
     products.columns = weight.columns;
     products.group = code_group(weight);
     products.unit = table.code_columns;

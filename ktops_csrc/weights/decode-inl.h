@@ -28,7 +28,7 @@ constexpr FormatTable make_table() {
         table.code_panel = &Rows::panel;
         table.code_scales = &Rows::scales;
         table.zero_code = Decoder::kZeroCode;
-        table.word_sums = word_sums(Decoder::kMaxCode);
+        table.pairs_in_word = pairs_in_word(Decoder::kMaxCode);
         table.code_columns = Decoder::kCodeColumns;
         table.pairs = Decoder::kPairs;
         table.code_mins = kZeros || Decoder::kMins;

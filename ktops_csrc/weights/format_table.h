@@ -89,7 +89,7 @@ struct FormatTable {
     void (*code_scales)(const WeightTensor&, int64_t e, int64_t row, int64_t n, int64_t first, int64_t count,
                         float* scale, float* min, int64_t apart) = nullptr;
     int zero_code = 0;
-    int word_sums = 0;                      // of products (isa/dot4-inl.h)
+    int pairs_in_word = 0;                  // sums of two products that add up to a word (isa/dot4-inl.h)
     int64_t code_columns = 0;               // of a unit
     bool pairs = false, code_mins = false;  // the order of codes; groups have zero points of their own
 };

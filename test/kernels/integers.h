@@ -67,15 +67,16 @@ private:
 
     static float number() { return static_cast<float>(random_integer(-100, 100)) / 64; }
 
-    // Makes a row: codes in `blocks` blocks, then zeros; in turns any codes, the largest, the least. If `joins`, the
-    // blocks of a unit share one scale.
+    // Makes a row: codes in `blocks` blocks, then zeros. Blocks in turns: any codes, the largest, the least. If
+    // `joins`, the blocks of a unit share one scale.
     void make_row() {
         rows.push_back(std::make_unique<Input<int8_t>>(row_bytes));
         int8_t* x = rows.back()->data();
         std::memset(x, 0, static_cast<size_t>(row_bytes));
-        const int64_t kind = static_cast<int64_t>(a.size()) % 3;
+        const auto row = static_cast<int64_t>(a.size());
         a.push_back(x);
         for (int64_t block = 0; block < blocks; ++block) {
+            const int64_t kind = (row + block) % 3;
             for (int64_t i = 0; i < kBlock; ++i) {
                 const int64_t code = kind == 0 ? random_integer(-127, 127) : kind == 1 ? 127 : -128;
                 x[code_index(block, i)] = static_cast<int8_t>(code);
@@ -118,7 +119,7 @@ private:
                         joins,
                         b.data(),
                         b_stride,
-                        word_sums(static_cast<int>(max_code)),
+                        pairs_in_word(static_cast<int>(max_code)),
                         pairs,
                         blocks,
                         group,

@@ -52,11 +52,9 @@ struct Result {
 
     explicit operator bool() const { return data != nullptr; }
 
-    // Zeroes part i of n equal parts.
-    void clear(int64_t i, int64_t n) const {
+    int64_t bytes() const {
         const int64_t element = dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2;
-        const int64_t bytes = size[0] * size[1] * size[2] / n * element;
-        std::memset(static_cast<char*>(data) + i * bytes, 0, static_cast<size_t>(bytes));
+        return size[0] * size[1] * size[2] * element;
     }
 
     void put(int64_t i, int64_t j, int64_t k, double value) const {

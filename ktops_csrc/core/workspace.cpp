@@ -10,6 +10,8 @@
 #include <string>
 #include <vector>
 
+#include "core/huge_pages.h"
+
 #ifdef __SANITIZE_ADDRESS__
 #include <sanitizer/asan_interface.h>
 #else
@@ -21,7 +23,6 @@ namespace kt {
 namespace {
 
 constexpr size_t kPage = 4096;
-constexpr size_t kHugePage = 2 << 20;
 
 struct Block {
     char* data;
@@ -29,13 +30,12 @@ struct Block {
     size_t needed;  // by the call that uses it; 0 if idle
 };
 
-// Large blocks come from mmap: free() may keep memory instead of returning it to the system. Huge pages, where the
-// system grants them, fault less often.
+// Large blocks come from mmap: free() may keep memory instead of returning it to the system.
 char* allocate(size_t bytes) {
     if (bytes < kHugePage) return static_cast<char*>(std::aligned_alloc(kPage, bytes));
     void* data = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     if (data == MAP_FAILED) return nullptr;
-    madvise(data, bytes, MADV_HUGEPAGE);
+    ask_for_huge_pages(data, bytes);
     return static_cast<char*>(data);
 }
 

@@ -15,6 +15,7 @@
 //   weights_i          grad_B1 = s1 [dg|du]^T xa
 //   grad_topk_weights  grad_w + <d, bd>, the slabs of I added up        [T, K]
 
+#include "isa/zero_past_caches-inl.h"
 #include "moe/combine-inl.h"
 
 namespace kt::KT_ISA {
@@ -185,7 +186,8 @@ private:
         for (const Result* result :
              {&b_.grad_gate_up_proj, &b_.grad_down_proj, &b_.grad_gate_up_bias, &b_.grad_down_bias,
               &b_.grad_gate_up_lora_A, &b_.grad_gate_up_lora_B, &b_.grad_down_lora_A, &b_.grad_down_lora_B}) {
-            if (*result) result->clear(expert, p_.num_experts);
+            const int64_t bytes = result->bytes() / p_.num_experts;
+            if (*result) zero_past_caches(static_cast<char*>(result->data) + expert * bytes, bytes);
         }
     }
 

@@ -3,6 +3,8 @@
 #include <cmath>
 #include <stdexcept>
 
+#include "core/huge_pages.h"
+
 namespace kt::ops {
 
 namespace {
@@ -122,6 +124,12 @@ void Checker::absent(const char* name, const OptionalTensor& tensor, const char*
 
 Tensor as_contiguous(const Tensor& tensor) {
     return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
+}
+
+Tensor empty(torch::headeronly::IntHeaderOnlyArrayRef sizes, ScalarType dtype) {
+    const Tensor tensor = torch::stable::empty(sizes, dtype);
+    ask_for_huge_pages(tensor.mutable_data_ptr(), bytes_of(tensor));
+    return tensor;
 }
 
 StridedTensor strided(const Tensor& tensor, DType dtype) {

@@ -16,7 +16,7 @@ Tensor dequantize(Tensor weight, OptionalTensor scale, OptionalTensor zero, std:
     const Format* format = find_format(check, names, weight_format);
     check.require(format, "weight_format must name a format, got 'dense'");
     const WeightTensor view = weight_argument(check, names, *format, group_size, weight, scale, zero);
-    Tensor out = torch::stable::empty({E, N, columns}, ScalarType::Float);
+    Tensor out = empty({E, N, columns}, ScalarType::Float);
     auto* data = static_cast<float*>(out.mutable_data_ptr());
     constexpr int64_t kRows = 16;  // per task
     const int64_t blocks = ceil_div(N, kRows);

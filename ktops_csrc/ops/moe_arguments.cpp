@@ -145,7 +145,7 @@ void Tokens::point_to_tokens() {
 Tensor Tokens::empty_output() const {
     const Problem& p = problem;
     const int64_t size[] = {p.num_tokens, p.reduce ? p.hidden_size : p.top_k, p.hidden_size};
-    return torch::stable::empty({size, size_t{p.reduce ? 2u : 3u}}, hidden_states.scalar_type());
+    return ops::empty({size, size_t{p.reduce ? 2u : 3u}}, hidden_states.scalar_type());
 }
 
 MoeArguments::MoeArguments(const char* op, KT_MOE_ARGUMENTS(KT_PARAMETER))
@@ -217,7 +217,7 @@ int64_t MoeArguments::gate_up_columns() const {
 }
 
 Tensor MoeArguments::empty(std::initializer_list<int64_t> size) const {
-    return torch::stable::empty({size.begin(), size.size()}, hidden_states.scalar_type());
+    return ops::empty({size.begin(), size.size()}, hidden_states.scalar_type());
 }
 
 bool keeps_activations(const char* op, const std::string& save) {

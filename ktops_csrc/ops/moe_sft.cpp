@@ -29,7 +29,7 @@ namespace {
 // contiguous, or its transpose is.
 Result make_result(const Checker& check, const char* name, const Tensor& like, bool transposed, OptionalTensor& out) {
     const Tensor stored = transposed ? torch::stable::transpose(like, 1, 2) : like;
-    const Tensor data = torch::stable::empty(stored.sizes(), like.scalar_type());
+    const Tensor data = empty(stored.sizes(), like.scalar_type());
     out = transposed ? torch::stable::transpose(data, 1, 2) : data;
     Result result;
     result.data = data.mutable_data_ptr();

@@ -48,7 +48,7 @@ struct Codes {
 // Allocates the codes, and describes them in the problem.
 Codes allocate(const Checker& check, const WeightNames& names, const Format& format, QuantizeProblem& p) {
     p.row_bytes = row_size(check, names, format).value;  // every element is a byte
-    Codes out{torch::stable::empty({p.experts, p.rows, p.row_bytes}, scalar_type(format.element)), {}, {}};
+    Codes out{empty({p.experts, p.rows, p.row_bytes}, scalar_type(format.element)), {}, {}};
     p.codes = static_cast<uint8_t*>(out.weight.mutable_data_ptr());
     if (format.scales == Scales::kNone) return out;
     const bool blocks = format.id == FormatId::fp8_e4m3 && !p.row_scale;
@@ -56,11 +56,10 @@ Codes allocate(const Checker& check, const WeightNames& names, const Format& for
     const ScalarType type = format.scales == Scales::kExponents ? ScalarType::Byte
                             : p.row_scale || blocks             ? ScalarType::Float
                                                                 : ScalarType::BFloat16;
-    out.scale = torch::stable::empty({p.experts, rows, p.groups()}, type);
+    out.scale = empty({p.experts, rows, p.groups()}, type);
     p.scale = out.scale->mutable_data_ptr();
     if (format.zeros) {
-        out.zero = torch::stable::empty({p.experts, rows, p.groups()},
-                                        p.method == Method::kRtn ? ScalarType::Byte : ScalarType::Half);
+        out.zero = empty({p.experts, rows, p.groups()}, p.method == Method::kRtn ? ScalarType::Byte : ScalarType::Half);
         p.zero = out.zero->mutable_data_ptr();
     }
     return out;

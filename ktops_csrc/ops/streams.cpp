@@ -51,8 +51,6 @@ Calls& loaded(const char* op) {
     Checker(op).fail("kt::load_cuda must be called first");
 }
 
-size_t bytes_of(const Tensor& tensor) { return static_cast<size_t>(tensor.numel()) * tensor.element_size(); }
-
 // A tensor on the device, and where its copy in a block of pinned memory begins.
 class Staged {
 public:

@@ -2,7 +2,6 @@
 
 import ctypes
 import mmap
-from pathlib import Path
 
 import pytest
 import torch
@@ -10,27 +9,7 @@ from tiny_checkpoints import write_per_expert
 from tiny_schemes import gptq, plain
 
 from ktops.checkpoints import huge_pages, open_checkpoint
-
-EXIST = Path("/sys/kernel/mm/transparent_hugepage").exists()
-"""Whether the system has huge pages to ask for."""
-
-
-def asked_for_huge_pages(address: int) -> bool:
-    """Returns whether the mapping that contains an address has the flag of MADV_HUGEPAGE."""
-    inside = False
-    for line in Path("/proc/self/smaps").read_text().splitlines():
-        first, *rest = line.split()
-        if "-" in first and not first.endswith(":"):
-            begin, end = (int(number, 16) for number in first.split("-"))
-            inside = begin <= address < end
-        elif inside and first == "VmFlags:":
-            return "hg" in rest
-    raise AssertionError(f"no mapping contains {address:#x}")
-
-
-def huge_page_of(tensor: torch.Tensor) -> int:
-    """Returns the address of the first whole huge page of a tensor."""
-    return -(-tensor.data_ptr() // huge_pages.HUGE_PAGE) * huge_pages.HUGE_PAGE
+from ktops.testing.pages import EXIST, asked_for_huge_pages, huge_page_of
 
 
 def test_empty():
@@ -55,9 +34,7 @@ def test_experts_that_are_read(tmp_path, dtype, options):
     write_per_expert(tmp_path, make, num_experts=8, hidden=1024, intermediate=1024, layers=1)
     experts = open_checkpoint(tmp_path).layers[0].read(**options)
     for weight in (experts.gate_up_proj, experts.down_proj):
-        codes = weight.weight
-        assert codes.nbytes >= 2 * huge_pages.HUGE_PAGE - 1
-        assert asked_for_huge_pages(huge_page_of(codes)) == EXIST
+        assert asked_for_huge_pages(huge_page_of(weight.weight)) == EXIST
 
 
 def test_dense_experts_that_are_read(tmp_path):

@@ -24,6 +24,10 @@ EDGES = {
     "pack_nn_scaled": (WIDENED, (*COLUMNS, *K, *STRIDE)),
     "pack_columns": (FLOATS, (*COLUMNS, *K, *STRIDE)),
     "pack_rows": (FLOATS, (*COLUMNS, "k=unit", *STRIDE)),
+    "zero_past_caches": (
+        ("bytes",),
+        ("columns=1", "columns=13", "columns=28", "columns=29", "columns=4096", "first=1", "first=16"),
+    ),
     "stage_rows": (WIDENED, (*ROWS_OF_A, *K, *STRIDE)),
     "point_into_panels": (FLOATS, (*ROWS_OF_A, "first=13")),
     "micro_gemm": (FLOATS, (*ROWS_OF_A, "m=half", "m=half+1", *K, *STRIDE, *ADDS, "a=panels")),

@@ -10,6 +10,7 @@
 #include "buffers.h"
 #include "isa/micro_gemm_generic-inl.h"
 #include "isa/pack-inl.h"
+#include "isa/zero_past_caches-inl.h"
 #include "shape.h"
 
 namespace suites {
@@ -60,6 +61,19 @@ struct transpose_16x16 {
             for (int64_t k = 0; k < 16; ++k) {
                 if (std::memcmp(&out[16 * k + n], rows.data() + n * stride + 4 * k, 4)) return "wrong";
             }
+        }
+        return expect(out.guarded(), "written out of bounds");
+    }
+};
+
+struct zero_past_caches {
+    static std::string run(const Shape& shape) {
+        const int64_t n = shape.size("columns", 100, 4096), first = shape.size("first", 3, 16), last = 5;
+        Output<char> out(first + n + last);
+        kt::KT_ISA::zero_past_caches(out.data() + first, n);
+        for (int64_t i = 0; i < out.size(); ++i) {
+            const bool zero = i >= first && i < first + n;
+            if (zero ? out[i] != 0 : !out.untouched(i)) return "byte " + std::to_string(i);
         }
         return expect(out.guarded(), "written out of bounds");
     }

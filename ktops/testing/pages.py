@@ -1,4 +1,4 @@
-"""Which memory the system has been asked to give huge pages."""
+"""Tells which memory the system has been asked to back with huge pages."""
 
 from pathlib import Path
 
@@ -11,7 +11,7 @@ EXIST = Path("/sys/kernel/mm/transparent_hugepage").exists()
 
 
 def asked_for_huge_pages(address: int) -> bool:
-    """Returns whether the mapping that contains an address has the flag of MADV_HUGEPAGE."""
+    """Returns whether the mapping that contains an address was advised with MADV_HUGEPAGE."""
     inside = False
     for line in Path("/proc/self/smaps").read_text().splitlines():
         first, *rest = line.split()

@@ -9,8 +9,8 @@ namespace kt {
 
 constexpr size_t kHugePage = 2 << 20;
 
-// Asks the system for huge pages, which take one page fault instead of 512, for those that lie in this memory. The
-// system grants them at first use or not at all.
+// Asks the system for the huge pages that lie within this memory, one page fault each instead of 512. It grants them at
+// first use, or not at all.
 inline void ask_for_huge_pages(void* data, size_t bytes) {
     const auto from = reinterpret_cast<uintptr_t>(data);
     const uintptr_t begin = (from + kHugePage - 1) / kHugePage * kHugePage,

@@ -6,6 +6,8 @@
 // files include, except for <immintrin.h>, which only some ISAs use. Including them again inside the region does
 // nothing.
 
+#include <emmintrin.h>
+
 #include <chrono>
 #include <cmath>
 #include <cstdint>

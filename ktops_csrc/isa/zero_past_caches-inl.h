@@ -9,9 +9,9 @@
 
 namespace kt::KT_ISA {
 
-// Zeroes memory past the caches: other stores would read it first, which takes twice the time. In SSE2, which
-// every x86-64 has. Other threads see the zeros after this thread's next locked instruction, such as the one that
-// counts a finished task.
+// Zeroes memory with stores that bypass the caches; ordinary stores read each line first. Uses SSE2, which every x86-64
+// CPU has. Other threads are sure to see the zeros only after this thread's next locked instruction, such as the one
+// that counts its finished tasks (parallel/schedule.h).
 inline void zero_past_caches(char* to, int64_t bytes) {
     constexpr int64_t kVector = 16;
     const int64_t head = smaller(bytes, -reinterpret_cast<intptr_t>(to) & (kVector - 1));

@@ -186,8 +186,9 @@ private:
         for (const Result* result :
              {&b_.grad_gate_up_proj, &b_.grad_down_proj, &b_.grad_gate_up_bias, &b_.grad_down_bias,
               &b_.grad_gate_up_lora_A, &b_.grad_gate_up_lora_B, &b_.grad_down_lora_A, &b_.grad_down_lora_B}) {
+            if (!*result) continue;
             const int64_t bytes = result->bytes() / p_.num_experts;
-            if (*result) zero_past_caches(static_cast<char*>(result->data) + expert * bytes, bytes);
+            zero_past_caches(static_cast<char*>(result->data) + expert * bytes, bytes);
         }
     }
 

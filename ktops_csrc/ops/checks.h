@@ -54,8 +54,8 @@ private:
 // Returns the tensor itself if it is contiguous: the check is much cheaper than PyTorch's operator.
 Tensor as_contiguous(const Tensor& tensor);
 
-// Returns a new tensor, of huge pages where the system grants them. Large ones are of fresh memory each time, whose
-// page faults would take longer than many a kernel.
+// Returns a new, uninitialized tensor, in huge pages where the system grants them. With glibc, a large tensor is fresh
+// memory in every call, whose page faults can take longer than the kernel.
 Tensor empty(torch::headeronly::IntHeaderOnlyArrayRef sizes, ScalarType dtype);
 
 inline size_t bytes_of(const Tensor& tensor) { return static_cast<size_t>(tensor.numel()) * tensor.element_size(); }

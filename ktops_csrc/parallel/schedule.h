@@ -92,6 +92,7 @@ private:
                     phase.call(phase.task, i, thread);
             }
             const int64_t end = call_ ? profile::now() : 0;
+            // A locked instruction, which orders stores past the caches, too; release alone does not.
             if (finished) phase.done.fetch_add(finished, std::memory_order_release);
             wait(phase);
             if (call_) count(phase, thread, begin, end, paths);

@@ -1,12 +1,17 @@
 """Fixtures shared by several folders."""
 
 import os
+import signal
 import sys
 
 import pytest
 
 # Read when torch is first imported. Threads that spin while they wait take the cores of other processes.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+# Background jobs of a shell script ignore SIGINT, and so would the processes that tests interrupt.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture

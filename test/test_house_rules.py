@@ -44,7 +44,7 @@ FLOORS = (
     ("devices",),
     ("ops",),
     ("formats", "numa"),
-    ("_display", "_library", "_modes", "_version", "_warn", "_workers"),
+    ("_display", "_huge_pages", "_library", "_modes", "_version", "_warn", "_workers"),
     ("_C",),
 )
 """A package of ktops imports only itself and the floors after its own; ``__init__`` is ``import ktops``."""

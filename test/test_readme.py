@@ -22,9 +22,9 @@ OPS = (
     "moe_fwd", "moe_fwd_streamed", "moe_fwd_begin", "moe_fwd_end", "moe_sft_fwd", "moe_sft_bwd",
     "cpu_capability", "cpu_capabilities", "cpu_refusals", "set_cpu_capability", "measure_peak",
     "sum_words", "set_profiling", "profiling", "profiled_steps", "paths", "force_path", "set_numa_nodes",
-    "numa_rows", "empty_cache", "memory_stats", "load_cuda", "synchronize_streams", "stop_streams",
-    "empty_stream_cache", "staged_bytes", "dequantize", "quantize", "prepare_moe", "moe_fwd_prepared",
-    "release_moe",
+    "numa_rows", "empty_cache", "memory_stats", "ask_for_huge_pages", "load_cuda", "synchronize_streams",
+    "stop_streams", "empty_stream_cache", "staged_bytes", "dequantize", "quantize", "prepare_moe",
+    "moe_fwd_prepared", "release_moe",
 )  # fmt: skip
 
 

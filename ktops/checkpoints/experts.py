@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from ktops._display import Step, no_step
+from ktops._huge_pages import in_huge_pages
 from ktops._workers import Workers, require_not_stopped
-from ktops.checkpoints import huge_pages
 from ktops.checkpoints.errors import CheckpointError
 from ktops.checkpoints.matrix import Field, Matrix
 from ktops.checkpoints.view import View
@@ -79,7 +79,7 @@ class Experts(ABC):
 
     def read(self, dtype: torch.dtype = torch.bfloat16, step: Step = no_step) -> ExpertWeight:
         """Reads all experts into memory, as an ExpertWeight that computes in dtype."""
-        codes = self.stand_in.map(lambda tensor: huge_pages.empty((len(self), *tensor.shape), tensor.dtype))
+        codes = self.stand_in.map(lambda tensor: _new((len(self), *tensor.shape), tensor.dtype))
 
         def fill(index: int) -> None:
             for whole, part in zip(codes, self.expert(index), strict=True):
@@ -241,12 +241,16 @@ class FileExperts(StoredExperts):
             if len(views) == 1:
                 return views[0].viewed(views[0].dtype, *shape).map()
             return map_windows(views, shape[1:])
-        out = huge_pages.empty(shape, experts[0][0].dtype)
+        out = _new(shape, experts[0][0].dtype)
         tasks = (partial(_read_stacked, *pair) for pair in zip(experts, out, strict=True))
         with Workers() as workers:
             for _ in workers.in_order(tasks):
                 step(1)
         return out
+
+
+def _new(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    return in_huge_pages(torch.empty(shape, dtype=dtype, device="cpu"))
 
 
 def _stand_in(fields: list[Field]) -> Tensor:

@@ -7,6 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ktops._huge_pages import in_huge_pages
+
 METHODS = ("rtn", "mse", "hqq")
 """How :func:`ktops.quantize` chooses scales."""
 
@@ -28,7 +30,7 @@ def stacked(experts: Iterable[Codes], count: int) -> Codes:
     out: Codes | None = None
     for index, codes in enumerate(experts):
         if out is None:
-            out = codes.map(lambda tensor: tensor.new_empty(count, *tensor.shape))
+            out = codes.map(lambda tensor: in_huge_pages(tensor.new_empty(count, *tensor.shape)))
         for whole, part in zip(out, codes, strict=True):
             if whole is not None:
                 assert part is not None

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ktops._huge_pages import in_huge_pages
 from ktops._warn import warn_once
 from ktops.nn.experts import DTYPES, KTExperts, run_experts
 from ktops.nn.streaming import streaming_threshold
@@ -214,7 +215,7 @@ class KTExpertList(nn.ModuleList):
         *first, down = rows[0]
 
         def empty(*shape: int) -> Tensor:
-            return torch.empty(len(self), *shape, dtype=down.weight.dtype)
+            return in_huge_pages(torch.empty(len(self), *shape, dtype=down.weight.dtype, device="cpu"))
 
         width = sum(projection.out_features for projection in first)
         biased = down.bias is not None

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ktops._huge_pages import in_huge_pages
 from ktops.devices.pending import moe_sft_pending
 from ktops.formats import ExpertWeight
 from ktops.nn.frozen_lora import lora_arguments
@@ -164,7 +165,7 @@ class KTExperts(nn.Module):
         self.post_expert_norm = post_expert_norm
 
         def parameter(*shape: int) -> nn.Parameter:
-            return nn.Parameter(torch.empty(num_experts, *shape, device=device, dtype=dtype))
+            return nn.Parameter(in_huge_pages(torch.empty(num_experts, *shape, device=device, dtype=dtype)))
 
         def weight(rows: int, columns: int) -> nn.Parameter:
             return parameter(columns, rows) if transposed else parameter(rows, columns)

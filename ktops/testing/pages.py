@@ -4,7 +4,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from ktops.checkpoints.huge_pages import HUGE_PAGE
+HUGE_PAGE = 2 << 20
 
 EXIST = Path("/sys/kernel/mm/transparent_hugepage").exists()
 """Whether the system has huge pages to ask for."""

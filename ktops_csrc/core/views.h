@@ -1,7 +1,6 @@
 #pragma once
 
 #include <cstdint>
-#include <cstring>
 
 #include "core/bfloat16.h"
 #include "core/float16.h"

@@ -3,8 +3,6 @@
 #include <cmath>
 #include <stdexcept>
 
-#include "core/huge_pages.h"
-
 namespace kt::ops {
 
 namespace {
@@ -128,7 +126,7 @@ Tensor as_contiguous(const Tensor& tensor) {
 
 Tensor empty(torch::headeronly::IntHeaderOnlyArrayRef sizes, ScalarType dtype) {
     const Tensor tensor = torch::stable::empty(sizes, dtype);
-    ask_for_huge_pages(tensor.mutable_data_ptr(), bytes_of(tensor));
+    ask_for_huge_pages(tensor);
     return tensor;
 }
 

@@ -55,6 +55,7 @@ int64_t sum_words(Tensor words);
 
 void empty_cache();
 std::tuple<int64_t, int64_t, int64_t, int64_t, int64_t> memory_stats();
+void ask_for_huge_pages(Tensor tensor);
 
 void load_cuda(std::string path);
 void synchronize_streams();

@@ -60,9 +60,11 @@ STABLE_TORCH_LIBRARY(kt, m) {
     // the sum of an int64 tensor [N] modulo 2^64, computed by one thread at its peak memory bandwidth
     m.def("sum_words(Tensor words) -> int");
 
-    // scratch memory kept between calls: release it; report it
+    // scratch memory kept between calls: release it; report it. Ask the system for the huge pages that lie within a
+    // tensor whose memory has not been used yet
     m.def("empty_cache() -> ()");
     m.def("memory_stats() -> (int bytes_in_use, int bytes_idle, int bytes_peak, int blocks, int allocations)");
+    m.def("ask_for_huge_pages(Tensor tensor) -> ()");
 
     // calls in the order of streams: the CUDA runtime to use, "" for the one in this process; wait for all of them; let
     // them pass without being computed, when Python exits; release their pinned memory; the bytes of it
@@ -100,6 +102,7 @@ STABLE_TORCH_LIBRARY_IMPL(kt, CPU, m) {
     m.impl("dequantize", TORCH_BOX(&kt::ops::dequantize));
     m.impl("quantize", TORCH_BOX(&kt::ops::quantize));
     m.impl("sum_words", TORCH_BOX(&kt::ops::sum_words));
+    m.impl("ask_for_huge_pages", TORCH_BOX(&kt::ops::ask_for_huge_pages));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(kt, CompositeExplicitAutograd, m) {

@@ -1,29 +1,12 @@
 """Experts that are read into memory ask the system for huge pages."""
 
-import ctypes
-import mmap
-
 import pytest
 import torch
 from tiny_checkpoints import write_per_expert
 from tiny_schemes import gptq, plain
 
-from ktops.checkpoints import huge_pages, open_checkpoint
+from ktops.checkpoints import open_checkpoint
 from ktops.testing.pages import EXIST, asked_for_huge_pages, huge_page_of
-
-
-def test_empty():
-    tensor = huge_pages.empty((3, 1 << 21), torch.bfloat16)
-    assert tensor.shape == (3, 1 << 21) and tensor.dtype == torch.bfloat16 and tensor.is_contiguous()
-    assert asked_for_huge_pages(huge_page_of(tensor)) == EXIST
-    with mmap.mmap(-1, huge_pages.HUGE_PAGE) as other:
-        assert not asked_for_huge_pages(ctypes.addressof(ctypes.c_char.from_buffer(other)))
-
-
-@pytest.mark.parametrize("shape", [(0, 5), (7,), (1 << 20,)])
-def test_tensors_that_may_hold_no_huge_page(shape):
-    tensor = huge_pages.empty(shape, torch.uint8)
-    assert tensor.shape == shape and torch.equal(tensor.zero_(), torch.zeros(shape, dtype=torch.uint8))
 
 
 @pytest.mark.parametrize(

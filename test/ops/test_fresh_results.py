@@ -7,10 +7,9 @@ import torch
 from torch import Tensor
 
 import ktops
-from ktops.checkpoints.huge_pages import HUGE_PAGE
 from ktops.testing.compare import random_grad_output
 from ktops.testing.inputs import moe_inputs, require_grad
-from ktops.testing.pages import EXIST, asked_for_huge_pages, huge_page_of
+from ktops.testing.pages import EXIST, HUGE_PAGE, asked_for_huge_pages, huge_page_of
 
 FRESH = 33 << 20
 """Bytes of a tensor that is in a mapping of its own: glibc maps whatever is larger than 32 MiB."""

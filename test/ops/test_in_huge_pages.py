@@ -1,0 +1,67 @@
+"""Memory that ktops allocates for weights asks the system for huge pages."""
+
+import ctypes
+import mmap
+
+import pytest
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import ktops
+from ktops._huge_pages import in_huge_pages
+from ktops.nn.expert_list import KTExpert, KTExpertList
+from ktops.testing.pages import EXIST, HUGE_PAGE, asked_for_huge_pages, huge_page_of
+
+E, SIZE = 17, 1024
+"""[E, SIZE, SIZE] of bfloat16 is larger than 32 MiB, so glibc maps it alone."""
+
+
+def test_new_memory_is_asked_for():
+    tensor = in_huge_pages(torch.empty(3, 1 << 23, dtype=torch.bfloat16))
+    assert asked_for_huge_pages(huge_page_of(tensor)) == EXIST
+    with mmap.mmap(-1, HUGE_PAGE) as other:
+        assert not asked_for_huge_pages(ctypes.addressof(ctypes.c_char.from_buffer(other)))
+
+
+@pytest.mark.parametrize("shape", [(0, 5), (7,), (1 << 20,)])
+def test_tensors_that_may_hold_no_huge_page(shape):
+    tensor = torch.empty(shape, dtype=torch.uint8)
+    assert in_huge_pages(tensor) is tensor
+    assert torch.equal(tensor.zero_(), torch.zeros(shape, dtype=torch.uint8))
+
+
+def test_tensors_without_memory():
+    assert in_huge_pages(torch.empty(2, 3, device="meta")).is_meta
+    with FakeTensorMode():
+        fake = torch.empty(2, 3)
+        assert in_huge_pages(fake) is fake
+
+
+def test_contiguous():
+    with pytest.raises(RuntimeError, match="kt::ask_for_huge_pages: tensor must be contiguous"):
+        in_huge_pages(torch.empty(2, 3).t())
+
+
+def test_quantized_weights():
+    weight = ktops.quantize(torch.randn(2, SIZE, SIZE).repeat(E, 1, 1), "int8")
+    assert asked_for_huge_pages(huge_page_of(weight.weight)) == EXIST
+
+
+def test_modules():
+    experts = ktops.nn.KTExperts(E, SIZE, SIZE, dtype=torch.bfloat16)
+    assert asked_for_huge_pages(huge_page_of(experts.gate_up_proj)) == EXIST
+    assert asked_for_huge_pages(huge_page_of(experts.down_proj)) == EXIST
+
+
+def test_lists_of_experts():
+    class MLP(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up = nn.Linear(SIZE, SIZE, bias=False, dtype=torch.bfloat16)
+            self.down = nn.Linear(SIZE, SIZE, bias=False, dtype=torch.bfloat16)
+            self.act = nn.SiLU()
+
+    experts = [KTExpert(MLP(), ("up", "down"), "act", "silu", "activations") for _ in range(E)]
+    for weight in KTExpertList(experts).packed[:2]:
+        assert asked_for_huge_pages(huge_page_of(weight)) == EXIST

@@ -1,5 +1,6 @@
 """Fixtures shared by several folders."""
 
+import gc
 import os
 import signal
 import sys
@@ -12,6 +13,12 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 # Background jobs of a shell script ignore SIGINT, and so would the processes that tests interrupt.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_collection_finish():
+    """Keeps the garbage collector from looking again and again at what the imported libraries consist of."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture

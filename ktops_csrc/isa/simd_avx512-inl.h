@@ -117,10 +117,9 @@ inline VecWords multiply_bytes(VecCodes a, VecCodes b) {
 inline VecDotsF repeat_four(const float* p) { return (VecDotsF)_mm512_broadcast_f32x4(_mm_loadu_ps(p)); }
 
 inline VecCodes shifted_twice(const uint8_t* p, int low, int high) {
-    typedef uint16_t Words __attribute__((vector_size(kCodeBytes)));
-    const auto bytes = (Words)_mm512_broadcast_i64x4(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
-    Words shifts;
-    for (int i = 0; i < 32; ++i) shifts[i] = static_cast<uint16_t>(i < 16 ? low : high);
+    const auto bytes = (VecWords)_mm512_broadcast_i64x4(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+    VecWords shifts;
+    for (int i = 0; i < 32; ++i) shifts[i] = static_cast<int16_t>(i < 16 ? low : high);
     return (VecCodes)_mm512_srlv_epi16((__m512i)bytes, (__m512i)shifts);
 }
 inline VecCodes load_parts(const uint8_t* p, int64_t apart) {
@@ -130,11 +129,10 @@ inline VecCodes load_parts(const uint8_t* p, int64_t apart) {
                                         1);
 }
 inline VecCodes nibble_parts(const uint8_t* p, int64_t apart) {
-    typedef uint16_t Words __attribute__((vector_size(kCodeBytes)));
     const auto twice = [](const uint8_t* part) {
         return _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(part)));
     };
-    Words shifts;
+    VecWords shifts;
     for (int i = 0; i < static_cast<int>(kCodeBytes) / 2; ++i) shifts[i] = i / 8 % 2 ? 4 : 0;
     const __m512i bytes = _mm512_inserti64x4(_mm512_castsi256_si512(twice(p)), twice(p + apart), 1);
     return (VecCodes)_mm512_srlv_epi16(bytes, (__m512i)shifts) & 15;

@@ -27,8 +27,8 @@ inline void load_groups(const GroupValues& values, int64_t e, int64_t row, int64
         for_each_vector<float>(n, [&](int64_t i, int64_t count) { store(out + i, load(i, count) * factor); });
         for (int64_t i = round_up(n, L); i < group_room(n); i += L) store(out + i, VecF{});
     };
-    const auto halves = [&](int64_t i, int64_t count) {
-        return load_partial(reinterpret_cast<const uint16_t*>(from) + i, count);
+    const auto numbers = [&](auto* all) {
+        vectors([&](int64_t i, int64_t count) { return load_partial(all + i, count); });
     };
     const auto bytes = [&](int64_t i, int64_t count) {
         const VecU8 x = load_partial(from + i, count);
@@ -36,13 +36,11 @@ inline void load_groups(const GroupValues& values, int64_t e, int64_t row, int64
     };
     switch (values.type) {
         case GroupValues::Type::kFloat32:
-            return vectors([&](int64_t i, int64_t count) {
-                return load_partial(reinterpret_cast<const float*>(from) + i, count);
-            });
+            return numbers(reinterpret_cast<const float*>(from));
         case GroupValues::Type::kBFloat16:
-            return vectors([&](int64_t i, int64_t count) { return from_bfloat16(halves(i, count)); });
+            return numbers(reinterpret_cast<const bfloat16*>(from));
         case GroupValues::Type::kFloat16:
-            return vectors([&](int64_t i, int64_t count) { return from_float16(halves(i, count)); });
+            return numbers(reinterpret_cast<const float16*>(from));
         case GroupValues::Type::kUInt8:
             return vectors([&](int64_t i, int64_t count) { return to_floats(bytes(i, count)); });
         case GroupValues::Type::kExponent:

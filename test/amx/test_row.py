@@ -112,6 +112,7 @@ def counts(tmp_path_factory):
 
 if CAN_RUN:
 
+    @pytest.mark.long
     @pytest.mark.timeout(900)
     def test_op_tests(tmp_path):
         """Runs whole files in a separate process, in which no tile instruction runs on the hardware."""

@@ -46,6 +46,7 @@ def passed(results: dict[str, int]) -> bool:
     return (results["skipped"], results["failures"], results["errors"]) == (0, 0, 0)
 
 
+@pytest.mark.long
 @pytest.mark.timeout(600)
 def test_op_tests_with_tokens_on_the_device(tmp_path):
     tests = (str(ROOT / "test/ops" / name) for name in OP_TESTS)
@@ -53,6 +54,7 @@ def test_op_tests_with_tokens_on_the_device(tmp_path):
     assert results["tests"] > 200 and passed(results)
 
 
+@pytest.mark.long
 @pytest.mark.timeout(600)
 def test_what_only_devices_have(tmp_path):
     results = run(tmp_path, str(HERE / "simulated"))

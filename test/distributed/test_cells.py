@@ -14,6 +14,7 @@ def results(saved_model, shared_folder):
     return run_cells(saved_model("qwen3_moe"), shared_folder / "cells", CELLS)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("cell", CELLS, ids=lambda cell: cell.name)
 def test_as_in_one_process(results, cell: Cell):
     together, alone = results

@@ -19,10 +19,10 @@ _CACHE_READS = 20
 
 
 def cpu_model() -> str:
-    """Returns the name of the processor as the kernel reports it, such as "AMD EPYC family 26".
+    """Returns the name of the processor, as the kernel reports it.
 
-    The family is added where a hypervisor hides the model of an AMD processor, because it tells Zen 4 from
-    Zen 5.
+    If a hypervisor hides the model of an AMD processor, the family is added ("AMD EPYC family 26"), which
+    tells a Zen 5 from a Zen 4 or older.
     """
     fields: dict[str, str] = {}
     for line in Path("/proc/cpuinfo").read_text().splitlines():

@@ -1,5 +1,7 @@
 """Memory for weights, in pages of 2 MiB where the system grants them."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -24,6 +26,29 @@ def in_huge_pages(tensor: Tensor) -> Tensor:
     if tensor.device.type == "cpu":
         torch.ops.kt.ask_for_huge_pages(tensor)
     return tensor
+
+
+def stack_in_huge_pages(rows: Sequence[Sequence[Tensor]]) -> Tensor:
+    """Returns a new tensor [len(rows), N, ...] that holds the tensors of each row, concatenated.
+
+    Gradients do not pass through it.
+
+    Args:
+        rows: the tensors of all rows have one dtype and are on one device. Their first dimensions add up to N
+            in each row; the others are the same.
+
+    Example:
+        >>> gate, up = torch.ones(8, 3, 4), torch.zeros(8, 3, 4)
+        >>> stack_in_huge_pages(list(zip(gate, up))).shape
+        torch.Size([8, 6, 4])
+    """
+    first = rows[0][0]
+    count = sum(len(tensor) for tensor in rows[0])
+    out = in_huge_pages(first.new_empty(len(rows), count, *first.shape[1:]))
+    with torch.no_grad():
+        for row, tensors in zip(out, rows, strict=True):
+            torch.cat(list(tensors), out=row)
+    return out
 
 
 @torch.library.register_fake("kt::ask_for_huge_pages")

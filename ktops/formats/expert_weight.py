@@ -5,6 +5,7 @@ import json
 import torch
 from torch import Tensor, nn
 
+from ktops._huge_pages import in_huge_pages
 from ktops.formats.format import Codes
 from ktops.formats.registry import get_format
 
@@ -101,7 +102,7 @@ class ExpertWeight(nn.Module):
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """Returns the dense weights; see :func:`ktops.dequantize`."""
-        out = torch.empty(self.shape, dtype=self.dtype if dtype is None else dtype)
+        out = in_huge_pages(torch.empty(self.shape, dtype=self.dtype if dtype is None else dtype))
         for index in range(self.shape[0]):
             codes = self.expert(index).map(lambda tensor: tensor[None])
             out[index] = torch.ops.kt.dequantize(*codes, self.format, self.group_size, self.shape[-1])[0]

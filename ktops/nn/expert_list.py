@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ktops._huge_pages import in_huge_pages
+from ktops._huge_pages import in_huge_pages, stack_in_huge_pages
 from ktops._warn import warn_once
 from ktops.nn.experts import DTYPES, KTExperts, run_experts
 from ktops.nn.streaming import streaming_threshold
@@ -294,7 +294,7 @@ def stacked_copy(experts: list[KTExpert]) -> KTExperts:
 
     def stack(kind: str, parts: Sequence[tuple[nn.Linear, ...]]) -> nn.Parameter:
         tensors = [[getattr(projection, kind) for projection in part] for part in parts]
-        return nn.Parameter(torch.stack([torch.cat(each) for each in tensors]), False)
+        return nn.Parameter(stack_in_huge_pages(tensors), False)
 
     gate_up, down = [row[:-1] for row in rows], [row[-1:] for row in rows]
     biased = rows[0][0].bias is not None

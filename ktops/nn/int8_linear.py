@@ -5,6 +5,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
+from ktops._huge_pages import in_huge_pages
 from ktops.formats import quantize
 
 COLUMNS = 16
@@ -106,7 +107,7 @@ class Int8Linear(nn.Linear):
         """
         cls.check(linear)
         weight = linear.weight
-        qweight = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
+        qweight = in_huge_pages(torch.empty(weight.shape, dtype=torch.int8, device=weight.device))
         scale = torch.empty(weight.shape[0], dtype=weight.dtype, device=weight.device)
         step = max(1, _CHUNK_BYTES // (4 * linear.in_features))
         for begin in range(0, linear.out_features, step):

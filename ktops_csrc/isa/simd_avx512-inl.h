@@ -117,10 +117,10 @@ inline VecWords multiply_bytes(VecCodes a, VecCodes b) {
 inline VecDotsF repeat_four(const float* p) { return (VecDotsF)_mm512_broadcast_f32x4(_mm_loadu_ps(p)); }
 
 inline VecCodes shifted_twice(const uint8_t* p, int low, int high) {
-    const auto bytes = (VecWords)_mm512_broadcast_i64x4(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+    const __m512i bytes = _mm512_broadcast_i64x4(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
     VecWords shifts;
     for (int i = 0; i < 32; ++i) shifts[i] = static_cast<int16_t>(i < 16 ? low : high);
-    return (VecCodes)_mm512_srlv_epi16((__m512i)bytes, (__m512i)shifts);
+    return (VecCodes)_mm512_srlv_epi16(bytes, (__m512i)shifts);
 }
 inline VecCodes load_parts(const uint8_t* p, int64_t apart) {
     const auto* parts = reinterpret_cast<const __m256i*>(p);

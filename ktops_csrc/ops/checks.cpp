@@ -3,6 +3,8 @@
 #include <cmath>
 #include <stdexcept>
 
+#include "core/huge_pages.h"
+
 namespace kt::ops {
 
 namespace {
@@ -126,7 +128,7 @@ Tensor as_contiguous(const Tensor& tensor) {
 
 Tensor empty(torch::headeronly::IntHeaderOnlyArrayRef sizes, ScalarType dtype) {
     const Tensor tensor = torch::stable::empty(sizes, dtype);
-    ask_for_huge_pages(tensor);
+    kt::ask_for_huge_pages(tensor.mutable_data_ptr(), bytes_of(tensor));
     return tensor;
 }
 

@@ -1,6 +1,7 @@
 #include "core/huge_pages.h"
 #include "core/workspace.h"
 #include "ops/checks.h"
+#include "ops/ops.h"
 
 namespace kt::ops {
 
@@ -12,7 +13,8 @@ std::tuple<int64_t, int64_t, int64_t, int64_t, int64_t> memory_stats() {
 }
 
 void ask_for_huge_pages(Tensor tensor) {
-    Checker("kt::ask_for_huge_pages").require(tensor.is_contiguous(), "tensor must be contiguous");
+    const Checker check("kt::ask_for_huge_pages");
+    check.require(tensor.is_contiguous(), "tensor must be contiguous, got one of shape ", tensor, " that is not");
     kt::ask_for_huge_pages(tensor.mutable_data_ptr(), bytes_of(tensor));
 }
 

@@ -11,6 +11,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from ktops._huge_pages import in_huge_pages
 from ktops._warn import warn_once
 from ktops.formats import ExpertWeight
 from ktops.integrations.transformers.architectures import (
@@ -245,7 +246,8 @@ class DbrxExperts(ForwardReplacement):
         """Moves w1 and v1 into one tensor; does nothing if they are in one."""
         w1, v1, _ = self.parts()
         if not _alternate(w1, v1):
-            w1.data, v1.data = torch.stack((w1, v1), dim=1).unbind(1)
+            both = w1.new_empty(len(w1), 2, *w1.shape[1:])
+            w1.data, v1.data = torch.stack((w1, v1), dim=1, out=in_huge_pages(both)).unbind(1)
 
     def parts(self) -> list[nn.Parameter]:
         """Returns w1, v1 and w2; in ``torch.func.functional_call``, the tensors in their place."""

@@ -2,9 +2,9 @@
 
 from pathlib import Path
 
-import torch
 from torch import Tensor, nn
 
+from ktops._huge_pages import stack_in_huge_pages
 from ktops.checkpoints import open_checkpoint
 from ktops.checkpoints.match import numbered_layer
 from ktops.compat.kt_kernel.sft.arch import MOEArchConfig
@@ -42,7 +42,7 @@ def extract_moe_weights(moe_module: nn.Module, moe_config: MOEArchConfig) -> Thr
     experts = getattr(moe_module, moe_config.experts_attr)
     if isinstance(experts, nn.ModuleList):
         gate, up, down = (
-            torch.stack([getattr(expert, name).weight.detach() for expert in experts])
+            stack_in_huge_pages([[getattr(expert, name).weight.detach()] for expert in experts])
             for name in moe_config.weight_names
         )
         return gate, up, down

@@ -18,16 +18,20 @@ _CACHED_BYTES = 512 << 10  # larger than the first-level cache, smaller than the
 _CACHE_READS = 20
 
 
+def _cpuinfo() -> dict[str, str]:
+    """Returns what the kernel reports of the first CPU."""
+    first = Path("/proc/cpuinfo").read_text().split("\n\n", 1)[0]
+    fields = (line.partition(":") for line in first.splitlines())
+    return {key.strip(): value.strip() for key, _, value in fields}
+
+
 def cpu_model() -> str:
     """Returns the name of the processor, as the kernel reports it.
 
     If a hypervisor hides the model of an AMD processor, the family is added ("AMD EPYC family 26"), which
     tells a Zen 5 from a Zen 4 or older.
     """
-    fields: dict[str, str] = {}
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        key, _, value = line.partition(":")
-        fields.setdefault(key.strip(), value.strip())
+    fields = _cpuinfo()
     name = fields.get("model name") or platform.processor() or "unknown"
     if fields.get("vendor_id") != "AuthenticAMD" or any(map(str.isdigit, name)):
         return name
@@ -36,11 +40,8 @@ def cpu_model() -> str:
 
 def cpu_features() -> list[str]:
     """Returns the kernel's names of the vector and tile instructions that the processor supports."""
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("flags"):
-            wanted = ("fma", "avx", "f16c", "amx")
-            return sorted(flag for flag in line.split(":", 1)[1].split() if flag.startswith(wanted))
-    return []
+    wanted = ("fma", "avx", "f16c", "amx")
+    return sorted(flag for flag in _cpuinfo().get("flags", "").split() if flag.startswith(wanted))
 
 
 def last_level_cache_bytes() -> int:

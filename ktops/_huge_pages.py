@@ -1,6 +1,7 @@
 """Memory for weights, in pages of 2 MiB where the system grants them."""
 
 from collections.abc import Sequence
+from functools import reduce
 
 import torch
 from torch import Tensor
@@ -34,8 +35,8 @@ def stack_in_huge_pages(rows: Sequence[Sequence[Tensor]]) -> Tensor:
     Gradients do not pass through it.
 
     Args:
-        rows: the tensors of all rows have one dtype and are on one device. Their first dimensions add up to N
-            in each row; the others are the same.
+        rows: the tensors of all rows are on one device. Their first dimensions add up to N in each row; the
+            others are the same. Different dtypes are promoted, as :func:`torch.cat` does.
 
     Example:
         >>> gate, up = torch.ones(8, 3, 4), torch.zeros(8, 3, 4)
@@ -44,7 +45,8 @@ def stack_in_huge_pages(rows: Sequence[Sequence[Tensor]]) -> Tensor:
     """
     first = rows[0][0]
     count = sum(len(tensor) for tensor in rows[0])
-    out = in_huge_pages(first.new_empty(len(rows), count, *first.shape[1:]))
+    dtype = reduce(torch.promote_types, (tensor.dtype for tensors in rows for tensor in tensors))
+    out = in_huge_pages(first.new_empty(len(rows), count, *first.shape[1:], dtype=dtype))
     with torch.no_grad():
         for row, tensors in zip(out, rows, strict=True):
             torch.cat(list(tensors), out=row)

@@ -52,6 +52,8 @@ def test_contiguous():
 def test_stacks():
     rows = [[torch.randn(n, 4, requires_grad=True) for n in (2, 1)] for _ in range(3)]
     assert torch.equal(stack_in_huge_pages(rows), torch.stack([torch.cat(row) for row in rows]))
+    mixed = [[torch.ones(1, 2).bfloat16(), torch.full((1, 2), 1 / 3)], [torch.ones(2, 2).bfloat16()]]
+    assert torch.equal(stack_in_huge_pages(mixed), torch.stack([torch.cat(row).float() for row in mixed]))
     large = [[torch.zeros(SIZE, SIZE), torch.zeros(SIZE, SIZE)] for _ in range(E)]
     assert asks(stack_in_huge_pages(large)) == EXIST
 
